@@ -1,0 +1,59 @@
+"""Discounted sums over the turns of a trajectory, vectorised over trajectories."""
+
+import torch
+
+
+def discounted_suffix_sums(values: torch.Tensor, *, gamma: float) -> torch.Tensor:
+    """D_t = sum_{k >= t} gamma^{k-t} values_k along the last axis; columns past a trajectory's end must be 0.
+
+    Args:
+        values: [N, T] float64.
+
+    Returns:
+        [N, T] float64.
+    """
+    sums = torch.zeros_like(values)
+    running = values.new_zeros(values.shape[0])
+    for column in reversed(range(values.shape[1])):
+        running = values[:, column] + gamma * running
+        sums[:, column] = running
+    return sums
+
+
+def accumulate_process_turns(
+    normalized_gain: torch.Tensor, num_process_turns: torch.Tensor, *, gamma: float, rescale: bool
+) -> torch.Tensor:
+    """D_{i,t} / sqrt(n_i - t + 1): the sum keeps unit variance whatever its number of terms (Eq. 8).
+
+    Args:
+        normalized_gain: [N, T] float64, 0 in columns past n_i.
+        num_process_turns: [N] int64.
+        rescale: False gives the plain discounted sum.
+
+    Returns:
+        [N, T] float64, 0 in columns past n_i.
+    """
+    sums = discounted_suffix_sums(normalized_gain, gamma=gamma)
+    if not rescale:
+        return sums
+    turns = torch.arange(normalized_gain.shape[1], device=normalized_gain.device)
+    terms = (num_process_turns[:, None] - turns).clamp(min=1)  # [N, T]: n_i - t + 1 with t = column + 1
+    return sums / terms.to(sums.dtype).sqrt()
+
+
+def place_turns(
+    process_values: torch.Tensor, outcome: torch.Tensor, num_process_turns: torch.Tensor
+) -> torch.Tensor:
+    """Add the outcome to every turn, and give the final turn (column n_i) the outcome alone.
+
+    Args:
+        process_values: [N, T]; outcome: [N]; num_process_turns: [N].
+
+    Returns:
+        [N, T + 1], 0 in columns past n_i.
+    """
+    columns = torch.arange(process_values.shape[1] + 1, device=process_values.device)
+    padded = torch.nn.functional.pad(process_values, (0, 1))  # [N, T + 1]
+    in_process = columns < num_process_turns[:, None]
+    in_trajectory = columns <= num_process_turns[:, None]
+    return padded.where(in_process, 0.0) + outcome[:, None].where(in_trajectory, 0.0)

@@ -1,0 +1,29 @@
+"""GRPO's advantage (DeepSeekMath): the outcome, normalised in its prompt's group, for every token."""
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.accumulate import place_turns
+from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.config.algorithm import AlgorithmConfig
+
+
+def outcome_advantages(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> TurnAdvantages:
+    """R_i z-scored with the sample standard deviation; gains are not used."""
+    outcome = normalize_groups(
+        table.outcome,
+        table.prompt_index,
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+        sample_std=True,
+    )
+    no_gain = torch.zeros_like(table.info_gain)
+    return TurnAdvantages(
+        advantages=place_turns(no_gain, outcome, table.num_process_turns),
+        normalized_gain=no_gain,
+        normalized_outcome=outcome,
+    )

@@ -1,0 +1,73 @@
+"""Advantage, ratio, clipping and aggregation: the method."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+ADVANTAGES = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
+AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """A2TGPO by default; presets in configs/algorithm/ set the comparison methods."""
+
+    advantage: str = "turn_group"
+    """turn_group (Eq. 6-9) | igpo_joint | igpo_separate (pooled gains) | grpo (outcome only)."""
+    gamma: float = 1.0
+    """Discount over turns, in [0, 1] (paper: 1.0)."""
+    alpha: float = 1.0
+    """Weight of the accumulated gain beside the outcome (Eq. 9: 1.0; released scripts: 0.3)."""
+    rescale: bool = True
+    """Divide the accumulated gain by sqrt of its number of terms (Eq. 8)."""
+    normalize_by_std: bool = True
+    """Divide by the group's standard deviation, not only subtract its mean."""
+    ratio: str = "turn"
+    """Importance ratio shared by: turn (Eq. 10) | sequence | token."""
+    clip_low: float = 3e-3
+    """epsilon_low: the ratio is clipped at 1 - c * clip_low."""
+    clip_high: float = 4e-3
+    """epsilon_high: the ratio is clipped at 1 + c * clip_high."""
+    clip_beta: float = 0.3
+    """beta of the adaptive clip c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11), in [0, 1); 0: fixed clip."""
+    dual_clip: float = 0.0
+    """Bound on the loss of negative advantages at token level, > 1; 0: none."""
+    aggregation: str = "seq-mean-token-mean"
+    """How token losses become one number; see loss.policy_loss."""
+    kl_coef: float = 0.0
+    """Weight of the KL penalty to the reference; 0: no reference model is loaded."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3."""
+
+    def __post_init__(self) -> None:
+        require(self.advantage in ADVANTAGES, "algorithm.advantage", self.advantage, " | ".join(ADVANTAGES))
+        require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "in [0, 1]")
+        require(self.alpha >= 0, "algorithm.alpha", self.alpha, ">= 0")
+        require(
+            self.ratio in ("turn", "sequence", "token"),
+            "algorithm.ratio",
+            self.ratio,
+            "turn | sequence | token",
+        )
+        require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
+        require(self.clip_high > 0, "algorithm.clip_high", self.clip_high, "> 0")
+        require(0 <= self.clip_beta < 1, "algorithm.clip_beta", self.clip_beta, "in [0, 1)")
+        require(
+            self.dual_clip == 0 or (self.dual_clip > 1 and self.ratio == "token"),
+            "algorithm.dual_clip",
+            self.dual_clip,
+            "0, or > 1 with algorithm.ratio=token",
+        )
+        require(
+            self.aggregation in AGGREGATIONS,
+            "algorithm.aggregation",
+            self.aggregation,
+            " | ".join(AGGREGATIONS),
+        )
+        require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, ">= 0")
+        require(
+            self.kl_estimator in ("k1", "k2", "k3"),
+            "algorithm.kl_estimator",
+            self.kl_estimator,
+            "k1 | k2 | k3",
+        )

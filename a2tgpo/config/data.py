@@ -1,0 +1,28 @@
+"""Questions and how they are put to the model."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+SEARCH_INSTRUCTIONS = (
+    "Answer the question. Think inside <think> and </think>. When you lack a fact, call the search engine with "
+    "<search> query </search>; its passages come back between <result> and </result>. You may search "
+    "several times. When you know the answer, write it as <answer> \\boxed{answer} </answer>."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Question files and the prompt."""
+
+    train: str
+    """JSONL or Parquet file with `question` and `answers`; made by tools/prepare_data.py."""
+    test: str
+    """Held-out questions, same format; used by evaluation."""
+    instructions: str = SEARCH_INSTRUCTIONS
+    """Put before the question as the system message; empty: the question alone."""
+    max_prompt_tokens: int = 2000
+    """Prompts past this length are refused at start, tokens (paper: 2000)."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")

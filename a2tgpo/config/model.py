@@ -1,0 +1,34 @@
+"""Which model is trained, and in which number formats."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy (and the reference, which starts from the same weights)."""
+
+    path: str
+    """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
+    dtype: str = "bfloat16"
+    """Number format of weights and activations in training: bfloat16 | float32. Optimizer state is float32."""
+    layer_spec: str = "auto"
+    """transformer_engine | cpu | auto (Transformer Engine where a GPU is seen, its CPU twin elsewhere)."""
+    recompute: str = "none"
+    """Activations recomputed in the backward pass: none | selective (core attention) | full (every layer)."""
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bfloat16", "float32"), "model.dtype", self.dtype, "bfloat16 | float32")
+        require(
+            self.layer_spec in ("auto", "cpu", "transformer_engine"),
+            "model.layer_spec",
+            self.layer_spec,
+            "auto | cpu | transformer_engine",
+        )
+        require(
+            self.recompute in ("none", "selective", "full"),
+            "model.recompute",
+            self.recompute,
+            "none | selective | full",
+        )

@@ -1,0 +1,20 @@
+"""Handing the trained weights to the engine."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitConfig:
+    bucket_mib: int = 256
+    """Largest group of gathered weights alive at once, MiB."""
+    probe_tokens: int = 64
+    """Length of the fixed probe whose log-probs are compared after every refit."""
+    probe_tolerance: float = 0.0
+    """Largest allowed mean |difference| per probe token, nats; 0: 1e-3 in float32, 0.15 in bfloat16."""
+
+    def __post_init__(self) -> None:
+        require(self.bucket_mib >= 1, "refit.bucket_mib", self.bucket_mib, ">= 1")
+        require(self.probe_tokens >= 8, "refit.probe_tokens", self.probe_tokens, ">= 8")
+        require(self.probe_tolerance >= 0, "refit.probe_tolerance", self.probe_tolerance, ">= 0")

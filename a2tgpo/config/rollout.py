@@ -1,0 +1,97 @@
+"""Multi-turn generation, the engine that does it, and the gain measured along the way."""
+
+from dataclasses import dataclass, field
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainConfig:
+    """Information gain (Eq. 2-3)."""
+
+    measure: str = "probability"
+    """probability (Eq. 3) | log_probability (mean log-prob difference, as in the authors' released code)."""
+    answer_reduction: str = "first"
+    """first (score the first gold answer) | max (the most probable alias, at every turn)."""
+    max_aliases: int = 8
+    """Aliases scored when answer_reduction is max."""
+    scaffold: str = "</think> <answer> \\boxed{"
+    """Text between a context and the gold answer: what the policy itself would write to open an answer."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.measure in ("probability", "log_probability"),
+            "rollout.gain.measure",
+            self.measure,
+            "probability | log_probability",
+        )
+        require(
+            self.answer_reduction in ("first", "max"),
+            "rollout.gain.answer_reduction",
+            self.answer_reduction,
+            "first | max",
+        )
+        require(self.max_aliases >= 1, "rollout.gain.max_aliases", self.max_aliases, ">= 1")
+        require(bool(self.scaffold), "rollout.gain.scaffold", self.scaffold, "a non-empty text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """One step's trajectories."""
+
+    prompts_per_step: int = 64
+    """Prompts per step over all ranks; must be a multiple of the engine replicas (paper: 64)."""
+    group_size: int = 16
+    """Trajectories per prompt, G (paper: 16)."""
+    temperature: float = 1.0
+    """Sampling temperature (paper: 1.0); log-probs are always those of temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling threshold (paper: 1.0)."""
+    max_turns: int = 6
+    """Tool calls a trajectory may make (paper: 6); a call past that ends it."""
+    max_turn_tokens: int = 1024
+    """Longest single generation, tokens."""
+    max_response_tokens: int = 6192
+    """Sampled and observation tokens of one trajectory together (paper: 6192)."""
+    tensor_parallel: int = 1
+    """Ranks that share one engine; 1 on CPU."""
+    dtype: str = "auto"
+    """Number format of the engine's weights: auto (the model's) | bfloat16 | float32."""
+    max_concurrent: int = 256
+    """Trajectories decoded at once by one engine."""
+    kv_cache_gib: float = 0.0
+    """Memory for the engine's KV cache, GiB; 0: what `gpu_memory_fraction` leaves (GPU only)."""
+    gpu_memory_fraction: float = 0.6
+    """Share of the GPU the engine may use while it is awake."""
+    block_size: int = 0
+    """Tokens in one KV block; 0: 32 on CPU, 16 on GPU."""
+    enforce_eager: bool = False
+    """Skip graph capture and compilation; always on where there is no GPU."""
+    gain: GainConfig = field(default_factory=GainConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "prompts_per_step",
+            "group_size",
+            "max_turns",
+            "max_turn_tokens",
+            "max_response_tokens",
+            "tensor_parallel",
+            "max_concurrent",
+        ):
+            require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "> 0")
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
+        require(
+            self.dtype in ("auto", "bfloat16", "float32"),
+            "rollout.dtype",
+            self.dtype,
+            "auto | bfloat16 | float32",
+        )
+        require(self.kv_cache_gib >= 0, "rollout.kv_cache_gib", self.kv_cache_gib, ">= 0")
+        require(
+            0 < self.gpu_memory_fraction <= 0.95,
+            "rollout.gpu_memory_fraction",
+            self.gpu_memory_fraction,
+            "in (0, 0.95]",
+        )

@@ -1,0 +1,96 @@
+"""The run as a whole: length, seed, output, evaluation, checkpoints; and the root of the configuration."""
+
+from dataclasses import dataclass, field
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.check import require
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.refit import RefitConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.config.warmstart import WarmstartConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    name: str
+    """Names the run's folder, `root`/`name`."""
+    root: str = "runs"
+    """Folder that holds the runs."""
+    steps: int = 240
+    """Training steps (paper: about 240)."""
+    seed: int = 0
+    """Seeds sampling of prompts, rollouts and initial state; results do not depend on the layout."""
+    log_rollouts: int = 8
+    """Trajectories per step shown as text in TensorBoard; all are kept in rollouts/."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            "run.name",
+            self.name,
+            "a folder name without /",
+        )
+        require(self.steps >= 1, "run.steps", self.steps, ">= 1")
+        require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 10
+    """Steps between evaluations; 0: only where `at_start` or the last step asks."""
+    at_start: bool = True
+    """Evaluate the untrained policy, as the base line."""
+    max_questions: int = 256
+    """Questions used, the first of data.test; 0: all."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every", self.every, ">= 0")
+        require(self.max_questions >= 0, "evaluation.max_questions", self.max_questions, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 20
+    """Steps between checkpoints; 0: only after the last step."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run depends on; one YAML file."""
+
+    run: RunSettings
+    model: ModelConfig
+    data: DataConfig
+    search: SearchConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    refit: RefitConfig = field(default_factory=RefitConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
+            "update.prompts_per_minibatch",
+            self.update.prompts_per_minibatch,
+            f"a divisor of rollout.prompts_per_step ({self.rollout.prompts_per_step})",
+        )
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence the engine must hold, tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens

@@ -1,0 +1,42 @@
+"""The search tool."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Where passages come from and how many the policy sees."""
+
+    backend: str = "bm25"
+    """bm25 (index built in process over `corpus`) | http (Search-R1 compatible server at `url`)."""
+    corpus: str = ""
+    """JSONL file of passages, each with `id` and `contents` ("title"\\ntext); used by bm25."""
+    url: str = ""
+    """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
+    top_k: int = 3
+    """Passages returned for a query (paper: 3)."""
+    max_passage_tokens: int = 400
+    """Each passage is cut to this many tokens."""
+    timeout_s: float = 30.0
+    """Longest wait for one answer, seconds."""
+    max_attempts: int = 3
+    """Tries of one query before the policy is told that the search failed."""
+    num_workers: int = 16
+    """Queries in flight per rank."""
+
+    def __post_init__(self) -> None:
+        require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")
+        if self.backend == "bm25":
+            require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
+        else:
+            require(
+                self.url.startswith(("http://", "https://")),
+                "search.url",
+                self.url,
+                "an http:// or https:// address, with search.backend=http",
+            )
+        for name in ("top_k", "max_passage_tokens", "max_attempts", "num_workers"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
+        require(self.timeout_s > 0, "search.timeout_s", self.timeout_s, "> 0")

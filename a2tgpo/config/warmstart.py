@@ -1,0 +1,26 @@
+"""Supervised warm start on demonstrations (launch/warmstart.py)."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmstartConfig:
+    demonstrations: str = ""
+    """JSONL of demonstrations, made by tools/prepare_data.py; empty: no warm start."""
+    out: str = ""
+    """Folder that receives the warm-started Hugging Face checkpoint."""
+    steps: int = 200
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Demonstrations per optimizer step, over all ranks."""
+    lr: float = 1e-3
+    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth."""
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")
+        require(self.batch_size >= 1, "warmstart.batch_size", self.batch_size, ">= 1")
+        require(self.lr > 0, "warmstart.lr", self.lr, "> 0")
+        require(self.weight_decay >= 0, "warmstart.weight_decay", self.weight_decay, ">= 0")

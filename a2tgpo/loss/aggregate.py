@@ -1,0 +1,43 @@
+"""How token losses become one number, as one weight per trajectory's tokens.
+
+Normalisers are global over the mini-batch, so the weighted sum, and its gradient, do not depend on micro-batches,
+packing or the data-parallel split.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+def token_weights(
+    num_sampled_tokens: torch.Tensor,
+    *,
+    aggregation: str,
+    norm_length: int,
+    dp_group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Weight w_i of each sampled token of trajectory i, so that loss = sum_i w_i sum_k l_{i,k}.
+
+    Every rank of `dp_group` must call this, also with no trajectory. A trajectory without sampled tokens
+    contributes nothing and is not counted.
+
+    Args:
+        num_sampled_tokens: [N] int64: |M_i| of this rank's trajectories.
+        aggregation: seq-mean-token-mean (Eq. 12) | token-mean | seq-mean-token-sum | seq-mean-token-sum-norm.
+        norm_length: the constant that divides under seq-mean-token-sum-norm, tokens.
+
+    Returns:
+        [N] float64.
+    """
+    tokens = num_sampled_tokens.to(torch.float64)
+    totals = torch.stack([(tokens > 0).sum().to(torch.float64), tokens.sum()])
+    if dp_group is not None and dist.get_world_size(dp_group) > 1:
+        dist.all_reduce(totals, group=dp_group)
+    num_trajectories, num_tokens = totals.clamp(min=1)
+    ones = torch.ones_like(tokens)
+    if aggregation == "token-mean":
+        return ones / num_tokens
+    if aggregation == "seq-mean-token-mean":
+        return ones / (num_trajectories * tokens.clamp(min=1))
+    if aggregation == "seq-mean-token-sum":
+        return ones / num_trajectories
+    return ones / norm_length

@@ -1,0 +1,17 @@
+"""Per-token estimators of KL(policy || reference) (Schulman's k1, k2, k3)."""
+
+import torch
+
+MAX_LOG_RATIO = 10.0
+
+
+def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
+    """[n] nats: k1 = lp - ref, k2 = (lp - ref)^2 / 2, k3 = e^d - d - 1 with d = ref - lp, in [-10, 10]."""
+    difference = logprobs - ref_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference * difference
+    # The log-ratio may be past what exp can hold early after a bad update; the estimate itself is bounded too.
+    d = (-difference).clamp(-20.0, 20.0)
+    return (d.exp() - d - 1.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

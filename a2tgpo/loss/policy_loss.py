@@ -1,0 +1,88 @@
+"""The clipped policy objective on the sampled tokens of one micro-batch (Eq. 12)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.loss.adaptive_clip import clipped_ratio
+from a2tgpo.loss.kl import kl_penalty
+from a2tgpo.loss.turn_ratio import shared_log_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """Flat tensors over the sampled tokens of one micro-batch; n may be 0."""
+
+    old_logprobs: torch.Tensor
+    """[n] by the trainer, before the first update of the step."""
+    advantages: torch.Tensor
+    """[n]: the advantage of the token's turn."""
+    clip_scale: torch.Tensor
+    """[n]: c of the token's turn."""
+    weights: torch.Tensor
+    """[n]: see `aggregate.token_weights`."""
+    turn_ids: torch.Tensor
+    """[n] int64: the token's turn within the micro-batch."""
+    sequence_ids: torch.Tensor
+    """[n] int64: the token's trajectory within the micro-batch."""
+    num_turns: int
+    num_sequences: int
+    ref_logprobs: torch.Tensor | None = None
+    """[n] by the reference; needed when kl_coef > 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """The loss, and the per-token quantities the metrics are made of (all detached, [n])."""
+
+    loss: torch.Tensor
+    token_loss: torch.Tensor
+    ratio: torch.Tensor
+    is_clipped: torch.Tensor
+    """The clipped branch is strictly larger."""
+    is_dual_clipped: torch.Tensor
+    """The dual clip binds."""
+    kl: torch.Tensor
+    """KL to the reference; zeros without one."""
+
+
+def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
+    """Weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
+
+    Args:
+        logprobs: [n] current policy, with gradient.
+
+    Returns:
+        `PolicyLoss`; its `loss` is this micro-batch's share of the globally normalised loss.
+    """
+    segment_ids, num_segments = _segments(inputs, config.ratio)
+    ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()
+    bounded = clipped_ratio(ratio, inputs.clip_scale, clip_low=config.clip_low, clip_high=config.clip_high)
+    plain, clipped = -inputs.advantages * ratio, -inputs.advantages * bounded
+    token_loss = torch.maximum(plain, clipped)
+    is_dual_clipped = torch.zeros_like(token_loss, dtype=torch.bool)
+    if config.dual_clip:
+        ceiling = -inputs.advantages * config.dual_clip
+        is_dual_clipped = (inputs.advantages < 0) & (token_loss > ceiling)
+        token_loss = torch.where(inputs.advantages < 0, torch.minimum(token_loss, ceiling), token_loss)
+    total, kl = token_loss, torch.zeros_like(token_loss)
+    if inputs.ref_logprobs is not None:
+        kl = kl_penalty(logprobs, inputs.ref_logprobs, config.kl_estimator)
+        total = total + config.kl_coef * kl
+    return PolicyLoss(
+        loss=(inputs.weights * total).sum(),
+        token_loss=token_loss.detach(),
+        ratio=ratio.detach(),
+        is_clipped=clipped.detach() > plain.detach(),
+        is_dual_clipped=is_dual_clipped,
+        kl=kl.detach(),
+    )
+
+
+def _segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
+    if level == "turn":
+        return inputs.turn_ids, inputs.num_turns
+    if level == "sequence":
+        return inputs.sequence_ids, inputs.num_sequences
+    return None, 0

@@ -1,0 +1,32 @@
+"""The importance ratio, shared by the tokens of a turn, a sequence, or by none (Eq. 10)."""
+
+import torch
+
+MAX_LOG_RATIO = 10.0
+
+
+def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Mean of `values` [n] over each segment: [num_segments]; 0 for an empty one. Differentiable."""
+    total = values.new_zeros(num_segments).index_add(0, segment_ids, values)
+    count = values.new_zeros(num_segments).index_add(0, segment_ids, torch.ones_like(values))
+    return total / count.clamp(min=1)
+
+
+def shared_log_ratio(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, segment_ids: torch.Tensor | None, num_segments: int
+) -> torch.Tensor:
+    """log s per token: the segment's mean of log pi - log pi_old, at most 10.
+
+    Args:
+        logprobs: [n] with gradient; a token of a turn of length L gets 1/L of the ratio's gradient.
+        old_logprobs: [n].
+        segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
+        num_segments: number of segments.
+
+    Returns:
+        [n].
+    """
+    log_ratio = logprobs - old_logprobs
+    if segment_ids is not None:
+        log_ratio = segment_mean(log_ratio, segment_ids, num_segments)[segment_ids]
+    return log_ratio.clamp(max=MAX_LOG_RATIO)

@@ -1,0 +1,95 @@
+"""The outcome reward: exact match behind a format gate (Eq. 13-15)."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2tgpo.reward.answer_match import exact_match, f1_score
+
+BAD_FORMAT_REWARD = -1.0
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_TOOL_TAG = re.compile(r"</?(?:search|result)>")
+_THINK_TAG = re.compile(r"</?think>")
+_ANSWER_TAG = re.compile(r"</?answer>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutcomeScore:
+    """What one response is worth."""
+
+    reward: float
+    """EM if the format holds, else -1."""
+    exact_match: float
+    """EM of the extracted answer, whether or not the format holds; 0.0 if none can be extracted."""
+    f1: float
+    format_ok: bool
+    answer: str | None
+    """Text inside the last box of the last answer; None if there is none."""
+
+
+def judged_text(turns: Sequence[tuple[str, bool]]) -> str:
+    """The text the format is judged on: what the policy wrote, with every tool result emptied.
+
+    Retrieved passages may contain tags of their own; they must not count for or against the policy.
+
+    Args:
+        turns: the decoded text of each turn, and whether the environment answered it with a result.
+    """
+    return "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
+
+
+def score_response(response: str, golds: Sequence[str]) -> OutcomeScore:
+    """Reward, EM and F1 of a whole response (all turns, `<result>` blocks included)."""
+    answer = extract_answer(response)
+    format_ok = answer is not None and is_well_formed(response)
+    match = 0.0 if answer is None else exact_match(answer, golds)
+    return OutcomeScore(
+        reward=match if format_ok else BAD_FORMAT_REWARD,
+        exact_match=match,
+        f1=0.0 if answer is None else f1_score(answer, golds),
+        format_ok=format_ok,
+        answer=answer,
+    )
+
+
+def is_well_formed(response: str) -> bool:
+    r"""Balanced thought, exactly one answer with a box in it, every search answered by one result."""
+    return (
+        _is_balanced(_THINK_TAG.findall(response), "<think>")
+        and _ANSWER_TAG.findall(response) == ["<answer>", "</answer>"]
+        and _searches_are_answered(_TOOL_TAG.findall(response))
+        and extract_answer(response) is not None
+    )
+
+
+def extract_answer(response: str) -> str | None:
+    r"""Content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none."""
+    blocks = _ANSWER.findall(response)
+    return _last_box(blocks[-1]) if blocks else None
+
+
+def _last_box(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for position in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start:position]
+    return None
+
+
+def _is_balanced(tags: list[str], opening: str) -> bool:
+    depth = 0
+    for tag in tags:
+        depth += 1 if tag == opening else -1
+        if depth < 0:
+            return False
+    return bool(tags) and depth == 0
+
+
+def _searches_are_answered(tags: list[str]) -> bool:
+    exchange = ["<search>", "</search>", "<result>", "</result>"]
+    return len(tags) % len(exchange) == 0 and tags == exchange * (len(tags) // len(exchange))

@@ -1,0 +1,87 @@
+"""The records that travel through a training step.
+
+Token ids are the truth everywhere: what the engine sampled is what the loss sees. Nothing is decoded and
+encoded again, and no turn boundary is ever inferred from a mask or a value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question of a step, rendered and tokenised."""
+
+    index: int
+    """Position in the step's prompt list, equal on all ranks; names the group in all statistics."""
+    id: str
+    """The question's id in its data set."""
+    question: str
+    answers: tuple[str, ...]
+    """Gold answer and its aliases; never empty."""
+    tokens: tuple[int, ...]
+    """The rendered prompt, generation header included."""
+    hops: int = 0
+    """Searches the question needs, 0 where the data set does not say; used for reporting only."""
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """What the policy wrote in one go, and what the environment answered."""
+
+    tokens: list[int]
+    """Sampled ids, stop string included."""
+    rollout_logprobs: list[float]
+    """log p of each sampled token by the engine, nats; same length as `tokens`."""
+    observation_tokens: list[int] = field(default_factory=list)
+    """The tool's answer, never trained on; empty for the final turn."""
+    query: str | None = None
+    """The search query of a process turn; None for the final turn."""
+    search_failed: bool = False
+    """The tool did not answer; the observation then states so."""
+    answer_prob: float | None = None
+    """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
+    info_gain: float | None = None
+    """ig_t = P_t - P_{t-1} (or its log form); None on a final turn and where it could not be computed."""
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """One rollout of one prompt: process turns, then (unless cut short) the turn that carries the answer."""
+
+    prompt_index: int
+    prompt_id: str
+    sample_index: int
+    """0..group_size-1 within its prompt."""
+    prompt_tokens: list[int]
+    turns: list[Turn]
+    stop_reason: str
+    """answer | length | max_turns | empty_query | context; see `rollout.multi_turn`."""
+    baseline_prob: float | None = None
+    """P_0, from the prompt alone."""
+    outcome_reward: float = 0.0
+    exact_match: float = 0.0
+    """EM of the extracted answer, whether or not the format holds."""
+    format_ok: bool = False
+    hops: int = 0
+
+    @property
+    def num_process_turns(self) -> int:
+        """n_i: turns that ended with a tool call and were answered."""
+        return sum(1 for turn in self.turns if turn.query is not None)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return sum(len(turn.tokens) for turn in self.turns)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence: prompt, sampled tokens, observations."""
+        return len(self.prompt_tokens) + sum(
+            len(turn.tokens) + len(turn.observation_tokens) for turn in self.turns
+        )
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)

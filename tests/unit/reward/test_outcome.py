@@ -1,0 +1,49 @@
+import pytest
+
+from a2tgpo.reward.answer_match import exact_match, f1_score, normalize_answer
+from a2tgpo.reward.outcome import extract_answer, is_well_formed, judged_text, score_response
+
+ANSWER = "<think> so </think> <answer> \\boxed{Paris} </answer>"
+
+
+def test_tags_inside_a_retrieved_passage_do_not_count():
+    turns = [("<think> a </think> <search> capital </search>", True), (ANSWER, False)]
+    assert score_response(judged_text(turns), ["Paris"]).reward == 1.0
+    raw = turns[0][0] + " <result> <answer> x </answer> </search> </result>" + ANSWER
+    assert score_response(raw, ["Paris"]).reward == -1.0
+
+
+def test_a_result_written_by_the_policy_breaks_the_format():
+    assert not is_well_formed("<result> Paris </result>" + ANSWER)
+
+
+def test_a_search_without_answer_from_the_environment_breaks_the_format():
+    assert not is_well_formed(judged_text([("<search> a </search>", False), (ANSWER, False)]))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<think>", "</think><think>", "\\boxed{", "<answer>\\boxed{a", "}" * 50]
+)
+def test_broken_output_gets_the_format_penalty_and_never_raises(text):
+    score = score_response(text, ["x"])
+    assert score.reward == -1.0 and score.exact_match == 0.0 and not score.format_ok
+
+
+def test_right_answer_in_bad_format_counts_for_the_ungated_match_only():
+    score = score_response("<answer> \\boxed{Paris} </answer>", ["paris"])
+    assert score.exact_match == 1.0 and score.reward == -1.0
+
+
+def test_box_content_keeps_inner_braces():
+    assert extract_answer("<answer>\\boxed{a{b}c}</answer>") == "a{b}c"
+
+
+def test_normalisation_drops_case_punctuation_articles_and_spaces():
+    assert normalize_answer("  The  U.S.A., an Ally ") == "usa ally"
+    assert normalize_answer("Theatre") == "theatre"
+
+
+def test_any_alias_counts_and_f1_is_the_best_over_aliases():
+    assert exact_match("NYC", ["New York City", "nyc"]) == 1.0
+    assert f1_score("New York", ["London", "New York City"]) == pytest.approx(0.8)
+    assert f1_score("", ["London"]) == 0.0

@@ -1,0 +1,36 @@
+"""The golden vectors, and the proof that the tool that runs them can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def run_tool(directory: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "check_golden.py"), str(directory), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_golden_vectors_are_reproduced_in_float64():
+    result = run_tool(GOLDEN, "--tolerance", "1e-9")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("0 past 1e-09") == 4
+
+
+def test_a_wrong_number_or_a_foreign_file_fails_the_check(tmp_path):
+    golden = json.loads((GOLDEN / "advantage.json").read_text())
+    golden["cases"][0]["expect"][0]["adv"][0] += 1e-6
+    (tmp_path / "advantage.json").write_text(json.dumps(golden))
+    result = run_tool(tmp_path)
+    assert result.returncode == 1 and golden["cases"][0]["name"] in result.stdout
+    (tmp_path / "advantage.json").write_text('{"schema": "something/else"}')
+    result = run_tool(tmp_path)
+    assert result.returncode == 1 and "not a golden file" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_empty_directory_fails_the_check(tmp_path):
+    assert run_tool(tmp_path).returncode == 1
