@@ -43,24 +43,20 @@ def _parse(raw: bytes, where: str) -> dict | None:
         return None
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        detail = (
-            f"{error.msg}, column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else "nested too deep"
-        )
+    except (ValueError, RecursionError) as error:
+        detail = "a number too long, or nested too deep"
+        if isinstance(error, json.JSONDecodeError):
+            detail = f"{error.msg}, column {error.colno}"
         raise ConfigError(f"{where}: not JSON ({detail}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
     return record
 
 
-def text_field(record: dict, name: str, where: str, *, allow_empty: bool = False) -> str:
+def text_field(record: dict, name: str, where: str) -> str:
     """The text `record[name]`; ConfigError naming `where` and `name` if it is missing, no text or blank."""
     value = record.get(name)
-    if not isinstance(value, str) or not (allow_empty or value.strip()):
+    if not isinstance(value, str) or not value.strip():
         found = "missing" if name not in record else f"{value!r:.60}"
-        raise ConfigError(
-            f"{where}: `{name}` is {found}; allowed: a {'' if allow_empty else 'non-empty '}text"
-        )
+        raise ConfigError(f"{where}: `{name}` is {found}; allowed: a non-empty text")
     return value

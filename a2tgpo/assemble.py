@@ -1,0 +1,146 @@
+"""Everything a run is made of, built from its configuration in the order that fails early."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from a2tgpo.config.check import require
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.model.build import Policy, build_policy
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.search.tool import SearchTool, build_search
+from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicas:
+    """How the ranks share the engines: neighbours form a replica, each plays its own prompts."""
+
+    index: int
+    count: int
+    is_first: bool
+    """This rank counts for its replica."""
+    group: dist.ProcessGroup | None
+    """The ranks of this replica; None where it is this rank alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """The long-lived objects of one rank."""
+
+    config: RunConfig
+    groups: ParallelGroups
+    replicas: Replicas
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: PromptSet
+    test_prompts: PromptSet
+    sampler: PromptSampler
+    policy: Policy
+    reference: Policy | None
+    """Only with a KL penalty."""
+    optimizer: Any
+    schedule: LearningRateSchedule
+    engine: VllmEngine
+    search: SearchTool
+    rollout: GroupRollout
+
+    def close(self) -> None:
+        """Stop the search threads and the engine; the process group stays."""
+        self.rollout.close()
+        self.search.close()
+        self.engine.close()
+
+
+def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
+    """Build all parts; every rank must call this. What is cheap to check comes before what is slow to build.
+
+    Raises:
+        ConfigError: one line; anything a person wrote that cannot be run.
+    """
+    replicas = _replicas(config, groups)
+    load_hf_config(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    template = PromptTemplate(tokenizer, config.data.instructions)
+    train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
+    test_questions = load_questions(config.data.test, key="data.test")
+    limit = config.evaluation.max_questions or len(test_questions)
+    test_prompts = _prompt_set(test_questions[:limit], template, config)
+    sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
+    search = build_search(config.search)
+
+    policy = build_policy(config.model, config.parallel, groups, update=config.update)
+    reference = None
+    if config.algorithm.kl_coef > 0:
+        reference = build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+    minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
+    optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
+    engine = VllmEngine(
+        config.model.path,
+        config=config.rollout,
+        model_dtype=config.model.dtype,
+        max_model_len=config.max_model_len,
+        seed=config.run.seed,
+    )
+    rollout = GroupRollout(
+        engine,
+        search,
+        tokenizer,
+        rollout=config.rollout,
+        search_config=config.search,
+        score_trajectory=functools.partial(score_trajectory, measure=config.rollout.gain.measure),
+        replica_group=replicas.group,
+    )
+    return RunParts(
+        config=config,
+        groups=groups,
+        replicas=replicas,
+        tokenizer=tokenizer,
+        train_prompts=train_prompts,
+        test_prompts=test_prompts,
+        sampler=sampler,
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        schedule=schedule,
+        engine=engine,
+        search=search,
+        rollout=rollout,
+    )
+
+
+def _prompt_set(questions: list[Question], template: PromptTemplate, config: RunConfig) -> PromptSet:
+    return PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
+
+
+def _replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
+    size = config.rollout.tensor_parallel
+    require(
+        groups.world_size % size == 0,
+        "rollout.tensor_parallel",
+        size,
+        f"a divisor of the {groups.world_size} processes",
+    )
+    group = None
+    for first in range(0, groups.world_size, size):
+        ranks = list(range(first, first + size))
+        made = dist.new_group(ranks) if size > 1 else None
+        if groups.rank in ranks:
+            group = made
+    return Replicas(
+        index=groups.rank // size,
+        count=groups.world_size // size,
+        is_first=groups.rank % size == 0,
+        group=group,
+    )

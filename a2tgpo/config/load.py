@@ -1,0 +1,258 @@
+"""YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
+
+A file may name another with `base:` (relative to itself); what it sets itself wins, arguments win over
+files. All other relative paths in a configuration are relative to the folder the program is started in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+
+BASE_KEY = "base"
+COMMAND_LINE = "command line"
+
+# YAML 1.1 reads 1e-6 as a text, for want of a dot; as a number it is meant.
+_FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: Any
+    source: str
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file `path`, its bases under it, `overrides` on top.
+
+    Args:
+        path: YAML file of sections.
+        overrides: `section.field=value` each; later ones win. The value is read as YAML, except for texts,
+            which are taken as they stand.
+
+    Raises:
+        ConfigError: one line naming the file (or the command line), the key, its value and what is allowed.
+    """
+    fields = dict(_leaf_types(RunConfig))
+    entries: dict[str, _Entry] = {}
+    for file in reversed(_base_chain(Path(path))):
+        entries.update(_flatten(_read_yaml(file), RunConfig, "", str(file), fields))
+    for override in overrides:
+        entries.update(_parse_override(override, fields))
+    _require_all(RunConfig, entries, str(path))
+    try:
+        return _build(RunConfig, "", entries)
+    except ConfigError as error:
+        # A section's own rule names the key first; the key says who set it last.
+        key = str(error).split(" ", 1)[0]
+        source = entries[key].source if key in entries else str(path)
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested dicts of plain values, every key written out."""
+    return dataclasses.asdict(config)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML with every key; `load_config` on it gives an equal one."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted key, type) of every field below `section` that is not a section itself."""
+    for name, kind in get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type), f"{prefix}{name} holds an instance where its class is meant"
+            yield from _leaf_types(kind, f"{prefix}{name}.")
+        else:
+            assert kind in _TYPE_NAMES, f"{prefix}{name}: configuration fields cannot be of type {kind}"
+            yield prefix + name, kind
+
+
+def _base_chain(path: Path) -> list[Path]:
+    """`path`, its base, that one's base, ..."""
+    chain: list[Path] = []
+    named_by = ""
+    while True:
+        if any(path.resolve() == seen.resolve() for seen in chain):
+            circle = " -> ".join(str(file) for file in [*chain, path])
+            raise ConfigError(f"{chain[-1]}: base is {str(path)!r}, which goes round in a circle: {circle}")
+        if not path.is_file():
+            raise ConfigError(f"{named_by}no configuration file {path}; give an existing YAML file")
+        chain.append(path)
+        base = _read_yaml(path).get(BASE_KEY)
+        if base is None:
+            return chain
+        if not isinstance(base, str):
+            raise ConfigError(
+                f"{path}: base is {base!r}; allowed: the path of one YAML file, relative to this one"
+            )
+        named_by = f"{path}: base: "
+        path = path.parent / base
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, which plain YAML resolves silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in keys and key_node.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} stands there a second time", key_node.start_mark
+                )
+            if isinstance(key_node.value, str):
+                keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}{_yaml_fault(error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: {type(content).__name__} found; a configuration is a mapping of sections")
+    return content
+
+
+def _yaml_fault(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+    return f"{where}: not valid YAML ({' '.join(str(reason).split())})"
+
+
+def _flatten(
+    mapping: dict, section: type, prefix: str, source: str, fields: dict[str, type]
+) -> Iterator[tuple[str, _Entry]]:
+    """(dotted key, typed value) of everything that `mapping` sets."""
+    hints = get_type_hints(section)
+    for name, value in mapping.items():
+        if not prefix and name == BASE_KEY:
+            continue
+        key = f"{prefix}{name}"
+        if name not in hints:
+            candidates = _sections(fields) if isinstance(value, dict) else list(fields)
+            raise ConfigError(f"{source}: unknown key {key}; nearest valid key: {_nearest(key, candidates)}")
+        if not dataclasses.is_dataclass(hints[name]):
+            yield key, _Entry(_typed(value, hints[name], key, source), source)
+        elif isinstance(value, dict):
+            yield from _flatten(value, hints[name], f"{key}.", source, fields)
+        elif value is not None:
+            example = _example(key, fields)
+            raise ConfigError(
+                f"{source}: {key} is {value!r:.80}; allowed: a section, with keys like {example}"
+            )
+
+
+def _parse_override(override: str, fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals:
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} has no value; write section.field=value")
+    if key not in fields:
+        if any(field.startswith(f"{key}.") for field in fields):
+            example = _example(key, fields)
+            raise ConfigError(f"{COMMAND_LINE}: {key} is a section; set one of its keys, like {example}=...")
+        raise ConfigError(
+            f"{COMMAND_LINE}: unknown key {key}; nearest valid key: {_nearest(key, list(fields))}"
+        )
+    value: Any = text
+    if fields[key] is not str:
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            value = text  # a text where none is allowed: refused below, with the key
+    yield key, _Entry(_typed(value, fields[key], key, COMMAND_LINE), COMMAND_LINE)
+
+
+def _typed(value: Any, kind: type, key: str, source: str) -> Any:
+    """`value` if it is of `kind`; an integer, or a text such as 1e-6, also passes for a float."""
+    if kind is float and not isinstance(value, bool):
+        number = value
+        if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
+            number = float(value)
+        if isinstance(number, int | float) and _is_finite(number):
+            return float(number)
+    elif type(value) is kind:
+        return value
+    hint = " (put it in quotes)" if kind is str and not isinstance(value, dict | list | None) else ""
+    raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: {_TYPE_NAMES[kind]}{hint}")
+
+
+def _is_finite(number: int | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer past the range of floats
+        return False
+
+
+def _sections(fields: dict[str, type]) -> list[str]:
+    """Dotted keys of all sections that `fields` are in."""
+    return list(dict.fromkeys(key[:end] for key in fields for end, letter in enumerate(key) if letter == "."))
+
+
+def _nearest(key: str, candidates: Sequence[str]) -> str:
+    """The candidate most like `key`, as a whole and in its last part."""
+    leaf = key.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
+        return whole + last
+
+    return max(candidates, key=likeness)
+
+
+def _example(section_key: str, fields: dict[str, type]) -> str:
+    return next(field for field in fields if field.startswith(f"{section_key}."))
+
+
+def _require_all(section: type, entries: dict[str, _Entry], path: str) -> None:
+    missing = sorted(_missing(section, "", entries))
+    if missing:
+        names = ", ".join(missing)
+        raise ConfigError(f"{path}: required and not set: {names}; set it there or as {missing[0]}=value")
+
+
+def _missing(section: type, prefix: str, entries: dict[str, _Entry]) -> Iterator[str]:
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        key = prefix + field.name
+        optional = (
+            field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        )
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _missing(hints[field.name], f"{key}.", entries)
+        elif not optional and key not in entries:
+            yield key
+
+
+def _build(section: Any, prefix: str, entries: dict[str, _Entry]) -> Any:
+    hints = get_type_hints(section)
+    values: dict[str, Any] = {}
+    for name, kind in hints.items():
+        key = prefix + name
+        if dataclasses.is_dataclass(kind):
+            values[name] = _build(kind, f"{key}.", entries)
+        elif key in entries:
+            values[name] = entries[key].value
+    return section(**values)

@@ -1,0 +1,129 @@
+"""Demonstrations: written-out trajectories for the supervised warm start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.json_lines import read_json_lines, text_field
+from a2tgpo.data.question_set import Question, parse_question
+from a2tgpo.data.template import PromptTemplate
+from a2tgpo.trajectory import Trajectory, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEARCH_OPEN, SEARCH_CLOSE = "<search>", "</search>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A question with the turns that a policy should have written and the observations it would have got."""
+
+    question: Question
+    turns: tuple[tuple[str, str | None], ...]
+    """(text of the policy, observation); every turn but the last has an observation."""
+    quality: str = ""
+    """Label of the data set's maker; used for reporting only."""
+
+
+def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
+    """Every demonstration of a JSONL file, in file order.
+
+    A record is a question's (see `load_questions`) with `turns`: a list of {"text", "observation"}. Every
+    turn but the last ends with </search> and has an observation; the last has none. Ids may repeat: several
+    demonstrations of one question.
+
+    Raises:
+        ConfigError: one line; unreadable file, bad record (with its line), no demonstration at all.
+    """
+    demonstrations = [
+        _parse_demonstration(record, where, default_id=str(index))
+        for index, (where, record) in enumerate(read_json_lines(path, key=key))
+    ]
+    if not demonstrations:
+        raise ConfigError(f"{key}: {path} holds no demonstration; give a file with at least one")
+    return demonstrations
+
+
+def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demonstration:
+    raw_turns = record.get("turns")
+    if (
+        not isinstance(raw_turns, list)
+        or not raw_turns
+        or not all(isinstance(turn, dict) for turn in raw_turns)
+    ):
+        raise ConfigError(f"{where}: `turns` must be a list with at least one {{text, observation}}")
+    turns: list[tuple[str, str | None]] = []
+    for number, turn in enumerate(raw_turns, start=1):
+        turn_where = f"{where}, turn {number} of {len(raw_turns)}"
+        text = text_field(turn, "text", turn_where)
+        if number == len(raw_turns):
+            if turn.get("observation") is not None:
+                raise ConfigError(
+                    f"{turn_where}: the last turn has an observation; add the turn that follows it"
+                )
+            turns.append((text, None))
+            continue
+        observation = text_field(turn, "observation", turn_where)
+        if SEARCH_OPEN not in text or not text.endswith(SEARCH_CLOSE):
+            raise ConfigError(f"{turn_where}: `text` must end with {SEARCH_OPEN} query {SEARCH_CLOSE}")
+        turns.append((text, observation))
+    quality = record.get("quality")
+    return Demonstration(
+        question=parse_question(record, where, default_id=default_id),
+        turns=tuple(turns),
+        quality=quality if isinstance(quality, str) else "",
+    )
+
+
+def to_trajectory(
+    demonstration: Demonstration,
+    *,
+    template: PromptTemplate,
+    prompt_index: int,
+    append_eos: bool = False,
+) -> Trajectory:
+    """The demonstration as the trajectory that a rollout would have recorded; its log-probs are 0.
+
+    Every piece (prompt, text, observation) is tokenised on its own, as in a rollout, where a turn is cut at
+    the closing tag before the observation is appended.
+
+    Args:
+        demonstration: what to tokenise.
+        template: renders the prompt; its tokenizer is used for all pieces.
+        prompt_index: `Trajectory.prompt_index`.
+        append_eos: teach the end-of-sequence token after the last turn. Rollouts stop at </answer>, so it
+            is not needed for them.
+
+    Raises:
+        ConfigError: if `append_eos` and the tokenizer has no end-of-sequence token.
+    """
+    tokenizer = template.tokenizer
+    turns = [_to_turn(tokenizer, text, observation) for text, observation in demonstration.turns]
+    if append_eos:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"model.path: the tokenizer of {tokenizer.name_or_path} has no eos token to train on"
+            )
+        turns[-1].tokens.append(tokenizer.eos_token_id)
+        turns[-1].rollout_logprobs.append(0.0)
+    return Trajectory(
+        prompt_index=prompt_index,
+        prompt_id=demonstration.question.id,
+        sample_index=0,
+        prompt_tokens=list(template.render(demonstration.question.question)),
+        turns=turns,
+        stop_reason="answer",
+        hops=demonstration.question.hops,
+    )
+
+
+def _to_turn(tokenizer: PreTrainedTokenizerBase, text: str, observation: str | None) -> Turn:
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    turn = Turn(tokens=tokens, rollout_logprobs=[0.0] * len(tokens))
+    if observation is not None:
+        turn.observation_tokens = tokenizer(observation, add_special_tokens=False)["input_ids"]
+        turn.query = text.rpartition(SEARCH_OPEN)[2].removesuffix(SEARCH_CLOSE).strip()
+    return turn

@@ -1,0 +1,85 @@
+"""Which questions each step asks: seeded epochs, the same on every rank and in every layout."""
+
+import numpy as np
+
+from a2tgpo.config.check import ConfigError, require
+
+
+class PromptSampler:
+    """Deals question indices, `per_step` at a time, in a new seeded order each epoch.
+
+    A step may span two epochs where `per_step` does not divide the number of questions; no step asks a
+    question twice (those already in the step go to the end of the new epoch's order). Every rank holds the
+    same sampler and takes its share of the step's list, so the order does not depend on how many ranks
+    there are.
+
+    Args:
+        num_questions: size of the set.
+        per_step: questions a step asks.
+        seed: names the sequence of orders.
+
+    Raises:
+        ConfigError: if the set is smaller than one step.
+    """
+
+    def __init__(self, num_questions: int, per_step: int, seed: int):
+        require(
+            per_step <= num_questions,
+            "rollout.prompts_per_step",
+            per_step,
+            f"at most the number of questions in data.train ({num_questions})",
+        )
+        self.num_questions = num_questions
+        self.per_step = per_step
+        self.seed = seed
+        self.epoch = 0
+        self._position = 0
+        self._deferred: list[int] = []
+        self._order = self._epoch_order()
+
+    def next_indices(self) -> list[int]:
+        """Indices of the next step's questions, all different: [per_step] in [0, num_questions)."""
+        chosen = self._order[self._position : self._position + self.per_step]
+        self._position += len(chosen)
+        if len(chosen) < self.per_step:
+            self.epoch += 1
+            self._deferred = chosen
+            self._order = self._epoch_order()
+            self._position = self.per_step - len(chosen)
+            chosen = chosen + self._order[: self._position]
+        return chosen
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` needs to go on from here; plain JSON values."""
+        return {
+            "num_questions": self.num_questions,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self._position,
+            "deferred": list(self._deferred),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken; `per_step` may differ.
+
+        Raises:
+            ConfigError: if the question set or the seed is another one.
+        """
+        for key, name, mine in (
+            ("num_questions", "the number of questions in data.train", self.num_questions),
+            ("seed", "run.seed", self.seed),
+        ):
+            if state[key] != mine:
+                raise ConfigError(
+                    f"{name} is {mine}, the checkpoint was made with {state[key]}; "
+                    "resume with the same data and seed, or start a new run"
+                )
+        self.epoch = state["epoch"]
+        self._position = state["position"]
+        self._deferred = list(state["deferred"])
+        self._order = self._epoch_order()
+
+    def _epoch_order(self) -> list[int]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_questions).tolist()
+        deferred = set(self._deferred)
+        return [i for i in order if i not in deferred] + [i for i in order if i in deferred]

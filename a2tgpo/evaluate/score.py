@@ -1,0 +1,43 @@
+"""What a played trajectory is worth: the outcome's reward and the gain of every process turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from a2tgpo.reward.info_gain import answer_logprob, answer_probability, info_gains
+from a2tgpo.reward.outcome import judged_text, score_response
+from a2tgpo.trajectory import Trajectory
+
+
+def score_trajectory(
+    trajectory: Trajectory,
+    turn_texts: Sequence[str],
+    answers: Sequence[str],
+    context_logprobs: Sequence[list[list[float]] | None],
+    *,
+    measure: str,
+) -> None:
+    """Fill in reward, exact match, format, answer probabilities and gains.
+
+    Args:
+        trajectory: changed in place.
+        turn_texts: what the policy wrote, turn by turn.
+        answers: the gold answer and its aliases.
+        context_logprobs: for the prompt and then after each process turn, log-probs per alias and token;
+            None where they could not be computed; empty if nothing was scored.
+        measure: `rollout.gain.measure`.
+    """
+    answered = [turn.query is not None for turn in trajectory.turns]
+    outcome = score_response(judged_text(list(zip(turn_texts, answered, strict=True))), answers)
+    trajectory.outcome_reward = outcome.reward
+    trajectory.exact_match = outcome.exact_match
+    trajectory.format_ok = outcome.format_ok
+    if not context_logprobs:
+        return
+    logprobs = [None if aliases is None else answer_logprob(aliases) for aliases in context_logprobs]
+    trajectory.baseline_prob = answer_probability(logprobs[0])
+    process_turns = [turn for turn in trajectory.turns if turn.query is not None]
+    gains = info_gains(logprobs, measure=measure)
+    for turn, logprob, gain in zip(process_turns, logprobs[1:], gains, strict=True):
+        turn.answer_prob = answer_probability(logprob)
+        turn.info_gain = gain

@@ -1,0 +1,42 @@
+"""How TensorBoard's custom-scalars page groups a run's metrics; patterns match from the start of a name."""
+
+_MULTILINE = "Multiline"
+
+TENSORBOARD_LAYOUT = {
+    "1 learning": {
+        "reward": [_MULTILINE, [r"reward/mean$"]],
+        "exact match while training": [_MULTILINE, [r"reward/em"]],
+        "exact match, held out": [_MULTILINE, [r"evaluation/em"]],
+        "F1, held out": [_MULTILINE, [r"evaluation/f1"]],
+        "format errors": [_MULTILINE, [r"reward/format_error"]],
+    },
+    "2 turns and gain": {
+        "gain by turn": [_MULTILINE, [r"gain/turn_\d+_mean$"]],
+        "share of positive gains by turn": [_MULTILINE, [r"gain/turn_\d+_positive$"]],
+        "gains that could not be computed": [_MULTILINE, [r"gain/missing"]],
+        "turns": [_MULTILINE, [r"turns/"]],
+        "failed searches": [_MULTILINE, [r"tools/"]],
+        "advantage": [_MULTILINE, [r"advantage/"]],
+    },
+    "3 clipping": {
+        "clip fraction": [_MULTILINE, [r"clip/fraction"]],
+        "clip fraction by turn": [_MULTILINE, [r"clip/turn_\d+"]],
+        "clip scale": [_MULTILINE, [r"clip/scale"]],
+        "ratio": [_MULTILINE, [r"ratio/"]],
+    },
+    "4 health": {
+        "entropy": [_MULTILINE, [r"entropy/"]],
+        "loss": [_MULTILINE, [r"update/loss"]],
+        "gradient norm": [_MULTILINE, [r"update/grad_norm"]],
+        "learning rate": [_MULTILINE, [r"update/lr"]],
+        "KL": [_MULTILINE, [r"kl/"]],
+        "train-engine gap of log-probs": [_MULTILINE, [r"gap/"]],
+        "refit": [_MULTILINE, [r"refit/"]],
+        "why rollouts stopped": [_MULTILINE, [r"stop/"]],
+    },
+    "5 speed": {
+        "seconds by stage": [_MULTILINE, [r"time/"]],
+        "throughput": [_MULTILINE, [r"speed/"]],
+        "lengths": [_MULTILINE, [r"length/"]],
+    },
+}

@@ -1,0 +1,37 @@
+"""What a step's trajectories say: rewards, turns, tools, gains, lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.trajectory import Trajectory
+
+
+def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory]) -> None:
+    """Add the sums and counts of these trajectories; reduce over ranks that hold different ones."""
+    count = len(trajectories)
+    metrics.add("reward/mean", sum(t.outcome_reward for t in trajectories), count)
+    metrics.add("reward/em", sum(t.exact_match for t in trajectories), count)
+    metrics.add("reward/format_error_rate", sum(not t.format_ok for t in trajectories), count)
+    metrics.add("turns/process_turns", sum(t.num_process_turns for t in trajectories), count)
+    metrics.add("length/response_tokens", sum(t.num_sampled_tokens for t in trajectories), count)
+    observed = [len(turn.observation_tokens) for t in trajectories for turn in t.turns]
+    metrics.add("length/observation_tokens", sum(observed), count)
+    metrics.add("length/total_tokens", sum(t.num_tokens for t in trajectories), count)
+    for reason, number in Counter(t.stop_reason for t in trajectories).items():
+        metrics.add(f"stop/{reason}", number, 0)
+    calls = [turn for t in trajectories for turn in t.turns if turn.query is not None]
+    metrics.add("tools/failed_rate", sum(turn.search_failed for turn in calls), len(calls))
+    for prompt_hops in sorted({t.hops for t in trajectories}):
+        members = [t for t in trajectories if t.hops == prompt_hops]
+        metrics.add(f"reward/em_{prompt_hops}_hops", sum(t.exact_match for t in members), len(members))
+    for trajectory in trajectories:
+        process_turns = [turn for turn in trajectory.turns if turn.query is not None]
+        for turn_index, turn in enumerate(process_turns, start=1):
+            if turn.info_gain is not None:
+                metrics.add(f"gain/turn_{turn_index}_mean", turn.info_gain, 1)
+                metrics.add(f"gain/turn_{turn_index}_positive", turn.info_gain > 0, 1)
+    missing = sum(turn.info_gain is None for turn in calls)
+    metrics.add("gain/missing_rate", missing, len(calls))

@@ -1,0 +1,47 @@
+"""Where a step's time goes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StageTimers:
+    """Adds up wall time by stage; stages may nest (the outer one then includes the inner) and repeat.
+
+    Args:
+        synchronize: called at both ends of a stage, e.g. torch.cuda.synchronize, so that queued work counts
+            where it was queued; None on CPU.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None):
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the body as `name`, also when it raises."""
+        self._settle()
+        self._open.append(name)
+        start = time.perf_counter()
+        try:
+            yield
+            self._settle()
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._open.pop()
+
+    @property
+    def current(self) -> str:
+        """The stages under way, outermost first, joined by /; empty outside of any."""
+        return "/".join(self._open)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by stage since the last call, as metrics `time/STAGE_s`, and start anew."""
+        taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+    def _settle(self) -> None:
+        if self._synchronize is not None:
+            self._synchronize()

@@ -1,0 +1,142 @@
+"""Twins of Transformer Engine's modules in plain PyTorch: same module tree, parameter names and layouts.
+
+A layer built from them has the state of one built from Transformer Engine, so checkpoints, weight tables and the
+layer specification do not know which machine they are on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch.nn.parameter import Parameter
+
+
+class CpuSpecProvider(LocalSpecProvider):
+    """Names the twins where `TESpecProvider` names Transformer Engine's modules."""
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return LayerNormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> type:
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        return PackedAttention
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float32 inside; result in x's dtype."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def _norm_weight(config: TransformerConfig, size: int) -> Parameter:
+    assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+    weight = Parameter(torch.ones(size, dtype=config.params_dtype))
+    # Its gradient is then summed over the tensor-parallel ranks, each of which saw a part of the sequence
+    # (megatron/core/distributed/finalize_model_grads.py:354).
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class RMSNorm(torch.nn.Module):
+    """Twin of TENorm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = _norm_weight(config, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNormColumnParallelLinear(ColumnParallelLinear):
+    """Twin of TELayerNormColumnParallelLinear: parameters layer_norm_weight, weight and, if asked for, bias."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
+    ) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = _norm_weight(config, input_size)
+        self.layer_norm_eps = config.layernorm_epsilon
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(rms_norm(input_, self.layer_norm_weight, self.layer_norm_eps), *args, **kwargs)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """Weight and bias split over tensor-parallel ranks along dimension 0, the norm's weight replicated."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups: dict[str, Any] = {}
+        # Megatron-Core 0.17 and later take the groups explicitly.
+        if "dp_cp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters:
+            from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+
+            metadata = ensure_metadata_has_dp_cp_group(metadata)
+            groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, {"weight": 0, "bias": 0}, sharded_offsets, **groups
+        )
+
+
+class PackedAttention(MegatronModule):
+    """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1 and not config.attention_dropout and not attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim].
+
+        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens.
+        """
+        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", (
+            "sequences must be packed"
+        )
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        segments = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        outputs = [self._attend(*segment) for segment in segments if segment[0].size(0)]
+        return torch.cat(outputs).flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        # [length, heads, head_dim] -> [1, heads, length, head_dim]
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        output = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+        )
+        return output[0].transpose(0, 1)

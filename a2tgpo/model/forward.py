@@ -1,0 +1,72 @@
+"""Running a model chunk on a packed batch: the only way the model is run."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
+
+from a2tgpo.model.policy import unwrapped
+
+
+def forward_packed(
+    chunk: Any, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Run this stage's chunk over sequences laid end to end, each attending to itself only.
+
+    All ranks of a tensor-parallel group call this with the same batch, all stages of a pipeline likewise (through
+    the schedule, which hands the previous stage's output to the chunk). Tokens past `cu_seqlens[-1]`, and those
+    added here so that sequence parallelism divides the length, form a last segment of their own. Not under
+    `torch.inference_mode`: Megatron keeps rotary tables between calls, and training could not use them then.
+
+    Args:
+        chunk: one of `policy.chunks`.
+        tokens: [1, T] int64, T >= 1; any device, as the others.
+        positions: [1, T] int64. With rotary embedding the positions that count are those inside each segment.
+        cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
+            cu_seqlens[i] .. cu_seqlens[i + 1].
+
+    Returns:
+        Last stage: logits [T, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for the
+        next stage, [T or T padded and / tp, 1, hidden].
+    """
+    assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
+    config = get_model_config(chunk)
+    model = unwrapped(chunk)
+    device = next(model.parameters()).device
+    num_tokens = tokens.size(1)
+    padding = -num_tokens % (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    output = chunk(
+        input_ids=F.pad(tokens, (0, padding)).to(device, non_blocking=True),
+        position_ids=F.pad(positions, (0, padding)).to(device, non_blocking=True),
+        attention_mask=None,
+        packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, device),
+        # Float16Module would turn the logits of the last stage into float32, all of them at once.
+        **({"fp32_output": False} if config.bf16 else {}),
+    )
+    return output[0, :num_tokens] if model.post_process else output
+
+
+def _packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device) -> PackedSeqParams:
+    """Segments covering exactly `num_tokens`; what `cu_seqlens` leaves over becomes the last one."""
+    boundaries = cu_seqlens.tolist()
+    assert boundaries[0] == 0 and boundaries[-1] <= num_tokens, (
+        f"segments {boundaries} of {num_tokens} tokens"
+    )
+    if boundaries[-1] < num_tokens:
+        boundaries.append(num_tokens)
+    # The exact longest length, not a bound: Megatron takes a rotary table as long as the whole pack to hold one
+    # row per packed token instead of one per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    longest = max(end - start for start, end in pairwise(boundaries))
+    segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=segments,
+        cu_seqlens_kv=segments,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -1,0 +1,138 @@
+"""Reading a Hugging Face checkpoint's configuration, and refusing what the model here cannot express."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from a2tgpo.config.check import ConfigError
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# What Megatron's RotaryEmbedding._apply_scaling has built in (rotary_pos_embedding.py:90); only `factor` varies.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def load_hf_config(path: str) -> PretrainedConfig:
+    """The configuration of the checkpoint in folder `path`; nothing is looked up on a network.
+
+    Raises:
+        ConfigError: one line, if the folder, its config.json or its weights are missing or malformed, or if the
+            architecture is none of Llama, Qwen2, Qwen3 (dense).
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"model.path {path!r} is not a folder; give one with config.json and *.safetensors")
+    raw = _read_json(folder / "config.json")
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"model.path {path!r}: config.json has model_type {model_type!r}; allowed: {' | '.join(ARCHITECTURES)}"
+        )
+    weight_files(path)
+    try:
+        hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a bad field leads to
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line}") from error
+    _refuse_unsupported(path, hf_config)
+    if getattr(hf_config, "head_dim", None) is None:
+        hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+    return hf_config
+
+
+def weight_files(path: str) -> dict[str, Path]:
+    """Safetensors files of a checkpoint by name, those its index lists if it has one.
+
+    Raises:
+        ConfigError: if there are none, or one that the index lists is missing.
+    """
+    folder = Path(path)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise ConfigError(
+            f"model.path {path!r} holds no *.safetensors; convert the checkpoint to safetensors"
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"model.path {path!r}: {name} is listed in {index.name} but missing; fetch it again"
+            )
+    return {name: folder / name for name in names}
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary position embedding, in the terms Megatron takes."""
+
+    base: float
+    interpolation: float | None
+    """Positions are divided by this ("linear" scaling); None: they are not."""
+    llama3_factor: float | None
+    """Scale factor of Llama 3's frequency-dependent scaling; None: no scaling."""
+
+
+def rope_parameters(path: str, hf_config: PretrainedConfig) -> RopeParameters:
+    """The checkpoint's rotary embedding.
+
+    Raises:
+        ConfigError: for a scaling that Megatron's GPT model does not compute the same way.
+    """
+    # transformers 5 keeps theta and scaling in one dictionary; there is no `rope_theta` attribute any more.
+    rope = dict(hf_config.rope_parameters)
+    kind, base = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"model.path {path!r}: partial_rotary_factor {rope['partial_rotary_factor']}; allowed: 1"
+        )
+    if kind == "default":
+        return RopeParameters(base=base, interpolation=None, llama3_factor=None)
+    if kind == "linear":
+        return RopeParameters(base=base, interpolation=float(rope["factor"]), llama3_factor=None)
+    if kind == "llama3" and all(float(rope.get(key, 0)) == value for key, value in _LLAMA3_ROPE.items()):
+        return RopeParameters(base=base, interpolation=None, llama3_factor=float(rope["factor"]))
+    raise ConfigError(
+        f"model.path {path!r}: rope scaling {rope} is not supported; allowed: default | linear | llama3 with "
+        f"{_LLAMA3_ROPE}"
+    )
+
+
+def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
+    """Raise `ConfigError` for options of these architectures that would be ignored, and so be silently wrong."""
+    where = f"model.path {path!r}: config.json has"
+    if hf_config.hidden_act != "silu":
+        raise ConfigError(f"{where} hidden_act {hf_config.hidden_act!r}; allowed: silu")
+    # Qwen2's bias on q, k, v is part of the architecture; this option also puts one on the output projection.
+    for option in ("attention_bias", "mlp_bias"):
+        if getattr(hf_config, option, False):
+            raise ConfigError(f"{where} {option} true; allowed: false")
+    if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()):
+        raise ConfigError(
+            f"{where} sliding-window layers; allowed: full attention (use_sliding_window false)"
+        )
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{where} quantization_config; allowed: a checkpoint in bfloat16, float16 or float32"
+        )
+    rope_parameters(path, hf_config)
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"model.path {str(file.parent)!r} has no {file.name}; give a checkpoint folder"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds a {type(content).__name__}; allowed: a JSON object")
+    return content

@@ -1,0 +1,119 @@
+"""Log-probs and entropy of vocabulary-parallel logits, without a float32 copy of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    tp_group: ProcessGroup,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+    entropy_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(logits / temperature) at `targets`, and the entropy of that distribution, per token.
+
+    The softmax is over the first `vocab_size` entries of the vocabulary; padding past them has probability 0 and
+    takes no gradient. Computed `chunk_size` tokens at a time in float32 (float64 for float64 logits), so that
+    beside the logits only their gradient, in their own dtype, is as large as they are. Every rank of `tp_group`
+    calls this with the same targets; two small all-reduces.
+
+    Args:
+        logits: [n, padded vocabulary / tp]; rank r of `tp_group` holds the r-th slice.
+        targets: [n] int64 in [0, vocab_size).
+        entropy_grad: let gradients flow through the entropy, too; otherwise it is detached.
+
+    Returns:
+        logprobs [n] and entropy [n], both float32 (float64 for float64 logits), in nats, equal on all ranks.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, vocab_size, tp_group, temperature, chunk_size)
+    return logprobs, entropy if entropy_grad else entropy.detach()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        vocab_size: int,
+        tp_group: ProcessGroup,
+        temperature: float,
+        chunk_size: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens, width = logits.shape
+        first = tp_group.rank() * width
+        num_real = min(max(vocab_size - first, 0), width)
+        local_targets = targets - first
+        is_local = (local_targets >= 0) & (local_targets < num_real)
+        local_targets = torch.where(is_local, local_targets, 0)
+
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        # Per token, over this rank's slice: the maximum; sum of e = exp(x - maximum); sum of e * x; x[target].
+        maximum = logits.new_full((num_tokens,), torch.finfo(dtype).min, dtype=dtype)
+        sums = logits.new_zeros((3, num_tokens), dtype=dtype)
+        if num_real:
+            for rows in _chunks(num_tokens, chunk_size):
+                x = _scaled(logits[rows, :num_real], dtype, temperature)  # [chunk, num_real]
+                maximum[rows] = x.amax(-1)
+                sums[2, rows] = x.gather(-1, local_targets[rows, None])[:, 0] * is_local[rows]
+                weights = (x - maximum[rows, None]).exp_()
+                sums[0, rows] = weights.sum(-1)
+                sums[1, rows] = weights.mul_(x).sum(-1)
+        if tp_group.size() > 1:
+            global_maximum = maximum.clone()
+            dist.all_reduce(global_maximum, op=dist.ReduceOp.MAX, group=tp_group)
+            sums[:2] *= (maximum - global_maximum).exp_()
+            dist.all_reduce(sums, group=tp_group)
+            maximum = global_maximum
+        log_normalizer = maximum + sums[0].log()
+        logprobs = sums[2] - log_normalizer
+        entropy = log_normalizer - sums[1] / sums[0]
+
+        ctx.save_for_backward(logits, local_targets, is_local, log_normalizer, entropy)
+        ctx.num_real, ctx.temperature, ctx.chunk_size = num_real, temperature, chunk_size
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        logits, local_targets, is_local, log_normalizer, entropy = ctx.saved_tensors
+        # Each output is known in full on every rank, and so is its gradient: no communication is needed.
+        grad_logits = torch.zeros_like(logits)
+        for rows in _chunks(logits.size(0), ctx.chunk_size):
+            if not ctx.num_real:
+                break
+            x = _scaled(logits[rows, : ctx.num_real], log_normalizer.dtype, ctx.temperature)
+            log_probs = x.sub_(log_normalizer[rows, None])  # [chunk, num_real]
+            probs = log_probs.exp()
+            grad = torch.zeros_like(probs)
+            if grad_logprobs is not None:
+                # d logprob / dx_j = [j = target] - p_j
+                grad.addcmul_(probs, grad_logprobs[rows, None], value=-1)
+                at_target = (grad_logprobs[rows] * is_local[rows])[:, None]
+                grad.scatter_add_(-1, local_targets[rows, None], at_target)
+            if grad_entropy is not None:
+                # d entropy / dx_j = -p_j (log p_j + entropy)
+                term = probs.mul_(log_probs.add_(entropy[rows, None]))
+                grad.addcmul_(term, grad_entropy[rows, None], value=-1)
+            grad_logits[rows, : ctx.num_real] = grad.div_(ctx.temperature)
+        return grad_logits, None, None, None, None, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scaled(logits: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
+    """logits / temperature in `dtype`, always as a new tensor: the caller works on it in place."""
+    return logits.to(dtype, copy=True).div_(temperature)

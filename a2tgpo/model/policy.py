@@ -1,0 +1,52 @@
+"""The model as this process holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from transformers import PretrainedConfig
+
+from a2tgpo.parallel.groups import ParallelGroups
+
+
+@dataclass
+class Policy:
+    """One rank's part of a model: its pipeline stage's layers, its tensor-parallel slice of each."""
+
+    chunks: list[nn.Module]
+    """What the pipeline schedule runs: DistributedDataParallel(Float16Module(GPTModel)) when trainable in bfloat16;
+    without DistributedDataParallel when not trainable, without Float16Module in float32. One chunk a stage."""
+    transformer_config: TransformerConfig
+    hf_config: PretrainedConfig
+    bridge: Any
+    """mbridge's weight tables for this architecture; used by `weights` only."""
+    groups: ParallelGroups
+    path: str
+    """Folder of the checkpoint it was built from."""
+    dtype: torch.dtype
+    """Of weights and activations."""
+    vocab_size: int
+    """Vocabulary of the checkpoint, padding not counted."""
+    trainable: bool
+
+    @property
+    def gpt_models(self) -> list[GPTModel]:
+        """The chunks without their wrappers."""
+        return [unwrapped(chunk) for chunk in self.chunks]
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output layer shares the embedding's weight."""
+        return bool(self.hf_config.tie_word_embeddings)
+
+
+def unwrapped(chunk: Any) -> GPTModel:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,120 @@
+"""From a Hugging Face configuration to Megatron's."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import PretrainedConfig
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+VOCAB_MULTIPLE = 128
+"""Rows of the embedding are padded to a multiple of this, the same in every usual layout, so that a checkpoint
+of one layout fits another."""
+
+
+def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Raise `ConfigError` unless the layout divides the model."""
+    for size, what in (
+        (hf_config.num_attention_heads, "attention heads"),
+        (hf_config.num_key_value_heads, "key-value heads"),
+        (hf_config.intermediate_size, "feed-forward channels"),
+    ):
+        if size % parallel.tensor:
+            raise ConfigError(
+                f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
+            )
+    if hf_config.num_hidden_layers % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
+            f"{hf_config.num_hidden_layers} layers"
+        )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """Rows of the embedding once padded; every tensor-parallel rank gets the same number."""
+    return math.ceil(vocab_size / math.lcm(VOCAB_MULTIPLE, tensor_parallel)) * math.lcm(
+        VOCAB_MULTIPLE, tensor_parallel
+    )
+
+
+def transformer_config(
+    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool
+) -> TransformerConfig:
+    """Megatron's configuration of the checkpoint's architecture, laid out as `parallel` says.
+
+    Dropout is off whatever the checkpoint says: the update must see the log-probs that the rollout had.
+    """
+    dtype = DTYPES[model.dtype]
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=hf_config.head_dim,
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config.model_type == "qwen2",
+        qk_layernorm=hf_config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights come from the checkpoint. The initialisation itself must run, though: it is what marks
+        # parameters as split over tensor-parallel ranks (megatron/core/tensor_parallel/layers.py:878).
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        # Micro-batches are packed to different lengths; stages tell each other the shape before the tensor.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # the default is refused beside the line above, experts or not
+        deallocate_pipeline_outputs=True,
+        **_fusions(transformer_engine),
+        **_recompute(model.recompute),
+    )
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _fusions(transformer_engine: bool) -> dict[str, Any]:
+    """Fused kernels: what Transformer Engine and the compiler bring on a GPU, none elsewhere."""
+    return {
+        "bias_activation_fusion": transformer_engine,
+        "bias_dropout_fusion": transformer_engine,
+        "apply_rope_fusion": transformer_engine,
+        "persist_layer_norm": transformer_engine,
+        "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
+        "gradient_accumulation_fusion": transformer_engine
+        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
+
+
+def _recompute(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}

@@ -1,0 +1,331 @@
+"""Weights in and out: Hugging Face's names and layouts on one side, Megatron's on the other.
+
+mbridge supplies the tables (which Hugging Face tensors make up a Megatron parameter, how they are interleaved,
+merged and split). How tensors travel is written here: loading reads each parameter by itself, exporting yields
+one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PretrainedConfig
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.model.hf_config import weight_files
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+
+_OUTPUT = "output_layer.weight"
+
+MAX_FILE_BYTES = 4 * 2**30
+"""Weights are cut into files of at most this size (a larger tensor gets one of its own)."""
+
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
+    """mbridge's weight tables for this architecture, around a Megatron configuration that is ours."""
+    # Here, not above: mbridge loads every architecture it knows, seconds that tools on weights alone can spare.
+    from mbridge.core.bridge import _MODEL_REGISTRY
+
+    base = _MODEL_REGISTRY[hf_config.model_type]
+    direct = dict(base._DIRECT_MAPPING)
+    direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
+    # A class of our own for each bridge: mbridge writes into the class's table when embeddings are tied, which
+    # would outlive this model, and builds a configuration from attributes that transformers 5 does not have.
+    members = {
+        "_DIRECT_MAPPING": direct,
+        "_adjust_mapping_for_shared_weights": lambda bridge: None,
+        "_build_config": lambda bridge: config,
+    }
+    bridge = type(base.__name__, (base,), members)(hf_config, dtype=config.params_dtype)
+    bridge.vocab_size = hf_config.vocab_size
+    bridge.padded_vocab_size = bridge.make_vocab_size_divisible_by = padded_vocab_size
+    return bridge
+
+
+# -- in ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_hf_weights(policy: Policy) -> None:
+    """Copy the checkpoint in `policy.path` into the model; every rank calls this.
+
+    Each rank reads what it needs, one parameter at a time, through memory maps.
+
+    Raises:
+        ConfigError: one line, the same on every rank, if a tensor is missing, has the wrong shape or a file is
+            damaged, or if the checkpoint holds tensors that this architecture has no place for.
+    """
+    problem, used, known = None, set(), set()
+    with ExitStack() as files:
+        try:
+            tensors = _open_tensors(policy.path, files)
+            known = set(tensors)
+            for model in policy.gpt_models:
+                used |= _load_model(policy, model, tensors)
+        except ConfigError as error:
+            problem = str(error)
+    world = dist.group.WORLD
+    assert world is not None
+    # One rank's bad file must stop all of them, not leave the others waiting in a collective.
+    results = all_gather_object((problem, used), world)
+    for problem, _ in results:
+        if problem is not None:
+            raise ConfigError(problem)
+    unused = known.difference(*(names for _, names in results), _derived_names(policy, known))
+    if unused:
+        raise ConfigError(
+            f"model.path {policy.path!r} holds tensors that a {policy.hf_config.model_type} model has no place for: "
+            f"{', '.join(sorted(unused)[:3])}{' ...' if len(unused) > 3 else ''}"
+        )
+
+
+def _derived_names(policy: Policy, names: set[str]) -> set[str]:
+    """Tensors that some checkpoints store though they follow from others."""
+    tied = {"lm_head.weight"} if policy.tied_embeddings else set()
+    return tied | {name for name in names if name.endswith("rotary_emb.inv_freq")}
+
+
+def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
+    """Name -> open safetensors file that holds it."""
+    tensors: dict[str, Any] = {}
+    for name, file in weight_files(path).items():
+        try:
+            handle = files.enter_context(safe_open(file, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.path {path!r}: {name} is damaged: {error}; fetch it again") from error
+        tensors.update(dict.fromkeys(handle.keys(), handle))
+    return tensors
+
+
+def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set[str]:
+    """Fill `model`; returns the names of the Hugging Face tensors that went into it."""
+    used = set()
+    for global_name, parameter in _named_parameters(policy, model):
+        hf_names = policy.bridge._weight_name_mapping_mcore_to_hf(global_name)
+        missing = [name for name in hf_names if name not in tensors]
+        if missing:
+            raise ConfigError(
+                f"model.path {policy.path!r}: tensor {missing[0]} is missing from its safetensors"
+            )
+        hf_tensors = [tensors[name].get_tensor(name) for name in hf_names]
+        try:
+            full = policy.bridge._weight_to_mcore_format(global_name, hf_tensors)
+            shards = policy.bridge._weight_split_across_tp(
+                global_name, full, parameter, policy.groups.tp_size
+            )
+            shard = shards[policy.groups.tp_rank]
+            if shard.shape != parameter.shape:
+                raise ValueError(f"need {tuple(parameter.shape)}, got {tuple(shard.shape)}")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            shapes = ", ".join(
+                f"{name} {tuple(t.shape)}" for name, t in zip(hf_names, hf_tensors, strict=True)
+            )
+            raise ConfigError(
+                f"model.path {policy.path!r}: config.json and weights disagree: {shapes} do not make {global_name}"
+            ) from error
+        parameter.copy_(shard)
+        used.update(hf_names)
+    return used
+
+
+def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of this stage under names with the layer's number in the whole model."""
+    global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
+    for name, parameter in model.named_parameters():
+        yield global_names[name], parameter
+
+
+# -- out -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ParameterRecord:
+    """What ranks of other stages must know of a parameter to receive it."""
+
+    stage: int
+    name: str
+    shape: tuple[int, ...]
+    split_dim: int | None
+    """Dimension split over tensor-parallel ranks; None: every rank has all of it."""
+
+
+@torch.no_grad()
+def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights under Hugging Face names, in full, one Megatron parameter's worth alive at a time.
+
+    Every rank calls this and runs it to its end, since each step is a broadcast over the pipeline and a gather
+    over the tensor-parallel group; all ranks get the same tensors in the same order. A tensor may share memory
+    with the model: it is to be read, not written, before the next one is asked for.
+
+    Yields:
+        (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
+        model.embed_tokens.weight.
+    """
+    groups, bridge = policy.groups, policy.bridge
+    local = {name: p for model in policy.gpt_models for name, p in _named_parameters(policy, model)}
+    records = [_record(groups.pp_rank, name, parameter) for name, parameter in local.items()]
+    for stage_records in all_gather_object(records, groups.pp_group):
+        for record in stage_records:
+            if record.name == _OUTPUT and policy.tied_embeddings:
+                continue
+            shard = _from_stage(policy, record, local)
+            full = _gather(policy, record, shard)
+            del shard
+            names, tensors = bridge._weight_to_hf_format(record.name, full)
+            del full
+            while tensors:
+                yield names.pop(0), tensors.pop(0)
+
+
+def _record(stage: int, name: str, parameter: torch.nn.Parameter) -> _ParameterRecord:
+    is_split = getattr(parameter, "tensor_model_parallel", False)
+    return _ParameterRecord(
+        stage, name, tuple(parameter.shape), getattr(parameter, "partition_dim", 0) if is_split else None
+    )
+
+
+def _from_stage(
+    policy: Policy, record: _ParameterRecord, local: dict[str, torch.nn.Parameter]
+) -> torch.Tensor:
+    """This tensor-parallel rank's shard, on every stage."""
+    groups = policy.groups
+    if groups.pp_rank == record.stage:
+        shard = local[record.name].data
+    else:
+        shard = torch.empty(record.shape, dtype=policy.dtype, device=groups.device)
+    if groups.pp_size > 1:
+        dist.broadcast(shard, group_src=record.stage, group=groups.pp_group)
+    return shard
+
+
+def _gather(policy: Policy, record: _ParameterRecord, shard: torch.Tensor) -> torch.Tensor:
+    """The whole parameter from its shards, in Megatron's layout."""
+    groups = policy.groups
+    if record.split_dim is None or groups.tp_size == 1:
+        return shard
+    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
+    dist.all_gather(shards, shard.contiguous(), group=groups.tp_group)
+    # mbridge reads from the parameter which dimension is split.
+    shard_info = torch.empty(0)
+    shard_info.tensor_model_parallel, shard_info.partition_dim = True, record.split_dim  # type: ignore[attr-defined]
+    return policy.bridge._weight_merge_across_tp(record.name, shards, shard_info)
+
+
+# -- to disk -------------------------------------------------------------------------------------------------
+
+
+def save_hf(policy: Policy, out_dir: str, tokenizer_from: str | None = None) -> None:
+    """Write weights, config.json and tokenizer to `out_dir`, complete or not at all; every rank calls this.
+
+    Rank 0 writes beside `out_dir` and renames at the end; an `out_dir` that was there is replaced. Weights keep
+    the training dtype.
+
+    Args:
+        tokenizer_from: folder whose tokenizer files are copied; None: the one the policy was built from.
+
+    Raises:
+        RuntimeError: on every rank, if rank 0 could not write.
+    """
+    out, failure = Path(out_dir), None
+    partial = out.with_name(f".{out.name}.partial")
+    weights = iterate_hf_weights(policy)
+    if policy.groups.rank == 0:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_weights(weights, partial)
+            _write_companions(policy, Path(tokenizer_from or policy.path), partial)
+            _put_in_place(partial, out)
+        except OSError as error:
+            failure = f"could not write {out}: {error}"
+    for _ in weights:  # the other ranks' part in gathering, and rank 0's should it have stopped early
+        pass
+    world = dist.group.WORLD
+    assert world is not None
+    failure = broadcast_object(failure, world, source=0)
+    if failure is not None:
+        raise RuntimeError(failure)
+
+
+def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Safetensors files, with an index if there are several; holds one file's tensors in memory."""
+    files: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = total_bytes = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(pending))
+        pending.clear()
+
+    for name, tensor in weights:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > MAX_FILE_BYTES:
+            flush()
+            pending_bytes = 0
+        # A copy: the tensor may be a view of the model's memory, or of a buffer that the next one reuses.
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending_bytes += size
+        total_bytes += size
+    flush()
+
+    count = len(files)
+    weight_map = {}
+    for i, names in enumerate(files):
+        final = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        (folder / f"part-{i}.safetensors").rename(folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if count > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path) -> None:
+    config = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)  # older spelling of the same
+    config["dtype"] = str(policy.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+    for pattern in _COMPANIONS:
+        for file in tokenizer_folder.glob(pattern):
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            else:
+                shutil.copy2(file, folder / file.name)
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; a reader never sees half of either."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(partial, out)
+    shutil.rmtree(replaced, ignore_errors=True)

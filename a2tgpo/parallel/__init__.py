@@ -1,0 +1,9 @@
+"""Process groups, collectives and random state.
+
+Importing this package adapts Megatron-Core to a machine without a GPU (see `cpu`); it must therefore be
+imported before anything of `megatron`.
+"""
+
+from a2tgpo.parallel import cpu
+
+cpu.install()

@@ -1,0 +1,244 @@
+"""The one seam that lets Megatron-Core run on a machine without a GPU; inactive where there is one.
+
+Megatron writes `torch.cuda.current_device()` and `device="cuda"` into its code. `install()` registers an import
+hook that gives every module of `megatron.core` a view of `torch` in which those mean the CPU; torch itself is
+left alone, but for `Tensor.cuda` and `Tensor.type`, which are methods and so cannot be seen through a view.
+Megatron is not imported here: the adaptations run as its modules are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SCOPE = "megatron.core"
+
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+_EXPECTED_WARNINGS = "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
+"""What Megatron says at import about the GPU libraries that are absent by intent, and of its own defaults."""
+
+
+def install() -> None:
+    """Adapt Megatron-Core to the CPU; nothing happens where a GPU is seen, or on a second call.
+
+    Raises:
+        RuntimeError: if megatron was imported before, since what it bound then cannot be rebound.
+    """
+    if torch.cuda.is_available() or any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+        return
+    if SCOPE in sys.modules:
+        raise RuntimeError("megatron.core was imported before a2tgpo.parallel; import a2tgpo.parallel first")
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment]
+    torch.Tensor.type = _type_with_device_alias(torch.Tensor.type)  # type: ignore[assignment, method-assign]
+    warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS, category=UserWarning)
+    sys.meta_path.insert(0, _ImportHook(_TorchView()))
+
+
+class _ImportHook:
+    """Gives modules of `megatron.core` the adapted `torch` and runs their adaptation, right after import."""
+
+    def __init__(self, torch_view: types.ModuleType) -> None:
+        self.torch_view = torch_view
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != SCOPE and not name.startswith(SCOPE + "."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self._exec_module, loader.exec_module)
+        return spec
+
+    def _exec_module(self, exec_module: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+        exec_module(module)
+        if module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = self.torch_view
+        adapt = _ADAPTATIONS.get(module.__name__)
+        if adapt is not None:
+            adapt(module)
+
+
+# -- torch, as Megatron sees it ------------------------------------------------------------------------------
+
+
+class _TorchView(types.ModuleType):
+    """`torch` whose factories make CPU tensors where a CUDA device is asked for, and whose `cuda` is inert."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        self.cuda = _CudaView()
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if isinstance(device, int) or str(device).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return make
+
+
+class _NoStream:
+    """Streams and events of a device that does its work at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> _NoStream:
+        return event or _NoStream()
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+class _CudaView(types.ModuleType):
+    """`torch.cuda` with one device, the CPU; what is not named here is the real thing."""
+
+    Stream = _NoStream
+    Event = _NoStream
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing)
+        self.synchronize = self.empty_cache = self.set_device = self.set_stream = _nothing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(device: Any = None) -> _NoStream:
+        return _NoStream()
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    @staticmethod
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _TypeName(str):
+    """Name of a CPU tensor type that also equals its `torch.cuda.` spelling.
+
+    The optimizers sort parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
+    (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or self.replace("torch.", "torch.cuda.", 1) == str(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _type_with_device_alias(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(tensor_type)
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = tensor_type(tensor, *args, **kwargs)
+        return _TypeName(result) if isinstance(result, str) else result
+
+    return type_
+
+
+# -- single modules ------------------------------------------------------------------------------------------
+
+
+def _without_compilation(jit: Any) -> None:
+    # Before the modules that decorate with it are imported: compiling small CPU kernels costs more than it gives.
+    jit.disable_jit_fuser()
+
+
+def _cpu_generator(random: Any) -> None:
+    """The tracker of tensor-parallel random states keeps states of the CPU generator."""
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    # fork() warns when the CPU state moves, which here is its purpose.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _fused_adam(optimizer: Any) -> None:
+    from a2tgpo.parallel.cpu_adam import CpuFusedAdam
+
+    optimizer.Adam = CpuFusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+
+
+def _fused_adam_sharded(distrib_optimizer: Any) -> None:
+    from a2tgpo.parallel.cpu_adam import CpuFusedAdam
+
+    distrib_optimizer.Adam = CpuFusedAdam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+_ADAPTATIONS: dict[str, Callable[[Any], None]] = {
+    "megatron.core.jit": _without_compilation,
+    "megatron.core.tensor_parallel.random": _cpu_generator,
+    "megatron.core.optimizer": _fused_adam,
+    "megatron.core.optimizer.distrib_optimizer": _fused_adam_sharded,
+}

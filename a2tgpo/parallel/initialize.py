@@ -1,0 +1,108 @@
+"""Starting and ending the process group and Megatron's parallel state."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import socket
+import warnings
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.parallel.groups import ParallelGroups
+
+
+def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
+    """Join the other processes and lay them out; every process calls this once.
+
+    The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment; where
+    they are absent the process is alone. NCCL where a GPU is seen, gloo elsewhere. Python's, NumPy's and torch's
+    generators are seeded with `seed`, equal on all ranks; Megatron's tracker gets one state per tensor rank.
+
+    Raises:
+        ConfigError: if the layout does not divide the processes.
+    """
+    if "RANK" not in os.environ:
+        _be_alone()
+    world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+    check_layout(config, world_size)
+    # Megatron still calls collectives by names that torch 2.13 renames.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # Orders a layer's communication and computation on the device; Megatron expects it wherever tensor > 1.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend, device_id = "nccl", device
+    else:
+        device, backend, device_id = torch.device("cpu"), "gloo", None
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), device_id=device_id)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
+    )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return _groups(device, local_rank)
+
+
+def check_layout(config: ParallelConfig, world_size: int) -> None:
+    """Raise `ConfigError` unless tensor x pipeline ranks divide `world_size` processes."""
+    model_ranks = config.tensor * config.pipeline
+    if world_size % model_ranks:
+        raise ConfigError(
+            f"parallel.tensor ({config.tensor}) x parallel.pipeline ({config.pipeline}) = {model_ranks} does not "
+            f"divide the {world_size} processes started; start a multiple of {model_ranks}"
+        )
+
+
+def shutdown() -> None:
+    """Leave the process group; every process calls this last, and may call it again."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _be_alone() -> None:
+    """Set the variables a launcher would set for one process on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def _groups(device: torch.device, local_rank: int) -> ParallelGroups:
+    groups = ParallelGroups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        model_group=parallel_state.get_model_parallel_group(),
+    )
+    assert dist.get_process_group_ranks(groups.model_group) == groups.dp_ranks_of(groups.dp_rank), (
+        "Megatron laid the ranks out in another order than ParallelGroups states"
+    )
+    return groups

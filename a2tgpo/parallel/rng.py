@@ -1,0 +1,43 @@
+"""Every random generator of the process as one record: saved in checkpoints, and set aside around guests."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+
+def get_rng_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, the GPU's, and Megatron's tracker; per rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()},
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `get_rng_state` returned, on the same rank of the same layout."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave all generators as they were, whatever the body seeds or draws."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)

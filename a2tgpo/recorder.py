@@ -1,0 +1,115 @@
+"""What a step leaves behind: metrics of all ranks, its rollouts, histograms and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.metrics.rollout_metrics import add_rollout_metrics
+from a2tgpo.metrics.writer import MetricWriter
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout_log import as_text, collect_records, gains_by_turn, write_records
+from a2tgpo.trajectory import Trajectory
+
+
+class Recorder:
+    """Gathers from all ranks, writes on rank 0.
+
+    Args:
+        writer: enabled on rank 0 only.
+        run_dir: the run's folder.
+        num_texts: rollouts of a step shown in TensorBoard.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        run_dir: Path,
+        *,
+        groups: ParallelGroups,
+        tokenizer: PreTrainedTokenizerBase,
+        num_texts: int,
+    ):
+        self.writer = writer
+        self._run_dir = run_dir
+        self._groups = groups
+        self._tokenizer = tokenizer
+        self._num_texts = num_texts
+
+    def record_step(
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        table: TurnTable,
+        advantages: TurnAdvantages,
+        clip_scales: torch.Tensor,
+        *,
+        engine_metrics: MetricSums,
+        learning_metrics: MetricSums,
+        seconds: dict[str, float],
+    ) -> None:
+        """Write one training step; every rank must call this.
+
+        Args:
+            trajectories: this replica's share; rows of `table`, `advantages` and `clip_scales` [N, T + 1].
+            engine_metrics: of what this rank's engine did, reduced over the world.
+            learning_metrics: of what this replica trained on, reduced over the data-parallel group.
+            seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
+        """
+        add_rollout_metrics(learning_metrics, trajectories)
+        add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
+        metrics = engine_metrics.reduce(dist.group.WORLD) | learning_metrics.reduce(self._groups.dp_group)
+        metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
+        records = collect_records(
+            trajectories, advantages.advantages, clip_scales, groups=self._groups, tokenizer=self._tokenizer
+        )
+        if not self.writer.enabled:
+            return
+        write_records(records, self._run_dir / "rollouts" / f"step_{step}.jsonl.zst")
+        for turn_index, gains in gains_by_turn(records).items():
+            self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
+        for number, record in enumerate(records[: self._num_texts]):
+            self.writer.log_text(step, f"rollout/{number}", as_text(record))
+        self.writer.log(step, metrics | seconds)
+
+    def record_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Write one evaluation's scores, equal on all ranks."""
+        self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()})
+        self.writer.print(
+            f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
+            f"{scores['em_format_gated']:.3f}, on {scores['num_questions']:.0f} questions"
+        )
+
+
+def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
+    """What an engine replica did during the rollout; to be added by one rank of each replica."""
+    metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
+    metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
+    metrics.add("tools/calls", counts.tool_calls, 0)
+    metrics.add("tools/failures", counts.failed_searches, 0)
+    metrics.add("tools/empty_queries", counts.empty_queries, 0)
+    metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
+    metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
+
+
+def add_advantage_metrics(
+    metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
+) -> None:
+    """Extremes and means over all turns of this replica's trajectories."""
+    columns = torch.arange(table.max_turns + 1)
+    present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
+    for prefix, values in (
+        ("advantage/", advantages.advantages[present]),
+        ("clip/scale_", clip_scales[present]),
+    ):
+        metrics.add(f"{prefix}mean", values.sum().item(), values.numel())
+        if values.numel():
+            metrics.add_max(f"{prefix}max", values.max().item())
+            metrics.add_min(f"{prefix}min", values.min().item())

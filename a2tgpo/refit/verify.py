@@ -1,0 +1,81 @@
+"""The proof, after every refit, that the engine computes with the trainer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.parallel.collectives import all_reduce_max
+
+if TYPE_CHECKING:
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15}
+"""Largest mean |difference| per probe token, nats, by the less exact of the two sides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeGap:
+    """|log-prob in the engine - log-prob in the trainer| over the probe, the worst rank's, nats."""
+
+    mean: float
+    max: float
+
+
+def probe_tokens(num_token_ids: int, length: int) -> list[int]:
+    """A fixed sequence of `length` ids below `num_token_ids`, spread over the vocabulary; equal everywhere."""
+    state, tokens = 1, []
+    for _ in range(length):
+        state = (6364136223846793005 * state + 1442695040888963407) % 2**64  # Knuth's MMIX generator
+        tokens.append((state >> 33) % num_token_ids)
+    return tokens
+
+
+def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:
+    """`refit.probe_tolerance`, or where that is 0 what the number formats allow."""
+    return configured or max(TOLERANCES[trainer_dtype], TOLERANCES[engine_dtype])
+
+
+def verify_refit(
+    engine: VllmEngine,
+    probe: Sequence[int],
+    trainer_logprobs: torch.Tensor,
+    *,
+    step: int,
+    tolerance: float,
+    group: dist.ProcessGroup | None,
+) -> ProbeGap:
+    """Compare the engine's log-probs of the probe with the trainer's; every rank of `group` calls this.
+
+    Args:
+        engine: idle and awake.
+        probe: as from `probe_tokens`, the same on all ranks.
+        trainer_logprobs: [len(probe) - 1] float; log p of probe[1:] by the trainer at temperature 1, nats.
+        step: named in the message.
+        tolerance: largest allowed mean |difference|.
+        group: whose ranks stop together, all of them if one differs; None: this rank alone.
+
+    Raises:
+        RuntimeError: one line, on all ranks of `group`, if the mean differs by more or is not a number.
+    """
+    engine_logprobs = torch.tensor(engine.sequence_logprobs(probe), dtype=torch.float64)
+    expected = trainer_logprobs.detach().to("cpu", torch.float64).flatten()
+    assert engine_logprobs.shape == expected.shape, (
+        f"{len(probe)} probe tokens need {len(probe) - 1} log-probs"
+    )
+    difference = (engine_logprobs - expected).abs().nan_to_num(nan=torch.inf)
+    worst = torch.stack([difference.mean(), difference.max()])
+    if group is not None:
+        worst = all_reduce_max(worst, group)
+    gap = ProbeGap(mean=worst[0].item(), max=worst[1].item())
+    if gap.mean > tolerance:
+        raise RuntimeError(
+            f"refit at step {step}: the engine's log-probs of the probe differ from the trainer's by "
+            f"{gap.mean:.3g} in the mean and {gap.max:.3g} at most (nats); allowed mean: {tolerance:g} "
+            "(refit.probe_tolerance). The engine does not hold the trained weights; the run stops here"
+        )
+    return gap

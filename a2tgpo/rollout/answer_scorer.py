@@ -1,0 +1,86 @@
+"""Scores the gold answer in a context while that context is still in the engine's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from a2tgpo.config.rollout import GainConfig
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.engine_output import ScoreOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+
+@dataclass(kw_only=True)
+class AnswerScore:
+    """log-probs of each alias's tokens in one context, filled as the engine returns them."""
+
+    aliases: list[list[float] | None]
+    """Per alias: nats per answer token; None until scored, and for ever where there was no room."""
+
+    @property
+    def logprobs(self) -> list[list[float]] | None:
+        """All aliases' log-probs; None unless every one was scored (a maximum needs the same set every turn)."""
+        scored = [alias for alias in self.aliases if alias is not None]
+        return scored if len(scored) == len(self.aliases) else None
+
+
+class AnswerScorer:
+    """Submits scorings to the engine and sorts its answers.
+
+    The scaffold and each answer are tokenised on their own, once: the scored span is exactly the answer's
+    tokens, whatever stands before.
+    """
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GainConfig,
+        counts: RolloutCounts,
+    ):
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._config = config
+        self._counts = counts
+        self._scaffold = self._encode(config.scaffold)
+        self._in_flight: dict[str, tuple[AnswerScore, int]] = {}
+        self._num_submitted = 0
+
+    def alias_tokens(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of the aliases that count, each once."""
+        first_only = self._config.answer_reduction == "first"
+        num_aliases = 1 if first_only else self._config.max_aliases
+        distinct = dict.fromkeys(tuple(self._encode(answer)) for answer in answers[:num_aliases])
+        return [list(tokens) for tokens in distinct if tokens]
+
+    def submit(self, context: Sequence[int], aliases: Sequence[Sequence[int]]) -> AnswerScore:
+        """Queue log p(alias | context, scaffold) for each alias; the result fills while the engine steps."""
+        score = AnswerScore(aliases=[None] * len(aliases))
+        self._counts.scored_contexts += 1
+        prefix = [*context, *self._scaffold]
+        if not aliases or len(prefix) + max(map(len, aliases)) >= self._engine.max_model_len:
+            self._counts.missing_scores += 1
+            return score if aliases else AnswerScore(aliases=[None])
+        for index, alias in enumerate(aliases):
+            request_id = f"score-{self._num_submitted}"
+            self._num_submitted += 1
+            self._in_flight[request_id] = (score, index)
+            self._engine.submit_score(request_id, prefix, alias)
+        return score
+
+    def collect(self, output: ScoreOutput) -> None:
+        """Fill in what the engine returned."""
+        score, index = self._in_flight.pop(output.request_id)
+        score.aliases[index] = output.answer_logprobs
+        self._counts.scored_tokens += len(output.answer_logprobs)
+        self._counts.score_prompt_tokens += output.num_prompt_tokens
+        self._counts.score_cached_tokens += output.num_cached_tokens
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,59 @@
+"""Living with vLLM in one process: what it must not change, and the one thing changed in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+MAX_CACHE_HIT = "max_cache_hit"
+_VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS")
+
+
+def cap_cache_hits(manager: Any) -> None:
+    """Let a request bound its prefix-cache hit: SamplingParams(extra_args={"max_cache_hit": tokens})."""
+    get_computed_blocks: Callable = manager.get_computed_blocks
+    find_longest: Callable = manager.coordinator.find_longest_cache_hit
+    cap: int | None = None
+
+    def capped_find_longest(block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
+        length = max_length if cap is None else min(max_length, cap)
+        return find_longest(block_hashes, length, *args, **kwargs)
+
+    def capped_get_computed_blocks(request: Any) -> Any:
+        nonlocal cap
+        params = request.sampling_params
+        cap = (params.extra_args or {}).get(MAX_CACHE_HIT) if params is not None else None
+        try:
+            return get_computed_blocks(request)
+        finally:
+            cap = None
+
+    manager.coordinator.find_longest_cache_hit = capped_find_longest
+    manager.get_computed_blocks = capped_get_computed_blocks
+
+
+@contextlib.contextmanager
+def host_state_kept() -> Iterator[None]:
+    """Random generators and torchrun's variables as they were, whatever the engine's construction does."""
+    variables = {name: os.environ.get(name) for name in _VARIABLES_KEPT}
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(cuda_states)
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

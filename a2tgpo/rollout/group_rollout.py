@@ -1,0 +1,204 @@
+"""The rollout of a step on one engine replica: every prompt's group of trajectories, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from a2tgpo.config.check import require
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.rollout.answer_scorer import AnswerScorer
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
+from a2tgpo.rollout.observation import ObservationEncoder
+from a2tgpo.rollout.tool_call import cut_at_stop
+from a2tgpo.rollout.tool_pool import ToolPool
+from a2tgpo.search.tool import SearchTool
+from a2tgpo.trajectory import Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+ScoreTrajectory = Callable[
+    [Trajectory, Sequence[str], Sequence[str], Sequence[list[list[float]] | None]], None
+]
+"""(trajectory, its turns' texts, gold answers, answer log-probs in c_0..c_n per alias; empty if not scored).
+
+Fills in the trajectory's reward and gains. A function that is passed in: reward and rollout are neighbours
+that do not know each other.
+"""
+Progress = Callable[[int, int], None]
+"""(finished trajectories, all trajectories)."""
+
+
+class GroupRollout:
+    """Plays groups of trajectories on one engine replica.
+
+    Args:
+        engine: this rank's engine.
+        search: the tool; this object does not close it.
+        tokenizer: the policy's.
+        rollout: the `rollout` section.
+        search_config: the `search` section.
+        score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
+        replica_group: the ranks that share the engine, first one searching; None if there is only one.
+    """
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        search: SearchTool,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rollout: RolloutConfig,
+        search_config: SearchConfig,
+        score_trajectory: ScoreTrajectory,
+        replica_group: dist.ProcessGroup | None = None,
+    ):
+        require(
+            rollout.tensor_parallel == (1 if replica_group is None else dist.get_world_size(replica_group)),
+            "rollout.tensor_parallel",
+            rollout.tensor_parallel,
+            "the number of ranks that share an engine",
+        )
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._config = rollout
+        self._score_trajectory = score_trajectory
+        self._observations = ObservationEncoder(
+            tokenizer, max_passage_tokens=search_config.max_passage_tokens
+        )
+        self._tools = ToolPool(
+            search,
+            num_workers=search_config.num_workers,
+            # The client bounds each try and waits between them; this bounds what a client does not.
+            deadline_s=2 * search_config.timeout_s * search_config.max_attempts,
+            replica_group=replica_group,
+        )
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        step: int,
+        greedy: bool = False,
+        group_size: int | None = None,
+        score_gain: bool = True,
+        progress: Progress | None = None,
+    ) -> tuple[list[Trajectory], RolloutCounts]:
+        """Play `group_size` trajectories of every prompt; all ranks of the replica call this alike.
+
+        Args:
+            prompts: this replica's share; may be empty.
+            seed: of the run.
+            step: of the run; together with the seed, the prompt and the sample it decides every draw.
+            greedy: take the most probable token always, for evaluation.
+            group_size: trajectories per prompt; None: `rollout.group_size`.
+            score_gain: score the gold answer in every context.
+            progress: called whenever a trajectory ends.
+
+        Returns:
+            Trajectories, prompt by prompt and by sample within; and this replica's counts.
+
+        Raises:
+            ConfigError: if a prompt leaves no room for one token.
+            RuntimeError: if the engine failed.
+        """
+        counts = RolloutCounts()
+        scorer = (
+            AnswerScorer(self._engine, self._tokenizer, self._config.gain, counts) if score_gain else None
+        )
+        live = [
+            _start(group, sample)
+            for group in self._groups(prompts, scorer)
+            for sample in range(group_size or self._config.group_size)
+        ]
+
+        def on_finished() -> None:
+            if progress is not None:
+                progress(counts.trajectories, len(live))
+
+        loop = MultiTurnLoop(
+            self._engine,
+            tools=self._tools,
+            observations=self._observations,
+            scorer=scorer,
+            limits=Limits(
+                max_turns=self._config.max_turns,
+                max_turn_tokens=self._config.max_turn_tokens,
+                max_response_tokens=self._config.max_response_tokens,
+                max_model_len=self._engine.max_model_len,
+            ),
+            sampling=Sampling(
+                temperature=0.0 if greedy else self._config.temperature,
+                top_p=1.0 if greedy else self._config.top_p,
+                seed=seed,
+                step=step,
+            ),
+            counts=counts,
+            on_finished=on_finished,
+        )
+        loop.run(live)
+        for played in live:
+            self._score(played)
+        return [played.trajectory for played in live], counts
+
+    def turn_texts(self, trajectory: Trajectory) -> list[str]:
+        """What the policy wrote, turn by turn, without observations and end-of-sequence token.
+
+        A token that reaches past a closing tag is cut there: the turn ended with the tag.
+        """
+        return [cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
+
+    def close(self) -> None:
+        """Stop the search threads; engine and tool belong to the caller."""
+        self._tools.close()
+
+    def _groups(self, prompts: Sequence[Prompt], scorer: AnswerScorer | None) -> list[PromptGroup]:
+        for prompt in prompts:
+            require(
+                len(prompt.tokens) < self._engine.max_model_len,
+                f"length of the prompt of question {prompt.id!r}",
+                len(prompt.tokens),
+                f"< {self._engine.max_model_len} tokens, what the engine holds",
+            )
+        return [
+            PromptGroup(prompt=prompt, aliases=scorer.alias_tokens(prompt.answers) if scorer else [])
+            for prompt in prompts
+        ]
+
+    def _score(self, played: LiveTrajectory) -> None:
+        baseline = played.group.baseline
+        contexts = [] if baseline is None else [baseline, *played.scores]
+        self._score_trajectory(
+            played.trajectory,
+            self.turn_texts(played.trajectory),
+            played.group.prompt.answers,
+            [score.logprobs for score in contexts],
+        )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        kept = [token for token in tokens if token != self._tokenizer.eos_token_id]
+        return str(
+            self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+
+def _start(group: PromptGroup, sample_index: int) -> LiveTrajectory:
+    prompt = group.prompt
+    trajectory = Trajectory(
+        prompt_index=prompt.index,
+        prompt_id=prompt.id,
+        sample_index=sample_index,
+        prompt_tokens=list(prompt.tokens),
+        turns=[],
+        stop_reason="",
+        hops=prompt.hops,
+    )
+    return LiveTrajectory(group=group, trajectory=trajectory, tokens=list(prompt.tokens))

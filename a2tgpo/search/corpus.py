@@ -1,0 +1,32 @@
+"""Corpora: the passages that an index is built over."""
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.json_lines import read_json_lines, text_field
+from a2tgpo.search.passage import Passage, parse_contents
+
+
+def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
+    """Every passage of a JSONL file in Search-R1's format, in file order.
+
+    A record has `id` (text or integer, unique) and `contents` (`"title"`, a newline, the text).
+
+    Args:
+        path: the file.
+        key: the configuration key or option that names it, for error messages.
+
+    Raises:
+        ConfigError: one line; unreadable file, bad record (with its line), repeated id, no passage at all.
+    """
+    passages: dict[str, Passage] = {}
+    for where, record in read_json_lines(path, key=key):
+        identity = record.get("id")
+        if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+            found = "missing" if "id" not in record else f"{identity!r:.60}"
+            raise ConfigError(f"{where}: `id` is {found}; allowed: a text or an integer")
+        passage = parse_contents(str(identity), text_field(record, "contents", where))
+        if passage.id in passages:
+            raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
+        passages[passage.id] = passage
+    if not passages:
+        raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
+    return list(passages.values())

@@ -1,0 +1,147 @@
+"""Client of a Search-R1 compatible retrieval server.
+
+Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; answer {"result": [[{"document":
+{"id", "contents"}, "score": x}, ...]]}. Servers that leave the score out send the document itself; that is
+read too.
+"""
+
+import json
+import threading
+import time
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.passage import Passage, parse_contents
+
+MAX_RESPONSE_BYTES = 10 * 2**20
+_RETRIED_STATUS = frozenset({408, 425, 429})
+
+
+class _TransientError(SearchError):
+    """A failure that another try may mend."""
+
+
+class HttpSearch:
+    """Asks one server, over kept-alive connections, again after a failure; safe to use from many threads.
+
+    Args:
+        url: the endpoint, e.g. http://127.0.0.1:8000/retrieve.
+        timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
+        max_attempts: tries of one query.
+        max_connections: open at once.
+        first_wait_s: wait before the second try, seconds; doubled for each further one up to 8 s, with as
+            much jitter.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_attempts: int,
+        max_connections: int,
+        first_wait_s: float = 0.25,
+    ):
+        self.url = url
+        self.num_retries = 0
+        self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._first_wait_s = first_wait_s
+        self._lock = threading.Lock()
+        self._client = httpx.Client(
+            # Retrieval servers are near: a proxy from the environment would only get in the way.
+            trust_env=False,
+            timeout=timeout_s,
+            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+        )
+
+    def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
+        """The at most `top_k` best passages with their scores (0.0 where the server sends none), best first.
+
+        Raises:
+            SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
+                that no further try would mend.
+        """
+        retrying = Retrying(
+            stop=stop_after_attempt(self._max_attempts),
+            wait=wait_exponential_jitter(initial=self._first_wait_s, max=8, jitter=self._first_wait_s),
+            retry=retry_if_exception_type(_TransientError),
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        return retrying(self._ask, query, top_k)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _count_retry(self, _: RetryCallState) -> None:
+        with self._lock:
+            self.num_retries += 1
+
+    def _ask(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
+        body = self._post({"queries": [query], "topk": top_k, "return_scores": True})
+        try:
+            return _parse_answer(body)[:top_k]
+        except (ValueError, OverflowError) as error:
+            raise _TransientError(f"{self.url} sent an unusable answer: {error}") from None
+
+    def _post(self, payload: dict) -> bytes:
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            with self._client.stream("POST", self.url, json=payload) as response:
+                if response.status_code != 200:
+                    # Redirects are not followed: they would turn the POST into a GET.
+                    passing = response.status_code >= 500 or response.status_code in _RETRIED_STATUS
+                    kind = _TransientError if passing else SearchError
+                    raise kind(f"{self.url} answered HTTP {response.status_code} {response.reason_phrase}")
+                return self._read(response, deadline)
+        except httpx.TimeoutException:
+            raise _TransientError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _TransientError(f"{self.url} cannot be reached ({reason:.120})") from None
+
+    def _read(self, response: httpx.Response, deadline: float) -> bytes:
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_RESPONSE_BYTES:
+                raise SearchError(
+                    f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one query"
+                )
+            # httpx bounds each read, not their sum: a server that drips bytes would never time out.
+            if time.monotonic() > deadline:
+                raise _TransientError(f"{self.url} did not answer within {self._timeout_s:g} s")
+        return bytes(body)
+
+
+def _parse_answer(body: bytes) -> list[tuple[Passage, float]]:
+    """Passages and scores in the answer to one query; ValueError with a short reason if it is none."""
+    try:
+        answer = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError("not JSON") from None
+    result = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], list):
+        raise ValueError('expected {"result": [[...]]} with one list for the one query')
+    return [_parse_hit(hit, position) for position, hit in enumerate(result[0])]
+
+
+def _parse_hit(hit: object, position: int) -> tuple[Passage, float]:
+    document = hit.get("document", hit) if isinstance(hit, dict) else None
+    if not isinstance(document, dict) or not isinstance(document.get("contents"), str):
+        raise ValueError(f"passage {position} has no document.contents")
+    score = hit.get("score", 0.0) if isinstance(hit, dict) else 0.0
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise ValueError(f"passage {position} has score {score!r:.40}")
+    return parse_contents(str(document.get("id", position)), document["contents"]), float(score)

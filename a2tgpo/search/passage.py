@@ -1,0 +1,26 @@
+"""What a search returns, and how it is written in Search-R1's corpora and wire format."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Passage:
+    id: str
+    title: str
+    text: str
+
+    @property
+    def contents(self) -> str:
+        """`"title"` in double quotes on the first line, the text below it; the text alone without a title."""
+        return f'"{self.title}"\n{self.text}' if self.title else self.text
+
+
+def parse_contents(passage_id: str, contents: str) -> Passage:
+    """The passage whose `contents` field this is; without a second line, all of it is text."""
+    first, newline, rest = contents.partition("\n")
+    if not newline:
+        return Passage(passage_id, "", contents.strip())
+    title = first.strip()
+    if len(title) >= 2 and title.startswith('"') and title.endswith('"'):
+        title = title[1:-1].strip()
+    return Passage(passage_id, title, rest.strip())

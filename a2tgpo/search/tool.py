@@ -1,0 +1,125 @@
+"""The search tool as a rollout sees it: one call, whatever stands behind it."""
+
+import functools
+import threading
+from dataclasses import dataclass
+from typing import Protocol
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.passage import Passage
+
+__all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
+
+CACHE_QUERIES = 65536
+"""Answers remembered, about 100 MB of short passages at top-3; a corpus does not change during a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchCounts:
+    """What a tool did since it was built."""
+
+    queries: int = 0
+    cache_hits: int = 0
+    retries: int = 0
+    """Requests sent again after a failed one."""
+    failures: int = 0
+    """Queries that ended in `SearchError`."""
+
+    def since(self, earlier: "SearchCounts") -> "SearchCounts":
+        """The part that came after `earlier`."""
+        return SearchCounts(
+            queries=self.queries - earlier.queries,
+            cache_hits=self.cache_hits - earlier.cache_hits,
+            retries=self.retries - earlier.retries,
+            failures=self.failures - earlier.failures,
+        )
+
+
+class SearchTool(Protocol):
+    """Safe to call from many threads at once."""
+
+    def search(self, query: str) -> list[Passage]:
+        """The best passages for `query`, best first, maybe none; `SearchError` if there is no answer."""
+
+    def counts(self) -> SearchCounts: ...
+
+    def close(self) -> None: ...
+
+
+class CachedSearch:
+    """Remembers answers (least recently used go first) and counts; failures are not remembered.
+
+    Args:
+        backend: the index or client; see `build_search`.
+        top_k: passages asked of an index.
+    """
+
+    def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int):
+        self._backend = backend
+        self._top_k = top_k
+        self._cached = functools.lru_cache(maxsize=CACHE_QUERIES)(self._ask)
+        self._lock = threading.Lock()
+        self._queries = 0
+        self._failures = 0
+
+    def search(self, query: str) -> list[Passage]:
+        with self._lock:
+            self._queries += 1
+        try:
+            # What a policy samples need not be valid Unicode: a lone surrogate could not be sent.
+            clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
+            return list(self._cached(clean))
+        except SearchError:
+            with self._lock:
+                self._failures += 1
+            raise
+
+    def counts(self) -> SearchCounts:
+        return SearchCounts(
+            queries=self._queries,
+            cache_hits=self._cached.cache_info().hits,
+            retries=self._backend.num_retries if isinstance(self._backend, HttpSearch) else 0,
+            failures=self._failures,
+        )
+
+    def close(self) -> None:
+        """Close the connections of a client; the tool cannot be used afterwards."""
+        if isinstance(self._backend, HttpSearch):
+            self._backend.close()
+
+    def _ask(self, query: str) -> tuple[Passage, ...]:
+        return tuple(passage for passage, _ in self._backend.search(query, self._top_k))
+
+
+def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
+    """The tool that `config` describes; every rank builds its own.
+
+    Args:
+        config: the `search` section.
+        probe: with search.backend=http, send one query first, so that a wrong address is found at start.
+
+    Raises:
+        ConfigError: one line; a bad corpus, or a server that does not answer the probe.
+    """
+    if config.backend == "bm25":
+        return CachedSearch(Bm25Index(load_corpus(config.corpus)), top_k=config.top_k)
+    client = HttpSearch(
+        config.url,
+        timeout_s=config.timeout_s,
+        max_attempts=config.max_attempts,
+        max_connections=config.num_workers,
+    )
+    if probe:
+        try:
+            client.search("probe", config.top_k)
+        except SearchError as error:
+            client.close()
+            raise ConfigError(
+                f"search.url: {error}; start the server (tools/retrieval_server.py) or correct it"
+            ) from None
+    return CachedSearch(client, top_k=config.top_k)

@@ -1,0 +1,152 @@
+"""The training loop: one step is the list of stages in `Trainer.train_step`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
+from a2tgpo.assemble import RunParts
+from a2tgpo.batch.exchange import exchange
+from a2tgpo.evaluate.evaluate import evaluate
+from a2tgpo.loss.adaptive_clip import clip_scale
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.metrics.timers import StageTimers
+from a2tgpo.recorder import Recorder, add_rollout_counts
+from a2tgpo.trajectory import Prompt, Trajectory
+from a2tgpo.update.minibatch import build_minibatches
+from a2tgpo.update.policy_update import score_minibatches, score_reference, update_policy
+from a2tgpo.weight_sync import sync_engine
+
+
+class Trainer:
+    """Runs the steps of one configuration; every rank holds one and makes the same calls.
+
+    Args:
+        parts: what the run is made of.
+        recorder: of metrics and rollouts.
+        save_checkpoint: called with the number of steps done.
+        step: steps done already, those of the checkpoint the run goes on from.
+    """
+
+    def __init__(
+        self,
+        parts: RunParts,
+        recorder: Recorder,
+        *,
+        save_checkpoint: Callable[[int], None],
+        step: int = 0,
+    ):
+        self.parts = parts
+        self.config = parts.config
+        self.recorder = recorder
+        self.save_checkpoint = save_checkpoint
+        self.step = step
+        self.timers = StageTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+
+    def train(self) -> None:
+        """All remaining steps, with evaluations and checkpoints between them."""
+        if self.step == 0 and self.config.evaluation.at_start:
+            self.evaluate()
+        while self.step < self.config.run.steps:
+            self.train_step()
+            if self._is_due(self.config.evaluation.every):
+                self.evaluate()
+            if self._is_due(self.config.checkpoint.every):
+                with self.timers.stage("checkpoint"):
+                    self.save_checkpoint(self.step)
+
+    def train_step(self) -> None:
+        """prompts, refit, rollout (with gain and reward), exchange, advantage, score, update, record."""
+        start = time.monotonic()
+        engine_metrics, learning_metrics = MetricSums(), MetricSums()
+        prompts = self.parts.train_prompts.prompts(self.parts.sampler.next_indices())
+        with self.timers.stage("refit"):
+            engine_metrics.merge(sync_engine(self.parts, step=self.step))
+        with self.timers.stage("rollout"):
+            played = self.rollout(prompts, engine_metrics)
+        with self.timers.stage("exchange"):
+            trajectories = exchange(
+                played, self.parts.groups, prompts_per_minibatch=self.config.update.prompts_per_minibatch
+            )
+        with self.timers.stage("advantage"):
+            table, advantages, clip_scales = self.advantages(trajectories)
+            minibatches = build_minibatches(
+                trajectories, advantages, clip_scales, config=self.config, groups=self.parts.groups
+            )
+        with self.timers.stage("score"):
+            score_minibatches(self.parts.policy, minibatches, learning_metrics)
+            if self.parts.reference is not None:
+                score_reference(self.parts.reference, minibatches)
+        with self.timers.stage("update"):
+            update_policy(
+                self.parts.policy,
+                self.parts.optimizer,
+                self.parts.schedule,
+                minibatches,
+                self.config.algorithm,
+                learning_metrics,
+            )
+        self.step += 1
+        self.recorder.record_step(
+            self.step,
+            trajectories,
+            table,
+            advantages,
+            clip_scales,
+            engine_metrics=engine_metrics,
+            learning_metrics=learning_metrics,
+            seconds=self.timers.take() | {"time/step_s": time.monotonic() - start},
+        )
+
+    def rollout(self, prompts: Sequence[Prompt], metrics: MetricSums) -> list[Trajectory]:
+        """This replica's share of the prompts, played; nothing on ranks that only follow an engine."""
+        replicas = self.parts.replicas
+        trajectories, counts = self.parts.rollout.run(
+            prompts[replicas.index :: replicas.count], seed=self.config.run.seed, step=self.step
+        )
+        self.parts.engine.sleep()
+        if not replicas.is_first:
+            return []
+        add_rollout_counts(metrics, counts)
+        return trajectories
+
+    def advantages(
+        self, trajectories: Sequence[Trajectory]
+    ) -> tuple[TurnTable, TurnAdvantages, torch.Tensor]:
+        """Turn advantages and clip scales [N, T + 1] of this replica's trajectories.
+
+        Group statistics are merged over all replicas: every rank must call this.
+        """
+        table = build_turn_table(
+            trajectories,
+            num_prompts=self.config.rollout.prompts_per_step,
+            max_turns=self.config.rollout.max_turns,
+        )
+        result = compute_advantages(table, self.config.algorithm, dp_group=self.parts.groups.dp_group)
+        gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn is neutral
+        return table, result, clip_scale(gains, beta=self.config.algorithm.clip_beta)
+
+    def evaluate(self) -> None:
+        """Greedy answers to the held-out questions."""
+        with self.timers.stage("evaluation"):
+            sync_engine(self.parts, step=self.step)
+            prompts = self.parts.test_prompts.prompts(range(len(self.parts.test_prompts)))
+            scores, _ = evaluate(
+                self.parts.rollout,
+                prompts,
+                replica_index=self.parts.replicas.index,
+                num_replicas=self.parts.replicas.count,
+                is_replica_first=self.parts.replicas.is_first,
+                group=dist.group.WORLD,
+            )
+            self.parts.engine.sleep()
+        self.recorder.record_evaluation(self.step, scores)
+
+    def _is_due(self, every: int) -> bool:
+        """After the last step, and every so many steps (0: never in between)."""
+        return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)

@@ -1,0 +1,251 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+`ROOT/step_N/` holds `sharded/`, Megatron's torch_dist checkpoint of model and optimizer, `rng/rank_R.pt` with
+each rank's random state, and `state.json` with the learning rate schedule, the layout and the caller's own
+values. Nothing in it can run code when it is read. It is written as `step_N.tmp` and renamed once
+`complete.json`, the list of its files with their sizes and checksums, is in place: a folder without a matching
+list is not a checkpoint.
+
+Every rank sees the same file system, and every rank calls every function here that is not private.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.rng import get_rng_state, set_rng_state
+from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.update.sharded_state import check_index, load_sharded_state, sharded_state
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+STATE = "state.json"
+SHARDED = "sharded"
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+def save(
+    root: str | Path,
+    step: int,
+    *,
+    policy: Policy,
+    optimizer: Any,
+    schedule: LearningRateSchedule,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `root/step_{step}` and drop all but the `keep` newest checkpoints.
+
+    Args:
+        step: names the checkpoint; an older one of the same step is replaced.
+        state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
+            for tuples (lists).
+        keep: checkpoints to leave in `root`, this one included.
+
+    Returns:
+        The finished folder.
+
+    Raises:
+        TypeError: if `state` holds something JSON does not have.
+    """
+    root = Path(root)
+    final, partial = root / f"step_{step}", root / f"step_{step}.tmp"
+    record = json.dumps({"step": step, **_layout(policy), "schedule": schedule.state_dict(), "state": state})
+    if policy.groups.rank == 0:
+        _remove_leftovers(root)
+        for folder in (SHARDED, "rng"):
+            (partial / folder).mkdir(parents=True)
+        (partial / STATE).write_text(record)
+    dist.barrier()
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy("torch_dist"), policy.groups.dp_group
+    )
+    sharded = sharded_state(policy, optimizer, is_loading=False)
+    dist_checkpointing.save(sharded, str(partial / SHARDED), strategy)
+    torch.save(_to_plain(get_rng_state()), partial / _rng_file(policy.groups.rank))
+    dist.barrier()
+    files = _describe(partial, sorted(_files_of(partial)))
+    if policy.groups.rank == 0:
+        _write_through(partial / MARKER, json.dumps({"files": files}, indent=0))
+        _put_in_place(partial, final)
+        for old in _steps_in(root)[keep:]:
+            shutil.rmtree(root / f"step_{old}")
+    dist.barrier()
+    return final
+
+
+def load(
+    path: str | Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
+) -> dict[str, Any]:
+    """Put a checkpoint's weights, optimizer state, schedule and random states in place.
+
+    The layout may differ from the one that saved it; random states are then left as they are, with a warning,
+    since they belong to ranks.
+
+    Returns:
+        The `state` given to `save`.
+
+    Raises:
+        ValueError: if `path` is not a complete checkpoint.
+    """
+    path = Path(path)
+    fault = _fault_of(path)
+    if fault:
+        raise ValueError(f"{path} cannot be resumed from: {fault}")
+    check_index(path / SHARDED / ".metadata")
+    sharded = sharded_state(policy, optimizer, is_loading=True)
+    load_sharded_state(dist_checkpointing.load(sharded, str(path / SHARDED)), policy, optimizer)
+    record = json.loads((path / STATE).read_text())
+    schedule.load_state_dict(record["schedule"])
+    if record["layout"] == _layout(policy)["layout"]:
+        rng = torch.load(path / _rng_file(policy.groups.rank), weights_only=True)
+        set_rng_state(_from_plain(rng))
+    elif policy.groups.rank == 0:
+        logger.warning("%s was saved with another layout; random states are not restored", path)
+    return record["state"]
+
+
+def latest(root: str | Path) -> Path | None:
+    """The newest complete checkpoint under `root`, None where there is none.
+
+    Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. All files are read,
+    shared out over the ranks.
+    """
+    for step in _steps_in(Path(root)):
+        path = Path(root) / f"step_{step}"
+        fault = _fault_of(path)
+        if not fault:
+            return path
+        if dist.get_rank() == 0:
+            logger.warning("checkpoint %s is passed over: %s", path, fault)
+    return None
+
+
+def _fault_of(path: Path) -> str:
+    """What is wrong with the checkpoint at `path`, in a few words; empty: nothing. Equal on all ranks."""
+    try:
+        files = json.loads((path / MARKER).read_text())["files"]
+        expected = {name: (int(size), int(checksum)) for name, (size, checksum) in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MARKER}: it was not written to the end"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MARKER} is damaged"
+    missing = [name for name in expected if not (path / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    found = _describe(path, list(expected))
+    damaged = [name for name in expected if tuple(found[name]) != expected[name]]
+    return f"{damaged[0]} is damaged" if damaged else ""
+
+
+def _describe(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file; the ranks share the reading."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = {name: _size_and_crc(folder / name) for name in names[rank::world_size]}
+    merged: dict[str, tuple[int, int]] = {}
+    assert dist.group.WORLD is not None, "checkpoints are read and written by joined processes"
+    for part in all_gather_object(mine, dist.group.WORLD):
+        merged.update(part)
+    return {name: merged[name] for name in names}
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return size, crc
+
+
+def _files_of(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _steps_in(root: Path) -> list[int]:
+    """Steps with a folder under `root`, newest first."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.iterdir():
+        if entry.suffix in (".tmp", ".old") and _STEP_FOLDER.fullmatch(entry.stem):
+            shutil.rmtree(entry)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    old = final.with_suffix(".old")
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_through(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _layout(policy: Policy) -> dict[str, dict[str, int]]:
+    groups = policy.groups
+    return {"layout": {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng/rank_{rank}.pt"
+
+
+def _to_plain(value: Any) -> Any:
+    """NumPy arrays as marked tensors, so that the file loads without unpickling arbitrary classes."""
+    if isinstance(value, np.ndarray):
+        return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_to_plain(item) for item in value)
+    return value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"numpy", "dtype"}:
+        return value["numpy"].numpy().astype(value["dtype"])
+    if isinstance(value, dict):
+        return {key: _from_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_from_plain(item) for item in value)
+    return value

@@ -1,0 +1,72 @@
+"""One pass of all micro-batches through the pipeline: what scoring and training have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from a2tgpo.batch.packing import PackedBatch, empty_batch
+from a2tgpo.model.forward import forward_packed
+from a2tgpo.model.logprobs import token_logprobs
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_reduce_max
+
+TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32 detached) -> scalar to differentiate."""
+
+
+def run_pipeline(
+    policy: Policy, microbatches: Sequence[PackedBatch], token_function: TokenFunction, *, forward_only: bool
+) -> None:
+    """Run the policy over `microbatches` and hand each one's log-probs to `token_function` on the last stage.
+
+    Every rank calls this, each data-parallel replica with its own micro-batches, the same on all of the
+    replica's ranks. Replicas may hold different numbers of them, none included: those that have fewer run
+    empty ones, which `token_function` never sees, so that all reach every collective.
+
+    The gradients left in the model are those of the sum, over micro-batches and data-parallel replicas, of what
+    `token_function` returned: Megatron's averaging over both is undone here.
+
+    Args:
+        forward_only: no gradients; what `token_function` returns is then ignored.
+    """
+    groups = policy.groups
+    real_count = len(microbatches)
+    count = int(all_reduce_max(torch.tensor(max(real_count, 1)), groups.dp_group))
+    filler = [empty_batch(align=1)] * (count - real_count)
+    batches = [batch.to(groups.device) for batch in (*microbatches, *filler)]
+    # Megatron divides the loss by `count` (schedules.py, forward_step_calc_loss) and the gradients by dp_size
+    # (distributed_data_parallel.py, gradient_scaling_factor).
+    scale = 1.0 if forward_only else float(count * groups.dp_size)
+
+    def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = token_logprobs(
+            logits, batches[number].targets[0], vocab_size=policy.vocab_size, tp_group=groups.tp_group
+        )
+        is_real = number < real_count
+        loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
+        if not (forward_only or loss.requires_grad):
+            loss = loss + 0.0 * logprobs.sum()  # the backward pass must reach every stage and every parameter
+        return loss * scale, {}
+
+    def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
+        number = next(numbers)
+        batch = batches[number]
+        output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens)
+        return output, partial(finish, number)
+
+    iterators = [iter(range(count)) for _ in policy.chunks]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators,
+        model=policy.chunks,
+        num_microbatches=count,
+        seq_length=max(batch.num_tokens for batch in batches),  # unused: stages tell each other their shapes
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )

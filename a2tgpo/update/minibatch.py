@@ -1,0 +1,95 @@
+"""A step's trajectories cut into mini-batches (one optimizer step each) and these into packed micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from a2tgpo.advantage.turn_table import TurnAdvantages
+from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
+from a2tgpo.config.run import RunConfig
+from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.trajectory import Trajectory
+
+
+@dataclass(kw_only=True)
+class Minibatch:
+    """What one optimizer step trains on, on this rank."""
+
+    batches: list[PackedBatch]
+    turn_advantages: list[torch.Tensor]
+    """Per micro-batch [U] float32: advantage of each turn."""
+    turn_clip_scales: list[torch.Tensor]
+    """Per micro-batch [U] float32."""
+    sequence_weights: list[torch.Tensor]
+    """Per micro-batch [S] float32: weight of each sampled token of the sequence in the loss."""
+    old_logprobs: list[torch.Tensor | None] = field(default_factory=list)
+    """Per micro-batch [T] float32 on the last pipeline stage, None elsewhere; filled by scoring."""
+    ref_logprobs: list[torch.Tensor | None] = field(default_factory=list)
+    """As `old_logprobs`, by the reference; empty without one."""
+
+    def loss_inputs(self, index: int) -> LossInputs:
+        """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device."""
+        batch, old = self.batches[index], self.old_logprobs[index]
+        assert old is not None, "loss inputs exist on the last pipeline stage only"
+        mask = batch.loss_mask[0]
+        turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
+        reference = self.ref_logprobs[index] if self.ref_logprobs else None
+        return LossInputs(
+            old_logprobs=old[mask],
+            advantages=self.turn_advantages[index].to(mask.device)[turn_ids],
+            clip_scale=self.turn_clip_scales[index].to(mask.device)[turn_ids],
+            weights=self.sequence_weights[index].to(mask.device)[sequence_ids],
+            turn_ids=turn_ids,
+            sequence_ids=sequence_ids,
+            num_turns=batch.num_turns,
+            num_sequences=batch.num_sequences,
+            ref_logprobs=None if reference is None else reference[mask],
+        )
+
+
+def build_minibatches(
+    trajectories: Sequence[Trajectory],
+    advantages: TurnAdvantages,
+    clip_scales: torch.Tensor,
+    *,
+    config: RunConfig,
+    groups: ParallelGroups,
+) -> list[Minibatch]:
+    """Mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
+
+    Every rank must call this, also without trajectories: loss normalisers are summed over the data-parallel
+    group. All ranks get the same number of mini-batches; the number of micro-batches may differ.
+
+    Args:
+        trajectories: this replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
+    """
+    align = alignment(config.parallel)
+    prompts = config.update.prompts_per_minibatch
+    minibatches = []
+    for number in range(config.rollout.prompts_per_step // prompts):
+        rows = [i for i, t in enumerate(trajectories) if t.prompt_index // prompts == number]
+        counts = torch.tensor([trajectories[i].num_sampled_tokens for i in rows], dtype=torch.int64)
+        weights = torch.zeros(len(trajectories), dtype=torch.float64)
+        weights[rows] = token_weights(
+            counts,
+            aggregation=config.algorithm.aggregation,
+            norm_length=config.rollout.max_response_tokens,
+            dp_group=groups.dp_group,
+        )
+        minibatch = Minibatch(batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[])
+        lengths = [packed_length(trajectories[i]) for i in rows]
+        for members in microbatches(lengths, config.update.max_microbatch_tokens):
+            batch = pack(trajectories, [rows[i] for i in members], align=align)
+            turns = batch.turn_trajectory, batch.turn_index
+            minibatch.batches.append(batch)
+            minibatch.turn_advantages.append(advantages.advantages[turns].float())
+            minibatch.turn_clip_scales.append(clip_scales[turns].float())
+            minibatch.sequence_weights.append(weights[list(batch.trajectory_indices)].float())
+        minibatches.append(minibatch)
+    return minibatches

@@ -1,0 +1,97 @@
+"""Megatron's AdamW over the policy's parameters, and the learning rate of every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.model.policy import Policy
+
+
+def build_optimizer(
+    policy: Policy, config: UpdateConfig, *, total_steps: int
+) -> tuple[Any, LearningRateSchedule]:
+    """The optimizer of the policy's trainable parameters and its learning rate schedule.
+
+    Every rank calls this. Weight decay spares biases and norm weights.
+
+    Args:
+        total_steps: optimizer steps until the schedule has come down to `config.min_lr`; without effect on a
+            constant one.
+    """
+    bf16 = policy.dtype == torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=policy.dtype,
+            use_distributed_optimizer=config.distributed_optimizer,
+        ),
+        policy.chunks,
+        use_gloo_process_groups=False,
+    )
+    return optimizer, LearningRateSchedule(optimizer, config, total_steps=total_steps)
+
+
+class LearningRateSchedule:
+    """Linear warm-up, then constant, linear or cosine, one `step()` per optimizer step.
+
+    Update k (0-based) runs at the rate Megatron's scheduler gives for k + 1 steps done, so that the first update
+    of a warm-up is not made at a rate of 0.
+    """
+
+    def __init__(self, optimizer: Any, config: UpdateConfig, *, total_steps: int) -> None:
+        self._optimizer = optimizer
+        self._config = config
+        self._scheduler = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+            lr_decay_style=config.lr_schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        self._set_steps_done(0)
+
+    @property
+    def lr(self) -> float:
+        """Rate of the next update."""
+        return self._scheduler.get_lr({})
+
+    def step(self) -> None:
+        """Move on to the next update's rate."""
+        self._scheduler.step(1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps_done": self._scheduler.num_steps - 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken; rates follow this run's config, not the saved run's.
+
+        Call after the optimizer's state was loaded, which brings the saved run's rates with it.
+        """
+        self._set_steps_done(state["steps_done"])
+
+    def _set_steps_done(self, steps_done: int) -> None:
+        for group in self._optimizer.param_groups:
+            group["max_lr"], group["min_lr"] = self._config.lr, self._config.min_lr
+        self._scheduler.num_steps = steps_done
+        self._scheduler.step(1)

@@ -1,0 +1,153 @@
+"""The update stage: score a step's mini-batches before the first update, then one optimizer step on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.build import Policy
+from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.update.score import TokenScores, score
+from a2tgpo.update.train_step import train_step
+
+
+def score_minibatches(policy: Policy, minibatches: Sequence[Minibatch], metrics: MetricSums) -> None:
+    """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
+
+    Every rank must call this. Also measures the entropy and how far the trainer's log-probs are from the engine's.
+    """
+    sums: dict[str, Tensor] = {}
+    for minibatch in minibatches:
+        scores = score(policy, minibatch.batches)
+        minibatch.old_logprobs = [None if s is None else s.logprobs for s in scores]
+        for batch, scored in zip(minibatch.batches, scores, strict=True):
+            if scored is not None:
+                _add_up(sums, _gap_sums(batch.to(scored.logprobs.device), scored))
+    sums = _from_last_stage(policy, sums)
+    if sums:
+        tokens = int(sums["tokens"])
+        metrics.add("entropy/mean", float(sums["entropy"]), tokens)
+        metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), tokens)
+        metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), tokens)
+        metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
+
+
+def score_reference(reference: Policy, minibatches: Sequence[Minibatch]) -> None:
+    """Fill in `ref_logprobs`; every rank must call this."""
+    for minibatch in minibatches:
+        scores = score(reference, minibatch.batches)
+        minibatch.ref_logprobs = [None if s is None else s.logprobs for s in scores]
+
+
+def update_policy(
+    policy: Policy,
+    optimizer: Any,
+    schedule: LearningRateSchedule,
+    minibatches: Sequence[Minibatch],
+    config: AlgorithmConfig,
+    metrics: MetricSums,
+) -> None:
+    """One optimizer step per mini-batch, in order; every rank must call this.
+
+    At the first mini-batch the policy is still the one that was scored, so its ratio is 1: the measured deviation
+    is the noise floor against which the clipping range is to be held.
+    """
+    for number, minibatch in enumerate(minibatches):
+
+        def loss_function(
+            index: int, logprobs: Tensor, _entropy: Tensor, minibatch: Minibatch = minibatch
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            batch = minibatch.batches[index].to(logprobs.device)
+            minibatch.batches[index] = batch
+            inputs = minibatch.loss_inputs(index)
+            sampled = logprobs[batch.loss_mask[0]]
+            result = policy_loss(sampled, inputs, config)
+            return result.loss, _loss_sums(result, sampled.detach() - inputs.old_logprobs, batch)
+
+        metrics.add("update/lr", schedule.lr, 1)
+        result = train_step(policy, optimizer, minibatch.batches, loss_function)
+        if result.update_ok:
+            schedule.step()
+        metrics.add("update/loss", result.loss, 1)
+        metrics.add("update/grad_norm", result.grad_norm, 1)
+        metrics.add("update/skipped", float(not result.update_ok), 0)
+        if result.metrics:
+            _record(metrics, result.metrics, is_first=number == 0)
+
+
+def _gap_sums(batch: PackedBatch, scored: TokenScores) -> dict[str, Tensor]:
+    mask = batch.loss_mask[0]
+    difference = (scored.logprobs[mask] - batch.rollout_logprobs[0, mask]).double()
+    log_ratio = difference.clamp(-20.0, 20.0)
+    return {
+        "tokens": mask.sum().double(),
+        "entropy": scored.entropy[mask].double().sum(),
+        "gap_abs": difference.abs().sum(),
+        "gap_max": difference.abs().max() if difference.numel() else difference.new_zeros(()),
+        "gap_k3": (log_ratio.exp() - log_ratio - 1.0).sum(),
+    }
+
+
+def _add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        combine = torch.maximum if name.endswith("_max") else torch.add
+        sums[name] = combine(sums[name], value) if name in sums else value
+
+
+def _from_last_stage(policy: Policy, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    sums = {name: value.cpu() for name, value in sums.items()}
+    groups = policy.groups
+    if groups.pp_size > 1:
+        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
+    return sums
+
+
+def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+    """Sums over the micro-batch's sampled tokens; the `by_turn` ones are [max turns + 1] histograms."""
+    turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
+    return {
+        "tokens": torch.tensor(float(turn_index.numel())),
+        "ratio": result.ratio.sum(),
+        "noise": result.ratio.double().log().abs().sum(),
+        "clipped": result.is_clipped.sum(),
+        "clipped_high": (result.is_clipped & (result.ratio > 1)).sum(),
+        "dual_clipped": result.is_dual_clipped.sum(),
+        "old_kl": -log_ratio.sum(),
+        "ref_kl": result.kl.sum(),
+        "clipped_by_turn": _histogram(turn_index, result.is_clipped),
+        "tokens_by_turn": _histogram(turn_index, torch.ones_like(result.is_clipped)),
+    }
+
+
+MAX_TURNS_SHOWN = 64
+
+
+def _histogram(turn_index: Tensor, counted: Tensor) -> Tensor:
+    """[MAX_TURNS_SHOWN] float64: how many counted tokens each turn index has."""
+    zeros = torch.zeros(MAX_TURNS_SHOWN, dtype=torch.float64, device=turn_index.device)
+    return zeros.index_add_(0, turn_index.clamp(max=MAX_TURNS_SHOWN - 1), counted.double())
+
+
+def _record(metrics: MetricSums, sums: dict[str, Tensor], *, is_first: bool) -> None:
+    tokens = int(sums["tokens"])
+    metrics.add("ratio/mean", float(sums["ratio"]), tokens)
+    if is_first:
+        metrics.add("ratio/noise_floor", float(sums["noise"]), tokens)
+    metrics.add("clip/fraction", float(sums["clipped"]), tokens)
+    metrics.add("clip/fraction_high", float(sums["clipped_high"]), tokens)
+    metrics.add("clip/dual_fraction", float(sums["dual_clipped"]), tokens)
+    metrics.add("kl/old_policy", float(sums["old_kl"]), tokens)
+    metrics.add("kl/reference", float(sums["ref_kl"]), tokens)
+    by_turn = zip(sums["clipped_by_turn"].tolist(), sums["tokens_by_turn"].tolist(), strict=True)
+    for turn_index, (clipped, total) in enumerate(by_turn, start=1):
+        if total:
+            metrics.add(f"clip/turn_{turn_index}_fraction", clipped, int(total))

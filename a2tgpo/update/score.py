@@ -1,0 +1,48 @@
+"""Log-probs of given tokens under the policy, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.model.policy import Policy
+from a2tgpo.update.forward_step import run_pipeline
+
+
+class TokenScores(NamedTuple):
+    """One micro-batch, aligned on the predicting position."""
+
+    logprobs: Tensor
+    """[T] float32, log p(`targets`), nats; also where `loss_mask` is False."""
+    entropy: Tensor
+    """[T] float32, entropy of the distribution that predicts `targets`, nats."""
+
+
+@torch.no_grad()
+def score(policy: Policy, microbatches: Sequence[PackedBatch]) -> list[TokenScores | None]:
+    """Score every micro-batch in one forward-only pipeline pass.
+
+    Every rank calls this; see `run_pipeline` for what each passes in.
+
+    Returns:
+        For each of `microbatches` its scores on the policy's device; None on all but the last pipeline stage.
+    """
+    scores: list[TokenScores | None] = [None] * len(microbatches)
+
+    def keep(number: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        scores[number] = TokenScores(logprobs.detach(), entropy.detach())
+        return logprobs.new_zeros(())
+
+    were_training = [chunk.training for chunk in policy.chunks]
+    for chunk in policy.chunks:
+        chunk.eval()
+    try:
+        run_pipeline(policy, microbatches, keep, forward_only=True)
+    finally:
+        for chunk, training in zip(policy.chunks, were_training, strict=True):
+            chunk.train(training)
+    return scores

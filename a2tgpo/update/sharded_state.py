@@ -1,0 +1,138 @@
+"""Model and optimizer as Megatron's sharded state dicts."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from a2tgpo.model.policy import Policy
+
+_INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
+"""Whose classes a checkpoint's index, a pickle, is made of."""
+_INDEX_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+def sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    """What is saved, or where a load puts what it reads; every rank calls this.
+
+    The optimizer's state is laid out by parameter ("fully_reshardable"), so any layout can load it.
+    """
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": policy.groups.dp_group,
+    }
+    models = {
+        _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
+        for number, chunk in enumerate(policy.chunks)
+    }
+    with _bucket_padding_kept(optimizer):
+        state = optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
+    return {**models, "optimizer": state}
+
+
+def load_sharded_state(loaded: dict[str, Any], policy: Policy, optimizer: Any) -> None:
+    """Put what `dist_checkpointing.load` read into the model and the optimizer."""
+    for number, chunk in enumerate(policy.chunks):
+        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
+        chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def check_index(path: Path) -> None:
+    """Refuse a checkpoint index that names anything but the records it is made of.
+
+    It is a pickle which torch reads without restriction, so this must come first.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    with path.open("rb") as stream:
+        _IndexUnpickler(stream).load()
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _INDEX_NAMES
+        if module == "torch":
+            known |= isinstance(getattr(torch, name, None), torch.dtype)
+        elif module in _INDEX_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            known = isinstance(found, type) and found.__module__ == module
+        if not known:
+            raise ValueError(
+                f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint"
+            )
+        return super().find_class(module, name)
+
+
+def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the modules' `_extra_state`: empty outside FP8 delayed scaling, and a pickle when read back."""
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def _model_key(policy: Policy, number: int) -> str:
+    return "model" if len(policy.chunks) == 1 else f"model{number}"
+
+
+@contextlib.contextmanager
+def _bucket_padding_kept(optimizer: Any) -> Iterator[None]:
+    """Mend the "fully_reshardable" layout of a distributed optimizer with several gradient buckets.
+
+    Megatron up to 0.19 gathers the state without the padding between buckets, then cuts parameters out of it at
+    offsets that count it (distrib_optimizer.py, sharded_param_state_fully_reshardable): all but the first bucket
+    would be saved shifted.
+    """
+    parts = [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
+    for part in parts:
+        part.get_parameter_state_dp_zero = _padded(part, part.get_parameter_state_dp_zero)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
+
+
+def _padded(part: Any, gather: Any) -> Any:
+    def gather_padded(*args: Any, **kwargs: Any) -> Any:
+        state = gather(*args, **kwargs)
+        if state is None:
+            return None
+        for number, buffer in enumerate(part.buffers):
+            for tensors in state[number].values():
+                for name, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = pad_buckets(value, buffer.buckets)
+        return state
+
+    return gather_padded
+
+
+def pad_buckets(flat: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
+    """Put the padding at the end of each bucket back into a buffer gathered without it.
+
+    Args:
+        flat: [sum of the buckets' `numel_unpadded`]; returned as it is where it already has the full length.
+        buckets: Megatron's, in the order of the buffer.
+
+    Returns:
+        [sum of the buckets' lengths], padding 0.
+    """
+    lengths = [bucket.grad_data.numel() for bucket in buckets]
+    if flat.numel() == sum(lengths):
+        return flat
+    padded = flat.new_zeros(sum(lengths))
+    start = 0
+    for bucket in buckets:
+        stop = start + bucket.numel_unpadded
+        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[start:stop]
+        start = stop
+    assert start == flat.numel(), f"{flat.numel()} values for buckets of {start}"
+    return padded

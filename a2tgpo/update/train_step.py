@@ -1,0 +1,111 @@
+"""One optimizer step: gradients over all micro-batches, then the update, or none where something is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.update.forward_step import run_pipeline
+
+LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32 detached) -> (loss, metrics).
+
+The loss is a scalar, normalised globally: its sum over all micro-batches and data-parallel replicas is the
+objective. Metrics are sums (of any shape) which add up over micro-batches.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did; equal on all ranks but for `metrics`."""
+
+    loss: float
+    """The objective before the update, summed over micro-batches and data-parallel replicas."""
+    grad_norm: float
+    """Global L2 norm of the gradients before clipping."""
+    update_ok: bool
+    """False: the loss or the gradients were not finite and nothing was changed."""
+    metrics: dict[str, Tensor]
+    """The loss function's metrics summed over this replica's micro-batches, on the CPU; equal on all ranks of
+    the replica, not reduced over replicas."""
+
+
+def train_step(
+    policy: Policy, optimizer: Any, microbatches: Sequence[PackedBatch], loss_function: LossFunction
+) -> StepResult:
+    """Take one optimizer step on the loss of `microbatches`.
+
+    Every rank calls this; see `run_pipeline` for what each passes in. `loss_function` is called on the last
+    pipeline stage only, once per micro-batch, in order. A loss or gradient that is not finite on any rank
+    leaves weights and optimizer state of all ranks as they were.
+
+    Args:
+        optimizer: from `optimizer.build_optimizer`.
+    """
+    metrics = compute_gradients(policy, microbatches, loss_function)
+    loss = float(metrics.pop(_LOSS))
+    grad_norm, update_ok = _apply_gradients(optimizer, loss_is_finite=math.isfinite(loss))
+    return StepResult(loss=loss, grad_norm=grad_norm, update_ok=update_ok, metrics=metrics)
+
+
+_LOSS = "loss over all replicas"
+
+
+def compute_gradients(
+    policy: Policy, microbatches: Sequence[PackedBatch], loss_function: LossFunction
+) -> dict[str, Tensor]:
+    """Leave the gradients of the loss in the model's buffers, reduced over all ranks; return the metric sums.
+
+    Every rank calls this. Under the distributed optimizer a rank's buffer holds the full sum only in the part
+    that the rank updates.
+    """
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    sums: dict[str, Tensor] = {}
+    loss_sum = torch.zeros((), dtype=torch.float64, device=policy.groups.device)
+
+    def add_up(number: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
+        loss, metrics = loss_function(number, logprobs, entropy)
+        loss_sum.add_(loss.detach())
+        for name, value in metrics.items():
+            value = value.detach().double()
+            sums[name] = sums[name] + value if name in sums else value
+        return loss
+
+    run_pipeline(policy, microbatches, add_up, forward_only=False)
+    groups = policy.groups
+    # On stages before the last the sum is 0, but all ranks must reduce.
+    sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)
+    sums = {name: value.cpu() for name, value in sums.items()}
+    if groups.pp_size > 1:
+        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
+    return sums
+
+
+@torch.no_grad()
+def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
+    """Clip and step, as Megatron's ChainedOptimizer.step, but skip where the loss or the norm is not finite.
+
+    Megatron itself looks for infinities only with loss scaling (fp16); a NaN would reach the weights. The norm is
+    reduced over all ranks that hold different gradients, so all of them take the same branch.
+    """
+    found_inf = optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    update_ok = loss_is_finite and not found_inf and math.isfinite(grad_norm)
+    if update_ok:
+        for part in optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+        update_ok = bool(optimizer.step_with_ready_grads())
+    optimizer.zero_grad()
+    return grad_norm, update_ok

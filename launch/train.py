@@ -1,0 +1,118 @@
+"""What every rank of a training run executes.
+
+    launch/local.sh -n RANKS CONFIG [--dry-run] [--resume auto|PATH|none] [section.field=value ...]
+    torchrun ... launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [section.field=value ...]
+
+Without a launcher it runs as one process.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import dump_config, load_config
+from a2tgpo.config.run import RunConfig
+
+GRACE_S = 3.0
+"""The other ranks fail on the same mistake; they leave rank 0 this long to say it, and the launcher to end them."""
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            return dry_run(config)
+        run(config, resume=args.resume)
+    except ConfigError as error:
+        return fail(str(error), 2)
+    except RuntimeError as error:
+        if "\n" in str(error):
+            raise  # not one of ours: its traceback is worth more than its message
+        return fail(str(error), 3)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything that needs no model, then stop"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|none",
+        help="auto: from the run's newest complete checkpoint if there is one; none: anew",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    return parser.parse_args()
+
+
+def fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(GRACE_S)
+        message = f"rank {os.environ['RANK']}: {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def dry_run(config: RunConfig) -> int:
+    """Print the resolved configuration and check files and layout, without building a model."""
+    from transformers import AutoTokenizer
+
+    from a2tgpo.data.question_set import load_questions
+    from a2tgpo.data.template import PromptSet, PromptTemplate
+    from a2tgpo.model.hf_config import load_hf_config
+    from a2tgpo.model.transformer_config import check_layout
+    from a2tgpo.search.tool import build_search
+
+    check_layout(load_hf_config(config.model.path), config.parallel)
+    template = PromptTemplate(AutoTokenizer.from_pretrained(config.model.path), config.data.instructions)
+    limit = config.data.max_prompt_tokens
+    sizes = {}
+    for key in ("train", "test"):
+        questions = load_questions(getattr(config.data, key), key=f"data.{key}")
+        sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
+    build_search(config.search).close()
+    if os.environ.get("RANK", "0") == "0":
+        print(dump_config(config), end="")
+        print(
+            f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
+        )
+    return 0
+
+
+def run(config: RunConfig, *, resume: str) -> None:
+    """Join the other ranks, build, resume, train."""
+    from a2tgpo.assemble import assemble
+    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.run_folder import RunFolder
+    from a2tgpo.trainer import Trainer
+
+    groups = initialize(config.parallel, seed=config.run.seed)
+    folder = RunFolder(config, groups)
+    checkpoint = folder.open(resume)
+    parts = assemble(config, groups)
+    step = folder.restore(checkpoint, parts) if checkpoint else 0
+    recorder = folder.recorder(parts, step=step)
+    trainer = Trainer(parts, recorder, save_checkpoint=lambda done: folder.save(done, parts), step=step)
+    recorder.writer.print(
+        f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"
+    )
+    try:
+        trainer.train()
+        folder.say_where(recorder)
+    finally:
+        recorder.writer.close()
+    parts.close()
+    shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

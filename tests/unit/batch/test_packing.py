@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a2tgpo.batch.packing import PADDING, alignment, empty_batch, pack, packed_length
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.trajectory import Trajectory, Turn
+
+
+def trajectory(prompt: list[int], *turns: tuple[list[int], list[int]]) -> Trajectory:
+    return Trajectory(
+        prompt_index=0,
+        prompt_id="q",
+        sample_index=0,
+        prompt_tokens=prompt,
+        turns=[
+            Turn(
+                tokens=sampled, rollout_logprobs=[-token / 100 for token in sampled], observation_tokens=seen
+            )
+            for sampled, seen in turns
+        ],
+        stop_reason="answer",
+    )
+
+
+token_lists = st.lists(st.integers(1, 999), max_size=6)
+trajectories = st.builds(
+    lambda prompt, turns: trajectory(prompt, *turns),
+    st.lists(st.integers(1, 999), min_size=1, max_size=5),
+    st.lists(st.tuples(token_lists, token_lists), max_size=4),
+)
+
+
+def test_fields_of_a_two_turn_trajectory_are_aligned_on_the_predicting_position() -> None:
+    batch = pack([trajectory([1, 2], ([10, 11], [20, 21]), ([12], [22]))], [0], align=1)
+    assert batch.tokens.tolist() == [[1, 2, 10, 11, 20, 21]]
+    assert batch.targets.tolist() == [[2, 10, 11, 20, 21, 12]]
+    assert batch.loss_mask.tolist() == [[False, True, True, False, False, True]]
+    assert batch.turn_ids.tolist() == [[0, 0, 0, 0, 0, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert batch.cu_seqlens.tolist() == [0, 6]
+    torch.testing.assert_close(
+        batch.rollout_logprobs, torch.tensor([[0, -0.10, -0.11, 0, 0, -0.12]], dtype=torch.float32)
+    )
+    assert batch.turn_trajectory.tolist() == [0, 0]
+    assert batch.turn_index.tolist() == [0, 1]
+
+
+def test_alignment_padding_is_a_masked_segment_of_its_own() -> None:
+    batch = pack([trajectory([1], ([5, 6], []))], [0], align=4)
+    assert batch.tokens.tolist() == [[1, 5, 0, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 2, 4]
+    assert batch.positions.tolist() == [[0, 1, 0, 1]]
+    assert batch.loss_mask.tolist() == [[True, True, False, False]]
+    assert batch.sequence_ids.tolist() == [[0, 0, PADDING, PADDING]]
+
+
+def test_rows_are_padded_only_for_sequence_parallelism() -> None:
+    assert alignment(ParallelConfig(tensor=4)) == 1
+    assert alignment(ParallelConfig(tensor=4, sequence=True)) == 4
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(trajectories, min_size=1, max_size=5), st.integers(1, 4), st.randoms())
+def test_tokens_trained_on_are_exactly_the_tokens_sampled(rollouts, align, random) -> None:
+    """And each is predicted from exactly what came before it in its own trajectory."""
+    indices = random.sample(range(len(rollouts)), len(rollouts))
+    batch = pack(rollouts, indices, align=align)
+    assert batch.num_tokens % align == 0
+
+    trained: dict[tuple[int, int], list[int]] = {}
+    logprobs: dict[tuple[int, int], list[float]] = {}
+    bounds = batch.cu_seqlens.tolist()
+    for k in torch.nonzero(batch.loss_mask[0]).flatten().tolist():
+        turn = int(batch.turn_ids[0, k])
+        key = (int(batch.turn_trajectory[turn]), int(batch.turn_index[turn]))
+        trained.setdefault(key, []).append(int(batch.targets[0, k]))
+        logprobs.setdefault(key, []).append(float(batch.rollout_logprobs[0, k]))
+
+        sequence = int(batch.sequence_ids[0, k])
+        assert batch.trajectory_indices[sequence] == key[0]
+        rollout = rollouts[key[0]]
+        whole = rollout.prompt_tokens + [
+            t for turn in rollout.turns for t in turn.tokens + turn.observation_tokens
+        ]
+        seen = batch.tokens[0, bounds[sequence] : k + 1].tolist()
+        assert seen == whole[: len(seen)]
+        assert whole[len(seen)] == int(batch.targets[0, k])
+        assert int(batch.positions[0, k]) == len(seen) - 1
+
+    sampled = {
+        (index, number): turn
+        for index, rollout in enumerate(rollouts)
+        for number, turn in enumerate(rollout.turns)
+        if turn.tokens
+    }
+    assert trained == {key: turn.tokens for key, turn in sampled.items()}
+    for key, turn in sampled.items():
+        assert logprobs[key] == pytest.approx(turn.rollout_logprobs, rel=1e-6)
+    assert batch.num_turns == len(sampled)
+    assert sum(packed_length(rollout) for rollout in rollouts) == int((batch.sequence_ids >= 0).sum())
+
+
+def test_a_trajectory_without_sampled_tokens_leaves_its_neighbours_as_they_are() -> None:
+    full = trajectory([1, 2], ([10, 11], []))
+    silent = trajectory([7, 8, 9], ([], [3, 4]), ([], []))
+    alone, beside = pack([full], [0], align=1), pack([full, silent], [1, 0], align=1)
+    assert packed_length(silent) == 0
+    assert beside.trajectory_indices == (0,)
+    for name in ("tokens", "targets", "loss_mask", "turn_ids", "positions", "cu_seqlens", "turn_trajectory"):
+        assert torch.equal(getattr(alone, name), getattr(beside, name)), name
+
+
+@pytest.mark.parametrize("batch", [empty_batch(2), pack([trajectory([1, 2])], [0], align=2)])
+def test_a_batch_of_nothing_can_be_run_and_trains_nothing(batch) -> None:
+    assert batch.num_tokens == 2
+    assert batch.cu_seqlens.tolist() == [0, 2]
+    assert not batch.loss_mask.any()
+    assert batch.num_turns == 0 and batch.num_sequences == 0
+    assert batch.expand_turns(torch.zeros(0)).tolist() == [0, 0]
+
+
+def test_turn_values_land_on_the_positions_that_predict_the_turn() -> None:
+    rollouts = [trajectory([1, 2], ([10, 11], [20]), ([12], [])), trajectory([3], ([13], []))]
+    batch = pack(rollouts, [1, 0], align=1)
+    out = batch.expand_turns(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
+    assert out.tolist() == [0.5, 0.0, -1.0, -1.0, 0.0, 2.0]
+    assert out.dtype == torch.float64
+    with pytest.raises(AssertionError, match="one value per turn"):
+        batch.expand_turns(torch.zeros(2))
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty prompt"):
+        pack([trajectory([], ([1], []))], [0], align=1)
+
+
+def test_logprobs_that_do_not_match_their_tokens_are_refused() -> None:
+    broken = trajectory([1], ([5, 6], []))
+    broken.turns[0].rollout_logprobs.pop()
+    with pytest.raises(ValueError, match="1 log-probs for 2 sampled tokens"):
+        pack([broken], [0], align=1)

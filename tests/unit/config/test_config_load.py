@@ -1,0 +1,227 @@
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.load import config_to_dict, dump_config, load_config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.rollout import GainConfig, RolloutConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+
+MINIMAL = """
+run: {name: trial}
+model: {path: models/tiny}
+data: {train: train.jsonl, test: test.jsonl}
+search: {corpus: corpus.jsonl}
+"""
+
+
+def write(folder, text, name="run.yaml"):
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def refusal(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_file_sets_values_and_the_rest_is_default(tmp_path):
+    config = load_config(
+        write(tmp_path, MINIMAL + "rollout: {group_size: 4, gain: {measure: log_probability}}\nupdate:")
+    )
+    assert config.run.name == "trial"
+    assert (config.rollout.group_size, config.rollout.prompts_per_step) == (4, 64)
+    assert (config.rollout.gain.measure, config.rollout.gain.answer_reduction) == ("log_probability", "first")
+    assert config.update.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("1E-4", 1e-4), ("3", 3.0), ("0.5", 0.5), (".5e0", 0.5), ("'2e-5'", 2e-5)],
+)
+def test_numbers_are_floats_however_they_are_written(tmp_path, text, value):
+    from_file = load_config(write(tmp_path, MINIMAL + f"update: {{lr: {text}}}")).update.lr
+    overridden = load_config(write(tmp_path, MINIMAL), [f"update.lr={text}"]).update.lr
+    assert from_file == overridden == value
+    assert type(from_file) is type(overridden) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("run.steps=3.0", "run.steps is 3.0; allowed: an integer"),
+        ("run.steps=1e3", "run.steps is '1e3'; allowed: an integer"),
+        ("run.steps=true", "run.steps is True; allowed: an integer"),
+        ("run.steps=", "run.steps is None; allowed: an integer"),
+        ("run.steps=[1", "run.steps is '[1'; allowed: an integer"),
+        ("update.lr=fast", "update.lr is 'fast'; allowed: a finite number"),
+        ("update.lr=.inf", "update.lr is inf; allowed: a finite number"),
+        ("update.lr=.nan", "update.lr is nan; allowed: a finite number"),
+        ("update.lr=on", "update.lr is True; allowed: a finite number"),
+        ("update.lr=" + "9" * 400, "update.lr is 999"),
+        ("parallel.sequence=1", "parallel.sequence is 1; allowed: true or false"),
+        ("run.steps=0", "run.steps is 0; allowed: >= 1"),
+        (
+            "rollout.gain.measure=odds",
+            "rollout.gain.measure is 'odds'; allowed: probability | log_probability",
+        ),
+        ("run.steps", "'run.steps' has no value; write section.field=value"),
+        ("rollout=3", "rollout is a section; set one of its keys, like rollout.prompts_per_step=..."),
+        ("rollout.group_sise=3", "unknown key rollout.group_sise; nearest valid key: rollout.group_size"),
+        ("group_size=3", "unknown key group_size; nearest valid key: rollout.group_size"),
+        ("rollout.measure=x", "unknown key rollout.measure; nearest valid key: rollout.gain.measure"),
+        ("=3", "unknown key ; nearest valid key"),
+    ],
+)
+def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, says):
+    message = refusal(write(tmp_path, MINIMAL), override)
+    assert message.startswith("command line: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "rollout: {group_sizes: 3}",
+            "unknown key rollout.group_sizes; nearest valid key: rollout.group_size",
+        ),
+        ("rolout: {group_size: 3}", "unknown key rolout; nearest valid key: rollout"),
+        ("3: 4", "unknown key 3; nearest valid key"),
+        ("rollout: 3", "rollout is 3; allowed: a section, with keys like rollout.prompts_per_step"),
+        ("rollout: {gain: [1]}", "rollout.gain is [1]; allowed: a section"),
+        ("rollout: {group_size: '4'}", "rollout.group_size is '4'; allowed: an integer"),
+        ("parallel: {sequence: 'no'}", "parallel.sequence is 'no'; allowed: true or false"),
+        ("algorithm: {ratio: no}", "algorithm.ratio is False; allowed: a text (put it in quotes)"),
+        ("algorithm: {ratio: [turn]}", "algorithm.ratio is ['turn']; allowed: a text"),
+        ("algorithm: {gamma: 1.5}", "algorithm.gamma is 1.5; allowed: in [0, 1]"),
+        ("rollout: {group_size: 0}", "rollout.group_size is 0; allowed: >= 1"),
+        ("update: {prompts_per_minibatch: 7}", "update.prompts_per_minibatch is 7; allowed: a divisor of"),
+        ("update: {lr: 1, lr: 2}", "line 6, column 17: not valid YAML (key 'lr' stands there a second time)"),
+        ("update: {lr: 1", "not valid YAML"),
+        ("\tupdate: 1", "line 6, column 1: not valid YAML"),
+        ("update: {lr: 2024-13-45}", "not valid YAML"),
+        ("update: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_bad_file_is_one_line_naming_the_file(tmp_path, text, says):
+    path = write(tmp_path, MINIMAL + text)
+    message = refusal(path)
+    assert message.startswith(path)
+    assert says in message
+
+
+def test_broken_files_are_one_line(tmp_path):
+    assert "list found; a configuration is a mapping" in refusal(write(tmp_path, "- a"))
+    assert "not valid YAML" in refusal(write(tmp_path, b"run: \xff\xfe"))
+    assert "not valid YAML" in refusal(write(tmp_path, "[" * 3000))
+    assert refusal(str(tmp_path / "nowhere.yaml")).startswith("no configuration file")
+    assert refusal(str(tmp_path)).startswith("no configuration file")
+
+
+def test_missing_required_keys_are_all_named(tmp_path):
+    message = refusal(write(tmp_path, ""))
+    assert "required and not set: data.test, data.train, model.path, run.name; set it there or as" in message
+    path = write(tmp_path, "run: {name: a}\nmodel: {path: b}\ndata: {train: c}\nsearch: {corpus: d}")
+    assert f"{path}: required and not set: data.test;" in refusal(path)
+    assert load_config(path, ["data.test=t"]).data.test == "t"
+
+
+def test_rule_names_who_set_the_value_last(tmp_path):
+    write(tmp_path, MINIMAL + "algorithm: {gamma: 7}", "base.yaml")
+    path = write(tmp_path, "base: base.yaml\nrollout: {temperature: 0.5}")
+    assert refusal(path).startswith(f"{tmp_path}/base.yaml: algorithm.gamma is 7.0")
+    assert refusal(path, "algorithm.gamma=9").startswith("command line: algorithm.gamma is 9.0")
+    assert load_config(path, ["algorithm.gamma=0.5"]).algorithm.gamma == 0.5
+
+
+def test_bases_are_relative_to_the_file_and_nearer_ones_win(tmp_path):
+    low = "checkpoint: {keep: 9}\nrollout: {group_size: 2, max_turns: 2}"
+    write(tmp_path, MINIMAL + low, "low.yaml")
+    write(tmp_path, "base: ../low.yaml\nrollout: {group_size: 3, temperature: 0.5}", "sub/middle.yaml")
+    path = write(tmp_path, "base: sub/middle.yaml\nrollout: {temperature: 0.7}")
+    config = load_config(path, ["rollout.max_turns=5", "rollout.max_turns=6"])
+    rollout = config.rollout
+    assert (rollout.group_size, rollout.temperature, rollout.max_turns, config.checkpoint.keep) == (
+        3,
+        0.7,
+        6,
+        9,
+    )
+    assert config.data.train == "train.jsonl"
+
+
+def test_base_that_is_missing_circular_or_no_path_is_refused(tmp_path):
+    path = write(tmp_path, "base: gone.yaml")
+    assert refusal(path).startswith(f"{path}: base: no configuration file {tmp_path}/gone.yaml")
+    write(tmp_path, "base: sub/b.yaml", "a.yaml")
+    write(tmp_path, "base: ../a.yaml", "sub/b.yaml")
+    assert "goes round in a circle: " in refusal(str(tmp_path / "a.yaml"))
+    assert "base is ['x']; allowed: the path of one YAML file" in refusal(write(tmp_path, "base: [x]"))
+
+
+def test_texts_on_the_command_line_stand_as_they_are(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ["run.name=007", "data.instructions=", "rollout.gain.scaffold=a: [b=c"])
+    assert (config.run.name, config.data.instructions) == ("007", "")
+    assert config.rollout.gain.scaffold == "a: [b=c"
+
+
+def leaves(section, prefix=""):
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def test_dump_writes_every_key_out(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL))
+    dumped = config_to_dict(config)
+    for key in leaves(config):
+        node = dumped
+        for part in key.split("."):
+            node = node[part]
+
+
+positive = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.tuples(
+        *[st.text(min_size=1).filter(lambda text: "/" not in text and text not in (".", ".."))] * 3
+    ),
+    free=st.tuples(st.text(), st.text(min_size=1)),
+    numbers=st.tuples(positive, positive, st.floats(0, 1), st.integers(1, 10**20), st.booleans()),
+)
+def test_dumped_configuration_loads_equal(texts, free, numbers):
+    name, train, path = texts
+    instructions, scaffold = free
+    lr, eps, gamma, steps, rescale = numbers
+    config = RunConfig(
+        run=RunSettings(name=name, steps=steps),
+        model=ModelConfig(path=path),
+        data=DataConfig(train=train, test=train, instructions=instructions),
+        search=SearchConfig(corpus=path),
+        rollout=RolloutConfig(gain=GainConfig(scaffold=scaffold)),
+        algorithm=AlgorithmConfig(gamma=gamma, rescale=rescale),
+        update=UpdateConfig(lr=lr, adam_eps=eps),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        assert load_config(write(folder, dump_config(config))) == config

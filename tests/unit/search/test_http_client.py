@@ -1,0 +1,215 @@
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch
+from a2tgpo.search.passage import Passage
+from a2tgpo.search.tool import CachedSearch, build_search
+
+LIMA = Passage("1", "Lima", "Lima is the capital of Peru.")
+
+
+def answer(*hits):
+    return json.dumps({"result": [list(hits)]}).encode()
+
+
+GOOD = answer({"document": {"id": "1", "contents": LIMA.contents}, "score": 2.5})
+
+
+class Scripted(ThreadingHTTPServer):
+    """Plays `script`, one entry a request, the last one for ever: bytes | (status, bytes) | callable(handler)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.script = [GOOD]
+        self.requests = []
+        self.released = threading.Event()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/retrieve"
+
+    def handle_error(self, request, client_address):
+        """A client that hung up is part of these tests."""
+
+
+class ScriptedHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        self.server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        script = self.server.script
+        reply = script.pop(0) if len(script) > 1 else script[0]
+        if callable(reply):
+            reply(self)
+            return
+        status, body = reply if isinstance(reply, tuple) else (200, reply)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def stall(handler):
+    handler.server.released.wait(20)
+    handler.close_connection = True
+
+
+def drip(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.released.wait(0.05):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+
+
+def hang_up(handler):
+    handler.close_connection = True
+
+
+@pytest.fixture
+def server():
+    scripted = Scripted()
+    thread = threading.Thread(target=scripted.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield scripted
+    scripted.released.set()
+    scripted.shutdown()
+    thread.join(10)
+    scripted.server_close()
+
+
+@pytest.fixture
+def client(server):
+    client = HttpSearch(server.url, timeout_s=0.4, max_attempts=2, max_connections=4, first_wait_s=0.01)
+    yield client
+    client.close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_request_and_answer_follow_the_wire_format(server, client):
+    assert client.search("capital of Peru", 3) == [(LIMA, 2.5)]
+    assert server.requests == [{"queries": ["capital of Peru"], "topk": 3, "return_scores": True}]
+
+
+def test_answers_without_scores_or_ids_and_too_many_are_read(server, client):
+    server.script = [
+        answer({"contents": LIMA.contents}, {"document": {"contents": "b"}, "score": 1}, {"contents": "c"})
+    ]
+    assert client.search("x", 2) == [(Passage("0", "Lima", LIMA.text), 0.0), (Passage("1", "", "b"), 1.0)]
+    server.script = [answer()]
+    assert client.search("x", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (b"<html>busy</html>", "not JSON"),
+        (b"\xff\xfe{}", "not UTF-8"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "one list for the one query"),
+        (b'{"result": []}', "one list for the one query"),
+        (b'{"result": [[], []]}', "one list for the one query"),
+        (answer("text"), "passage 0 has no document.contents"),
+        (answer({"document": {"contents": 3}}), "passage 0 has no document.contents"),
+        (answer({"document": {"contents": "x"}, "score": "high"}), "passage 0 has score 'high'"),
+        ((500, b"oops"), "HTTP 500 Internal Server Error"),
+        ((503, b""), "HTTP 503"),
+        (hang_up, "cannot be reached"),
+        (stall, "did not answer within 0.4 s"),
+        (drip, "did not answer within 0.4 s"),
+    ],
+)
+def test_bad_answer_is_one_line_after_all_tries_and_a_good_one_mends_it(server, client, reply, says):
+    server.script = [reply]
+    with pytest.raises(SearchError) as caught:
+        client.search("x", 3)
+    assert says in str(caught.value)
+    assert server.url in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (len(server.requests), client.num_retries) == (2, 1)
+    server.script = [reply, GOOD]
+    assert client.search("x", 3) == [(LIMA, 2.5)]
+    assert (len(server.requests), client.num_retries) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        ((404, b""), "HTTP 404"),
+        ((422, b"no topk"), "HTTP 422"),
+        (answer({"contents": "x" * MAX_RESPONSE_BYTES}), "more than 10 MiB"),
+    ],
+)
+def test_what_another_try_cannot_mend_is_not_tried_again(server, client, reply, says):
+    server.script = [reply]
+    with pytest.raises(SearchError, match=says):
+        client.search("x", 3)
+    assert len(server.requests) == 1
+
+
+def test_server_that_is_down_fails_within_its_tries_and_comes_back():
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/retrieve"
+    client = HttpSearch(url, timeout_s=1, max_attempts=3, max_connections=2, first_wait_s=0.01)
+    start = time.monotonic()
+    with pytest.raises(SearchError, match=r"cannot be reached \(.*refused"):
+        client.search("x", 3)
+    assert time.monotonic() - start < 5
+    assert client.num_retries == 2
+    client.close()
+
+
+def test_http_backend_is_probed_at_start():
+    config = SearchConfig(
+        backend="http", url=f"http://127.0.0.1:{free_port()}/retrieve", max_attempts=1, timeout_s=1
+    )
+    with pytest.raises(ConfigError, match=r"search\.url: .* cannot be reached .*; start the server"):
+        build_search(config)
+    tool = build_search(config, probe=False)
+    with pytest.raises(SearchError):
+        tool.search("x")
+    assert tool.counts().failures == 1
+    tool.close()
+
+
+def test_failures_are_not_remembered_and_answers_are(server):
+    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4)
+    tool = CachedSearch(client, top_k=3)
+    server.script = [b"rubbish", GOOD]
+    with pytest.raises(SearchError):
+        tool.search("capital")
+    before = tool.counts()
+    assert tool.search("capital") == tool.search(" capital\n") == [LIMA]
+    tool.search("caf\udcff")
+    assert server.requests[-1]["queries"] == ["caf?"]
+    made = tool.counts().since(before)
+    assert (made.queries, made.cache_hits, made.retries, made.failures) == (3, 1, 0, 0)
+    assert (tool.counts().queries, tool.counts().failures) == (4, 1)
+    tool.close()
+
+
+def test_changing_a_returned_list_does_not_change_the_cache(server):
+    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4)
+    tool = CachedSearch(client, top_k=3)
+    tool.search("capital").clear()
+    assert tool.search("capital") == [LIMA]
+    tool.close()

@@ -1,0 +1,130 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.tool import build_search
+
+SERVER = Path(__file__).parents[3] / "tools" / "retrieval_server.py"
+WORDS = ["river", "capital", "Zürich", "mountain", "currency", "東京", "border", "island", "7", "queen"]
+QUERIES = [
+    "capital of the island",
+    "zurich river",
+    "東京",
+    "nothing here",
+    "the",
+    "queen 7 border",
+    "  currency\n",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with open(path, "w", encoding="utf-8") as handle:
+        for number in range(200):
+            words = [WORDS[(number * step + number // 7) % len(WORDS)] for step in (1, 3, 7)]
+            contents = f'"{words[0]} {number}"\nThe {words[1]} has a {words[2]}.'
+            handle.write(json.dumps({"id": str(number), "contents": contents}) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def url(corpus):
+    command = [sys.executable, str(SERVER), "--corpus", corpus, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(SERVER.parents[1])}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        first_line = server.stdout.readline()
+        assert "200 passages, listening on http://127.0.0.1:" in first_line
+        address = first_line.split()[-1]
+        wait_until_healthy(address.replace("/retrieve", "/health"))
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=20) in (0, -signal.SIGINT, 130)
+
+
+def wait_until_healthy(address):
+    for _ in range(200):
+        try:
+            if httpx.get(address, timeout=2).json() == {"status": "ok", "passages": 200}:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    pytest.fail("the server did not come up")
+
+
+def test_both_backends_return_the_same_passages(corpus, url):
+    local = build_search(SearchConfig(backend="bm25", corpus=corpus, top_k=5))
+    remote = build_search(SearchConfig(backend="http", url=url, top_k=5))
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(remote.search, QUERIES * 4))
+    assert answers == [local.search(query) for query in QUERIES] * 4
+    assert [len(answer) for answer in answers[:4]] == [5, 5, 5, 0]
+    remote.close()
+
+
+def test_scores_are_those_of_the_index_and_left_out_unless_asked_for(corpus, url):
+    expected = Bm25Index(load_corpus(corpus)).search("capital river", 3)
+    with_scores = httpx.post(
+        url, json={"queries": ["capital river"], "topk": 3, "return_scores": True}
+    ).json()
+    assert [(hit["document"]["id"], hit["score"]) for hit in with_scores["result"][0]] == [
+        (passage.id, score) for passage, score in expected
+    ]
+    without = httpx.post(url, json={"queries": ["capital river", "東京"]}).json()["result"]
+    assert without[0] == [{"id": passage.id, "contents": passage.contents} for passage, _ in expected]
+    assert len(without[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"queries": ["a"], "topk": 101}, 422),
+        ({"queries": ["a"], "topk": 0}, 422),
+        ({"queries": ["a"] * 513}, 422),
+        ({"queries": ["a" * 8193]}, 422),
+        ({"queries": "a"}, 422),
+        ({}, 422),
+        ({"queries": ["a" * 8192] * 512, "x": "y" * 5_000_000}, 413),
+        ({"queries": ["a"] * 512, "topk": 100}, 200),
+        ({"queries": []}, 200),
+    ],
+)
+def test_requests_past_the_limits_are_refused(url, body, status):
+    assert httpx.post(url, json=body, timeout=20).status_code == status
+
+
+def test_body_of_unknown_length_is_refused(url):
+    assert httpx.post(url, content=(piece for piece in [b'{"queries"', b": []}"])).status_code == 413
+
+
+def run_server(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(SERVER.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(SERVER), *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    return done.returncode, done.stderr
+
+
+def test_bad_corpus_and_taken_port_end_in_one_line(tmp_path, corpus, url):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "1", "contents": "x"}\n{"id": "2"}\n')
+    code, message = run_server("--corpus", str(bad), "--port", "0")
+    assert (code, "bad.jsonl line 2: `contents` is missing" in message) == (2, True)
+    port = url.rpartition(":")[2].split("/")[0]
+    code, message = run_server("--corpus", corpus, "--port", port)
+    assert (code, "Address already in use" in message) == (2, True)

@@ -1,0 +1,271 @@
+"""Curves of a run as one PNG, and its closing summary.
+
+    python tools/plot_run.py RUN [--out FILE]
+
+RUN is a run's folder (runs/NAME); the picture goes to RUN/curves.png unless --out says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#e7e9ec"
+BLUE, ORANGE, GREEN, PURPLE, RED = "#2a78d6", "#e8662d", "#159b6c", "#7a4fc9", "#d64550"
+STAGE_COLORS = ["#2a78d6", "#e8662d", "#159b6c", "#e0a100", "#7a4fc9", "#d6689d", "#5b9aa0", "#8a8f98"]
+BETWEEN_STEPS = ("evaluation", "checkpoint")
+"""Stages that run between steps, hence no part of a step's time."""
+
+
+STYLE: Any = {
+    "font.size": 10,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+class History:
+    """The run's metrics as series over steps."""
+
+    def __init__(self, records: Sequence[dict]):
+        self._records = records
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) [n] where `name` was recorded as a finite number; both empty if it never was."""
+        points = [(r["step"], r[name]) for r in self._records if r.get(name) is not None]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+    def numbered(self, pattern: str) -> dict[int, str]:
+        """number -> name of all metrics whose name matches `pattern`, which has one group of digits."""
+        names = {name for record in self._records for name in record}
+        matches = [match for name in names if (match := re.fullmatch(pattern, name))]
+        return {int(match.group(1)): match.string for match in sorted(matches, key=lambda m: int(m.group(1)))}
+
+    def stages(self) -> dict[str, np.ndarray]:
+        """stage -> seconds in each training step [num_steps], the longest stage first."""
+        steps = [record for record in self._records if record.get("time/step_s") is not None]
+        names = {name for record in steps for name in record if re.fullmatch(r"time/\w+_s", name)}
+        stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
+        parts = {name: s for name, s in stages.items() if name not in ("step", *BETWEEN_STEPS)}
+        return dict(sorted(parts.items(), key=lambda item: -item[1].sum()))
+
+
+def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
+    """Exponential moving average, corrected for its start. [n] -> [n]."""
+    averages, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        averages.append(total / norm)
+    return np.array(averages)
+
+
+def draw_line(ax: Axes, history: History, name: str, label: str, color: object, *, marker: str = "") -> None:
+    """A series; one that is long and noisy as a faint line with its moving average over it."""
+    steps, values = history.series(name)
+    if not len(steps):
+        return
+    if marker or len(steps) < 12:
+        ax.plot(steps, values, color=color, label=label, linewidth=2, marker=marker or ".", markersize=6)
+        return
+    ax.plot(steps, values, color=color, alpha=0.22, linewidth=1)
+    ax.plot(steps, smooth(values), color=color, label=label, linewidth=2)
+
+
+def draw_reward(ax: Axes, history: History) -> None:
+    draw_line(ax, history, "reward/mean", "reward", BLUE)
+    draw_line(ax, history, "reward/em", "exact match", ORANGE)
+
+
+def draw_evaluation(ax: Axes, history: History) -> None:
+    draw_line(ax, history, "evaluation/em", "EM", BLUE, marker="o")
+    draw_line(ax, history, "evaluation/em_format_gated", "EM, format gated", ORANGE, marker="o")
+    draw_line(ax, history, "evaluation/f1", "F1", GREEN, marker="o")
+    ax.set_ylim(bottom=0)
+
+
+def draw_hops(ax: Axes, history: History) -> None:
+    rows = evaluation_rows(history)
+    places = np.arange(len(rows))
+    for offset, column, label, color in ((-0.2, 1, "before", "#b9c4d0"), (0.2, 2, "after", BLUE)):
+        bars = ax.bar(places + offset, [row[column] for row in rows], 0.38, label=label, color=color)
+        ax.bar_label(bars, fmt="%.2f", fontsize=8, color=MUTED, padding=1)
+    ax.set_xticks(places, [row[0] for row in rows])
+    ax.grid(axis="x", visible=False)
+    ax.margins(y=0.15)
+
+
+def draw_gain(ax: Axes, history: History) -> None:
+    draw_by_turn(ax, history, r"gain/turn_(\d+)_mean")
+    ax.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
+
+
+def draw_clipping(ax: Axes, history: History) -> None:
+    draw_line(ax, history, "clip/fraction", "all turns", INK)
+    draw_by_turn(ax, history, r"clip/turn_(\d+)_fraction")
+    ax.set_ylim(bottom=0)
+
+
+def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
+    """One line a turn index, pale to dark."""
+    names = history.numbered(pattern)
+    shades = plt.get_cmap("YlGnBu")(np.linspace(0.4, 0.95, max(len(names), 1)))
+    for (turn, name), shade in zip(names.items(), shades, strict=False):
+        draw_line(ax, history, name, f"turn {turn}", shade)
+
+
+def draw_time(ax: Axes, history: History) -> None:
+    stages = history.stages()
+    steps, _ = history.series("time/step_s")
+    largest = list(stages)[: len(STAGE_COLORS) - 1]
+    shown = {name: stages[name] for name in largest}
+    if len(stages) > len(shown):
+        shown["other"] = np.sum([seconds for name, seconds in stages.items() if name not in shown], axis=0)
+    if shown:
+        ax.stackplot(steps, *shown.values(), labels=list(shown), colors=STAGE_COLORS, linewidth=0)
+        handles, labels = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], labels[::-1])  # in the order of the stack
+
+
+def draw_entropy(ax: Axes, history: History) -> None:
+    draw_line(ax, history, "entropy/mean", "entropy", PURPLE)
+    ax.set_ylim(bottom=0)
+
+
+def draw_gradient(ax: Axes, history: History) -> None:
+    draw_line(ax, history, "update/grad_norm", "gradient norm", RED)
+    ax.set_ylim(bottom=0)
+
+
+PANELS = (
+    ("Reward while training", "", draw_reward),
+    ("Held-out questions, greedy", "", draw_evaluation),
+    ("Held-out EM by hops", "", draw_hops),
+    ("Information gain by turn", "gain", draw_gain),
+    ("Clip fraction", "share of tokens", draw_clipping),
+    ("Time by stage", "seconds a step", draw_time),
+    ("Policy entropy", "nats a token", draw_entropy),
+    ("Gradient norm", "", draw_gradient),
+)
+
+
+def draw_run(history: History, title: str) -> Figure:
+    """All panels on one figure."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2, 4, figsize=(18, 8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        )
+        figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left")
+        for ax, (name, unit, draw) in zip(axes.flat, PANELS, strict=True):
+            ax.set_title(name, loc="left", fontsize=11, fontweight="semibold", color=INK)
+            ax.set_ylabel(unit)
+            if draw is not draw_hops:
+                ax.set_xlabel("step")
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            draw(ax, history)
+            if not ax.has_data():
+                ax.text(0.5, 0.5, "not recorded", ha="center", color=MUTED, transform=ax.transAxes)
+            elif len(ax.get_legend_handles_labels()[1]) > 1 and ax.get_legend() is None:
+                ax.legend()
+    return figure
+
+
+def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
+    """(set, first EM, last EM) of the held-out questions: all of them, then by hops."""
+    names = {"all": "evaluation/em"}
+    names |= {
+        f"{hops} hop{'s' * (hops > 1)}": name
+        for hops, name in history.numbered(r"evaluation/em_(\d+)_hops").items()
+    }
+    return [(label, v[0], v[-1]) for label, name in names.items() if len(v := history.series(name)[1])]
+
+
+def ends(values: np.ndarray) -> tuple[float, float]:
+    """Means over the first and the last fifth of a series, at least one value each: single steps are noisy."""
+    count = max(1, len(values) // 5)
+    return float(values[:count].mean()), float(values[-count:].mean())
+
+
+def summary(history: History) -> str:
+    """The closing table: EM before and after by hops, gain by turn, time by stage."""
+    lines = []
+    steps, _ = history.series("evaluation/em")
+    if len(steps):
+        lines.append(f"held-out EM (greedy)      step {steps[0]:<6.0f} step {steps[-1]:<6.0f} change")
+        for label, before, after in evaluation_rows(history):
+            lines.append(f"  {label:<22}  {before:>8.3f}    {after:>8.3f}  {after - before:>+8.3f}")
+    gains = history.numbered(r"gain/turn_(\d+)_mean")
+    if gains:
+        lines.append("information gain by turn       early        late   positive")
+        for turn, name in gains.items():
+            _, means = history.series(name)
+            _, positive = history.series(f"gain/turn_{turn}_positive")
+            if len(means):
+                early, late = ends(means)
+                share = f"{ends(positive)[1]:>9.0%}" if len(positive) else "        –"
+                lines.append(f"  turn {turn:<17}  {early:>+10.4f}  {late:>+10.4f}  {share}")
+    stages = history.stages()
+    _, seconds = history.series("time/step_s")
+    if len(seconds):
+        lines.append("time by stage             mean s/step      share")
+        for name, spent in stages.items():
+            lines.append(f"  {name:<22}  {spent.mean():>10.2f}  {spent.sum() / seconds.sum():>8.1%}")
+        lines.append(f"  {'whole step':<22}  {seconds.mean():>10.2f}  over {len(seconds)} steps")
+    for name in BETWEEN_STEPS:
+        _, spent = history.series(f"time/{name}_s")
+        if len(spent):
+            lines.append(f"  {name + ', between steps':<22}  {spent.sum():>10.2f}  seconds in all")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Curves of a run as one PNG, and its closing summary.")
+    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("--out", type=Path, help="the picture; default: RUN/curves.png")
+    options = parser.parse_args()
+    out = options.out or options.run / "curves.png"
+    try:
+        records = read_metrics(options.run / METRICS_FILE)
+        if not records:
+            raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
+        history = History(records)
+        draw_run(history, f"{options.run.resolve().name}: {records[-1]['step']} steps").savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        print(f"plot_run: {error}", file=sys.stderr)
+        return 2
+    print(summary(history))
+    print(f"curves: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

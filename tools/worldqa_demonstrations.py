@@ -1,0 +1,111 @@
+"""Written-out trajectories for the warm start: good ones, and the bad habits that training must undo."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from tools.worldqa_questions import QUERIES, Hop, Question
+
+Search = Callable[[str], str]
+"""A query to the observation that a rollout would append."""
+
+FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
+"""What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
+
+POOR_KINDS = {1: ("guess", "miscopy", "useless_query", "malformed")} | {
+    hops: ("guess", "early_stop", "early_stop", "early_stop", "miscopy", "useless_query", "malformed")
+    for hops in (2, 3)
+}
+"""Kinds of poor demonstration by number of hops, as often as they are listed."""
+
+
+def build_demonstrations(
+    questions: dict[int, Sequence[Question]],
+    *,
+    num_demonstrations: int,
+    good_share: dict[int, float],
+    search: Search,
+    seed: int,
+) -> list[dict]:
+    """Demonstrations as JSON records, shuffled; every number of hops gets an equal part.
+
+    Args:
+        questions: training questions by number of hops.
+        num_demonstrations: about as many records are made.
+        good_share: share of `quality: good`, by number of hops.
+        search: the rollout's search and observation format.
+        seed: everything random comes from it.
+    """
+    draw = random.Random(f"demonstrations-{seed}")
+    records = []
+    for num_hops, pool in sorted(questions.items()):
+        picked = _spread(pool, num_demonstrations // len(questions), draw)
+        num_good = round(good_share[num_hops] * len(picked))
+        kinds = ["good"] * num_good
+        while len(kinds) < len(picked):
+            kinds.append(POOR_KINDS[num_hops][(len(kinds) - num_good) % len(POOR_KINDS[num_hops])])
+        draw.shuffle(kinds)
+        for question, kind in zip(picked, kinds, strict=True):
+            turns = _turns(question, kind, pool, search, draw)
+            records.append({**question.to_dict(), "turns": turns, "quality": kind})
+    draw.shuffle(records)
+    return records
+
+
+def _spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
+    """`count` questions, each chain of relations as often as the others, each question as often as the others."""
+    by_chain: dict[tuple[str, ...], list[Question]] = {}
+    for question in draw.sample(list(pool), len(pool)):
+        by_chain.setdefault(tuple(hop.relation for hop in question.hops), []).append(question)
+    chains = sorted(by_chain)
+    return [
+        by_chain[chain][turn % len(by_chain[chain])]
+        for turn, chain in ((i // len(chains), chains[i % len(chains)]) for i in range(count))
+    ]
+
+
+def _turns(
+    question: Question, kind: str, pool: Sequence[Question], search: Search, draw: random.Random
+) -> list[dict]:
+    """The turns of one demonstration of quality `kind`."""
+    hops, answer = question.hops, question.hops[-1].answer.text
+    turns: list[dict] = []
+    if kind == "guess":
+        return [{"text": _final(_wrong_answer(question, pool, draw))}]
+    if kind == "useless_query":
+        query = QUERIES[hops[-1].relation].format("it") if draw.random() < 0.5 else "the answer"
+        turns.append(_search_turn("First", hops[0], query, search))
+        return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
+    if kind == "early_stop":
+        hops = hops[: draw.randrange(1, len(hops))]
+        answer = hops[-1].answer.text
+    for number, hop in enumerate(hops):
+        turns.append(_search_turn("Next" if number else "First", hop, hop.query, search))
+    if kind == "miscopy":
+        answer = hops[-1].subject
+    last = _final(answer)
+    if kind == "malformed":
+        last = draw.choice(
+            [
+                last.replace("\\boxed{" + answer + "}", answer),
+                last.replace(" </think>", ""),
+                last.replace(" <answer> \\boxed{" + answer + "} </answer>", f" {answer} </answer>"),
+            ]
+        )
+    return [*turns, {"text": last}]
+
+
+def _search_turn(ordinal: str, hop: Hop, query: str, search: Search) -> dict:
+    wanted = QUERIES[hop.relation].removesuffix(" of {}")
+    text = f"<think> {ordinal}, the {wanted}. </think> <search> {query} </search>"
+    return {"text": text, "observation": search(query)}
+
+
+def _final(answer: str) -> str:
+    return f"{FINAL_THOUGHT}{answer}}} </answer>"
+
+
+def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
+    """Another question's answer, of the kind that is asked for."""
+    relation = question.hops[-1].relation
+    others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
+    return draw.choice(sorted(others - {question.hops[-1].answer.text}))
