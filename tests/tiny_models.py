@@ -34,8 +34,6 @@ CAPITALS = {
     "Spain": "Madrid",
     "Egypt": "Cairo",
     "Peru": "Lima",
-    "Kenya": "Nairobi",
-    "Cuba": "Havana",
 }
 ASK = "<think> I need a fact. </think> <search> {} </search>"
 ANSWER = " <think> now I know. </think> <answer> \\boxed{{{}}} </answer>"
@@ -50,13 +48,13 @@ SCRIPTS: dict[str, list[str]] = {
             " " + ASK.format(f"ruler of {city}"),
             ANSWER.format(f"King of {city}"),
         ]
-        for country, city in list(CAPITALS.items())[:4]
+        for country, city in list(CAPITALS.items())[:3]
     },
     "loop?": [" <search> again </search>"] * 4,
     "empty?": ["<think> what? </think> <search> </search>"],
     "unopened?": ["<think> what? </think> lost </search>"],
     "nested?": ["<think> what? </think> <search> one <search> two </search>", ANSWER.format("two")],
-    "babble?": ["<think>" + " la" * 120],
+    "babble?": ["<think>" + " la" * 60],
     "silent?": ["<think> what? </think> I do not know.<|im_end|>"],
 }
 """What the taught model writes, turn by turn, when asked one of these; the last turn is not answered."""
@@ -140,21 +138,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 220) -> str:
+def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 140) -> str:
     """Write a Qwen3 model that plays `SCRIPTS` by heart, whatever the observations say; returns `out`.
 
-    Its vocabulary is larger than its tokenizer's. Deterministic on one thread; some 10 seconds.
+    Its vocabulary is larger than its tokenizer's. Deterministic on one thread; some 8 seconds.
     """
     tokenizer = build_tokenizer()
     model = build_model(
         "qwen3", vocab_size=vocab_size, eos_token_id=tokenizer.eos_token_id, sharpness=1.0, seed=1
     )
     tokens, targets = _lessons(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
-    for _ in range(steps):
-        logits = model(tokens).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=8e-3, total_steps=steps)
+    for step in range(steps):
+        variant = slice(step % 2, None, 2)
+        logits = model(tokens[variant]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[variant, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -58,6 +58,14 @@ class History:
     def __init__(self, records: Sequence[dict]):
         self._records = records
 
+    @property
+    def first_step(self) -> int:
+        return self._records[0]["step"]
+
+    @property
+    def last_step(self) -> int:
+        return self._records[-1]["step"]
+
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) [n] where `name` was recorded as a finite number; both empty if it never was."""
         points = [(r["step"], r[name]) for r in self._records if r.get(name) is not None]
@@ -115,13 +123,17 @@ def draw_evaluation(ax: Axes, history: History) -> None:
 
 def draw_hops(ax: Axes, history: History) -> None:
     rows = evaluation_rows(history)
+    steps, _ = history.series("evaluation/em")
     places = np.arange(len(rows))
-    for offset, column, label, color in ((-0.2, 1, "before", "#b9c4d0"), (0.2, 2, "after", BLUE)):
+    columns = [(0.2, 2, f"step {steps[-1]:.0f}", BLUE)] if rows else []
+    if len(steps) > 1:
+        columns.insert(0, (-0.2, 1, f"step {steps[0]:.0f}", "#b9c4d0"))
+    for offset, column, label, color in columns:
         bars = ax.bar(places + offset, [row[column] for row in rows], 0.38, label=label, color=color)
         ax.bar_label(bars, fmt="%.2f", fontsize=8, color=MUTED, padding=1)
     ax.set_xticks(places, [row[0] for row in rows])
     ax.grid(axis="x", visible=False)
-    ax.margins(y=0.15)
+    ax.margins(y=0.25)  # room for the legend above the bars
 
 
 def draw_gain(ax: Axes, history: History) -> None:
@@ -145,15 +157,17 @@ def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
 
 def draw_time(ax: Axes, history: History) -> None:
     stages = history.stages()
-    steps, _ = history.series("time/step_s")
-    largest = list(stages)[: len(STAGE_COLORS) - 1]
-    shown = {name: stages[name] for name in largest}
-    if len(stages) > len(shown):
-        shown["other"] = np.sum([seconds for name, seconds in stages.items() if name not in shown], axis=0)
-    if shown:
-        ax.stackplot(steps, *shown.values(), labels=list(shown), colors=STAGE_COLORS, linewidth=0)
-        handles, labels = ax.get_legend_handles_labels()
-        ax.legend(handles[::-1], labels[::-1])  # in the order of the stack
+    steps, seconds = history.series("time/step_s")
+    if not stages:
+        return
+    visible = [name for name, spent in stages.items() if spent.sum() >= 0.01 * seconds.sum()]
+    shown = {name: stages[name] for name in visible[: len(STAGE_COLORS) - 1]}
+    accounted = np.sum(list(shown.values()), axis=0) if shown else np.zeros_like(seconds)
+    shown["other"] = np.maximum(seconds - accounted, 0.0)
+    colors = [*STAGE_COLORS[: len(shown) - 1], STAGE_COLORS[-1]]
+    ax.stackplot(steps, *shown.values(), labels=list(shown), colors=colors, linewidth=0)
+    ax.set_ylim(0, 1.35 * seconds.max())  # room for the legend above the stack
+    ax.legend(ncols=3, loc="upper left")
 
 
 def draw_entropy(ax: Axes, history: History) -> None:
@@ -186,12 +200,14 @@ def draw_run(history: History, title: str) -> Figure:
         )
         figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left")
         for ax, (name, unit, draw) in zip(axes.flat, PANELS, strict=True):
-            ax.set_title(name, loc="left", fontsize=11, fontweight="semibold", color=INK)
+            ax.set_title(name, loc="left", fontsize=11, fontweight="bold", color=INK)
             ax.set_ylabel(unit)
             if draw is not draw_hops:
                 ax.set_xlabel("step")
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             draw(ax, history)
+            if draw is not draw_hops:
+                ax.set_xlim(history.first_step, max(history.last_step, history.first_step + 1))
             if not ax.has_data():
                 ax.text(0.5, 0.5, "not recorded", ha="center", color=MUTED, transform=ax.transAxes)
             elif len(ax.get_legend_handles_labels()[1]) > 1 and ax.get_legend() is None:
@@ -220,7 +236,7 @@ def summary(history: History) -> str:
     lines = []
     steps, _ = history.series("evaluation/em")
     if len(steps):
-        lines.append(f"held-out EM (greedy)      step {steps[0]:<6.0f} step {steps[-1]:<6.0f} change")
+        lines.append(f"held-out EM (greedy)      step {steps[0]:<6.0f} step {steps[-1]:<6.0f}  change")
         for label, before, after in evaluation_rows(history):
             lines.append(f"  {label:<22}  {before:>8.3f}    {after:>8.3f}  {after - before:>+8.3f}")
     gains = history.numbered(r"gain/turn_(\d+)_mean")
@@ -258,7 +274,7 @@ def main() -> int:
         if not records:
             raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
         history = History(records)
-        draw_run(history, f"{options.run.resolve().name}: {records[-1]['step']} steps").savefig(out, dpi=110)
+        draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps").savefig(out, dpi=110)
     except (OSError, ValueError) as error:
         print(f"plot_run: {error}", file=sys.stderr)
         return 2

@@ -10,12 +10,11 @@ answered, its gain, advantage and clip scale.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import zstandard
@@ -84,16 +83,20 @@ def _indent(text: str) -> str:
     return "\n".join("    " + line for line in clean.strip("\n").split("\n"))
 
 
-def read_records(path: Path) -> Iterator[dict]:
+def read_records(path: Path) -> list[dict]:
     """The trajectories in one file, in order; ConfigError (one line) if it cannot be read or is damaged."""
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
     try:
-        with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain:
-            for line in io.TextIOWrapper(plain, encoding="utf-8"):
-                yield json.loads(line)
+        lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
+        complete = decompressor.eof  # a file cut short raises nothing
+        records = [json.loads(line) for line in lines if line] if complete else []
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from None
     except (zstandard.ZstdError, ValueError):
-        raise ConfigError(f"{path} is damaged; give another --step") from None
+        complete = False
+    if not complete:
+        raise ConfigError(f"{path} is damaged; give another --step")
+    return records
 
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:

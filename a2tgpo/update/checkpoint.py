@@ -23,15 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import get_rng_state, set_rng_state
 from a2tgpo.update.optimizer import LearningRateSchedule
-from a2tgpo.update.sharded_state import check_index, load_sharded_state, sharded_state
+from a2tgpo.update.sharded_state import load_sharded, save_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +71,7 @@ def save(
             (partial / folder).mkdir(parents=True)
         (partial / STATE).write_text(record)
     dist.barrier()
-    strategy = FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), policy.groups.dp_group
-    )
-    sharded = sharded_state(policy, optimizer, is_loading=False)
-    dist_checkpointing.save(sharded, str(partial / SHARDED), strategy)
+    save_sharded(partial / SHARDED, policy, optimizer)
     torch.save(_to_plain(get_rng_state()), partial / _rng_file(policy.groups.rank))
     dist.barrier()
     files = _describe(partial, sorted(_files_of(partial)))
@@ -109,9 +102,7 @@ def load(
     fault = _fault_of(path)
     if fault:
         raise ValueError(f"{path} cannot be resumed from: {fault}")
-    check_index(path / SHARDED / ".metadata")
-    sharded = sharded_state(policy, optimizer, is_loading=True)
-    load_sharded_state(dist_checkpointing.load(sharded, str(path / SHARDED)), policy, optimizer)
+    load_sharded(path / SHARDED, policy, optimizer)
     record = json.loads((path / STATE).read_text())
     schedule.load_state_dict(record["schedule"])
     if record["layout"] == _layout(policy)["layout"]:

@@ -1,23 +1,83 @@
-"""Model and optimizer as Megatron's sharded state dicts."""
+"""Model and optimizer on disk, in Megatron's sharded torch_dist format."""
 
 from __future__ import annotations
 
 import contextlib
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint as torch_checkpoint
 
 from a2tgpo.model.policy import Policy
 
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
 """Whose classes a checkpoint's index, a pickle, is made of."""
-_INDEX_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
 
 
-def sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+def save_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
+    """Write model and optimizer into the empty `folder`; every rank calls this and writes its part."""
+    strategy = FullyParallelSaveStrategyWrapper(_BlockingSave("torch_dist", 1), policy.groups.dp_group)
+    dist_checkpointing.save(_sharded_state(policy, optimizer, is_loading=False), str(folder), strategy)
+
+
+def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
+    """Read into model and optimizer what `save_sharded` wrote, on any layout; every rank calls this.
+
+    Raises:
+        ValueError: if the checkpoint's index is not what it should be.
+    """
+    _check_index(folder / ".metadata")
+    state = _sharded_state(policy, optimizer, is_loading=True)
+    with warnings.catch_warnings():
+        # Megatron reads through functions and attributes that torch has marked for removal.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = dist_checkpointing.load(state, str(folder))
+    for number, chunk in enumerate(policy.chunks):
+        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
+        chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
+    with torch.no_grad():
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+class _BlockingSave(TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by threads of this process.
+
+    Megatron's own writer leaves behind a manager process per rank, spawned anew from the main script, and forks
+    a process per file (filesystem_async.py), which a process with an engine's threads in it should not do.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=self.thread_count),
+            planner=MCoreSavePlanner(
+                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+            ),
+        )
+
+
+def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     """What is saved, or where a load puts what it reads; every rank calls this.
 
     The optimizer's state is laid out by parameter ("fully_reshardable"), so any layout can load it.
@@ -37,16 +97,7 @@ def sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[s
     return {**models, "optimizer": state}
 
 
-def load_sharded_state(loaded: dict[str, Any], policy: Policy, optimizer: Any) -> None:
-    """Put what `dist_checkpointing.load` read into the model and the optimizer."""
-    for number, chunk in enumerate(policy.chunks):
-        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
-        chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
-
-
-def check_index(path: Path) -> None:
+def _check_index(path: Path) -> None:
     """Refuse a checkpoint index that names anything but the records it is made of.
 
     It is a pickle which torch reads without restriction, so this must come first.

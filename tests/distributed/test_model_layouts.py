@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tiny_checkpoints import save_tiny_checkpoint
+import torch
+from tiny_models import build_model
 
 pytestmark = pytest.mark.distributed
 
@@ -31,8 +30,14 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the worker measured, from one launch of 4 processes."""
     checkpoints, out = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("out")
     for kind, tied in (("qwen2", True), ("qwen3", False), ("llama", True)):
-        folder = save_tiny_checkpoint(checkpoints / kind, kind, tied=tied)
-        (folder / "tokenizer.json").write_text("{}")
+        # No multiple of 128, so that Megatron's vocabulary is padded.
+        model = build_model(kind, vocab_size=250, tied=tied, num_layers=4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # norms are made as ones, biases as zeros: mistakes would not show
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.to(torch.bfloat16).save_pretrained(checkpoints / kind)
+        (checkpoints / kind / "tokenizer.json").write_text("{}")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
         *(str(Path(__file__).with_name("model_worker.py")), str(checkpoints), str(out)),

@@ -120,7 +120,7 @@ def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
         logprobs[index] = found.detach()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return Reference(loss=float(loss), gradients=gradients, logprobs=logprobs)
+    return Reference(loss=loss.item(), gradients=gradients, logprobs=logprobs)
 
 
 class Bench:

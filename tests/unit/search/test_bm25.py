@@ -41,7 +41,7 @@ def test_passage_without_a_shared_word_is_never_returned():
 
 def test_stop_words_count_only_where_there_is_nothing_else():
     index = Bm25Index([Passage("0", "The Who", "A band."), Passage("1", "Lima", "This is the city.")])
-    assert ids(index, "the") == ["0", "1"] or ids(index, "the") == ["1", "0"]
+    assert sorted(ids(index, "the")) == ["0", "1"]
     assert ids(index, "the band") == ["0"]
 
 

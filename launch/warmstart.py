@@ -1,0 +1,207 @@
+"""Supervised warm start: teach a model the format from demonstrations, through the same Megatron path as RL.
+
+    launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [section.field=value ...]
+    torchrun ... launch/warmstart.py --config CONFIG [section.field=value ...]
+
+Reads `model.path` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the policy
+should have written (prompts and observations carry no loss), and writes a Hugging Face checkpoint to
+`warmstart.out`. Every step's demonstrations, and so the result up to rounding, are the same for any number of
+ranks. Metrics go to ROOT/NAME/warmstart/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.config.update import UpdateConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from a2tgpo.batch.packing import PackedBatch
+    from a2tgpo.parallel.groups import ParallelGroups
+    from a2tgpo.trajectory import Trajectory
+    from a2tgpo.update.train_step import LossFunction
+
+GRACE_S = 3.0
+"""The other ranks fail on the same mistake; they leave rank 0 this long to say it, and the launcher to end them."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        for field in ("demonstrations", "out"):
+            value = getattr(config.warmstart, field)
+            require(bool(value), f"warmstart.{field}", value, "a path, for a warm start")
+        warm_start(config)
+    except ConfigError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(GRACE_S)
+        print(
+            f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True
+        )
+        return 2
+    return 0
+
+
+def warm_start(config: RunConfig) -> None:
+    """Join the other ranks, train, save; every rank calls this."""
+    from a2tgpo.data.sampler import PromptSampler
+    from a2tgpo.model.build import build_policy
+    from a2tgpo.model.weights import save_hf
+    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.update.optimizer import build_optimizer
+    from a2tgpo.update.train_step import train_step
+
+    settings = config.warmstart
+    groups = initialize(config.parallel, seed=config.run.seed)
+    trajectories = load_trajectories(config)
+    require(
+        settings.batch_size <= len(trajectories),
+        "warmstart.batch_size",
+        settings.batch_size,
+        f"at most the {len(trajectories)} demonstrations in {settings.demonstrations}",
+    )
+    sampler = PromptSampler(len(trajectories), settings.batch_size, config.run.seed)
+    update = update_config(config)
+    policy = build_policy(config.model, config.parallel, groups, update=update)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=settings.steps)
+    report = Report(config, groups)
+    for step in range(1, settings.steps + 1):
+        chosen = [trajectories[index] for index in sampler.next_indices()]
+        batches = my_microbatches(chosen, config, groups)
+        result = train_step(policy, optimizer, batches, cross_entropy(batches, chosen))
+        report.add(step, chosen, loss=result.loss, grad_norm=result.grad_norm, lr=schedule.lr)
+        if result.update_ok:
+            schedule.step()
+    save_hf(policy, settings.out)
+    report.close()
+    shutdown()
+
+
+def load_trajectories(config: RunConfig) -> list[Trajectory]:
+    """All demonstrations, rendered and tokenised; the same list on every rank."""
+    from transformers import AutoTokenizer
+
+    from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
+    from a2tgpo.data.template import PromptTemplate
+    from a2tgpo.model.hf_config import load_hf_config
+
+    load_hf_config(config.model.path)  # says in one line what is wrong with a folder
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    template = PromptTemplate(tokenizer, config.data.instructions)
+    demonstrations = load_demonstrations(config.warmstart.demonstrations)
+    return [
+        to_trajectory(demonstration, template=template, prompt_index=index)
+        for index, demonstration in enumerate(demonstrations)
+    ]
+
+
+def update_config(config: RunConfig) -> UpdateConfig:
+    """The run's optimizer settings with the warm start's rates: warm-up over a tenth, decay to a tenth."""
+    settings = config.warmstart
+    return dataclasses.replace(
+        config.update,
+        lr=settings.lr,
+        min_lr=settings.lr / 10,
+        lr_schedule="cosine",
+        warmup_steps=settings.steps // 10,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def my_microbatches(chosen: list[Trajectory], config: RunConfig, groups: ParallelGroups) -> list[PackedBatch]:
+    """This replica's share of a step, packed; every rank reaches the same split by itself."""
+    from a2tgpo.batch.balance import deal, microbatches
+    from a2tgpo.batch.packing import alignment, pack, packed_length
+
+    lengths = [packed_length(trajectory) for trajectory in chosen]
+    replicas = deal(lengths, groups.dp_size)
+    mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
+    grouped = microbatches([lengths[index] for index in mine], config.update.max_microbatch_tokens)
+    align = alignment(config.parallel)
+    return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
+
+
+def cross_entropy(batches: list[PackedBatch], chosen: list[Trajectory]) -> LossFunction:
+    """Mean over all sampled tokens of the step, on all ranks, of -log p."""
+    num_tokens = max(1, sum(trajectory.num_sampled_tokens for trajectory in chosen))
+
+    def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = batches[number].loss_mask[0].to(logprobs.device)
+        return -logprobs[mask].sum() / num_tokens, {}
+
+    return loss
+
+
+class Report:
+    """Progress line, metrics and closing line of rank 0; silent on the others."""
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups) -> None:
+        from tqdm import tqdm
+
+        from a2tgpo.metrics.writer import MetricWriter
+
+        self.out, self.steps = config.warmstart.out, config.warmstart.steps
+        self.enabled = groups.rank == 0
+        # The writer's own progress line is about rollouts: it goes nowhere here.
+        self.writer = MetricWriter(
+            Path(config.run.root) / config.run.name / "warmstart",
+            total_steps=self.steps,
+            enabled=self.enabled,
+            stream=io.StringIO(),
+        )
+        self.bar: Any = tqdm(
+            total=self.steps,
+            disable=not self.enabled,
+            desc="warm start",
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 5.0,
+        )
+        self.losses: list[float] = []
+        self.num_tokens = 0
+        self.start = self.last = time.perf_counter()
+
+    def add(self, step: int, chosen: list[Trajectory], *, loss: float, grad_norm: float, lr: float) -> None:
+        now = time.perf_counter()
+        num_tokens = sum(trajectory.num_tokens for trajectory in chosen)
+        self.losses.append(loss)
+        self.num_tokens += num_tokens
+        speed, self.last = num_tokens / (now - self.last), now
+        metrics = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_s": speed}
+        self.writer.log(step, {f"warmstart/{name}": value for name, value in metrics.items()})
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """Say what came out; every rank calls this."""
+        self.bar.close()
+        self.writer.close()
+        if self.enabled:
+            seconds = self.last - self.start
+            print(
+                f"warm start: {self.steps} steps in {seconds:.0f} s ({self.num_tokens / seconds:,.0f} tokens/s), "
+                f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}, saved to {self.out}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

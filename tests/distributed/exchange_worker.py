@@ -1,0 +1,135 @@
+"""Run under torchrun: exchange and advantages over real processes, against one process that holds everything."""
+
+import random
+import sys
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.turn_table import build_turn_table
+from a2tgpo.batch.exchange import exchange
+from a2tgpo.config.algorithm import ADVANTAGES, AlgorithmConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.trajectory import Trajectory, Turn
+
+NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 5, 6, 4
+
+
+def all_trajectories(seed: int) -> list[Trajectory]:
+    rng = random.Random(seed)
+    made = []
+    for prompt in range(NUM_PROMPTS):
+        for sample in range(GROUP_SIZE):
+            turns = []
+            for _ in range(rng.randint(0, MAX_TURNS)):
+                tokens = [rng.randrange(100) for _ in range(rng.randint(1, 30))]
+                gain = None if rng.random() < 0.1 else 1000.0 + rng.gauss(0, 0.1)
+                turn = Turn(tokens=tokens, rollout_logprobs=[-0.5] * len(tokens), query="q", info_gain=gain)
+                turn.observation_tokens = [rng.randrange(100) for _ in range(rng.randint(1, 40))]
+                turns.append(turn)
+            turns.append(Turn(tokens=[7, 8], rollout_logprobs=[-0.1, -0.25]))
+            made.append(
+                Trajectory(
+                    prompt_index=prompt,
+                    prompt_id=f"p{prompt} \u00e9",
+                    sample_index=sample,
+                    prompt_tokens=[1, 2, 3],
+                    turns=turns,
+                    stop_reason="answer",
+                    outcome_reward=rng.choice([-1.0, 0.0, 1.0]),
+                    baseline_prob=0.25,
+                )
+            )
+    return made
+
+
+def table_of(trajectories):
+    return build_turn_table(trajectories, num_prompts=NUM_PROMPTS, max_turns=MAX_TURNS)
+
+
+def check_exchange(groups) -> list[Trajectory]:
+    """Every trajectory arrives once, unchanged, at all ranks of one replica, however it was played."""
+    everything = all_trajectories(0)
+    results = []
+    for deal_by in (lambda t: t.prompt_index % groups.world_size, lambda t: 0, lambda t: t.sample_index % 2):
+        played = [t for t in everything if deal_by(t) == groups.rank]
+        random.Random(groups.rank).shuffle(played)
+        results.append(exchange(played, groups, prompts_per_minibatch=2))
+    assert results[0] == results[1] == results[2], "the share depends on who played what"
+    shares = [None] * groups.world_size
+    dist.all_gather_object(shares, (groups.dp_rank, results[0]))
+    by_replica = dict(shares)
+    for dp_rank, share in shares:
+        assert share == by_replica[dp_rank], "ranks of one replica hold different trajectories"
+    order = sorted(
+        (t for share in by_replica.values() for t in share), key=lambda t: (t.prompt_index, t.sample_index)
+    )
+    assert order == everything, "a trajectory was lost, doubled or changed"
+    loads = [sum(t.num_tokens for t in share) for share in by_replica.values()]
+    assert max(loads) <= 1.2 * min(loads), f"replicas are not balanced: {loads}"
+    return results[0]
+
+
+def check_advantages(groups, mine: list[Trajectory]) -> None:
+    """Advantages equal those of one process, for the balanced split and for one with empty ranks (1e-12 relative)."""
+    everything = all_trajectories(0)
+    everything_on_first = everything if groups.dp_rank == 0 else []
+    for share in (mine, everything_on_first):
+        for name in ADVANTAGES:
+            config = AlgorithmConfig(advantage=name)
+            whole = compute_advantages(table_of(everything), config, dp_group=None)
+            rows = [everything.index(t) for t in share]
+            spread = compute_advantages(table_of(share), config, dp_group=groups.dp_group)
+            # igpo_joint pools gains near 1000 with outcomes near 0: compare against the size of the values
+            torch.testing.assert_close(spread.advantages, whole.advantages[rows], rtol=1e-12, atol=1e-9)
+            error = (spread.advantages - whole.advantages[rows]).abs().max().item() if rows else 0.0
+            assert error <= 1e-9, (name, error)
+
+
+def check_small_gains_to_the_last_digits(groups) -> None:
+    """With gains of ordinary size the split changes nothing past 1e-12."""
+    everything = all_trajectories(1)
+    for trajectory in everything:
+        for turn in trajectory.turns:
+            if turn.info_gain is not None:
+                turn.info_gain -= 1000.0
+    share = [t for i, t in enumerate(everything) if i % 3 % groups.dp_size == groups.dp_rank]
+    for name in ADVANTAGES:
+        config = AlgorithmConfig(advantage=name)
+        whole = compute_advantages(table_of(everything), config, dp_group=None).advantages
+        spread = compute_advantages(table_of(share), config, dp_group=groups.dp_group).advantages
+        difference = (spread - whole[[everything.index(t) for t in share]]).abs()
+        error = difference.max().item() if share else 0.0
+        assert error <= 1e-12, (name, error)
+
+
+def check_token_weights(groups, mine: list[Trajectory]) -> None:
+    """Loss normalisers are those of the whole mini-batch."""
+    everything = all_trajectories(0)
+    counts = torch.tensor([t.num_sampled_tokens for t in everything])
+    my_counts = torch.tensor([t.num_sampled_tokens for t in mine])
+    for aggregation in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        whole = token_weights(counts, aggregation=aggregation, norm_length=9, dp_group=None)
+        part = token_weights(my_counts, aggregation=aggregation, norm_length=9, dp_group=groups.dp_group)
+        torch.testing.assert_close(part, whole[[everything.index(t) for t in mine]], rtol=1e-15, atol=0)
+
+
+def main() -> None:
+    tensor, pipeline = int(sys.argv[1]), int(sys.argv[2])
+    groups = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_s=60), seed=0)
+    mine = check_exchange(groups)
+    check_advantages(groups, mine)
+    check_small_gains_to_the_last_digits(groups)
+    check_token_weights(groups, mine)
+    nothing = exchange([], groups, prompts_per_minibatch=2)
+    assert nothing == []
+    if groups.rank == 0:
+        print("ALL CHECKS PASSED")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""A search tool whose answers, delays and failures a test decides."""
+
+import threading
+import time
+
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.passage import Passage
+from a2tgpo.search.tool import SearchCounts
+
+
+class ScriptedSearch:
+    """Answers every query with one passage about it.
+
+    Args:
+        delays: seconds by query.
+        failing: queries that end in `SearchError`.
+        text: of the passage; `{}` is the query.
+    """
+
+    def __init__(self, *, delays=None, failing=(), text="{} is known."):
+        self.delays = delays or {}
+        self.failing = set(failing)
+        self.text = text
+        self.queries = []
+        self.answered_at = {}
+        self._lock = threading.Lock()
+
+    def search(self, query):
+        with self._lock:
+            self.queries.append(query)
+        time.sleep(self.delays.get(query, 0.0))
+        self.answered_at[query] = time.monotonic()
+        if query in self.failing:
+            raise SearchError(f"no route to {query}")
+        return [Passage("p", query, self.text.format(query))]
+
+    def counts(self):
+        return SearchCounts(queries=len(self.queries))
+
+    def close(self):
+        """Nothing to close."""

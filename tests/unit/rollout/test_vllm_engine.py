@@ -1,0 +1,179 @@
+"""The engine against transformers on the same weights, in float32."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.rollout.engine_output import ScoreOutput
+
+BLOCK = 32
+
+
+def drain(engine):
+    outputs = {}
+    while engine.has_unfinished:
+        outputs.update({output.request_id: output for output in engine.step()})
+    return outputs
+
+
+def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, stop=()):
+    engine.submit(
+        request_id,
+        tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+        top_p=1.0,
+        stop=stop,
+    )
+
+
+def random_tokens(rng, count, limit):
+    return [rng.randrange(3, limit) for _ in range(count)]
+
+
+def test_sampled_logprobs_equal_transformers(engine, reference):
+    rng = random.Random(0)
+    prompts = [random_tokens(rng, length, engine.num_token_ids) for length in (1, 7, 32, 70)]
+    for i, prompt in enumerate(prompts):
+        submit(engine, str(i), prompt, seed=i)
+    outputs = drain(engine)
+    for i, prompt in enumerate(prompts):
+        output = outputs[str(i)]
+        expected = reference(prompt + output.tokens)[-len(output.tokens) :]
+        assert output.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_logprobs_are_those_of_temperature_one(engine, reference):
+    prompt = list(range(5, 25))
+    submit(engine, "hot", prompt, seed=1, temperature=1.7)
+    submit(engine, "greedy", prompt, seed=None, temperature=0.0)
+    for output in drain(engine).values():
+        expected = reference(prompt + output.tokens)[-len(output.tokens) :]
+        assert output.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("prefix_length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1])
+def test_scores_equal_transformers_cold_hot_and_repeated(engine, reference, prefix_length):
+    rng = random.Random(prefix_length)
+    prefix = random_tokens(rng, prefix_length, engine.num_token_ids)
+    answers = [random_tokens(rng, length, engine.num_token_ids) for length in (1, 6, BLOCK + 3)]
+    expected = [reference(prefix + answer)[-len(answer) :] for answer in answers]
+    for heat in ("cold", "hot", "repeated"):
+        if heat == "hot":
+            submit(engine, "fill", prefix, seed=1, max_tokens=2)
+            drain(engine)
+        for i, answer in enumerate(answers):
+            engine.submit_score(str(i), prefix, answer)
+        outputs = drain(engine)
+        for i in range(len(answers)):
+            assert outputs[str(i)].answer_logprobs == pytest.approx(expected[i], abs=1e-4), heat
+    cached = [outputs[str(i)].num_cached_tokens for i in range(len(answers))]
+    assert cached == [(prefix_length - 1) // BLOCK * BLOCK] * len(answers)
+
+
+def test_scores_submitted_right_behind_the_generation_share_its_prefill(engine, reference):
+    rng = random.Random(99)
+    prefix = random_tokens(rng, 5 * BLOCK + 9, engine.num_token_ids)
+    answers = [random_tokens(rng, 5, engine.num_token_ids) for _ in range(3)]
+    submit(engine, "turn", prefix, seed=3)
+    for i, answer in enumerate(answers):
+        engine.submit_score(str(i), prefix, answer)
+    outputs = drain(engine)
+    turn = outputs.pop("turn")
+    assert turn.logprobs == pytest.approx(reference(prefix + turn.tokens)[-len(turn.tokens) :], abs=1e-4)
+    for i, answer in enumerate(answers):
+        output = outputs[str(i)]
+        assert isinstance(output, ScoreOutput)
+        assert output.answer_logprobs == pytest.approx(reference(prefix + answer)[-5:], abs=1e-4)
+        assert output.num_cached_tokens == 5 * BLOCK
+
+
+def test_sequence_logprobs_ignore_the_cache(engine, reference):
+    tokens = random_tokens(random.Random(5), 3 * BLOCK, engine.num_token_ids)
+    for _ in range(2):
+        assert engine.sequence_logprobs(tokens) == pytest.approx(reference(tokens), abs=1e-4)
+
+
+def test_padded_ids_are_never_sampled(engine):
+    assert engine.num_token_ids < engine.vocab_size
+    for i in range(24):
+        submit(engine, str(i), [5 + i], seed=i, temperature=50.0, max_tokens=40)
+    sampled = [token for output in drain(engine).values() for token in output.tokens]
+    assert len(sampled) > 300
+    assert max(sampled) < engine.num_token_ids
+
+
+def test_stop_string_stays_and_all_sampled_tokens_are_kept(engine, tokenizer):
+    prompt = tokenizer("<|im_start|>user\ncapital of France?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    submit(engine, "a", prompt, seed=None, temperature=0.0, max_tokens=80, stop=["</search>", "</answer>"])
+    output = drain(engine)["a"]
+    assert output.text.endswith("capital of France </search>")
+    assert (output.finish_reason, output.stop_string) == ("stop", "</search>")
+    assert tokenizer.decode(output.tokens).startswith(output.text)
+    assert len(output.tokens) == len(output.logprobs)
+
+
+def test_a_context_that_leaves_no_room_is_refused_and_leaves_nothing_behind(engine):
+    with pytest.raises(ConfigError, match=r"^length of the context of long is 512; allowed: < 512"):
+        submit(engine, "long", [5] * 512, seed=0)
+    assert not engine.has_unfinished
+
+
+def test_cache_too_small_for_one_sequence_is_refused_in_one_line(taught_path):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    config = RolloutConfig(kv_cache_gib=0.001, dtype="float32")
+    with pytest.raises(ConfigError, match=r"rollout.kv_cache_gib is 0.001; allowed: >= 0.0\d+") as refusal:
+        VllmEngine(taught_path, config=config, model_dtype="float32", max_model_len=4096, seed=0)
+    assert "\n" not in str(refusal.value)
+
+
+def test_model_without_positions_for_the_length_is_refused_in_one_line(taught_path):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    config = RolloutConfig(kv_cache_gib=0.5, dtype="float32")
+    with pytest.raises(ConfigError, match=r"max_response_tokens is 9000, more than the model's") as refusal:
+        VllmEngine(taught_path, config=config, model_dtype="float32", max_model_len=9000, seed=0)
+    assert "\n" not in str(refusal.value)
+
+
+def test_missing_model_is_refused_in_one_line(tmp_path):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    config = RolloutConfig(kv_cache_gib=0.1)
+    with pytest.raises(ConfigError, match=r"config.json is not there$"):
+        VllmEngine(str(tmp_path), config=config, model_dtype="float32", max_model_len=64, seed=0)
+
+
+def test_construction_leaves_generators_and_variables_alone(taught_path, engine_config, monkeypatch):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    engine = VllmEngine(taught_path, config=engine_config, model_dtype="float32", max_model_len=64, seed=0)
+    assert draws() == expected
+    assert os.environ["LOCAL_WORLD_SIZE"] == "7"
+    engine.close()
+
+
+def test_a_sleeping_engine_takes_no_requests_until_both_parts_are_woken(engine):
+    engine.sleep()
+    with pytest.raises(AssertionError, match="kv_cache and weights sleep"):
+        submit(engine, "a", [5], seed=0)
+    engine.wake("weights")
+    assert not engine.is_awake
+    engine.wake("kv_cache")
+    submit(engine, "a", [5], seed=0)
+    assert len(drain(engine)["a"].tokens) > 0
