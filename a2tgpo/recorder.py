@@ -79,9 +79,9 @@ class Recorder:
             self.writer.log_text(step, f"rollout/{number}", as_text(record))
         self.writer.log(step, metrics | seconds)
 
-    def record_evaluation(self, step: int, scores: dict[str, float]) -> None:
-        """Write one evaluation's scores, equal on all ranks."""
-        self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()})
+    def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
+        """Write one evaluation's scores, equal on all ranks, and the wall time it took."""
+        self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()} | seconds)
         self.writer.print(
             f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
             f"{scores['em_format_gated']:.3f}, on {scores['num_questions']:.0f} questions"

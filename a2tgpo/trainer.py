@@ -59,6 +59,7 @@ class Trainer:
             if self._is_due(self.config.checkpoint.every):
                 with self.timers.stage("checkpoint"):
                     self.save_checkpoint(self.step)
+                self.recorder.writer.log(self.step, self.timers.take())
 
     def train_step(self) -> None:
         """prompts, refit, rollout (with gain and reward), exchange, advantage, score, update, record."""
@@ -145,7 +146,7 @@ class Trainer:
                 group=dist.group.WORLD,
             )
             self.parts.engine.sleep()
-        self.recorder.record_evaluation(self.step, scores)
+        self.recorder.record_evaluation(self.step, scores, self.timers.take())
 
     def _is_due(self, every: int) -> bool:
         """After the last step, and every so many steps (0: never in between)."""

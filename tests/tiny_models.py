@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -66,7 +68,9 @@ def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [question + "".join(turns) for question, turns in SCRIPTS.items()] * 3
-    corpus += [" <result>\nDoc 1 (Title: capital of) It is known.\n</result> The search failed: user assistant\n"] * 5
+    corpus += [
+        " <result>\nDoc 1 (Title: capital of) It is known.\n</result> The search failed: user assistant\n"
+    ] * 5
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL,
@@ -120,7 +124,9 @@ def build_model(
     return model
 
 
-def save_tiny(out: str | Path, architecture: str, *, vocab_size: int = 512, tied: bool = False, seed: int = 0) -> str:
+def save_tiny(
+    out: str | Path, architecture: str, *, vocab_size: int = 512, tied: bool = False, seed: int = 0
+) -> str:
     """Write a random model and its tokenizer to `out`; returns `out` as text."""
     tokenizer = build_tokenizer(min(vocab_size, 512))
     model = build_model(
@@ -162,6 +168,14 @@ def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 140) -> 
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     return str(out)
+
+
+@functools.cache
+def taught_folder() -> tempfile.TemporaryDirectory:
+    """Folder with the model of `save_taught`, made once per process and removed at its end."""
+    folder = tempfile.TemporaryDirectory(prefix="taught-")
+    save_taught(folder.name)
+    return folder
 
 
 def _lessons(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:

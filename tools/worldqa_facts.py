@@ -160,7 +160,7 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
             country.largest_city = make_name(own[0]["name"])
         for record in own:
             key = key_of(record["name"])
-            plain = re.fullmatch(r"[A-Za-z' .-]{4,24}", ascii_fold(record["name"]))
+            plain = re.fullmatch(r"[A-Za-z' .-]{4,16}", ascii_fold(record["name"]))
             if plain and homonyms[key] == 1 and key not in country_names:
                 if len(country.cities) < MAX_CITIES_PER_COUNTRY and record["population"] >= MIN_CITY_POPULATION:
                     country.cities.append(

@@ -104,12 +104,11 @@ def rounded(number: int) -> str:
 
 
 def build_corpus(world: dict[str, Country]) -> list[Passage]:
-    """Up to six passages a country and one a city; titles are unique."""
+    """Up to six short passages a country, and one a city; passages of one country share its title."""
     passages = []
     for country in world.values():
         passages += _country_passages(country, world)
-        for city in country.cities:
-            passages += _city_passages(city, world)
+        passages += [_city_passage(city, country) for city in country.cities]
     return passages
 
 
@@ -145,11 +144,12 @@ def _country_passages(country: Country, world: dict[str, Country]) -> list[Passa
     return passages
 
 
-def _city_passages(city: City, world: dict[str, Country]) -> list[Passage]:
-    name, country = city.name.text, world[city.country_code].name.text
-    lies = f"{name} is a city in {country}."
-    keeps = f"The time zone of {name} is {city.time_zone}."
-    return [Passage(city_passage_id(city), name, lies), Passage(f"{city_passage_id(city)}-time", name, keeps)]
+def _city_passage(city: City, country: Country) -> Passage:
+    name = city.name.text
+    text = f"{name} is a city in {country.name.text}."
+    if country.largest_city is not None and country.largest_city.text == name:
+        text += f" The time zone of {name} is {city.time_zone}."
+    return Passage(city_passage_id(city), name, text)
 
 
 def city_passage_id(city: City) -> str:
@@ -210,7 +210,7 @@ def _step(
     if isinstance(at, City):
         if relation == "country":
             return world[at.country_code].name, city_passage_id(at), world[at.country_code]
-        return (Name(at.time_zone), f"{city_passage_id(at)}-time", None) if relation == "time_zone" else None
+        return (Name(at.time_zone), city_passage_id(at), None) if relation == "time_zone" else None
     country_fact = {"capital": "cities", "currency": "money", "language": "language"}
     if relation in country_fact:
         answer = getattr(at, relation)

@@ -80,7 +80,7 @@ class RolloutConfig:
             "max_concurrent",
         ):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
-        require(self.temperature > 0, "rollout.temperature", self.temperature, "> 0")
+        require(0 < self.temperature <= 2, "rollout.temperature", self.temperature, "in (0, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
             self.dtype in ("auto", "bfloat16", "float32"),

@@ -21,30 +21,45 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
-    """Join the other processes and lay them out; every process calls this once.
+    """Join the other processes and lay them out; every process calls this once, first.
 
     The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment; where
-    they are absent the process is alone. NCCL where a GPU is seen, gloo elsewhere. Python's, NumPy's and torch's
-    generators are seeded with `seed`, equal on all ranks; Megatron's tracker gets one state per tensor rank.
+    they are absent the process is alone. NCCL where a GPU is seen, gloo elsewhere.
+
+    Args:
+        seed: of Python's, NumPy's and torch's generators, equal on all ranks; Megatron's tracker gets one state
+            per tensor-parallel rank.
 
     Raises:
         ConfigError: if the layout does not divide the processes.
     """
     if "RANK" not in os.environ:
         _be_alone()
-    world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
-    check_layout(config, world_size)
-    # Megatron still calls collectives by names that torch 2.13 renames.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    check_layout(config, int(os.environ["WORLD_SIZE"]))
     # Orders a layer's communication and computation on the device; Megatron expects it wherever tensor > 1.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron calls collectives by names that torch 2.13 renames.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    device = None
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _local_rank())
         torch.cuda.set_device(device)
-        backend, device_id = "nccl", device
-    else:
-        device, backend, device_id = torch.device("cpu"), "gloo", None
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s), device_id=device_id)
+    dist.init_process_group(
+        "nccl" if device else "gloo", timeout=timedelta(seconds=config.timeout_s), device_id=device
+    )
+    return lay_out(config, seed=seed)
+
+
+def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
+    """Divide the joined processes as `config` says, in place of an earlier layout; every process calls this.
+
+    `initialize` does so once; by itself it is for programs that go through several layouts.
+    """
+    check_layout(config, dist.get_world_size())
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -53,8 +68,8 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
-    return _groups(device, local_rank)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return _groups()
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
@@ -85,12 +100,16 @@ def _be_alone() -> None:
     )
 
 
-def _groups(device: torch.device, local_rank: int) -> ParallelGroups:
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _groups() -> ParallelGroups:
     groups = ParallelGroups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=local_rank,
-        device=device,
+        local_rank=_local_rank(),
+        device=torch.device("cuda", _local_rank()) if torch.cuda.is_available() else torch.device("cpu"),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),

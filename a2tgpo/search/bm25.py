@@ -1,5 +1,6 @@
 """BM25 over a corpus in memory."""
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -7,9 +8,11 @@ import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 
+from a2tgpo.config.check import ConfigError
 from a2tgpo.search.passage import Passage
 
 _STOPWORDS = frozenset(STOPWORDS_EN)
+_WORD = re.compile(r"\w+")
 
 
 class Bm25Index:
@@ -19,13 +22,20 @@ class Bm25Index:
 
     Args:
         passages: the corpus, at least one.
+
+    Raises:
+        ConfigError: if no passage holds a word.
     """
 
     def __init__(self, passages: Sequence[Passage]):
         self.passages = list(passages)
         self._bm25 = bm25s.BM25(method="lucene", backend="numpy")
-        tokens = _tokenize([f"{passage.title} {passage.text}" for passage in self.passages])
-        self._bm25.index(tokens, show_progress=False)
+        words = [_tokenize(f"{passage.title} {passage.text}") for passage in self.passages]
+        if not any(words):
+            raise ConfigError(
+                f"search.corpus: none of the {len(words)} passages holds a word; give another corpus"
+            )
+        self._bm25.index(words, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
         """The at most `top_k` best passages with their scores, best first.
@@ -33,30 +43,23 @@ class Bm25Index:
         A passage that shares no word with the query is never returned. Equal scores keep the corpus's
         order. Stop words count only where the query has nothing else.
         """
-        words = _tokenize([query])[0]
+        words = _tokenize(query)
         words = [word for word in words if word not in _STOPWORDS] or words
         word_ids = self._bm25.get_tokens_ids(words)
         if not word_ids:
             return []
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
-        # A plain top-k breaks ties as its partition happens to fall; keeping everything that reaches the
-        # k-th score and sorting that stably keeps the corpus's order, without sorting all scores.
-        threshold = np.partition(scores, -top_k)[-top_k] if top_k < len(scores) else 0.0
-        candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
-        best = candidates[np.argsort(-scores[candidates], kind="stable")][:top_k]
+        found = np.flatnonzero(scores)
+        if len(found) > top_k:
+            # A plain top-k breaks ties as its partition happens to fall; keeping all that reach the k-th score
+            # and sorting those stably keeps the corpus's order, without sorting all scores.
+            threshold = np.partition(scores[found], -top_k)[-top_k]
+            found = found[scores[found] >= threshold]
+        best = found[np.argsort(-scores[found], kind="stable")][:top_k]
         return [(self.passages[i], float(scores[i])) for i in best]
 
 
-def _tokenize(texts: list[str]) -> list[list[str]]:
-    folded = [
-        "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-        for text in texts
-    ]
-    return bm25s.tokenize(
-        folded,
-        token_pattern=r"(?u)\b\w+\b",
-        stopwords=None,
-        stemmer=None,
-        return_ids=False,
-        show_progress=False,
-    )
+def _tokenize(text: str) -> list[str]:
+    """The words of a text, without case and accents."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    return _WORD.findall("".join(c for c in folded if not unicodedata.combining(c)))

@@ -27,7 +27,7 @@ from a2tgpo.model.logprobs import token_logprobs
 from a2tgpo.model.weights import iterate_hf_weights, save_hf
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, exchange_bytes
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 
 LENGTHS = [7, 20, 5, 1]  # 33 tokens: odd, so that sequence parallelism has to pad
 
@@ -36,13 +36,14 @@ def main(checkpoints: Path, out: Path) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(210, exit=True)  # before the test's own patience ends
     measured: dict[str, Any] = {}
+    initialize(ParallelConfig(), seed=0)
     for parallel, cases in (
         (ParallelConfig(tensor=2, pipeline=2), [("qwen2", "none"), ("qwen3", "none"), ("llama", "full")]),
         (ParallelConfig(tensor=2, pipeline=2, sequence=True), [("qwen3", "selective"), ("qwen2", "full")]),
         (ParallelConfig(tensor=2, sequence=True), [("llama", "none")]),
         (ParallelConfig(pipeline=4), [("qwen2", "none")]),
     ):
-        groups = initialize(parallel, seed=0)
+        groups = lay_out(parallel, seed=0)
         layout = f"tp{parallel.tensor}pp{parallel.pipeline}{'sp' if parallel.sequence else ''}"
         for kind, recompute in cases:
             model = ModelConfig(path=str(checkpoints / kind), dtype="float32", recompute=recompute)
@@ -53,9 +54,9 @@ def main(checkpoints: Path, out: Path) -> None:
             measured["bfloat16"] = check_bfloat16(checkpoints, parallel, groups)
             measured["refused"] = check_refusals(checkpoints, out, groups)
         check_groups(groups)
-        shutdown()
     if groups.rank == 0:
         (out / "measured.json").write_text(json.dumps(measured))
+    shutdown()
 
 
 # -- the model against transformers --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scripted_search import ScriptedSearch
-from tiny_models import save_taught
+from tiny_models import taught_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
@@ -12,8 +12,8 @@ MAX_MODEL_LEN = 512
 
 
 @pytest.fixture(scope="package")
-def taught_path(tmp_path_factory):
-    return save_taught(tmp_path_factory.mktemp("models") / "taught")
+def taught_path():
+    return taught_folder().name
 
 
 @pytest.fixture(scope="package")

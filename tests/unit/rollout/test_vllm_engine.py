@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny_models import save_tiny
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import RolloutConfig
@@ -100,12 +101,20 @@ def test_sequence_logprobs_ignore_the_cache(engine, reference):
         assert engine.sequence_logprobs(tokens) == pytest.approx(reference(tokens), abs=1e-4)
 
 
-def test_padded_ids_are_never_sampled(engine):
-    assert engine.num_token_ids < engine.vocab_size
-    for i in range(24):
-        submit(engine, str(i), [5 + i], seed=i, temperature=50.0, max_tokens=40)
-    sampled = [token for output in drain(engine).values() for token in output.tokens]
-    assert len(sampled) > 300
+def test_padded_ids_are_never_sampled(tmp_path):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    path = save_tiny(tmp_path, "llama", vocab_size=640)
+    config = RolloutConfig(kv_cache_gib=0.1, max_concurrent=16, dtype="float32")
+    engine = VllmEngine(path, config=config, model_dtype="float32", max_model_len=64, seed=0)
+    assert engine.num_token_ids < 0.8 * engine.vocab_size, "a fifth of the random model's mass is padding"
+    for i in range(16):
+        submit(engine, str(i), [5 + i], seed=i, temperature=2.0)
+    submit(engine, "greedy", [5], seed=None, temperature=0.0)
+    outputs = drain(engine)
+    engine.close()
+    sampled = [token for output in outputs.values() for token in output.tokens]
+    assert len(sampled) > 200
     assert max(sampled) < engine.num_token_ids
 
 

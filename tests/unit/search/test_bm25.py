@@ -2,6 +2,9 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from a2tgpo.config.check import ConfigError
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.passage import Passage
 
@@ -48,6 +51,11 @@ def test_stop_words_count_only_where_there_is_nothing_else():
 def test_equal_scores_keep_the_order_of_the_corpus():
     index = Bm25Index([Passage(str(i), "", "same words here") for i in range(50)] + CITIES)
     assert ids(index, "same", top_k=5) == ["0", "1", "2", "3", "4"]
+
+
+def test_corpus_without_a_word_is_refused():
+    with pytest.raises(ConfigError, match="none of the 2 passages holds a word"):
+        Bm25Index([Passage("0", "", "?!"), Passage("1", "", "...")])
 
 
 def random_passages(count):

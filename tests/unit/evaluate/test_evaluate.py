@@ -1,0 +1,126 @@
+"""Greedy evaluation of the taught model, and scoring by hand-made numbers."""
+
+import functools
+import math
+
+import pytest
+from scripted_search import ScriptedSearch
+from tiny_models import prompt_ids, taught_folder
+from transformers import AutoTokenizer
+
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.evaluate.evaluate import evaluate
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
+
+QUESTIONS = [  # question, answers, hops
+    ("capital of France?", ("Paris",), 1),
+    ("capital of Japan?", ("Edo", "Tokyo"), 1),
+    ("ruler of Italy?", ("King of Rome",), 2),
+    ("ruler of Japan?", ("Queen of Tokyo",), 2),
+    ("empty?", ("nothing",), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    path = taught_folder().name
+    config = RolloutConfig(kv_cache_gib=0.1, max_concurrent=8, dtype="float32")
+    engine = VllmEngine(path, config=config, model_dtype="float32", max_model_len=512, seed=0)
+    rollout = GroupRollout(
+        engine,
+        ScriptedSearch(),
+        AutoTokenizer.from_pretrained(path),
+        rollout=config,
+        search_config=SearchConfig(corpus="unused"),
+        score_trajectory=functools.partial(score_trajectory, measure="probability"),
+    )
+    yield rollout
+    rollout.close()
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = AutoTokenizer.from_pretrained(taught_folder().name)
+    return [
+        Prompt(index=i, id=str(i), question=q, answers=a, hops=h, tokens=tuple(prompt_ids(tokenizer, q)))
+        for i, (q, a, h) in enumerate(QUESTIONS)
+    ]
+
+
+def test_metrics_over_all_questions(rollout, prompts):
+    metrics, trajectories = evaluate(rollout, prompts, replica_index=0, num_replicas=1)
+    assert metrics["num_questions"] == 5
+    assert metrics["em"] == metrics["em_format_gated"] == pytest.approx(3 / 5)
+    assert metrics["em_1_hops"] == pytest.approx(2 / 3)
+    assert metrics["em_2_hops"] == pytest.approx(1 / 2)
+    assert metrics["f1"] == pytest.approx((3 + 2 / 3) / 5)
+    assert metrics["format_ok_rate"] == pytest.approx(4 / 5)
+    assert metrics["tool_calls"] == pytest.approx((1 + 1 + 2 + 2 + 0) / 5)
+    assert [t.prompt_id for t in trajectories] == ["0", "1", "2", "3", "4"]
+    assert all(turn.info_gain is None for t in trajectories for turn in t.turns)
+
+
+def test_replicas_play_disjoint_questions_and_empty_replicas_play_none(rollout, prompts):
+    shares = [evaluate(rollout, prompts[:3], replica_index=r, num_replicas=4)[1] for r in range(4)]
+    assert [[t.prompt_id for t in share] for share in shares] == [["0"], ["1"], ["2"], []]
+    assert evaluate(rollout, [], replica_index=0, num_replicas=1)[0] == {"num_questions": 0.0}
+
+
+def test_a_replicas_further_ranks_count_nothing(rollout, prompts):
+    metrics, trajectories = evaluate(
+        rollout, prompts[:2], replica_index=0, num_replicas=1, is_replica_first=False
+    )
+    assert metrics == {"num_questions": 0.0}
+    assert len(trajectories) == 2
+
+
+def trajectory_of(num_process_turns):
+    turns = [
+        Turn(tokens=[1], rollout_logprobs=[0.0], observation_tokens=[2], query="q")
+        for _ in range(num_process_turns)
+    ]
+    turns.append(Turn(tokens=[3], rollout_logprobs=[0.0]))
+    return Trajectory(
+        prompt_index=0, prompt_id="0", sample_index=0, prompt_tokens=[1], turns=turns, stop_reason="answer"
+    )
+
+
+SEARCHED = "<think> a </think> <search> b </search>"
+ANSWERED = "<answer> \\boxed{Paris} </answer>"
+
+
+def test_gains_and_reward_are_filled_in():
+    trajectory = trajectory_of(2)
+    logprobs = [[[-2.0, -4.0]], [[-1.0, -1.0]], [[0.0, -1.0]]]
+    score_trajectory(trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], logprobs, measure="probability")
+    assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (1.0, 1.0, True)
+    assert trajectory.baseline_prob == pytest.approx(math.exp(-3))
+    assert [turn.answer_prob for turn in trajectory.turns] == [
+        pytest.approx(math.exp(-1)),
+        pytest.approx(math.exp(-0.5)),
+        None,
+    ]
+    assert trajectory.turns[0].info_gain == pytest.approx(math.exp(-1) - math.exp(-3))
+    assert trajectory.turns[1].info_gain == pytest.approx(math.exp(-0.5) - math.exp(-1))
+    assert trajectory.turns[2].info_gain is None
+
+
+def test_a_missing_score_leaves_its_two_gains_empty_and_shifts_none():
+    trajectory = trajectory_of(3)
+    logprobs = [[[-3.0]], None, [[-2.0]], [[-1.0]]]
+    score_trajectory(trajectory, [SEARCHED] * 3 + [ANSWERED], ["Rome"], logprobs, measure="log_probability")
+    assert [turn.info_gain for turn in trajectory.turns] == [None, None, 1.0, None]
+    assert trajectory.turns[0].answer_prob is None
+
+
+def test_an_unanswered_search_is_a_format_error():
+    trajectory = trajectory_of(0)
+    score_trajectory(trajectory, [SEARCHED], ["Paris"], [], measure="probability")
+    assert (trajectory.outcome_reward, trajectory.format_ok) == (-1.0, False)
+    assert trajectory.baseline_prob is None

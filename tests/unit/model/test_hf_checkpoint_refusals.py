@@ -1,0 +1,163 @@
+"""Checkpoints and layouts that cannot be run are refused in one line that names the fault."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.hf_config import load_hf_config, rope_parameters
+from a2tgpo.model.precision import uses_transformer_engine
+from a2tgpo.model.transformer_config import check_layout, padded_vocab_size
+from a2tgpo.parallel.groups import ParallelGroups
+
+Checkpoint = Callable[..., Path]
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_hf_config(str(path))
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    assert "is not a folder" in refusal(tmp_path / "nowhere")
+    assert "has no config.json" in refusal(tmp_path)
+    folder = checkpoint()
+    (folder / "model.safetensors").unlink()
+    assert "holds no *.safetensors" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert "model-1.safetensors is listed in model.safetensors.index.json but missing" in refusal(folder)
+
+
+def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
+    folder = checkpoint()
+    (folder / "config.json").write_text('{"model_type": "llama",')
+    assert "is not valid JSON" in refusal(folder)
+    (folder / "config.json").write_text("[1]")
+    assert "holds a list; allowed: a JSON object" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model_type": "mixtral"}, "model_type 'mixtral'; allowed: llama | qwen2 | qwen3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; allowed: silu"),
+        ({"attention_bias": True}, "attention_bias true; allowed: false"),
+        ({"mlp_bias": True}, "mlp_bias true; allowed: false"),
+        ({"hidden_size": "many"}, "config.json is malformed"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config; allowed"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "is not supported; allowed: default | linear | llama3",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 2.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                }
+            },
+            "is not supported; allowed: default | linear | llama3",
+        ),
+    ],
+)
+def test_unsupported_option_is_named(checkpoint: Checkpoint, changes: dict, fault: str) -> None:
+    folder = checkpoint()
+    edit_config(folder, **changes)
+    assert fault in refusal(folder)
+
+
+def test_sliding_window_layers_are_refused(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen2")
+    edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True)
+    assert "sliding-window layers" in refusal(folder)
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_theta"])
+def test_rope_theta_is_found_in_new_and_old_configs(checkpoint: Checkpoint, spelling: str) -> None:
+    folder = checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    theta = {"rope_type": "default", "rope_theta": 123456.0} if spelling == "rope_parameters" else 123456.0
+    (folder / "config.json").write_text(json.dumps(config | {spelling: theta}))
+    rope = rope_parameters(str(folder), load_hf_config(str(folder)))
+    assert (rope.base, rope.interpolation, rope.llama3_factor) == (123456.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "fault"),
+    [
+        (
+            ParallelConfig(tensor=3),
+            "parallel.tensor is 3; allowed: a divisor of the model's 4 attention heads",
+        ),
+        (
+            ParallelConfig(tensor=4),
+            "parallel.tensor is 4; allowed: a divisor of the model's 2 key-value heads",
+        ),
+        (ParallelConfig(pipeline=3), "parallel.pipeline is 3; allowed: a divisor of the model's 2 layers"),
+    ],
+)
+def test_layout_must_divide_the_model(checkpoint: Checkpoint, parallel: ParallelConfig, fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(load_hf_config(str(checkpoint())), parallel)
+    assert str(caught.value) == fault
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tensor", "padded"),
+    [(250, 1, 256), (250, 2, 256), (256, 8, 256), (257, 1, 384), (257, 3, 384)],
+)
+def test_vocabulary_padding_fits_every_tensor_parallel_size(
+    vocab_size: int, tensor: int, padded: int
+) -> None:
+    assert padded_vocab_size(vocab_size, tensor) == padded and padded % tensor == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU refuses")
+def test_transformer_engine_without_a_gpu_is_refused() -> None:
+    assert not uses_transformer_engine("auto") and not uses_transformer_engine("cpu")
+    with pytest.raises(ConfigError, match="no GPU is seen; allowed here: auto | cpu"):
+        uses_transformer_engine("transformer_engine")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(
+    checkpoint: Checkpoint, groups: ParallelGroups
+) -> None:
+    def build(folder: Path) -> str:
+        with pytest.raises(ConfigError) as caught:
+            build_policy(
+                ModelConfig(path=str(folder)), ParallelConfig(), groups, update=None, trainable=False
+            )
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    folder = checkpoint("qwen3", tied=False)
+    edit_config(folder, intermediate_size=96)
+    assert "config.json and weights disagree: model.layers.0.mlp." in build(folder)
+    edit_config(folder, intermediate_size=128, num_hidden_layers=1, layer_types=["full_attention"])
+    assert "holds tensors that a qwen3 model has no place for: model.layers.1." in build(folder)
+    edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    assert "tensor model.layers.2." in build(folder)
+    (folder / "model.safetensors").write_bytes(b"not a tensor file")
+    assert "model.safetensors is damaged" in build(folder)

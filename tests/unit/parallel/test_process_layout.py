@@ -1,0 +1,129 @@
+"""parallel/groups.py, initialize.py, collectives.py and rng.py in a world of one process."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum, broadcast_object, exchange_bytes
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.parallel.initialize import check_layout, initialize, shutdown
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[ParallelGroups]:
+    environment = dict(os.environ)
+    yield initialize(ParallelConfig(), seed=11)
+    shutdown()
+    shutdown()  # a second time is harmless
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def record(rank: int, *, tp: int, dp: int, pp: int) -> ParallelGroups:
+    """The record of `rank`, without process groups."""
+    group: Any = None
+    return ParallelGroups(
+        rank=rank,
+        world_size=tp * dp * pp,
+        local_rank=rank,
+        device=torch.device("cpu"),
+        tp_rank=rank % tp,
+        tp_size=tp,
+        tp_group=group,
+        pp_rank=rank // (tp * dp),
+        pp_size=pp,
+        pp_group=group,
+        dp_rank=rank // tp % dp,
+        dp_size=dp,
+        dp_group=group,
+        model_group=group,
+    )
+
+
+def test_replicas_are_made_of_neighbours_within_a_stage() -> None:
+    one = record(0, tp=2, dp=3, pp=2)
+    assert [one.dp_ranks_of(i) for i in range(3)] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert [one.dp_index_of(rank) for rank in range(12)] == [0, 0, 1, 1, 2, 2] * 2
+
+
+def test_pipeline_ends_are_known() -> None:
+    ends = [
+        (r.is_pipeline_first, r.is_pipeline_last) for r in (record(i, tp=1, dp=1, pp=3) for i in range(3))
+    ]
+    assert ends == [(True, False), (False, False), (False, True)]
+
+
+def test_layout_must_divide_the_processes() -> None:
+    check_layout(ParallelConfig(tensor=2, pipeline=2), 8)
+    with pytest.raises(
+        ConfigError, match=r"= 4 does not divide the 6 processes started; start a multiple of 4$"
+    ):
+        check_layout(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+def test_a_process_without_a_launcher_is_alone(groups: ParallelGroups) -> None:
+    assert (groups.world_size, groups.tp_size, groups.pp_size, groups.dp_size) == (1, 1, 1, 1)
+    assert groups.is_pipeline_first and groups.is_pipeline_last and groups.dp_ranks_of(0) == [0]
+
+
+def test_all_reduce_leaves_its_input_alone(groups: ParallelGroups) -> None:
+    value = torch.arange(3.0)
+    total = all_reduce_sum(value, groups.dp_group)
+    total += 1
+    assert torch.equal(value, torch.arange(3.0))
+
+
+def test_objects_and_bytes_come_back(groups: ParallelGroups) -> None:
+    assert all_gather_object({"a": 1}, groups.dp_group) == [{"a": 1}]
+    assert broadcast_object("x", groups.dp_group, source=0) == "x"
+    assert exchange_bytes([b"\x00\xff"], dist.group.WORLD) == [b"\x00\xff"]
+    with pytest.raises(ValueError, match="2 payloads for a group of 1 ranks"):
+        exchange_bytes([b"", b""], dist.group.WORLD)
+
+
+def test_preserved_rng_undoes_whatever_a_guest_seeds_and_draws(groups: ParallelGroups) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from a2tgpo.parallel.rng import preserved_rng
+
+    def draw() -> tuple:
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand(2).tolist()
+        return random.random(), np.random.rand(), torch.rand(2).tolist(), tracked
+
+    def guest() -> None:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        draw()
+
+    with preserved_rng():
+        expected = draw()
+    with preserved_rng():
+        guest()
+    assert draw() == expected
+    with pytest.raises(ZeroDivisionError), preserved_rng():
+        before = torch.get_rng_state()
+        guest()
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rng_states_restore_on_a_later_draw(groups: ParallelGroups) -> None:
+    from a2tgpo.parallel.rng import get_rng_state, set_rng_state
+
+    state = get_rng_state()
+    first = torch.rand(3)
+    torch.rand(100)
+    set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)

@@ -1,0 +1,318 @@
+"""Rollouts of the taught model, which plays the scripts of tiny_models by heart."""
+
+import dataclasses
+import functools
+import time
+
+import pytest
+from scripted_search import ScriptedSearch
+from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.rollout import GainConfig
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.multi_turn import ANSWER_ROOM
+from a2tgpo.trajectory import Prompt
+
+SEARCH = SearchConfig(corpus="unused", num_workers=8)
+
+
+@pytest.fixture
+def play(engine, engine_config, tokenizer):
+    """Play questions; returns trajectories and counts."""
+    opened = []
+
+    def play(questions, search, *, greedy=True, gain=None, search_config=SEARCH, step=0, seed=0, **settings):
+        run_settings = {
+            name: settings.pop(name) for name in ("group_size", "score_gain", "progress") if name in settings
+        }
+        run_settings.setdefault("group_size", 1)
+        config = dataclasses.replace(engine_config, gain=gain or GainConfig(), **settings)
+        rollout = GroupRollout(
+            engine,
+            search,
+            tokenizer,
+            rollout=config,
+            search_config=search_config,
+            score_trajectory=functools.partial(score_trajectory, measure=config.gain.measure),
+        )
+        opened.append(rollout)
+        prompts = [make_prompt(tokenizer, i, q) if isinstance(q, str) else q for i, q in enumerate(questions)]
+        return rollout.run(prompts, seed=seed, step=step, greedy=greedy, **run_settings)
+
+    yield play
+    for rollout in opened:
+        rollout.close()
+
+
+def make_prompt(tokenizer, index, question, answers=None):
+    country = question.removesuffix("?").rpartition(" ")[2]
+    return Prompt(
+        index=index,
+        id=question,
+        question=question,
+        answers=answers or (CAPITALS.get(country, "none"),),
+        tokens=tuple(prompt_ids(tokenizer, question)),
+        hops=1,
+    )
+
+
+def texts(tokenizer, trajectory):
+    return [tokenizer.decode(turn.tokens) for turn in trajectory.turns]
+
+
+def sequence(trajectory):
+    tokens = list(trajectory.prompt_tokens)
+    for turn in trajectory.turns:
+        tokens += turn.tokens + turn.observation_tokens
+    return tokens
+
+
+def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(play, search, tokenizer):
+    (one, two), counts = play(["capital of France?", "ruler of Japan?"], search)
+    assert texts(tokenizer, one) == [ASK.format("capital of France"), ANSWER.format("Paris")]
+    first = one.turns[0]
+    assert first.query == "capital of France"
+    expected = " <result>\nDoc 1 (Title: capital of France) capital of France is known.\n</result>"
+    assert tokenizer.decode(first.observation_tokens) == expected
+    assert first.observation_tokens == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert (one.stop_reason, one.outcome_reward, one.exact_match, one.format_ok) == ("answer", 1.0, 1.0, True)
+    assert [turn.query for turn in two.turns] == ["capital of Japan", "ruler of Tokyo", None]
+    assert (two.exact_match, two.format_ok, two.outcome_reward) == (0.0, True, 0.0)
+    assert (counts.trajectories, counts.turns, counts.tool_calls) == (2, 5, 3)
+    assert counts.stop_reasons == {"answer": 2}
+
+
+def test_tokens_are_those_of_the_engine_and_nothing_is_encoded_again(play, search, reference):
+    trajectories, _ = play(["capital of Italy?", "ruler of France?"], search, greedy=False, group_size=4)
+    for trajectory in trajectories:
+        expected = reference(sequence(trajectory))
+        position = len(trajectory.prompt_tokens)
+        for turn in trajectory.turns:
+            end = position + len(turn.tokens)
+            assert turn.rollout_logprobs == pytest.approx(expected[position - 1 : end - 1], abs=1e-4)
+            position = end + len(turn.observation_tokens)
+
+
+def test_seeds_make_rollouts_repeatable_whatever_is_played_beside_them(play, search, tokenizer):
+    questions = ["capital of France?", "capital of Peru?", "ruler of Italy?"]
+    prompts = [make_prompt(tokenizer, i, q) for i, q in enumerate(questions)]
+    settings = dict(greedy=False, group_size=3, score_gain=False, temperature=2.0, max_turn_tokens=48)
+
+    def played(prompts, **more):
+        trajectories, _ = play(prompts, search, **{**settings, **more})
+        return {(t.prompt_id, t.sample_index): sequence(t) for t in trajectories}
+
+    together = played(prompts)
+    assert len({tuple(tokens) for tokens in together.values()}) > 5, "at this temperature samples differ"
+    assert played(prompts[::-1]) == together
+    alone = {key: value for prompt in prompts for key, value in played([prompt]).items()}
+    assert alone == together
+    assert played(prompts, score_gain=True) == together
+    assert played(prompts, step=1) != together
+    assert played(prompts, seed=1) != together
+
+
+def test_gain_is_the_answers_probability_after_minus_before(play, search, tokenizer, reference):
+    (trajectory,), counts = play(["ruler of Japan?"], search)
+    scaffold = tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"]
+    answer = tokenizer("Tokyo", add_special_tokens=False)["input_ids"]
+
+    def probability(context):
+        logprobs = reference(context + scaffold + answer)[-len(answer) :]
+        return 2.718281828459045 ** (sum(logprobs) / len(logprobs))
+
+    context = list(trajectory.prompt_tokens)
+    expected = [probability(context)]
+    for turn in trajectory.turns[:-1]:
+        context += turn.tokens + turn.observation_tokens
+        expected.append(probability(context))
+    assert trajectory.baseline_prob == pytest.approx(expected[0], rel=1e-3)
+    assert [turn.answer_prob for turn in trajectory.turns] == [
+        *(pytest.approx(p, rel=1e-3) for p in expected[1:]),
+        None,
+    ]
+    gains = [turn.info_gain for turn in trajectory.turns]
+    assert gains[0] == pytest.approx(expected[1] - expected[0], abs=1e-5)
+    assert gains[1] == pytest.approx(expected[2] - expected[1], abs=1e-5)
+    assert gains[2] is None
+    assert (counts.scored_contexts, counts.missing_scores, counts.scored_tokens) == (3, 0, 3 * len(answer))
+
+
+def test_baseline_is_scored_once_per_prompt(play, search):
+    trajectories, counts = play(["capital of France?", "capital of Spain?"], search, group_size=3)
+    assert counts.scored_contexts == 2 + 2 * 3
+    assert len({t.baseline_prob for t in trajectories}) == 2
+
+
+def test_the_best_alias_counts_where_the_reduction_is_max(play, search, tokenizer):
+    aliases = ("Rome", "Paris", "Rome", "Tokyo")
+    prompt = make_prompt(tokenizer, 0, "capital of France?", aliases)
+    each = [
+        play([make_prompt(tokenizer, 0, "capital of France?", (alias,))], search)[0][0].turns[0].answer_prob
+        for alias in ("Rome", "Paris", "Tokyo")
+    ]
+    (best,), counts = play([prompt], search, gain=GainConfig(answer_reduction="max"))
+    assert best.turns[0].answer_prob == pytest.approx(max(each), rel=1e-4)
+    assert counts.scored_tokens == 2 * sum(
+        len(tokenizer(alias, add_special_tokens=False)["input_ids"]) for alias in ("Rome", "Paris", "Tokyo")
+    )
+    (first,), _ = play([prompt], search, gain=GainConfig(answer_reduction="first"))
+    assert first.turns[0].answer_prob == pytest.approx(each[0], rel=1e-4)
+
+
+def test_an_answer_without_room_leaves_the_gain_empty_and_is_counted(play, search, tokenizer):
+    prompt = make_prompt(tokenizer, 0, "capital of France?", ("Paris " * 600,))
+    (trajectory,), counts = play([prompt], search)
+    assert (trajectory.baseline_prob, trajectory.turns[0].answer_prob, trajectory.turns[0].info_gain) == (
+        None,
+    ) * 3
+    assert counts.missing_scores == counts.scored_contexts == 2
+    assert trajectory.stop_reason == "answer"
+
+
+@pytest.mark.parametrize(
+    ("question", "settings", "stop_reason", "queries"),
+    [
+        ("loop?", dict(max_turns=2), "max_turns", ["again", "again", None]),
+        ("empty?", {}, "empty_query", [None]),
+        ("unopened?", {}, "empty_query", [None]),
+        ("nested?", {}, "answer", ["two", None]),
+        ("silent?", {}, "eos", [None]),
+        ("babble?", dict(max_turn_tokens=20), "length", [None]),
+        ("babble?", dict(max_response_tokens=30), "length", [None]),
+    ],
+)
+def test_stop_reasons(play, search, question, settings, stop_reason, queries):
+    (trajectory,), counts = play([question], search, **settings)
+    assert trajectory.stop_reason == stop_reason
+    assert [turn.query for turn in trajectory.turns] == queries
+    assert trajectory.turns[-1].observation_tokens == []
+    assert counts.stop_reasons == {stop_reason: 1}
+    assert counts.empty_queries == (stop_reason == "empty_query")
+    assert trajectory.outcome_reward == -1.0
+
+
+def test_budgets_hold_exactly(play, search):
+    (trajectory,), _ = play(["babble?"], search, max_turn_tokens=20)
+    assert trajectory.num_sampled_tokens == 20
+    (trajectory,), _ = play(["babble?"], search, max_response_tokens=30)
+    assert trajectory.num_sampled_tokens == 30
+
+
+def test_the_engines_longest_sequence_ends_a_rollout(play, search, tokenizer, engine):
+    prompt = make_prompt(tokenizer, 0, "babble?")
+    filler = list(prompt.tokens[-1:]) * (engine.max_model_len - 40)
+    prompt = dataclasses.replace(prompt, tokens=(*filler, *prompt.tokens))
+    (trajectory,), _ = play([prompt], search, max_turn_tokens=4000)
+    if trajectory.stop_reason != "eos":
+        assert trajectory.stop_reason == "context"
+        assert trajectory.num_tokens == engine.max_model_len
+
+
+def test_a_long_observation_is_cut_to_the_budget_and_still_closed(play, tokenizer):
+    search = ScriptedSearch(text="la " * 300)
+    (full,), _ = play(["capital of France?"], search, max_turn_tokens=40)
+    num_asked = len(full.turns[0].tokens)
+    budget = num_asked + 100
+    (trajectory,), counts = play(
+        ["capital of France?"], search, max_turn_tokens=40, max_response_tokens=budget
+    )
+    observation = trajectory.turns[0].observation_tokens
+    assert len(observation) == budget - num_asked - ANSWER_ROOM
+    assert tokenizer.decode(observation).endswith("\n</result>")
+    assert counts.truncated_observations == 1
+    assert trajectory.num_tokens - len(trajectory.prompt_tokens) <= budget
+
+
+def test_a_call_without_room_for_an_answer_ends_the_rollout(play, search):
+    (full,), _ = play(["capital of France?"], search)
+    budget = len(full.turns[0].tokens) + ANSWER_ROOM
+    searched = len(search.queries)
+    (trajectory,), counts = play(["capital of France?"], search, max_response_tokens=budget)
+    assert (trajectory.stop_reason, trajectory.num_process_turns, counts.tool_calls) == ("length", 0, 0)
+    assert len(search.queries) == searched
+
+
+def test_passages_are_cut_by_tokens(play, tokenizer):
+    search = ScriptedSearch(text="la " * 300)
+    config = dataclasses.replace(SEARCH, max_passage_tokens=40)
+    (trajectory,), _ = play(["capital of France?"], search, search_config=config, max_turn_tokens=40)
+    frame = len(tokenizer(" <result>\n")["input_ids"]) + len(tokenizer("\n</result>")["input_ids"])
+    assert 38 <= len(trajectory.turns[0].observation_tokens) - frame <= 42
+
+
+def test_a_failed_search_is_told_to_the_policy_and_counted(play, tokenizer):
+    search = ScriptedSearch(failing=["capital of France"])
+    (failed, fine), counts = play(["capital of France?", "capital of Peru?"], search)
+    assert failed.turns[0].search_failed
+    told = tokenizer.decode(failed.turns[0].observation_tokens)
+    assert told == " <result>\nThe search failed: no route to capital of France\n</result>"
+    assert failed.turns[0].info_gain is not None
+    assert not fine.turns[0].search_failed
+    assert (counts.failed_searches, counts.tool_calls) == (1, 2)
+
+
+def test_a_search_that_never_answers_fails_at_its_deadline(play):
+    search = ScriptedSearch(delays={"capital of France": 3.0})
+    config = dataclasses.replace(SEARCH, timeout_s=0.1, max_attempts=1)
+    start = time.monotonic()
+    (trajectory,), counts = play(["capital of France?"], search, search_config=config)
+    assert time.monotonic() - start < 2.5
+    assert trajectory.turns[0].search_failed
+    assert counts.failed_searches == 1
+
+
+def test_a_fault_of_the_tool_that_is_no_search_error_stops_the_run(play, engine):
+    class Broken(ScriptedSearch):
+        def search(self, query):
+            raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        play(["capital of France?"], Broken())
+    assert not engine.has_unfinished
+
+
+def test_others_go_on_while_a_search_is_slow(play):
+    """The slow search outlasts whole rollouts of the others: they finish while it runs."""
+    search = ScriptedSearch(delays={"capital of France": 1.5})
+    finished = []
+    questions = ["capital of France?", "ruler of Japan?", "ruler of Italy?", "capital of Peru?"]
+    _, counts = play(
+        questions, search, progress=lambda done, total: finished.append((done, total, time.monotonic()))
+    )
+    slow_end = search.answered_at["capital of France"]
+    assert [(done, total) for done, total, _ in finished] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert sum(moment < slow_end for _, _, moment in finished) == 3
+    assert 0 < counts.tool_wait_s < 1.5
+
+
+def test_searches_run_beside_each_other(play):
+    delay = 0.4
+    search = ScriptedSearch(delays={f"capital of {country}": delay for country in CAPITALS})
+    _, counts = play([f"capital of {country}?" for country in CAPITALS], search)
+    assert counts.tool_wait_s < 2.5 * delay < len(CAPITALS) * delay
+
+
+def test_earlier_turns_are_taken_from_the_cache(play, search, engine):
+    engine_block = 32
+    trajectories, counts = play(["ruler of Japan?", "ruler of Italy?"], search)
+    recomputed = counts.known_prefix_tokens - counts.cached_prefix_tokens
+    returning_turns = sum(len(t.turns) - 1 for t in trajectories)
+    assert counts.cached_prefix_tokens > 0
+    assert recomputed < returning_turns * (engine_block + 1), "less than the unfilled block of every turn"
+
+
+def test_no_prompts_give_no_trajectories(play, search):
+    trajectories, counts = play([], search)
+    assert (trajectories, counts.trajectories) == ([], 0)
+
+
+def test_a_prompt_past_the_engines_length_is_refused(play, search, tokenizer):
+    prompt = dataclasses.replace(make_prompt(tokenizer, 0, "loop?"), tokens=(5,) * 600)
+    with pytest.raises(
+        ConfigError, match=r"^length of the prompt of question 'loop\?' is 600; allowed: < 512"
+    ):
+        play([prompt], search)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from a2tgpo.update.sharded_state import _check_index, pad_buckets
+
+
+def bucket(offset: int, length: int, padding: int) -> SimpleNamespace:
+    return SimpleNamespace(offset=offset, grad_data=torch.zeros(length + padding), numel_unpadded=length)
+
+
+def test_padding_goes_back_to_the_end_of_each_bucket() -> None:
+    buckets = [bucket(0, 3, 1), bucket(4, 2, 2), bucket(8, 1, 0)]
+    padded = pad_buckets(torch.arange(1.0, 7.0), buckets)
+    assert padded.tolist() == [1, 2, 3, 0, 4, 5, 0, 0, 6]
+
+
+def test_a_buffer_that_has_its_padding_is_left_alone() -> None:
+    flat = torch.arange(4.0)
+    assert pad_buckets(flat, [bucket(0, 3, 1)]) is flat
+
+
+def test_a_buffer_that_does_not_fill_its_buckets_is_refused() -> None:
+    with pytest.raises(AssertionError, match="buckets of 3"):
+        pad_buckets(torch.arange(2.0), [bucket(0, 3, 1)])
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("exploited",)
+
+
+class DottedExploit(pickle.Pickler):
+    """Reaches a module through another one's attribute."""
+
+
+def test_an_index_that_would_run_code_is_refused_before_it_does(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Exploit()}))
+    with pytest.raises(ValueError, match="mkdir"):
+        _check_index(tmp_path / ".metadata")
+    assert not (tmp_path / "exploited").exists()
+
+
+@pytest.mark.parametrize("name", ["os.mkdir", "os", "operator", "fsspec"])
+def test_an_index_cannot_reach_other_modules_through_those_it_may_name(tmp_path, name) -> None:
+    index = tmp_path / ".metadata"
+    module = "torch.distributed.checkpoint.filesystem"
+    parts = pickle.SHORT_BINUNICODE
+    encoded = b"".join(parts + bytes([len(text)]) + text.encode() for text in (module, name))
+    index.write_bytes(pickle.PROTO + b"\x04" + encoded + pickle.STACK_GLOBAL + pickle.STOP)
+    with pytest.raises((ValueError, AttributeError)):
+        _check_index(index)
