@@ -111,8 +111,8 @@ def _gpt_model(
         post_process=groups.is_pipeline_last,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=rope.base,  # type: ignore[arg-type]
-        seq_len_interpolation_factor=rope.interpolation,  # type: ignore[arg-type]
+        rotary_base=rope.base,
+        seq_len_interpolation_factor=rope.interpolation,
         **scaling,
     ).to(groups.device)
     for parameter in gpt_model.parameters():

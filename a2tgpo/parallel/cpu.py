@@ -58,8 +58,8 @@ def install() -> None:
         return
     if SCOPE in sys.modules:
         raise RuntimeError("megatron.core was imported before a2tgpo.parallel; import a2tgpo.parallel first")
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment]
-    torch.Tensor.type = _type_with_device_alias(torch.Tensor.type)  # type: ignore[assignment, method-assign]
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
+    torch.Tensor.type = _type_with_device_alias(torch.Tensor.type)  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS, category=UserWarning)
     sys.meta_path.insert(0, _ImportHook(_TorchView()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,8 +87,6 @@ def test_what_cu_seqlens_leaves_over_is_a_segment_of_its_own(
 def test_llama3_and_linear_rope_scaling_equal_transformers(
     checkpoint: Callable[..., Path], groups: ParallelGroups
 ) -> None:
-    import json
-
     folder = checkpoint("llama")
     file = folder / "config.json"
     llama3 = {

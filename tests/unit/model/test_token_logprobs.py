@@ -57,7 +57,7 @@ def test_values_and_gradients_equal_float64(
     assert found.dtype == torch.float32 and not entropy.requires_grad
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(entropy.double(), -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
     assert not logits.grad[:, 50:].any()
 
 
@@ -92,7 +92,7 @@ class LargestFloat32(TorchDispatchMode):
 
     elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:

@@ -69,7 +69,7 @@ def test_adam_equals_torch_adamw_step_by_step(weight_decay: float) -> None:
             parameter.grad = grad.clone()
             optimizer.step()
         assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7)
-    assert (mine - start).abs().min() > 1e-3
+    assert (mine - start).abs().mean() > 0.01
 
 
 def test_adam_keeps_the_state_that_fused_adam_keeps() -> None:

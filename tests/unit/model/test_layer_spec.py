@@ -1,0 +1,60 @@
+"""model/layer_spec.py builds the layer that Megatron itself builds for Transformer Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.cpu_layers import CpuSpecProvider
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.layer_spec import decoder_spec
+from a2tgpo.model.transformer_config import transformer_config
+from a2tgpo.parallel.groups import ParallelGroups
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_layer_is_megatrons_own_for_transformer_engine(
+    architecture: str,
+    checkpoint: Callable[..., Path],
+    groups: ParallelGroups,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", CpuSpecProvider, raising=False)
+    model = ModelConfig(path=str(checkpoint(architecture)))
+    config = transformer_config(load_hf_config(model.path), model, ParallelConfig(), transformer_engine=False)
+    theirs = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture == "qwen3")
+    mine = decoder_spec(config, CpuSpecProvider()).layer_specs
+    assert len(mine) == 2
+    # Their map renames parameters of a fused MLP that neither uses.
+    theirs.submodules.sharded_state_dict_keys_map = mine[0].submodules.sharded_state_dict_keys_map
+    assert mine[0] == theirs
+
+
+def test_parameters_have_transformer_engines_names(
+    checkpoint: Callable[..., Path], groups: ParallelGroups
+) -> None:
+    """As listed for the Transformer Engine specification of the same model."""
+    model = ModelConfig(path=str(checkpoint("qwen3", tied=False)))
+    policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+    names = {name for name, _ in policy.gpt_models[0].named_parameters() if ".layers.1." not in name}
+    layer = "decoder.layers.0."
+    assert names == {
+        "embedding.word_embeddings.weight",
+        layer + "self_attention.linear_qkv.layer_norm_weight",
+        layer + "self_attention.linear_qkv.weight",
+        layer + "self_attention.q_layernorm.weight",
+        layer + "self_attention.k_layernorm.weight",
+        layer + "self_attention.linear_proj.weight",
+        layer + "mlp.linear_fc1.layer_norm_weight",
+        layer + "mlp.linear_fc1.weight",
+        layer + "mlp.linear_fc2.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    }
