@@ -9,8 +9,13 @@ from a2tgpo.batch.packing import alignment, pack
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.refit.handover import refit
-from a2tgpo.refit.verify import ProbeGap, probe_tokens, probe_tolerance, verify_refit
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.refit.verify import (
+    ProbeGap,
+    probe_tokens,
+    probe_tolerance,
+    probe_trajectory,
+    verify_refit,
+)
 from a2tgpo.update.score import score
 
 
@@ -38,20 +43,13 @@ def sync_engine(parts: RunParts, *, step: int) -> MetricSums:
 def verify(parts: RunParts, *, step: int) -> ProbeGap:
     """Compare the probe's log-probs in trainer and engine on every rank."""
     probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
-    turn = Turn(tokens=probe[1:], rollout_logprobs=[0.0] * (len(probe) - 1))
-    trajectory = Trajectory(
-        prompt_index=0,
-        prompt_id="probe",
-        sample_index=0,
-        prompt_tokens=probe[:1],
-        turns=[turn],
-        stop_reason="answer",
-    )
+    trajectory = probe_trajectory(probe)
     batch = pack([trajectory], [0], align=alignment(parts.config.parallel))
     (scored,) = score(parts.policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]
     if parts.groups.pp_size > 1:
         logprobs = broadcast_object(logprobs, parts.groups.pp_group, source=parts.groups.pp_size - 1)
+    assert logprobs is not None, "the last pipeline stage scores the probe"
     tolerance = probe_tolerance(
         parts.config.refit.probe_tolerance,
         trainer_dtype=parts.config.model.dtype,

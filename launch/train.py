@@ -9,7 +9,6 @@ Without a launcher it runs as one process.
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,9 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
-
-GRACE_S = 3.0
-"""The other ranks fail on the same mistake; they leave rank 0 this long to say it, and the launcher to end them."""
+from launch.failure import exit_code
 
 
 def main() -> int:
@@ -29,12 +26,8 @@ def main() -> int:
         if args.dry_run:
             return dry_run(config)
         run(config, resume=args.resume)
-    except ConfigError as error:
-        return fail(str(error), 2)
-    except RuntimeError as error:
-        if "\n" in str(error):
-            raise  # not one of ours: its traceback is worth more than its message
-        return fail(str(error), 3)
+    except (ConfigError, RuntimeError) as error:
+        return exit_code(error)
     return 0
 
 
@@ -52,14 +45,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_args()
-
-
-def fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(GRACE_S)
-        message = f"rank {os.environ['RANK']}: {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code
 
 
 def dry_run(config: RunConfig) -> int:

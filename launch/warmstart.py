@@ -3,10 +3,10 @@
     launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [section.field=value ...]
     torchrun ... launch/warmstart.py --config CONFIG [section.field=value ...]
 
-Reads `model.path` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the policy
-should have written (prompts and observations carry no loss), and writes a Hugging Face checkpoint to
-`warmstart.out`. Every step's demonstrations, and so the result up to rounding, are the same for any number of
-ranks. Metrics go to ROOT/NAME/warmstart/.
+Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
+policy should have written (prompts and observations carry no loss), and writes a Hugging Face checkpoint to
+`model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
+the same for any number of ranks. Metrics go to ROOT/NAME-warmstart/.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.update import UpdateConfig
+from launch.failure import exit_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from a2tgpo.trajectory import Trajectory
     from a2tgpo.update.train_step import LossFunction
 
-GRACE_S = 3.0
-"""The other ranks fail on the same mistake; they leave rank 0 this long to say it, and the launcher to end them."""
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -46,18 +43,12 @@ def main() -> int:
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overrides)
-        for field in ("demonstrations", "out"):
+        for field in ("source", "demonstrations"):
             value = getattr(config.warmstart, field)
             require(bool(value), f"warmstart.{field}", value, "a path, for a warm start")
         warm_start(config)
-    except ConfigError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
-            time.sleep(GRACE_S)
-        print(
-            f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True
-        )
-        return 2
+    except (ConfigError, RuntimeError) as error:
+        return exit_code(error)
     return 0
 
 
@@ -81,7 +72,8 @@ def warm_start(config: RunConfig) -> None:
     )
     sampler = PromptSampler(len(trajectories), settings.batch_size, config.run.seed)
     update = update_config(config)
-    policy = build_policy(config.model, config.parallel, groups, update=update)
+    cold = dataclasses.replace(config.model, path=settings.source)
+    policy = build_policy(cold, config.parallel, groups, update=update)
     optimizer, schedule = build_optimizer(policy, update, total_steps=settings.steps)
     report = Report(config, groups)
     for step in range(1, settings.steps + 1):
@@ -91,7 +83,7 @@ def warm_start(config: RunConfig) -> None:
         report.add(step, chosen, loss=result.loss, grad_norm=result.grad_norm, lr=schedule.lr)
         if result.update_ok:
             schedule.step()
-    save_hf(policy, settings.out)
+    save_hf(policy, config.model.path)
     report.close()
     shutdown()
 
@@ -104,8 +96,11 @@ def load_trajectories(config: RunConfig) -> list[Trajectory]:
     from a2tgpo.data.template import PromptTemplate
     from a2tgpo.model.hf_config import load_hf_config
 
-    load_hf_config(config.model.path)  # says in one line what is wrong with a folder
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    try:
+        load_hf_config(config.warmstart.source)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
+    tokenizer = AutoTokenizer.from_pretrained(config.warmstart.source)
     template = PromptTemplate(tokenizer, config.data.instructions)
     demonstrations = load_demonstrations(config.warmstart.demonstrations)
     return [
@@ -159,11 +154,11 @@ class Report:
 
         from a2tgpo.metrics.writer import MetricWriter
 
-        self.out, self.steps = config.warmstart.out, config.warmstart.steps
+        self.out, self.steps = config.model.path, config.warmstart.steps
         self.enabled = groups.rank == 0
         # The writer's own progress line is about rollouts: it goes nowhere here.
         self.writer = MetricWriter(
-            Path(config.run.root) / config.run.name / "warmstart",
+            Path(config.run.root) / f"{config.run.name}-warmstart",
             total_steps=self.steps,
             enabled=self.enabled,
             stream=io.StringIO(),

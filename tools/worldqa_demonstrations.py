@@ -1,5 +1,6 @@
 """Written-out trajectories for the warm start: good ones, and the bad habits that training must undo."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -38,7 +39,7 @@ def build_demonstrations(
     draw = random.Random(f"demonstrations-{seed}")
     records = []
     for num_hops, pool in sorted(questions.items()):
-        picked = _spread(pool, num_demonstrations // len(questions), draw)
+        picked = spread(pool, num_demonstrations // len(questions), draw)
         num_good = round(good_share[num_hops] * len(picked))
         kinds = ["good"] * num_good
         while len(kinds) < len(picked):
@@ -51,16 +52,21 @@ def build_demonstrations(
     return records
 
 
-def _spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
-    """`count` questions, each chain of relations as often as the others, each question as often as the others."""
+def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
+    """`count` questions; chains of relations in proportion to the root of their number, each question in turn.
+
+    The root, because a chain that few questions follow would otherwise repeat its few names very often.
+    """
     by_chain: dict[tuple[str, ...], list[Question]] = {}
     for question in draw.sample(list(pool), len(pool)):
         by_chain.setdefault(tuple(hop.relation for hop in question.hops), []).append(question)
     chains = sorted(by_chain)
-    return [
-        by_chain[chain][turn % len(by_chain[chain])]
-        for turn, chain in ((i // len(chains), chains[i % len(chains)]) for i in range(count))
-    ]
+    weights = [math.sqrt(len(by_chain[chain])) for chain in chains]
+    picked = []
+    for chain, weight in zip(chains, weights, strict=True):
+        share = round(count * weight / sum(weights))
+        picked += [by_chain[chain][i % len(by_chain[chain])] for i in range(share)]
+    return picked
 
 
 def _turns(

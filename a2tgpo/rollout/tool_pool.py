@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ class ToolResult:
     """The answer to one query."""
 
     key: int
-    """What `ToolPool.submit` was given."""
+    """What `ToolPool.submit` returned."""
     passages: tuple[Passage, ...] = ()
     error: str | None = None
     """Why the search failed, one line; None if it did not."""
@@ -36,7 +37,8 @@ class ToolPool:
     Args:
         search: the tool; safe to call from many threads.
         num_workers: searches in flight.
-        deadline_s: a search without an answer by then has failed, seconds; a late answer is dropped.
+        deadline_s: a search has failed when this long no answer to any has arrived, seconds; an answer that
+            comes later is dropped.
         replica_group: the ranks that share the engine; None if there is only one.
     """
 
@@ -54,22 +56,21 @@ class ToolPool:
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
         self._answers: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
-        self._deadlines: dict[int, float] = {}
+        self._submitted: dict[int, float] = {}  # key of a pending search -> when it was submitted
+        self._last_arrival = 0.0
+        self._num_submitted = 0
         self.waited_s = 0.0
         """Time spent in `results` with nothing else to do, seconds."""
 
-    @property
-    def num_pending(self) -> int:
-        """Searches submitted whose answer was not handed out yet; equal on all ranks of the group."""
-        return len(self._deadlines)
-
-    def submit(self, key: int, query: str) -> None:
-        """Start a search; its answer carries `key`, which must not be pending already."""
-        assert key not in self._deadlines, f"a search for key {key} is pending"
-        self._deadlines[key] = time.monotonic() + self._deadline_s
+    def submit(self, query: str) -> int:
+        """Start a search; the key that its answer will carry, never used again."""
+        key = self._num_submitted
+        self._num_submitted += 1
+        self._submitted[key] = time.monotonic()
         if self._leads:
             future = self._executor.submit(self._search.search, query)
             future.add_done_callback(lambda done: self._answers.put((key, done)))
+        return key
 
     def results(self, *, wait: bool) -> list[ToolResult]:
         """Answers that have arrived since the last call; with `wait`, at least one if any search is pending.
@@ -77,13 +78,13 @@ class ToolPool:
         Raises:
             Exception: whatever a search raised other than `SearchError`, which is a fault of the program.
         """
-        if not self._deadlines:
+        if not self._submitted:
             return []
         arrived = self._collect(wait) if self._leads else []
         if self._group is not None:
             arrived = broadcast_object(arrived, self._group, source=0)
         for result in arrived:
-            del self._deadlines[result.key]
+            del self._submitted[result.key]
         return arrived
 
     def close(self) -> None:
@@ -91,31 +92,36 @@ class ToolPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _collect(self, wait: bool) -> list[ToolResult]:
-        arrived: dict[int, ToolResult] = {}
-        while True:
-            try:
-                key, done = self._answers.get_nowait()
-            except queue.Empty:
-                now = time.monotonic()
-                late = [k for k, deadline in self._deadlines.items() if deadline <= now and k not in arrived]
-                for key in late:
-                    reason = f"no answer within {self._deadline_s:g} s"
-                    arrived[key] = ToolResult(key=key, error=reason)
-                if arrived or not wait:
-                    return list(arrived.values())
-                self._wait_for_answer(min(self._deadlines.values()) - now)
-                continue
-            if key in self._deadlines and key not in arrived:
-                arrived[key] = _to_result(key, done)
-
-    def _wait_for_answer(self, timeout_s: float) -> None:
-        start = time.monotonic()
-        try:
-            self._answers.put(self._answers.get(timeout=timeout_s))
-        except queue.Empty:
-            return  # the deadline has passed; the caller looks at the clock again
-        finally:
+        arrived = self._take_arrived(timeout_s=0.0)
+        while wait and not arrived:
+            start = time.monotonic()
+            next_deadline = min(self._deadline(key) for key in self._submitted)
+            arrived = self._take_arrived(timeout_s=max(0.0, next_deadline - start))
             self.waited_s += time.monotonic() - start
+            arrived = arrived or self._take_late()
+        return arrived or self._take_late()
+
+    def _take_arrived(self, *, timeout_s: float) -> list[ToolResult]:
+        """What lies in the queue; waits up to `timeout_s` for a first answer."""
+        arrived = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                key, done = self._answers.get(timeout=timeout_s) if timeout_s else self._answers.get_nowait()
+                timeout_s = 0.0
+                self._last_arrival = time.monotonic()
+                if key in self._submitted:  # else it was given up before
+                    arrived.append(_to_result(key, done))
+        return arrived
+
+    def _take_late(self) -> list[ToolResult]:
+        now = time.monotonic()
+        reason = f"no answer within {self._deadline_s:g} s"
+        late = [key for key in self._submitted if self._deadline(key) <= now]
+        return [ToolResult(key=key, error=reason) for key in late]
+
+    def _deadline(self, key: int) -> float:
+        # While answers arrive, a search that is still queued behind others is not late.
+        return max(self._submitted[key], self._last_arrival) + self._deadline_s
 
 
 def _to_result(key: int, done: Future) -> ToolResult:

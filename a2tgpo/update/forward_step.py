@@ -17,7 +17,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_reduce_max
 
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32 detached) -> scalar to differentiate."""
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate."""
 
 
 def run_pipeline(

@@ -179,11 +179,12 @@ def pad_buckets(flat: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
     lengths = [bucket.grad_data.numel() for bucket in buckets]
     if flat.numel() == sum(lengths):
         return flat
+    unpadded = sum(bucket.numel_unpadded for bucket in buckets)
+    assert flat.numel() == unpadded, f"{flat.numel()} values for buckets of {unpadded}"
     padded = flat.new_zeros(sum(lengths))
     start = 0
     for bucket in buckets:
         stop = start + bucket.numel_unpadded
         padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[start:stop]
         start = stop
-    assert start == flat.numel(), f"{flat.numel()} values for buckets of {start}"
     return padded

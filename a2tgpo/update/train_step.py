@@ -17,7 +17,7 @@ from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.update.forward_step import run_pipeline
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32 detached) -> (loss, metrics).
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> (loss, metrics).
 
 The loss is a scalar, normalised globally: its sum over all micro-batches and data-parallel replicas is the
 objective. Metrics are sums (of any shape) which add up over micro-batches.

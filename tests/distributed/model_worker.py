@@ -222,7 +222,6 @@ def check_token_logprobs(groups: ParallelGroups) -> dict[str, float]:
             tp_group=groups.tp_group,
             temperature=0.7,
             chunk_size=4,
-            entropy_grad=True,
         )
         (weight * logprobs + entropy_weight * found_entropy).sum().backward()
         error = max(

@@ -19,6 +19,7 @@ CHECKS = [
     *(f"scores[{layout}]" for layout in ("dp4", "tp2_sequence", "pp2", "tp2_pp2")),
     *(f"nan_is_skipped[{layout}]" for layout in ("dp4", "pp2", "tp2_pp2")),
     *(f"resume[{layout}]" for layout in ("dp4", "tp2_pp2")),
+    "resume_with_buckets[dp4]",
     "data_parallel_updates[dp4]",
     "retention[dp4]",
     "another_layout[tp2_pp2]",
@@ -129,13 +130,13 @@ def warm_starts(tmp_path_factory) -> dict[int, Path]:
         make_demonstrations(folder / "demonstrations.jsonl")
         sections = {
             "run": {"name": "w", "root": str(folder / "runs"), "seed": 4},
-            "model": {"path": str(folder / "model"), "dtype": "float32"},
+            "model": {"path": str(folder / "out"), "dtype": "float32"},
             "data": {"train": "unused", "test": "unused", "instructions": ""},
             "search": {"corpus": "unused"},
             "update": {"max_microbatch_tokens": 64},
             "warmstart": {
+                "source": str(folder / "model"),
                 "demonstrations": str(folder / "demonstrations.jsonl"),
-                "out": str(folder / "out"),
                 "steps": WARMSTART_STEPS,
                 "batch_size": 8,
                 "lr": 0.01,
@@ -150,7 +151,7 @@ def warm_starts(tmp_path_factory) -> dict[int, Path]:
 
 
 def warm_start_losses(folder: Path) -> list[float]:
-    lines = (folder / "runs" / "w" / "warmstart" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / "w-warmstart" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["warmstart/loss"] for line in lines]
 
 

@@ -35,10 +35,6 @@ class Exploit:
         return os.mkdir, ("exploited",)
 
 
-class DottedExploit(pickle.Pickler):
-    """Reaches a module through another one's attribute."""
-
-
 def test_an_index_that_would_run_code_is_refused_before_it_does(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Exploit()}))

@@ -1,0 +1,30 @@
+"""Engines beside Megatron on 2 real gloo processes (see refit_worker for what is checked)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny, taught_folder
+
+WORKER = Path(__file__).with_name("refit_worker.py")
+NUM_RANKS = 2
+
+
+def run_worker(mode, model_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
+    result = subprocess.run(
+        [*command, str(WORKER), mode, model_path], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("ALL CHECKS PASSED") == NUM_RANKS
+
+
+@pytest.mark.distributed
+def test_one_engine_per_rank_follows_the_trainer_at_dp2_and_tp2(tmp_path):
+    run_worker("replicas", save_tiny(tmp_path, "llama", tied=True))
+
+
+@pytest.mark.distributed
+def test_one_engine_over_both_ranks_plays_alike_and_follows_the_trainer():
+    run_worker("shared", taught_folder().name)

@@ -1,0 +1,135 @@
+"""Whole programs, started as a user starts them: warm start, training, resume, other layouts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import zstandard
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/quickstart.yaml"
+SMALL = [
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "update.prompts_per_minibatch=2",
+    "evaluation.max_questions=6",
+    "evaluation.every=0",
+    "checkpoint.every=1",
+    "checkpoint.keep=9",
+]
+
+pytestmark = pytest.mark.e2e
+
+
+def start(*arguments: str, ranks: int = 2, script: str = "launch/train.py", timeout: int = 400):
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["launch/local.sh", "-n", str(ranks), "--script", script, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def rollouts_of(run: Path, step: int) -> list[dict]:
+    packed = (run / "rollouts" / f"step_{step}.jsonl.zst").read_bytes()
+    lines = zstandard.ZstdDecompressor().decompressobj().decompress(packed).splitlines()
+    return [msgspec.json.decode(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def warm_model(tmp_path_factory) -> str:
+    """The quickstart's model after a very short warm start: enough for it to call its tool now and then."""
+    out = tmp_path_factory.mktemp("warm") / "model"
+    settings = ["warmstart.steps=60", "warmstart.batch_size=24", f"model.path={out}"]
+    root = tmp_path_factory.mktemp("runs")
+    result = start(CONFIG, *settings, f"run.root={root}", script="launch/warmstart.py")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (out / "model.safetensors").exists() and (out / "tokenizer.json").exists()
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, warm_model) -> Path:
+    """Three steps in one go on two data-parallel processes."""
+    root = tmp_path_factory.mktemp("whole")
+    result = start(CONFIG, f"model.path={warm_model}", f"run.root={root}", "run.steps=3", *SMALL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "held-out EM" in result.stderr and "step 3/3" in result.stderr
+    return root / "quickstart"
+
+
+def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
+    records = metrics_of(undisturbed)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert all(value is not None and math.isfinite(value) for r in records for value in r.values())
+    for name in ("config.yaml", "env.txt", "tensorboard", "checkpoints/step_3/complete.json"):
+        assert (undisturbed / name).exists(), name
+    for record in records[1:]:
+        assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"
+        assert record["ratio/noise_floor"] < 1e-6, "the ratio is not 1 at the first mini-batch"
+        assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
+
+
+def test_every_turn_group_of_two_or_more_has_finite_gains_that_are_not_all_zero(undisturbed):
+    groups: dict[tuple, list[float]] = {}
+    for step in (1, 2, 3):
+        for record in rollouts_of(undisturbed, step):
+            assert record["baseline_prob"] is not None
+            turns = [turn for turn in record["turns"] if turn["query"] is not None]
+            for index, turn in enumerate(turns):
+                groups.setdefault((step, record["prompt_index"], index), []).append(turn["info_gain"])
+    shared = [gains for gains in groups.values() if len(gains) >= 2]
+    assert shared, "no question was searched for by two rollouts"
+    for gains in shared:
+        assert all(gain is not None and math.isfinite(gain) for gain in gains)
+        assert any(gain != 0.0 for gain in gains)
+
+
+def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
+    records = rollouts_of(undisturbed, 1)
+    assert {(r["prompt_index"], r["sample_index"]) for r in records} == {
+        (p, s) for p in range(4) for s in range(4)
+    }
+    for record in records:
+        for turn in record["turns"]:
+            assert len(turn["tokens"]) == len(turn["rollout_logprobs"])
+            assert math.isfinite(turn["advantage"]) and 0.7 <= turn["clip_scale"] <= 1.3
+
+
+def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit(tmp_path, warm_model, undisturbed):
+    common = [CONFIG, f"model.path={warm_model}", f"run.root={tmp_path}", *SMALL]
+    # The learning rate is constant, so a shorter run takes the same first steps.
+    first = start(*common, "run.steps=2")
+    assert first.returncode == 0, first.stderr[-3000:]
+    second = start(*common, "run.steps=3")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "step 2 of 3" in second.stderr
+
+    def without_time(record):
+        return {k: v for k, v in record.items() if not k.startswith(("time/", "speed/", "rollout/tool_wait"))}
+
+    whole, resumed = metrics_of(undisturbed), metrics_of(tmp_path / "quickstart")
+    assert [r["step"] for r in resumed] == [0, 1, 2, 3]
+    assert without_time(resumed[3]) == without_time(whole[3])
+    assert rollouts_of(tmp_path / "quickstart", 3) == rollouts_of(undisturbed, 3)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])
+def test_other_layouts_take_the_same_first_step(tmp_path, warm_model, undisturbed, layout):
+    result = start(
+        CONFIG, f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=1", layout, *SMALL, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    mine, theirs = metrics_of(tmp_path / "quickstart")[1], metrics_of(undisturbed)[1]
+    for name in ("reward/mean", "turns/process_turns", "length/response_tokens", "evaluation/em"):
+        assert mine.get(name) == theirs.get(name), name
+    for name in ("update/loss", "update/grad_norm", "entropy/mean", "advantage/max", "gain/turn_1_mean"):
+        assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
