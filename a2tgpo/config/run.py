@@ -13,6 +13,9 @@ from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 
+ANSWER_ROOM_TOKENS = 64
+"""For the scaffold and the gold answer behind a response of full length."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -92,5 +95,5 @@ class RunConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence the engine must hold, tokens."""
-        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        """Longest sequence the engine must hold, tokens: prompt, response, and a gold answer scored after it."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens + ANSWER_ROOM_TOKENS

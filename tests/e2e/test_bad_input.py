@@ -1,0 +1,136 @@
+"""What a user gets wrong is answered by one line that says what, where, what is allowed; never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from launch.train import main
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> dict[str, str]:
+    """Settings of a run that a dry run finds nothing wrong with."""
+    folder = tmp_path_factory.mktemp("good")
+    save_tiny(folder / "model", "qwen3")
+    question = {"id": "1", "question": "What is the capital of France?", "answers": ["Paris"]}
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({**question, "id": str(i)}) + "\n" for i in range(4))
+        )
+    (folder / "corpus.jsonl").write_text(
+        json.dumps({"id": "1", "contents": '"France"\nIts capital is Paris.'}) + "\n"
+    )
+    (folder / "run.yaml").write_text("run: {name: bad-input, steps: 1}\n")
+    return {
+        "config": str(folder / "run.yaml"),
+        "run.root": str(folder / "runs"),
+        "model.path": str(folder / "model"),
+        "model.dtype": "float32",
+        "data.train": str(folder / "train.jsonl"),
+        "data.test": str(folder / "test.jsonl"),
+        "data.max_prompt_tokens": "2000",
+        "search.corpus": str(folder / "corpus.jsonl"),
+        "rollout.prompts_per_step": "2",
+        "update.prompts_per_minibatch": "2",
+    }
+
+
+def start(settings: dict[str, str], *, dry_run: bool = True) -> subprocess.CompletedProcess:
+    settings = dict(settings)
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--config",
+        settings.pop("config"),
+        *["--dry-run"] * dry_run,
+    ]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [*command, *(f"{key}={value}" for key, value in settings.items())],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_dry_run_of_a_sound_configuration_prints_it(good):
+    result = start(good)
+    assert result.returncode == 0, result.stderr
+    assert "files and layout are fine" in result.stdout and "prompts_per_step: 2" in result.stdout
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "written"
+    path.write_text(text)
+    return str(path)
+
+
+BROKEN = {
+    "unknown key": (lambda f: {"rollout.group_sise": "4"}, ["rollout.group_sise", "rollout.group_size"]),
+    "bad value": (lambda f: {"rollout.group_size": "0"}, ["rollout.group_size", ">= 1"]),
+    "missing config": (lambda f: {"config": str(f / "none.yaml")}, ["none.yaml"]),
+    "missing model": (lambda f: {"model.path": str(f / "none")}, ["model.path", "none"]),
+    "folder without a model": (lambda f: {"model.path": str(f)}, ["config.json"]),
+    "missing corpus": (lambda f: {"search.corpus": str(f / "none")}, ["search.corpus", "none"]),
+    "malformed corpus": (lambda f: {"search.corpus": write(f, '{"id": 1\n')}, ["line 1"]),
+    "empty question set": (lambda f: {"data.train": write(f, "")}, ["data.train"]),
+    "question without answer": (
+        lambda f: {"data.train": write(f, '{"question": "why?", "answers": []}\n')},
+        ["line 1", "answers"],
+    ),
+    "prompt past the budget": (
+        lambda f: {"data.max_prompt_tokens": "3"},
+        ["data.max_prompt_tokens", "tokens"],
+    ),
+    "server that is down": (
+        lambda f: {
+            "search.backend": "http",
+            "search.url": "http://127.0.0.1:9/retrieve",
+            "search.max_attempts": "1",
+        },
+        ["127.0.0.1:9"],
+    ),
+    "layout that the model's heads do not allow": (lambda f: {"parallel.tensor": "3"}, ["parallel.tensor"]),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_one_line_tells_what_is_wrong(good, tmp_path, mistake, monkeypatch, capsys):
+    change, expected = BROKEN[mistake]
+    settings = {**good, **change(tmp_path)}
+    arguments = ["--config", settings.pop("config"), "--dry-run", *(f"{k}={v}" for k, v in settings.items())]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.delenv("RANK", raising=False)
+    assert main() == 2  # in this process: an uncaught exception would be a traceback
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    for part in expected:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"parallel.tensor": "2"}, "does not divide"),
+        ({"rollout.kv_cache_gib": "0.0001"}, "rollout.kv_cache_gib"),
+    ],
+    ids=["layout that does not divide the world", "cache that holds no sequence"],
+)
+def test_what_only_a_started_run_can_find_is_one_line_too(good, change, expected):
+    result = start({**good, **change}, dry_run=False)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and expected in errors[0] and "Traceback" not in result.stderr
