@@ -36,7 +36,7 @@ artifacts/worldqa/train.jsonl: | setup
 	$(PY) tools/prepare_data.py worldqa --out artifacts/worldqa
 
 artifacts/models/tiny-qwen3/config.json: artifacts/worldqa/train.jsonl
-	$(PY) tools/prepare_model.py tiny --corpus artifacts/worldqa/corpus.jsonl --out artifacts/models/tiny-qwen3
+	$(PY) tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
 
 artifacts/models/smollm2-135m/config.json: | setup
 	$(PY) tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m

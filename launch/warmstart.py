@@ -4,7 +4,7 @@
     torchrun ... launch/warmstart.py --config CONFIG [section.field=value ...]
 
 Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
-policy should have written (prompts and observations carry no loss), and writes a Hugging Face checkpoint to
+policy should have written (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint to
 `model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
 the same for any number of ranks. Metrics go to ROOT/NAME-warmstart/.
 """
@@ -79,7 +79,8 @@ def warm_start(config: RunConfig) -> None:
     for step in range(1, settings.steps + 1):
         chosen = [trajectories[index] for index in sampler.next_indices()]
         batches = my_microbatches(chosen, config, groups)
-        result = train_step(policy, optimizer, batches, cross_entropy(batches, chosen))
+        loss_function = cross_entropy(batches, chosen, observation_weight=settings.observation_weight)
+        result = train_step(policy, optimizer, batches, loss_function)
         report.add(step, chosen, loss=result.loss, grad_norm=result.grad_norm, lr=schedule.lr)
         if result.update_ok:
             schedule.step()
@@ -135,13 +136,22 @@ def my_microbatches(chosen: list[Trajectory], config: RunConfig, groups: Paralle
     return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
 
 
-def cross_entropy(batches: list[PackedBatch], chosen: list[Trajectory]) -> LossFunction:
-    """Mean over all sampled tokens of the step, on all ranks, of -log p."""
-    num_tokens = max(1, sum(trajectory.num_sampled_tokens for trajectory in chosen))
+def cross_entropy(
+    batches: list[PackedBatch], chosen: list[Trajectory], *, observation_weight: float
+) -> LossFunction:
+    """Weighted mean of -log p over the step's tokens on all ranks; the policy's own tokens weigh 1."""
+    from a2tgpo.batch.packing import PADDING, packed_length
+
+    num_sampled = sum(trajectory.num_sampled_tokens for trajectory in chosen)
+    num_predicted = sum(packed_length(trajectory) for trajectory in chosen)
+    total = max(1.0, num_sampled + observation_weight * (num_predicted - num_sampled))
 
     def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        mask = batches[number].loss_mask[0].to(logprobs.device)
-        return -logprobs[mask].sum() / num_tokens, {}
+        batch = batches[number].to(logprobs.device)
+        mask = batch.loss_mask[0]
+        real = batch.sequence_ids[0] != PADDING
+        value = -logprobs[mask].sum() - observation_weight * logprobs[real & ~mask].sum()
+        return value / total, {}
 
     return loss
 

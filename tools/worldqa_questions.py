@@ -5,7 +5,7 @@ answer of the hop before, so that the searches must be made one after another.
 """
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from a2tgpo.search.passage import Passage
@@ -35,7 +35,7 @@ QUERIES = {
     "south": "nearest town south of {}",
 }
 CITY_RELATIONS = ("country", "north", "south")
-CHAINS = {
+CHAINS: dict[int, list[tuple[str, ...]]] = {
     1: [
         ("country",),
         ("north",),
@@ -189,7 +189,10 @@ def build_questions(
         found = []
         for code in sorted(codes):
             for chain in chains:
-                subjects: Iterable[Country | City] = world[code].cities if chain[0] in CITY_RELATIONS else [world[code]]
+                country = world[code]
+                subjects: Sequence[Country | City] = [country]
+                if chain[0] in CITY_RELATIONS:
+                    subjects = country.cities
                 found += [question for subject in subjects if (question := _follow(world, subject, chain))]
         questions[num_hops] = [
             question

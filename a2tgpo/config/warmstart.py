@@ -18,9 +18,18 @@ class WarmstartConfig:
     lr: float = 1e-3
     """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth."""
     weight_decay: float = 0.01
+    observation_weight: float = 0.0
+    """Weight of prompt and observation tokens in the loss, the policy's own have 1; helps a model that has never
+    been trained to learn to copy. 0 for pre-trained models."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")
         require(self.batch_size >= 1, "warmstart.batch_size", self.batch_size, ">= 1")
         require(self.lr > 0, "warmstart.lr", self.lr, "> 0")
+        require(
+            0 <= self.observation_weight <= 1,
+            "warmstart.observation_weight",
+            self.observation_weight,
+            "in [0, 1]",
+        )
         require(self.weight_decay >= 0, "warmstart.weight_decay", self.weight_decay, ">= 0")

@@ -129,7 +129,7 @@ def test_other_layouts_take_the_same_first_step(tmp_path, warm_model, undisturbe
     )
     assert result.returncode == 0, result.stderr[-3000:]
     mine, theirs = metrics_of(tmp_path / "quickstart")[1], metrics_of(undisturbed)[1]
-    for name in ("reward/mean", "turns/process_turns", "length/response_tokens", "evaluation/em"):
+    for name in ("reward/mean", "turns/process_turns", "length/response_tokens"):
         assert mine.get(name) == theirs.get(name), name
     for name in ("update/loss", "update/grad_norm", "entropy/mean", "advantage/max", "gain/turn_1_mean"):
         assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name

@@ -1,0 +1,19 @@
+"""One small worldqa, made as a user makes it, for all tests of this folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from tools.prepare_data import main
+
+SMALL = ["--train-questions", "900", "--test-questions", "240", "--demonstrations", "900"]
+
+
+@pytest.fixture(scope="session")
+def worldqa(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("worldqa")
+    main(["worldqa", "--out", str(out), *SMALL])
+    return out

