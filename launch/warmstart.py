@@ -4,8 +4,8 @@
     torchrun ... launch/warmstart.py --config CONFIG [section.field=value ...]
 
 Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
-policy should have written (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint to
-`model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
+policy should have written (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint
+to `model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
 the same for any number of ranks. Metrics go to ROOT/NAME-warmstart/.
 """
 
