@@ -20,5 +20,6 @@ config="$1"; shift
 # Spinning thread pools of several processes on few cores slow each other down many times over.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONUNBUFFERED=1
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 python="${PYTHON:-python}"
 exec "$python" "$(dirname "$0")/local_ranks.py" "$ranks" "$script" --config "$config" "$@"

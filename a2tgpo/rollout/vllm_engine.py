@@ -6,6 +6,7 @@ torchrun's variables, and ends the process group of the trainer when an engine i
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ if not ON_GPU:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that Triton is absent is no news on CPU
 
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402
