@@ -45,7 +45,8 @@ if not ON_GPU:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that Triton is absent is no news on CPU
+    # That Triton is absent is no news on CPU.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402
