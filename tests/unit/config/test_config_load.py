@@ -3,13 +3,14 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.data import DataConfig
-from a2tgpo.config.load import config_to_dict, dump_config, load_config
+from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.rollout import GainConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
@@ -192,11 +193,12 @@ def leaves(section, prefix=""):
 
 def test_dump_writes_every_key_out(tmp_path):
     config = load_config(write(tmp_path, MINIMAL))
-    dumped = config_to_dict(config)
+    dumped = yaml.safe_load(dump_config(config))
     for key in leaves(config):
-        node = dumped
+        node, expected = dumped, config
         for part in key.split("."):
-            node = node[part]
+            node, expected = node[part], getattr(expected, part)
+        assert node == expected, key
 
 
 positive = st.floats(min_value=1e-300, max_value=1e300)
