@@ -1,8 +1,9 @@
 """Advantage, ratio, clipping and aggregation: the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
+from a2tgpo.config.correction import CorrectionConfig
 
 ADVANTAGES = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
@@ -38,6 +39,8 @@ class AlgorithmConfig:
     """Weight of the KL penalty to the reference; 0: no reference model is loaded."""
     kl_estimator: str = "k3"
     """k1 | k2 | k3."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Rollout correction by importance weights."""
 
     def __post_init__(self) -> None:
         require(self.advantage in ADVANTAGES, "algorithm.advantage", self.advantage, " | ".join(ADVANTAGES))

@@ -43,6 +43,10 @@ class RolloutConfig:
     """Prompts per step over all ranks; must be a multiple of the engine replicas (paper: 64)."""
     group_size: int = 16
     """Trajectories per prompt, G (paper: 16)."""
+    dynamic_sampling: bool = False
+    """DAPO: groups whose rewards are all equal teach nothing; drop them and draw other prompts until the step is full."""
+    max_draws: int = 10
+    """Times a step may draw prompts under dynamic_sampling; what is then missing is filled with dropped groups."""
     temperature: float = 1.0
     """Sampling temperature (paper: 1.0); log-probs are always those of temperature 1."""
     top_p: float = 1.0
@@ -78,6 +82,7 @@ class RolloutConfig:
             "max_response_tokens",
             "tensor_parallel",
             "max_concurrent",
+            "max_draws",
         ):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
         require(0 < self.temperature <= 2, "rollout.temperature", self.temperature, "in (0, 2]")

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import require
 from a2tgpo.config.data import DataConfig
+from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.refit import RefitConfig
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
@@ -62,8 +64,16 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = 2
     """Newest checkpoints kept."""
+    best_by: str = "em"
+    """Held-out score whose best checkpoint is kept besides: em | em_format_gated | f1 | none."""
 
     def __post_init__(self) -> None:
+        require(
+            self.best_by in ("em", "em_format_gated", "f1", "none"),
+            "checkpoint.best_by",
+            self.best_by,
+            "em | em_format_gated | f1 | none",
+        )
         require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
 
@@ -78,9 +88,11 @@ class RunConfig:
     search: SearchConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
@@ -91,6 +103,12 @@ class RunConfig:
             "update.prompts_per_minibatch",
             self.update.prompts_per_minibatch,
             f"a divisor of rollout.prompts_per_step ({self.rollout.prompts_per_step})",
+        )
+        require(
+            self.reward.overlong_buffer_tokens < self.rollout.max_response_tokens,
+            "reward.overlong_buffer_tokens",
+            self.reward.overlong_buffer_tokens,
+            f"below rollout.max_response_tokens ({self.rollout.max_response_tokens})",
         )
 
     @property

@@ -1,0 +1,35 @@
+"""Importance weights for rollouts whose engine computes other log-probs than the trainer."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Weights w = pi_trainer / pi_engine on the policy loss; needed where the engine is less precise (FP8)."""
+
+    kind: str = "none"
+    """none | truncate (w at most `upper`) | mask (0 where w is outside [`lower`, `upper`])."""
+    level: str = "token"
+    """w shared by: token | turn | sequence; the latter two are geometric means over their tokens."""
+    upper: float = 2.0
+    """Largest weight, >= 1."""
+    lower: float = 0.5
+    """Smallest weight that `mask` keeps, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.kind in ("none", "truncate", "mask"),
+            "algorithm.correction.kind",
+            self.kind,
+            "none | truncate | mask",
+        )
+        require(
+            self.level in ("token", "turn", "sequence"),
+            "algorithm.correction.level",
+            self.level,
+            "token | turn | sequence",
+        )
+        require(self.upper >= 1, "algorithm.correction.upper", self.upper, ">= 1")
+        require(0 <= self.lower <= 1, "algorithm.correction.lower", self.lower, "in [0, 1]")
