@@ -44,7 +44,7 @@ class RolloutConfig:
     group_size: int = 16
     """Trajectories per prompt, G (paper: 16)."""
     dynamic_sampling: bool = False
-    """DAPO: groups whose rewards are all equal teach nothing; drop them and draw other prompts until the step is full."""
+    """DAPO: drop groups whose rewards are all equal and draw other prompts until the step is full."""
     max_draws: int = 10
     """Times a step may draw prompts under dynamic_sampling; what is then missing is filled with dropped groups."""
     temperature: float = 1.0
