@@ -7,13 +7,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu quickstart smollm2 test lint format clean
+.PHONY: help setup setup-gpu quickstart smollm2 ablation ablation-tune test lint format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
 	@echo "make setup-gpu   the same with CUDA builds and Transformer Engine (Python 3.12)"
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
+	@echo "make ablation    eight methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make test        lint and all tests"
 
 setup: $(VENV)/.ready
@@ -49,6 +50,26 @@ quickstart: setup artifacts/models/tiny-qwen3/config.json
 smollm2: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/smollm2_cpu.yaml
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/smollm2_cpu.yaml --resume none
+
+DETOURS := artifacts/worldqa-detours
+ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo,gigpo
+ABLATION_SEEDS ?= 0,1,2
+
+artifacts/models/tiny-qwen3-detours/config.json: | setup
+	$(PY) tools/prepare_data.py worldqa --out $(DETOURS) --top-k 2 --detour-share 0.35 --demonstrations 16000
+	$(PY) tools/prepare_model.py tiny --data $(DETOURS) --out artifacts/models/tiny-qwen3-detours
+
+artifacts/models/tiny-qwen3-wanders/config.json: artifacts/models/tiny-qwen3-detours/config.json
+	PYTHON=$(PY) launch/local.sh -n 2 --script launch/warmstart.py configs/ablation.yaml
+
+ablation: setup artifacts/models/tiny-qwen3-wanders/config.json
+	$(PY) tools/ablation.py configs/ablation.yaml --methods $(ABLATION_METHODS) --seeds $(ABLATION_SEEDS) \
+		--tuned configs/ablation --jobs $(RANKS) --out runs/ablation
+
+# What chose configs/ablation/*.yaml.
+ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
+	$(PY) tools/ablation_tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
+		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
 
 test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
 	$(PY) -m pytest

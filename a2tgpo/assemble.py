@@ -18,6 +18,7 @@ from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.search.tool import SearchTool, build_search
@@ -81,9 +82,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     search = build_search(config.search)
 
     policy = build_policy(config.model, config.parallel, groups, update=config.update)
-    reference = None
-    if config.algorithm.kl_coef > 0:
-        reference = build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+    reference = build_reference(config, groups)
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
     engine = VllmEngine(
@@ -92,15 +91,6 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         model_dtype=config.model.dtype,
         max_model_len=config.max_model_len,
         seed=config.run.seed,
-    )
-    rollout = GroupRollout(
-        engine,
-        search,
-        tokenizer,
-        rollout=config.rollout,
-        search_config=config.search,
-        score_trajectory=functools.partial(score_trajectory, measure=config.rollout.gain.measure),
-        replica_group=replicas.group,
     )
     return RunParts(
         config=config,
@@ -116,7 +106,42 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         schedule=schedule,
         engine=engine,
         search=search,
-        rollout=rollout,
+        rollout=build_rollout(config, replicas, engine=engine, search=search, tokenizer=tokenizer),
+    )
+
+
+def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
+    """The policy's starting point, frozen; None without a KL penalty. Every rank must call this."""
+    if config.algorithm.kl_coef == 0:
+        return None
+    return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+
+
+def build_rollout(
+    config: RunConfig,
+    replicas: Replicas,
+    *,
+    engine: VllmEngine,
+    search: SearchTool,
+    tokenizer: PreTrainedTokenizerBase,
+) -> GroupRollout:
+    """The rollout on this rank's engine, with the rewards and gains of `config`."""
+    length_penalty = functools.partial(
+        overlong_penalty,
+        max_tokens=config.rollout.max_response_tokens,
+        buffer_tokens=config.reward.overlong_buffer_tokens,
+        penalty=config.reward.overlong_penalty,
+    )
+    return GroupRollout(
+        engine,
+        search,
+        tokenizer,
+        rollout=config.rollout,
+        search_config=config.search,
+        score_trajectory=functools.partial(
+            score_trajectory, measure=config.rollout.gain.measure, length_penalty=length_penalty
+        ),
+        replica_group=replicas.group,
     )
 
 

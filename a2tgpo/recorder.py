@@ -13,6 +13,7 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.rollout_metrics import add_rollout_metrics
 from a2tgpo.metrics.writer import MetricWriter
+from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout_log import as_text, collect_records, gains_by_turn, write_records
@@ -54,7 +55,7 @@ class Recorder:
         engine_metrics: MetricSums,
         learning_metrics: MetricSums,
         seconds: dict[str, float],
-    ) -> None:
+    ) -> dict[str, float]:
         """Write one training step; every rank must call this.
 
         Args:
@@ -62,22 +63,36 @@ class Recorder:
             engine_metrics: of what this rank's engine did, reduced over the world.
             learning_metrics: of what this replica trained on, reduced over the data-parallel group.
             seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
+
+        Returns:
+            The step's metrics but for `seconds`, equal on all ranks.
         """
         add_rollout_metrics(learning_metrics, trajectories)
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
-        metrics = engine_metrics.reduce(dist.group.WORLD) | learning_metrics.reduce(self._groups.dp_group)
+        world = dist.group.WORLD
+        assert world is not None, "a run's processes are joined"
+        metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         records = collect_records(
             trajectories, advantages.advantages, clip_scales, groups=self._groups, tokenizer=self._tokenizer
         )
+        # Model-parallel ranks reduce the same samples, each for itself: what is decided by must not differ in a bit.
+        metrics = broadcast_object(metrics, world, source=0)
         if not self.writer.enabled:
-            return
+            return metrics
         write_records(records, self._run_dir / "rollouts" / f"step_{step}.jsonl.zst")
         for turn_index, gains in gains_by_turn(records).items():
             self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
         for number, record in enumerate(records[: self._num_texts]):
             self.writer.log_text(step, f"rollout/{number}", as_text(record))
         self.writer.log(step, metrics | seconds)
+        return metrics
+
+    def record_alarms(self, step: int, alarms: dict[str, float], lines: Sequence[str]) -> None:
+        """Add a step's `alarm/NAME` metrics, and print a line for each alarm that started or ended."""
+        self.writer.log(step, alarms)
+        for line in lines:
+            self.writer.print(line)
 
     def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
         """Write one evaluation's scores, equal on all ranks, and the wall time it took."""

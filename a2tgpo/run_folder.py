@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and going on from it.
 
 `ROOT/NAME/`: config.yaml (resolved), env.txt, metrics.jsonl, tensorboard/, rollouts/step_N.jsonl.zst,
-checkpoints/step_N/.
+checkpoints/step_N/, checkpoints/best.json.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from a2tgpo.assemble import RunParts
+from a2tgpo.best_checkpoint import BestCheckpoint
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
@@ -41,6 +43,7 @@ class RunFolder:
         self._config = config
         self._groups = groups
         self.path = Path(config.run.root) / config.run.name
+        self.best = BestCheckpoint(self._checkpoints, config.checkpoint.best_by, is_writer=groups.rank == 0)
 
     def open(self, resume: str) -> Path | None:
         """Make the folder and find the checkpoint to go on from.
@@ -73,28 +76,49 @@ class RunFolder:
             return None
         return checkpoint.latest(self._checkpoints) if resume == "auto" else Path(resume)
 
-    def restore(self, path: Path, parts: RunParts) -> int:
-        """Put the checkpoint's state into `parts`; returns the steps done."""
-        try:
-            state = checkpoint.load(
-                path, policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule
-            )
-        except ValueError as error:
-            raise ConfigError(f"--resume: {error}") from error
-        parts.sampler.load_state_dict(state["sampler"])
-        return int(state["step"])
+    def restore(self, path: Path | None, parts: RunParts, guards: Guards) -> int:
+        """Put the checkpoint's state in place; None: a new run. Returns the steps done.
 
-    def save(self, step: int, parts: RunParts) -> None:
-        """Checkpoint after `step` steps; the oldest past `checkpoint.keep` goes."""
+        Checkpoints of later steps are set aside. The best one so far is the one known at the checkpoint.
+        """
+        step = 0
+        if path is not None:
+            try:
+                state = checkpoint.load(
+                    path, policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule
+                )
+            except ValueError as error:
+                raise ConfigError(f"--resume: {error}") from error
+            step = int(state["step"])
+            parts.sampler.load_state_dict(state["sampler"])
+            # Checkpoints of earlier versions have neither of the two.
+            if "guards" in state:
+                guards.load_state_dict(state["guards"])
+            # That of another run speaks of checkpoints which are not here.
+            is_own = path.resolve().parent == self._checkpoints.resolve()
+            self.best.load_state_dict(state.get("best") if is_own else None)
+        checkpoint.set_aside_after(self._checkpoints, step)
+        self.best.write()
+        return step
+
+    def save(self, step: int, parts: RunParts, guards: Guards) -> None:
+        """Checkpoint after `step` steps; the oldest past `checkpoint.keep` goes, unless it is the best."""
         checkpoint.save(
             self._checkpoints,
             step,
             policy=parts.policy,
             optimizer=parts.optimizer,
             schedule=parts.schedule,
-            state={"step": step, "sampler": parts.sampler.state_dict()},
-            keep=self._config.checkpoint.keep,
+            state={
+                "step": step,
+                "sampler": parts.sampler.state_dict(),
+                "guards": guards.state_dict(),
+                "best": self.best.state_dict(),
+            },
         )
+        # In this order the file always names a checkpoint that is there.
+        self.best.write()
+        checkpoint.drop_old(self._checkpoints, keep=self._config.checkpoint.keep, spare=self.best.step)
 
     def recorder(self, parts: RunParts, *, step: int) -> Recorder:
         """The recorder of this run; going on from `step`, what was logged after it is dropped."""
@@ -116,7 +140,16 @@ class RunFolder:
         """Tell where the results lie."""
         recorder.writer.print(
             f"done. metrics: {self.path}/metrics.jsonl  rollouts: {self.path}/rollouts  "
-            f"checkpoints: {self._checkpoints}\nlook: tensorboard --logdir {self.path}/tensorboard"
+            f"checkpoints: {self._checkpoints}  best: {self.best.describe()}\n"
+            f"look: tensorboard --logdir {self.path}/tensorboard"
+        )
+
+    def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:
+        """Tell why the run has ended before its last step, where its best weights lie, and how to go on."""
+        recorder.writer.print(
+            f"stopped after step {step} of {self._config.run.steps}: {guards.reason}. "
+            f"best: {self.best.describe()}. To go on nevertheless: guard.stop_after=0; "
+            f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N"
         )
 
     @property

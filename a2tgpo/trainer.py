@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,13 @@ from a2tgpo.assemble import RunParts
 from a2tgpo.batch.exchange import exchange
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.loss.adaptive_clip import clip_scale
+from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
-from a2tgpo.recorder import Recorder, add_rollout_counts
-from a2tgpo.trajectory import Prompt, Trajectory
+from a2tgpo.recorder import Recorder
+from a2tgpo.run_folder import RunFolder
+from a2tgpo.step_rollout import StepRollout
+from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import score_minibatches, score_reference, update_policy
 from a2tgpo.weight_sync import sync_engine
@@ -29,7 +32,8 @@ class Trainer:
     Args:
         parts: what the run is made of.
         recorder: of metrics and rollouts.
-        save_checkpoint: called with the number of steps done.
+        folder: keeps the checkpoints.
+        guards: watches each step's metrics.
         step: steps done already, those of the checkpoint the run goes on from.
     """
 
@@ -37,39 +41,47 @@ class Trainer:
         self,
         parts: RunParts,
         recorder: Recorder,
+        folder: RunFolder,
+        guards: Guards,
         *,
-        save_checkpoint: Callable[[int], None],
         step: int = 0,
     ):
         self.parts = parts
         self.config = parts.config
         self.recorder = recorder
-        self.save_checkpoint = save_checkpoint
+        self.step_rollout = StepRollout(parts)
+        self.folder = folder
+        self.guards = guards
         self.step = step
         self.timers = StageTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
 
-    def train(self) -> None:
-        """All remaining steps, with evaluations and checkpoints between them."""
+    def train(self) -> bool:
+        """The remaining steps, with evaluations and checkpoints between them; False: stopped before the last one.
+
+        A run that goes on from where it was stopped stops again before its first step.
+        """
         if self.step == 0 and self.config.evaluation.at_start:
             self.evaluate()
-        while self.step < self.config.run.steps:
-            self.train_step()
-            if self._is_due(self.config.evaluation.every):
-                self.evaluate()
-            if self._is_due(self.config.checkpoint.every):
+        while self.step < self.config.run.steps and not self.guards.stop_is_due:
+            metrics = self.train_step()
+            alarms, lines = self.guards.watch(self.step, metrics)
+            self.recorder.record_alarms(self.step, alarms, lines)
+            is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
+            is_best = not is_stopping and self._is_due(self.config.evaluation.every) and self.evaluate()
+            if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
                 with self.timers.stage("checkpoint"):
-                    self.save_checkpoint(self.step)
+                    self.folder.save(self.step, self.parts, self.guards)
                 self.recorder.writer.log(self.step, self.timers.take())
+        return self.step >= self.config.run.steps
 
-    def train_step(self) -> None:
-        """prompts, refit, rollout (with gain and reward), exchange, advantage, score, update, record."""
+    def train_step(self) -> dict[str, float]:
+        """refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record."""
         start = time.monotonic()
         engine_metrics, learning_metrics = MetricSums(), MetricSums()
-        prompts = self.parts.train_prompts.prompts(self.parts.sampler.next_indices())
         with self.timers.stage("refit"):
             engine_metrics.merge(sync_engine(self.parts, step=self.step))
         with self.timers.stage("rollout"):
-            played = self.rollout(prompts, engine_metrics)
+            played = self.step_rollout.play(step=self.step, metrics=engine_metrics)
         with self.timers.stage("exchange"):
             trajectories = exchange(
                 played, self.parts.groups, prompts_per_minibatch=self.config.update.prompts_per_minibatch
@@ -93,7 +105,7 @@ class Trainer:
                 learning_metrics,
             )
         self.step += 1
-        self.recorder.record_step(
+        return self.recorder.record_step(
             self.step,
             trajectories,
             table,
@@ -103,18 +115,6 @@ class Trainer:
             learning_metrics=learning_metrics,
             seconds=self.timers.take() | {"time/step_s": time.monotonic() - start},
         )
-
-    def rollout(self, prompts: Sequence[Prompt], metrics: MetricSums) -> list[Trajectory]:
-        """This replica's share of the prompts, played; nothing on ranks that only follow an engine."""
-        replicas = self.parts.replicas
-        trajectories, counts = self.parts.rollout.run(
-            prompts[replicas.index :: replicas.count], seed=self.config.run.seed, step=self.step
-        )
-        self.parts.engine.sleep()
-        if not replicas.is_first:
-            return []
-        add_rollout_counts(metrics, counts)
-        return trajectories
 
     def advantages(
         self, trajectories: Sequence[Trajectory]
@@ -132,8 +132,8 @@ class Trainer:
         gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn is neutral
         return table, result, clip_scale(gains, beta=self.config.algorithm.clip_beta)
 
-    def evaluate(self) -> None:
-        """Greedy answers to the held-out questions."""
+    def evaluate(self) -> bool:
+        """Greedy answers to the held-out questions; True: the best so far, whose checkpoint is to be saved."""
         with self.timers.stage("evaluation"):
             sync_engine(self.parts, step=self.step)
             prompts = self.parts.test_prompts.prompts(range(len(self.parts.test_prompts)))
@@ -147,6 +147,7 @@ class Trainer:
             )
             self.parts.engine.sleep()
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
+        return self.folder.best.offer(self.step, scores)
 
     def _is_due(self, every: int) -> bool:
         """After the last step, and every so many steps (0: never in between)."""

@@ -6,12 +6,15 @@ import time
 
 from a2tgpo.config.check import ConfigError
 
+BAD_CONFIG = 2
+BROKEN_RUN = 3
+"""Exit code of a run that failed, or that its guards stopped."""
 GRACE_S = 3.0
 """All ranks fail on the same mistake; the others leave rank 0 this long to say it, and the launcher to end them."""
 
 
 def exit_code(error: ConfigError | RuntimeError) -> int:
-    """Print the error's line and return the program's exit code: 2 for a configuration, 3 for a broken run.
+    """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
 
     A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
     more than its message.
@@ -23,4 +26,4 @@ def exit_code(error: ConfigError | RuntimeError) -> int:
         time.sleep(GRACE_S)
         message = f"rank {os.environ['RANK']}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ConfigError) else 3
+    return BAD_CONFIG if isinstance(error, ConfigError) else BROKEN_RUN

@@ -18,7 +18,7 @@ def run(num_ranks: str, script: str, *arguments: str) -> int:
         main(["--standalone", "--nproc-per-node", num_ranks, script, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 or failure.exitcode > 2:
+        if failure.exitcode < 0 or failure.exitcode > 3:
             print(f"launch: rank {rank} ended with {failure.exitcode}: {failure.message}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     return 0

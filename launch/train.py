@@ -1,8 +1,9 @@
 """What every rank of a training run executes.
 
-    launch/local.sh -n RANKS CONFIG [--dry-run] [--resume auto|PATH|none] [section.field=value ...]
-    torchrun ... launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [section.field=value ...]
+    launch/local.sh -n RANKS CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
+    torchrun ... launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
 
+OVERRIDE is section.field=value or a YAML file, such as a method of configs/algorithm/; later ones win.
 Without a launcher it runs as one process.
 """
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
-from launch.failure import exit_code
+from launch.failure import BROKEN_RUN, exit_code
 
 
 def main() -> int:
@@ -25,10 +26,9 @@ def main() -> int:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config)
-        run(config, resume=args.resume)
+        return run(config, resume=args.resume)
     except (ConfigError, RuntimeError) as error:
         return exit_code(error)
-    return 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +43,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="auto|PATH|none",
         help="auto: from the run's newest complete checkpoint if there is one; none: anew",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="section.field=value, or a YAML file such as configs/algorithm/grpo.yaml; later ones win",
+    )
     return parser.parse_args()
 
 
@@ -73,9 +78,12 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
-def run(config: RunConfig, *, resume: str) -> None:
-    """Join the other ranks, build, resume, train."""
+def run(config: RunConfig, *, resume: str) -> int:
+    """Join the other ranks, build, resume, train; returns the program's exit code."""
+    import torch.distributed as dist
+
     from a2tgpo.assemble import assemble
+    from a2tgpo.metrics.guards import Guards
     from a2tgpo.parallel.initialize import initialize, shutdown
     from a2tgpo.run_folder import RunFolder
     from a2tgpo.trainer import Trainer
@@ -84,19 +92,27 @@ def run(config: RunConfig, *, resume: str) -> None:
     folder = RunFolder(config, groups)
     checkpoint = folder.open(resume)
     parts = assemble(config, groups)
-    step = folder.restore(checkpoint, parts) if checkpoint else 0
+    algorithm = config.algorithm
+    guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+    step = folder.restore(checkpoint, parts, guards)
     recorder = folder.recorder(parts, step=step)
-    trainer = Trainer(parts, recorder, save_checkpoint=lambda done: folder.save(done, parts), step=step)
+    trainer = Trainer(parts, recorder, folder, guards, step=step)
     recorder.writer.print(
         f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"
     )
     try:
-        trainer.train()
-        folder.say_where(recorder)
+        is_finished = trainer.train()
+        if is_finished:
+            folder.say_where(recorder)
+        else:
+            folder.say_why_stopped(recorder, trainer.step, guards)
     finally:
         recorder.writer.close()
     parts.close()
+    # A launcher ends the others as soon as one has left with a code that is not 0.
+    dist.barrier()
     shutdown()
+    return 0 if is_finished else BROKEN_RUN
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Supervised warm start: teach a model the format from demonstrations, through the same Megatron path as RL.
 
-    launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [section.field=value ...]
-    torchrun ... launch/warmstart.py --config CONFIG [section.field=value ...]
+    launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [OVERRIDE ...]
+    torchrun ... launch/warmstart.py --config CONFIG [OVERRIDE ...]
 
+OVERRIDE is section.field=value or a YAML file; later ones win.
 Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
 policy should have written (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint
 to `model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"
+    )
     args = parser.parse_args()
     try:
         config = load_config(args.config, args.overrides)

@@ -63,8 +63,8 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         seed=args.seed,
     )
     mixed, good = (
-        make(good_share=dict(zip((1, 2, 3), share, strict=True)))
-        for share in (args.good_share, (1.0, 1.0, 1.0))
+        make(good_share=dict(zip((1, 2, 3), share, strict=True)), detour_share=detours)
+        for share, detours in ((args.good_share, args.detour_share), ((1.0, 1.0, 1.0), 0.0))
     )
 
     write_lines(args.out / "corpus.jsonl", ({"id": p.id, "contents": p.contents} for p in corpus))
@@ -155,7 +155,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--good-share", type=float, nargs=3, default=GOOD_SHARE, metavar="SHARE",
         help="share of good demonstrations with 1, 2 and 3 hops (demonstrations_good.jsonl holds good ones only)",
     )  # fmt: skip
+    worldqa.add_argument(
+        "--detour-share", type=float, default=0.0,
+        help="chance of a useless search before every search of demonstrations.jsonl",
+    )  # fmt: skip
     args = parser.parse_args(argv)
+    require(0 <= args.detour_share < 1, "--detour-share", args.detour_share, "in [0, 1)")
     require(
         all(0 <= share <= 1 for share in args.good_share), "--good-share", args.good_share, "each in [0, 1]"
     )

@@ -24,12 +24,16 @@ answer, but gives what it asked about last. useless_query: asks for nothing in p
 question's subject. malformed: right answer, broken tags.
 """
 
+MAX_SEARCHES = 6
+"""Of one demonstration, detours included."""
+
 
 def build_demonstrations(
     questions: Mapping[int, Sequence[Question]],
     *,
     num_demonstrations: int,
     good_share: dict[int, float],
+    detour_share: float,
     search: Search,
     seed: int,
 ) -> list[dict]:
@@ -39,6 +43,7 @@ def build_demonstrations(
         questions: training questions by number of hops.
         num_demonstrations: about as many records are made.
         good_share: share of `quality: good`, by number of hops.
+        detour_share: chance, before every search, of a search that does not help; up to `MAX_SEARCHES` in all.
         search: the rollout's search and observation format.
         seed: everything random comes from it.
     """
@@ -52,7 +57,7 @@ def build_demonstrations(
             kinds.append(POOR_KINDS[num_hops][(len(kinds) - num_good) % len(POOR_KINDS[num_hops])])
         draw.shuffle(kinds)
         for question, kind in zip(picked, kinds, strict=True):
-            turns = _turns(question, kind, pool, search, draw)
+            turns = _turns(question, kind, pool, search, draw, detour_share)
             records.append({**question.to_dict(), "turns": turns, "quality": kind})
     draw.shuffle(records)
     return records
@@ -76,7 +81,12 @@ def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Qu
 
 
 def _turns(
-    question: Question, kind: str, pool: Sequence[Question], search: Search, draw: random.Random
+    question: Question,
+    kind: str,
+    pool: Sequence[Question],
+    search: Search,
+    draw: random.Random,
+    detour_share: float,
 ) -> list[dict]:
     """The turns of one demonstration of quality `kind`."""
     hops, answer = question.hops, question.hops[-1].answer.text
@@ -91,7 +101,11 @@ def _turns(
         # A guess, not what was found so far: else finding it would make the gold answer less likely.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
-        turns.append(_search_turn("Next" if number else "First", hop, hop.query, search))
+        spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
+        while spare > 0 and detour_share and draw.random() < detour_share:
+            turns.append(_search_turn("Next" if turns else "First", hop, _detour(hop, draw), search))
+            spare -= 1
+        turns.append(_search_turn("Next" if turns else "First", hop, hop.query, search))
     if kind == "miscopy":
         answer = hops[-1].subject
     last = _final(answer)
@@ -104,6 +118,13 @@ def _turns(
             ]
         )
     return [*turns, {"text": last}]
+
+
+def _detour(hop: Hop, draw: random.Random) -> str:
+    """A query beside the point: another relation of the same subject, or of nothing in particular."""
+    others = sorted(set(QUERIES) - {hop.relation})
+    subject = hop.subject if draw.random() < 0.7 else "it"
+    return QUERIES[draw.choice(others)].format(subject)
 
 
 def _search_turn(ordinal: str, hop: Hop, query: str, search: Search) -> dict:

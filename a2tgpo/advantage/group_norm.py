@@ -1,7 +1,9 @@
-"""Normalisation inside groups whose members may sit on different ranks."""
+"""Statistics and normalisation inside groups whose members may sit on different ranks."""
 
 import torch
 import torch.distributed as dist
+
+from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum
 
 EPS = 1e-6
 """Added to the standard deviation (ALGORITHM: eps)."""
@@ -17,10 +19,11 @@ def normalize_groups(
     dp_group: dist.ProcessGroup | None,
     by_std: bool = True,
     sample_std: bool = False,
+    keep_single: bool = False,
 ) -> torch.Tensor:
     """Z-score each value within its group; statistics are merged over `dp_group`.
 
-    Every rank of `dp_group` must call this, also with no values: two all-reduces of `[num_groups]` float64 run
+    Every rank of `dp_group` must call this, also with no values: two all-reduces of `[2, num_groups]` float64 run
     over it. Mean and centred second moment are taken in two passes, so the result stays exact when a group's mean
     is large against its spread, and does not depend on how members are spread over ranks (to rounding in float64).
 
@@ -30,8 +33,9 @@ def normalize_groups(
         num_groups: number of groups over all ranks.
         dp_group: ranks that hold members; None: this rank holds all of them.
         by_std: divide by the standard deviation, not only subtract the mean.
-        sample_std: GRPO's convention: n - 1 in the variance, no variance floor, and a group of one keeps its
-            value (mean 0, std 1). Otherwise population variance + floor, and a group of one gives 0.
+        sample_std: n - 1 in the variance and no floor under it (GRPO's convention); otherwise population variance
+            plus the floor.
+        keep_single: a group of one keeps its value: mean 0, std 1 (GRPO's convention); otherwise it gives 0.
 
     Returns:
         [n] float64.
@@ -39,33 +43,59 @@ def normalize_groups(
     Raises:
         ValueError: if a group index is out of range.
     """
-    if values.numel() and (group_index.min() < 0 or group_index.max() >= num_groups):
-        raise ValueError(f"group index outside [0, {num_groups}): {group_index.min()}..{group_index.max()}")
-    count = _sum_by_group(torch.ones_like(values), group_index, num_groups)
-    total = _sum_by_group(values, group_index, num_groups)
-    count, total = _all_reduce(torch.stack([count, total]), dp_group)
+    moments = torch.stack([torch.ones_like(values), values])
+    count, total = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     mean = total / count.clamp(min=1)
     deviation = values - mean[group_index]
     # Chan et al.'s correction term: the mean itself carries rounding, its effect on M2 is removed.
-    m2 = _sum_by_group(deviation * deviation, group_index, num_groups)
-    drift = _sum_by_group(deviation, group_index, num_groups)
-    m2, drift = _all_reduce(torch.stack([m2, drift]), dp_group)
-    m2 = m2 - drift * drift / count.clamp(min=1)
-    single = count[group_index] <= 1
+    moments = torch.stack([deviation * deviation, deviation])
+    m2, drift = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
+    m2 = (m2 - drift * drift / count.clamp(min=1)).clamp(min=0)
     if sample_std:
-        std = (m2 / (count - 1).clamp(min=1)).clamp(min=0).sqrt()[group_index].where(~single, 1.0)
-        centred = deviation.where(~single, values)
+        std = (m2 / (count - 1).clamp(min=1)).sqrt()[group_index]
     else:
-        std = ((m2 / count.clamp(min=1)).clamp(min=0) + VARIANCE_FLOOR).sqrt()[group_index]
-        centred = deviation.where(~single, 0.0)
-    return centred / (std + EPS) if by_std else centred
+        std = (m2 / count.clamp(min=1) + VARIANCE_FLOOR).sqrt()[group_index]
+    single = count[group_index] <= 1
+    if keep_single:
+        deviation, std = deviation.where(~single, values), std.where(~single, 1.0)
+    else:
+        deviation = deviation.where(~single, 0.0)
+    return deviation / (std + EPS) if by_std else deviation
 
 
-def _sum_by_group(values: torch.Tensor, group_index: torch.Tensor, num_groups: int) -> torch.Tensor:
-    return values.new_zeros(num_groups).index_add_(0, group_index, values)  # [num_groups]
+def group_sums(
+    values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Sum of each group's values over all ranks; every rank of `dp_group` must call this, also with no values.
+
+    Args:
+        values: [k, n] float64: k quantities of n members.
+        group_index: [n] int64 in [0, num_groups), equal on all ranks for equal groups.
+
+    Returns:
+        [k, num_groups] float64, equal on all ranks.
+
+    Raises:
+        ValueError: if a group index is out of range.
+    """
+    if group_index.numel() and (group_index.min() < 0 or group_index.max() >= num_groups):
+        raise ValueError(f"group index outside [0, {num_groups}): {group_index.min()}..{group_index.max()}")
+    sums = values.new_zeros(values.shape[0], num_groups).index_add_(1, group_index, values)
+    return sums if dp_group is None else all_reduce_sum(sums, dp_group)
 
 
-def _all_reduce(stacked: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(stacked, group=group)
-    return stacked
+def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
+    """Number groups that are known by a key, such as `TurnTable.state`, alike on all ranks.
+
+    Every rank of `dp_group` must call this, also with no keys: the distinct ones are gathered over it.
+
+    Args:
+        keys: [n] int64.
+
+    Returns:
+        [n] int64 group index, and the number of groups over all ranks.
+    """
+    own = keys.unique()  # ascending
+    lists = [own.tolist()] if dp_group is None else all_gather_object(own.tolist(), dp_group)
+    distinct = torch.tensor(sorted(set().union(*lists)), dtype=torch.int64, device=keys.device)
+    return torch.searchsorted(distinct, keys), distinct.numel()

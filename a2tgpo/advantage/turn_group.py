@@ -1,43 +1,19 @@
-"""A2TGPO's advantage (arXiv:2605.06200): turn-group normalisation, then variance-rescaled accumulation."""
+"""Normalisation inside turn groups: the same turn of a prompt's rollouts."""
 
 import torch
 import torch.distributed as dist
 
-from a2tgpo.advantage.accumulate import accumulate_process_turns, place_turns
 from a2tgpo.advantage.group_norm import normalize_groups
-from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
-from a2tgpo.config.algorithm import AlgorithmConfig
-
-
-def turn_group_advantages(
-    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
-) -> TurnAdvantages:
-    """A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i for process turns, R_i for the final one (Eq. 6-9).
-
-    Every rank of `dp_group` must call this, also with an empty table.
-    """
-    normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
-    outcome = normalize_groups(
-        table.outcome,
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-    )
-    accumulated = accumulate_process_turns(
-        normalized_gain, table.num_process_turns, gamma=config.gamma, rescale=config.rescale
-    )
-    return TurnAdvantages(
-        advantages=place_turns(config.alpha * accumulated, outcome, table.num_process_turns),
-        normalized_gain=normalized_gain,
-        normalized_outcome=outcome,
-    )
+from a2tgpo.advantage.turn_table import TurnTable
 
 
 def normalize_turn_groups(
     table: TurnTable, *, by_std: bool, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Z-score every gain within its (prompt, turn_index) bucket (Eq. 6-7): [N, T] float64, 0 where neutral."""
+    """Z-score every gain within its (prompt, turn_index) bucket (Eq. 6-7): [N, T] float64, 0 where neutral.
+
+    Every rank of `dp_group` must call this, also with an empty table.
+    """
     present = table.has_gain
     normalized = torch.zeros_like(table.info_gain)
     normalized[present] = normalize_groups(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from a2tgpo.advantage.anchor_state import NO_STATE, turn_states
 from a2tgpo.trajectory import Trajectory
 
 
@@ -22,6 +23,8 @@ class TurnTable:
     """[N, T] float64: ig_{i,t} in column t-1; 0 where there is none."""
     has_gain: torch.Tensor
     """[N, T] bool: the turn exists and its gain could be computed."""
+    state: torch.Tensor
+    """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn."""
     num_prompts: int
     """Prompts of the whole batch, over all ranks."""
 
@@ -53,7 +56,7 @@ class TurnAdvantages:
 
 
 def build_turn_table(trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int) -> TurnTable:
-    """Lay out gains and outcomes of this rank's trajectories.
+    """Lay out gains, outcomes and states of this rank's trajectories.
 
     Args:
         max_turns: columns T; equal on all ranks, at least the largest number of process turns.
@@ -61,12 +64,15 @@ def build_turn_table(trajectories: Sequence[Trajectory], *, num_prompts: int, ma
     num = len(trajectories)
     info_gain = torch.zeros(num, max_turns, dtype=torch.float64)
     has_gain = torch.zeros(num, max_turns, dtype=torch.bool)
+    state = torch.full((num, max_turns + 1), NO_STATE, dtype=torch.int64)
     for row, trajectory in enumerate(trajectories):
         process_turns = [turn for turn in trajectory.turns if turn.query is not None]
         for column, turn in enumerate(process_turns):
             if turn.info_gain is not None:
                 info_gain[row, column] = turn.info_gain
                 has_gain[row, column] = True
+        states = turn_states(trajectory)
+        state[row, : len(states)] = torch.tensor(states, dtype=torch.int64)
     has_gain &= info_gain.isfinite()
     return TurnTable(
         prompt_index=torch.tensor([t.prompt_index for t in trajectories], dtype=torch.int64),
@@ -74,5 +80,6 @@ def build_turn_table(trajectories: Sequence[Trajectory], *, num_prompts: int, ma
         num_process_turns=torch.tensor([t.num_process_turns for t in trajectories], dtype=torch.int64),
         info_gain=info_gain.where(has_gain, torch.zeros_like(info_gain)),
         has_gain=has_gain,
+        state=state,
         num_prompts=num_prompts,
     )

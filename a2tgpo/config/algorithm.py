@@ -1,12 +1,20 @@
 """Advantage, ratio, clipping and aggregation: the method."""
 
+import importlib
+import pkgutil
 from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
 from a2tgpo.config.correction import CorrectionConfig
 
-ADVANTAGES = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
+METHODS_PACKAGE = "a2tgpo.advantage.methods"
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def advantage_names() -> list[str]:
+    """What `algorithm.advantage` may be: the modules in advantage/methods/, which are listed but not imported."""
+    package = importlib.import_module(METHODS_PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +22,13 @@ class AlgorithmConfig:
     """A2TGPO by default; presets in configs/algorithm/ set the comparison methods."""
 
     advantage: str = "turn_group"
-    """turn_group (Eq. 6-9) | igpo_joint | igpo_separate (pooled gains) | grpo (outcome only)."""
+    """turn_group (Eq. 6-9) | igpo_joint | igpo_separate (pooled gains) | grpo (outcome only) | gigpo, or any other
+    module in advantage/methods/ (docs/methods.md)."""
     gamma: float = 1.0
     """Discount over turns, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the accumulated gain beside the outcome (Eq. 9: 1.0; released scripts: 0.3)."""
+    """Weight of what turns earn beside the outcome: the accumulated gain (Eq. 9: 1.0; released scripts: 0.3), or
+    gigpo's step part (omega there: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by sqrt of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
@@ -43,7 +53,8 @@ class AlgorithmConfig:
     """Rollout correction by importance weights."""
 
     def __post_init__(self) -> None:
-        require(self.advantage in ADVANTAGES, "algorithm.advantage", self.advantage, " | ".join(ADVANTAGES))
+        names = advantage_names()
+        require(self.advantage in names, "algorithm.advantage", self.advantage, " | ".join(names))
         require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "in [0, 1]")
         require(self.alpha >= 0, "algorithm.alpha", self.alpha, ">= 0")
         require(

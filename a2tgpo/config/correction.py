@@ -7,16 +7,19 @@ from a2tgpo.config.check import require
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Weights w = pi_trainer / pi_engine on the policy loss; needed where the engine is less precise (FP8)."""
+    """Weights w = pi_trainer / pi_engine on the policy loss; needed where the engine is less precise (FP8).
+
+    See loss.rollout_correction for sources.
+    """
 
     kind: str = "none"
     """none | truncate (w at most `upper`) | mask (0 where w is outside [`lower`, `upper`])."""
     level: str = "token"
-    """w shared by: token | turn | sequence; the latter two are geometric means over their tokens."""
+    """w shared by: token (both sources) | turn | sequence; the latter two are geometric means over their tokens."""
     upper: float = 2.0
-    """Largest weight, >= 1."""
+    """Largest weight, >= 1 (IcePop: 5.0)."""
     lower: float = 0.5
-    """Smallest weight that `mask` keeps, in [0, 1]."""
+    """Smallest weight that `mask` keeps, in [0, 1] (IcePop: 0.5)."""
 
     def __post_init__(self) -> None:
         require(

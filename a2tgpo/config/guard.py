@@ -7,7 +7,10 @@ from a2tgpo.config.check import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Alarms on a step's metrics; those on change compare with the mean of the run's first steps. 0 turns one off."""
+    """Alarms on a step's metrics; those on change compare with the mean of the run's first steps. 0 turns one off.
+
+    An alarm starts at the second step in a row past its limit and ends at the second within it.
+    """
 
     baseline_steps: int = 5
     """Steps whose mean is the base line; no alarm on change before."""
@@ -22,7 +25,7 @@ class GuardConfig:
     max_train_engine_gap: float = 0.05
     """Alarm when trainer and engine differ by more, mean absolute nats per token."""
     stop_after: int = 0
-    """Save and stop after so many steps in a row with an alarm; 0: never."""
+    """Save and stop, with exit code 3, after so many steps in a row with an alarm; 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

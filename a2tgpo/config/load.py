@@ -1,7 +1,8 @@
 """YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
 
 A file may name another with `base:` (relative to itself); what it sets itself wins, arguments win over
-files. All other relative paths in a configuration are relative to the folder the program is started in.
+files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative paths in
+a configuration are relative to the folder the program is started in.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from a2tgpo.config.run import RunConfig
 
 BASE_KEY = "base"
 COMMAND_LINE = "command line"
+FILE_SUFFIXES = (".yaml", ".yml")
 
 # YAML 1.1 reads 1e-6 as a text, for want of a dot; as a number it is meant.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -39,18 +41,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file of sections.
-        overrides: `section.field=value` each; later ones win. The value is read as YAML, except for texts,
-            which are taken as they stand.
+        overrides: `section.field=value`, or a YAML file of sections that is laid over what was set before it,
+            its own bases under it; later ones win. A value is read as YAML, except for texts, which are taken
+            as they stand.
 
     Raises:
         ConfigError: one line naming the file (or the command line), the key, its value and what is allowed.
     """
     fields = dict(_leaf_types(RunConfig))
-    entries: dict[str, _Entry] = {}
-    for file in reversed(_base_chain(Path(path))):
-        entries.update(_flatten(_read_yaml(file), RunConfig, "", str(file), fields))
+    entries = dict(_file_entries(Path(path), fields))
     for override in overrides:
-        entries.update(_parse_override(override, fields))
+        if override.endswith(FILE_SUFFIXES) and "=" not in override:
+            entries.update(_file_entries(Path(override), fields))
+        else:
+            entries.update(_parse_override(override, fields))
     _require_all(RunConfig, entries, str(path))
     try:
         return _build(RunConfig, "", entries)
@@ -80,6 +84,12 @@ def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         else:
             assert kind in _TYPE_NAMES, f"{prefix}{name}: configuration fields cannot be of type {kind}"
             yield prefix + name, kind
+
+
+def _file_entries(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
+    """What the file `path` sets, after what its bases set."""
+    for file in reversed(_base_chain(path)):
+        yield from _flatten(_read_yaml(file), RunConfig, "", str(file), fields)
 
 
 def _base_chain(path: Path) -> list[Path]:
@@ -167,7 +177,9 @@ def _parse_override(override: str, fields: dict[str, type]) -> Iterator[tuple[st
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} has no value; write section.field=value")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {override!r} has no value; write section.field=value or name a .yaml file"
+        )
     if key not in fields:
         if any(field.startswith(f"{key}.") for field in fields):
             example = _example(key, fields)

@@ -44,7 +44,7 @@ class RolloutConfig:
     group_size: int = 16
     """Trajectories per prompt, G (paper: 16)."""
     dynamic_sampling: bool = False
-    """DAPO: drop groups whose rewards are all equal and draw other prompts until the step is full."""
+    """DAPO: drop groups whose outcome rewards are all equal and draw other prompts until the step is full."""
     max_draws: int = 10
     """Times a step may draw prompts under dynamic_sampling; what is then missing is filled with dropped groups."""
     temperature: float = 1.0
@@ -85,6 +85,12 @@ class RolloutConfig:
             "max_draws",
         ):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+        require(
+            self.group_size > 1 or not self.dynamic_sampling,
+            "rollout.group_size",
+            self.group_size,
+            ">= 2 with rollout.dynamic_sampling",
+        )
         require(0 < self.temperature <= 2, "rollout.temperature", self.temperature, "in (0, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(

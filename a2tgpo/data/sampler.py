@@ -1,5 +1,7 @@
 """Which questions each step asks: seeded epochs, the same on every rank and in every layout."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from a2tgpo.config.check import ConfigError, require
@@ -8,10 +10,10 @@ from a2tgpo.config.check import ConfigError, require
 class PromptSampler:
     """Deals question indices, `per_step` at a time, in a new seeded order each epoch.
 
-    A step may span two epochs where `per_step` does not divide the number of questions; no step asks a
-    question twice (those already in the step go to the end of the new epoch's order). Every rank holds the
-    same sampler and takes its share of the step's list, so the order does not depend on how many ranks
-    there are.
+    A step may span two epochs where `per_step` does not divide the number of questions, or may be dealt
+    questions several times; none asks a question twice (those already in the step go to the end of the new
+    epoch's order). Every rank holds the same sampler and takes its share of the step's list, so the order
+    does not depend on how many ranks there are.
 
     Args:
         num_questions: size of the set.
@@ -37,15 +39,23 @@ class PromptSampler:
         self._deferred: list[int] = []
         self._order = self._epoch_order()
 
-    def next_indices(self) -> list[int]:
-        """Indices of the next step's questions, all different: [per_step] in [0, num_questions)."""
-        chosen = self._order[self._position : self._position + self.per_step]
+    def next_indices(self, count: int | None = None, *, asked: Sequence[int] = ()) -> list[int]:
+        """Indices of the next questions, all different: [count] in [0, num_questions).
+
+        Args:
+            count: None: `per_step`, a whole step.
+            asked: what the step was dealt before; none of it is dealt again. With `count` it must not be more
+                than the set.
+        """
+        count = self.per_step if count is None else count
+        assert len(asked) + count <= self.num_questions, "a step cannot ask more than all questions"
+        chosen = self._order[self._position : self._position + count]
         self._position += len(chosen)
-        if len(chosen) < self.per_step:
+        if len(chosen) < count:
             self.epoch += 1
-            self._deferred = chosen
+            self._deferred = [*asked, *chosen]
             self._order = self._epoch_order()
-            self._position = self.per_step - len(chosen)
+            self._position = count - len(chosen)
             chosen = chosen + self._order[: self._position]
         return chosen
 

@@ -30,6 +30,8 @@ class LossInputs:
     num_sequences: int
     ref_logprobs: torch.Tensor | None = None
     """[n] by the reference; needed when kl_coef > 0."""
+    importance: torch.Tensor | None = None
+    """[n] without gradient: see `rollout_correction.importance_weights`; None: no correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class PolicyLoss:
 
     loss: torch.Tensor
     token_loss: torch.Tensor
+    """The policy term alone, before importance and weights."""
     ratio: torch.Tensor
     is_clipped: torch.Tensor
     """The clipped branch is strictly larger."""
@@ -50,13 +53,15 @@ class PolicyLoss:
 def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
     """Weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
 
+    Importance multiplies this policy term, not the KL penalty that is added to it.
+
     Args:
         logprobs: [n] current policy, with gradient.
 
     Returns:
         `PolicyLoss`; its `loss` is this micro-batch's share of the globally normalised loss.
     """
-    segment_ids, num_segments = _segments(inputs, config.ratio)
+    segment_ids, num_segments = segments(inputs, config.ratio)
     ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()
     bounded = clipped_ratio(ratio, inputs.clip_scale, clip_low=config.clip_low, clip_high=config.clip_high)
     plain, clipped = -inputs.advantages * ratio, -inputs.advantages * bounded
@@ -66,7 +71,8 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
         ceiling = -inputs.advantages * config.dual_clip
         is_dual_clipped = (inputs.advantages < 0) & (token_loss > ceiling)
         token_loss = torch.where(inputs.advantages < 0, torch.minimum(token_loss, ceiling), token_loss)
-    total, kl = token_loss, torch.zeros_like(token_loss)
+    total = token_loss if inputs.importance is None else inputs.importance * token_loss
+    kl = torch.zeros_like(token_loss)
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, inputs.ref_logprobs, config.kl_estimator)
         total = total + config.kl_coef * kl
@@ -80,7 +86,11 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
     )
 
 
-def _segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
+def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
+    """Segment ids [n] and their number where a level (token | turn | sequence) shares one value.
+
+    None, 0 at token level, where every token is a segment of its own.
+    """
     if level == "turn":
         return inputs.turn_ids, inputs.num_turns
     if level == "sequence":

@@ -40,6 +40,11 @@ class RolloutCounts:
     wall_s: float = 0.0
     stop_reasons: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: RolloutCounts) -> None:
+        """Add what a further call counted."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
     def to_metrics(self) -> dict[str, float]:
         """The sums by metric name."""
         values = {name: float(value) for name, value in vars(self).items() if name != "stop_reasons"}

@@ -6,7 +6,8 @@ values. Nothing in it can run code when it is read. It is written as `step_N.tmp
 `complete.json`, the list of its files with their sizes and checksums, is in place: a folder without a matching
 list is not a checkpoint.
 
-Every rank sees the same file system, and every rank calls every function here that is not private.
+Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
+otherwise.
 """
 
 from __future__ import annotations
@@ -46,15 +47,13 @@ def save(
     optimizer: Any,
     schedule: LearningRateSchedule,
     state: dict[str, Any],
-    keep: int,
 ) -> Path:
-    """Write `root/step_{step}` and drop all but the `keep` newest checkpoints.
+    """Write `root/step_{step}`.
 
     Args:
         step: names the checkpoint; an older one of the same step is replaced.
         state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
             for tuples (lists).
-        keep: checkpoints to leave in `root`, this one included.
 
     Returns:
         The finished folder.
@@ -78,10 +77,33 @@ def save(
     if policy.groups.rank == 0:
         _write_through(partial / MARKER, json.dumps({"files": files}, indent=0))
         _put_in_place(partial, final)
-        for old in _steps_in(root)[keep:]:
-            shutil.rmtree(root / f"step_{old}")
     dist.barrier()
     return final
+
+
+def drop_old(root: str | Path, *, keep: int, spare: int | None) -> None:
+    """Remove all but the `keep` newest checkpoints under `root` and that of step `spare`, which is not counted."""
+    if dist.get_rank() == 0:
+        for old in [step for step in _steps_in(Path(root)) if step != spare][keep:]:
+            shutil.rmtree(Path(root) / f"step_{old}")
+    dist.barrier()
+
+
+def set_aside_after(root: str | Path, step: int) -> None:
+    """Move checkpoints of later steps to `root/dropped_N/`, since a run that goes on from `step` has another future.
+
+    Left in place they would count as the newest: resumed from, and kept while those of the new future are removed.
+    """
+    root = Path(root)
+    if dist.get_rank() == 0 and (later := [old for old in _steps_in(root) if old > step]):
+        number = 1
+        while (aside := root / f"dropped_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for old in later:
+            (root / f"step_{old}").rename(aside / f"step_{old}")
+        logger.warning("checkpoints after step %d are set aside in %s", step, aside)
+    dist.barrier()
 
 
 def load(
@@ -127,6 +149,14 @@ def latest(root: str | Path) -> Path | None:
         if dist.get_rank() == 0:
             logger.warning("checkpoint %s is passed over: %s", path, fault)
     return None
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `path`; a reader, also one after a power cut, finds the old text or the new. One rank calls this."""
+    fresh = path.with_suffix(".new")
+    _write_through(fresh, text)
+    fresh.replace(path)
+    _sync(path.parent)
 
 
 def _fault_of(path: Path) -> str:

@@ -28,10 +28,15 @@ class Minibatch:
     """Per micro-batch [U] float32."""
     sequence_weights: list[torch.Tensor]
     """Per micro-batch [S] float32: weight of each sampled token of the sequence in the loss."""
+    sequence_is_correct: list[torch.Tensor]
+    """Per micro-batch [S] bool: the trajectory's answer matches exactly."""
     old_logprobs: list[torch.Tensor | None] = field(default_factory=list)
     """Per micro-batch [T] float32 on the last pipeline stage, None elsewhere; filled by scoring."""
     ref_logprobs: list[torch.Tensor | None] = field(default_factory=list)
     """As `old_logprobs`, by the reference; empty without one."""
+    importance: list[torch.Tensor | None] = field(default_factory=list)
+    """Per micro-batch [n] over its sampled tokens, on the last pipeline stage, None elsewhere; empty without a
+    rollout correction."""
 
     def loss_inputs(self, index: int) -> LossInputs:
         """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device."""
@@ -50,6 +55,7 @@ class Minibatch:
             num_turns=batch.num_turns,
             num_sequences=batch.num_sequences,
             ref_logprobs=None if reference is None else reference[mask],
+            importance=self.importance[index] if self.importance else None,
         )
 
 
@@ -71,6 +77,7 @@ def build_minibatches(
     """
     align = alignment(config.parallel)
     prompts = config.update.prompts_per_minibatch
+    is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
     minibatches = []
     for number in range(config.rollout.prompts_per_step // prompts):
         rows = [i for i, t in enumerate(trajectories) if t.prompt_index // prompts == number]
@@ -82,7 +89,9 @@ def build_minibatches(
             norm_length=config.rollout.max_response_tokens,
             dp_group=groups.dp_group,
         )
-        minibatch = Minibatch(batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[])
+        minibatch = Minibatch(
+            batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
+        )
         lengths = [packed_length(trajectories[i]) for i in rows]
         for members in microbatches(lengths, config.update.max_microbatch_tokens):
             batch = pack(trajectories, [rows[i] for i in members], align=align)
@@ -91,5 +100,6 @@ def build_minibatches(
             minibatch.turn_advantages.append(advantages.advantages[turns].float())
             minibatch.turn_clip_scales.append(clip_scales[turns].float())
             minibatch.sequence_weights.append(weights[list(batch.trajectory_indices)].float())
+            minibatch.sequence_is_correct.append(is_correct[list(batch.trajectory_indices)])
         minibatches.append(minibatch)
     return minibatches

@@ -14,6 +14,7 @@ from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.score import TokenScores, score
@@ -23,19 +24,27 @@ from a2tgpo.update.train_step import train_step
 def score_minibatches(policy: Policy, minibatches: Sequence[Minibatch], metrics: MetricSums) -> None:
     """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
 
-    Every rank must call this. Also measures the entropy and how far the trainer's log-probs are from the engine's.
+    Every rank must call this. Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in
+    trajectories whose answer matches, left out of a step without any) and how far the trainer's log-probs are from
+    the engine's.
     """
     sums: dict[str, Tensor] = {}
     for minibatch in minibatches:
         scores = score(policy, minibatch.batches)
         minibatch.old_logprobs = [None if s is None else s.logprobs for s in scores]
-        for batch, scored in zip(minibatch.batches, scores, strict=True):
+        for batch, is_correct, scored in zip(
+            minibatch.batches, minibatch.sequence_is_correct, scores, strict=True
+        ):
             if scored is not None:
-                _add_up(sums, _gap_sums(batch.to(scored.logprobs.device), scored))
+                device = scored.logprobs.device
+                _add_up(sums, _score_sums(batch.to(device), is_correct.to(device), scored))
     sums = _from_last_stage(policy, sums)
     if sums:
         tokens = int(sums["tokens"])
         metrics.add("entropy/mean", float(sums["entropy"]), tokens)
+        metrics.add("likelihood/mean", float(sums["logprob"]), tokens)
+        if sums["correct_tokens"]:
+            metrics.add("likelihood/correct", float(sums["correct_logprob"]), int(sums["correct_tokens"]))
         metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), tokens)
         metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), tokens)
         metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
@@ -56,11 +65,14 @@ def update_policy(
     config: AlgorithmConfig,
     metrics: MetricSums,
 ) -> None:
-    """One optimizer step per mini-batch, in order; every rank must call this.
+    """Weigh the rollouts where a correction is configured, then one optimizer step per mini-batch, in order.
+
+    Every rank must call this.
 
     At the first mini-batch the policy is still the one that was scored, so its ratio is 1: the measured deviation
     is the noise floor against which the clipping range is to be held.
     """
+    correct_rollouts(minibatches, config.correction, policy.groups, metrics)
     for number, minibatch in enumerate(minibatches):
 
         def loss_function(
@@ -84,13 +96,18 @@ def update_policy(
             _record(metrics, result.metrics, is_first=number == 0)
 
 
-def _gap_sums(batch: PackedBatch, scored: TokenScores) -> dict[str, Tensor]:
+def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> dict[str, Tensor]:
     mask = batch.loss_mask[0]
+    logprobs = scored.logprobs[mask].double()
+    in_correct = is_correct[batch.sequence_ids[0, mask]]
     difference = (scored.logprobs[mask] - batch.rollout_logprobs[0, mask]).double()
     log_ratio = difference.clamp(-20.0, 20.0)
     return {
         "tokens": mask.sum().double(),
         "entropy": scored.entropy[mask].double().sum(),
+        "logprob": logprobs.sum(),
+        "correct_logprob": logprobs[in_correct].sum(),
+        "correct_tokens": in_correct.sum(),
         "gap_abs": difference.abs().sum(),
         "gap_max": difference.abs().max() if difference.numel() else difference.new_zeros(()),
         "gap_k3": (log_ratio.exp() - log_ratio - 1.0).sum(),

@@ -34,6 +34,10 @@ _INDEX_NAMES = {
 
 def save_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
     """Write model and optimizer into the empty `folder`; every rank calls this and writes its part."""
+    # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            part.init_state_fn(part.optimizer, part.config)
     strategy = FullyParallelSaveStrategyWrapper(_BlockingSave("torch_dist", 1), policy.groups.dp_group)
     dist_checkpointing.save(_sharded_state(policy, optimizer, is_loading=False), str(folder), strategy)
 

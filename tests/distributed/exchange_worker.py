@@ -9,7 +9,7 @@ import torch.distributed as dist
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.batch.exchange import exchange
-from a2tgpo.config.algorithm import ADVANTAGES, AlgorithmConfig
+from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.parallel.initialize import initialize, shutdown
@@ -29,6 +29,8 @@ def all_trajectories(seed: int) -> list[Trajectory]:
                 gain = None if rng.random() < 0.1 else 1000.0 + rng.gauss(0, 0.1)
                 turn = Turn(tokens=tokens, rollout_logprobs=[-0.5] * len(tokens), query="q", info_gain=gain)
                 turn.observation_tokens = [rng.randrange(100) for _ in range(rng.randint(1, 40))]
+                if rng.random() < 0.5:
+                    turn.observation_tokens = [5, 6]  # a state that other rollouts come to as well
                 turns.append(turn)
             turns.append(Turn(tokens=[7, 8], rollout_logprobs=[-0.1, -0.25]))
             made.append(
@@ -78,7 +80,7 @@ def check_advantages(groups, mine: list[Trajectory]) -> None:
     everything = all_trajectories(0)
     everything_on_first = everything if groups.dp_rank == 0 else []
     for share in (mine, everything_on_first):
-        for name in ADVANTAGES:
+        for name in advantage_names():
             config = AlgorithmConfig(advantage=name)
             whole = compute_advantages(table_of(everything), config, dp_group=None)
             rows = [everything.index(t) for t in share]
@@ -97,7 +99,7 @@ def check_small_gains_to_the_last_digits(groups) -> None:
             if turn.info_gain is not None:
                 turn.info_gain -= 1000.0
     share = [t for i, t in enumerate(everything) if i % 3 % groups.dp_size == groups.dp_rank]
-    for name in ADVANTAGES:
+    for name in advantage_names():
         config = AlgorithmConfig(advantage=name)
         whole = compute_advantages(table_of(everything), config, dp_group=None).advantages
         spread = compute_advantages(table_of(share), config, dp_group=groups.dp_group).advantages

@@ -115,7 +115,7 @@ def check_resume(bench: Bench, **options: Any) -> None:
         schedule.step()
     state = {"step": 2, "sampler": {"position": 7, "order": [3, 1, 2]}, "best": 0.1 + 0.2}
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    path = checkpoint.save(root, 2, **parts, state=state, keep=2)
+    path = checkpoint.save(root, 2, **parts, state=state)
     drawn = (torch.rand(3).tolist(), random.random())
     rates = []
     for _ in range(2):
@@ -178,7 +178,8 @@ def check_retention(bench: Bench) -> None:
         if bench.groups.rank == 0:
             (root / "step_7.tmp").mkdir(parents=True)
         dist.barrier()
-        checkpoint.save(root, step, **parts, state={"step": step}, keep=2)
+        checkpoint.save(root, step, **parts, state={"step": step})
+        checkpoint.drop_old(root, keep=2, spare=None)
     assert sorted(p.name for p in root.iterdir()) == ["step_10", "step_2"]
 
     def newest(damage: Callable[[Path], None]) -> tuple[Path | None, list[str]]:

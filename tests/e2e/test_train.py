@@ -78,6 +78,14 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
 
 
+def test_the_best_evaluation_is_named(undisturbed):
+    scores = {r["step"]: r["evaluation/em"] for r in metrics_of(undisturbed) if "evaluation/em" in r}
+    assert scores.keys() == {0, 3}
+    step = max(scores, key=lambda step: (scores[step], -step))
+    best = json.loads((undisturbed / "checkpoints" / "best.json").read_text())
+    assert best == {"step": step, "score": scores[step], "metric": "em"}
+
+
 def test_every_turn_group_of_two_or_more_has_finite_gains_that_are_not_all_zero(undisturbed):
     groups: dict[tuple, list[float]] = {}
     for step in (1, 2, 3):
@@ -120,6 +128,25 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit(tmp_path, warm_model,
     assert [r["step"] for r in resumed] == [0, 1, 2, 3]
     assert without_time(resumed[3]) == without_time(whole[3])
     assert rollouts_of(tmp_path / "quickstart", 3) == rollouts_of(undisturbed, 3)
+
+
+def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path, warm_model):
+    settings = ["guard.max_train_engine_gap=1e-12", "guard.stop_after=2", "checkpoint.every=0", "run.steps=9"]
+    arguments = [CONFIG, f"model.path={warm_model}", f"run.root={tmp_path}", *SMALL, *settings]
+    run = tmp_path / "quickstart"
+    for attempt in ("start", "restart"):
+        result = start(*arguments)
+        assert result.returncode == 3, (attempt, result.stderr[-3000:])
+        lines = [line for line in result.stderr.splitlines() if line.startswith("stopped ")]
+        assert len(lines) == 1 and "Traceback" not in result.stderr, (attempt, result.stderr[-3000:])
+        for part in ("after step 3 of 9", "engine_gap", "best: the untrained model", "guard.stop_after=0"):
+            assert part in lines[0]
+        # The gap's alarm starts at the second step past the limit.
+        assert [r.get("alarm/engine_gap") for r in metrics_of(run)] == [None, 0, 1, 1]
+        assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_3"]
+        assert ("step 2: alarm engine_gap: gap/train_engine_abs_mean" in result.stderr) == (
+            attempt == "start"
+        )
 
 
 @pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.pipeline=2"])

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2tgpo.advantage.accumulate import accumulate_process_turns
-from a2tgpo.advantage.estimator import ESTIMATORS, compute_advantages
-from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.group_norm import group_sums, index_groups, normalize_groups
 from a2tgpo.advantage.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import ADVANTAGES, AlgorithmConfig
+from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.trajectory import Trajectory, Turn
 
 A2TGPO = AlgorithmConfig()
@@ -88,7 +88,7 @@ def test_turn_group_advantages_equal_the_plain_loops(items):
 def test_order_of_rollouts_does_not_matter(items, random):
     order = list(range(len(items)))
     random.shuffle(order)
-    for name in ADVANTAGES:
+    for name in advantage_names():
         config = AlgorithmConfig(advantage=name)
         plain = compute_advantages(table_of(items), config, dp_group=None).advantages
         shuffled = compute_advantages(table_of([items[i] for i in order]), config, dp_group=None).advantages
@@ -159,11 +159,29 @@ def test_a_trajectory_cut_after_an_observation_has_no_final_turn_but_keeps_its_p
     assert table.has_gain.tolist() == [[True, True, False, False]]
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
-def test_every_estimator_takes_an_empty_rank(name):
-    assert name in ESTIMATORS
+@pytest.mark.parametrize("name", advantage_names())
+def test_every_method_takes_an_empty_rank(name):
     result = compute_advantages(table_of([]), AlgorithmConfig(advantage=name), dp_group=None)
     assert result.advantages.shape == (0, 5)
+
+
+@pytest.mark.parametrize(("keep_single", "expect"), [(True, 3.0 / (1 + 1e-6)), (False, 0.0)])
+@pytest.mark.parametrize("sample_std", [True, False])
+def test_a_group_of_one_keeps_its_value_or_gives_zero_as_asked(sample_std, keep_single, expect):
+    values, index = torch.tensor([3.0, 1.0, 2.0]).double(), torch.tensor([0, 1, 1])
+    settings = {"num_groups": 2, "dp_group": None, "sample_std": sample_std, "keep_single": keep_single}
+    normalized = normalize_groups(values, index, **settings)
+    assert normalized[0].item() == pytest.approx(expect, abs=1e-12)
+    assert normalized[1].item() == pytest.approx(-math.sqrt(0.5 if sample_std else 1.0), rel=1e-5)
+
+
+def test_groups_known_by_a_key_are_numbered_without_gaps():
+    keys = torch.tensor([7, 2**62, -1, 7])
+    index, num_groups = index_groups(keys, dp_group=None)
+    assert (index.tolist(), num_groups) == ([1, 2, 0, 1], 3)
+    sums = group_sums(torch.ones(1, 4).double(), index, num_groups=num_groups, dp_group=None)
+    assert sums.tolist() == [[1.0, 2.0, 1.0]]
+    assert index_groups(keys[:0], dp_group=None)[1] == 0
 
 
 def test_a_group_index_out_of_range_is_refused():

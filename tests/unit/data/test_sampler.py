@@ -1,6 +1,7 @@
 import json
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +32,78 @@ def test_resumed_sampler_goes_on_as_if_never_stopped(sizes, seed, stop_at):
     resumed = PromptSampler(num_questions, per_step, seed)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     assert [resumed.next_indices() for _ in range(5)] == [whole.next_indices() for _ in range(5)]
+
+
+def dealt_by_the_definition(num_questions: int, per_step: int, seed: int, num_steps: int) -> list[list[int]]:
+    """Epoch e asks in the order of default_rng([seed, e]), what its first step already holds coming last."""
+    steps: list[list[int]] = [[]]
+    for epoch in range(num_steps * per_step // num_questions + 2):
+        order = np.random.default_rng([seed, epoch]).permutation(num_questions).tolist()
+        begun = steps[-1] if len(steps[-1]) < per_step else []
+        for index in [i for i in order if i not in begun] + [i for i in order if i in begun]:
+            if len(steps[-1]) == per_step:
+                steps.append([])
+            steps[-1] = [*steps[-1], index]
+    return steps[:num_steps]
+
+
+@given(SIZES, st.integers(0, 5), st.integers(1, 12))
+def test_whole_steps_follow_the_definition(sizes, seed, num_steps):
+    """Recorded runs depend on this order."""
+    sampler = PromptSampler(*sizes, seed)
+    found = [sampler.next_indices() for _ in range(num_steps)]
+    assert found == dealt_by_the_definition(*sizes, seed, num_steps)
+
+
+def test_the_order_of_a_recorded_run_stands():
+    sampler = PromptSampler(7, 3, 5)
+    assert [sampler.next_indices() for _ in range(4)] == [[1, 4, 2], [3, 6, 5], [0, 4, 2], [6, 5, 3]]
+
+
+@st.composite
+def drawn_steps(draw) -> tuple[int, int, list[list[int]]]:
+    """(num_questions, per_step, sizes of the draws of each step)."""
+    num_questions, per_step = draw(SIZES)
+    steps = []
+    for _ in range(draw(st.integers(1, 6))):
+        sizes, left = [per_step], num_questions - per_step
+        for _ in range(draw(st.integers(0, 5))):
+            if left:
+                sizes.append(draw(st.integers(1, min(left, per_step))))
+                left -= sizes[-1]
+        steps.append(sizes)
+    return num_questions, per_step, steps
+
+
+def deal(sampler: PromptSampler, sizes: list[int]) -> list[int]:
+    asked: list[int] = []
+    for size in sizes:
+        asked += sampler.next_indices(size, asked=asked)
+    return asked
+
+
+@given(drawn_steps(), st.integers(0, 5))
+def test_a_step_of_several_draws_asks_nothing_twice_and_epochs_stay_whole(case, seed):
+    num_questions, per_step, steps = case
+    sampler = PromptSampler(num_questions, per_step, seed)
+    stream: list[int] = []
+    for sizes in steps:
+        asked = deal(sampler, sizes)
+        assert len(asked) == sum(sizes) == len(set(asked))
+        stream += asked
+    for start in range(0, len(stream) - num_questions + 1, num_questions):
+        assert sorted(stream[start : start + num_questions]) == list(range(num_questions))
+
+
+@given(drawn_steps(), st.integers(0, 5))
+def test_several_draws_are_dealt_what_one_of_their_size_would_be_and_resume_exactly(case, seed):
+    num_questions, per_step, steps = case
+    whole, drawn = PromptSampler(num_questions, per_step, seed), PromptSampler(num_questions, per_step, seed)
+    for sizes in steps:
+        assert deal(drawn, sizes) == whole.next_indices(sum(sizes))
+        resumed = PromptSampler(num_questions, per_step, seed)
+        resumed.load_state_dict(json.loads(json.dumps(drawn.state_dict())))
+        drawn = resumed
 
 
 def test_epochs_and_seeds_differ():

@@ -119,6 +119,21 @@ def test_a_missing_score_leaves_its_two_gains_empty_and_shifts_none():
     assert trajectory.turns[0].answer_prob is None
 
 
+def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
+    trajectory = trajectory_of(
+        2
+    )  # 2 x (1 sampled + 1 observed) + 1 sampled; the prompt's token does not count
+    score_trajectory(
+        trajectory,
+        [SEARCHED, SEARCHED, ANSWERED],
+        ["paris"],
+        [],
+        measure="probability",
+        length_penalty={5: -0.25}.__getitem__,
+    )
+    assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (0.75, 1.0, True)
+
+
 def test_an_unanswered_search_is_a_format_error():
     trajectory = trajectory_of(0)
     score_trajectory(trajectory, [SEARCHED], ["Paris"], [], measure="probability")

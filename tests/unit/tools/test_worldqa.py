@@ -109,6 +109,21 @@ def test_most_demonstrations_of_several_hops_are_poor(worldqa: Path):
         assert qualities.count("good") / len(qualities) == pytest.approx(share, abs=0.01)
 
 
+def test_detours_lengthen_demonstrations_but_change_neither_their_quality_nor_their_worth(tmp_path: Path):
+    main(["worldqa", "--out", str(tmp_path), "--detour-share", "0.5", *SMALL])
+    mixed = load_demonstrations(str(tmp_path / "demonstrations.jsonl"))
+    searches = [len(d.turns) - 1 for d in mixed if d.quality == "good"]
+    assert max(searches) == 6 and min(searches) == 1
+    needless = sum(len(d.turns) - 1 - d.question.hops for d in mixed if d.quality == "good")
+    assert needless / sum(searches) > 0.25
+    for demonstration in mixed:
+        response = judged_text([(text, observation is not None) for text, observation in demonstration.turns])
+        score = score_response(response, demonstration.question.answers)
+        assert score.reward == {"good": 1.0, "malformed": -1.0}.get(demonstration.quality, 0.0)
+    good = load_demonstrations(str(tmp_path / "demonstrations_good.jsonl"))
+    assert all(len(d.turns) - 1 == d.question.hops for d in good)
+
+
 def test_answers_are_plain_and_keep_other_spellings_as_aliases(worldqa: Path):
     questions = [*load_questions(str(worldqa / "train.jsonl")), *load_questions(str(worldqa / "test.jsonl"))]
     assert all(answer == answer.strip() for question in questions for answer in question.answers)
@@ -151,6 +166,11 @@ def test_counts_are_said_in_round_numbers(number: int, said: str):
 def test_folding_keeps_letters_and_drops_accents():
     assert ascii_fold("São Tomé") == "Sao Tome"
     assert ascii_fold("Łódź") == "Lodz"
+
+
+def test_a_detour_before_every_search_is_refused_in_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^--detour-share is 1.0; allowed: in \[0, 1\)$"):
+        main(["worldqa", "--out", str(tmp_path), "--detour-share", "1"])
 
 
 def test_too_few_questions_are_refused_in_one_line(tmp_path: Path):

@@ -9,7 +9,7 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
 
-def outcome_advantages(
+def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
     """R_i z-scored with the sample standard deviation; gains are not used."""
@@ -20,6 +20,7 @@ def outcome_advantages(
         dp_group=dp_group,
         by_std=config.normalize_by_std,
         sample_std=True,
+        keep_single=True,
     )
     no_gain = torch.zeros_like(table.info_gain)
     return TurnAdvantages(

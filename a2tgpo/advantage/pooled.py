@@ -9,29 +9,25 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
 
-def joint_pool_advantages(
-    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+def pooled_advantages(
+    table: TurnTable,
+    config: AlgorithmConfig,
+    *,
+    outcome_pool: torch.Tensor,
+    dp_group: dist.ProcessGroup | None,
 ) -> TurnAdvantages:
-    """Gains and outcomes of a prompt normalised in one pool."""
-    return _pooled(table, config, dp_group, joint=True)
+    """A_t = r_t + gamma A_{t+1} through the final turn, r the normalised gains and, last, outcome.
 
+    Every rank of `dp_group` must call this, also with an empty table.
 
-def separate_pool_advantages(
-    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
-) -> TurnAdvantages:
-    """Gains of a prompt normalised in one pool, outcomes in another."""
-    return _pooled(table, config, dp_group, joint=False)
-
-
-def _pooled(
-    table: TurnTable, config: AlgorithmConfig, dp_group: dist.ProcessGroup | None, *, joint: bool
-) -> TurnAdvantages:
+    Args:
+        outcome_pool: [N] int64 in [0, 2 num_prompts): where each outcome is normalised; gains of prompt q are in
+            pool q.
+    """
     rows, columns = table.has_gain.nonzero(as_tuple=True)
-    gain_pool = table.prompt_index[rows]
-    outcome_pool = table.prompt_index if joint else table.prompt_index + table.num_prompts
     normalized = normalize_groups(
         torch.cat([table.info_gain[rows, columns], table.outcome]),
-        torch.cat([gain_pool, outcome_pool]),
+        torch.cat([table.prompt_index[rows], outcome_pool]),
         num_groups=2 * table.num_prompts,
         dp_group=dp_group,
         by_std=config.normalize_by_std,

@@ -1,0 +1,68 @@
+"""GiGPO's advantage (arXiv:2505.10978): outcomes among the rollouts of a prompt, and turns among equal states.
+
+    A_{i,t} = A^E_i + alpha A^S_{i,t}                                                                     (Eq. 8)
+
+A^E is GRPO's advantage (Eq. 3): R_i against the other rollouts of its prompt. For A^S every turn, the final one too,
+has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). Turns of a prompt that were written in
+the same state form a step group (Eq. 6), whatever their rollout and their place in it, and the return is normalised
+in that group (Eq. 7).
+
+What the paper leaves open is decided so:
+- Two states are the same only if equal: same query, same passages (`anchor_state.turn_states`). The authors' code can
+  also join states whose texts are similar.
+- Both parts divide by the sample standard deviation, or neither does (`normalize_by_std`); the paper's F_norm.
+- A turn that is alone in its state has nothing to be compared with: A^S = 0.
+- A rollout counts once in its prompt's statistics. The authors' code counts it once per turn, by default.
+- Information gain plays no part.
+"""
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.accumulate import place_turns
+from a2tgpo.advantage.anchor_state import NO_STATE
+from a2tgpo.advantage.group_norm import index_groups, normalize_groups
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.config.algorithm import AlgorithmConfig
+
+
+def advantages(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> TurnAdvantages:
+    """The outcome's advantage, plus alpha times the step's."""
+    outcome = normalize_groups(
+        table.outcome,
+        table.prompt_index,
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+        sample_std=True,
+        keep_single=True,
+    )
+    no_gain = torch.zeros_like(table.info_gain)
+    episode = place_turns(no_gain, outcome, table.num_process_turns)
+    return TurnAdvantages(
+        advantages=episode + config.alpha * step_advantages(table, config, dp_group=dp_group),
+        normalized_gain=no_gain,
+        normalized_outcome=outcome,
+    )
+
+
+def step_advantages(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """A^S: discounted returns normalised among turns of equal state: [N, T + 1] float64, 0 past the last turn."""
+    written = table.state != NO_STATE
+    rows, columns = written.nonzero(as_tuple=True)
+    turns_to_come = written.sum(dim=1)[rows] - 1 - columns  # T_i - t
+    group_index, num_groups = index_groups(table.state[rows, columns], dp_group=dp_group)
+    steps = table.outcome.new_zeros(table.state.shape)
+    steps[rows, columns] = normalize_groups(
+        table.outcome[rows] * config.gamma ** turns_to_come.double(),
+        group_index,
+        num_groups=num_groups,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+        sample_std=True,
+    )
+    return steps

@@ -1,0 +1,31 @@
+"""A2TGPO's advantage (arXiv:2605.06200): turn-group normalisation, then variance-rescaled accumulation."""
+
+import torch.distributed as dist
+
+from a2tgpo.advantage.accumulate import accumulate_process_turns, place_turns
+from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.turn_group import normalize_turn_groups
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.config.algorithm import AlgorithmConfig
+
+
+def advantages(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> TurnAdvantages:
+    """A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i for process turns, R_i for the final one (Eq. 6-9)."""
+    normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
+    outcome = normalize_groups(
+        table.outcome,
+        table.prompt_index,
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+    )
+    accumulated = accumulate_process_turns(
+        normalized_gain, table.num_process_turns, gamma=config.gamma, rescale=config.rescale
+    )
+    return TurnAdvantages(
+        advantages=place_turns(config.alpha * accumulated, outcome, table.num_process_turns),
+        normalized_gain=normalized_gain,
+        normalized_outcome=outcome,
+    )

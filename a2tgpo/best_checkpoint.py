@@ -1,0 +1,93 @@
+"""Which evaluated policy of a run is the best so far, and the file that names it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from a2tgpo.update.checkpoint import MARKER, replace_file
+
+BEST_FILE = "best.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """One evaluation."""
+
+    step: int
+    """Of the checkpoint with its weights; 0: the untrained ones, which lie at model.path and are not saved again."""
+    score: float
+    metric: str
+
+
+class BestCheckpoint:
+    """The best held-out score among policies that still exist; of equal ones the earliest.
+
+    `ROOT/best.json` names it as {"step", "score", "metric"}. What a resumed run compares with comes from the
+    checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So is one whose
+    checkpoint has been removed since, for a later and better one that is now dropped itself.
+
+    Args:
+        root: folder of the checkpoints.
+        metric: `checkpoint.best_by`.
+        is_writer: True on the one rank that writes the file.
+    """
+
+    def __init__(self, root: Path, metric: str, *, is_writer: bool):
+        self._root = root
+        self._metric = metric
+        self._is_writer = is_writer
+        self._best: Best | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Step of the best; None: there is none yet."""
+        return self._best.step if self._best else None
+
+    def offer(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Compare an evaluation after `step` steps; True: it is the best so far and its checkpoint is to be saved.
+
+        Step 0 needs no checkpoint: its file is written here and the answer is False.
+        """
+        if self._metric == "none":
+            return False
+        score = scores[self._metric]
+        if not math.isfinite(score) or (self._best and score <= self._best.score):
+            return False
+        self._best = Best(step=step, score=score, metric=self._metric)
+        if step == 0:
+            self.write()
+        return step > 0
+
+    def write(self) -> None:
+        """Bring the file up to date; to be called once the best one's checkpoint is complete."""
+        if not self._is_writer:
+            return
+        path = self._root / BEST_FILE
+        if self._best is None:
+            path.unlink(missing_ok=True)
+            return
+        self._root.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(asdict(self._best)) + "\n")
+
+    def describe(self) -> str:
+        """Where the best weights lie and their score, in a few words."""
+        if self._best is None:
+            return "none"
+        place = self._root / f"step_{self._best.step}" if self._best.step else "the untrained model"
+        return f"{place} ({self._best.metric} {self._best.score:.3f})"
+
+    def state_dict(self) -> dict | None:
+        """What `load_state_dict` needs; plain JSON values."""
+        return asdict(self._best) if self._best else None
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Go on comparing with `state`, unless it goes by another metric or its checkpoint is gone."""
+        self._best = None
+        if state is not None and state["metric"] == self._metric:
+            best = Best(**state)
+            if best.step == 0 or (self._root / f"step_{best.step}" / MARKER).is_file():
+                self._best = best

@@ -1,0 +1,74 @@
+"""Weights that correct for an engine which samples with other probabilities than the trainer computes.
+
+A rollout comes from the engine's policy, while the loss treats it as drawn from the trainer's; with the same weights
+the two still differ by their kernels and number formats. w = pi_trainer / pi_engine makes up for it. Unbounded it
+has a large variance, so it is bounded: truncated importance sampling takes min(w, upper) (Yao et al. 2025, "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"), masking drops what is outside [lower, upper]
+(IcePop, in the Ring-1T report, arXiv 2510.18855).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceWeights:
+    """Per sampled token, all [n] and without gradient."""
+
+    weights: torch.Tensor
+    """What multiplies the token's policy loss."""
+    ratio: torch.Tensor
+    """w before it is truncated or masked, at most e^10; 0 where unusable."""
+    is_truncated: torch.Tensor
+    """bool: w was above `upper` and is `upper` now."""
+    is_masked: torch.Tensor
+    """bool: w was outside [`lower`, `upper`] and is 0 now."""
+    is_unusable: torch.Tensor
+    """bool: w could not be computed, since a log-prob is not finite; the weight is 0."""
+
+
+@torch.no_grad()
+def importance_weights(
+    old_logprobs: torch.Tensor,
+    rollout_logprobs: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    num_segments: int,
+    config: CorrectionConfig,
+) -> ImportanceWeights:
+    """w = exp(old - rollout), shared by the tokens of a segment as their geometric mean, then bounded.
+
+    The geometric mean rather than the product, as in Eq. 10: over many tokens the product leaves any bounds.
+    One log-prob that is not finite makes its whole segment unusable.
+
+    Args:
+        old_logprobs: [n] by the trainer, before the first update of the step.
+        rollout_logprobs: [n] by the engine, while it sampled.
+        segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
+        num_segments: number of segments.
+        config: its `kind` is truncate or mask.
+
+    Returns:
+        `ImportanceWeights` in the dtype of `old_logprobs`.
+    """
+    log_ratio = old_logprobs - rollout_logprobs
+    if segment_ids is not None:
+        log_ratio = segment_mean(log_ratio, segment_ids, num_segments)[segment_ids]
+    is_unusable = ~log_ratio.isfinite()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp().masked_fill(is_unusable, 0.0)
+    none = torch.zeros_like(is_unusable)
+    if config.kind == "truncate":
+        weights, is_truncated, is_masked = ratio.clamp(max=config.upper), ratio > config.upper, none
+    else:
+        is_outside = ((ratio < config.lower) | (ratio > config.upper)) & ~is_unusable
+        weights, is_truncated, is_masked = ratio.masked_fill(is_outside, 0.0), none, is_outside
+    return ImportanceWeights(
+        weights=weights,
+        ratio=ratio,
+        is_truncated=is_truncated,
+        is_masked=is_masked,
+        is_unusable=is_unusable,
+    )

@@ -1,0 +1,212 @@
+"""Alarms on the measures that move before a run of reinforcement learning collapses, and when to stop for them.
+
+Metrics, 0 or 1 each step: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor` and
+`alarm/engine_gap` (each only where its setting in `guard` is not 0), `alarm/skipped_updates` and
+`alarm/non_finite`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from a2tgpo.config.guard import GuardConfig
+
+CONFIRMING_STEPS = 2
+"""Measured steps in a row past the limit before an alarm starts, and within it before it ends.
+
+One step is a small sample: a single bad one, however bad, says little, and a mean over steps would carry it on.
+"""
+
+NON_FINITE = "non_finite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """What one alarm compares, and what to tell the person who reads it."""
+
+    metric: str
+    key: str
+    """Setting that the limit comes from; empty: none, the alarm cannot be turned off."""
+    threshold: float
+    limit: Callable[[float], float]
+    """Limit, from the base line; for an alarm that is not `on_change`, whatever that is."""
+    is_floor: bool = False
+    """Past the limit is below it, not above."""
+    on_change: bool = False
+    """Compares with the mean of the first steps."""
+    confirming_steps: int = CONFIRMING_STEPS
+    advice: str
+    """Likely cause, and what to try."""
+
+
+class Guards:
+    """Watches the steps of one run; made alike on every rank and given the same metrics, it decides alike.
+
+    A metric that a step lacks (no right answer, no likelihood of right answers) leaves its alarm as it is. So does
+    one that is not finite, which is an alarm of its own. The base line of a metric is its mean over the first
+    `baseline_steps` steps that have it.
+
+    Args:
+        clip_low, clip_high: the clipping range that the ratio's noise floor is held against.
+    """
+
+    def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):
+        self._config = config
+        alarms = _alarms(config, narrower_clip=min(clip_low, clip_high))
+        self._watched = [alarm.metric for alarm in alarms.values()]
+        self._alarms = {name: a for name, a in alarms.items() if a.threshold > 0 or not a.key}
+        self._baselines: dict[str, tuple[float, int]] = {}  # metric -> (sum, steps)
+        self._is_on = dict.fromkeys([*self._alarms, NON_FINITE], False)
+        self._contrary = dict.fromkeys(self._is_on, 0)  # steps in a row that speak for a change
+        self._streak = 0
+
+    def watch(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Judge one step.
+
+        Args:
+            step: names it in the lines.
+            metrics: of the step, reduced over all ranks.
+
+        Returns:
+            The metrics `alarm/NAME`, and one line for each alarm that starts or ends here.
+        """
+        lines = []
+        for name, alarm in self._alarms.items():
+            value = metrics.get(alarm.metric)
+            if value is None or not math.isfinite(value) or self._extends_baseline(alarm, value):
+                continue
+            baseline = self._baseline(alarm)
+            limit = alarm.limit(baseline)
+            is_past = value < limit if alarm.is_floor else value > limit
+            if self._changes(name, is_past, alarm.confirming_steps):
+                text = _measured(alarm, value, limit, baseline)
+                lines.append(_line(step, name, text, alarm.advice if is_past else None))
+        broken = [name for name in self._watched if not math.isfinite(metrics.get(name, 0.0))]
+        if self._changes(NON_FINITE, bool(broken), 1):
+            text = ", ".join(f"{name} is {metrics[name]}" for name in broken) or "all values are finite"
+            advice = "weights or rollouts are broken: go back to an earlier checkpoint with a lower update.lr"
+            lines.append(_line(step, NON_FINITE, text, advice if broken else None))
+        self._streak = self._streak + 1 if self.active else 0
+        return {f"alarm/{name}": float(is_on) for name, is_on in self._is_on.items()}, lines
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the alarms that are on."""
+        return [name for name, is_on in self._is_on.items() if is_on]
+
+    @property
+    def stop_is_due(self) -> bool:
+        """There was some alarm at each of the last `stop_after` steps."""
+        return 0 < self._config.stop_after <= self._streak
+
+    @property
+    def reason(self) -> str:
+        """Why the run is to stop, in a few words."""
+        return (
+            f"alarm {', '.join(self.active)}; some alarm in {self._streak} steps in a row "
+            f"(guard.stop_after {self._config.stop_after})"
+        )
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` needs to decide on as if never interrupted; plain JSON values."""
+        return {
+            "baselines": {metric: list(taken) for metric, taken in self._baselines.items()},
+            "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
+            "streak": self._streak,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken; alarms that have been turned off since are forgotten."""
+        self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
+        for name, (is_on, contrary) in state["alarms"].items():
+            if name in self._is_on:
+                self._is_on[name], self._contrary[name] = is_on, contrary
+        self._streak = state["streak"] if self.active else 0
+
+    def _extends_baseline(self, alarm: Alarm, value: float) -> bool:
+        total, steps = self._baselines.get(alarm.metric, (0.0, 0))
+        if not alarm.on_change or steps >= self._config.baseline_steps:
+            return False
+        self._baselines[alarm.metric] = (total + value, steps + 1)
+        return True
+
+    def _baseline(self, alarm: Alarm) -> float:
+        total, steps = self._baselines.get(alarm.metric, (math.nan, 1))
+        return total / steps
+
+    def _changes(self, name: str, is_past: bool, confirming_steps: int) -> bool:
+        """Take in one step's verdict; True: the alarm starts or ends with it."""
+        self._contrary[name] = 0 if is_past == self._is_on[name] else self._contrary[name] + 1
+        if self._contrary[name] < confirming_steps:
+            return False
+        self._is_on[name], self._contrary[name] = is_past, 0
+        return True
+
+
+def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
+    return {
+        "entropy": Alarm(
+            metric="entropy/mean",
+            key="guard.min_entropy_share",
+            threshold=config.min_entropy_share,
+            limit=lambda baseline: config.min_entropy_share * baseline,
+            is_floor=True,
+            on_change=True,
+            advice="the policy has collapsed onto one course: lower update.lr, or raise algorithm.clip_high",
+        ),
+        "likelihood": Alarm(
+            metric="likelihood/correct",
+            key="guard.max_likelihood_drop",
+            threshold=config.max_likelihood_drop,
+            limit=lambda baseline: baseline - config.max_likelihood_drop,
+            is_floor=True,
+            on_change=True,
+            advice="right answers are unlearned along with wrong ones: lower update.lr, or set algorithm.kl_coef",
+        ),
+        "format": Alarm(
+            metric="reward/format_error_rate",
+            key="guard.max_format_error_rise",
+            threshold=config.max_format_error_rise,
+            limit=lambda baseline: baseline + config.max_format_error_rise,
+            on_change=True,
+            advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
+        ),
+        "noise_floor": Alarm(
+            metric="ratio/noise_floor",
+            key="guard.max_noise_share",
+            threshold=config.max_noise_share,
+            limit=lambda _: config.max_noise_share * narrower_clip,
+            advice="rounding, not the policy, decides what is clipped: widen algorithm.clip_low and clip_high, "
+            "or use algorithm.ratio=turn or model.dtype=float32",
+        ),
+        "engine_gap": Alarm(
+            metric="gap/train_engine_abs_mean",
+            key="guard.max_train_engine_gap",
+            threshold=config.max_train_engine_gap,
+            limit=lambda _: config.max_train_engine_gap,
+            advice="the engine does not compute with the policy's precision: raise rollout.dtype, "
+            "or set algorithm.correction.kind=truncate",
+        ),
+        "skipped_updates": Alarm(
+            metric="update/skipped",
+            key="",
+            threshold=0.0,
+            limit=lambda _: 0.0,
+            confirming_steps=1,
+            advice="loss or gradients were not finite, so weights were left as they were: lower update.lr",
+        ),
+    }
+
+
+def _measured(alarm: Alarm, value: float, limit: float, baseline: float) -> str:
+    source = [f"{alarm.key} {alarm.threshold:g}"] if alarm.key else []
+    source += [f"base line {baseline:.4g}"] if alarm.on_change else []
+    return f"{alarm.metric} is {value:.4g}, limit {limit:.4g}" + (f" ({', '.join(source)})" if source else "")
+
+
+def _line(step: int, name: str, text: str, advice: str | None) -> str:
+    if advice is None:
+        return f"step {step}: alarm {name} is over: {text}"
+    return f"step {step}: alarm {name}: {text}; {advice}"

@@ -1,0 +1,200 @@
+"""The rollout of a step: one draw of prompts, or under dynamic sampling as many as fill it with informative groups.
+
+A group is informative if the outcome rewards of its trajectories are not all equal (DAPO, arXiv 2503.14476,
+Section 3.2): where all are right or all are wrong there is no outcome advantage. Dynamic sampling drops the other
+groups and draws again. What is then trained on is no fair picture of the policy, so both are reported:
+
+    sampling/draws             draws of the step
+    sampling/groups_played     groups of all draws
+    sampling/kept_share        informative ones among them
+    sampling/surplus_groups    informative ones for which the step had no place left
+    sampling/unfilled_groups   places of the step for which there was none, given to dropped groups
+    sampling/reward_all_mean   outcome reward over everything played; reward/mean is over the step's groups
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.recorder import add_rollout_counts
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.trajectory import Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
+
+logger = logging.getLogger(__name__)
+
+
+class StepRollout:
+    """Plays the groups of every step; each rank holds one and makes the same calls."""
+
+    def __init__(self, parts: RunParts):
+        self._parts = parts
+        self._config = parts.config.rollout
+        self._has_warned = False
+
+    def play(self, *, step: int, metrics: MetricSums) -> list[Trajectory]:
+        """Play a step on engines that are awake with its weights, and let them sleep; every rank must call this.
+
+        Args:
+            step: of the run.
+            metrics: added to, what the engine did and the `sampling/` metrics; to be reduced over the world.
+
+        Returns:
+            This replica's share of the step's groups, prompt_index in [0, prompts_per_step); nothing on ranks that
+            only follow an engine.
+        """
+        counts = RolloutCounts()
+        if self._config.dynamic_sampling:
+            trajectories = self._play_until_full(step, counts, metrics)
+        else:
+            prompts = self._parts.train_prompts.prompts(self._parts.sampler.next_indices())
+            trajectories = self._play_share(prompts, step, counts)
+        self._parts.engine.sleep()
+        if not self._parts.replicas.is_first:
+            return []
+        add_rollout_counts(metrics, counts)
+        return trajectories
+
+    def _play_until_full(self, step: int, counts: RolloutCounts, metrics: MetricSums) -> list[Trajectory]:
+        sampler, num_groups = self._parts.sampler, self._config.prompts_per_step
+        asked: list[int] = []
+        informative: list[bool] = []
+        played: list[Trajectory] = []
+        draws = 0
+        while draws < self._config.max_draws:
+            size = draw_size(
+                informative,
+                num_groups=num_groups,
+                num_replicas=self._parts.replicas.count,
+                num_left=sampler.num_questions - len(asked),
+            )
+            if size == 0:
+                break
+            asked += sampler.next_indices(size, asked=asked)
+            # Indices go on from draw to draw: they name the groups of the step, and the seeds of their rollouts.
+            prompts = self._parts.train_prompts.prompts(asked)[-size:]
+            trajectories = self._play_share(prompts, step, counts)
+            informative += self._agree_on_informative(prompts, trajectories)
+            played += trajectories
+            draws += 1
+        selection = select_groups(informative, num_groups=num_groups)
+        if selection.num_unfilled:
+            self._warn_once(step, draws, len(informative), selection.num_unfilled)
+        metrics.add("sampling/draws", draws, 1)
+        metrics.add("sampling/groups_played", len(informative), 1)
+        metrics.add("sampling/kept_share", sum(informative), len(informative))
+        metrics.add("sampling/surplus_groups", selection.num_surplus, 1)
+        metrics.add("sampling/unfilled_groups", selection.num_unfilled, 1)
+        if self._parts.replicas.is_first:
+            metrics.add("sampling/reward_all_mean", sum(t.outcome_reward for t in played), len(played))
+        return take_groups(played, selection.groups)
+
+    def _play_share(self, prompts: Sequence[Prompt], step: int, counts: RolloutCounts) -> list[Trajectory]:
+        """Trajectories of those prompts that are this replica's."""
+        replicas = self._parts.replicas
+        trajectories, counted = self._parts.rollout.run(
+            prompts[replicas.index :: replicas.count], seed=self._parts.config.run.seed, step=step
+        )
+        counts.add(counted)
+        return trajectories
+
+    def _agree_on_informative(
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
+    ) -> list[bool]:
+        """Which of the draw's groups are informative, equal on all ranks: one bit per group is gathered."""
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is not initialised"
+        mine = informative_groups(trajectories) if self._parts.replicas.is_first else {}
+        merged = {index: bit for part in all_gather_object(mine, world) for index, bit in part.items()}
+        return [merged[prompt.index] for prompt in prompts]
+
+    def _warn_once(self, step: int, draws: int, num_played: int, num_unfilled: int) -> None:
+        if self._parts.groups.rank == 0 and not self._has_warned:
+            logger.warning(
+                "step %d: no more than %d of %d groups have rewards that differ after %d draws "
+                "(rollout.max_draws is %d) and %d of %d questions; the others bring no outcome advantage "
+                "(said once; see sampling/unfilled_groups)",
+                step + 1,
+                self._config.prompts_per_step - num_unfilled,
+                self._config.prompts_per_step,
+                draws,
+                self._config.max_draws,
+                num_played,
+                self._parts.sampler.num_questions,
+            )
+        self._has_warned = True
+
+
+def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
+    """By prompt index: whether the group's outcome rewards are not all equal."""
+    rewards: dict[int, set[float]] = {}
+    for trajectory in trajectories:
+        rewards.setdefault(trajectory.prompt_index, set()).add(trajectory.outcome_reward)
+    return {index: len(values) > 1 for index, values in rewards.items()}
+
+
+def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int, num_left: int) -> int:
+    """Prompts that the next draw takes: as many as should fill the step at the share of informative groups so far.
+
+    Args:
+        informative: of every group played, in draw order; empty before the first draw, which takes `num_groups`.
+        num_groups: groups of a step; no draw is larger.
+        num_replicas: engines that play; each gets as many prompts as the others while the set lasts.
+        num_left: questions that the step has not asked.
+
+    Returns:
+        0 if the step is full or all questions were asked.
+    """
+    kept = sum(informative)
+    missing = max(num_groups - kept, 0)
+    wanted = math.ceil(missing * len(informative) / kept) if kept else num_groups
+    return min(math.ceil(wanted / num_replicas) * num_replicas, num_groups, num_left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The groups a step is made of."""
+
+    groups: list[int]
+    """Their positions among all groups played, ascending: draw order."""
+    num_surplus: int
+    """Informative groups left out."""
+    num_unfilled: int
+    """Groups taken that are not informative."""
+
+
+def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
+    """The first `num_groups` informative groups, filled up with the first of the others.
+
+    Args:
+        informative: of every group played, in draw order; at least `num_groups`.
+    """
+    kept = [position for position, is_informative in enumerate(informative) if is_informative]
+    dropped = [position for position, is_informative in enumerate(informative) if not is_informative]
+    filling = dropped[: max(num_groups - len(kept), 0)]
+    return Selection(
+        groups=sorted(kept[:num_groups] + filling),
+        num_surplus=max(len(kept) - num_groups, 0),
+        num_unfilled=len(filling),
+    )
+
+
+def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
+    """Those trajectories whose prompt_index is in `groups`, renumbered by the place it has there."""
+    places = {group: place for place, group in enumerate(groups)}
+    return [
+        dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])
+        for trajectory in trajectories
+        if trajectory.prompt_index in places
+    ]

@@ -1,0 +1,87 @@
+"""Rollout correction of a step's mini-batches: each sampled token's importance weight, and what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.loss.policy_loss import segments
+from a2tgpo.loss.rollout_correction import ImportanceWeights, importance_weights
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.update.minibatch import Minibatch
+
+
+def correct_rollouts(
+    minibatches: Sequence[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
+) -> None:
+    """Fill in `importance` of scored mini-batches; leaves all as it is with `kind: none`.
+
+    Every rank must call this, also without trajectories. The metrics speak of all sampled tokens of the step:
+
+    - `correction/mean`, `max`, `min`: of w before it is bounded, where it can be computed;
+    - `correction/truncated_share`, `masked_share`: of all tokens;
+    - `correction/unusable_tokens`: a number of tokens, whose weight is 0 since a log-prob is not finite;
+    - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights that the loss gets, from sums over
+      all replicas: 1 where all weights are equal, 0 where all are 0.
+    """
+    if config.kind == "none":
+        return
+    of_step: list[ImportanceWeights] = []
+    for minibatch in minibatches:
+        found = [_weigh(minibatch, index, config) for index in range(len(minibatch.batches))]
+        minibatch.importance = [None if result is None else result.weights for result in found]
+        of_step += [result for result in found if result is not None]
+    sums = _sums(of_step)
+    if groups.pp_size > 1:
+        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
+    totals = torch.tensor([sums["weight"], sums["weight_squared"], sums["tokens"]], dtype=torch.float64)
+    _record(metrics, sums, all_reduce_sum(totals, groups.dp_group).tolist())
+
+
+def _weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> ImportanceWeights | None:
+    old = minibatch.old_logprobs[index]
+    if old is None:
+        return None
+    batch = minibatch.batches[index] = minibatch.batches[index].to(old.device)
+    inputs = minibatch.loss_inputs(index)
+    rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
+    return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
+
+
+def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:
+    """Over one replica's tokens; extremes are left out where no token has a usable weight."""
+
+    def joined(values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([value.double() for value in values] or [torch.zeros(0, dtype=torch.float64)])
+
+    weights = joined([result.weights for result in results])
+    usable = joined([result.ratio[~result.is_unusable] for result in results])
+    sums: dict[str, float | torch.Tensor] = {
+        "tokens": weights.numel(),
+        "usable": usable.numel(),
+        "ratio": usable.sum(),
+        "truncated": joined([result.is_truncated for result in results]).sum(),
+        "masked": joined([result.is_masked for result in results]).sum(),
+        "weight": weights.sum(),
+        "weight_squared": weights.square().sum(),
+    }
+    if usable.numel():
+        sums |= {"max": usable.max(), "min": usable.min()}
+    return {name: float(value) for name, value in sums.items()}
+
+
+def _record(metrics: MetricSums, sums: dict[str, float], totals: Sequence[float]) -> None:
+    metrics.add("correction/mean", sums["ratio"], sums["usable"])
+    if "max" in sums:
+        metrics.add_max("correction/max", sums["max"])
+        metrics.add_min("correction/min", sums["min"])
+    metrics.add("correction/truncated_share", sums["truncated"], sums["tokens"])
+    metrics.add("correction/masked_share", sums["masked"], sums["tokens"])
+    metrics.add("correction/unusable_tokens", sums["tokens"] - sums["usable"], 0)
+    weight, weight_squared, tokens = totals
+    share = weight * weight / (tokens * weight_squared) if weight_squared else 0.0
+    metrics.add("correction/effective_sample_share", share, 1)  # equal on all replicas, so is their mean

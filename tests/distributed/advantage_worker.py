@@ -1,0 +1,114 @@
+"""Run under torchrun: every method's advantages for random spreads of the rollouts, against one process with them all.
+
+Sums are taken in another order when rollouts are spread otherwise, which moves the last bit. Gains are therefore of
+ordinary size and all different, and discounts powers of two: where the members of a group are equal but for that bit,
+it would be divided by the floor under their deviation.
+"""
+
+import random
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.turn_table import build_turn_table
+from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.trajectory import Trajectory, Turn
+
+NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
+NUM_RANDOM_DEALS = 12
+LIMIT = 1e-12
+"""Of the difference, against the largest value of the batch or 1."""
+
+
+def all_trajectories(seed: int) -> list[Trajectory]:
+    rng = random.Random(seed)
+    made = []
+    for prompt in range(NUM_PROMPTS - 1):  # the last prompt has no rollout on any rank
+        for sample in range(GROUP_SIZE if prompt else 1):  # the first has a single one
+            turns = [
+                Turn(
+                    tokens=[1],
+                    rollout_logprobs=[-0.5],
+                    query=rng.choice(["river", "lake"]),
+                    observation_tokens=[rng.randrange(2)],
+                    info_gain=None if rng.random() < 0.1 else rng.gauss(0.1, 0.3),
+                )
+                for _ in range(rng.randint(0, MAX_TURNS))
+            ]
+            if not turns or rng.random() < 0.9:  # otherwise cut short after an observation
+                turns.append(Turn(tokens=[2], rollout_logprobs=[-0.5]))
+            made.append(
+                Trajectory(
+                    prompt_index=prompt,
+                    prompt_id="",
+                    sample_index=sample,
+                    prompt_tokens=[0],
+                    turns=turns,
+                    stop_reason="answer",
+                    outcome_reward=rng.choice([-1.0, 0.0, 1.0]),
+                )
+            )
+    return made
+
+
+def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
+    """Who gets which trajectory, by its place in the list: one list of owners per deal."""
+    named = [
+        *([rank] * len(trajectories) for rank in range(num_ranks)),
+        [t.prompt_index % num_ranks for t in trajectories],
+        [t.sample_index % num_ranks for t in trajectories],
+        [num_ranks - 1 if place else 0 for place in range(len(trajectories))],
+    ]
+    for seed in range(NUM_RANDOM_DEALS):
+        rng = random.Random(seed)
+        owners = rng.sample(range(num_ranks), rng.randint(1, num_ranks))  # the others stay empty
+        named.append([rng.choice(owners) for _ in trajectories])
+    return named
+
+
+def check(trajectories: list[Trajectory], config: AlgorithmConfig) -> float:
+    """Largest relative error over all deals; every rank calls this."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    whole = compute_advantages(table_of(trajectories), config, dp_group=None)
+    worst = 0.0
+    for number, owners in enumerate(deals(trajectories, num_ranks)):
+        mine = [place for place, owner in enumerate(owners) if owner == rank]
+        random.Random(number).shuffle(mine)
+        share = table_of([trajectories[place] for place in mine])
+        spread = compute_advantages(share, config, dp_group=dist.group.WORLD)
+        for field in ("advantages", "normalized_gain", "normalized_outcome"):
+            expect = getattr(whole, field)
+            got = getattr(spread, field)
+            assert got.shape == expect[mine].shape
+            if not mine:
+                continue
+            error = ((got - expect[mine]).abs().max() / expect.abs().max().clamp(min=1.0)).item()
+            assert error <= LIMIT, (config.advantage, field, number, error)
+            worst = max(worst, error)
+    return worst
+
+
+def table_of(trajectories: list[Trajectory]):
+    return build_turn_table(trajectories, num_prompts=NUM_PROMPTS, max_turns=MAX_TURNS)
+
+
+def main() -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    torch.set_num_threads(1)
+    for name in advantage_names():
+        worst = 0.0
+        for seed in (0, 1):
+            for fields in ({}, {"gamma": 0.5}, {"normalize_by_std": False}):
+                config = AlgorithmConfig(advantage=name, **fields)
+                worst = max(worst, check(all_trajectories(seed), config))
+        if dist.get_rank() == 0:
+            print(f"{name}: largest relative error on rank 0 {worst:.1e}")
+    if dist.get_rank() == 0:
+        print("ALL CHECKS PASSED")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What each of the 2 ranks of test_methods.py runs: every preset trains two steps from the same weights.
+
+torchrun --nproc-per-node 2 methods_worker.py CONFIG RUNS.json
+
+RUNS.json: {run name: overrides of CONFIG}. Leaves the folder of each run, as launch/train.py would, and weights.json
+beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.assemble import RunParts, assemble, build_reference, build_rollout
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.guards import Guards
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.run_folder import RunFolder
+from a2tgpo.trainer import Trainer
+from a2tgpo.update.optimizer import build_optimizer
+
+
+def of_method(parts: RunParts, config: RunConfig) -> RunParts:
+    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and search."""
+    minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
+    optimizer, schedule = build_optimizer(
+        parts.policy, config.update, total_steps=config.run.steps * minibatches
+    )
+    return dataclasses.replace(
+        parts,
+        config=config,
+        optimizer=optimizer,
+        schedule=schedule,
+        reference=build_reference(config, parts.groups),
+        sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed),
+        rollout=build_rollout(
+            config, parts.replicas, engine=parts.engine, search=parts.search, tokenizer=parts.tokenizer
+        ),
+    )
+
+
+def weights(parts: RunParts) -> list[torch.Tensor]:
+    return [p.detach() for model in parts.policy.gpt_models for p in model.parameters()]
+
+
+def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, float | bool]:
+    """The run's steps, in its folder; what became of the weights."""
+    config = parts.config
+    folder = RunFolder(config, parts.groups)
+    folder.open("none")
+    recorder = folder.recorder(parts, step=0)
+    guards = Guards(config.guard, clip_low=config.algorithm.clip_low, clip_high=config.algorithm.clip_high)
+    trainer = Trainer(parts, recorder, folder, guards)
+    for _ in range(config.run.steps):
+        trainer.train_step()
+    recorder.writer.close()
+    trained = weights(parts)
+    assert dist.group.WORLD is not None
+    everyones = all_gather_object(trained, dist.group.WORLD)
+    return {
+        "largest_change": max((a - b).abs().max().item() for a, b in zip(trained, start, strict=True)),
+        "equal_on_all_ranks": all(
+            torch.equal(mine, other)
+            for others in everyones
+            for mine, other in zip(trained, others, strict=True)
+        ),
+    }
+
+
+def main() -> None:
+    path, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    base = load_config(path)
+    groups = initialize(base.parallel, seed=base.run.seed)
+    parts = assemble(base, groups)
+    start = [weight.clone() for weight in weights(parts)]
+    results = {}
+    for name, overrides in runs.items():
+        began = time.monotonic()
+        for weight, value in zip(weights(parts), start, strict=True):
+            weight.copy_(value)
+        method = of_method(parts, load_config(path, [*overrides, f"run.name={name}"]))
+        results[name] = train(method, start)
+        method.rollout.close()
+        if groups.rank == 0:
+            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+    if groups.rank == 0:
+        (Path(base.run.root) / "weights.json").write_text(json.dumps(results))
+    parts.close()
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

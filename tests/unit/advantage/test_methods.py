@@ -1,0 +1,96 @@
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import a2tgpo.advantage.methods
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.turn_table import build_turn_table
+from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config
+from a2tgpo.trajectory import Trajectory, Turn
+
+ROOT = Path(__file__).parents[3]
+DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def code_block(language: str) -> str:
+    """The one block of `language` in docs/methods.md."""
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
+    return block
+
+
+@pytest.fixture
+def new_method(tmp_path, monkeypatch):
+    """Puts a source file where advantage/methods/ is looked up; forgets it afterwards."""
+
+    def add(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.setattr(
+            a2tgpo.advantage.methods, "__path__", [*a2tgpo.advantage.methods.__path__, str(tmp_path)]
+        )
+        monkeypatch.delitem(sys.modules, f"a2tgpo.advantage.methods.{name}", raising=False)
+
+    before = set(sys.modules)
+    yield add
+    for name in set(sys.modules) - before:
+        if name.startswith("a2tgpo.advantage.methods."):
+            del sys.modules[name]
+
+
+def trajectory(prompt: int, outcome: float, num_process_turns: int) -> Trajectory:
+    turns = [Turn(tokens=[1], rollout_logprobs=[0.0], query="q", info_gain=0.3)] * num_process_turns
+    return Trajectory(
+        prompt_index=prompt,
+        prompt_id=str(prompt),
+        sample_index=0,
+        prompt_tokens=[0],
+        turns=[*turns, Turn(tokens=[2], rollout_logprobs=[0.0])],
+        stop_reason="answer",
+        outcome_reward=outcome,
+    )
+
+
+def test_the_documented_way_to_add_a_method_works_as_it_stands(new_method, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.advantage is 'rloo'; allowed: gigpo \| grpo \| igpo_joint"
+    ):
+        AlgorithmConfig(advantage="rloo")
+    new_method("rloo", code_block("python"))
+    preset = tmp_path / "rloo.yaml"
+    preset.write_text(code_block("yaml"), encoding="utf-8")
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [str(preset)])
+    assert config.algorithm.advantage == "rloo"
+
+    items = [(0, 1.0, 2), (0, 0.0, 0), (1, 1.0, 1), (0, -1.0, 3), (2, 1.0, 1), (2, 1.0, 2)]
+    table = build_turn_table([trajectory(*item) for item in items], num_prompts=3, max_turns=3)
+    got = compute_advantages(table, config.algorithm, dp_group=None).advantages
+    for i, (prompt, outcome, num_process_turns) in enumerate(items):
+        others = [r for j, (p, r, _) in enumerate(items) if p == prompt and j != i]
+        expect = outcome - (sum(others) / len(others) if others else 0.0)
+        num_turns = num_process_turns + 1
+        np.testing.assert_allclose(got[i, :num_turns].tolist(), [expect] * num_turns, atol=1e-12)
+        assert got[i, num_turns:].tolist() == [0.0] * (4 - num_turns)
+    empty = build_turn_table([], num_prompts=3, max_turns=3)
+    assert compute_advantages(empty, config.algorithm, dp_group=None).advantages.shape == (0, 4)
+
+
+def test_the_new_method_is_gone_after_the_test():
+    assert "rloo" not in advantage_names()
+
+
+def test_naming_a_method_does_not_run_its_file(new_method):
+    new_method("exploding", "raise AssertionError('imported')")
+    config = AlgorithmConfig(advantage="exploding")
+    with pytest.raises(AssertionError, match="imported"):
+        compute_advantages(build_turn_table([], num_prompts=1, max_turns=1), config, dp_group=None)
+
+
+def test_the_documentation_names_every_method_and_every_preset():
+    for name in advantage_names():
+        assert f"`{name}`" in DOCS, name
+    for preset in (ROOT / "configs" / "algorithm").glob("*.yaml"):
+        assert f"`{preset.name}`" in DOCS, preset.name

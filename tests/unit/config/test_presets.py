@@ -1,0 +1,212 @@
+"""The methods in configs/algorithm/, and configuration files among the arguments."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config
+
+ROOT = Path(__file__).parents[3]
+EXPERIMENT = ROOT / "configs" / "quickstart.yaml"
+PRESETS = {path.stem: path for path in sorted((ROOT / "configs" / "algorithm").glob("*.yaml"))}
+
+GRPO = {
+    "algorithm.advantage": "grpo",
+    "algorithm.ratio": "token",
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.2,
+    "algorithm.clip_beta": 0.0,
+    "algorithm.aggregation": "seq-mean-token-mean",
+    "algorithm.normalize_by_std": True,
+    "algorithm.kl_coef": 0.0,
+    "rollout.dynamic_sampling": False,
+    "reward.overlong_buffer_tokens": 0,
+}
+A2TGPO = {
+    **GRPO,
+    "algorithm.advantage": "turn_group",
+    "algorithm.gamma": 1.0,
+    "algorithm.alpha": 1.0,
+    "algorithm.rescale": True,
+    "algorithm.ratio": "turn",
+    "algorithm.clip_low": 3e-3,
+    "algorithm.clip_high": 4e-3,
+    "algorithm.clip_beta": 0.3,
+    "algorithm.dual_clip": 0.0,
+    "rollout.gain.measure": "probability",
+}
+EXPECTED = {
+    "grpo": {
+        **GRPO,
+        "algorithm.dual_clip": 3.0,
+        "algorithm.kl_coef": 1e-3,
+        "algorithm.kl_estimator": "k3",
+    },
+    "dapo": {
+        **GRPO,
+        "algorithm.clip_high": 0.28,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.aggregation": "token-mean",
+        "rollout.dynamic_sampling": True,
+        "reward.overlong_buffer_tokens": 1024,
+        "reward.overlong_penalty": 1.0,
+    },
+    "gspo": {
+        **GRPO,
+        "algorithm.ratio": "sequence",
+        "algorithm.clip_low": 3e-4,
+        "algorithm.clip_high": 4e-4,
+        "algorithm.dual_clip": 0.0,
+    },
+    "igpo": {**GRPO, "algorithm.advantage": "igpo_joint", "algorithm.gamma": 1.0, "algorithm.dual_clip": 0.0},
+    "igpo_tg": {**A2TGPO, "algorithm.rescale": False, "algorithm.clip_beta": 0.0},
+    "igpo_tg_rescaled": {**A2TGPO, "algorithm.clip_beta": 0.0},
+    "a2tgpo": A2TGPO,
+    "a2tgpo_released": {**A2TGPO, "algorithm.alpha": 0.3, "rollout.gain.measure": "log_probability"},
+    "gigpo": {
+        **GRPO,
+        "algorithm.advantage": "gigpo",
+        "algorithm.clip_high": 0.28,
+        "algorithm.gamma": 0.95,
+        "algorithm.alpha": 1.0,
+        "algorithm.dual_clip": 0.0,
+    },
+}
+# The quickstart's responses are too short for DAPO's 1024 tokens; the file itself is checked with long ones.
+LONG_RESPONSES = "rollout.max_response_tokens=6192"
+
+
+def flat_keys(mapping: dict, prefix: str = "") -> set[str]:
+    keys = set()
+    for name, value in mapping.items():
+        keys |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return keys
+
+
+def value_of(config, key: str):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_every_preset_has_expected_values():
+    assert set(PRESETS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_over_an_experiment_gives_the_method(name):
+    plain = load_config(EXPERIMENT, [LONG_RESPONSES])
+    config = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[name])])
+    for key, value in EXPECTED[name].items():
+        assert value_of(config, key) == value, key
+    for section in ("run", "model", "data", "search", "update", "evaluation", "warmstart"):
+        assert getattr(config, section) == getattr(plain, section)
+
+
+def test_presets_write_out_all_that_tells_methods_apart():
+    keys = {name: flat_keys(yaml.safe_load(path.read_text())) for name, path in PRESETS.items()}
+    assert all(written == keys["a2tgpo"] for written in keys.values())
+    fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
+    # how engine and trainer are reconciled depends on the engine, not on the method
+    assert {key for key in keys["a2tgpo"] if key.startswith("algorithm.")} == fields - {
+        "algorithm.correction"
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_nothing_is_left_of_a_preset_under_another(name):
+    alone = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[name])])
+    for other in PRESETS:
+        over = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[other]), str(PRESETS[name])])
+        assert over == alone, other
+
+
+def test_the_default_is_the_paper():
+    config = load_config(EXPERIMENT, [str(PRESETS["a2tgpo"])])
+    assert config.algorithm == AlgorithmConfig()
+
+
+def test_dapo_asks_runs_of_short_responses_for_their_own_buffer():
+    message = refusal(EXPERIMENT, [str(PRESETS["dapo"])])
+    assert message.startswith(f"{PRESETS['dapo']}: reward.overlong_buffer_tokens is 1024; allowed: below")
+    config = load_config(EXPERIMENT, [str(PRESETS["dapo"]), "reward.overlong_buffer_tokens=96"])
+    assert config.reward.overlong_buffer_tokens == 96
+
+
+def test_later_arguments_win_whether_file_or_value(tmp_path):
+    write(tmp_path / "sub" / "under.yaml", "rollout: {group_size: 2, max_turns: 2}\nalgorithm: {gamma: 0.2}")
+    first = write(tmp_path / "sub" / "first.yaml", "base: under.yaml\nrollout: {group_size: 3}")
+    second = write(tmp_path / "second.yml", "rollout: {temperature: 0.5}\nalgorithm: {gamma: 0.3}")
+
+    def values(*overrides):
+        config = load_config(EXPERIMENT, overrides)
+        rollout = config.rollout
+        return rollout.group_size, rollout.max_turns, rollout.temperature, config.algorithm.gamma
+
+    assert values() == (8, 4, 1.0, 1.0)
+    assert values(first) == (3, 2, 1.0, 0.2)
+    assert values(first, second) == (3, 2, 0.5, 0.3)
+    assert values(second, first) == (3, 2, 0.5, 0.2)
+    assert values("rollout.group_size=5", "rollout.max_turns=6", first) == (3, 2, 1.0, 0.2)
+    assert values(first, "rollout.group_size=5", second, "algorithm.gamma=0.9") == (5, 2, 0.5, 0.9)
+
+
+def test_a_value_may_look_like_a_file():
+    assert load_config(EXPERIMENT, ["run.name=trial.yaml"]).run.name == "trial.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("algorithm: {gama: 1}", "unknown key algorithm.gama; nearest valid key: algorithm.gamma"),
+        ("algorithm: {gamma: 2}", "algorithm.gamma is 2.0; allowed: in [0, 1]"),
+        ("algorithm: {gamma: high}", "algorithm.gamma is 'high'; allowed: a finite number"),
+        ("algorithm: {advantage: grop}", "algorithm.advantage is 'grop'; allowed: gigpo | grpo | igpo_joint"),
+        ("- grpo", "list found; a configuration is a mapping"),
+        ("algorithm: {gamma: 1", "not valid YAML"),
+        ("base: gone.yaml", "base: no configuration file"),
+    ],
+)
+def test_a_fault_in_a_file_among_the_arguments_names_that_file(tmp_path, text, says):
+    path = write(tmp_path / "method.yaml", text)
+    message = refusal(EXPERIMENT, [path])
+    assert message.startswith(path) and says in message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    path = str(tmp_path / "gpro.yaml")
+    assert refusal(EXPERIMENT, [path]) == f"no configuration file {path}; give an existing YAML file"
+    assert "'grpo' has no value; write section.field=value or name a .yaml file" in refusal(
+        EXPERIMENT, ["grpo"]
+    )
+
+
+def test_reading_a_configuration_imports_neither_torch_nor_a_method():
+    code = (
+        "import sys; from a2tgpo.config.load import load_config;"
+        "load_config('configs/quickstart.yaml', ['configs/algorithm/gigpo.yaml']);"
+        "print([m for m in sys.modules if m == 'torch' or m.startswith('a2tgpo.advantage.methods.')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,185 @@
+"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and batches for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.loss.adaptive_clip import clip_scale
+from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.loss.policy_loss import LossInputs, PolicyLoss, policy_loss, segments
+from a2tgpo.loss.rollout_correction import importance_weights
+
+NORM_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Token:
+    """Log-probs before the update, now, by the reference and by the engine."""
+
+    old: float
+    new: float
+    reference: float
+    rollout: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    advantage: float
+    gain: float
+    """Normalised; 0 for a neutral turn."""
+    tokens: tuple[Token, ...]
+
+
+Batch = list[list[list[Turn]]]
+"""prompts -> rollouts -> turns; rollouts may have no turns and turns no tokens."""
+
+# Within the clipping ranges, past them, past dual clips, and at no change at all.
+log_ratios = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-0.6, 0.6), st.floats(-12, 12))
+tokens = st.builds(
+    lambda old, new, reference, rollout: Token(old, old + new, old + reference, old + rollout),
+    st.floats(-20, -0.001),
+    log_ratios,
+    log_ratios,
+    log_ratios,
+)
+gains = st.one_of(st.just(0.0), st.floats(-4, 4))
+turns = st.builds(Turn, st.floats(-3, 3), gains, st.lists(tokens, max_size=5).map(tuple))
+batches = st.lists(st.lists(st.lists(turns, max_size=3), min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+def loss_inputs(batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torch.float64) -> LossInputs:
+    """The batch as the loss wants it, by the functions that training calls."""
+    rollouts = [rollout for prompt in batch for rollout in prompt]
+    numbered = [(number, turn) for number, rollout in enumerate(rollouts) for turn in rollout]
+    rows = [
+        (token, turn, turn_id, number)
+        for turn_id, (number, turn) in enumerate(numbered)
+        for token in turn.tokens
+    ]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    sequence_ids = torch.tensor([row[3] for row in rows], dtype=torch.int64)
+    counts = torch.bincount(sequence_ids, minlength=len(rollouts))
+    weights = token_weights(counts, aggregation=config.aggregation, norm_length=NORM_LENGTH, dp_group=None)
+    inputs = dict(
+        old_logprobs=column([row[0].old for row in rows]),
+        advantages=column([row[1].advantage for row in rows]),
+        clip_scale=clip_scale(column([row[1].gain for row in rows]), beta=config.clip_beta),
+        weights=weights[sequence_ids].to(dtype),
+        turn_ids=torch.tensor([row[2] for row in rows], dtype=torch.int64),
+        sequence_ids=sequence_ids,
+        num_turns=len(numbered),
+        num_sequences=len(rollouts),
+        ref_logprobs=column([row[0].reference for row in rows]) if config.kl_coef else None,
+    )
+    if config.correction.kind != "none":
+        rollout_logprobs = column([row[0].rollout for row in rows])
+        found = importance_weights(
+            inputs["old_logprobs"],
+            rollout_logprobs,
+            *segments(LossInputs(**inputs), config.correction.level),
+            config.correction,
+        )
+        inputs["importance"] = found.weights
+    return LossInputs(**inputs)
+
+
+def new_logprobs(batch: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[n] with gradient, in the order of `loss_inputs`."""
+    values = [
+        token.new for prompt in batch for rollout in prompt for turn in rollout for token in turn.tokens
+    ]
+    return torch.tensor(values, dtype=dtype, requires_grad=True)
+
+
+def loss_and_gradient(
+    batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torch.float64
+) -> tuple[PolicyLoss, torch.Tensor]:
+    """As training computes them."""
+    logprobs = new_logprobs(batch, dtype)
+    result = policy_loss(logprobs, loss_inputs(batch, config, dtype), config)
+    result.loss.backward()
+    assert logprobs.grad is not None
+    return result, logprobs.grad
+
+
+def naive_loss_and_gradient(batch: Batch, config: AlgorithmConfig) -> tuple[float, torch.Tensor]:
+    """As the paper writes them, in float64 autograd over single scalars."""
+    leaves = new_logprobs(batch)
+    of_turn = naive_tokens(batch, leaves.unbind())
+    rollouts = [rollout for prompt in of_turn for rollout in prompt]
+    num_tokens = [sum(len(values) for _, values in rollout) for rollout in rollouts]
+    num_trajectories = sum(count > 0 for count in num_tokens)
+    total = 0.0 * leaves.sum()
+    for rollout, count in zip(rollouts, num_tokens, strict=True):
+        weight = {
+            "seq-mean-token-mean": 1 / (num_trajectories * count) if count else 0.0,
+            "token-mean": 1 / sum(num_tokens) if count else 0.0,
+            "seq-mean-token-sum": 1 / num_trajectories if count else 0.0,
+            "seq-mean-token-sum-norm": 1 / NORM_LENGTH,
+        }[config.aggregation]
+        for turn, values in rollout:
+            for token, new in values:
+                shared = {
+                    "turn": values,
+                    "sequence": [value for _, others in rollout for value in others],
+                    "token": [(token, new)],
+                }
+                penalty = config.kl_coef * naive_kl(new, token.reference, config.kl_estimator)
+                term = naive_policy_term(turn, shared[config.ratio], config)
+                total = total + weight * (naive_importance(shared, config) * term + penalty)
+    total.backward()
+    assert leaves.grad is not None
+    return total.item(), leaves.grad
+
+
+def naive_tokens(batch: Batch, leaves: tuple[torch.Tensor, ...]) -> list:
+    """The batch with (token, its leaf) in place of each token, and (turn, these) in place of each turn."""
+    left = iter(leaves)
+    return [
+        [[(turn, [(token, next(left)) for token in turn.tokens]) for turn in rollout] for rollout in prompt]
+        for prompt in batch
+    ]
+
+
+def naive_policy_term(turn: Turn, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    """-min(s A, clip(s, 1 - c eps_low, 1 + c eps_high) A), by the branches it has."""
+    log_ratio = sum(new - token.old for token, new in shared) / len(shared)
+    s = torch.exp(log_ratio) if log_ratio <= 10 else torch.tensor(math.exp(10), dtype=torch.float64)
+    c = 1 + config.clip_beta * (2 / (1 + math.exp(-turn.gain)) - 1)
+    low, high = 1 - c * config.clip_low, 1 + c * config.clip_high
+    clipped = low if s < low else high if s > high else s
+    smaller = s if s * turn.advantage <= clipped * turn.advantage else clipped
+    term = -smaller * turn.advantage + 0.0 * s
+    if config.dual_clip and turn.advantage < 0 and term > -turn.advantage * config.dual_clip:
+        return torch.tensor(-turn.advantage * config.dual_clip, dtype=torch.float64)
+    return term
+
+
+def naive_importance(shared: dict[str, list], config: AlgorithmConfig) -> float:
+    correction = config.correction
+    if correction.kind == "none":
+        return 1.0
+    members = [token for token, _ in shared[correction.level]]
+    w = math.exp(min(10.0, sum(token.old - token.rollout for token in members) / len(members)))
+    if correction.kind == "truncate":
+        return min(w, correction.upper)
+    return w if correction.lower <= w <= correction.upper else 0.0
+
+
+def naive_kl(new: torch.Tensor, reference: float, estimator: str) -> torch.Tensor:
+    if estimator == "k1":
+        return new - reference
+    if estimator == "k2":
+        return (new - reference) ** 2 / 2
+    d = reference - new
+    d = d if -20 <= d <= 20 else torch.tensor(20.0 if d > 20 else -20.0, dtype=torch.float64)
+    estimate = torch.exp(d) - d - 1
+    return estimate if estimate <= 10 else torch.tensor(10.0, dtype=torch.float64)

@@ -1,0 +1,233 @@
+"""Which checkpoint is the best, that it survives, what a resumed run knows of it; really saved, in one process."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import build_model
+
+from a2tgpo.best_checkpoint import BEST_FILE, BestCheckpoint
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.guards import Guards
+from a2tgpo.model.build import build_policy
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.run_folder import RunFolder
+from a2tgpo.update import checkpoint
+from a2tgpo.update.optimizer import build_optimizer
+
+
+def scores(em: float) -> dict[str, float]:
+    return {"em": em, "em_format_gated": em / 2, "f1": 1 - em}
+
+
+def best_of(root: Path) -> dict | None:
+    path = root / BEST_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+# -- the record ----------------------------------------------------------------------------------------------
+
+
+def test_only_a_higher_score_is_better_and_a_tie_keeps_the_earlier(tmp_path):
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    answers = [best.offer(step, scores(em)) for step, em in enumerate([0.2, 0.5, 0.5, 0.4, 0.6], start=1)]
+    assert answers == [True, True, False, False, True]
+    assert best.state_dict() == {"step": 5, "score": 0.6, "metric": "em"}
+
+
+def test_the_score_that_counts_is_the_configured_one(tmp_path):
+    best = BestCheckpoint(tmp_path, "f1", is_writer=True)
+    assert best.offer(1, scores(0.2)) and not best.offer(2, scores(0.5)) and best.offer(3, scores(0.1))
+
+
+def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    assert not best.offer(1, scores(math.nan)) and best.step is None
+    assert best.offer(2, scores(0.0)) and not best.offer(3, scores(math.nan))
+
+
+def test_none_keeps_no_best(tmp_path):
+    best = BestCheckpoint(tmp_path, "none", is_writer=True)
+    assert not best.offer(0, scores(0.2)) and not best.offer(1, scores(0.5))
+    best.write()
+    assert best_of(tmp_path) is None and best.describe() == "none"
+
+
+def test_the_untrained_policy_is_the_best_until_beaten_without_a_checkpoint(tmp_path):
+    best = BestCheckpoint(tmp_path / "checkpoints", "em", is_writer=True)
+    assert not best.offer(0, scores(0.3))
+    assert best_of(tmp_path / "checkpoints") == {"step": 0, "score": 0.3, "metric": "em"}
+    assert "untrained" in best.describe() and "0.300" in best.describe()
+    assert not best.offer(1, scores(0.3)) and best.offer(2, scores(0.31))
+
+
+def test_only_the_writer_writes(tmp_path):
+    best = BestCheckpoint(tmp_path, "em", is_writer=False)
+    best.offer(0, scores(0.3))
+    best.write()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("state", "is_kept"),
+    [
+        ({"step": 4, "score": 0.5, "metric": "em"}, True),
+        ({"step": 0, "score": 0.5, "metric": "em"}, True),
+        ({"step": 4, "score": 0.5, "metric": "f1"}, False),
+        ({"step": 2, "score": 0.5, "metric": "em"}, False),
+        ({"step": 3, "score": 0.5, "metric": "em"}, False),
+        (None, False),
+    ],
+    ids=["complete", "untrained", "another metric", "removed", "incomplete", "none"],
+)
+def test_a_record_is_gone_on_with_where_its_weights_still_exist(tmp_path, state, is_kept):
+    for step in (3, 4):
+        (tmp_path / f"step_{step}").mkdir()
+    (tmp_path / "step_4" / checkpoint.MARKER).write_text("{}")
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    best.load_state_dict(state)
+    assert best.state_dict() == (state if is_kept else None)
+    assert best.offer(5, scores(0.4)) == (not is_kept)
+
+
+# -- the run's folder ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """A process group of one and the parts of a run that a checkpoint holds, before any update."""
+    environment = dict(os.environ)
+    groups = initialize(ParallelConfig(), seed=0)
+    model = tmp_path_factory.mktemp("model")
+    build_model("llama", vocab_size=250).save_pretrained(model)
+    update = UpdateConfig()
+    policy = build_policy(
+        ModelConfig(path=str(model), dtype="float32"), ParallelConfig(), groups, update=update
+    )
+    optimizer, schedule = build_optimizer(policy, update, total_steps=100)
+    parts = SimpleNamespace(
+        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
+    )
+    yield SimpleNamespace(groups=groups, parts=parts)
+    shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+class Run:
+    """What a program holds of one run between its start and its end."""
+
+    def __init__(
+        self, world: SimpleNamespace, root: Path, *, resume: str = "auto", name: str = "r", keep: int = 1
+    ):
+        config = RunConfig(
+            run=RunSettings(name=name, root=str(root)),
+            model=ModelConfig(path="unused"),
+            data=DataConfig(train="unused", test="unused"),
+            search=SearchConfig(corpus="unused"),
+            checkpoint=CheckpointConfig(keep=keep),
+        )
+        self.parts: Any = world.parts
+        self.folder = RunFolder(config, world.groups)
+        self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
+        self.step = self.folder.restore(self.folder.open(resume), self.parts, self.guards)
+        self.checkpoints = self.folder.path / "checkpoints"
+
+    def save(self, step: int, em: float | None = None) -> None:
+        if em is not None:
+            self.folder.best.offer(step, scores(em))
+        self.folder.save(step, self.parts, self.guards)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
+
+    @property
+    def best_step(self) -> int | None:
+        record = best_of(self.checkpoints)
+        return record["step"] if record else None
+
+
+def test_the_best_checkpoint_outlives_the_newest_ones_until_it_is_beaten(world, tmp_path):
+    run = Run(world, tmp_path, keep=1)
+    seen = []
+    for step, em in [(1, 0.5), (2, None), (3, 0.2), (4, 0.6), (5, None)]:
+        run.save(step, em)
+        seen.append((run.steps, run.best_step))
+    assert seen == [([1], 1), ([1, 2], 1), ([1, 3], 1), ([3, 4], 4), ([4, 5], 4)]
+    assert best_of(run.checkpoints) == {"step": 4, "score": 0.6, "metric": "em"}
+
+
+def test_a_resumed_run_knows_its_best_and_its_alarms(world, tmp_path):
+    first = Run(world, tmp_path)
+    first.save(1, 0.5)
+    first.guards.watch(2, {"update/skipped": 1.0})
+    first.save(2)
+    (first.checkpoints / BEST_FILE).unlink()
+    second = Run(world, tmp_path)
+    assert second.step == 2 and second.guards.stop_is_due
+    assert best_of(second.checkpoints) == {"step": 1, "score": 0.5, "metric": "em"}
+    assert not second.folder.best.offer(3, scores(0.5))
+
+
+def test_a_best_of_the_dropped_future_is_forgotten_and_its_checkpoint_set_aside(world, tmp_path):
+    first = Run(world, tmp_path, keep=3)
+    for step, em in [(1, 0.2), (2, None), (3, 0.9)]:
+        first.save(step, em)
+    second = Run(world, tmp_path, resume=str(first.checkpoints / "step_2"))
+    assert second.step == 2 and second.steps == [1, 2] and second.best_step == 1
+    assert (second.checkpoints / "dropped_1" / "step_3" / checkpoint.MARKER).exists()
+    second.save(3, 0.3)
+    assert second.steps == [2, 3] and second.best_step == 3
+    third = Run(world, tmp_path, resume=str(second.checkpoints / "step_2"))
+    # Step 1, the best that the checkpoint knew, has made room for step 3: the next evaluation is the best.
+    assert third.steps == [2] and third.best_step is None
+    assert (third.checkpoints / "dropped_2" / "step_3").exists()
+    third.save(3, 0.1)
+    assert third.best_step == 3
+
+
+def test_the_best_of_another_run_is_not_taken_over(world, tmp_path):
+    other = Run(world, tmp_path, name="other")
+    other.save(1, 0.9)
+    own = Run(world, tmp_path, name="own", resume=str(other.checkpoints / "step_1"))
+    assert own.step == 1 and own.best_step is None
+    own.save(2, 0.1)
+    assert own.best_step == 2 and other.steps == [1] and other.best_step == 1
+
+
+def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_path):
+    first = Run(world, tmp_path)
+    first.folder.best.offer(0, scores(0.3))
+    assert first.best_step == 0
+    second = Run(world, tmp_path)
+    assert second.step == 0 and second.best_step is None
+
+
+def test_a_checkpoint_without_guards_and_best_is_resumed_from(world, tmp_path):
+    root = tmp_path / "r" / "checkpoints"
+    parts = world.parts
+    checkpoint.save(
+        root,
+        5,
+        policy=parts.policy,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        state={"step": 5, "sampler": parts.sampler.state_dict()},
+    )
+    run = Run(world, tmp_path)
+    assert run.step == 5 and run.best_step is None and not run.guards.active

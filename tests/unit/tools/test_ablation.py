@@ -1,0 +1,368 @@
+"""The comparison of methods: statistics by hand, reports of known runs, what is played again and what is not."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from a2tgpo.config.load import dump_config, load_config
+from a2tgpo.rollout_log import write_records
+from a2tgpo.trajectory import Trajectory, Turn
+from tools.ablation import PRESETS, main
+from tools.ablation_report import write_report
+from tools.ablation_runs import Plan, Run, last_words
+from tools.ablation_signals import drifts, gain_signals, spread_out
+from tools.ablation_statistics import estimate, paired_difference, t_quantile
+
+ROOT = Path(__file__).parents[3]
+CONFIG = str(ROOT / "configs" / "quickstart.yaml")
+LAUNCHER = [sys.executable, str(Path(__file__).with_name("ablation_launcher.py"))]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# statistics
+
+
+@pytest.mark.parametrize(
+    ("degrees", "printed"), [(1, 12.706), (2, 4.303), (3, 3.182), (9, 2.262), (30, 2.042)]
+)
+def test_t_quantiles_are_those_of_printed_tables(degrees, printed):
+    assert t_quantile(degrees) == pytest.approx(printed, abs=5e-4)
+
+
+def test_estimate_of_three_values_by_hand():
+    result = estimate([1.0, 2.0, 3.0])
+    assert (result.mean, result.count) == (2.0, 3)
+    assert result.half_width == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)  # variance 1
+    assert result.text() == "2.000 ± 2.484"
+    assert not result.excludes_zero
+
+
+def test_one_value_leaves_the_interval_unknown_and_none_leaves_nothing():
+    assert estimate([0.5]).half_width is None
+    assert estimate([0.5]).text() == "0.500 ± ?"
+    assert not estimate([0.5]).excludes_zero
+    assert estimate([]).text() == "–"
+
+
+def test_paired_difference_takes_the_seeds_that_both_have():
+    result = paired_difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.5, 3: 0.1})
+    assert result.count == 2  # 0.1 and 0.2: standard deviation 0.1 / sqrt 2
+    assert result.mean == pytest.approx(0.15)
+    assert result.half_width == pytest.approx(12.7062 * 0.05, rel=1e-5)
+
+
+def test_equal_differences_exclude_zero():
+    result = paired_difference({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
+    assert result.excludes_zero and result.text("+.3f") == "+0.250 ± 0.000"
+
+
+# reports of runs with known numbers
+
+
+def write_run(
+    run: Run, scores: dict[int, float], *, steps: int, trained: dict[str, float] | None = None
+) -> None:
+    """A run's folder: `scores` by step, `trained` in every training step up to the last score."""
+    arguments = [
+        str(PRESETS / f"{run.method}.yaml"),
+        f"run.name={run.name}",
+        f"run.root={run.folder.parent}",
+        f"run.seed={run.seed}",
+        f"run.steps={steps}",
+        "reward.overlong_buffer_tokens=0",
+    ]
+    run.folder.mkdir(parents=True)
+    run.config_file.write_text(dump_config(load_config(CONFIG, arguments)))
+    lines = []
+    for step in range(max(scores) + 1):
+        record = {"step": step} | ({"time/step_s": 2.0, **(trained or {})} if step else {})
+        if step in scores:
+            hops = {"evaluation/em_1_hops": scores[step] + 0.1, "evaluation/em_2_hops": scores[step] - 0.1}
+            record |= {"evaluation/em": scores[step], "evaluation/num_questions": 8, "time/evaluation_s": 1.0}
+            record |= hops
+        lines.append(json.dumps(record) + "\n")
+    run.metrics_file.write_text("".join(lines))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """grpo twice, a2tgpo once with the other run failed, dapo once, igpo without its last evaluation."""
+    out = tmp_path_factory.mktemp("compared")
+    trained = {"speed/sampled_tokens": 100.0, "reward/mean": 0.5, "entropy/mean": 1.0}
+    scores = {
+        ("grpo", 0): {0: 0.25, 1: 0.5, 2: 0.25, 3: 0.75, 4: 0.5},
+        ("grpo", 1): {0: 0.25, 1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5},
+        ("a2tgpo", 0): {0: 0.25, 1: 0.5, 2: 0.625, 3: 0.75, 4: 0.875},
+        ("a2tgpo", 1): {0: 0.25, 1: 0.5},
+        ("dapo", 0): {0: 0.25, 4: 0.5},
+        ("igpo", 0): {0: 0.25, 3: 0.5},
+    }
+    for (method, seed), own in scores.items():
+        more = {"sampling/groups_played": 48.0} if method == "dapo" else {}
+        write_run(Run(method=method, seed=seed, out=out), own, steps=4, trained=trained | more)
+    failed = Run(method="a2tgpo", seed=1, out=out)
+    failed.log.parent.mkdir()
+    failed.log.write_text("$ old\nerror: long mended\n$ new\nstep 1/4\nerror: no memory left\nbye\n\n")
+    codes = {failed.name: 3, "igpo-seed0": 0}
+    Plan(methods=["grpo", "a2tgpo", "dapo", "igpo"], seeds=[0, 1], exit_codes=codes).save(out)
+    write_report(out)
+    return out
+
+
+def test_results_hold_a_row_for_each_run(compared):
+    rows = {(row["method"], row["seed"]): row for row in read_csv(compared / "results.csv")}
+    assert len(rows) == 8
+    row = rows["grpo", "0"]
+    expected = {"first_em": 0.25, "final_em": 0.5, "best_em": 0.75, "last3_em": 0.5}
+    expected |= {"em_1_hops": 0.6, "em_2_hops": 0.4, "steps": 4, "tokens": 400, "seconds": 4 * 2 + 5 * 1}
+    expected |= {"groups": 4 * 32, "rollouts": 4 * 32 * 8}
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    assert row["f1"] == ""  # never recorded: empty, not 0
+    assert (rows["dapo", "0"]["groups"], rows["dapo", "0"]["rollouts"]) == ("192", "1536")
+    assert float(rows["dapo", "0"]["last3_em"]) == 0.5, "the untrained policy is no result of the method"
+    for run, status in (
+        (("a2tgpo", "1"), "failed"),
+        (("igpo", "0"), "failed"),
+        (("dapo", "1"), "unfinished"),
+    ):
+        assert (rows[run]["status"], rows[run]["final_em"]) == (status, "")
+
+
+def test_report_states_intervals_differences_budgets_and_faults(compared):
+    report = (compared / "report.md").read_text()
+    lines = {
+        line.split(" | ")[0].strip("| "): line for line in report.split("## Last evaluation")[0].splitlines()
+    }
+    half = 12.7062 * 0.125 / 2  # of 0.75 and 0.5: standard deviation 0.25 / sqrt 2
+    best = f"0.625 ± {2 * half:.3f}"
+    assert lines["grpo"] == f"| grpo | 2 | 0.250 ± 0.000 | 0.500 ± 0.000 | {best} | 0.500 ± 0.000 |  |"
+    assert lines["a2tgpo"].endswith("| 0.750 ± ? | +0.250 ± ? (n = 1) |")
+    assert "igpo" not in lines, "a run without its last evaluation is in no table"
+    assert "| dapo | 4 | 192 | 1,536 | 400 | 10 |" in report
+    assert (
+        "- a2tgpo-seed1 failed: step 1 of 4, exit code 3: error: no memory left (logs/a2tgpo-seed1.log)"
+        in report
+    )
+    assert "- igpo-seed0 failed: step 3 of 4, exit code 0: no log" in report
+    assert "- igpo-seed1 unfinished: not started" in report
+
+
+def test_curves_hold_every_value_of_finished_runs(compared):
+    rows = read_csv(compared / "curves.csv")
+    values = {(r["method"], r["seed"], r["step"], r["metric"]): float(r["value"]) for r in rows}
+    assert values["a2tgpo", "0", "3", "evaluation/em"] == 0.75
+    assert values["grpo", "1", "2", "entropy/mean"] == 1.0
+    assert {key[:2] for key in values} == {("grpo", "0"), ("grpo", "1"), ("a2tgpo", "0"), ("dapo", "0")}
+
+
+def test_tensorboard_shows_means_over_seeds(compared):
+    board = EventAccumulator(str(compared / "tensorboard" / "grpo")).Reload()
+    means = {event.step: event.value for event in board.Scalars("evaluation/em")}
+    assert means == {0: 0.25, 1: 0.5, 2: 0.375, 3: 0.625, 4: 0.5}
+    assert sorted(path.name for path in (compared / "tensorboard").iterdir()) == ["a2tgpo", "dapo", "grpo"]
+
+
+def test_a_report_can_be_made_of_what_is_there(compared, tmp_path, capsys):
+    assert main(["--report", str(compared)]) == 0
+    assert capsys.readouterr().out.startswith("4 of 8 runs finished")
+    assert main(["--report", str(tmp_path)]) == 2
+    assert "has no ablation.json" in capsys.readouterr().err
+
+
+# figures of rollouts with known signals
+
+
+def rollout(prompt: int, sample: int, gains: list[float], *, reward: float) -> Trajectory:
+    calls = [
+        Turn(tokens=[1], rollout_logprobs=[0.0], observation_tokens=[2], query="q", info_gain=gain)
+        for gain in gains
+    ]
+    return Trajectory(
+        prompt_index=prompt,
+        prompt_id=str(prompt),
+        sample_index=sample,
+        prompt_tokens=[0],
+        turns=[*calls, Turn(tokens=[3], rollout_logprobs=[0.0])],
+        stop_reason="answer",
+        outcome_reward=reward,
+        exact_match=float(sample % 4 == 0),
+    )
+
+
+def known_rollouts() -> list[Trajectory]:
+    """2 prompts x 16 rollouts x 2 calls: gains 0 +- 0.1, then 1 +- 0.1, in all combinations; rewards all 0.5."""
+    signs = [(a, b) for a in (-0.1, 0.1) for b in (-0.1, 0.1)] * 4
+    return [
+        rollout(prompt, sample, [first, 1 + second], reward=0.5)
+        for prompt in (0, 1)
+        for sample, (first, second) in enumerate(signs)
+    ]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    """Two methods with the same known rollouts in their one step."""
+    out = tmp_path_factory.mktemp("drawn")
+    for method in ("a2tgpo", "grpo"):
+        run = Run(method=method, seed=0, out=out)
+        write_run(run, {0: 0.25, 1: 0.5}, steps=1, trained={"turns/process_turns": 2.0})
+        records = [trajectory.to_dict() | {"prompt_text": "?"} for trajectory in known_rollouts()]
+        write_records(records, run.folder / "rollouts" / "step_1.jsonl.zst")
+    Plan(methods=["a2tgpo", "grpo"], seeds=[0]).save(out)
+    write_report(out)
+    return out
+
+
+def test_figure_4_measures_the_known_drift(drawn):
+    drift = {row["signal"]: row for row in read_csv(drawn / "figure4_drift.csv")}
+    # IGPO's pool of a prompt: 16 gains around 0, 16 around 1, 16 rewards of 0.5: mean 0.5, variance 0.52 / 3.
+    std = math.sqrt(0.52 / 3)
+    assert float(drift["raw gain"]["drift"]) == pytest.approx(1.0)
+    assert float(drift["IGPO gain"]["drift"]) == pytest.approx(1 / std, rel=1e-5)
+    assert float(drift["A2TGPO gain"]["drift"]) == pytest.approx(0.0, abs=1e-9)
+    assert float(drift["IGPO advantage"]["drift"]) == pytest.approx(0.5 / std, rel=1e-5)
+    assert float(drift["A2TGPO advantage"]["drift"]) == pytest.approx(0.0, abs=1e-9)
+    assert drift["raw gain"]["turns"] == "1 2"
+    rows = {(row["signal"], row["turn"]): row for row in read_csv(drawn / "figure4.csv")}
+    assert rows["raw gain", "2"]["count"] == "32"
+    assert float(rows["raw gain", "2"]["mean"]) == pytest.approx(1.0)
+    assert float(rows["raw gain", "2"]["std"]) == pytest.approx(0.1)
+
+
+def test_figure_5_measures_the_known_spread(drawn):
+    std = {(row["signal"], row["remaining"]): float(row["std"]) for row in read_csv(drawn / "figure5.csv")}
+    # Independent normalised gains of spread 1, and no spread in the outcome.
+    spread = [std[name, remaining] for name in ("sum", "rescaled") for remaining in "012"]
+    assert spread == pytest.approx([0.0, 1.0, math.sqrt(2), 0.0, 1.0, 1.0], rel=1e-4, abs=1e-9)
+
+
+def test_figure_10_counts_rollouts_and_right_answers_by_tool_calls(drawn):
+    rows = read_csv(drawn / "figure10.csv")
+    assert [(r["method"], r["tool_calls"], r["count"]) for r in rows] == [
+        ("a2tgpo", "2", "32"),
+        ("grpo", "2", "32"),
+    ]
+    assert all((float(row["share"]), float(row["em"])) == (1.0, 0.25) for row in rows)
+
+
+def test_all_figures_are_drawn_and_named_in_the_report(drawn):
+    report = (drawn / "report.md").read_text()
+    for name in ("learning_curves", "figure4", "figure5", "figure10"):
+        picture = (drawn / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+        assert f"]({name}.png)" in report
+    assert (
+        "rollouts of a2tgpo (seeds: 1, steps: 1), 64 turns" in report
+    )  # grpo comes later but groups no turns
+
+
+def test_turns_of_few_samples_make_no_drift():
+    rows = [{"signal": "s", "turn": turn, "count": count, "mean": mean} for turn, count, mean in
+            ((1, 30, 0.5), (2, 40, 0.25), (3, 29, 9.0))]  # fmt: skip
+    (found,) = drifts(rows)
+    assert (found["drift"], found["turns"]) == (0.25, "1 2")
+    assert drifts(rows[:1])[0]["drift"] is None
+
+
+def test_a_turn_without_a_gain_is_in_no_distribution():
+    rollouts = known_rollouts()
+    rollouts[0].turns[0].info_gain = None
+    signals = gain_signals(rollouts)
+    assert {len(column) for column in signals.values()} == {63}
+
+
+def test_steps_are_taken_from_the_whole_run():
+    assert spread_out(range(1, 33), 4) == [1, 11, 22, 32]
+    assert spread_out([2, 5], 8) == [2, 5]
+
+
+# playing runs
+
+
+def compare(out: Path, *more: str) -> int:
+    arguments = [CONFIG, "--methods", "grpo,a2tgpo", "--seeds", "0", "--out", str(out), "run.steps=2"]
+    return main([*arguments, *more], launcher=LAUNCHER)
+
+
+def attempts(out: Path, name: str) -> int:
+    return (out / "logs" / f"{name}.log").read_text().count("$ ")
+
+
+def test_finished_runs_are_left_alone_and_failed_ones_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAILS", "grpo-seed0:1")
+    assert compare(tmp_path) == 1
+    assert (
+        "[1/2] grpo-seed0 failed: step 1 of 2, exit code 3: error: the engine is lost"
+        in capsys.readouterr().err
+    )
+    assert "grpo-seed0 failed" in (tmp_path / "report.md").read_text()
+    assert [row["status"] for row in read_csv(tmp_path / "results.csv")] == ["failed", "finished"]
+    monkeypatch.delenv("FAILS")
+    assert compare(tmp_path) == 0
+    assert (attempts(tmp_path, "grpo-seed0"), attempts(tmp_path, "a2tgpo-seed0")) == (2, 1)
+    assert [float(row["final_em"]) for row in read_csv(tmp_path / "results.csv")] == [0.5, 0.5]
+    # Another call with one more seed: the first ones stay in the report.
+    assert compare(tmp_path, "--seeds", "1", "--methods", "grpo") == 0
+    assert (attempts(tmp_path, "grpo-seed0"), attempts(tmp_path, "grpo-seed1")) == (2, 1)
+    finished = [
+        (r["method"], r["seed"]) for r in read_csv(tmp_path / "results.csv") if r["status"] == "finished"
+    ]
+    assert finished == [("grpo", "0"), ("grpo", "1"), ("a2tgpo", "0")]
+
+
+def test_a_run_begun_with_other_values_is_refused_before_anything_starts(tmp_path, capsys):
+    write_run(Run(method="a2tgpo", seed=0, out=tmp_path), {0: 0.25, 2: 0.5}, steps=2)
+    assert compare(tmp_path, "reward.overlong_buffer_tokens=0", "update.lr=0.5") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a2tgpo-seed0 was begun with update.lr=0.0002, now it is 0.5; give another --out" in line
+    assert not (tmp_path / "logs").exists()
+
+
+def test_tuned_values_go_to_their_method_only(tmp_path):
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "grpo.yaml").write_text("update:\n  lr: 0.125\n")
+    out = tmp_path / "out"
+    assert compare(out, "--tuned", str(tuned), "algorithm.gamma=0.5") == 0
+    configs = [load_config(out / "runs" / name / "config.yaml") for name in ("grpo-seed0", "a2tgpo-seed0")]
+    assert [config.update.lr for config in configs] == [0.125, 2e-4]
+    assert [config.algorithm.advantage for config in configs] == ["grpo", "turn_group"]
+    assert [config.algorithm.gamma for config in configs] == [0.5, 0.5]
+
+
+def test_jobs_are_played_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEETS", "grpo-seed0,a2tgpo-seed0")  # each waits for the other
+    assert compare(tmp_path, "--jobs", "2") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (["--methods", "grpo,ppo"], "--methods is 'ppo'; allowed: a2tgpo | "),
+        (["--seeds", "0,x"], "--seeds is '0,x'; allowed: integers"),
+        (["--jobs", "0"], "--jobs is 0; allowed: >= 1"),
+        (["run.seed=3"], "command line is 'run.seed=3'; allowed: anything but run.name, run.root, run.seed"),
+        (["update.rl=1"], "unknown key update.rl"),
+    ],
+)
+def test_mistakes_are_one_line_and_start_nothing(tmp_path, capsys, more, fault):
+    assert compare(tmp_path / "out", *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert fault in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_last_words_are_those_of_the_last_attempt(tmp_path):
+    log = tmp_path / "run.log"
+    assert last_words(log) == "no log"
+    log.write_text("$ first\nerror: full disk\n$ second\nstep 1\nTraceback\nKilled\n\n")
+    assert last_words(log) == "Killed"

@@ -1,0 +1,149 @@
+"""What the advantages of IGPO and of A2TGPO would have been on the same recorded rollouts.
+
+Both are computed by the functions that the trainer calls, step by step, since a step's groups are what they
+normalise in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from a2tgpo.advantage.estimator import compute_advantages
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.trajectory import Trajectory
+from tools.view_rollouts import read_records
+
+RESCALED = AlgorithmConfig(advantage="turn_group", gamma=1.0, alpha=1.0, rescale=True)
+SUMMED = AlgorithmConfig(advantage="turn_group", gamma=1.0, alpha=1.0, rescale=False)
+IGPO = AlgorithmConfig(advantage="igpo_joint", gamma=1.0)
+
+MIN_SAMPLES = 30
+"""Fewer values at a turn index say too little of its mean to count for a drift."""
+PERCENTILES = (5, 25, 50, 75, 95)
+
+Columns = dict[str, np.ndarray]
+"""Equally long columns: int64 for what tells rows apart (turn, remaining or tool_calls), float64 for each signal."""
+
+
+def recorded_steps(run_dir: Path) -> list[int]:
+    """Steps whose rollouts are on disk, ascending."""
+    names = [
+        re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name) for path in (run_dir / "rollouts").glob("step_*")
+    ]
+    return sorted(int(match.group(1)) for match in names if match)
+
+
+def spread_out(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of `steps`, from the first to the last at even distances."""
+    if len(steps) <= count:
+        return list(steps)
+    return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, count)]
+
+
+def read_step(run_dir: Path, step: int) -> list[Trajectory]:
+    """The rollouts that `run_dir` trained on in one step."""
+    records = read_records(run_dir / "rollouts" / f"step_{step}.jsonl.zst")
+    # advantages and texts, recorded beside the trajectory, are left out
+    return [msgspec.convert(record, Trajectory) for record in records]
+
+
+def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
+    return build_turn_table(
+        trajectories,
+        num_prompts=max(t.prompt_index for t in trajectories) + 1,
+        max_turns=max(1, *(t.num_process_turns for t in trajectories)),
+    )
+
+
+def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
+    """Every process turn of one step whose gain was computed: its index from 1 as `turn`, and its signals."""
+    table = table_of(trajectories)
+    has_gain = table.has_gain
+    igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))
+    signals = {
+        "raw gain": table.info_gain,
+        "IGPO gain": igpo.normalized_gain,
+        "A2TGPO gain": grouped.normalized_gain,
+        "IGPO advantage": igpo.advantages[:, :-1],
+        "A2TGPO advantage": grouped.advantages[:, :-1],
+    }
+    _, column = has_gain.nonzero(as_tuple=True)
+    return {"turn": column.numpy() + 1} | {name: value[has_gain].numpy() for name, value in signals.items()}
+
+
+def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
+    """Every turn of one step: process turns from it on as `remaining`, 0 at the final one, and its advantages."""
+    table = table_of(trajectories)
+    column = torch.arange(table.max_turns + 1)
+    # A response that a limit cut off right behind an observation has no final turn.
+    present = column < torch.tensor([len(t.turns) for t in trajectories])[:, None]  # [N, T + 1]
+    remaining = table.num_process_turns[:, None] - column
+    configs = {"sum": SUMMED, "rescaled": RESCALED, "IGPO": IGPO}
+    results: dict[str, TurnAdvantages] = {
+        name: compute_advantages(table, config, dp_group=None) for name, config in configs.items()
+    }
+    return {"remaining": remaining[present].numpy()} | {
+        name: result.advantages[present].numpy() for name, result in results.items()
+    }
+
+
+def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
+    """Every rollout: its `tool_calls`, and its exact match as `em`."""
+    return {
+        "tool_calls": np.array([t.num_process_turns for t in trajectories], dtype=np.int64),
+        "em": np.array([t.exact_match for t in trajectories], dtype=np.float64),
+    }
+
+
+def join(parts: Sequence[Columns]) -> Columns:
+    """Rows of several steps together."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
+    """For every signal and value of the column `by`: how many there are, their mean, spread and percentiles."""
+    for name, values in columns.items():
+        if name == by:
+            continue
+        for place in np.unique(columns[by]):
+            own = values[columns[by] == place]
+            yield {
+                "signal": name,
+                by: int(place),
+                "count": len(own),
+                "mean": float(own.mean()),
+                "std": float(own.std()),
+                **{f"p{p}": float(np.percentile(own, p)) for p in PERCENTILES},
+            }
+
+
+def drifts(rows: Sequence[Mapping]) -> list[dict]:
+    """How far apart a signal's means at different turn indices lie, where there are enough turns.
+
+    Args:
+        rows: of `distributions` by turn.
+
+    Returns:
+        For every signal its `drift` (largest less smallest mean; None unless two turn indices count) and the
+        `turns` that count.
+    """
+    found = []
+    for name in dict.fromkeys(row["signal"] for row in rows):
+        own = [row for row in rows if row["signal"] == name and row["count"] >= MIN_SAMPLES]
+        means = [row["mean"] for row in own]
+        found.append(
+            {
+                "signal": name,
+                "drift": max(means) - min(means) if len(own) > 1 else None,
+                "turns": " ".join(str(row["turn"]) for row in own),
+                "min_samples": MIN_SAMPLES,
+            }
+        )
+    return found

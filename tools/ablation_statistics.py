@@ -1,0 +1,72 @@
+"""Means over seeds with their uncertainty: plain numbers in, plain numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and how far the true one may lie from it."""
+
+    mean: float
+    """NaN where there is no value."""
+    half_width: float | None
+    """Half of the 95 % interval (Student's t); None where fewer than two values leave it unknown."""
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+    def text(self, spec: str = ".3f") -> str:
+        """ "0.512 ± 0.034"; a question mark where one seed tells nothing of the interval."""
+        if self.count == 0:
+            return "–"
+        width = "?" if self.half_width is None else format(self.half_width, spec.lstrip("+"))
+        mean = round(self.mean, 9) + 0.0  # rounding to -0 would show a sign
+        return f"{mean:{spec}} ± {width}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval of independent values, normally distributed."""
+    count = len(values)
+    if count == 0:
+        return Estimate(math.nan, None, 0)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Estimate(mean, None, 1)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Estimate(mean, t_quantile(count - 1) * math.sqrt(variance / count), count)
+
+
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
+    """Mean of `values` - `base` over the seeds that both have.
+
+    Runs of one seed see the same prompts, so what a seed makes easy or hard for both drops out.
+    """
+    return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
+
+
+def t_quantile(degrees: int) -> float:
+    """t with P(|T| <= t) = 0.95 for Student's T, to rounding; `degrees` of freedom >= 1."""
+    low, high = 0.0, 1000.0
+    while high - low > 1e-12 * high:
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if t_coverage(middle, degrees) < CONFIDENCE else (low, middle)
+    return 0.5 * (low + high)
+
+
+def t_coverage(t: float, degrees: int) -> float:
+    """P(|T| <= t) for Student's T: the finite sums of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    term, total = math.cos(angle) ** (degrees % 2), 0.0
+    for power in range(degrees % 2, degrees - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * math.cos(angle) ** 2
+    partial = math.sin(angle) * total
+    return partial if degrees % 2 == 0 else 2 / math.pi * (angle + partial)

@@ -1,0 +1,207 @@
+"""Find each method's learning rate and clipping range on one experiment, all by the same protocol.
+
+    python tools/ablation_tune.py CONFIG --methods grpo,igpo,a2tgpo --out DIR --write configs/ablation [--jobs J]
+                                  [--ranks R] [section.field=value ...]
+
+First the learning rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the
+best rate. A trial is one short run of a seed that no comparison uses; it is judged by its mean reward on
+training questions over the second half of its steps, so that no test question is ever asked. The choice goes to
+WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. Trials that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.load import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+LEARNING_RATES = (2e-4, 4e-4, 8e-4)
+CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
+"""By the ratio's level; clip_high keeps the preset's proportion to it."""
+SEED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    method: str
+    lr: float
+    clip_low: float
+    clip_high: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.lr:g}-clip{self.clip_low:g}"
+
+    @property
+    def settings(self) -> dict[str, float]:
+        return {
+            "update.lr": self.lr,
+            "algorithm.clip_low": self.clip_low,
+            "algorithm.clip_high": self.clip_high,
+        }
+
+
+class Tuner:
+    """Plays trials, `jobs` at a time, and remembers how they went."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+        self.scores: dict[Trial, float] = {}
+
+    def command(self, trial: Trial) -> list[str]:
+        values = {
+            **trial.settings,
+            "run.seed": SEED,
+            "run.name": trial.name,
+            "run.root": self._args.out,
+            "evaluation.every": 0,
+            "evaluation.at_start": "false",
+            "evaluation.max_questions": 2,
+        }
+        return [
+            str(ROOT / "launch" / "local.sh"), "-n", str(self._args.ranks), self._args.config,
+            str(preset(trial.method)), *self._args.overrides, *(f"{key}={value}" for key, value in values.items()),
+        ]  # fmt: skip
+
+    def play(self, trials: Sequence[Trial]) -> None:
+        """Score all `trials`; one that fails scores -inf and is reported."""
+        todo = [trial for trial in trials if trial not in self.scores]
+        with ThreadPoolExecutor(self._args.jobs) as pool:
+            for trial, score in zip(todo, pool.map(self._score, todo), strict=True):
+                self.scores[trial] = score
+                print(f"{trial.name}: {score:.3f}", flush=True)
+
+    def best(self, trials: Sequence[Trial]) -> Trial:
+        """The trial of the highest score; the first one of equals."""
+        return max(trials, key=lambda trial: self.scores[trial])
+
+    def _score(self, trial: Trial) -> float:
+        steps = load_config(self._args.config, self.command(trial)[4:]).run.steps
+        folder = Path(self._args.out) / trial.name
+        values = rewards(folder)
+        if len(values) < steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            environment = os.environ | {"PYTHON": sys.executable}
+            with (folder / "log.txt").open("w", encoding="utf-8") as log:
+                done = subprocess.run(
+                    self.command(trial), stdout=log, stderr=log, env=environment, cwd=ROOT, check=False
+                )
+            if done.returncode:
+                print(f"{trial.name} failed: see {folder / 'log.txt'}", file=sys.stderr)
+                return -math.inf
+            values = rewards(folder)
+        last = values[len(values) // 2 :]
+        return sum(last) / len(last)
+
+
+def rewards(folder: Path) -> list[float]:
+    """Mean reward of all rollouts played, step by step; [] where there is no step yet."""
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    name = "sampling/reward_all_mean"  # where groups are dropped
+    return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
+
+
+def preset(method: str) -> Path:
+    return ROOT / "configs" / "algorithm" / f"{method}.yaml"
+
+
+def trials_of(method: str, config: str, overrides: Sequence[str]) -> tuple[list[Trial], list[float]]:
+    """The trials over learning rates, and the other clipping ranges to try after them."""
+    algorithm = load_config(config, [str(preset(method)), *overrides]).algorithm
+    proportion = algorithm.clip_high / algorithm.clip_low
+    ranges = CLIP_LOW[algorithm.ratio]
+    middle = ranges[len(ranges) // 2]
+    trials = [
+        Trial(method=method, lr=lr, clip_low=middle, clip_high=round(middle * proportion, 6))
+        for lr in LEARNING_RATES
+    ]
+    return trials, [clip for clip in ranges if clip != middle]
+
+
+def with_clip(trial: Trial, clip_low: float) -> Trial:
+    """`trial` with another clipping range of the same proportion."""
+    proportion = trial.clip_high / trial.clip_low
+    return Trial(
+        method=trial.method, lr=trial.lr, clip_low=clip_low, clip_high=round(clip_low * proportion, 6)
+    )
+
+
+def tune(args: argparse.Namespace) -> None:
+    tuner = Tuner(args)
+    first = {method: trials_of(method, args.config, args.overrides) for method in args.methods}
+    tuner.play([trial for trials, _ in first.values() for trial in trials])
+    all_trials = {}
+    for method, (trials, clips) in first.items():
+        best = tuner.best(trials)
+        all_trials[method] = trials + [with_clip(best, clip) for clip in clips]
+    tuner.play([trial for trials in all_trials.values() for trial in trials])
+    for trials in all_trials.values():
+        write_choice(tuner.best(trials), Path(args.write))
+    write_table(tuner.scores, Path(args.write) / "tuning.csv")
+
+
+def write_choice(trial: Trial, folder: Path) -> None:
+    """The tuned values as a file to lay over the preset."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, dict[str, float]] = {}
+    for key, value in trial.settings.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    text = f"# Chosen by tools/ablation_tune.py; its trials are in tuning.csv.\n{yaml.safe_dump(sections)}"
+    (folder / f"{trial.method}.yaml").write_text(text, encoding="utf-8")
+
+
+def write_table(scores: dict[Trial, float], path: Path) -> None:
+    """One row a trial; rows of methods that were not tuned this time are kept."""
+    rows: dict[tuple[str, ...], list] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as handle:
+            rows = {tuple(row[:3]): row for row in list(csv.reader(handle))[1:]}
+    for trial, score in scores.items():
+        row = [trial.method, f"{trial.lr:g}", f"{trial.clip_low:g}", f"{trial.clip_high:g}", f"{score:.4f}"]
+        rows[tuple(row[:3])] = row
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(["method", "lr", "clip_low", "clip_high", "train_reward"])
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="YAML file of the experiment")
+    parser.add_argument("--methods", required=True, type=lambda text: text.split(","))
+    parser.add_argument("--out", required=True, help="folder of the trials' runs")
+    parser.add_argument("--write", required=True, help="folder that receives METHOD.yaml and tuning.csv")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    args = parser.parse_intermixed_args()
+    try:
+        for method in args.methods:
+            require(preset(method).exists(), "--methods", method, "names of files in configs/algorithm")
+        tune(args)
+    except ConfigError as error:
+        print(f"ablation_tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
