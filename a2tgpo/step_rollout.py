@@ -122,16 +122,16 @@ class StepRollout:
     def _warn_once(self, step: int, draws: int, num_played: int, num_unfilled: int) -> None:
         if self._parts.groups.rank == 0 and not self._has_warned:
             logger.warning(
-                "step %d: no more than %d of %d groups have rewards that differ after %d draws "
-                "(rollout.max_draws is %d) and %d of %d questions; the others bring no outcome advantage "
-                "(said once; see sampling/unfilled_groups)",
+                "step %d: after %d draws (rollout.max_draws=%d) and %d of %d questions only %d of %d groups have "
+                "rewards that differ; the others bring no outcome advantage. Raise rollout.max_draws, or give "
+                "questions that are neither too hard nor too easy (said once; see sampling/unfilled_groups)",
                 step + 1,
-                self._config.prompts_per_step - num_unfilled,
-                self._config.prompts_per_step,
                 draws,
                 self._config.max_draws,
                 num_played,
                 self._parts.sampler.num_questions,
+                self._config.prompts_per_step - num_unfilled,
+                self._config.prompts_per_step,
             )
         self._has_warned = True
 

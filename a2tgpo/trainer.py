@@ -75,7 +75,10 @@ class Trainer:
         return self.step >= self.config.run.steps
 
     def train_step(self) -> dict[str, float]:
-        """refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record."""
+        """refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
+
+        Returns the step's metrics, equal on all ranks.
+        """
         start = time.monotonic()
         engine_metrics, learning_metrics = MetricSums(), MetricSums()
         with self.timers.stage("refit"):

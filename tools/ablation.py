@@ -137,8 +137,9 @@ class Progress:
         scores = [record["evaluation/em"] for record in result.evaluations()]
         became = f"held-out EM {scores[0]:.3f} to {scores[-1]:.3f}" if result.is_finished else result.fault
         made = self._done - self._begun_at
-        seconds = (time.monotonic() - self._start) / made * (self._total - self._done) if made else None
-        left = "" if seconds is None else f"; about {seconds / 60:.0f} min left"
+        to_do = self._total - self._done
+        seconds = (time.monotonic() - self._start) / made * to_do if made else 0.0
+        left = f"; about {seconds / 60:.0f} min left" if made and to_do else ""
         line = f"[{self._ended_runs}/{self._total_runs}] {result.run.name} {result.status}: {became}{left}"
         tqdm.write(line, file=sys.stderr)
 

@@ -85,7 +85,8 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         by_method.setdefault(result.run.method, []).append(result)
     save(draw_learning_curves(by_method), out / "learning_curves.png")
     captions["learning_curves.png"] = (
-        "Learning curves: means over seeds, shaded from the lowest to the highest seed."
+        "Learning curves: means over seeds, shaded from the lowest to the highest seed; curves of "
+        f"{SMOOTHED_FROM} values or more are moving averages."
     )
     source = signal_source(by_method)
     steps = sum(len(signal_steps(result)) for result in by_method[source])
@@ -142,14 +143,19 @@ def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Se
         steps, values = seed_curves(results, names)
         if not len(steps):
             continue
-        is_smooth = len(steps) >= SMOOTHED_FROM
-        if is_smooth:
+        if len(steps) >= SMOOTHED_FROM:
             values = np.stack([smooth(own) for own in values])
         color = PALETTE[number]
-        marker = "" if is_smooth else MARKERS[number]
         ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
         ax.plot(
-            steps, values.mean(axis=0), color=color, label=method, linewidth=2, marker=marker, markersize=5
+            steps,
+            values.mean(axis=0),
+            color=color,
+            label=method,
+            linewidth=2,
+            marker=MARKERS[number],
+            markersize=5,
+            markevery=max(1, len(steps) // 6),
         )
 
 
@@ -192,12 +198,13 @@ def write_figure4(columns: Columns, out: Path, origin: str) -> str:
     return (
         f"Figure 4: signals of the process turns by turn index, on {origin}, {len(columns['turn']):,} turns. Boxes "
         "from the 25th to the 75th percentile, whiskers from the 5th to the 95th, means as dots. Drift is the "
-        f"largest less the smallest mean over turn indices with at least {MIN_SAMPLES} turns: {turns}."
+        f"largest less the smallest mean over turn indices with at least {MIN_SAMPLES} turns: {turns}. "
+        "An advantage's drift has the outcome's own in it: rollouts of more turns are right more or less often."
     )
 
 
 def draw_boxes(ax: Axes, rows: Sequence[Mapping], color: str) -> None:
-    """A box for each place, faint where it has too few values; dots for the means."""
+    """A box for each turn index, faint where it has too few values; dots for the means."""
     for row in rows:
         is_enough = row["count"] >= MIN_SAMPLES
         box = {
@@ -230,15 +237,16 @@ def draw_boxes(ax: Axes, rows: Sequence[Mapping], color: str) -> None:
         zorder=3,
     )
     ax.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
-    places = [row["turn"] for row in rows]
-    ax.set_xticks(places, [str(place) for place in places])
+    turns = [row["turn"] for row in rows]
+    ax.set_xticks(turns, [str(turn) for turn in turns])
 
 
 def draw_counts(ax: Axes, rows: Sequence[Mapping]) -> None:
-    places = [row["turn"] for row in rows]
-    bars = ax.bar(places, [row["count"] for row in rows], 0.55, color=GRID)
+    turns = [row["turn"] for row in rows]
+    bars = ax.bar(turns, [row["count"] for row in rows], 0.55, color=GRID)
     ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5, color=MUTED, padding=1)
-    ax.set_xticks(places, [str(place) for place in places])
+    ax.margins(y=0.1)  # room for the numbers
+    ax.set_xticks(turns, [str(turn) for turn in turns])
 
 
 def write_figure5(columns: Columns, out: Path, origin: str) -> str:

@@ -1,4 +1,4 @@
-"""Run under torchrun: every method's advantages for random spreads of the rollouts, against one process with them all.
+"""Run under torchrun: every method's advantages for random spreads of the rollouts, against one process with all.
 
 Sums are taken in another order when rollouts are spread otherwise, which moves the last bit. Gains are therefore of
 ordinary size and all different, and discounts powers of two: where the members of a group are equal but for that bit,

@@ -77,7 +77,8 @@ def runs(tmp_path_factory) -> dict[str, Run]:
         timeout=400,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stderr.count("(said once; see sampling/unfilled_groups)") <= len(DYNAMIC), result.stderr
+    # dapo_one_draw leaves places unfilled in both of its steps.
+    assert result.stderr.count("after 1 draws (rollout.max_draws=1)") == 1
     weights = json.loads((root / "runs/weights.json").read_text())
     return {name: Run(root / "runs" / name, weights[name]) for name in RUNS}
 
@@ -194,6 +195,7 @@ def test_dynamic_sampling_refills_what_one_draw_leaves_empty(runs):
     assert once["sampling/groups_played"] == GROUPS_PER_STEP
     assert once["sampling/unfilled_groups"] > 0
     assert once["reward/mean"] == pytest.approx(once["sampling/reward_all_mean"])
+    assert runs["dapo_one_draw"].steps[1]["sampling/unfilled_groups"] > 0
     assert refilled["sampling/draws"] > 1
     assert refilled["sampling/groups_played"] > GROUPS_PER_STEP
     assert refilled["sampling/unfilled_groups"] < once["sampling/unfilled_groups"]

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKS = [
     *(f"gradients[{layout}]" for layout in ("dp4", "tp2", "tp2_sequence", "pp2", "tp2_pp2")),
     *(f"scores[{layout}]" for layout in ("dp4", "tp2_sequence", "pp2", "tp2_pp2")),
+    *(f"correction[{layout}]" for layout in ("dp4", "tp2_pp2")),
     *(f"nan_is_skipped[{layout}]" for layout in ("dp4", "pp2", "tp2_pp2")),
     *(f"resume[{layout}]" for layout in ("dp4", "tp2_pp2")),
     "resume_with_buckets[dp4]",

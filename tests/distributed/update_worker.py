@@ -35,11 +35,17 @@ from update_bench import (
     make_trajectories,
 )
 
+from a2tgpo.batch.packing import pack
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.update import checkpoint
+from a2tgpo.update.importance import correct_rollouts
+from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.policy_update import score_minibatches
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import compute_gradients, train_step
 
@@ -79,6 +85,49 @@ def check_scores(bench: Bench) -> None:
             found = scored.logprobs[batch.sequence_ids[0] == number]
             expected = bench.reference.logprobs[index][: found.numel()]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_correction(bench: Bench) -> None:
+    """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none."""
+    policy, _ = bench.policy()
+    batches = bench.batches(replicas=2 if bench.groups.dp_size > 2 else 1)
+    counts = all_gather_object(len(batches), bench.groups.dp_group)
+    assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
+    minibatch = Minibatch(
+        batches=batches,
+        turn_advantages=[torch.zeros(batch.num_turns) for batch in batches],
+        turn_clip_scales=[torch.ones(batch.num_turns) for batch in batches],
+        sequence_weights=[torch.zeros(batch.num_sequences) for batch in batches],
+        sequence_is_correct=[torch.tensor([i % 2 == 1 for i in b.trajectory_indices]) for b in batches],
+    )
+    metrics = MetricSums()
+    score_minibatches(policy, [minibatch], metrics)
+    correct_rollouts([minibatch], CorrectionConfig(kind="mask", lower=0.01), bench.groups, metrics)
+    assert len(minibatch.importance) == len(batches)
+    found = metrics.reduce(bench.groups.dp_group)
+
+    sampled = {}
+    for index, logprobs in bench.reference.logprobs.items():
+        alone = pack(bench.trajectories, [index], align=1)
+        mask = alone.loss_mask[0]
+        sampled[index] = logprobs[: mask.numel()][mask].double(), alone.rollout_logprobs[0, mask].double()
+    every = torch.cat([logprobs for logprobs, _ in sampled.values()])
+    ratio = torch.cat([logprobs - rollout for logprobs, rollout in sampled.values()]).exp()
+    kept = ratio[(ratio >= 0.01) & (ratio <= 2.0)]
+    assert 0 < kept.numel() < ratio.numel() == bench.total_tokens
+    expected = {
+        "likelihood/mean": every.mean(),
+        "likelihood/correct": torch.cat([sampled[index][0] for index in sampled if index % 2 == 1]).mean(),
+        "correction/mean": ratio.mean(),
+        "correction/max": ratio.max(),
+        "correction/min": ratio.min(),
+        "correction/truncated_share": 0.0,
+        "correction/masked_share": 1 - kept.numel() / ratio.numel(),
+        "correction/unusable_tokens": 0.0,
+        "correction/effective_sample_share": kept.sum() ** 2 / (ratio.numel() * kept.square().sum()),
+    }
+    for name, value in expected.items():
+        assert math.isclose(found[name], float(value), rel_tol=1e-4, abs_tol=1e-9), (name, found[name], value)
 
 
 def check_nan_is_skipped(bench: Bench) -> None:
@@ -253,6 +302,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "dp4": [
         check_gradients,
         check_scores,
+        check_correction,
         check_nan_is_skipped,
         check_resume,
         check_resume_with_buckets,
@@ -262,7 +312,14 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "tp2": [check_gradients],
     "tp2_sequence": [check_gradients, check_scores],
     "pp2": [check_gradients, check_scores, check_nan_is_skipped],
-    "tp2_pp2": [check_gradients, check_scores, check_nan_is_skipped, check_resume, check_another_layout],
+    "tp2_pp2": [
+        check_gradients,
+        check_scores,
+        check_correction,
+        check_nan_is_skipped,
+        check_resume,
+        check_another_layout,
+    ],
 }
 
 

@@ -1,4 +1,4 @@
-"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and batches for it."""
+"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and batches and options for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.adaptive_clip import clip_scale
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.policy_loss import LossInputs, PolicyLoss, policy_loss, segments
@@ -50,6 +51,32 @@ tokens = st.builds(
 gains = st.one_of(st.just(0.0), st.floats(-4, 4))
 turns = st.builds(Turn, st.floats(-3, 3), gains, st.lists(tokens, max_size=5).map(tuple))
 batches = st.lists(st.lists(st.lists(turns, max_size=3), min_size=1, max_size=3), min_size=1, max_size=3)
+
+LEVELS = ("turn", "sequence", "token")
+corrections = st.builds(
+    CorrectionConfig,
+    kind=st.sampled_from(["none", "truncate", "mask"]),
+    level=st.sampled_from(LEVELS),
+    upper=st.sampled_from([1.0, 1.2, 5.0]),
+    lower=st.sampled_from([0.0, 0.5, 0.9]),
+)
+
+
+@st.composite
+def configs(draw) -> AlgorithmConfig:
+    ratio = draw(st.sampled_from(LEVELS))
+    low, high = draw(st.sampled_from([(3e-3, 4e-3), (0.2, 0.28), (3e-4, 4e-4)]))
+    return AlgorithmConfig(
+        ratio=ratio,
+        clip_low=low,
+        clip_high=high,
+        clip_beta=draw(st.sampled_from([0.0, 0.3, 0.99])),
+        dual_clip=draw(st.sampled_from([0.0, 3.0])) if ratio == "token" else 0.0,
+        aggregation=draw(st.sampled_from(AGGREGATIONS)),
+        kl_coef=draw(st.sampled_from([0.0, 1e-3, 0.5])),
+        kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
+        correction=draw(corrections),
+    )
 
 
 def loss_inputs(batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torch.float64) -> LossInputs:

@@ -9,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_by_hand import Batch, Token, Turn, batches, loss_inputs, new_logprobs
-from test_policy_loss import LEVELS, configs
+from loss_by_hand import LEVELS, Batch, Token, Turn, batches, configs, loss_inputs, new_logprobs
 
 from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_by_hand import (
+    LEVELS,
     Token,
     Turn,
     batches,
+    configs,
     loss_and_gradient,
     loss_inputs,
     naive_loss_and_gradient,
@@ -21,32 +23,6 @@ from loss_by_hand import (
 from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
-
-LEVELS = ("turn", "sequence", "token")
-corrections = st.builds(
-    CorrectionConfig,
-    kind=st.sampled_from(["none", "truncate", "mask"]),
-    level=st.sampled_from(LEVELS),
-    upper=st.sampled_from([1.0, 1.2, 5.0]),
-    lower=st.sampled_from([0.0, 0.5, 0.9]),
-)
-
-
-@st.composite
-def configs(draw) -> AlgorithmConfig:
-    ratio = draw(st.sampled_from(LEVELS))
-    low, high = draw(st.sampled_from([(3e-3, 4e-3), (0.2, 0.28), (3e-4, 4e-4)]))
-    return AlgorithmConfig(
-        ratio=ratio,
-        clip_low=low,
-        clip_high=high,
-        clip_beta=draw(st.sampled_from([0.0, 0.3, 0.99])),
-        dual_clip=draw(st.sampled_from([0.0, 3.0])) if ratio == "token" else 0.0,
-        aggregation=draw(st.sampled_from(AGGREGATIONS)),
-        kl_coef=draw(st.sampled_from([0.0, 1e-3, 0.5])),
-        kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
-        correction=draw(corrections),
-    )
 
 
 @settings(max_examples=400)

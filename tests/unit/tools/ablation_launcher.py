@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     done = read_metrics(folder / "metrics.jsonl")
     with (folder / "metrics.jsonl").open("a") as file:
         for step in range(done[-1]["step"] + 1 if done else 0, config.run.steps + 1):
-            score = 0.25 + 0.125 * step
-            file.write(json.dumps({"step": step, "evaluation/em": score, "reward/mean": score}) + "\n")
+            score = {"evaluation/em": 0.25 + 0.125 * step, "evaluation/num_questions": 8}
+            file.write(json.dumps({"step": step, **score}) + "\n")
             if fails[0] == config.run.name and step == int(fails[2]):
                 print("error: the engine is lost", flush=True)
                 print("a warning on the way out", flush=True)

@@ -1,0 +1,48 @@
+"""Mini-batches of a played step, with advantages and clip scales that belong to the trajectory, not to its row."""
+
+from __future__ import annotations
+
+import torch
+
+from a2tgpo.advantage.turn_table import TurnAdvantages
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.minibatch import Minibatch, build_minibatches
+
+NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 4, 2, 3
+NUM_MINIBATCHES = 2
+
+
+def minibatches_of(
+    trajectories: list[Trajectory], groups: ParallelGroups, *, max_tokens: int = 40, **algorithm
+) -> list[Minibatch]:
+    """Of micro-batches of at most `max_tokens`; `algorithm`: fields of that section."""
+    config = RunConfig(
+        run=RunSettings(name="r"),
+        model=ModelConfig(path="unused"),
+        data=DataConfig(train="unused", test="unused"),
+        search=SearchConfig(corpus="unused"),
+        rollout=RolloutConfig(prompts_per_step=NUM_PROMPTS, group_size=GROUP_SIZE),
+        update=UpdateConfig(
+            prompts_per_minibatch=NUM_PROMPTS // NUM_MINIBATCHES, max_microbatch_tokens=max_tokens
+        ),
+        algorithm=AlgorithmConfig(**algorithm),
+    )
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(2, NUM_PROMPTS, GROUP_SIZE, MAX_TURNS, generator=generator).double()
+    rows = [t.prompt_index for t in trajectories], [t.sample_index for t in trajectories]
+    advantages = TurnAdvantages(
+        advantages=values[0][rows],
+        normalized_gain=torch.zeros(len(trajectories), MAX_TURNS - 1).double(),
+        normalized_outcome=torch.zeros(len(trajectories)).double(),
+    )
+    return build_minibatches(
+        trajectories, advantages, 1 + 0.3 * values[1][rows].tanh(), config=config, groups=groups
+    )

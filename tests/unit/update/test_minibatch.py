@@ -1,0 +1,81 @@
+"""From trajectories to the loss: packing and micro-batches leave every mini-batch's loss and gradients alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from played_step import NUM_MINIBATCHES, minibatches_of
+
+from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.loss.policy_loss import policy_loss
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.importance import correct_rollouts
+from a2tgpo.update.minibatch import Minibatch
+
+
+def made_up_logprobs(batch: PackedBatch, shift: float) -> torch.Tensor:
+    """[T], fixed by the token and its place in its trajectory."""
+    return -2.0 + torch.sin(0.3 * batch.targets[0] + 0.7 * batch.positions[0] + shift)
+
+
+def loss_and_token_gradients(
+    minibatch: Minibatch, trajectories: list[Trajectory], config: AlgorithmConfig
+) -> tuple[float, dict[tuple[int, int, int], float]]:
+    """Gradients by (prompt, sample, position in the trajectory)."""
+    total, gradients = 0.0, {}
+    for index, batch in enumerate(minibatch.batches):
+        mask = batch.loss_mask[0]
+        logprobs = made_up_logprobs(batch, 0.01)[mask].requires_grad_()
+        loss = policy_loss(logprobs, minibatch.loss_inputs(index), config).loss
+        loss.backward()
+        total += loss.item()
+        numbers, positions = batch.sequence_ids[0, mask].tolist(), batch.positions[0, mask].tolist()
+        for number, position, gradient in zip(numbers, positions, logprobs.grad.tolist(), strict=True):
+            trajectory = trajectories[batch.trajectory_indices[number]]
+            gradients[trajectory.prompt_index, trajectory.sample_index, position] = gradient
+    return total, gradients
+
+
+def outcome(
+    trajectories: list[Trajectory], groups, max_tokens: int, config: AlgorithmConfig
+) -> list[tuple[float, dict]]:
+    """Per mini-batch."""
+    minibatches = minibatches_of(
+        trajectories, groups, max_tokens=max_tokens, ratio=config.ratio, aggregation=config.aggregation
+    )
+    for minibatch in minibatches:
+        minibatch.old_logprobs = [made_up_logprobs(batch, 0.0) for batch in minibatch.batches]
+        minibatch.ref_logprobs = [made_up_logprobs(batch, 0.3) for batch in minibatch.batches]
+    correct_rollouts(minibatches, config.correction, groups, MetricSums())
+    return [loss_and_token_gradients(minibatch, trajectories, config) for minibatch in minibatches]
+
+
+@pytest.mark.parametrize("level", ["turn", "sequence", "token"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_packing_and_order_change_neither_loss_nor_gradients(
+    policy, trajectories, level, aggregation
+) -> None:
+    """Micro-batches of one trajectory, of a few, of all; a trajectory without tokens might as well be absent."""
+    config = AlgorithmConfig(
+        ratio=level,
+        aggregation=aggregation,
+        kl_coef=0.1,
+        correction=CorrectionConfig(kind="truncate", level=level),
+    )
+    expected = outcome(trajectories, policy.groups, 10_000, config)
+    assert len(expected) == NUM_MINIBATCHES
+    num_tokens = sum(len(gradients) for _, gradients in expected)
+    assert num_tokens == sum(t.num_sampled_tokens for t in trajectories)
+    shuffled = random.Random(1).sample(trajectories, len(trajectories))
+    with_tokens = [t for t in shuffled if t.num_sampled_tokens]
+    assert len(with_tokens) < len(trajectories)
+    for rollouts, max_tokens in ((trajectories, 1), (shuffled, 40), (with_tokens, 25)):
+        found = outcome(rollouts, policy.groups, max_tokens, config)
+        for (loss, gradients), (whole, of_whole) in zip(found, expected, strict=True):
+            assert loss == pytest.approx(whole, rel=1e-6, abs=1e-6)
+            assert gradients == pytest.approx(of_whole, rel=1e-5, abs=1e-8)

@@ -1,0 +1,146 @@
+"""Scoring and updating a real policy on one process: what the metrics say and what the correction changes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from played_step import NUM_MINIBATCHES, minibatches_of
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.build import Policy
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.importance import correct_rollouts
+from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.policy_update import score_minibatches, update_policy
+
+
+def scored(
+    trajectories: list[Trajectory], policy: Policy, **options
+) -> tuple[list[Minibatch], dict[str, float]]:
+    minibatches, metrics = minibatches_of(trajectories, policy.groups, **options), MetricSums()
+    score_minibatches(policy, minibatches, metrics)
+    return minibatches, metrics.values()
+
+
+def by_trajectory(minibatches: list[Minibatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per trajectory its tokens' turns, the trainer's log-probs and the engine's, float64."""
+    found = {}
+    for minibatch in minibatches:
+        for batch, old in zip(minibatch.batches, minibatch.old_logprobs, strict=True):
+            for number, index in enumerate(batch.trajectory_indices):
+                rows = (batch.sequence_ids[0] == number) & batch.loss_mask[0]
+                turns = batch.turn_index[batch.turn_ids[0, rows]]
+                found[index] = turns, old[rows].double(), batch.rollout_logprobs[0, rows].double()
+    return found
+
+
+def test_likelihood_is_the_mean_over_sampled_tokens_and_over_those_of_correct_answers(
+    policy, trajectories
+) -> None:
+    minibatches, metrics = scored(trajectories, policy)
+    assert len(minibatches) == NUM_MINIBATCHES and len(minibatches[0].batches) > 1
+    logprobs = {index: old for index, (_, old, _) in by_trajectory(minibatches).items()}
+    assert {i: len(p) for i, p in logprobs.items()} == {
+        i: t.num_sampled_tokens for i, t in enumerate(trajectories) if t.turns
+    }
+    correct = [logprobs[i] for i, t in enumerate(trajectories) if t.exact_match]
+    assert metrics["likelihood/mean"] == pytest.approx(float(torch.cat(list(logprobs.values())).mean()))
+    assert metrics["likelihood/correct"] == pytest.approx(float(torch.cat(correct).mean()))
+    assert len(correct) == 3 and metrics["likelihood/correct"] != metrics["likelihood/mean"]
+
+
+def test_a_step_without_a_correct_answer_has_no_likelihood_of_one(policy, trajectories) -> None:
+    for trajectory in trajectories:
+        trajectory.exact_match = 0.0
+    _, metrics = scored(trajectories, policy)
+    assert "likelihood/correct" not in metrics and metrics["likelihood/mean"] < 0
+
+
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, trajectories, level) -> None:
+    """However it is cut into mini-batches and micro-batches; one engine log-prob is not finite."""
+    final = next(t for t in trajectories if len(t.turns) == 3).turns[-1]
+    final.rollout_logprobs[0] = -math.inf
+    config = CorrectionConfig(kind="truncate", level=level, upper=1.5)
+    of_packings = []
+    for max_tokens in (40, 10_000):
+        minibatches, _ = scored(trajectories, policy, max_tokens=max_tokens)
+        metrics = MetricSums()
+        correct_rollouts(minibatches, config, policy.groups, metrics)
+        of_packings.append(metrics.values())
+        ratio = torch.cat([weights_by_hand(*tokens, level) for tokens in by_trajectory(minibatches).values()])
+        usable, num_tokens = ratio[ratio.isfinite()], ratio.numel()
+        applied = ratio.nan_to_num(0.0).clamp(max=1.5)
+        found = torch.cat([w for minibatch in minibatches for w in minibatch.importance])
+        torch.testing.assert_close(found.double(), applied, rtol=1e-5, atol=1e-7)
+        assert metrics.values() == pytest.approx(
+            {
+                "correction/mean": float(usable.mean()),
+                "correction/max": float(usable.max()),
+                "correction/min": float(usable.min()),
+                "correction/truncated_share": float((usable > 1.5).sum()) / num_tokens,
+                "correction/masked_share": 0.0,
+                "correction/unusable_tokens": num_tokens - usable.numel(),
+                "correction/effective_sample_share": float(
+                    applied.sum() ** 2 / (num_tokens * applied.square().sum())
+                ),
+            },
+            rel=1e-5,
+        )
+        assert 0 < metrics.values()["correction/truncated_share"] < 1 <= num_tokens - usable.numel()
+    assert of_packings[0] == pytest.approx(of_packings[1], rel=1e-4)
+
+
+def weights_by_hand(
+    turns: torch.Tensor, old: torch.Tensor, rollout: torch.Tensor, level: str
+) -> torch.Tensor:
+    """NaN where the engine's log-prob, or one that shares the weight, is not finite."""
+    log_ratio = (old - rollout).where(rollout.isfinite(), torch.nan)
+    if level == "sequence":
+        log_ratio = log_ratio.mean().expand_as(log_ratio)
+    elif level == "turn":
+        log_ratio = torch.stack([log_ratio[turns == own].mean() for own in turns])
+    return log_ratio.clamp(max=10).exp()
+
+
+def test_masked_share_counts_both_sides(policy, trajectories) -> None:
+    minibatches, _ = scored(trajectories, policy)
+    tokens = by_trajectory(minibatches).values()
+    ratio = torch.cat([weights_by_hand(*of_one, "token") for of_one in tokens])
+    kept, metrics = (ratio >= 0.5) & (ratio <= 2.0), MetricSums()
+    correct_rollouts(minibatches, CorrectionConfig(kind="mask"), policy.groups, metrics)
+    assert 0 < kept.sum() < ratio.numel()
+    assert metrics.values()["correction/masked_share"] == pytest.approx(float((~kept).double().mean()))
+    share = float(ratio[kept].sum() ** 2 / (ratio.numel() * ratio[kept].square().sum()))
+    assert metrics.values()["correction/effective_sample_share"] == pytest.approx(share, rel=1e-4)
+
+
+def test_without_correction_nothing_is_added(policy, trajectories) -> None:
+    minibatches, _ = scored(trajectories, policy)
+    metrics = MetricSums()
+    correct_rollouts(minibatches, CorrectionConfig(), policy.groups, metrics)
+    assert metrics == MetricSums()
+    assert all(minibatch.loss_inputs(0).importance is None for minibatch in minibatches)
+
+
+def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
+    """At the first mini-batch every ratio is 1, so the loss is minus the weighted sum of w A."""
+    next(t for t in trajectories if t.turns).turns[0].rollout_logprobs[0] = math.nan
+    config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))
+    minibatches, _ = scored(trajectories, policy)
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
+    metrics = MetricSums()
+    update_policy(policy, optimizer, schedule, minibatches[:1], config, metrics)
+    inputs = [minibatches[0].loss_inputs(index) for index in range(len(minibatches[0].batches))]
+    expected = -sum(float((i.weights * i.importance * i.advantages).sum()) for i in inputs)
+    plain = -sum(float((i.weights * i.advantages).sum()) for i in inputs)
+    assert metrics.values()["update/loss"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(plain, rel=1e-2)
+    assert metrics.values()["update/skipped"] == 0.0
+    assert metrics.values()["correction/mean"] > 0 and metrics.values()["ratio/noise_floor"] < 1e-5
