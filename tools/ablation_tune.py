@@ -6,7 +6,8 @@
 First the learning rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the
 best rate. A trial is one short run of a seed that no comparison uses; it is judged by its mean reward on
 training questions over the second half of its steps, so that no test question is ever asked. The choice goes to
-WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. Trials that are finished are not repeated.
+WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. What else WRITE/METHOD.yaml sets is kept, also during the
+trials. Trials that are finished are not repeated.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Tuner:
         }
         return [
             str(ROOT / "launch" / "local.sh"), "-n", str(self._args.ranks), self._args.config,
-            str(preset(trial.method)), *self._args.overrides, *(f"{key}={value}" for key, value in values.items()),
+            *files_of(trial.method, self._args.write), *self._args.overrides,
+            *(f"{key}={value}" for key, value in values.items()),
         ]  # fmt: skip
 
     def play(self, trials: Sequence[Trial]) -> None:
@@ -122,9 +124,15 @@ def preset(method: str) -> Path:
     return ROOT / "configs" / "algorithm" / f"{method}.yaml"
 
 
-def trials_of(method: str, config: str, overrides: Sequence[str]) -> tuple[list[Trial], list[float]]:
+def files_of(method: str, folder: str) -> list[str]:
+    """The preset, and what the experiment has set for it."""
+    own = Path(folder) / f"{method}.yaml"
+    return [str(preset(method)), *([str(own)] if own.exists() else [])]
+
+
+def trials_of(method: str, args: argparse.Namespace) -> tuple[list[Trial], list[float]]:
     """The trials over learning rates, and the other clipping ranges to try after them."""
-    algorithm = load_config(config, [str(preset(method)), *overrides]).algorithm
+    algorithm = load_config(args.config, [*files_of(method, args.write), *args.overrides]).algorithm
     proportion = algorithm.clip_high / algorithm.clip_low
     ranges = CLIP_LOW[algorithm.ratio]
     middle = ranges[len(ranges) // 2]
@@ -145,7 +153,7 @@ def with_clip(trial: Trial, clip_low: float) -> Trial:
 
 def tune(args: argparse.Namespace) -> None:
     tuner = Tuner(args)
-    first = {method: trials_of(method, args.config, args.overrides) for method in args.methods}
+    first = {method: trials_of(method, args) for method in args.methods}
     tuner.play([trial for trials, _ in first.values() for trial in trials])
     all_trials = {}
     for method, (trials, clips) in first.items():
@@ -158,14 +166,15 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def write_choice(trial: Trial, folder: Path) -> None:
-    """The tuned values as a file to lay over the preset."""
+    """The tuned values, and what the file says besides, as a file to lay over the preset."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections: dict[str, dict[str, float]] = {}
+    path = folder / f"{trial.method}.yaml"
+    sections: dict[str, dict] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     for key, value in trial.settings.items():
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
     text = f"# Chosen by tools/ablation_tune.py; its trials are in tuning.csv.\n{yaml.safe_dump(sections)}"
-    (folder / f"{trial.method}.yaml").write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def write_table(scores: dict[Trial, float], path: Path) -> None:

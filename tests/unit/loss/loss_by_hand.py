@@ -1,4 +1,4 @@
-"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and batches and options for it."""
+"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and what to feed it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(batches, configs())
 def test_loss_and_gradient_equal_equation_12_written_by_hand(batch, config) -> None:
     result, gradient = loss_and_gradient(batch, config)
