@@ -14,7 +14,7 @@ help:
 	@echo "make setup-gpu   the same with CUDA builds and Transformer Engine (Python 3.12)"
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
-	@echo "make ablation    eight methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
+	@echo "make ablation    seven methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make test        lint and all tests"
 
 setup: $(VENV)/.ready
@@ -52,7 +52,7 @@ smollm2: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/confi
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/smollm2_cpu.yaml --resume none
 
 DETOURS := artifacts/worldqa-detours
-ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo,gigpo
+ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo
 ABLATION_SEEDS ?= 0,1,2
 
 artifacts/models/tiny-qwen3-detours/config.json: | setup

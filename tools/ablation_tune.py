@@ -32,7 +32,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-LEARNING_RATES = (2e-4, 4e-4, 8e-4)
+LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
 """By the ratio's level; clip_high keeps the preset's proportion to it."""
 SEED = 100

@@ -7,6 +7,8 @@ packing or the data-parallel split.
 import torch
 import torch.distributed as dist
 
+from a2tgpo.parallel.collectives import all_reduce_sum
+
 
 def token_weights(
     num_sampled_tokens: torch.Tensor,
@@ -30,8 +32,8 @@ def token_weights(
     """
     tokens = num_sampled_tokens.to(torch.float64)
     totals = torch.stack([(tokens > 0).sum().to(torch.float64), tokens.sum()])
-    if dp_group is not None and dist.get_world_size(dp_group) > 1:
-        dist.all_reduce(totals, group=dp_group)
+    if dp_group is not None:
+        totals = all_reduce_sum(totals, dp_group)
     num_trajectories, num_tokens = totals.clamp(min=1)
     ones = torch.ones_like(tokens)
     if aggregation == "token-mean":
