@@ -27,8 +27,8 @@ class BestCheckpoint:
     """The best held-out score among policies that still exist; of equal ones the earliest.
 
     `ROOT/best.json` names it as {"step", "score", "metric"}. What a resumed run compares with comes from the
-    checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So is one whose
-    checkpoint has been removed since, for a later and better one that is now dropped itself.
+    checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So should be one
+    without weights: its checkpoint made room for a later and better one that is now dropped itself.
 
     Args:
         root: folder of the checkpoints.
@@ -85,9 +85,9 @@ class BestCheckpoint:
         return asdict(self._best) if self._best else None
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Go on comparing with `state`, unless it goes by another metric or its checkpoint is gone."""
-        self._best = None
-        if state is not None and state["metric"] == self._metric:
-            best = Best(**state)
-            if best.step == 0 or (self._root / f"step_{best.step}" / MARKER).is_file():
-                self._best = best
+        """Go on comparing with `state`, unless it goes by another metric."""
+        self._best = Best(**state) if state is not None and state["metric"] == self._metric else None
+
+    def has_weights(self, step: int) -> bool:
+        """Whether this rank sees a complete checkpoint of `step`; step 0 needs none."""
+        return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()

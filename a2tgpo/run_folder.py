@@ -20,6 +20,7 @@ from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.writer import MetricWriter
+from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
 from a2tgpo.update import checkpoint
@@ -63,8 +64,8 @@ class RunFolder:
                 if resume == "none":
                     self._set_aside()
                 self.path.mkdir(parents=True, exist_ok=True)
-                (self.path / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
-                (self.path / "env.txt").write_text(describe_environment(), encoding="utf-8")
+                checkpoint.replace_file(self.path / "config.yaml", dump_config(self._config))
+                checkpoint.replace_file(self.path / "env.txt", describe_environment())
             except OSError as error:
                 fault = [
                     f"run.root: {self.path} cannot be written ({error.strerror}); choose another run.root"
@@ -79,9 +80,10 @@ class RunFolder:
     def restore(self, path: Path | None, parts: RunParts, guards: Guards) -> int:
         """Put the checkpoint's state in place; None: a new run. Returns the steps done.
 
-        Checkpoints of later steps are set aside. The best one so far is the one known at the checkpoint.
+        Checkpoints of later steps are set aside, and one of the same step if `path` is not that one. The best one so
+        far is the one known at the checkpoint, if it is this run's own.
         """
-        step = 0
+        step, is_own = 0, True
         if path is not None:
             try:
                 state = checkpoint.load(
@@ -91,13 +93,13 @@ class RunFolder:
                 raise ConfigError(f"--resume: {error}") from error
             step = int(state["step"])
             parts.sampler.load_state_dict(state["sampler"])
-            # Checkpoints of earlier versions have neither of the two.
+            # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])
+            is_own = path.resolve() == (self._checkpoints / f"step_{step}").resolve()
             # That of another run speaks of checkpoints which are not here.
-            is_own = path.resolve().parent == self._checkpoints.resolve()
-            self.best.load_state_dict(state.get("best") if is_own else None)
-        checkpoint.set_aside_after(self._checkpoints, step)
+            self.best.load_state_dict(self._if_still_there(state.get("best") if is_own else None))
+        checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
         return step
 
@@ -151,6 +153,16 @@ class RunFolder:
             f"best: {self.best.describe()}. To go on nevertheless: guard.stop_after=0; "
             f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N"
         )
+
+    def _if_still_there(self, best: dict | None) -> dict | None:
+        """`best`, or None where its checkpoint is gone, as rank 0 sees it.
+
+        On a network file system ranks may see different files, but they must agree on which checkpoints to save.
+        """
+        world = dist.group.WORLD
+        assert world is not None, "a run's processes are joined"
+        is_there = best is not None and self.best.has_weights(best["step"])
+        return broadcast_object(best if is_there else None, world, source=0)
 
     @property
     def _checkpoints(self) -> Path:

@@ -1,15 +1,17 @@
 """The rollout of a step: one draw of prompts, or under dynamic sampling as many as fill it with informative groups.
 
-A group is informative if the outcome rewards of its trajectories are not all equal (DAPO, arXiv 2503.14476,
-Section 3.2): where all are right or all are wrong there is no outcome advantage. Dynamic sampling drops the other
-groups and draws again. What is then trained on is no fair picture of the policy, so both are reported:
+A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
+arXiv 2503.14476, Eq. 11): where all are right or all are wrong there is nothing to learn but length. Dynamic sampling
+drops the other groups and draws again. What is then trained on is no fair picture of the policy, so both are
+reported:
 
-    sampling/draws             draws of the step
-    sampling/groups_played     groups of all draws
-    sampling/kept_share        informative ones among them
-    sampling/surplus_groups    informative ones for which the step had no place left
-    sampling/unfilled_groups   places of the step for which there was none, given to dropped groups
-    sampling/reward_all_mean   outcome reward over everything played; reward/mean is over the step's groups
+    sampling/draws                  draws of the step
+    sampling/groups_played          groups of all draws
+    sampling/kept_share             informative ones among them
+    sampling/surplus_groups         informative ones for which the step had no place left
+    sampling/unfilled_groups        places of the step for which there was none, given to dropped groups
+    sampling/reward_all_mean        outcome reward over everything played; reward/mean is over the step's groups
+    sampling/format_error_rate_all  as reward/format_error_rate, over everything played
 """
 
 from __future__ import annotations
@@ -98,6 +100,7 @@ class StepRollout:
         metrics.add("sampling/unfilled_groups", selection.num_unfilled, 1)
         if self._parts.replicas.is_first:
             metrics.add("sampling/reward_all_mean", sum(t.outcome_reward for t in played), len(played))
+            metrics.add("sampling/format_error_rate_all", sum(not t.format_ok for t in played), len(played))
         return take_groups(played, selection.groups)
 
     def _play_share(self, prompts: Sequence[Prompt], step: int, counts: RolloutCounts) -> list[Trajectory]:
@@ -137,10 +140,12 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """By prompt index: whether the group's outcome rewards are not all equal."""
-    rewards: dict[int, set[float]] = {}
+    """By prompt index: whether the group's outcome rewards, before a length penalty, are not all equal."""
+    rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
-        rewards.setdefault(trajectory.prompt_index, set()).add(trajectory.outcome_reward)
+        # Ill-formed responses all earn the same, whatever they answer.
+        reward = trajectory.exact_match if trajectory.format_ok else None
+        rewards.setdefault(trajectory.prompt_index, set()).add(reward)
     return {index: len(values) > 1 for index, values in rewards.items()}
 
 

@@ -58,7 +58,8 @@ class Trainer:
     def train(self) -> bool:
         """The remaining steps, with evaluations and checkpoints between them; False: stopped before the last one.
 
-        A run that goes on from where it was stopped stops again before its first step.
+        The guards stop a run after the evaluation that is due at that step, if any, and a checkpoint. A run that goes
+        on from where it was stopped stops again before its first step.
         """
         if self.step == 0 and self.config.evaluation.at_start:
             self.evaluate()
@@ -67,7 +68,7 @@ class Trainer:
             alarms, lines = self.guards.watch(self.step, metrics)
             self.recorder.record_alarms(self.step, alarms, lines)
             is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
-            is_best = not is_stopping and self._is_due(self.config.evaluation.every) and self.evaluate()
+            is_best = self._is_due(self.config.evaluation.every) and self.evaluate()
             if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
                 with self.timers.stage("checkpoint"):
                     self.folder.save(self.step, self.parts, self.guards)

@@ -34,7 +34,16 @@ from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from tools.ablation_figures import MAX_METHODS
 from tools.ablation_report import write_report
-from tools.ablation_runs import ATTEMPT_MARK, PLAN_FILE, Plan, Run, RunResult, load_plan, read_result
+from tools.ablation_runs import (
+    ATTEMPT_MARK,
+    CONFIG_FILE,
+    PLAN_FILE,
+    Plan,
+    Run,
+    RunResult,
+    load_plan,
+    read_result,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
@@ -70,16 +79,22 @@ class Experiment:
     def check(self, run: Run) -> RunConfig:
         """The configuration that `run` would have; ConfigError if it was begun with another one."""
         config = load_config(self.config, self.arguments(run))
-        if run.config_file.exists():
-            begun = dict(leaves(config_to_dict(load_config(run.config_file))))
-            for key, value in leaves(config_to_dict(config)):
-                # The folder as a whole may have been moved.
-                if key != "run.root" and begun[key] != value:
-                    raise ConfigError(
-                        f"{run.folder} was begun with {key}={begun[key]!r}, now it is {value!r}; "
-                        "give another --out, or remove that folder to run it anew"
-                    )
+        refuse_other_config(run.folder, config)
         return config
+
+
+def refuse_other_config(folder: Path, config: RunConfig) -> None:
+    """ConfigError if the run in `folder` was begun with another configuration than `config`."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    begun = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
+    for key, value in leaves(config_to_dict(config)):
+        # The folder as a whole may have been moved.
+        if key != "run.root" and begun[key] != value:
+            raise ConfigError(
+                f"{folder} was begun with {key}={begun[key]!r}, now it is {value!r}; "
+                "give another --out, or remove that folder to run it anew"
+            )
 
 
 def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -203,6 +218,14 @@ def play(
     return failed
 
 
+def report_so_far(out: Path) -> None:
+    """Write the report; a file that cannot be read now is no reason to end the runs."""
+    try:
+        write_report(out)
+    except (OSError, ValueError) as error:
+        tqdm.write(f"ablation: no report this time: {error}", file=sys.stderr)
+
+
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
     """Start one run, its output to its log; on its own share of the cores where there are enough."""
     command = experiment.command(run)
@@ -255,6 +278,9 @@ def parse_plan(options: argparse.Namespace) -> Plan:
         require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
     require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")
     require(options.jobs >= 1, "--jobs", options.jobs, ">= 1")
+    for name in ("tuned", "presets"):
+        folder = getattr(options, name)
+        require(folder is None or folder.is_dir(), f"--{name}", str(folder), "an existing folder")
     for override in options.overrides:
         key = override.partition("=")[0].strip()
         require(

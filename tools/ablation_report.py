@@ -151,7 +151,7 @@ def setting_text(results: Sequence[RunResult]) -> str:
         + (f", evaluated greedily on {questions[-1]:.0f} held-out questions. " if questions else ". ")
         + "± is the half of the 95 % interval of the mean over seeds (Student's t), ? where one seed leaves it "
         "unknown; what another choice of questions would change is not in it. Runs of one seed were dealt the same "
-        "questions."
+        "questions in the same order; those with dynamic sampling asked more of them."
     )
 
 
@@ -203,7 +203,8 @@ def budget_table(by_method: Mapping[str, Sequence[Row]]) -> str:
     lines = [[method, *(cell(rows) for cell in columns.values())] for method, rows in by_method.items()]
     note = (
         "Means over a method's runs. Groups dropped by dynamic sampling count as played. Seconds are those of steps, "
-        "evaluations and checkpoints, without start-up; runs played side by side slow each other down."
+        "evaluations and checkpoints, without start-up; runs played side by side slow each other down. "
+        "Information gain is scored in every run, also where the method makes no use of it."
     )
     return markdown_table(["method", *columns], lines) + f"\n\n{note}"
 

@@ -19,6 +19,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 
 PLAN_FILE = "ablation.json"
+CONFIG_FILE = "config.yaml"
 ATTEMPT_MARK = "$ "
 """Begins the line of a log that holds an attempt's command."""
 
@@ -46,7 +47,7 @@ class Run:
 
     @property
     def config_file(self) -> Path:
-        return self.folder / "config.yaml"
+        return self.folder / CONFIG_FILE
 
     @property
     def metrics_file(self) -> Path:

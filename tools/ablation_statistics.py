@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
     """Mean of `values` - `base` over the seeds that both have.
 
-    Runs of one seed see the same prompts, so what a seed makes easy or hard for both drops out.
+    Runs of one seed are dealt the same prompts in the same order: what a seed makes easy or hard for both drops out.
     """
     return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
 

@@ -5,7 +5,7 @@
 
 First the learning rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the
 best rate. A trial is one short run of a seed that no comparison uses; it is judged by its mean reward on
-training questions over the second half of its steps, so that no test question is ever asked. The choice goes to
+training questions over the second half of its steps: no test question has a say. The choice goes to
 WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. What else WRITE/METHOD.yaml sets is kept, also during the
 trials. Trials that are finished are not repeated.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import dataclasses
 import math
 import os
 import subprocess
@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.check import require
 from a2tgpo.config.load import load_config
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+from tools.ablation import LAUNCHER, refuse_other_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
@@ -61,8 +63,9 @@ class Trial:
 class Tuner:
     """Plays trials, `jobs` at a time, and remembers how they went."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, launcher: Sequence[str]):
         self._args = args
+        self._launcher = launcher
         self.scores: dict[Trial, float] = {}
 
     def command(self, trial: Trial) -> list[str]:
@@ -76,7 +79,7 @@ class Tuner:
             "evaluation.max_questions": 2,
         }
         return [
-            str(ROOT / "launch" / "local.sh"), "-n", str(self._args.ranks), self._args.config,
+            *self._launcher, "-n", str(self._args.ranks), self._args.config,
             *files_of(trial.method, self._args.write), *self._args.overrides,
             *(f"{key}={value}" for key, value in values.items()),
         ]  # fmt: skip
@@ -90,33 +93,32 @@ class Tuner:
                 print(f"{trial.name}: {score:.3f}", flush=True)
 
     def best(self, trials: Sequence[Trial]) -> Trial:
-        """The trial of the highest score; the first one of equals."""
-        return max(trials, key=lambda trial: self.scores[trial])
+        """The trial of the highest score; the first one of equals. ConfigError if all of them failed."""
+        best = max(trials, key=lambda trial: self.scores[trial])
+        require(math.isfinite(self.scores[best]), "--methods", best.method, "methods of which a trial ends")
+        return best
 
     def _score(self, trial: Trial) -> float:
-        steps = load_config(self._args.config, self.command(trial)[4:]).run.steps
         folder = Path(self._args.out) / trial.name
-        values = rewards(folder)
-        if len(values) < steps:
+        command = self.command(trial)
+        config = load_config(self._args.config, command[command.index(self._args.config) + 1 :])
+        refuse_other_config(folder, config)
+        if len(rewards(folder)) < config.run.steps:
             folder.mkdir(parents=True, exist_ok=True)
             environment = os.environ | {"PYTHON": sys.executable}
             with (folder / "log.txt").open("w", encoding="utf-8") as log:
-                done = subprocess.run(
-                    self.command(trial), stdout=log, stderr=log, env=environment, cwd=ROOT, check=False
-                )
+                done = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if done.returncode:
                 print(f"{trial.name} failed: see {folder / 'log.txt'}", file=sys.stderr)
                 return -math.inf
-            values = rewards(folder)
-        last = values[len(values) // 2 :]
+        last = rewards(folder)[config.run.steps // 2 :]
         return sum(last) / len(last)
 
 
 def rewards(folder: Path) -> list[float]:
     """Mean reward of all rollouts played, step by step; [] where there is no step yet."""
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     name = "sampling/reward_all_mean"  # where groups are dropped
+    records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
 
 
@@ -130,30 +132,29 @@ def files_of(method: str, folder: str) -> list[str]:
     return [str(preset(method)), *([str(own)] if own.exists() else [])]
 
 
-def trials_of(method: str, args: argparse.Namespace) -> tuple[list[Trial], list[float]]:
+def trials_of(method: str) -> tuple[list[Trial], list[float]]:
     """The trials over learning rates, and the other clipping ranges to try after them."""
-    algorithm = load_config(args.config, [*files_of(method, args.write), *args.overrides]).algorithm
-    proportion = algorithm.clip_high / algorithm.clip_low
-    ranges = CLIP_LOW[algorithm.ratio]
+    algorithm = yaml.safe_load(preset(method).read_text(encoding="utf-8"))["algorithm"]
+    ranges = CLIP_LOW[algorithm["ratio"]]
     middle = ranges[len(ranges) // 2]
-    trials = [
-        Trial(method=method, lr=lr, clip_low=middle, clip_high=round(middle * proportion, 6))
-        for lr in LEARNING_RATES
-    ]
+    clip_high = scaled(middle, algorithm["clip_high"] / algorithm["clip_low"])
+    trials = [Trial(method=method, lr=lr, clip_low=middle, clip_high=clip_high) for lr in LEARNING_RATES]
     return trials, [clip for clip in ranges if clip != middle]
+
+
+def scaled(clip_low: float, proportion: float) -> float:
+    return round(clip_low * proportion, 6)
 
 
 def with_clip(trial: Trial, clip_low: float) -> Trial:
     """`trial` with another clipping range of the same proportion."""
-    proportion = trial.clip_high / trial.clip_low
-    return Trial(
-        method=trial.method, lr=trial.lr, clip_low=clip_low, clip_high=round(clip_low * proportion, 6)
-    )
+    clip_high = scaled(clip_low, trial.clip_high / trial.clip_low)
+    return dataclasses.replace(trial, clip_low=clip_low, clip_high=clip_high)
 
 
-def tune(args: argparse.Namespace) -> None:
-    tuner = Tuner(args)
-    first = {method: trials_of(method, args) for method in args.methods}
+def tune(args: argparse.Namespace, launcher: Sequence[str]) -> None:
+    tuner = Tuner(args, launcher)
+    first = {method: trials_of(method) for method in args.methods}
     tuner.play([trial for trials, _ in first.values() for trial in trials])
     all_trials = {}
     for method, (trials, clips) in first.items():
@@ -169,7 +170,9 @@ def write_choice(trial: Trial, folder: Path) -> None:
     """The tuned values, and what the file says besides, as a file to lay over the preset."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{trial.method}.yaml"
-    sections: dict[str, dict] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    sections: dict[str, dict] = (
+        (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    )
     for key, value in trial.settings.items():
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
@@ -192,8 +195,8 @@ def write_table(scores: dict[Trial, float], path: Path) -> None:
         writer.writerows(rows[key] for key in sorted(rows))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="YAML file of the experiment")
     parser.add_argument("--methods", required=True, type=lambda text: text.split(","))
     parser.add_argument("--out", required=True, help="folder of the trials' runs")
@@ -201,12 +204,14 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     try:
         for method in args.methods:
             require(preset(method).exists(), "--methods", method, "names of files in configs/algorithm")
-        tune(args)
-    except ConfigError as error:
+        for name in ("jobs", "ranks"):
+            require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), ">= 1")
+        tune(args, launcher)
+    except (OSError, ValueError) as error:
         print(f"ablation_tune: {error}", file=sys.stderr)
         return 2
     return 0

@@ -28,7 +28,11 @@ class ImportanceWeights:
     is_masked: torch.Tensor
     """bool: w was outside [`lower`, `upper`] and is 0 now."""
     is_unusable: torch.Tensor
-    """bool: w could not be computed, since a log-prob is not finite; the weight is 0."""
+    """bool: w could not be computed, since a log-prob is not finite; the weight is 0.
+
+    That is enough for one of the engine's. One of the trainer's is in the policy ratio as well, and 0 times NaN is
+    NaN: the loss is then not finite, and the update is skipped.
+    """
 
 
 @torch.no_grad()

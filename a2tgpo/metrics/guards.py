@@ -3,6 +3,9 @@
 Metrics, 0 or 1 each step: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor` and
 `alarm/engine_gap` (each only where its setting in `guard` is not 0), `alarm/skipped_updates` and
 `alarm/non_finite`.
+
+Under dynamic sampling entropy and likelihood are over the groups that were kept, so those alarms do not see what
+was dropped; the format errors are those of everything played.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ NON_FINITE = "non_finite"
 class Alarm:
     """What one alarm compares, and what to tell the person who reads it."""
 
-    metric: str
+    metrics: tuple[str, ...]
+    """In order of preference: the first that a step has is compared."""
     key: str
     """Setting that the limit comes from; empty: none, the alarm cannot be turned off."""
     threshold: float
@@ -55,7 +59,7 @@ class Guards:
     def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):
         self._config = config
         alarms = _alarms(config, narrower_clip=min(clip_low, clip_high))
-        self._watched = [alarm.metric for alarm in alarms.values()]
+        self._watched = [metric for alarm in alarms.values() for metric in alarm.metrics]
         self._alarms = {name: a for name, a in alarms.items() if a.threshold > 0 or not a.key}
         self._baselines: dict[str, tuple[float, int]] = {}  # metric -> (sum, steps)
         self._is_on = dict.fromkeys([*self._alarms, NON_FINITE], False)
@@ -74,14 +78,15 @@ class Guards:
         """
         lines = []
         for name, alarm in self._alarms.items():
-            value = metrics.get(alarm.metric)
-            if value is None or not math.isfinite(value) or self._extends_baseline(alarm, value):
+            metric = next((found for found in alarm.metrics if found in metrics), "")
+            value = metrics.get(metric, math.nan)
+            if not math.isfinite(value) or self._extends_baseline(alarm, metric, value):
                 continue
-            baseline = self._baseline(alarm)
+            baseline = self._baseline(metric)
             limit = alarm.limit(baseline)
             is_past = value < limit if alarm.is_floor else value > limit
             if self._changes(name, is_past, alarm.confirming_steps):
-                text = _measured(alarm, value, limit, baseline)
+                text = _measured(alarm, metric, value, limit, baseline)
                 lines.append(_line(step, name, text, alarm.advice if is_past else None))
         broken = [name for name in self._watched if not math.isfinite(metrics.get(name, 0.0))]
         if self._changes(NON_FINITE, bool(broken), 1):
@@ -114,26 +119,38 @@ class Guards:
         return {
             "baselines": {metric: list(taken) for metric, taken in self._baselines.items()},
             "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
+            "limits": self._limits(),
             "streak": self._streak,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken; alarms that have been turned off since are forgotten."""
-        self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
-        for name, (is_on, contrary) in state["alarms"].items():
-            if name in self._is_on:
-                self._is_on[name], self._contrary[name] = is_on, contrary
-        self._streak = state["streak"] if self.active else 0
+        """Go on where `state` was taken, but forget alarms that were turned off or got another limit since.
 
-    def _extends_baseline(self, alarm: Alarm, value: float) -> bool:
-        total, steps = self._baselines.get(alarm.metric, (0.0, 0))
+        If one of those was on, the steps with some alarm are counted anew: it may have been the only one in them.
+        """
+        self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
+        self._streak = state["streak"]
+        limits = self._limits()
+        old_limits = state.get("limits", limits)  # earlier versions have none
+        for name, (is_on, contrary) in state["alarms"].items():
+            if name in self._is_on and limits.get(name) == old_limits.get(name):
+                self._is_on[name], self._contrary[name] = is_on, contrary
+            elif is_on:
+                self._streak = 0
+
+    def _limits(self) -> dict[str, float]:
+        """By alarm, at a base line of 1: tells a changed setting, also one of the clipping range."""
+        return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
+
+    def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:
+        total, steps = self._baselines.get(metric, (0.0, 0))
         if not alarm.on_change or steps >= self._config.baseline_steps:
             return False
-        self._baselines[alarm.metric] = (total + value, steps + 1)
+        self._baselines[metric] = (total + value, steps + 1)
         return True
 
-    def _baseline(self, alarm: Alarm) -> float:
-        total, steps = self._baselines.get(alarm.metric, (math.nan, 1))
+    def _baseline(self, metric: str) -> float:
+        total, steps = self._baselines.get(metric, (math.nan, 1))
         return total / steps
 
     def _changes(self, name: str, is_past: bool, confirming_steps: int) -> bool:
@@ -148,7 +165,7 @@ class Guards:
 def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
     return {
         "entropy": Alarm(
-            metric="entropy/mean",
+            metrics=("entropy/mean",),
             key="guard.min_entropy_share",
             threshold=config.min_entropy_share,
             limit=lambda baseline: config.min_entropy_share * baseline,
@@ -157,7 +174,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy has collapsed onto one course: lower update.lr, or raise algorithm.clip_high",
         ),
         "likelihood": Alarm(
-            metric="likelihood/correct",
+            metrics=("likelihood/correct",),
             key="guard.max_likelihood_drop",
             threshold=config.max_likelihood_drop,
             limit=lambda baseline: baseline - config.max_likelihood_drop,
@@ -166,7 +183,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="right answers are unlearned along with wrong ones: lower update.lr, or set algorithm.kl_coef",
         ),
         "format": Alarm(
-            metric="reward/format_error_rate",
+            metrics=("sampling/format_error_rate_all", "reward/format_error_rate"),
             key="guard.max_format_error_rise",
             threshold=config.max_format_error_rise,
             limit=lambda baseline: baseline + config.max_format_error_rise,
@@ -174,7 +191,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            metric="ratio/noise_floor",
+            metrics=("ratio/noise_floor",),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
             limit=lambda _: config.max_noise_share * narrower_clip,
@@ -182,15 +199,16 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "or use algorithm.ratio=turn or model.dtype=float32",
         ),
         "engine_gap": Alarm(
-            metric="gap/train_engine_abs_mean",
+            # No token has a gap where no log-prob is finite; their number is then past any sensible limit.
+            metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,
             limit=lambda _: config.max_train_engine_gap,
             advice="the engine does not compute with the policy's precision: raise rollout.dtype, "
-            "or set algorithm.correction.kind=truncate",
+            "or set algorithm.correction.kind=truncate and raise guard.max_train_engine_gap",
         ),
         "skipped_updates": Alarm(
-            metric="update/skipped",
+            metrics=("update/skipped",),
             key="",
             threshold=0.0,
             limit=lambda _: 0.0,
@@ -200,10 +218,10 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
     }
 
 
-def _measured(alarm: Alarm, value: float, limit: float, baseline: float) -> str:
+def _measured(alarm: Alarm, metric: str, value: float, limit: float, baseline: float) -> str:
     source = [f"{alarm.key} {alarm.threshold:g}"] if alarm.key else []
     source += [f"base line {baseline:.4g}"] if alarm.on_change else []
-    return f"{alarm.metric} is {value:.4g}, limit {limit:.4g}" + (f" ({', '.join(source)})" if source else "")
+    return f"{metric} is {value:.4g}, limit {limit:.4g}" + (f" ({', '.join(source)})" if source else "")
 
 
 def _line(step: int, name: str, text: str, advice: str | None) -> str:

@@ -226,7 +226,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 
 def _write_through(path: Path, text: str) -> None:
-    with path.open("w") as stream:
+    with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

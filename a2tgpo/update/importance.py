@@ -22,7 +22,8 @@ def correct_rollouts(
 
     Every rank must call this, also without trajectories. The metrics speak of all sampled tokens of the step:
 
-    - `correction/mean`, `max`, `min`: of w before it is bounded, where it can be computed;
+    - `correction/mean`, `max`, `min`: of w before it is bounded, where it can be computed; left out of a step
+      without such a token;
     - `correction/truncated_share`, `masked_share`: of all tokens;
     - `correction/unusable_tokens`: a number of tokens, whose weight is 0 since a log-prob is not finite;
     - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights that the loss gets, from sums over
@@ -75,8 +76,8 @@ def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:
 
 
 def _record(metrics: MetricSums, sums: dict[str, float], totals: Sequence[float]) -> None:
-    metrics.add("correction/mean", sums["ratio"], sums["usable"])
-    if "max" in sums:
+    if sums["usable"]:
+        metrics.add("correction/mean", sums["ratio"], sums["usable"])
         metrics.add_max("correction/max", sums["max"])
         metrics.add_min("correction/min", sums["min"])
     metrics.add("correction/truncated_share", sums["truncated"], sums["tokens"])

@@ -26,7 +26,8 @@ def score_minibatches(policy: Policy, minibatches: Sequence[Minibatch], metrics:
 
     Every rank must call this. Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in
     trajectories whose answer matches, left out of a step without any) and how far the trainer's log-probs are from
-    the engine's.
+    the engine's: `gap/train_engine_*` over the tokens where both are finite, left out of a step without any, and
+    `gap/unusable_tokens`, the number of the others.
     """
     sums: dict[str, Tensor] = {}
     for minibatch in minibatches:
@@ -45,9 +46,12 @@ def score_minibatches(policy: Policy, minibatches: Sequence[Minibatch], metrics:
         metrics.add("likelihood/mean", float(sums["logprob"]), tokens)
         if sums["correct_tokens"]:
             metrics.add("likelihood/correct", float(sums["correct_logprob"]), int(sums["correct_tokens"]))
-        metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), tokens)
-        metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), tokens)
-        metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
+        usable = int(sums["gap_tokens"])
+        if usable:
+            metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), usable)
+            metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), usable)
+            metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
+        metrics.add("gap/unusable_tokens", tokens - usable, 0)
 
 
 def score_reference(reference: Policy, minibatches: Sequence[Minibatch]) -> None:
@@ -101,6 +105,7 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> 
     logprobs = scored.logprobs[mask].double()
     in_correct = is_correct[batch.sequence_ids[0, mask]]
     difference = (scored.logprobs[mask] - batch.rollout_logprobs[0, mask]).double()
+    difference = difference[difference.isfinite()]
     log_ratio = difference.clamp(-20.0, 20.0)
     return {
         "tokens": mask.sum().double(),
@@ -108,6 +113,7 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> 
         "logprob": logprobs.sum(),
         "correct_logprob": logprobs[in_correct].sum(),
         "correct_tokens": in_correct.sum(),
+        "gap_tokens": torch.tensor(float(difference.numel())),
         "gap_abs": difference.abs().sum(),
         "gap_max": difference.abs().max() if difference.numel() else difference.new_zeros(()),
         "gap_k3": (log_ratio.exp() - log_ratio - 1.0).sum(),

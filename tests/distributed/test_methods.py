@@ -180,13 +180,16 @@ def test_without_dynamic_sampling_every_method_plays_the_same_first_step(runs, n
 def test_dynamic_sampling_trains_on_informative_groups_and_counts_the_others(runs, name):
     for record, records in zip(runs[name].steps, runs[name].rollouts, strict=True):
         groups = groups_of(records).values()
-        num_equal = sum(len({r["outcome_reward"] for r in members}) == 1 for members in groups)
+        # Before the overlong penalty: that alone teaches nothing about answers.
+        worth = [{r["exact_match"] if r["format_ok"] else -1 for r in members} for members in groups]
+        num_equal = sum(len(rewards) == 1 for rewards in worth)
         assert record["sampling/unfilled_groups"] == num_equal
         num_informative = record["sampling/kept_share"] * record["sampling/groups_played"]
         num_kept = len(groups) - num_equal
         assert num_informative == pytest.approx(num_kept + record["sampling/surplus_groups"])
         assert record["sampling/groups_played"] >= GROUPS_PER_STEP
         assert -2 <= record["sampling/reward_all_mean"] <= 1
+        assert 0 <= record["sampling/format_error_rate_all"] <= 1
 
 
 def test_dynamic_sampling_refills_what_one_draw_leaves_empty(runs):
@@ -195,6 +198,7 @@ def test_dynamic_sampling_refills_what_one_draw_leaves_empty(runs):
     assert once["sampling/groups_played"] == GROUPS_PER_STEP
     assert once["sampling/unfilled_groups"] > 0
     assert once["reward/mean"] == pytest.approx(once["sampling/reward_all_mean"])
+    assert once["reward/format_error_rate"] == pytest.approx(once["sampling/format_error_rate_all"])
     assert runs["dapo_one_draw"].steps[1]["sampling/unfilled_groups"] > 0
     assert refilled["sampling/draws"] > 1
     assert refilled["sampling/groups_played"] > GROUPS_PER_STEP

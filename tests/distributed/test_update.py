@@ -23,6 +23,7 @@ CHECKS = [
     "resume_with_buckets[dp4]",
     "data_parallel_updates[dp4]",
     "retention[dp4]",
+    "one_best[dp4]",
     "another_layout[tp2_pp2]",
 ]
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,10 +38,18 @@ from update_bench import (
 
 from a2tgpo.batch.packing import pack
 from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.run_folder import RunFolder
 from a2tgpo.update import checkpoint
 from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
@@ -268,6 +277,41 @@ def check_retention(bench: Bench) -> None:
             assert not lines
 
 
+def check_one_best(bench: Bench) -> None:
+    """All ranks take for the best so far what rank 0 sees, also where the others see other files."""
+    policy, update = bench.policy(distributed_optimizer=True)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    parts: Any = SimpleNamespace(
+        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
+    )
+    guards = Guards(GuardConfig(), clip_low=0.1, clip_high=0.1)
+
+    def run_folder(root: Path) -> RunFolder:
+        config = RunConfig(
+            run=RunSettings(name="r", root=str(root)),
+            model=ModelConfig(path="unused"),
+            data=DataConfig(train="unused", test="unused"),
+            search=SearchConfig(corpus="unused"),
+        )
+        return RunFolder(config, bench.groups)
+
+    seen_by_0, seen_by_others = bench.folder / "seen_by_0", bench.folder / "seen_by_others"
+    folder = run_folder(seen_by_0)
+    folder.open("auto")
+    folder.best.offer(1, {"em": 0.5})
+    folder.save(1, parts, guards)
+    folder.save(2, parts, guards)
+    if bench.groups.rank == 0:
+        hidden = seen_by_others / "r" / "checkpoints"
+        hidden.mkdir(parents=True)
+        (hidden / "step_2").symlink_to(folder.path / "checkpoints" / "step_2")
+    dist.barrier()
+    for first, others, expected in ((seen_by_0, seen_by_others, 1), (seen_by_others, seen_by_0, None)):
+        resumed = run_folder(first if bench.groups.rank == 0 else others)
+        resumed.restore(resumed.path / "checkpoints" / "step_2", parts, guards)
+        assert resumed.best.step == expected, (resumed.best.step, expected)
+
+
 def check_another_layout(bench: Bench) -> None:
     """A checkpoint of 4 data-parallel ranks goes on at TP2 x PP2: same optimizer state, so close weights."""
     for saved in ("dp4", "dp4bucket_size"):
@@ -308,6 +352,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_resume_with_buckets,
         check_data_parallel_updates,
         check_retention,
+        check_one_best,
     ],
     "tp2": [check_gradients],
     "tp2_sequence": [check_gradients, check_scores],

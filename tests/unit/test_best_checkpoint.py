@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
+from a2tgpo.config.run import CheckpointConfig, EvaluationConfig, RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.data.sampler import PromptSampler
@@ -26,6 +27,7 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
+from a2tgpo.trainer import Trainer
 from a2tgpo.update import checkpoint
 from a2tgpo.update.optimizer import build_optimizer
 
@@ -88,20 +90,24 @@ def test_only_the_writer_writes(tmp_path):
         ({"step": 4, "score": 0.5, "metric": "em"}, True),
         ({"step": 0, "score": 0.5, "metric": "em"}, True),
         ({"step": 4, "score": 0.5, "metric": "f1"}, False),
-        ({"step": 2, "score": 0.5, "metric": "em"}, False),
-        ({"step": 3, "score": 0.5, "metric": "em"}, False),
         (None, False),
     ],
-    ids=["complete", "untrained", "another metric", "removed", "incomplete", "none"],
+    ids=["own metric", "untrained", "another metric", "none"],
 )
-def test_a_record_is_gone_on_with_where_its_weights_still_exist(tmp_path, state, is_kept):
+def test_a_record_of_the_same_metric_is_gone_on_with(tmp_path, state, is_kept):
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    best.load_state_dict({"step": 1, "score": 0.9, "metric": "em"})
+    best.load_state_dict(state)
+    assert best.state_dict() == (state if is_kept else None)
+    assert best.offer(5, scores(0.4)) == (not is_kept)
+
+
+def test_only_a_complete_checkpoint_has_weights_and_the_untrained_policy_needs_none(tmp_path):
     for step in (3, 4):
         (tmp_path / f"step_{step}").mkdir()
     (tmp_path / "step_4" / checkpoint.MARKER).write_text("{}")
     best = BestCheckpoint(tmp_path, "em", is_writer=True)
-    best.load_state_dict(state)
-    assert best.state_dict() == (state if is_kept else None)
-    assert best.offer(5, scores(0.4)) == (not is_kept)
+    assert {step: best.has_weights(step) for step in (0, 2, 3, 4)} == {0: True, 2: False, 3: False, 4: True}
 
 
 # -- the run's folder ----------------------------------------------------------------------------------------
@@ -134,7 +140,7 @@ class Run:
     def __init__(
         self, world: SimpleNamespace, root: Path, *, resume: str = "auto", name: str = "r", keep: int = 1
     ):
-        config = RunConfig(
+        self.config = RunConfig(
             run=RunSettings(name=name, root=str(root)),
             model=ModelConfig(path="unused"),
             data=DataConfig(train="unused", test="unused"),
@@ -142,7 +148,7 @@ class Run:
             checkpoint=CheckpointConfig(keep=keep),
         )
         self.parts: Any = world.parts
-        self.folder = RunFolder(config, world.groups)
+        self.folder = RunFolder(self.config, world.groups)
         self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
         self.step = self.folder.restore(self.folder.open(resume), self.parts, self.guards)
         self.checkpoints = self.folder.path / "checkpoints"
@@ -208,6 +214,59 @@ def test_the_best_of_another_run_is_not_taken_over(world, tmp_path):
     assert own.step == 1 and own.best_step is None
     own.save(2, 0.1)
     assert own.best_step == 2 and other.steps == [1] and other.best_step == 1
+
+
+class ScriptedTrainer(Trainer):
+    """The real loop around steps that skip every update and evaluations that score the number of the step."""
+
+    def train_step(self) -> dict[str, float]:
+        self.step += 1
+        return {"update/skipped": 1.0}
+
+    def evaluate(self) -> bool:
+        return self.folder.best.offer(self.step, scores(self.step / 10))
+
+
+@pytest.mark.parametrize(("every", "best", "steps"), [(2, 4, [2, 4]), (3, 3, [3, 4]), (0, None, [4])])
+def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, tmp_path, every, best, steps):
+    run = Run(world, tmp_path)
+    evaluation = EvaluationConfig(every=every, at_start=False)
+    config = dataclasses.replace(run.config, evaluation=evaluation)
+    parts: Any = SimpleNamespace(**vars(world.parts), config=config, tokenizer=None)
+    guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
+    trainer = ScriptedTrainer(parts, run.folder.recorder(parts, step=0), run.folder, guards)
+    assert not trainer.train() and trainer.step == 4
+    assert run.best_step == best and run.steps == steps
+
+
+def test_resuming_from_elsewhere_sets_aside_the_own_checkpoint_of_the_same_step(world, tmp_path):
+    """Else a run that ends before its next checkpoint would go on from its own one."""
+    first = Run(world, tmp_path, keep=3)
+    for step in (1, 2, 3):
+        first.save(step)
+    second = Run(world, tmp_path, resume=str(first.checkpoints / "step_2"))
+    assert second.steps == [1, 2]
+    third = Run(world, tmp_path, keep=3, resume=str(first.checkpoints / "dropped_1" / "step_3"))
+    third.save(4)
+    assert third.step == 3 and third.steps == [1, 2, 4]
+    other = Run(world, tmp_path, name="other")
+    other.save(2)
+    fourth = Run(world, tmp_path, resume=str(other.checkpoints / "step_2"))
+    assert fourth.step == 2 and fourth.steps == [1] and other.steps == [2]
+    assert sorted(p.name for p in (first.checkpoints / "dropped_2").iterdir()) == ["step_2", "step_4"]
+
+
+def test_a_reader_of_the_runs_settings_never_sees_half_a_file(world, tmp_path):
+    run = Run(world, tmp_path, keep=1)
+    old = {name: (run.folder.path / name).read_text() for name in ("config.yaml", "env.txt")}
+    readers = {name: (run.folder.path / name).open() for name in old}
+    Run(world, tmp_path, keep=2)
+    for name, reader in readers.items():
+        with reader:
+            assert os.fstat(reader.fileno()).st_ino != (run.folder.path / name).stat().st_ino
+            assert reader.read() == old[name]
+    assert (run.folder.path / "config.yaml").read_text() != old["config.yaml"]
+    assert sorted(p.name for p in run.folder.path.iterdir()) == ["config.yaml", "env.txt"]
 
 
 def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_path):

@@ -1,13 +1,28 @@
 """Which groups a step under dynamic sampling is made of, and how many prompts it draws."""
 
 import math
+import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2tgpo.step_rollout import draw_size, informative_groups, select_groups, take_groups
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.step_rollout import (
+    StepRollout,
+    draw_size,
+    informative_groups,
+    select_groups,
+    take_groups,
+)
+from a2tgpo.trajectory import Prompt, Trajectory
 
 
 def trajectory(group: int, sample: int, reward: float = 0.0) -> Trajectory:
@@ -19,6 +34,8 @@ def trajectory(group: int, sample: int, reward: float = 0.0) -> Trajectory:
         turns=[],
         stop_reason="answer",
         outcome_reward=reward,
+        exact_match=max(reward, 0.0),
+        format_ok=reward >= 0,
     )
 
 
@@ -100,3 +117,63 @@ def test_a_group_is_informative_unless_all_its_rewards_are_equal():
     trajectories = [trajectory(g, s, r) for s in range(3) for g in rewards for r in rewards[g][s : s + 1]]
     assert informative_groups(trajectories) == {0: False, 3: True, 4: False, 7: True}
     assert informative_groups([]) == {}
+
+
+def test_a_length_penalty_makes_no_group_informative():
+    trajectories = [trajectory(0, sample, reward) for sample, reward in enumerate((-1.0, -1.0, -1.0))]
+    trajectories[1].outcome_reward -= 0.25
+    trajectories[2].exact_match = 1.0  # a right answer in an ill-formed response is worth as little
+    assert informative_groups(trajectories) == {0: False}
+
+
+class ScriptedParts:
+    """Stands in for prompts, engine and rollout.
+
+    Answers to questions 0 and 1 are all ill-formed, of those to 2 and 3 half are right.
+    """
+
+    def __init__(self, groups) -> None:
+        self.config = SimpleNamespace(
+            rollout=RolloutConfig(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=3),
+            run=SimpleNamespace(seed=0),
+        )
+        self.groups = groups
+        self.replicas = SimpleNamespace(index=0, count=1, is_first=True)
+        self.sampler = PromptSampler(4, 2, seed=0)
+        self.train_prompts = self.rollout = self.engine = self
+
+    def prompts(self, asked) -> list[Prompt]:
+        return [
+            Prompt(index=index, id=str(question), question="", answers=("a",), tokens=(1,))
+            for index, question in enumerate(asked)
+        ]
+
+    def run(self, prompts, *, seed: int, step: int) -> tuple[list[Trajectory], RolloutCounts]:
+        played = []
+        for prompt in prompts:
+            for sample in range(2):
+                made = trajectory(prompt.index, sample, -1.0)
+                if int(prompt.id) > 1:
+                    made.outcome_reward = made.exact_match = float(sample)
+                    made.format_ok = True
+                played.append(made)
+        return played, RolloutCounts()
+
+    def sleep(self) -> None:
+        pass
+
+
+def test_reward_and_format_are_reported_over_everything_played():
+    environment = dict(os.environ)
+    parts: Any = ScriptedParts(initialize(ParallelConfig(), seed=0))
+    metrics = MetricSums()
+    try:
+        taken = StepRollout(parts).play(step=0, metrics=metrics)
+    finally:
+        shutdown()
+        os.environ.clear()
+        os.environ.update(environment)
+    found = metrics.values()
+    assert len(taken) == 4 and all(t.format_ok for t in taken) and found["sampling/groups_played"] == 4
+    assert found["sampling/format_error_rate_all"] == 0.5
+    assert found["sampling/reward_all_mean"] == -0.25

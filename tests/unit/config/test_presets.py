@@ -210,3 +210,14 @@ def test_reading_a_configuration_imports_neither_torch_nor_a_method():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_experiment_loads(path):
+    assert load_config(path).run.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablation").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_tuned_method_of_the_ablation_loads_over_its_preset(path):
+    tuned = load_config(ROOT / "configs" / "ablation.yaml", [str(PRESETS[path.stem]), str(path)])
+    assert tuned.update.lr > 1e-5, "a model this small needs larger steps than the presets' own experiments"

@@ -127,6 +127,26 @@ def test_zero_turns_an_alarm_off(name):
     assert all(f"alarm/{name}" not in alarms and not any(alarms.values()) for alarms, _ in played)
 
 
+def test_format_errors_of_everything_played_count_rather_than_those_of_the_kept_groups():
+    kept, played = "reward/format_error_rate", "sampling/format_error_rate_all"
+    rising, falling = ({kept: a, played: b} for a, b in ((0.1, 0.9), (0.9, 0.1)))
+    sound = SOUND | {played: 0.1}
+    assert alarms_of(make(), [sound, sound, sound | rising, sound | rising], "format") == [0, 0, 0, 1]
+    assert alarms_of(make(), [sound, sound, sound | falling, sound | falling], "format") == [0, 0, 0, 0]
+    _, lines = play(make(), [sound, sound, sound | rising, sound | rising])[-1]
+    assert f"{played} is 0.9, limit 0.3" in lines[0]
+
+
+def test_an_engine_without_any_finite_log_prob_raises_the_alarm_of_its_gap():
+    mean = "gap/train_engine_abs_mean"
+    without = {name: value for name, value in SOUND.items() if name != mean}
+    broken, mended = without | {"gap/unusable_tokens": 12.0}, SOUND | {"gap/unusable_tokens": 1.0}
+    played = play(make(), [broken, broken, mended, mended])
+    assert [alarms["alarm/engine_gap"] for alarms, _ in played] == [0, 1, 1, 0]
+    assert "gap/unusable_tokens is 12" in played[1][1][0] and f"{mean} is 0.01" in played[3][1][0]
+    assert not any(alarms["alarm/non_finite"] for alarms, _ in played)
+
+
 def test_the_stop_is_due_after_so_many_steps_with_whichever_alarm():
     gap, skipped = SOUND | {"gap/train_engine_abs_mean": 1.0}, SOUND | {"update/skipped": 1.0}
     guards = make(stop_after=3)
@@ -153,15 +173,61 @@ def test_without_a_stop_rule_no_stop_is_ever_due():
     assert guards.active and not guards.stop_is_due
 
 
-def test_a_stopped_run_goes_on_once_the_rule_or_the_alarm_is_turned_off():
+def after(stopped: Guards, *, clip_low: float = 3e-3, **settings) -> Guards:
+    """What goes on from `stopped` with these settings."""
+    guards = Guards(
+        GuardConfig(**({"baseline_steps": 2, "stop_after": 1} | settings)), clip_low=clip_low, clip_high=4e-3
+    )
+    guards.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    return guards
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_due"),
+    [
+        ({}, True),
+        ({"stop_after": 0}, False),
+        ({"max_train_engine_gap": 0}, False),
+        ({"max_train_engine_gap": 2}, False),
+        ({"max_noise_share": 2}, True),
+    ],
+    ids=str,
+)
+def test_a_stopped_run_goes_on_once_the_rule_or_the_alarm_is_turned_off_or_its_limit_changes(
+    settings, is_due
+):
     stopped = make(stop_after=1)
     play(stopped, [SOUND | {"gap/train_engine_abs_mean": 1.0}] * 2)
-    assert stopped.stop_is_due
-    changes = [({}, True), ({"stop_after": 0}, False), ({"max_train_engine_gap": 0}, False)]
-    for settings, is_due in changes:
-        guards = make(**{"stop_after": 1} | settings)
-        guards.load_state_dict(stopped.state_dict())
-        assert guards.stop_is_due == is_due
+    assert stopped.stop_is_due and after(stopped, **settings).stop_is_due == is_due
+
+
+def test_an_alarm_with_another_limit_begins_anew_beside_one_that_goes_on():
+    stopped = make(stop_after=3)
+    past = SOUND | {"gap/train_engine_abs_mean": 1.0, "ratio/noise_floor": 1.0}
+    play(stopped, [past] * 5)
+    guards = after(stopped, stop_after=3, max_train_engine_gap=0.5)
+    assert guards.active == ["noise_floor"]
+    due, gap = [], []
+    for _ in range(3):
+        due.append(guards.stop_is_due)
+        gap.append(guards.watch(6, past)[0]["alarm/engine_gap"])
+    assert gap == [0, 1, 1] and due == [False] * 3 and guards.stop_is_due
+
+
+def test_widening_the_clipping_range_is_another_limit_for_the_noise_floor():
+    stopped = make(stop_after=1)
+    play(stopped, [SOUND | {"ratio/noise_floor": 2e-3}] * 2)
+    assert after(stopped).stop_is_due and not after(stopped, clip_low=4e-3).stop_is_due
+
+
+def test_a_state_without_limits_is_gone_on_with():
+    stopped = make(stop_after=1)
+    play(stopped, [SOUND | {"gap/train_engine_abs_mean": 1.0}] * 2)
+    state = stopped.state_dict()
+    del state["limits"]
+    guards = make(stop_after=1, max_train_engine_gap=2)
+    guards.load_state_dict(state)
+    assert guards.stop_is_due and guards.active == ["engine_gap"]
 
 
 values = st.one_of(st.none(), st.sampled_from([math.nan, 0.0, 1e-3]), st.floats(-3, 3))

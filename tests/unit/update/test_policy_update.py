@@ -62,6 +62,38 @@ def test_a_step_without_a_correct_answer_has_no_likelihood_of_one(policy, trajec
     assert "likelihood/correct" not in metrics and metrics["likelihood/mean"] < 0
 
 
+def test_the_gap_is_over_tokens_where_both_log_probs_are_finite_and_counts_the_others(
+    policy, trajectories
+) -> None:
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    for turn, bad in zip(turns, (math.nan, math.inf, -math.inf), strict=False):
+        turn.rollout_logprobs[0] = bad
+    minibatches, metrics = scored(trajectories, policy)
+    tokens = by_trajectory(minibatches).values()
+    difference = torch.cat([old - rollout for _, old, rollout in tokens])
+    finite = difference[difference.isfinite()]
+    assert difference.numel() - finite.numel() == 3 == metrics["gap/unusable_tokens"]
+    assert metrics["gap/train_engine_abs_mean"] == pytest.approx(float(finite.abs().mean()), rel=1e-5)
+    assert metrics["gap/train_engine_abs_max"] == pytest.approx(float(finite.abs().max()), rel=1e-5)
+    k3 = (finite.exp() - finite - 1).mean()
+    assert metrics["gap/train_engine_k3"] == pytest.approx(float(k3), rel=1e-4)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_step_without_a_finite_engine_log_prob_has_no_gap_and_no_mean_weight(policy, trajectories) -> None:
+    """But one that guards notice, which read the count where there is no mean."""
+    for turn in (turn for trajectory in trajectories for turn in trajectory.turns):
+        turn.rollout_logprobs = [math.nan] * len(turn.tokens)
+    minibatches, gaps = scored(trajectories, policy)
+    assert [name for name in gaps if name.startswith("gap/")] == ["gap/unusable_tokens"]
+    assert gaps["gap/unusable_tokens"] == sum(t.num_sampled_tokens for t in trajectories)
+    metrics = MetricSums()
+    correct_rollouts(minibatches, CorrectionConfig(kind="truncate"), policy.groups, metrics)
+    found = metrics.values()
+    assert found["correction/unusable_tokens"] == gaps["gap/unusable_tokens"]
+    assert not {"correction/mean", "correction/max", "correction/min"} & found.keys()
+
+
 @pytest.mark.parametrize("level", ["token", "turn", "sequence"])
 def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, trajectories, level) -> None:
     """However it is cut into mini-batches and micro-batches; one engine log-prob is not finite."""
@@ -127,6 +159,19 @@ def test_without_correction_nothing_is_added(policy, trajectories) -> None:
     correct_rollouts(minibatches, CorrectionConfig(), policy.groups, metrics)
     assert metrics == MetricSums()
     assert all(minibatch.loss_inputs(0).importance is None for minibatch in minibatches)
+
+
+def test_a_trainers_log_prob_that_is_not_finite_skips_the_update_in_spite_of_its_weight_of_0(
+    policy, trajectories
+) -> None:
+    config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))
+    minibatches, _ = scored(trajectories, policy)
+    minibatches[0].old_logprobs[0][minibatches[0].batches[0].loss_mask[0].nonzero()[0]] = math.nan
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
+    metrics = MetricSums()
+    update_policy(policy, optimizer, schedule, minibatches[:1], config, metrics)
+    assert metrics.values()["correction/unusable_tokens"] == 1
+    assert math.isnan(metrics.values()["update/loss"]) and metrics.values()["update/skipped"] == 1
 
 
 def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
