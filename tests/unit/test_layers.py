@@ -17,6 +17,7 @@ LAYER = {
     "data": 2,
     "search": 2,
     "batch": 2,
+    "plan": 2,
     "model": 3,
     "rollout": 3,
     "reward": 3,

@@ -1,0 +1,87 @@
+"""Why a plan cannot be, and the change nearest at hand that mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.hardware import GIB
+from a2tgpo.plan.plan import Plan, make_plan
+
+
+def faults(plan: Plan) -> list[str]:
+    """One line for each phase that does not fit, with what to change; none where all is well."""
+    lines = []
+    for phase in plan.phases:
+        if not phase.fits:
+            over = (phase.peak - phase.capacity) / GIB
+            lines.append(
+                f"{phase.name}: {phase.peak / GIB:.1f} GiB on a rank of stage {phase.stage}, {over:.1f} GiB more "
+                f"than the card's {phase.capacity / GIB:.1f} GiB; {_change(plan, phase.name)}"
+            )
+    if not plan.holds_a_sequence:
+        lines.append(
+            f"rollout: an engine's KV cache holds {max(0, plan.geometry.kv_tokens)} tokens, less than one sequence "
+            f"of {plan.config.max_model_len}; {_change(plan, 'rollout')}"
+        )
+    return lines
+
+
+def _change(plan: Plan, phase_name: str) -> str:
+    """The first change that mends everything, or else this phase."""
+    mends_phase = None
+    for settings, config in _changes(plan.config):
+        try:
+            changed = make_plan(
+                config,
+                plan.dimensions,
+                plan.gpu,
+                gpus=plan.gpus,
+                workload=plan.workload,
+                assumed=plan.assumed,
+            )
+        except ConfigError:  # a layout that divides neither the model nor the cards
+            continue
+        if changed.fits:
+            return f"set {settings}"
+        phase = next(phase for phase in changed.phases if phase.name == phase_name)
+        if mends_phase is None and phase.fits and (phase_name != "rollout" or changed.holds_a_sequence):
+            mends_phase = f"set {settings}, for this phase"
+    return mends_phase or "no single setting mends it: use more GPUs, or a card with more memory"
+
+
+def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Settings to try, from those that cost least, and the configuration with them."""
+    rollout, parallel = config.rollout, config.parallel
+    if rollout.kv_cache_gib:
+        for eighths in range(7, 0, -1):
+            size = round(rollout.kv_cache_gib * eighths / 8, 1)
+            if size > 0:
+                changed = dataclasses.replace(rollout, kv_cache_gib=size)
+                yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
+    below = [share / 20 for share in range(19, 1, -1) if share / 20 < rollout.gpu_memory_fraction]
+    above = [share / 20 for share in range(2, 20) if share / 20 > rollout.gpu_memory_fraction]
+    for fraction in below + above:
+        changed = dataclasses.replace(rollout, gpu_memory_fraction=fraction)
+        yield f"rollout.gpu_memory_fraction={fraction:g}", dataclasses.replace(config, rollout=changed)
+    yield (
+        "model.recompute=full",
+        dataclasses.replace(config, model=dataclasses.replace(config.model, recompute="full")),
+    )
+    tokens = config.update.max_microbatch_tokens // 2
+    while tokens >= config.data.max_prompt_tokens + config.rollout.max_response_tokens:
+        update = dataclasses.replace(config.update, max_microbatch_tokens=tokens)
+        yield f"update.max_microbatch_tokens={tokens}", dataclasses.replace(config, update=update)
+        tokens //= 2
+    for factor in (2, 4, 8):
+        size = rollout.tensor_parallel * factor
+        changed = dataclasses.replace(rollout, tensor_parallel=size)
+        yield f"rollout.tensor_parallel={size}", dataclasses.replace(config, rollout=changed)
+    for factor in (2, 4, 8):
+        tensor, pipeline = parallel.tensor * factor, parallel.pipeline * factor
+        wider = dataclasses.replace(parallel, tensor=tensor)
+        yield f"parallel.tensor={tensor}", dataclasses.replace(config, parallel=wider)
+        deeper = dataclasses.replace(parallel, pipeline=pipeline)
+        yield f"parallel.pipeline={pipeline}", dataclasses.replace(config, parallel=deeper)

@@ -1,0 +1,191 @@
+"""A model's dimensions: from its config.json, or built in, so that a plan needs no download."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.parallel import ParallelConfig
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+VOCAB_MULTIPLE = 128
+"""As model.transformer_config.VOCAB_MULTIPLE, which cannot be imported here without Megatron."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDimensions:
+    """A dense decoder as model/ builds it."""
+
+    architecture: str
+    """llama | qwen2 (bias on q, k, v) | qwen3 (norms on q and k)."""
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Feed-forward channels; the gated unit has two such projections in and one out."""
+    vocab: int
+    tied: bool
+    """The output layer shares the embedding's weight."""
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of keys, and as many of values."""
+        return self.kv_heads * self.head_dim
+
+    def padded_vocab(self, tensor: int) -> int:
+        """Rows of the embedding in training, padded so that `tensor` ranks get the same number."""
+        multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+        return math.ceil(self.vocab / multiple) * multiple
+
+
+def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool) -> dict:
+    return dict(
+        architecture="qwen2",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=hidden // heads,
+        ffn=ffn,
+        vocab=vocab,
+        tied=tied,
+    )
+
+
+def _qwen3(hidden: int, layers: int, heads: int, ffn: int, *, tied: bool) -> dict:
+    return dict(
+        architecture="qwen3",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        ffn=ffn,
+        vocab=151936,
+        tied=tied,
+    )
+
+
+def _llama(hidden: int, layers: int, heads: int, ffn: int) -> dict:
+    return dict(
+        architecture="llama",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        ffn=ffn,
+        vocab=128256,
+        tied=False,
+    )
+
+
+KNOWN_MODELS = {
+    name: ModelDimensions(**sizes)
+    for name, sizes in {
+        "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, tied=True),
+        "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, tied=True),
+        "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11008, 151936, tied=True),
+        "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18944, 152064, tied=False),
+        "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, 152064, tied=False),
+        "qwen2.5-72b": _qwen2(8192, 80, 64, 8, 29568, 152064, tied=False),
+        "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+        "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+        "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
+        "qwen3-32b": _qwen3(5120, 64, 64, 25600, tied=False),
+        "llama-3.1-8b": _llama(4096, 32, 32, 14336),
+        "llama-3.1-70b": _llama(8192, 80, 64, 28672),
+    }.items()
+}
+
+
+def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensions, str]:
+    """The dimensions of the model a plan is for, and where they are from.
+
+    Args:
+        path: `model.path`. Where there is no such folder, a known model of the folder's name is taken, with or
+            without an ending such as -Instruct.
+        known: one of `KNOWN_MODELS`, taken in place of what is at `path`.
+
+    Raises:
+        ConfigError: one line, if there is neither a readable config.json nor a known model.
+    """
+    if known is not None:
+        if known not in KNOWN_MODELS:
+            raise ConfigError(f"--model is {known!r}; allowed: {' | '.join(KNOWN_MODELS)}")
+        return KNOWN_MODELS[known], f"built in as {known}"
+    if Path(path).is_dir():
+        return read_dimensions(path), f"{path}/config.json"
+    name = Path(path).name.lower()
+    # The longest first: qwen2.5-72b is no qwen2.5-7b.
+    for candidate in sorted(KNOWN_MODELS, key=len, reverse=True):
+        if name == candidate or name.startswith(f"{candidate}-"):
+            return KNOWN_MODELS[candidate], f"built in as {candidate}; there is no folder {path}"
+    raise ConfigError(
+        f"model.path {path!r} is not a folder; give one with config.json, or --model with one of "
+        f"{' | '.join(KNOWN_MODELS)}"
+    )
+
+
+def read_dimensions(path: str) -> ModelDimensions:
+    """The dimensions in the config.json of folder `path`.
+
+    Raises:
+        ConfigError: one line, if it is missing or malformed, or the architecture is another.
+    """
+    file = Path(path) / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}); give a checkpoint folder") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from None
+    architecture = content.get("model_type") if isinstance(content, dict) else None
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"{file} has model_type {architecture!r}; allowed: {' | '.join(ARCHITECTURES)}")
+    try:
+        heads = int(content["num_attention_heads"])
+        return ModelDimensions(
+            architecture=architecture,
+            hidden=int(content["hidden_size"]),
+            layers=int(content["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(content.get("num_key_value_heads") or heads),
+            head_dim=int(content.get("head_dim") or content["hidden_size"] // heads),
+            ffn=int(content["intermediate_size"]),
+            vocab=int(content["vocab_size"]),
+            tied=bool(content.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file} lacks a dimension or has a wrong one: {error!r}") from None
+
+
+def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:
+    """One line on why the layout cannot be, by the rules of model.transformer_config.check_layout and
+    parallel.initialize.check_layout; None if it can."""
+    for size, what in (
+        (dimensions.heads, "attention heads"),
+        (dimensions.kv_heads, "key-value heads"),
+        (dimensions.ffn, "feed-forward channels"),
+    ):
+        if size % parallel.tensor:
+            return f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
+    if dimensions.layers % parallel.pipeline:
+        return (
+            f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
+            f"{dimensions.layers} layers"
+        )
+    model_ranks = parallel.tensor * parallel.pipeline
+    if gpus % model_ranks:
+        return f"parallel.tensor x parallel.pipeline is {model_ranks}; allowed: a divisor of the {gpus} GPUs"
+    return None

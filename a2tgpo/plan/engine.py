@@ -1,0 +1,84 @@
+"""What one rank's part of a vLLM engine takes of its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.activations import FLOAT32_BYTES
+from a2tgpo.plan.dimensions import ModelDimensions
+from a2tgpo.plan.hardware import GIB, Gpu
+from a2tgpo.plan.parameters import layer_parameters
+
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+
+PREFILL_TOKENS = 8192
+"""Tokens that an engine step is taken to run at most; more than vLLM's default for an engine of this kind, 2048."""
+SAMPLER_COPIES = 3
+"""float32 tensors [max_concurrent, vocabulary] alive at once while sampling: logits, log-probs, a sorted copy."""
+GRAPH_GIB = 1.0
+"""Captured graphs and what they keep; not given back by sleep. None with rollout.enforce_eager."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineMemory:
+    """Bytes on one rank."""
+
+    weights: float
+    workspace: float
+    """Activations and sampling, while awake."""
+    graphs: float
+    kv_cache: float
+    """May be negative: the share of the card that the engine was given does not even hold its weights."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.workspace + self.graphs + self.kv_cache
+
+
+def engine_dtype(config: RunConfig) -> str:
+    return config.model.dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+
+
+def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> str | None:
+    """One line on why the engine cannot be laid out so; None if it can."""
+    tensor = config.rollout.tensor_parallel
+    kv_divides = dimensions.kv_heads % tensor == 0 or tensor % dimensions.kv_heads == 0
+    if dimensions.heads % tensor or not kv_divides:
+        return (
+            f"rollout.tensor_parallel is {tensor}; allowed: a divisor of the model's {dimensions.heads} attention "
+            f"heads, and a divisor or a multiple of its {dimensions.kv_heads} key-value heads"
+        )
+    if gpus % tensor:
+        return f"rollout.tensor_parallel is {tensor}; allowed: a divisor of the {gpus} GPUs"
+    return None
+
+
+def engine_weight_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
+    tensor = config.rollout.tensor_parallel
+    embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
+    elements = layer_parameters(dimensions, tensor).total * dimensions.layers + embeddings
+    return elements * ELEMENT_BYTES[engine_dtype(config)]
+
+
+def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
+    """Keys and values of one token in all layers, on one rank."""
+    heads = max(1, dimensions.kv_heads // config.rollout.tensor_parallel)
+    return 2 * dimensions.layers * heads * dimensions.head_dim * ELEMENT_BYTES[engine_dtype(config)]
+
+
+def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:
+    """What an engine awake takes; its cache is `rollout.kv_cache_gib`, or what the share of the card leaves."""
+    rollout = config.rollout
+    width = (2 * dimensions.hidden + 3 * dimensions.ffn // rollout.tensor_parallel) * PREFILL_TOKENS
+    workspace = (
+        width * ELEMENT_BYTES[engine_dtype(config)]
+        + SAMPLER_COPIES * rollout.max_concurrent * dimensions.vocab * FLOAT32_BYTES
+    )
+    weights = engine_weight_bytes(config, dimensions)
+    graphs = 0.0 if rollout.enforce_eager else GRAPH_GIB * GIB
+    if rollout.kv_cache_gib:
+        kv_cache = rollout.kv_cache_gib * GIB
+    else:
+        kv_cache = rollout.gpu_memory_fraction * gpu.memory_gib * GIB - weights - workspace - graphs
+    return EngineMemory(weights=weights, workspace=workspace, graphs=graphs, kv_cache=kv_cache)

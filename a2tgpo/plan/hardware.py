@@ -1,0 +1,95 @@
+"""Cards a plan can be made for. Figures are the makers', memory is what torch reports as the card's total."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    """What a process can see of the card's memory, GiB."""
+    bf16_tflops: float
+    """Dense bfloat16 peak, 1e12 operations per second."""
+    fp32_tflops: float
+    """Peak without tensor cores, 1e12 operations per second: what float32 training is held to."""
+    memory_tb_per_s: float
+    """Bandwidth of the card's memory, 1e12 bytes per second."""
+    node_gb_per_s: float
+    """Link to the cards of the same node, 1e9 bytes per second, one direction."""
+    network_gb_per_s: float
+    """A card's share of the network between nodes, 1e9 bytes per second, one direction."""
+    gpus_per_node: int = 8
+
+    def link_bytes_per_s(self, span: int) -> float:
+        """Peak of the slowest link among `span` consecutive ranks, bytes per second."""
+        return 1e9 * (self.node_gb_per_s if span <= self.gpus_per_node else self.network_gb_per_s)
+
+    def peak_flops(self, dtype: str) -> float:
+        """Operations per second in `dtype`, bfloat16 or float32."""
+        return 1e12 * (self.bf16_tflops if dtype == "bfloat16" else self.fp32_tflops)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="a100-80gb",
+            memory_gib=79.1,
+            bf16_tflops=312,
+            fp32_tflops=19.5,
+            memory_tb_per_s=2.04,
+            node_gb_per_s=300,
+            network_gb_per_s=25,
+        ),
+        Gpu(
+            name="h100-80gb",
+            memory_gib=79.1,
+            bf16_tflops=989,
+            fp32_tflops=67,
+            memory_tb_per_s=3.35,
+            node_gb_per_s=450,
+            network_gb_per_s=50,
+        ),
+        Gpu(
+            name="h200-141gb",
+            memory_gib=139.7,
+            bf16_tflops=989,
+            fp32_tflops=67,
+            memory_tb_per_s=4.8,
+            node_gb_per_s=450,
+            network_gb_per_s=50,
+        ),
+        Gpu(
+            name="h20-96gb",
+            memory_gib=95.0,
+            bf16_tflops=148,
+            fp32_tflops=44,
+            memory_tb_per_s=4.0,
+            node_gb_per_s=450,
+            network_gb_per_s=50,
+        ),
+        Gpu(
+            name="b200-180gb",
+            memory_gib=178.3,
+            bf16_tflops=2250,
+            fp32_tflops=75,
+            memory_tb_per_s=8.0,
+            node_gb_per_s=900,
+            network_gb_per_s=50,
+        ),
+        Gpu(
+            name="gb200-186gb",
+            memory_gib=184.0,
+            bf16_tflops=2450,
+            fp32_tflops=80,
+            memory_tb_per_s=8.0,
+            node_gb_per_s=900,
+            network_gb_per_s=50,
+            gpus_per_node=72,
+        ),
+    )
+}

@@ -1,0 +1,88 @@
+"""Layouts of a configuration that fit a cluster, fastest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import product
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.assumptions import Assumptions
+from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
+from a2tgpo.plan.engine import engine_fault
+from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.workload import Workload
+
+PIPELINE_SIZES = (1, 2, 4, 8, 16)
+TENSOR_SIZES = (1, 2, 4, 8)
+"""Tensor-parallel groups stay inside a node."""
+ENGINE_FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+MICROBATCH_TOKENS = (8192, 16384, 32768)
+LEAST_HEADROOM = 0.05
+"""Share of the card left over in every phase: the plan is arithmetic, not a measurement."""
+
+
+def suggest(
+    config: RunConfig,
+    dimensions: ModelDimensions,
+    gpu: Gpu,
+    *,
+    gpus: int,
+    workload: Workload | None = None,
+    assumed: Assumptions | None = None,
+) -> list[Plan]:
+    """Plans with LEAST_HEADROOM in every phase, by predicted step time; the best of each pair of trainer and engine.
+
+    What varies: parallel.*, model.recompute, rollout.tensor_parallel, rollout.gpu_memory_fraction and
+    update.max_microbatch_tokens. The rest is `config`'s.
+    """
+    best: dict[tuple, Plan] = {}
+    for candidate in _candidates(config, dimensions, gpu, gpus):
+        plan = make_plan(candidate, dimensions, gpu, gpus=gpus, workload=workload, assumed=assumed)
+        if not plan.fits or min(phase.headroom for phase in plan.phases) < LEAST_HEADROOM:
+            continue
+        parallel = candidate.parallel
+        pair = (parallel.tensor, parallel.pipeline, candidate.rollout.tensor_parallel)
+        if pair not in best or _order(plan) < _order(best[pair]):
+            best[pair] = plan
+    return sorted(best.values(), key=_order)
+
+
+def overrides(plan: Plan) -> list[str]:
+    """What to append to a command line for the layout of `plan`."""
+    config = plan.config
+    return [
+        f"parallel.tensor={config.parallel.tensor}",
+        f"parallel.pipeline={config.parallel.pipeline}",
+        f"parallel.sequence={str(config.parallel.sequence).lower()}",
+        f"model.recompute={config.model.recompute}",
+        f"rollout.tensor_parallel={config.rollout.tensor_parallel}",
+        f"rollout.gpu_memory_fraction={config.rollout.gpu_memory_fraction:g}",
+        "rollout.kv_cache_gib=0",
+        f"update.max_microbatch_tokens={config.update.max_microbatch_tokens}",
+    ]
+
+
+def _order(plan: Plan) -> tuple[float, float]:
+    """By time to a tenth of a second, then by what is left over in the fullest phase."""
+    return round(plan.step_seconds, 1), -min(phase.headroom for phase in plan.phases)
+
+
+def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int) -> Iterator[RunConfig]:
+    engines = [size for size in TENSOR_SIZES if size <= gpu.gpus_per_node]
+    for tensor, pipeline, engine in product(engines, PIPELINE_SIZES, engines):
+        parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
+        if layout_fault(dimensions, parallel, gpus):
+            continue
+        rollout = dataclasses.replace(config.rollout, tensor_parallel=engine, kv_cache_gib=0.0)
+        if engine_fault(dataclasses.replace(config, rollout=rollout), dimensions, gpus):
+            continue
+        for recompute, fraction, tokens in product(("none", "full"), ENGINE_FRACTIONS, MICROBATCH_TOKENS):
+            yield dataclasses.replace(
+                config,
+                parallel=parallel,
+                model=dataclasses.replace(config.model, recompute=recompute),
+                rollout=dataclasses.replace(rollout, gpu_memory_fraction=fraction),
+                update=dataclasses.replace(config.update, max_microbatch_tokens=tokens),
+            )

@@ -1,0 +1,176 @@
+"""Peak bytes of the fullest rank, phase by phase, as the trainer runs them today.
+
+The trainer's weights, gradients and optimizer state stay on the card in all phases: nothing is moved to the host. The
+engine gives weights and cache back between rollouts. What the trainer's allocator keeps cached after an update is
+taken to be given back before the engine wakes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
+from a2tgpo.plan.dimensions import ModelDimensions
+from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
+from a2tgpo.plan.hardware import GIB, Gpu
+from a2tgpo.plan.parameters import largest_tensor, stage_parameters
+from a2tgpo.plan.workload import Geometry
+
+CONTEXT_GIB = 3.0
+"""Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, of trainer and engine, GiB."""
+FRAGMENTATION = 0.03
+"""Reserved for fragmentation, as a share of all else."""
+
+PHASES = ("start", "refit", "rollout", "score", "update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    name: str
+    stage: int
+    """Pipeline stage of the fullest rank."""
+    parts: dict[str, float]
+    """What is held, bytes, the reserve included."""
+    capacity: float
+    """The card's memory, bytes."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes."""
+        return sum(self.parts.values())
+
+    @property
+    def headroom(self) -> float:
+        """Share of the card left over; negative where the phase does not fit."""
+        return 1 - self.peak / self.capacity
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerMemory:
+    """Bytes on one rank in all phases."""
+
+    weights: float
+    gradients: float
+    """float32, whatever the weights: gradients are summed and reduced in it."""
+    master_weights: float
+    """The optimizer's float32 copy; none in float32."""
+    moments: float
+    """Adam's two, float32; they come with the first update."""
+    reference: float
+    """Weights of the reference model; 0 without a KL penalty."""
+
+    def parts(self) -> dict[str, float]:
+        return {
+            "trainer weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.master_weights + self.moments,
+            "reference": self.reference,
+        }
+
+
+def trainer_memory(
+    config: RunConfig, dimensions: ModelDimensions, *, stage: int, data_parallel: int
+) -> TrainerMemory:
+    """What the trainer holds on a rank of pipeline stage `stage`."""
+    parameters = stage_parameters(dimensions, config.parallel, stage).total
+    weights = parameters * ELEMENT_BYTES[config.model.dtype]
+    shard = parameters / (data_parallel if config.update.distributed_optimizer else 1)
+    return TrainerMemory(
+        weights=weights,
+        gradients=parameters * FLOAT32_BYTES,
+        master_weights=shard * FLOAT32_BYTES if config.model.dtype == "bfloat16" else 0,
+        moments=2 * shard * FLOAT32_BYTES,
+        reference=weights if config.algorithm.kl_coef > 0 else 0,
+    )
+
+
+def memory_phases(
+    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry
+) -> list[Phase]:
+    """The phases of a step in order, each on the rank that it fills most."""
+    engine = engine_memory(config, dimensions, gpu)
+    by_stage = [
+        _phases_of_stage(config, dimensions, gpu, geometry, engine, stage)
+        for stage in range(config.parallel.pipeline)
+    ]
+    return [max(phases, key=lambda phase: phase.peak) for phases in zip(*by_stage, strict=True)]
+
+
+def _phases_of_stage(
+    config: RunConfig,
+    dimensions: ModelDimensions,
+    gpu: Gpu,
+    geometry: Geometry,
+    engine: EngineMemory,
+    stage: int,
+) -> list[Phase]:
+    trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel)
+    capacity = gpu.memory_gib * GIB
+    asleep = {"engine graphs": engine.graphs}
+    awake = asleep | {"engine weights": engine.weights}
+    # vLLM refuses to start unless its share of the card is free, also where its cache has a size of its own.
+    requested = max(engine.total, config.rollout.gpu_memory_fraction * capacity)
+    held = {
+        "start": dataclasses.replace(trainer, moments=0.0).parts() | {"engine's share": requested},
+        "refit": trainer.parts() | awake | {"refit buckets": _refit_bytes(config, dimensions)},
+        "rollout": trainer.parts()
+        | awake
+        | {"engine workspace": engine.workspace, "KV cache": engine.kv_cache},
+        "score": trainer.parts() | asleep | _score_parts(config, dimensions, stage),
+        "update": trainer.parts() | asleep | _update_parts(config, dimensions, geometry, stage),
+    }
+    phases = []
+    for name in PHASES:
+        parts = {what: size for what, size in held[name].items() if size}
+        parts["reserve"] = CONTEXT_GIB * GIB + FRAGMENTATION * sum(parts.values())
+        phases.append(Phase(name=name, stage=stage, parts=parts, capacity=capacity))
+    return phases
+
+
+def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
+    # A trajectory longer than a micro-batch gets one of its own.
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return MicrobatchShape(
+        dimensions=dimensions,
+        parallel=config.parallel,
+        tokens=max(config.update.max_microbatch_tokens, longest),
+        element_bytes=ELEMENT_BYTES[config.model.dtype],
+    )
+
+
+def _score_parts(config: RunConfig, dimensions: ModelDimensions, stage: int) -> dict[str, float]:
+    shape = _shape(config, dimensions)
+    parts: dict[str, float] = {"activations": shape.forward_workspace_bytes()}
+    if stage == config.parallel.pipeline - 1:
+        parts["logits"] = shape.logit_bytes(with_gradient=False)
+    return parts
+
+
+def _update_parts(
+    config: RunConfig, dimensions: ModelDimensions, geometry: Geometry, stage: int
+) -> dict[str, float]:
+    shape, recompute = _shape(config, dimensions), config.model.recompute
+    layers = dimensions.layers // config.parallel.pipeline
+    # 1F1B: a stage starts so many micro-batches before the first one comes back.
+    in_flight = min(geometry.microbatches, config.parallel.pipeline - stage)
+    parts: dict[str, float] = {
+        "activations": layers * in_flight * shape.saved_layer_bytes(recompute),
+        "backward workspace": shape.backward_workspace_bytes(recompute),
+    }
+    if stage == config.parallel.pipeline - 1:
+        parts["logits and gradient"] = shape.logit_bytes(with_gradient=True)
+    return parts
+
+
+def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
+    """A bucket, and beside it the parameter that is being gathered: its shards and the whole."""
+    element_bytes = ELEMENT_BYTES[config.model.dtype]
+    largest = largest_tensor(dimensions, config.parallel.tensor) * element_bytes
+    copies = 1 if config.parallel.tensor > 1 else 0
+    return max(config.refit.bucket_mib * 2**20, largest) + copies * largest

@@ -1,0 +1,66 @@
+"""How many parameters a rank holds: exact, and held to the model Megatron builds by tests/unit/plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.plan.dimensions import ModelDimensions
+
+
+@dataclass(frozen=True)
+class Parameters:
+    split: int
+    """Cut over the tensor-parallel ranks: one rank's part."""
+    replicated: int
+    """The same on every tensor-parallel rank: norms."""
+
+    @property
+    def total(self) -> int:
+        return self.split + self.replicated
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.split + other.split, self.replicated + other.replicated)
+
+
+def layer_parameters(dimensions: ModelDimensions, tensor: int) -> Parameters:
+    """One layer on one of `tensor` ranks."""
+    d = dimensions
+    qkv_width = d.query_width + 2 * d.kv_width
+    split = d.hidden * qkv_width + d.query_width * d.hidden + 3 * d.hidden * d.ffn
+    if d.architecture == "qwen2":
+        split += qkv_width
+    replicated = 2 * d.hidden
+    if d.architecture == "qwen3":
+        replicated += 2 * d.head_dim
+    return Parameters(split // tensor, replicated)
+
+
+def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
+    """One rank of pipeline stage `stage`, 0-based. Tied embeddings stand on the first and on the last stage."""
+    layers = dimensions.layers // parallel.pipeline
+    one = layer_parameters(dimensions, parallel.tensor)
+    held = Parameters(one.split * layers, one.replicated * layers)
+    embedding = dimensions.padded_vocab(parallel.tensor) // parallel.tensor * dimensions.hidden
+    is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+    if is_first:
+        held += Parameters(embedding, 0)
+    if is_last:
+        held += Parameters(0, dimensions.hidden)  # the final norm
+        if not (dimensions.tied and is_first):
+            held += Parameters(embedding, 0)
+    return held
+
+
+def checkpoint_parameters(dimensions: ModelDimensions) -> int:
+    """All parameters of the checkpoint, no padding, tied embeddings once."""
+    d = dimensions
+    return d.layers * layer_parameters(d, 1).total + d.hidden + (1 if d.tied else 2) * d.vocab * d.hidden
+
+
+def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
+    """Elements of the largest parameter in full: what refit gathers at once."""
+    d = dimensions
+    return max(
+        d.padded_vocab(tensor) * d.hidden, 2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden
+    )

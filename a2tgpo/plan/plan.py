@@ -1,0 +1,110 @@
+"""One configuration on one cluster: whether it fits, how a step is divided, how long it should take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.assumptions import Assumptions
+from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
+from a2tgpo.plan.engine import engine_fault, engine_memory
+from a2tgpo.plan.flops import forward_flops
+from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.memory import Phase, memory_phases
+from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
+from a2tgpo.plan.train_time import PassTime, score_time, update_time
+from a2tgpo.plan.workload import Geometry, Workload, geometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    config: RunConfig
+    dimensions: ModelDimensions
+    gpu: Gpu
+    gpus: int
+    workload: Workload
+    assumed: Assumptions
+    geometry: Geometry
+    phases: list[Phase]
+    rollout: RolloutTime
+    score: PassTime
+    """One pass; the reference, where there is one, takes as long again."""
+    update: PassTime
+    refit_s: float
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Predicted seconds of one training step by stage."""
+        passes = 2 if self.config.algorithm.kl_coef > 0 else 1
+        return {
+            "refit": self.refit_s,
+            "rollout": self.rollout.seconds,
+            "score": passes * self.score.seconds,
+            "update": self.update.seconds,
+            "other": self.assumed.fixed_s,
+        }
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.stage_seconds.values())
+
+    @property
+    def update_mfu(self) -> float:
+        """Model operations of the update (recomputation not counted) against the cards' peak."""
+        flops = 3 * forward_flops(self.dimensions, context=self.workload.tokens / 2).total
+        peak = self.gpu.peak_flops(self.config.model.dtype) * self.gpus
+        return flops * self.geometry.tokens / self.update.seconds / peak
+
+    @property
+    def holds_a_sequence(self) -> bool:
+        """The engine's cache holds one sequence of full length; vLLM refuses to start with less."""
+        return self.geometry.full_sequences >= 1
+
+    @property
+    def fits(self) -> bool:
+        return self.holds_a_sequence and all(phase.fits for phase in self.phases)
+
+
+def make_plan(
+    config: RunConfig,
+    dimensions: ModelDimensions,
+    gpu: Gpu,
+    *,
+    gpus: int,
+    workload: Workload | None = None,
+    assumed: Assumptions | None = None,
+    engine_weight_bytes: float | None = None,
+) -> Plan:
+    """The plan of `config` on `gpus` cards.
+
+    Args:
+        workload: what a trajectory is expected to be, cut to the limits of `config`; None: the defaults.
+        engine_weight_bytes: see `rollout_time`.
+
+    Raises:
+        ConfigError: one line, if the layout divides neither the model nor the cards.
+    """
+    fault = layout_fault(dimensions, config.parallel, gpus) or engine_fault(config, dimensions, gpus)
+    if fault is not None:
+        raise ConfigError(fault)
+    assumed = assumed or Assumptions()
+    workload = (workload or Workload()).limited(config)
+    cache = engine_memory(config, dimensions, gpu).kv_cache
+    divided = geometry(config, dimensions, workload, gpus=gpus, kv_cache_bytes=cache)
+    return Plan(
+        config=config,
+        dimensions=dimensions,
+        gpu=gpu,
+        gpus=gpus,
+        workload=workload,
+        assumed=assumed,
+        geometry=divided,
+        phases=memory_phases(config, dimensions, gpu, divided),
+        rollout=rollout_time(
+            config, dimensions, gpu, divided, workload, assumed, weight_bytes=engine_weight_bytes
+        ),
+        score=score_time(config, dimensions, gpu, divided, workload, assumed),
+        update=update_time(config, dimensions, gpu, divided, workload, assumed),
+        refit_s=refit_time(config, dimensions, gpu, gpus, assumed),
+    )

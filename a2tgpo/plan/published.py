@@ -1,0 +1,259 @@
+"""The time model held against figures that others published of their systems.
+
+Two kinds. *Alike* are runs that do what ours does: dense model, packed sequences, Megatron, engine and trainer on the
+same cards, one after the other. The others are here to show where the model does not reach: it knows nothing of
+experts, and of micro-batches too small or too padded to fill a card.
+
+What a source leaves open is filled in, and said in `filled_in`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.plan.dimensions import KNOWN_MODELS, ModelDimensions
+from a2tgpo.plan.hardware import GPUS
+from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.workload import Workload
+
+ALIKE_ERROR_BOUND = 0.20
+"""Largest |error| of a run that is alike, as a share of the published seconds; held by a test."""
+
+NEMO = "NeMo-RL performance summary"
+SKYRL = "SkyRL Megatron page, Search-R1"
+
+# Per token it computes like a dense model of 8 experts of 768 channels; an engine step reads all 128 of them.
+_QWEN3_30B_A3B = dataclasses.replace(
+    KNOWN_MODELS["qwen3-4b"], hidden=2048, layers=48, kv_heads=4, ffn=8 * 768, tied=False
+)
+_QWEN3_30B_A3B_BYTES = 2 * 30.5e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRun:
+    what: str
+    source: str
+    seconds: float
+    """Published."""
+    stage: str
+    """Which of our predictions it is held against: step | update | score."""
+    is_alike: bool
+    filled_in: str
+    gpu: str
+    gpus: int
+    dimensions: ModelDimensions
+    config: RunConfig
+    workload: Workload
+    engine_weight_bytes: float | None = None
+    """Of one rank; None: all weights of `dimensions`."""
+
+    def plan(self) -> Plan:
+        return make_plan(
+            self.config,
+            self.dimensions,
+            GPUS[self.gpu],
+            gpus=self.gpus,
+            workload=self.workload,
+            engine_weight_bytes=self.engine_weight_bytes,
+        )
+
+    @property
+    def predicted_seconds(self) -> float:
+        plan = self.plan()
+        if self.stage == "step":
+            return plan.step_seconds
+        return plan.stage_seconds[self.stage]
+
+    @property
+    def error(self) -> float:
+        """(predicted - published) / published."""
+        return self.predicted_seconds / self.seconds - 1
+
+
+def _config(
+    *,
+    prompts: int,
+    group: int,
+    prompts_per_minibatch: int,
+    max_response: int,
+    tensor: int = 1,
+    pipeline: int = 1,
+    engine_tensor: int = 1,
+    recompute: str = "none",
+    microbatch_tokens: int = 16384,
+) -> RunConfig:
+    return RunConfig(
+        run=RunSettings(name="published"),
+        model=ModelConfig(path="published", recompute=recompute),
+        data=DataConfig(train="published", test="published", max_prompt_tokens=2048),
+        search=SearchConfig(corpus="published"),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=tensor > 1),
+        rollout=RolloutConfig(
+            prompts_per_step=prompts,
+            group_size=group,
+            max_response_tokens=max_response,
+            max_turn_tokens=max_response,
+            tensor_parallel=engine_tensor,
+        ),
+        update=UpdateConfig(
+            prompts_per_minibatch=prompts_per_minibatch, max_microbatch_tokens=microbatch_tokens
+        ),
+        algorithm=AlgorithmConfig(kl_coef=1e-3),  # all of them score by a reference too
+    )
+
+
+def _single_turn(mean_tokens: float) -> Workload:
+    """A mathematics question and its answer; `mean_tokens` of both together."""
+    return Workload(
+        prompt_tokens=150,
+        response_tokens=mean_tokens - 150,
+        sampled_share=1.0,
+        turns=0,
+        longest_to_mean=math.inf,
+    )
+
+
+def _search_turns(mean_tokens: float) -> Workload:
+    return Workload(prompt_tokens=mean_tokens / 4, response_tokens=mean_tokens * 3 / 4)
+
+
+_NEMO_FILLED_IN = "prompts of 150 tokens, micro-batches of 16,384, one trajectory reaches the limit"
+_NEMO_RECOMPUTED = f"{_NEMO_FILLED_IN}, full recomputation"
+_SKYRL_FILLED_IN = (
+    "5 rollouts a prompt, full recomputation, policy and reference scored; micro-batches as full as ours"
+)
+
+PUBLISHED = (
+    PublishedRun(
+        what="Llama-3.1-8B, 16 H100",
+        source=NEMO,
+        seconds=92.8,
+        stage="step",
+        is_alike=True,
+        filled_in=_NEMO_FILLED_IN,
+        gpu="h100-80gb",
+        gpus=16,
+        dimensions=KNOWN_MODELS["llama-3.1-8b"],
+        config=_config(prompts=64, group=32, prompts_per_minibatch=16, max_response=3946, pipeline=2),
+        workload=_single_turn(1019),
+    ),
+    PublishedRun(
+        what="Llama-3.1-70B, 32 H100",
+        source=NEMO,
+        seconds=106,
+        stage="step",
+        is_alike=True,
+        filled_in=_NEMO_RECOMPUTED,
+        gpu="h100-80gb",
+        gpus=32,
+        dimensions=KNOWN_MODELS["llama-3.1-70b"],
+        config=_config(
+            prompts=32,
+            group=16,
+            prompts_per_minibatch=32,
+            max_response=3946,
+            tensor=4,
+            pipeline=8,
+            engine_tensor=8,
+            recompute="full",
+        ),
+        workload=_single_turn(675),
+    ),
+    PublishedRun(
+        what="Qwen3-32B, 32 H100",
+        source=NEMO,
+        seconds=376,
+        stage="step",
+        is_alike=True,
+        filled_in=_NEMO_RECOMPUTED,
+        gpu="h100-80gb",
+        gpus=32,
+        dimensions=KNOWN_MODELS["qwen3-32b"],
+        config=_config(
+            prompts=64,
+            group=32,
+            prompts_per_minibatch=16,
+            max_response=3946,
+            tensor=4,
+            pipeline=4,
+            engine_tensor=4,
+            recompute="full",
+        ),
+        workload=_single_turn(3251),
+    ),
+    PublishedRun(
+        what="Llama-3.1-8B, 8 GB200",
+        source=NEMO,
+        seconds=91.0,
+        stage="step",
+        is_alike=True,
+        filled_in=_NEMO_FILLED_IN,
+        gpu="gb200-186gb",
+        gpus=8,
+        dimensions=KNOWN_MODELS["llama-3.1-8b"],
+        config=_config(prompts=64, group=32, prompts_per_minibatch=16, max_response=3946),
+        workload=_single_turn(1066),
+    ),
+    PublishedRun(
+        what="Qwen3-32B, 16 GB200",
+        source=NEMO,
+        seconds=381,
+        stage="step",
+        is_alike=True,
+        filled_in=_NEMO_RECOMPUTED,
+        gpu="gb200-186gb",
+        gpus=16,
+        dimensions=KNOWN_MODELS["qwen3-32b"],
+        config=_config(
+            prompts=64, group=32, prompts_per_minibatch=16, max_response=3946, tensor=2, recompute="full"
+        ),
+        workload=_single_turn(3253),
+    ),
+    PublishedRun(
+        what="Qwen3-30B-A3B, 32 H100",
+        source=NEMO,
+        seconds=192,
+        stage="step",
+        is_alike=False,
+        filled_in=f"{_NEMO_FILLED_IN}; experts are not modelled beyond their size",
+        gpu="h100-80gb",
+        gpus=32,
+        dimensions=_QWEN3_30B_A3B,
+        config=_config(prompts=64, group=32, prompts_per_minibatch=16, max_response=3946, engine_tensor=2),
+        workload=_single_turn(3306),  # 1,102 tokens/s/GPU over 192 s, of 2,048 trajectories
+        engine_weight_bytes=_QWEN3_30B_A3B_BYTES / 2,
+    ),
+    *(
+        PublishedRun(
+            what=f"{title}, {what}",
+            source=SKYRL,
+            seconds=seconds,
+            stage=stage,
+            is_alike=False,
+            filled_in=_SKYRL_FILLED_IN,
+            gpu="h100-80gb",
+            gpus=8,
+            dimensions=KNOWN_MODELS[name],
+            config=_config(
+                prompts=512, group=5, prompts_per_minibatch=256, max_response=2048, recompute="full"
+            ),
+            workload=_search_turns(mean_tokens),
+        )
+        for title, name, mean_tokens, what, stage, seconds in (
+            ("Qwen2.5-3B, 8 H100", "qwen2.5-3b", 658, "training", "update", 48),
+            ("Qwen2.5-3B, 8 H100", "qwen2.5-3b", 658, "forward passes", "score", 39),
+            ("Qwen2.5-7B, 8 H100", "qwen2.5-7b", 819, "training", "update", 93),
+            ("Qwen2.5-7B, 8 H100", "qwen2.5-7b", 819, "forward passes", "score", 46),
+        )
+    ),
+)

@@ -1,0 +1,268 @@
+"""A plan as text tables and as one JSON object; every number with its unit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from a2tgpo.plan.advice import faults
+from a2tgpo.plan.hardware import GIB
+from a2tgpo.plan.layouts import overrides
+from a2tgpo.plan.memory import CONTEXT_GIB, FRAGMENTATION
+from a2tgpo.plan.parameters import checkpoint_parameters, stage_parameters
+from a2tgpo.plan.plan import Plan
+from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PublishedRun
+from a2tgpo.plan.rollout_time import refit_bytes
+from a2tgpo.plan.train_time import PassTime, update_volume
+
+SUGGESTIONS_SHOWN = 12
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left and the others to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def plan_text(plan: Plan, *, source: str) -> str:
+    """All tables of a plan. `source` says where the dimensions are from."""
+    parts = [
+        _heading(plan, source),
+        _memory_table(plan),
+        _verdict(plan),
+        _geometry_table(plan),
+        _time_table(plan),
+        _volume_table(plan),
+        _assumption_lines(plan),
+    ]
+    return "\n\n".join(parts)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The same numbers; units are in the names."""
+    return {
+        "gpu": plan.gpu.name,
+        "gpus": plan.gpus,
+        "parameters": checkpoint_parameters(plan.dimensions),
+        "parameters_by_stage": _parameters_by_stage(plan),
+        "memory_bytes": {
+            phase.name: {
+                "stage": phase.stage,
+                "parts": {name: round(size) for name, size in phase.parts.items()},
+                "peak": round(phase.peak),
+                "capacity": round(phase.capacity),
+                "headroom_share": round(phase.headroom, 4),
+            }
+            for phase in plan.phases
+        },
+        "faults": faults(plan),
+        "geometry": dataclasses.asdict(plan.geometry),
+        "seconds": {name: round(value, 2) for name, value in plan.stage_seconds.items()},
+        "step_seconds": round(plan.step_seconds, 2),
+        "update_mfu_share": round(plan.update_mfu, 4),
+        "workload": dataclasses.asdict(plan.workload),
+        "assumptions": dataclasses.asdict(plan.assumed),
+        "overrides": overrides(plan),
+    }
+
+
+def suggestion_text(plans: Sequence[Plan]) -> str:
+    """Layouts in the given order, and the overrides of the first one."""
+    if not plans:
+        return "no layout fits with the headroom asked for; use more GPUs or a card with more memory"
+    rows = []
+    for plan in plans[:SUGGESTIONS_SHOWN]:
+        config, seconds = plan.config, plan.stage_seconds
+        fullest = min(plan.phases, key=lambda phase: phase.headroom)
+        rows.append(
+            [
+                f"{config.parallel.tensor} x {config.parallel.pipeline} x {plan.geometry.data_parallel}",
+                "yes" if config.parallel.sequence else "no",
+                config.model.recompute,
+                str(config.rollout.tensor_parallel),
+                f"{config.rollout.gpu_memory_fraction:.2f}",
+                f"{config.update.max_microbatch_tokens:,}",
+                f"{fullest.headroom:.0%} {fullest.name}",
+                f"{seconds['rollout']:.0f} s",
+                f"{seconds['score']:.0f} s",
+                f"{seconds['update']:.0f} s",
+                f"{plan.step_seconds:.0f} s",
+            ]
+        )
+    header = [
+        "tensor x pipeline x data", "sequence", "recompute", "engine TP", "engine share", "micro-batch tokens",
+        "left over", "rollout", "score", "update", "step",
+    ]  # fmt: skip
+    pasted = " ".join(overrides(plans[0]))
+    return f"{table(header, rows)}\n\nthe first one: {pasted}"
+
+
+def validation_text(runs: Sequence[PublishedRun]) -> str:
+    """Predicted against published seconds."""
+    rows = [
+        [
+            run.what,
+            run.stage,
+            f"{run.seconds:.0f} s",
+            f"{run.predicted_seconds:.0f} s",
+            f"{run.error:+.0%}",
+            "yes" if run.is_alike else "no",
+        ]
+        for run in runs
+    ]
+    notes = "\n".join(
+        f"  {source}: {filled_in}"
+        for source, filled_in in dict.fromkeys((run.source, run.filled_in) for run in runs)
+    )
+    return (
+        f"{table(['run', 'stage', 'published', 'predicted', 'error', 'alike'], rows)}\n\n"
+        f"alike: dense, packed, Megatron, engine and trainer in turn on the same cards; held to "
+        f"{ALIKE_ERROR_BOUND:.0%} by a test.\nThe others show where the model does not reach.\n"
+        f"what the sources leave open was filled in:\n{notes}"
+    )
+
+
+def _heading(plan: Plan, source: str) -> str:
+    parallel, config = plan.config.parallel, plan.config
+    lines = [
+        f"model      {checkpoint_parameters(plan.dimensions):,} parameters ({source})",
+        f"cluster    {plan.gpus} x {plan.gpu.name}, {plan.gpu.memory_gib:.1f} GiB each",
+        f"trainer    tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.geometry.data_parallel}, "
+        f"sequence parallel {'on' if parallel.sequence else 'off'}, recompute {config.model.recompute}, "
+        f"{config.model.dtype}",
+        f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}",
+        f"a rank     {', '.join(_parameters_by_stage_text(plan))}",
+    ]
+    return "\n".join(lines)
+
+
+def _parameters_by_stage(plan: Plan) -> list[int]:
+    parallel = plan.config.parallel
+    return [stage_parameters(plan.dimensions, parallel, stage).total for stage in range(parallel.pipeline)]
+
+
+def _parameters_by_stage_text(plan: Plan) -> list[str]:
+    counts = _parameters_by_stage(plan)
+    if len(counts) <= 2:
+        return [f"stage {stage}: {count:,} parameters" for stage, count in enumerate(counts)]
+    return [
+        f"stage 0: {counts[0]:,} parameters",
+        f"stages 1 to {len(counts) - 2}: {counts[1]:,}",
+        f"stage {len(counts) - 1}: {counts[-1]:,}",
+    ]
+
+
+def _memory_table(plan: Plan) -> str:
+    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.parts))
+    names = [name for name in names if name != "reserve"] + ["reserve"]
+    rows = [
+        [name, *(_size(phase.parts[name]) if name in phase.parts else "-" for phase in plan.phases)]
+        for name in names
+    ]
+    rows.append(["sum", *(_size(phase.peak) for phase in plan.phases)])
+    rows.append(["left over", *(f"{phase.headroom:.1%}" for phase in plan.phases)])
+    header = [
+        "memory of the fullest rank",
+        *(f"{phase.name} (stage {phase.stage})" for phase in plan.phases),
+    ]
+    return table(header, rows)
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits:
+        return "fits in every phase"
+    return "\n".join(f"DOES NOT FIT: {fault}" for fault in faults(plan))
+
+
+def _geometry_table(plan: Plan) -> str:
+    g, config = plan.geometry, plan.config
+    rows = [
+        ["trajectories per step", f"{g.trajectories:,}"],
+        ["trajectories per engine", f"{g.trajectories_per_engine:,.1f}"],
+        ["tokens per step", f"{g.tokens:,.0f} tokens, {g.sampled_tokens:,.0f} of them sampled"],
+        ["optimizer steps", f"{g.optimizer_steps}"],
+        [
+            "micro-batches per optimizer step and replica",
+            f"{g.microbatches} of {g.microbatch_tokens:,.0f} tokens on average",
+        ],
+        ["KV cache of an engine", f"{g.kv_tokens:,} tokens"],
+        [f"sequences of {config.max_model_len:,} tokens in it", f"{g.full_sequences}"],
+        ["trajectories decoded at once", f"{g.concurrent}"],
+    ]
+    return table(["batch", ""], rows)
+
+
+def _time_table(plan: Plan) -> str:
+    details = {
+        "rollout": _nonzero(dataclasses.asdict(plan.rollout)),
+        "score": _pass_details(plan.score),
+        "update": f"{_pass_details(plan.update)}; MFU {plan.update_mfu:.0%}",
+        "refit": f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB to every rank",
+        "other": "exchange, advantages, packing, records",
+    }
+    step = plan.step_seconds
+    rows = [
+        [name, f"{seconds:.1f} s", f"{seconds / step:.0%}", details[name]]
+        for name, seconds in plan.stage_seconds.items()
+    ]
+    rows.append(
+        ["step", f"{step:.1f} s", "100%", f"{plan.geometry.tokens / step / plan.gpus:,.0f} tokens/s/GPU"]
+    )
+    width = max(len(row[0]) for row in rows)
+    return "predicted time of a step\n" + "\n".join(
+        f"{name.ljust(width)}  {seconds:>8}  {share:>4}  {detail}" for name, seconds, share, detail in rows
+    )
+
+
+def _pass_details(passes: PassTime) -> str:
+    return _nonzero(dataclasses.asdict(passes))
+
+
+def _nonzero(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value >= 0.05)
+
+
+def _volume_table(plan: Plan) -> str:
+    volume = update_volume(plan.config, plan.dimensions, plan.geometry)
+    rows = [
+        ["update, tensor parallel", f"{volume.tensor / 1e9:.1f} GB"],
+        ["update, pipeline", f"{volume.pipeline / 1e9:.1f} GB"],
+        ["update, data parallel", f"{volume.data / 1e9:.1f} GB"],
+        ["refit, received", f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB"],
+    ]
+    return table(["sent by a rank in one step", ""], rows)
+
+
+def _assumption_lines(plan: Plan) -> str:
+    w, a, gpu = plan.workload, plan.assumed, plan.gpu
+    lines = [
+        "assumed",
+        f"  a trajectory: {w.prompt_tokens:.0f} prompt and {w.response_tokens:.0f} response tokens, "
+        f"{w.sampled_share:.0%} of these sampled, {w.turns:g} tool calls of {w.tool_seconds:g} s; the longest "
+        f"samples {w.longest_to_mean:g} times the mean",
+        f"  compute: {a.compute_utilisation:.0%} of {gpu.peak_flops(plan.config.model.dtype) / 1e12:.0f} TFLOP/s in "
+        f"training, {a.prefill_utilisation:.0%} in the engine's prefill; {a.imbalance:.0%} lost to uneven replicas",
+        f"  memory: {a.memory_utilisation:.0%} of {gpu.memory_tb_per_s:g} TB/s",
+        f"  links: {a.link_utilisation:.0%} of {gpu.node_gb_per_s:g} GB/s within a node and "
+        f"{gpu.network_gb_per_s:g} GB/s between nodes, never overlapped",
+        f"  engine: {1e3 * a.decode_step_s:g} ms of host time a step and {1e6 * a.decode_sequence_s:g} us a "
+        f"trajectory, {1e6 * a.collective_latency_s:g} us an all-reduce; {a.tail_concurrency:.1%} of the "
+        "trajectories in the tail",
+        f"  gain: {a.answer_tokens:g} tokens scored after every turn",
+        f"  other stages: {a.fixed_s:g} s",
+        f"  reserve: {CONTEXT_GIB:g} GiB for CUDA, NCCL and cuBLAS, and {FRAGMENTATION:.0%} of the rest for "
+        "fragmentation",
+    ]
+    return "\n".join(lines)
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / 2**20:.1f} MiB"

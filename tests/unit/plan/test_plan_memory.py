@@ -1,0 +1,254 @@
+"""Memory by phase: by hand, by properties, and the shipped configurations on the cards they are meant for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_plan_parameters import gpt_model, hf_config_of, in_place_of
+
+from a2tgpo.config.load import load_config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.run import RunConfig
+from a2tgpo.model.forward import forward_packed
+from a2tgpo.plan.activations import MicrobatchShape
+from a2tgpo.plan.advice import faults
+from a2tgpo.plan.dimensions import KNOWN_MODELS
+from a2tgpo.plan.engine import engine_memory, engine_weight_bytes, kv_bytes_per_token
+from a2tgpo.plan.hardware import GIB, GPUS
+from a2tgpo.plan.layouts import LEAST_HEADROOM
+from a2tgpo.plan.memory import trainer_memory
+from a2tgpo.plan.plan import Plan, make_plan
+
+ROOT = Path(__file__).parents[3]
+H100 = GPUS["h100-80gb"]
+QWEN_72B = KNOWN_MODELS["qwen2.5-72b"]
+CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml")
+
+
+def changed(config: RunConfig, section: str, **values) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def plan_70b(config: RunConfig) -> Plan:
+    return make_plan(config, QWEN_72B, H100, gpus=64)
+
+
+def peaks(plan: Plan) -> dict[str, float]:
+    return {phase.name: phase.peak for phase in plan.phases}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "gpus"),
+    [("train_70b", "qwen2.5-72b", 64), ("train_8b", "qwen3-8b", 8), ("train_4b", "qwen3-4b", 8)],
+)
+def test_the_shipped_configurations_fit_80_gb_with_room_left(name, model, gpus):
+    plan = make_plan(load_config(ROOT / f"configs/{name}.yaml"), KNOWN_MODELS[model], H100, gpus=gpus)
+    assert plan.fits
+    assert [phase.name for phase in plan.phases if phase.headroom < LEAST_HEADROOM] == []
+
+
+@pytest.mark.parametrize("name", ["train_70b", "train_8b", "train_4b"])
+def test_the_shipped_configurations_have_the_papers_settings(name):
+    config = load_config(ROOT / f"configs/{name}.yaml")
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (64, 16)
+    assert (config.update.prompts_per_minibatch, config.update.lr) == (8, 1e-6)
+    assert (config.update.lr_schedule, config.update.weight_decay, config.update.clip_grad) == (
+        "constant",
+        0.01,
+        1.0,
+    )
+    assert (config.update.adam_beta1, config.update.adam_beta2) == (0.9, 0.999)
+    assert (config.data.max_prompt_tokens, config.rollout.max_response_tokens) == (2000, 6192)
+    assert (config.rollout.max_turns, config.algorithm.kl_coef) == (6, 0.0)
+    assert config.algorithm.advantage == "turn_group"
+
+
+def test_trainer_state_of_a_data_parallel_rank_by_hand(config_8b):
+    # 8,190,735,360 parameters, two tensor-parallel ranks; norms (36 x (2 x 4096 + 2 x 128) + 4096) are on both;
+    # the vocabulary 151,936 is a multiple of 128 already
+    norms = 36 * (2 * 4096 + 2 * 128) + 4096
+    parameters = (8_190_735_360 - norms) / 2 + norms
+    held = trainer_memory(config_8b, KNOWN_MODELS["qwen3-8b"], stage=0, data_parallel=4)
+    assert held.weights == 2 * parameters
+    assert held.gradients == 4 * parameters
+    assert held.master_weights == 4 * parameters / 4
+    assert held.moments == 8 * parameters / 4
+    assert held.reference == 0
+
+
+def test_the_engine_takes_the_share_it_is_given(config_8b):
+    engine = engine_memory(config_8b, KNOWN_MODELS["qwen3-8b"], H100)
+    assert engine.total == pytest.approx(config_8b.rollout.gpu_memory_fraction * H100.memory_gib * GIB)
+    # 36 layers, 4 of 8 key-value heads of 128, keys and values, 2 bytes
+    assert kv_bytes_per_token(config_8b, KNOWN_MODELS["qwen3-8b"]) == 2 * 36 * 4 * 128 * 2
+    assert engine_weight_bytes(config_8b, KNOWN_MODELS["qwen3-8b"]) == pytest.approx(8.19e9, rel=0.01)
+
+
+def test_a_reference_costs_its_weights_in_every_phase(config_8b):
+    with_reference = changed(config_8b, "algorithm", kl_coef=1e-3)
+    dimensions = KNOWN_MODELS["qwen3-8b"]
+    weights = trainer_memory(with_reference, dimensions, stage=0, data_parallel=4).weights
+    before = peaks(make_plan(config_8b, dimensions, H100, gpus=8))
+    after = peaks(make_plan(with_reference, dimensions, H100, gpus=8))
+    for name, peak in before.items():
+        assert after[name] - peak == pytest.approx(1.03 * weights)
+
+
+def test_the_first_stage_of_a_pipeline_keeps_as_many_microbatches_as_there_are_stages():
+    plan = plan_70b(changed(CONFIG_70B, "model", recompute="full"))
+    update = next(phase for phase in plan.phases if phase.name == "update")
+    assert plan.geometry.microbatches >= 4
+    # 20 layers, 4 micro-batches in flight, 8192 tokens over 8 ranks, 8192 channels, 2 bytes
+    assert update.parts["activations"] == 20 * 4 * 8192 // 8 * 8192 * 2
+    assert update.stage == 0
+
+
+@given(
+    tokens=st.tuples(st.integers(8192, 100_000), st.integers(0, 100_000)),
+    recompute=st.sampled_from(["none", "selective", "full"]),
+)
+def test_more_tokens_never_need_less(tokens, recompute):
+    least, more = tokens
+    config = changed(CONFIG_70B, "model", recompute=recompute)
+    small = plan_70b(changed(config, "update", max_microbatch_tokens=least))
+    large = plan_70b(changed(config, "update", max_microbatch_tokens=least + more))
+    shape = MicrobatchShape(dimensions=QWEN_72B, parallel=config.parallel, tokens=least, element_bytes=2)
+    wider = dataclasses.replace(shape, tokens=least + more)
+    assert wider.layer_bytes >= shape.layer_bytes
+    assert wider.logit_bytes(with_gradient=True) >= shape.logit_bytes(with_gradient=True)
+    assert peaks(large)["score"] >= peaks(small)["score"]
+    assert peaks(large)["rollout"] == peaks(small)["rollout"]
+
+
+@given(pipeline=st.sampled_from([1, 2, 4, 8]), tensor=st.sampled_from([1, 2, 4]))
+def test_more_shards_never_hold_more(pipeline, tensor):
+    config = changed(CONFIG_70B, "parallel", tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
+    wider = changed(config, "parallel", tensor=2 * tensor, sequence=True)
+    for stage in range(pipeline):
+        narrow = trainer_memory(config, QWEN_72B, stage=stage, data_parallel=1)
+        half = trainer_memory(wider, QWEN_72B, stage=stage, data_parallel=1)
+        assert half.weights < narrow.weights
+        assert half.gradients < narrow.gradients
+
+
+@given(tensor=st.sampled_from([2, 4, 8]), tokens=st.integers(1, 100_000))
+def test_recomputation_and_sequence_parallelism_save(tensor, tokens):
+    plain = MicrobatchShape(
+        dimensions=QWEN_72B, parallel=ParallelConfig(tensor=tensor), tokens=tokens, element_bytes=2
+    )
+    cut = dataclasses.replace(plain, parallel=ParallelConfig(tensor=tensor, sequence=True))
+    assert cut.layer_bytes <= plain.layer_bytes
+    for shape in (plain, cut):
+        kept = [shape.saved_layer_bytes(recompute) for recompute in ("full", "selective", "none")]
+        assert kept == sorted(kept)
+
+
+def test_activations_of_a_layer_of_llama_8b_by_hand():
+    shape = MicrobatchShape(
+        dimensions=KNOWN_MODELS["llama-3.1-8b"],
+        parallel=ParallelConfig(tensor=2, sequence=True),
+        tokens=1000,
+        element_bytes=2,
+    )
+    norms = 4 * 4096  # two, input and output
+    attention = 4096 + 2 * 1024 + 4096 + 1024 + 4096  # q, k, v; rotated q and k; output
+    feed_forward = 3 * 14336
+    normalisers = 32 * 4  # bytes
+    assert shape.layer_bytes == 500 * (2 * (norms + attention + feed_forward) + normalisers)
+    assert shape.saved_layer_bytes("full") == 500 * 2 * 4096
+    # 64128 rows of the padded vocabulary on a rank, in bfloat16, with their gradient; float32 chunks of 512 tokens
+    logits = 2 * 1000 * 64128 * 2 + 4 * 512 * 64128 * 4
+    assert shape.logit_bytes(with_gradient=True) == logits + 2 * 500 * 4096 * 2 + 1000 * 4096 * 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_saved_activations_against_what_autograd_saves(architecture):
+    # The CPU twin's kernels are not fused: without recomputation it keeps what is planned and, beside it, results in
+    # between that Transformer Engine's kernels never write. Under full recomputation there is nothing in between.
+    full, planned_full = _saved_bytes_per_layer(architecture, "full")
+    assert full == planned_full
+    none, planned_none = _saved_bytes_per_layer(architecture, "none")
+    assert 1.45 <= none / planned_none <= 1.7
+
+
+def _saved_bytes_per_layer(architecture: str, recompute: str) -> tuple[float, int]:
+    """Bytes that autograd keeps for one layer of a small model (the difference between four layers and two), and
+    those planned."""
+    tokens, parallel, totals = 64, ParallelConfig(), []
+    for layers in (2, 4):
+        dimensions = dataclasses.replace(
+            KNOWN_MODELS["qwen2.5-0.5b"],
+            architecture=architecture,
+            hidden=128,
+            layers=layers,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            ffn=384,
+            vocab=256,
+            tied=False,
+        )
+        model = ModelConfig(path="small", dtype="float32", recompute=recompute)
+        with in_place_of(0, 1, parallel) as groups:
+            gpt = gpt_model(hf_config_of(dimensions), model, parallel, groups)
+            for parameter in gpt.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+            saved: dict[int, torch.Tensor] = {}
+
+            def keep(
+                tensor: torch.Tensor,
+                weights: set[int] = weights,
+                saved: dict[int, torch.Tensor] = saved,
+            ) -> torch.Tensor:
+                if tensor.untyped_storage().data_ptr() not in weights:
+                    saved[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = forward_packed(
+                    gpt,
+                    torch.zeros(1, tokens, dtype=torch.int64),
+                    torch.arange(tokens)[None],
+                    torch.tensor([0, tokens]),
+                )
+            totals.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+            del output
+    shape = MicrobatchShape(dimensions=dimensions, parallel=parallel, tokens=tokens, element_bytes=4)
+    return (totals[1] - totals[0]) / 2, shape.saved_layer_bytes(recompute)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "phase", "change"),
+    [
+        ("parallel", {"pipeline": 1}, "refit", "set parallel.pipeline=2"),
+        ("update", {"max_microbatch_tokens": 65536}, "update", "set model.recompute=full"),
+        ("rollout", {"kv_cache_gib": 60.0}, "rollout", "set rollout.kv_cache_gib=22.5"),
+        ("rollout", {"gpu_memory_fraction": 0.8}, "start", "set rollout.gpu_memory_fraction=0.6"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_a_change_that_mends_it(section, values, phase, change):
+    plan = plan_70b(changed(CONFIG_70B, section, **values))
+    assert not plan.fits
+    (line,) = [fault for fault in faults(plan) if fault.startswith(f"{phase}:")]
+    assert line.endswith(change)
+    key, value = change.removeprefix("set ").split("=")
+    overrides = [f"{section}.{name}={value}" for name, value in values.items()] + [f"{key}={value}"]
+    assert plan_70b(load_config(ROOT / "configs/train_70b.yaml", overrides)).fits
+
+
+def test_an_engine_too_small_for_one_sequence_is_refused():
+    plan = plan_70b(changed(CONFIG_70B, "rollout", gpu_memory_fraction=0.2))
+    assert not plan.fits
+    assert any("less than one sequence of 8256" in fault for fault in faults(plan))
+
+
+def test_what_no_setting_mends_is_said():
+    plan = make_plan(changed(CONFIG_70B, "parallel", tensor=8, pipeline=1), QWEN_72B, H100, gpus=8)
+    assert any("no single setting mends it" in fault for fault in faults(plan))

@@ -1,0 +1,255 @@
+"""Parameters and optimizer state held to what Megatron itself builds, rank by rank.
+
+A fake process group stands in for the other ranks: this process takes the place of one rank after another and builds
+that rank's model. Weights are never written, so that even 70B's take no memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from tiny_models import ARCHITECTURES, build_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PretrainedConfig
+
+from a2tgpo.config.load import load_config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.model import build, transformer_config
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel import initialize
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.plan.dimensions import KNOWN_MODELS, ModelDimensions, read_dimensions
+from a2tgpo.plan.memory import trainer_memory
+from a2tgpo.plan.parameters import checkpoint_parameters, layer_parameters, stage_parameters
+from a2tgpo.update.optimizer import build_optimizer
+
+ROOT = Path(__file__).parents[3]
+VOCAB = 250  # no multiple of 128: padded
+
+LAYOUTS = [
+    ParallelConfig(),
+    ParallelConfig(tensor=2, sequence=True),
+    ParallelConfig(pipeline=2),
+    ParallelConfig(tensor=2, pipeline=2),
+]
+
+
+@contextmanager
+def in_place_of(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[ParallelGroups]:
+    environment = dict(os.environ)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        # lay_out() by itself would also want gloo groups of the ranks that are not there.
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        yield initialize._groups()
+    finally:
+        initialize.shutdown()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def gpt_model(
+    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
+) -> GPTModel:
+    config = transformer_config.transformer_config(hf_config, model, parallel, transformer_engine=False)
+    return build._gpt_model(model, hf_config, config, groups)
+
+
+def parameter_bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def hf_config_of(dimensions: ModelDimensions) -> PretrainedConfig:
+    config_class, _ = ARCHITECTURES[dimensions.architecture]
+    config = config_class(
+        vocab_size=dimensions.vocab,
+        hidden_size=dimensions.hidden,
+        intermediate_size=dimensions.ffn,
+        num_hidden_layers=dimensions.layers,
+        num_attention_heads=dimensions.heads,
+        num_key_value_heads=dimensions.kv_heads,
+        tie_word_embeddings=dimensions.tied,
+    )
+    config.head_dim = dimensions.head_dim
+    return config
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied, tmp_path):
+    build_model(architecture, vocab_size=VOCAB, tied=tied).to(torch.bfloat16).save_pretrained(tmp_path)
+    dimensions = read_dimensions(str(tmp_path))
+    model, hf_config = ModelConfig(path=str(tmp_path)), load_hf_config(str(tmp_path))
+    for parallel in LAYOUTS:
+        world_size = parallel.tensor * parallel.pipeline
+        for rank in range(world_size):
+            with in_place_of(rank, world_size, parallel) as groups:
+                built = parameter_bytes(gpt_model(hf_config, model, parallel, groups))
+                planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
+                assert planned == built, f"{parallel}, rank {rank}"
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [
+        ("qwen2.5-0.5b", ParallelConfig(tensor=2, pipeline=2, sequence=True)),
+        ("qwen3-8b", ParallelConfig(tensor=2, sequence=True)),
+        ("llama-3.1-8b", ParallelConfig(pipeline=4)),
+        ("qwen2.5-72b", ParallelConfig(tensor=8, pipeline=4, sequence=True)),
+        ("llama-3.1-70b", ParallelConfig(tensor=4, pipeline=8, sequence=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"tp{value.tensor}pp{value.pipeline}",
+)
+def test_weights_of_real_sizes_are_counted_to_the_byte(name, parallel):
+    dimensions = KNOWN_MODELS[name]
+    world_size = parallel.tensor * parallel.pipeline
+    for rank in {0, world_size // 2, world_size - 1}:
+        with in_place_of(rank, world_size, parallel) as groups:
+            model = gpt_model(hf_config_of(dimensions), ModelConfig(path=name), parallel, groups)
+            planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
+            assert planned == parameter_bytes(model), f"rank {rank}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "whole"])
+def test_gradients_and_optimizer_state_are_counted(dtype, distributed, tmp_path):
+    build_model("qwen3", vocab_size=VOCAB, tied=True).to(torch.bfloat16).save_pretrained(tmp_path)
+    dimensions, hf_config = read_dimensions(str(tmp_path)), load_hf_config(str(tmp_path))
+    model = ModelConfig(path=str(tmp_path), dtype=dtype)
+    parallel, data_parallel = ParallelConfig(tensor=2, pipeline=2), 2
+    update = UpdateConfig(distributed_optimizer=distributed)
+    config = load_config(
+        ROOT / "configs/train_8b.yaml",
+        [
+            f"model.dtype={dtype}",
+            "parallel.pipeline=2",
+            f"update.distributed_optimizer={str(distributed).lower()}",
+        ],
+    )
+    state_bytes: dict[int, int] = {0: 0, 1: 0}
+    for rank in (0, 2, 4, 6):  # both replicas of both stages, first tensor-parallel rank
+        with in_place_of(rank, 8, parallel) as groups:
+            gpt = gpt_model(hf_config, model, parallel, groups)
+            chunk = build._data_parallel(gpt.config, gpt, groups, update)
+            policy = Policy(
+                chunks=[chunk],
+                transformer_config=gpt.config,
+                hf_config=hf_config,
+                bridge=None,
+                groups=groups,
+                path=str(tmp_path),
+                dtype=transformer_config.DTYPES[dtype],
+                vocab_size=VOCAB,
+                trainable=True,
+            )
+            planned = trainer_memory(config, dimensions, stage=groups.pp_rank, data_parallel=data_parallel)
+            gradients = sum(p.main_grad.numel() * p.main_grad.element_size() for p in gpt.parameters())
+            assert gradients == planned.gradients
+            state_bytes[groups.pp_rank] += _state_bytes(policy, update)
+    for stage, measured in state_bytes.items():
+        planned = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
+        expected = data_parallel * (planned.master_weights + planned.moments)
+        assert measured == pytest.approx(expected, rel=0.02), f"stage {stage}"
+
+
+def _state_bytes(policy: Policy, update: UpdateConfig) -> int:
+    """What the optimizer holds after a step, weights that it shares with the model not counted."""
+    optimizer, _ = build_optimizer(policy, update, total_steps=1)
+    policy.chunks[0].zero_grad_buffer()
+    optimizer.prepare_grads()
+    optimizer.step_with_ready_grads()
+    total = 0
+    shared = {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
+    for part in optimizer.chained_optimizers:
+        held = [tensor for group in part.optimizer.param_groups for tensor in group["params"]]
+        held += [
+            value
+            for state in part.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.numel() > 1
+        ]
+        total += sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in held
+            if tensor.untyped_storage().data_ptr() not in shared
+        )
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+    ],
+)
+def test_built_in_dimensions_give_the_published_parameter_counts(name, published):
+    assert checkpoint_parameters(KNOWN_MODELS[name]) == published
+
+
+@given(
+    name=st.sampled_from(sorted(KNOWN_MODELS)),
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    pipeline=st.sampled_from([1, 2, 4]),
+)
+def test_the_shards_of_a_layout_make_up_the_whole(name, tensor, pipeline):
+    dimensions = KNOWN_MODELS[name]
+    if dimensions.kv_heads % tensor or dimensions.heads % tensor or dimensions.layers % pipeline:
+        return
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    stages = [stage_parameters(dimensions, parallel, stage) for stage in range(pipeline)]
+    held = sum(stage.split * tensor + stage.replicated for stage in stages)
+    embeddings = 1 if dimensions.tied else 2
+    padding = embeddings * (dimensions.padded_vocab(tensor) - dimensions.vocab) * dimensions.hidden
+    second_copy = (
+        dimensions.padded_vocab(tensor) * dimensions.hidden if dimensions.tied and pipeline > 1 else 0
+    )
+    assert held == checkpoint_parameters(dimensions) + padding + second_copy
+
+
+@given(vocab=st.integers(1, 300_000), tensor=st.sampled_from([1, 2, 3, 4, 6, 8, 16]))
+def test_the_vocabulary_is_padded_as_the_model_pads_it(vocab, tensor):
+    dimensions = ModelDimensions(
+        architecture="llama",
+        hidden=1,
+        layers=1,
+        heads=1,
+        kv_heads=1,
+        head_dim=1,
+        ffn=1,
+        vocab=vocab,
+        tied=False,
+    )
+    assert dimensions.padded_vocab(tensor) == transformer_config.padded_vocab_size(vocab, tensor)
+
+
+def test_a_layer_of_llama_8b_by_hand():
+    # q, o: 4096 x 4096; k, v: 4096 x 1024; three of 4096 x 14336; two norms
+    expected = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert layer_parameters(KNOWN_MODELS["llama-3.1-8b"], 1).total == expected

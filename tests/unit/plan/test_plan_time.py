@@ -1,0 +1,171 @@
+"""Batch geometry, predicted times, and how far they are from published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config
+from a2tgpo.plan.assumptions import Assumptions
+from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
+from a2tgpo.plan.flops import forward_flops
+from a2tgpo.plan.hardware import GPUS
+from a2tgpo.plan.layouts import LEAST_HEADROOM, overrides, suggest
+from a2tgpo.plan.plan import make_plan
+from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PUBLISHED
+from a2tgpo.plan.train_time import update_volume
+from a2tgpo.plan.workload import Workload
+
+ROOT = Path(__file__).parents[3]
+H100 = GPUS["h100-80gb"]
+QWEN_8B = KNOWN_MODELS["qwen3-8b"]
+CONFIG_8B = load_config(ROOT / "configs/train_8b.yaml")
+
+ALIKE = [run for run in PUBLISHED if run.is_alike]
+UNLIKE = [run for run in PUBLISHED if not run.is_alike]
+
+
+@pytest.mark.parametrize("run", ALIKE, ids=lambda run: run.what)
+def test_steps_of_systems_like_ours_are_predicted(run):
+    assert abs(run.error) <= ALIKE_ERROR_BOUND
+
+
+@pytest.mark.parametrize("run", UNLIKE, ids=lambda run: run.what)
+def test_where_the_model_does_not_reach_it_is_too_fast(run):
+    # A mixture of experts, and micro-batches that do not fill a card: 1.5 to 6.5 times slower than predicted.
+    assert 1.4 <= run.seconds / run.predicted_seconds <= 6.5
+
+
+def test_at_least_four_published_runs_are_alike():
+    assert len(ALIKE) >= 4
+
+
+def test_a_step_is_divided_as_the_configuration_says():
+    plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
+    g = plan.geometry
+    assert (g.data_parallel, g.engines, g.trajectories) == (4, 4, 1024)
+    assert g.trajectories_per_engine == 256
+    assert g.tokens == 1024 * 2000
+    assert g.sampled_tokens == pytest.approx(1024 * 1700 * 0.4)
+    assert g.optimizer_steps == 8
+    # 2,048,000 tokens / 8 optimizer steps / 4 replicas = 64,000, in micro-batches of at most 8,192
+    assert g.microbatches == 8
+    assert g.microbatch_tokens == 8000
+    assert g.full_sequences == g.kv_tokens // 8256
+
+
+def test_operations_of_llama_8b_by_hand():
+    # A weight matrix takes two operations a parameter; no embedding, no norms.
+    matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    flops = forward_flops(KNOWN_MODELS["llama-3.1-8b"], context=0)
+    assert flops.total == 2 * matrices
+    assert forward_flops(KNOWN_MODELS["llama-3.1-8b"], context=1000).total - flops.total == (
+        32 * 4 * 4096 * 1000
+    )
+
+
+def test_communication_of_a_step_by_hand():
+    plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
+    volume = update_volume(CONFIG_8B, QWEN_8B, plan.geometry)
+    # 64 micro-batches, 36 layers, forward 2 + backward 2 + gathered again 1; half of twice the hidden states is sent
+    assert volume.tensor == 64 * 36 * 5 * (8000 * 4096 * 2)
+    assert volume.pipeline == 0
+    # float32 gradients scattered, bfloat16 weights gathered, three quarters of them leave the rank, 8 times
+    held = (8_190_735_360 + 36 * (2 * 4096 + 2 * 128) + 4096) / 2
+    assert volume.data == pytest.approx(8 * held * 6 * 3 / 4)
+
+
+def test_update_time_follows_from_utilisation_alone_on_one_rank():
+    # One card, one stage: nothing to communicate, nothing to wait for.
+    config = load_config(
+        ROOT / "configs/train_8b.yaml",
+        ["parallel.tensor=1", "parallel.sequence=false", "rollout.tensor_parallel=1"],
+    )
+    assumed = Assumptions(imbalance=0.0)
+    plan = make_plan(config, QWEN_8B, H100, gpus=1, assumed=assumed)
+    flops = 3 * forward_flops(QWEN_8B, context=1000).total * plan.geometry.tokens
+    assert plan.update.compute == pytest.approx(flops / (989e12 * assumed.compute_utilisation))
+    assert plan.update.tensor == plan.update.pipeline == plan.update.bubble == plan.update.data == 0
+    assert plan.update_mfu <= assumed.compute_utilisation
+
+
+@given(
+    prompt=st.floats(1, 2000),
+    response=st.floats(10, 6000),
+    longer=st.floats(0, 3000),
+)
+def test_longer_trajectories_never_take_less_time(prompt, response, longer):
+    short = Workload(prompt_tokens=prompt, response_tokens=response)
+    long = dataclasses.replace(short, response_tokens=response + longer)
+    one = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8, workload=short)
+    other = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8, workload=long)
+    assert other.update.compute >= one.update.compute
+    assert other.score.compute >= one.score.compute
+    assert other.rollout.decode >= one.rollout.decode * (1 - 1e-9)
+
+
+def test_full_recomputation_costs_a_third_more_computation_in_the_layers():
+    none = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
+    full = make_plan(
+        dataclasses.replace(CONFIG_8B, model=dataclasses.replace(CONFIG_8B.model, recompute="full")),
+        QWEN_8B,
+        H100,
+        gpus=8,
+    )
+    assert 1.25 < full.update.compute / none.update.compute < 4 / 3
+
+
+def test_suggestions_fit_are_sorted_and_can_be_pasted():
+    plans = suggest(CONFIG_8B, QWEN_8B, H100, gpus=8)
+    assert len(plans) >= 5
+    seconds = [round(plan.step_seconds, 1) for plan in plans]
+    assert seconds == sorted(seconds)
+    for plan in plans:
+        assert plan.fits
+        assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
+    pasted = load_config(ROOT / "configs/train_8b.yaml", overrides(plans[0]))
+    assert pasted == plans[0].config
+
+
+def test_no_layout_is_suggested_where_none_fits(config_70b):
+    assert suggest(config_70b, KNOWN_MODELS["qwen2.5-72b"], H100, gpus=8) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensor=16", "key-value heads"),
+        ("parallel.pipeline=5", "36 layers"),
+        ("parallel.pipeline=6", "8 GPUs"),
+        ("rollout.tensor_parallel=3", "rollout.tensor_parallel is 3"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused_in_one_line(override, message):
+    config = load_config(ROOT / "configs/train_8b.yaml", [override])
+    with pytest.raises(ConfigError, match=message) as refused:
+        make_plan(config, QWEN_8B, H100, gpus=8)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("models/Qwen2.5-72B-Instruct", "qwen2.5-72b"),
+        ("models/Qwen2.5-7B", "qwen2.5-7b"),
+        ("models/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_known_by_its_name(path, name):
+    dimensions, source = model_dimensions(path)
+    assert dimensions == KNOWN_MODELS[name]
+    assert path in source
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ConfigError, match="--model with one of"):
+        model_dimensions("models/Qwen2.5-720B")

@@ -1,0 +1,121 @@
+"""Whether a configuration fits a cluster, how a step is divided, and how long it should take: arithmetic, no GPU.
+
+    python tools/plan.py CONFIG [OVERRIDE ...] --gpus 64 [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
+    python tools/plan.py --validate
+
+OVERRIDE is section.field=value or a YAML file, as for training. Exit code 1: some phase does not fit, or no layout
+does; 2: a mistake in the configuration or in the arguments.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config
+from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
+from a2tgpo.plan.hardware import GPUS
+from a2tgpo.plan.layouts import suggest
+from a2tgpo.plan.plan import make_plan
+from a2tgpo.plan.published import PUBLISHED
+from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
+from a2tgpo.plan.workload import Workload
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_intermixed_args(arguments)  # overrides may stand behind options
+    if args.validate:
+        print(validation_text(PUBLISHED))
+        return 0
+    if args.config is None:
+        parser.error("give a configuration file, or --validate")
+    try:
+        return plan(args)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def plan(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    dimensions, source = model_dimensions(config.model.path, args.model)
+    gpu = GPUS[args.gpu]
+    workload = Workload(
+        prompt_tokens=args.mean_prompt_tokens,
+        response_tokens=args.mean_response_tokens,
+        sampled_share=args.sampled_share,
+    )
+    if args.suggest:
+        plans = suggest(config, dimensions, gpu, gpus=args.gpus, workload=workload)
+        print(suggestion_text(plans))
+        written = [plan_json(made) for made in plans]
+        is_possible = bool(plans)
+    else:
+        made = make_plan(config, dimensions, gpu, gpus=args.gpus, workload=workload)
+        print(plan_text(made, source=source))
+        written = plan_json(made)
+        is_possible = made.fits
+    if args.json:
+        Path(args.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    return 0 if is_possible else 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    usual = Workload()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
+    )
+    parser.add_argument("--gpus", type=_count, default=8, help="cards of the cluster (default 8)")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100-80gb", help="kind of card")
+    parser.add_argument(
+        "--model",
+        choices=list(KNOWN_MODELS),
+        help="built-in dimensions, in place of model.path's config.json",
+    )
+    parser.add_argument(
+        "--mean-prompt-tokens",
+        type=float,
+        default=usual.prompt_tokens,
+        help=f"expected prompt, tokens (default {usual.prompt_tokens:.0f})",
+    )
+    parser.add_argument(
+        "--mean-response-tokens",
+        type=float,
+        default=usual.response_tokens,
+        help=f"expected response, observations included, tokens (default {usual.response_tokens:.0f})",
+    )
+    parser.add_argument(
+        "--sampled-share",
+        type=_share,
+        default=usual.sampled_share,
+        help=f"share of the response that the policy samples, in (0, 1] (default {usual.sampled_share:g})",
+    )
+    parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
+    parser.add_argument("--validate", action="store_true", help="the time model against published figures")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not >= 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
