@@ -4,8 +4,9 @@ learning_curves.png   held-out EM, training reward, entropy and turns over train
 figure4.png           gains and advantages by turn index, IGPO's and A2TGPO's on the same rollouts
 figure5.png           spread of the advantage by turns still to come
 figure10.png          tool calls over training, and exact match by tool calls
+needless.png          what each method thinks of rollouts with more searches than the question needs
 
-The numbers are those of the paper's figures (arXiv 2605.06200).
+The numbers are those of the paper's figures (arXiv 2605.06200); needless.png is not in the paper.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from matplotlib.ticker import MaxNLocator
 from a2tgpo.trajectory import Trajectory
 from tools.ablation_runs import RunResult
 from tools.ablation_signals import (
+    MAX_NEEDLESS,
     MIN_SAMPLES,
+    OUTCOMES,
     Columns,
     call_signals,
     distributions,
@@ -33,6 +36,7 @@ from tools.ablation_signals import (
     envelope_signals,
     gain_signals,
     join,
+    needless_signals,
     read_step,
     recorded_steps,
     spread_out,
@@ -50,6 +54,7 @@ SIGNAL_COLORS = {
     "A2TGPO": PALETTE[0],
     "sum": PALETTE[2],
     "rescaled": PALETTE[0],
+    "GRPO": PALETTE[4],
 }
 ENVELOPE_LABELS = {
     "sum": "turn groups, plain sum",
@@ -96,6 +101,9 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         captions["figure4.png"] = write_figure4(join(gains), out, origin)
         envelopes = [envelope_signals(rollouts) for rollouts in signal_batches(by_method[source])]
         captions["figure5.png"] = write_figure5(join(envelopes), out, origin)
+        needless = [needless_signals(rollouts) for rollouts in signal_batches(by_method[source])]
+        if len(join(needless)["needless"]):  # not where the data set says nothing of hops
+            captions["needless.png"] = write_needless(join(needless), out, origin)
     calls = {method: last_calls(own) for method, own in by_method.items()}
     captions["figure10.png"] = write_figure10(by_method, {m: c for m, c in calls.items() if c}, out)
     return captions
@@ -282,6 +290,42 @@ def write_figure5(columns: Columns, out: Path, origin: str) -> str:
     return (
         f"Figure 5: spread of the advantage, outcome included, by the process turns it sums over, on {origin}; from "
         f"{MIN_SAMPLES} values on."
+    )
+
+
+def write_needless(columns: Columns, out: Path, origin: str) -> str:
+    """needless.csv and needless.png; returns the caption."""
+    rows = []
+    for outcome, reward in OUTCOMES.items():
+        own = {
+            name: values[columns["reward"] == reward] for name, values in columns.items() if name != "reward"
+        }
+        rows += [{"outcome": outcome, **row} for row in distributions(own, "needless")]
+    write_csv(out / "needless.csv", rows)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(OUTCOMES), figsize=(12, 4.2), layout="constrained", sharey=True)
+        for ax, outcome in zip(panels, OUTCOMES, strict=True):
+            for number, name in enumerate(("IGPO", "A2TGPO", "GRPO")):
+                own = [
+                    row
+                    for row in rows
+                    if (row["outcome"], row["signal"]) == (outcome, name) and row["count"] >= MIN_SAMPLES
+                ]
+                ax.plot(
+                    [row["needless"] for row in own],
+                    [row["mean"] for row in own],
+                    color=SIGNAL_COLORS[name],
+                    marker=MARKERS[number],
+                    linewidth=2,
+                    label=name,
+                )
+            ax.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
+            decorate(ax, outcome, "advantage", f"needless searches ({MAX_NEEDLESS}: or more)")
+        finish(figure, panels[0], "Advantage of a rollout by searches beyond those its question needs")
+    save(figure, out / "needless.png")
+    return (
+        "Needless searches: mean advantage of a rollout (over its sampled tokens) by outcome and by searches beyond "
+        f"the number of hops, on {origin}; from {MIN_SAMPLES} rollouts on."
     )
 
 

@@ -23,6 +23,11 @@ from tools.view_rollouts import read_records
 RESCALED = AlgorithmConfig(advantage="turn_group", gamma=1.0, alpha=1.0, rescale=True)
 SUMMED = AlgorithmConfig(advantage="turn_group", gamma=1.0, alpha=1.0, rescale=False)
 IGPO = AlgorithmConfig(advantage="igpo_joint", gamma=1.0)
+GRPO = AlgorithmConfig(advantage="grpo")
+
+MAX_NEEDLESS = 3
+"""Searches beyond those a question needs are told apart up to so many; the last column is that many or more."""
+OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
 """Fewer values at a turn index say too little of its mean to count for a drift."""
@@ -100,6 +105,30 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
         "tool_calls": np.array([t.num_process_turns for t in trajectories], dtype=np.int64),
         "em": np.array([t.exact_match for t in trajectories], dtype=np.float64),
     }
+
+
+def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
+    """Every rollout with as many searches as its question needs, or more: what each method thinks of it.
+
+    `needless` searches, `reward`, and per method the advantage of the rollout: the mean over its sampled tokens,
+    which is what the sequence mean of token means goes by.
+    """
+    table = table_of(trajectories)
+    num_tokens = torch.zeros(len(trajectories), table.max_turns + 1, dtype=torch.float64)
+    for row, trajectory in enumerate(trajectories):
+        for column, turn in enumerate(trajectory.turns):
+            num_tokens[row, column] = len(turn.tokens)
+    share = num_tokens / num_tokens.sum(dim=1, keepdim=True).clamp(min=1)
+    needless = table.num_process_turns - torch.tensor([t.hops for t in trajectories])
+    known = (needless >= 0) & torch.tensor([t.hops > 0 for t in trajectories])
+    columns = {
+        "needless": needless[known].clamp(max=MAX_NEEDLESS).numpy(),
+        "reward": table.outcome[known].numpy(),
+    }
+    for name, config in {"IGPO": IGPO, "A2TGPO": RESCALED, "GRPO": GRPO}.items():
+        advantages = compute_advantages(table, config, dp_group=None).advantages
+        columns[name] = (share * advantages).sum(dim=1)[known].numpy()
+    return columns
 
 
 def join(parts: Sequence[Columns]) -> Columns:

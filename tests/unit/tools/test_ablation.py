@@ -1,6 +1,7 @@
 """The comparison of methods: statistics by hand, reports of known runs, what is played again and what is not."""
 
 import csv
+import dataclasses
 import json
 import math
 import sys
@@ -13,9 +14,10 @@ from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.rollout_log import write_records
 from a2tgpo.trajectory import Trajectory, Turn
 from tools.ablation import PRESETS, main
+from tools.ablation_figures import write_needless
 from tools.ablation_report import write_report
 from tools.ablation_runs import Plan, Run, last_words
-from tools.ablation_signals import drifts, gain_signals, spread_out
+from tools.ablation_signals import drifts, gain_signals, needless_signals, spread_out
 from tools.ablation_statistics import estimate, paired_difference, t_quantile
 
 ROOT = Path(__file__).parents[3]
@@ -252,6 +254,33 @@ def test_figure_10_counts_rollouts_and_right_answers_by_tool_calls(drawn):
         ("grpo", "2", "32"),
     ]
     assert all((float(row["share"]), float(row["em"])) == (1.0, 0.25) for row in rows)
+
+
+def test_needless_searches_lower_the_advantage_where_gains_are_pooled_and_not_where_turns_are_grouped(
+    tmp_path,
+):
+    """Right answers to one-hop questions; every second rollout searches again, for nothing."""
+    batch = [
+        dataclasses.replace(rollout(prompt, sample, [1.0, 0.0][: 1 + sample % 2], reward=1.0), hops=1)
+        for prompt in (0, 1)
+        for sample in range(32)
+    ]
+    columns = needless_signals(batch)
+    assert columns["needless"].tolist() == [0, 1] * 32 and set(columns["reward"]) == {1.0}
+
+    def mean(name: str, needless: int) -> float:
+        return float(columns[name][columns["needless"] == needless].mean())
+
+    # The pool of a prompt: 32 gains of 1, 16 of 0 and 32 rewards of 1: mean 0.8, standard deviation 0.4.
+    # So a gain or reward of 1 counts 0.5 and a gain of 0 counts -2; each turn has the sum of what follows.
+    assert mean("IGPO", 0) == pytest.approx((1.0 + 0.5) / 2, rel=1e-5)
+    assert mean("IGPO", 1) == pytest.approx((-1.0 - 1.5 + 0.5) / 3, rel=1e-5)
+    assert mean("A2TGPO", 1) == pytest.approx(mean("A2TGPO", 0), abs=1e-6)
+    assert mean("GRPO", 1) == pytest.approx(mean("GRPO", 0), abs=1e-6)
+    caption = write_needless(columns, tmp_path, "rollouts by hand")
+    assert "rollouts by hand" in caption and (tmp_path / "needless.png").stat().st_size > 10_000
+    rows = {(row["signal"], row["needless"]): row for row in read_csv(tmp_path / "needless.csv")}
+    assert rows["IGPO", "1"]["outcome"] == "right" and rows["IGPO", "1"]["count"] == "32"
 
 
 def test_all_figures_are_drawn_and_named_in_the_report(drawn):
