@@ -44,15 +44,16 @@ def verify(parts: RunParts, *, step: int) -> ProbeGap:
     """Compare the probe's log-probs in trainer and engine on every rank."""
     probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
     trajectory = probe_trajectory(probe)
-    batch = pack([trajectory], [0], align=alignment(parts.config.parallel))
+    batch = pack([trajectory], [0], align=alignment(parts.config.parallel, parts.config.model.fp8))
     (scored,) = score(parts.policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]
     if parts.groups.pp_size > 1:
         logprobs = broadcast_object(logprobs, parts.groups.pp_group, source=parts.groups.pp_size - 1)
     assert logprobs is not None, "the last pipeline stage scores the probe"
+    model, quantization = parts.config.model, parts.config.rollout.quantization
     tolerance = probe_tolerance(
         parts.config.refit.probe_tolerance,
-        trainer_dtype=parts.config.model.dtype,
-        engine_dtype=parts.engine.dtype,
+        trainer_dtype="fp8" if model.fp8.enabled else model.dtype,
+        engine_dtype=parts.engine.dtype if quantization == "none" else quantization,
     )
     return verify_refit(parts.engine, probe, logprobs, step=step, tolerance=tolerance, group=dist.group.WORLD)

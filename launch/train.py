@@ -62,7 +62,7 @@ def dry_run(config: RunConfig) -> int:
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.search.tool import build_search
 
-    check_layout(load_hf_config(config.model.path), config.parallel)
+    check_layout(load_hf_config(config.model.path), config.parallel, config.model.fp8)
     template = PromptTemplate(AutoTokenizer.from_pretrained(config.model.path), config.data.instructions)
     limit = config.data.max_prompt_tokens
     sizes = {}

@@ -135,7 +135,7 @@ def my_microbatches(chosen: list[Trajectory], config: RunConfig, groups: Paralle
     replicas = deal(lengths, groups.dp_size)
     mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
     grouped = microbatches([lengths[index] for index in mine], config.update.max_microbatch_tokens)
-    align = alignment(config.parallel)
+    align = alignment(config.parallel, config.model.fp8)
     return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
 
 

@@ -16,6 +16,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory
 
@@ -101,12 +102,12 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-def alignment(parallel: ParallelConfig) -> int:
+def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> int:
     """The number that every micro-batch's T must be a multiple of.
 
-    Sequence parallelism cuts the row into `tensor` equal pieces; nothing else asks for padding.
+    Sequence parallelism cuts the row into `tensor` equal pieces; FP8 takes pieces of certain lengths only.
     """
-    return parallel.tensor if parallel.sequence else 1
+    return (parallel.tensor if parallel.sequence else 1) * fp8.token_multiple
 
 
 def packed_length(trajectory: Trajectory) -> int:

@@ -1,8 +1,9 @@
 """Which model is trained, and in which number formats."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
+from a2tgpo.config.fp8 import Fp8Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class ModelConfig:
     """transformer_engine | cpu | auto (Transformer Engine where a GPU is seen, its CPU twin elsewhere)."""
     recompute: str = "none"
     """Activations recomputed in the backward pass: none | selective (core attention) | full (every layer)."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
         require(self.dtype in ("bfloat16", "float32"), "model.dtype", self.dtype, "bfloat16 | float32")
@@ -31,4 +33,16 @@ class ModelConfig:
             "model.recompute",
             self.recompute,
             "none | selective | full",
+        )
+        require(
+            not self.fp8.enabled or self.dtype == "bfloat16",
+            "model.fp8.format",
+            self.fp8.format,
+            f"none with model.dtype {self.dtype}; FP8 needs bfloat16 around it",
+        )
+        require(
+            not self.fp8.enabled or self.layer_spec != "cpu",
+            "model.fp8.format",
+            self.fp8.format,
+            "none with model.layer_spec cpu; FP8 is Transformer Engine's",
         )

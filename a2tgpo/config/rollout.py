@@ -61,6 +61,8 @@ class RolloutConfig:
     """Ranks that share one engine; 1 on CPU."""
     dtype: str = "auto"
     """Number format of the engine's weights: auto (the model's) | bfloat16 | float32."""
+    quantization: str = "none"
+    """none | fp8 (linear layers in e4m3, 128x128 blocks, quantised whenever weights are loaded; GPU only)."""
     max_concurrent: int = 256
     """Trajectories decoded at once by one engine."""
     kv_cache_gib: float = 0.0
@@ -98,6 +100,13 @@ class RolloutConfig:
             "rollout.dtype",
             self.dtype,
             "auto | bfloat16 | float32",
+        )
+        require(self.quantization in ("none", "fp8"), "rollout.quantization", self.quantization, "none | fp8")
+        require(
+            self.quantization == "none" or self.dtype != "float32",
+            "rollout.quantization",
+            self.quantization,
+            "none with rollout.dtype float32",
         )
         require(self.kv_cache_gib >= 0, "rollout.kv_cache_gib", self.kv_cache_gib, ">= 0")
         require(

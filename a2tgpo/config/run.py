@@ -110,6 +110,13 @@ class RunConfig:
             self.reward.overlong_buffer_tokens,
             f"below rollout.max_response_tokens ({self.rollout.max_response_tokens})",
         )
+        require(
+            self.rollout.quantization == "none" or self.algorithm.correction.kind != "none",
+            "rollout.quantization",
+            self.rollout.quantization,
+            "none without algorithm.correction, since a quantised engine plays another policy than the trainer's; "
+            "set algorithm.correction.kind=truncate or mask",
+        )
 
     @property
     def max_model_len(self) -> int:

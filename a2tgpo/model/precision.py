@@ -5,14 +5,25 @@ The only module that looks for Transformer Engine.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
+
+FP8_NEEDS = {
+    "tensorwise": ("2.2", (8, 9), (99, 0), "12.1"),
+    "blockwise": ("2.3", (9, 0), (99, 0), "12.9"),
+    "mxfp8": ("2.1", (10, 0), (12, 0), "12.8"),
+}
+"""By recipe: Transformer Engine's version, compute capability from and below, CUDA version (its quantization.py, and
+megatron/core/fp8_utils.py, `get_fp8_recipe`)."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:
@@ -32,6 +43,47 @@ def uses_transformer_engine(layer_spec: str) -> bool:
             "install the gpu extra, or set model.layer_spec=cpu (slow)"
         )
     return True
+
+
+def check_fp8_support(fp8: Fp8Config) -> None:
+    """Raise `ConfigError` unless this rank's GPU and software can compute with `fp8`; Transformer Engine is there."""
+    if fp8.enabled:
+        require_fp8_needs(
+            fp8.recipe,
+            engine=importlib.metadata.version("transformer_engine"),
+            capability=torch.cuda.get_device_capability(),
+            cuda=torch.version.cuda or "0",
+        )
+
+
+def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], cuda: str) -> None:
+    """Raise `ConfigError` unless versions and card are those that the recipe needs.
+
+    Args:
+        engine: Transformer Engine's version.
+        capability: the card's compute capability, such as (9, 0) for Hopper.
+        cuda: version of CUDA that torch was built for.
+    """
+    need_engine, first, end, need_cuda = FP8_NEEDS[recipe]
+    for holds, has, need in (
+        (
+            first <= capability < end,
+            f"a card of compute capability {capability[0]}.{capability[1]}",
+            _cards(recipe),
+        ),
+        (Version(engine) >= Version(need_engine), f"Transformer Engine {engine}", f">= {need_engine}"),
+        (Version(cuda) >= Version(need_cuda), f"CUDA {cuda}", f">= {need_cuda}"),
+    ):
+        if not holds:
+            raise ConfigError(
+                f"model.fp8.recipe is {recipe!r}, which this machine cannot compute: {has} is there, needed is "
+                f"{need}; choose another recipe, or model.fp8.format=none"
+            )
+
+
+def _cards(recipe: str) -> str:
+    _, first, end, _ = FP8_NEEDS[recipe]
+    return f">= {first[0]}.{first[1]}" + (f" and < {end[0]}.{end[1]}" if end < (99, 0) else "")
 
 
 def spec_provider(layer_spec: str) -> Any:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 
@@ -22,8 +23,8 @@ VOCAB_MULTIPLE = 128
 of one layout fits another."""
 
 
-def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Raise `ConfigError` unless the layout divides the model."""
+def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
+    """Raise `ConfigError` unless the layout divides the model, into what FP8 can take if it is on."""
     for size, what in (
         (hf_config.num_attention_heads, "attention heads"),
         (hf_config.num_key_value_heads, "key-value heads"),
@@ -38,6 +39,39 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
             f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
             f"{hf_config.num_hidden_layers} layers"
         )
+    if fp8.enabled:
+        _check_fp8_layout(hf_config, parallel, fp8)
+
+
+def _check_fp8_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
+    heads, multiple = hf_config.num_attention_heads, fp8.channel_multiple
+    all_heads = heads + 2 * hf_config.num_key_value_heads
+    for size, what in (
+        (hf_config.hidden_size, "hidden channels"),
+        (all_heads * hf_config.head_dim // parallel.tensor, "query, key and value channels"),
+        (heads * hf_config.head_dim // parallel.tensor, "channels of attention heads"),
+        (hf_config.intermediate_size // parallel.tensor, "feed-forward channels"),
+    ):
+        if size % multiple:
+            raise ConfigError(
+                f"model.fp8.format is {fp8.format!r}; allowed: none, since a rank holds {size} {what} of this model, "
+                f"and recipe {fp8.recipe} takes multiples of {multiple} (parallel.tensor is {parallel.tensor}, "
+                "less may help)"
+            )
+    num_layers = hf_config.num_hidden_layers
+    kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
+    if kept >= num_layers:
+        raise ConfigError(
+            f"model.fp8.first_layers_bf16 and last_layers_bf16 are {kept} together; allowed: below the model's "
+            f"{num_layers} layers, else none computes in FP8"
+        )
+    per_stage = num_layers // parallel.pipeline
+    for name in ("first_layers_bf16", "last_layers_bf16"):
+        if getattr(fp8, name) > per_stage:
+            raise ConfigError(
+                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most the {per_stage} layers of one of the "
+                f"{parallel.pipeline} pipeline stages"
+            )
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -53,7 +87,17 @@ def transformer_config(
     """Megatron's configuration of the checkpoint's architecture, laid out as `parallel` says.
 
     Dropout is off whatever the checkpoint says: the update must see the log-probs that the rollout had.
+
+    Raises:
+        ConfigError: for FP8 without Transformer Engine, which Megatron would run in bfloat16 without a word
+            (megatron/core/fp8_utils.py, `get_fp8_context`).
     """
+    if model.fp8.enabled and not transformer_engine:
+        raise ConfigError(
+            f"model.fp8.format is {model.fp8.format!r}; allowed here: none, since no GPU is seen and "
+            f"model.layer_spec {model.layer_spec!r} then means layers without Transformer "
+            "Engine; start on a GPU, or set model.fp8.format=none"
+        )
     dtype = DTYPES[model.dtype]
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -88,6 +132,7 @@ def transformer_config(
         deallocate_pipeline_outputs=True,
         **_fusions(transformer_engine),
         **_recompute(model.recompute),
+        **_fp8(model.fp8),
     )
 
 
@@ -105,6 +150,22 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
         "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
         "gradient_accumulation_fusion": transformer_engine
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
+
+
+def _fp8(fp8: Fp8Config) -> dict[str, Any]:
+    """What Megatron needs to know of FP8; the names are those of 0.16 and 0.19 alike.
+
+    As long as weights are not kept in FP8, neither DistributedDataParallel nor the optimizer has to know.
+    """
+    if not fp8.enabled:
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "first_last_layers_bf16": fp8.first_layers_bf16 + fp8.last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
     }
 
 

@@ -15,8 +15,9 @@ from a2tgpo.trajectory import Trajectory, Turn
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15}
-"""Largest mean |difference| per probe token, nats, by the less exact of the two sides."""
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
+"""Largest mean |difference| per probe token, nats, by the less exact of the two sides. FP8 alone moves the ids of the
+probe, which no model expects, by 0.4 in a model of 135M (docs/fp8.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def build_minibatches(
     Args:
         trajectories: this replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
     """
-    align = alignment(config.parallel)
+    align = alignment(config.parallel, config.model.fp8)
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
     minibatches = []

@@ -23,6 +23,7 @@ from scripted_search import ScriptedSearch
 from tiny_models import prompt_ids
 
 from a2tgpo.batch.packing import alignment, pack
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
@@ -65,7 +66,7 @@ def change_weights(policy, cycle):
 
 def trainer_logprobs(policy, parallel, trajectories):
     """log p of every sampled token by the trainer, trajectory by trajectory (no observations)."""
-    batch = pack(trajectories, range(len(trajectories)), align=alignment(parallel))
+    batch = pack(trajectories, range(len(trajectories)), align=alignment(parallel, Fp8Config()))
     (scores,) = score(policy, [batch])
     return scores.logprobs[batch.loss_mask[0]]
 

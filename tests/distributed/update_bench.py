@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from a2tgpo.batch.balance import deal, microbatches
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
@@ -133,7 +134,7 @@ class Bench:
         dealt = deal(lengths, replicas or self.groups.dp_size)
         mine = [index for index, replica in enumerate(dealt) if replica == self.groups.dp_rank]
         grouped = microbatches([lengths[index] for index in mine], max_tokens)
-        align = alignment(self.parallel)
+        align = alignment(self.parallel, Fp8Config())
         return [pack(self.trajectories, [mine[i] for i in group], align=align) for group in grouped]
 
     def loss_function(self, batches: list[PackedBatch]) -> LossFunction:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2tgpo.batch.packing import PADDING, alignment, empty_batch, pack, packed_length
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory, Turn
 
@@ -58,9 +59,13 @@ def test_alignment_padding_is_a_masked_segment_of_its_own() -> None:
     assert batch.sequence_ids.tolist() == [[0, 0, PADDING, PADDING]]
 
 
-def test_rows_are_padded_only_for_sequence_parallelism() -> None:
-    assert alignment(ParallelConfig(tensor=4)) == 1
-    assert alignment(ParallelConfig(tensor=4, sequence=True)) == 4
+def test_rows_are_padded_only_for_sequence_parallelism_and_fp8() -> None:
+    whole, cut = ParallelConfig(tensor=4), ParallelConfig(tensor=4, sequence=True)
+    assert (alignment(whole, Fp8Config()), alignment(cut, Fp8Config())) == (1, 4)
+    for recipe, multiple in (("tensorwise", 16), ("mxfp8", 32), ("blockwise", 128)):
+        fp8 = Fp8Config(format="e4m3", recipe=recipe)
+        # Every piece of a row that is cut is itself what FP8 can take.
+        assert (alignment(whole, fp8), alignment(cut, fp8)) == (multiple, 4 * multiple)
 
 
 @settings(max_examples=200, deadline=None)

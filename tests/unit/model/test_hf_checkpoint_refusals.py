@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.model.build import build_policy
@@ -120,7 +121,7 @@ def test_rope_theta_is_found_in_new_and_old_configs(checkpoint: Checkpoint, spel
 )
 def test_layout_must_divide_the_model(checkpoint: Checkpoint, parallel: ParallelConfig, fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_layout(load_hf_config(str(checkpoint())), parallel)
+        check_layout(load_hf_config(str(checkpoint())), parallel, Fp8Config())
     assert str(caught.value) == fault
 
 

@@ -176,3 +176,4 @@ def test_tolerance_is_that_of_the_less_exact_side_unless_configured():
     assert probe_tolerance(0.0, trainer_dtype="float32", engine_dtype="float32") == 1e-3
     assert probe_tolerance(0.0, trainer_dtype="float32", engine_dtype="bfloat16") == 0.15
     assert probe_tolerance(0.02, trainer_dtype="bfloat16", engine_dtype="bfloat16") == 0.02
+    assert probe_tolerance(0.0, trainer_dtype="fp8", engine_dtype="bfloat16") == 0.8

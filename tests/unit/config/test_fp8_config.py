@@ -1,0 +1,107 @@
+"""What `model.fp8` and `rollout.quantization` refuse, in one line that names the key, and how a run sets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.load import dump_config, load_config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.rollout import RolloutConfig
+
+REQUIRED = ["run.name=x", "model.path=m", "data.train=a", "data.test=b", "search.corpus=c"]
+
+
+def refusal(**fields: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Fp8Config(**fields)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def load(tmp_path: Path, *overrides: str):
+    file = tmp_path / "run.yaml"
+    file.write_text("{}\n")
+    return load_config(file, [*REQUIRED, *overrides])
+
+
+def test_fp8_is_off_and_asks_for_no_alignment_unless_a_format_is_named() -> None:
+    fp8 = Fp8Config()
+    assert not fp8.enabled and fp8.token_multiple == fp8.channel_multiple == 1
+    assert ModelConfig(path="m").fp8 == fp8
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tokens", "channels"), [("blockwise", 128, 16), ("tensorwise", 16, 16), ("mxfp8", 32, 32)]
+)
+@pytest.mark.parametrize("number_format", ["hybrid", "e4m3"])
+def test_recipes_say_what_they_can_be_given(
+    number_format: str, recipe: str, tokens: int, channels: int
+) -> None:
+    fp8 = Fp8Config(format=number_format, recipe=recipe)
+    assert (fp8.token_multiple, fp8.channel_multiple) == (tokens, channels)
+
+
+def test_names_that_megatron_would_take_without_a_word_are_refused() -> None:
+    assert refusal(format="foo") == "model.fp8.format is 'foo'; allowed: none | hybrid | e4m3"
+    assert refusal(format="e5m2").startswith("model.fp8.format is 'e5m2'")
+    assert refusal(format="e4m3", recipe="foo") == (
+        "model.fp8.recipe is 'foo'; allowed: blockwise | tensorwise | mxfp8"
+    )
+    assert "delayed scales differ between scoring and training" in refusal(format="e4m3", recipe="delayed")
+
+
+@pytest.mark.parametrize(
+    "field", [{"recipe": "tensorwise"}, {"first_layers_bf16": 1}, {"last_layers_bf16": 2}]
+)
+def test_settings_of_fp8_without_a_format_are_no_silent_bfloat16_run(field: dict) -> None:
+    (name,) = field
+    message = refusal(**field)
+    assert message.startswith(f"model.fp8.{name} is ") and "set model.fp8.format=hybrid or e4m3" in message
+    assert getattr(Fp8Config(format="hybrid", **field), name) == field[name]
+
+
+def test_weights_kept_in_fp8_and_negative_layer_counts_are_refused() -> None:
+    assert "model.fp8.param_gather is True; allowed: false; FP8 weights are not supported yet" in refusal(
+        format="e4m3", param_gather=True
+    )
+    assert refusal(format="e4m3", last_layers_bf16=-1) == "model.fp8.last_layers_bf16 is -1; allowed: >= 0"
+
+
+def test_fp8_needs_bfloat16_and_transformer_engine() -> None:
+    fp8 = Fp8Config(format="hybrid")
+    with pytest.raises(
+        ConfigError, match=r"^model\.fp8\.format is 'hybrid'; allowed: none with model\.dtype"
+    ):
+        ModelConfig(path="m", fp8=fp8, dtype="float32")
+    with pytest.raises(
+        ConfigError, match=r"^model\.fp8\.format is 'hybrid'; allowed: none with model\.layer_spec cpu"
+    ):
+        ModelConfig(path="m", fp8=fp8, layer_spec="cpu")
+
+
+def test_a_run_sets_fp8_on_the_command_line_and_says_so_in_its_configuration(tmp_path: Path) -> None:
+    config = load(tmp_path, "model.fp8.format=hybrid", "model.fp8.first_layers_bf16=2")
+    assert config.model.fp8 == Fp8Config(format="hybrid", first_layers_bf16=2)
+    written = tmp_path / "resolved.yaml"
+    written.write_text(dump_config(config))
+    assert load_config(written) == config
+    with pytest.raises(ConfigError, match=r"^command line: model\.fp8\.recipe is 'delayed'"):
+        load(tmp_path, "model.fp8.format=hybrid", "model.fp8.recipe=delayed")
+
+
+def test_a_quantised_engine_needs_bfloat16_and_a_correction(tmp_path: Path) -> None:
+    assert RolloutConfig().quantization == "none"
+    with pytest.raises(ConfigError, match=r"^rollout\.quantization is 'int4'; allowed: none \| fp8$"):
+        RolloutConfig(quantization="int4")
+    with pytest.raises(ConfigError, match=r"none with rollout\.dtype float32$"):
+        RolloutConfig(quantization="fp8", dtype="float32")
+    with pytest.raises(
+        ConfigError, match=r"^command line: rollout\.quantization is 'fp8'; allowed: none without"
+    ):
+        load(tmp_path, "rollout.quantization=fp8")
+    config = load(tmp_path, "rollout.quantization=fp8", "algorithm.correction.kind=truncate")
+    assert config.rollout.quantization == "fp8"

@@ -1,0 +1,182 @@
+"""FP8 as Megatron is told it, and what a layout or a machine cannot compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.enums import Fp8Recipe
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model import transformer_config as module
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.precision import FP8_NEEDS, require_fp8_needs
+from a2tgpo.model.transformer_config import check_layout, transformer_config
+from a2tgpo.parallel.groups import ParallelGroups
+
+Checkpoint = Callable[..., Path]
+FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
+
+
+@pytest.fixture(autouse=True)
+def no_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron refuses some of the GPU's fused kernels where Transformer Engine is not installed; FP8 it does not."""
+    plain = module._fusions(False)
+    monkeypatch.setattr(module, "_fusions", lambda transformer_engine: plain)
+
+
+def built(path: Path, fp8: Fp8Config, *, transformer_engine: bool = True) -> TransformerConfig:
+    model = ModelConfig(path=str(path), fp8=fp8)
+    return transformer_config(
+        load_hf_config(model.path), model, ParallelConfig(), transformer_engine=transformer_engine
+    )
+
+
+@pytest.mark.parametrize("number_format", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", list(TOKEN_MULTIPLES))
+def test_every_setting_reaches_the_field_that_megatron_reads(
+    number_format: str, recipe: str, checkpoint: Checkpoint
+) -> None:
+    config = built(checkpoint(), Fp8Config(format=number_format, recipe=recipe, first_layers_bf16=1))
+    # Of Megatron's own vocabulary, which it does not check itself.
+    assert config.fp8 in literals("fp8")
+    assert config.fp8_recipe in literals("fp8_recipe")
+    assert Fp8Recipe(config.fp8_recipe).value == recipe
+    expected = {
+        "fp8": number_format,
+        "fp8_recipe": recipe,
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 0,
+    }
+    assert expected.keys() <= FIELDS.keys()
+    plain = built(checkpoint(), Fp8Config())
+    for name in FIELDS:
+        # Functions made per instance compare by identity.
+        if not callable(getattr(plain, name)):
+            assert getattr(config, name) == expected.get(name, getattr(plain, name)), name
+
+
+def literals(name: str) -> set[str]:
+    """The texts that the annotation of TransformerConfig's field allows."""
+    hint = get_type_hints(TransformerConfig)[name]
+    (choices,) = (part for part in get_args(hint) if getattr(part, "__origin__", None) is Literal)
+    return set(get_args(choices))
+
+
+def test_without_fp8_megatron_has_its_own_defaults(checkpoint: Checkpoint) -> None:
+    config = built(checkpoint(), Fp8Config())
+    for name, field in FIELDS.items():
+        if "fp8" in name or "in_bf16" in name or name == "first_last_layers_bf16":
+            assert getattr(config, name) == field.default, name
+    assert config.fp8 is None
+
+
+def test_all_layers_compute_in_fp8_unless_some_are_named(checkpoint: Checkpoint) -> None:
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    def kept(fp8: Fp8Config) -> list[int]:
+        config = built(checkpoint(), fp8)
+        return [layer for layer in range(config.num_layers) if is_first_last_bf16_layer(config, layer)]
+
+    assert kept(Fp8Config(format="e4m3")) == []
+    assert kept(Fp8Config(format="e4m3", first_layers_bf16=1)) == [0]
+    assert kept(Fp8Config(format="e4m3", last_layers_bf16=1)) == [1]
+
+
+def test_weights_stay_bfloat16_for_buffers_and_optimizer() -> None:
+    """What those would need for FP8 weights is off by default in the installed version, and is left at that."""
+    assert DistributedDataParallelConfig().fp8_param_gather is False
+    assert OptimizerConfig().fp8_recipe is None
+    assert FIELDS["fp8_param"].default is False
+
+
+def test_fp8_without_transformer_engine_is_refused_not_run_in_bfloat16(
+    checkpoint: Checkpoint, groups: ParallelGroups
+) -> None:
+    fp8 = Fp8Config(format="hybrid")
+    with pytest.raises(ConfigError, match=r"^model\.fp8\.format is 'hybrid'; allowed here: none, since"):
+        built(checkpoint(), fp8, transformer_engine=False)
+    if not torch.cuda.is_available():
+        model = ModelConfig(path=str(checkpoint("qwen3")), fp8=fp8)
+        with pytest.raises(ConfigError, match="no GPU is seen"):
+            build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+
+
+def layout_fault(path: Path, fp8: Fp8Config, parallel: ParallelConfig, **sizes: int) -> str:
+    hf_config: Any = load_hf_config(str(path))
+    for name, value in sizes.items():
+        setattr(hf_config, name, value)
+    check_layout(hf_config, parallel, Fp8Config())  # fine without FP8
+    with pytest.raises(ConfigError) as caught:
+        check_layout(hf_config, parallel, fp8)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "recipe", "what"),
+    [
+        ({"hidden_size": 72}, 1, "blockwise", "72 hidden channels"),
+        ({"intermediate_size": 144}, 2, "tensorwise", "72 feed-forward channels"),
+        ({"head_dim": 20, "num_key_value_heads": 4}, 2, "tensorwise", "120 query, key and value channels"),
+        ({"head_dim": 4}, 2, "mxfp8", "16 query, key and value channels"),
+        # Three blocks of 32 with keys and values, one and a half without.
+        ({"head_dim": 12}, 1, "mxfp8", "48 channels of attention heads"),
+    ],
+)
+def test_a_rank_must_hold_channels_that_fp8_can_take(
+    sizes: dict[str, int], tensor: int, recipe: str, what: str, checkpoint: Checkpoint
+) -> None:
+    """The checkpoint has 4 heads of 32, 2 key-value heads, 64 hidden and 128 feed-forward channels."""
+    fp8 = Fp8Config(format="e4m3", recipe=recipe)
+    parallel = ParallelConfig(tensor=tensor)
+    message = layout_fault(checkpoint(), fp8, parallel, **sizes)
+    assert f"a rank holds {what}" in message and f"parallel.tensor is {tensor}" in message
+    check_layout(load_hf_config(str(checkpoint())), parallel, fp8)
+
+
+def test_layers_kept_in_bfloat16_must_leave_some_and_fit_a_stage(checkpoint: Checkpoint) -> None:
+    whole, staged = ParallelConfig(), ParallelConfig(pipeline=2)
+    assert "are 2 together; allowed: below the model's 2 layers" in layout_fault(
+        checkpoint(), Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=1), whole
+    )
+    fp8 = Fp8Config(format="e4m3", last_layers_bf16=3)
+    assert "model.fp8.last_layers_bf16 is 3; allowed: at most the 2 layers of one of the 2" in layout_fault(
+        checkpoint(), fp8, staged, num_hidden_layers=4
+    )
+    check_layout(load_hf_config(str(checkpoint())), staged, Fp8Config(format="e4m3", last_layers_bf16=1))
+
+
+def test_old_software_and_cards_are_named() -> None:
+    assert FP8_NEEDS.keys() == TOKEN_MULTIPLES.keys()
+
+    def fault(recipe: str, **has: Any) -> str:
+        new = {"engine": "2.20.2", "capability": (10, 0), "cuda": "13.0"}
+        require_fp8_needs(recipe, **new)
+        with pytest.raises(ConfigError) as caught:
+            require_fp8_needs(recipe, **(new | has))
+        return str(caught.value)
+
+    assert "compute capability 9.0 is there, needed is >= 10.0 and < 12.0" in fault(
+        "mxfp8", capability=(9, 0)
+    )
+    assert "12.0 is there" in fault("mxfp8", capability=(12, 0))
+    assert "compute capability 8.9 is there, needed is >= 9.0;" in fault("blockwise", capability=(8, 9))
+    assert "compute capability 8.0 is there, needed is >= 8.9;" in fault("tensorwise", capability=(8, 0))
+    assert "Transformer Engine 2.2.0 is there, needed is >= 2.3" in fault("blockwise", engine="2.2.0")
+    assert "Transformer Engine 2.1.0 is there, needed is >= 2.2" in fault("tensorwise", engine="2.1.0")
+    assert "CUDA 12.8 is there, needed is >= 12.9" in fault("blockwise", cuda="12.8")
+    require_fp8_needs("blockwise", engine="2.20.2+cu13", capability=(9, 0), cuda="12.9")
+    require_fp8_needs("tensorwise", engine="2.10", capability=(8, 9), cuda="12.4")

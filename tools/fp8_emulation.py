@@ -1,0 +1,130 @@
+"""FP8 linear layers by rounding: the forward pass that Transformer Engine's recipes compute, on any machine.
+
+Operands are rounded to the values that scaled FP8 numbers can have, multiplied and summed in float32, and the result
+is rounded to the format of the layer's input, as a tensor core with full accumulation does it. What differs from a
+GPU run: order of summation; a scale per tensor is taken over one matrix of Hugging Face's layout, where Megatron
+fuses query, key and value, and gate and up; and over one sequence, where training packs many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EXPONENT_BITS = 0x7F800000
+"""Of a float32; alone they are the largest power of two that is no larger than the value."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A floating point format with a sign, gradual underflow, and saturation at its largest number."""
+
+    mantissa_bits: int
+    min_exponent: int
+    """Of normal numbers; below, the spacing stays what it is there."""
+    largest: float
+
+
+E4M3 = Format(mantissa_bits=3, min_exponent=-6, largest=448.0)
+E5M2 = Format(mantissa_bits=2, min_exponent=-14, largest=57344.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a linear layer's operands are scaled into FP8, both cut in blocks (rows, channels); None: one block."""
+
+    format: Format
+    input_block: tuple[int, int] | None
+    weight_block: tuple[int, int] | None
+    power_of_two: bool
+    """Scales are powers of two, as Transformer Engine has them by default with blocks."""
+
+
+_TENSORWISE = {"input_block": None, "weight_block": None, "power_of_two": False}
+_BLOCKWISE = {"input_block": (1, 128), "weight_block": (128, 128), "power_of_two": True}
+RECIPES = {
+    "e4m3-tensorwise": Recipe(E4M3, **_TENSORWISE),
+    "e4m3-blockwise": Recipe(E4M3, **_BLOCKWISE),
+    "e4m3-mxfp8": Recipe(E4M3, input_block=(1, 32), weight_block=(1, 32), power_of_two=True),
+    "e5m2-tensorwise": Recipe(E5M2, **_TENSORWISE),
+    "e5m2-blockwise": Recipe(E5M2, **_BLOCKWISE),
+}
+"""Those of `model.fp8.recipe` (whose forward pass is e4m3 with either format), and e5m2 to compare."""
+
+
+def round_to(values: Tensor, number_format: Format) -> Tensor:
+    """Finite float32 values rounded to the nearest of `number_format`, ties to even, same shape."""
+    power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    step = power.clamp(min=2.0**number_format.min_exponent) * 2.0**-number_format.mantissa_bits
+    rounded = torch.round(values / step) * step  # exact but for the rounding: step is a power of two
+    return rounded.clamp(-number_format.largest, number_format.largest)
+
+
+def quantise(
+    values: Tensor, number_format: Format, block: tuple[int, int] | None, *, power_of_two: bool
+) -> Tensor:
+    """Scale every block to the format's range by its largest value, round, and scale back.
+
+    Args:
+        values: [rows, channels] float32.
+        block: rows and channels that share a scale; blocks at the end may be smaller. None: all do.
+        power_of_two: take the largest scale of that kind that does not overflow.
+
+    Returns:
+        [rows, channels] float32.
+    """
+    rows, channels = values.shape
+    high, wide = block or (max(rows, 1), max(channels, 1))
+    padded = F.pad(values, (0, -channels % wide, 0, -rows % high))
+    blocks = padded.view(padded.size(0) // high, high, padded.size(1) // wide, wide)
+    largest = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    scale = torch.where(largest > 0, number_format.largest / largest, 1.0)
+    if power_of_two:
+        scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    result = round_to(blocks * scale, number_format) * (1 / scale)
+    return result.view(padded.shape)[:rows, :channels]
+
+
+class EmulatedLinear(nn.Module):
+    """`linear` with its input and weight quantised by `recipe`; forward only."""
+
+    def __init__(self, linear: nn.Linear, recipe: Recipe):
+        super().__init__()
+        self.recipe = recipe
+        self.weight = quantise(
+            linear.weight.detach().float(),
+            recipe.format,
+            recipe.weight_block,
+            power_of_two=recipe.power_of_two,
+        )
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        recipe = self.recipe
+        rows = quantise(
+            x.flatten(0, -2).float(), recipe.format, recipe.input_block, power_of_two=recipe.power_of_two
+        )
+        return F.linear(rows, self.weight, self.bias).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+@contextmanager
+def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Inside, all linear layers of `decoder` are `EmulatedLinear`; what is outside of it, the LM head, is not."""
+    replaced = [
+        (module, name, child)
+        for module in decoder.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    try:
+        for module, name, child in replaced:
+            setattr(module, name, EmulatedLinear(child, recipe))
+        yield
+    finally:
+        for module, name, child in replaced:
+            setattr(module, name, child)
