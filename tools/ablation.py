@@ -32,7 +32,6 @@ from tqdm import tqdm
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
-from tools.ablation_figures import MAX_METHODS
 from tools.ablation_report import write_report
 from tools.ablation_runs import (
     ATTEMPT_MARK,
@@ -44,6 +43,7 @@ from tools.ablation_runs import (
     load_plan,
     read_result,
 )
+from tools.ablation_style import MAX_METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)

@@ -14,21 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from a2tgpo.trajectory import Trajectory
+from tools.ablation_needless import write_needless
 from tools.ablation_runs import RunResult
 from tools.ablation_signals import (
-    MAX_NEEDLESS,
     MIN_SAMPLES,
-    OUTCOMES,
     Columns,
     call_signals,
     distributions,
@@ -41,21 +36,10 @@ from tools.ablation_signals import (
     recorded_steps,
     spread_out,
 )
+from tools.ablation_style import MARKERS, PALETTE, SIGNAL_COLORS, decorate, finish, save
 from tools.ablation_tables import write_csv
 from tools.plot_run import GRID, INK, MUTED, STYLE, smooth
 
-# Okabe and Ito's palette, told apart with any colour vision; grey for its yellow, which is lost on white.
-PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-MAX_METHODS = len(PALETTE)
-SIGNAL_COLORS = {
-    "raw": PALETTE[7],
-    "IGPO": PALETTE[1],
-    "A2TGPO": PALETTE[0],
-    "sum": PALETTE[2],
-    "rescaled": PALETTE[0],
-    "GRPO": PALETTE[4],
-}
 ENVELOPE_LABELS = {
     "sum": "turn groups, plain sum",
     "rescaled": "turn groups, sum / √n (A2TGPO)",
@@ -68,7 +52,6 @@ LAST_STEPS = 4
 """Steps of each run, its last ones, whose rollouts EM by tool calls is made of."""
 SMOOTHED_FROM = 12
 """Training curves of so many steps are shown as moving averages."""
-DPI = 110
 
 LEARNING_PANELS: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("Held-out exact match, greedy", "", ("evaluation/em",)),
@@ -293,42 +276,6 @@ def write_figure5(columns: Columns, out: Path, origin: str) -> str:
     )
 
 
-def write_needless(columns: Columns, out: Path, origin: str) -> str:
-    """needless.csv and needless.png; returns the caption."""
-    rows = []
-    for outcome, reward in OUTCOMES.items():
-        own = {
-            name: values[columns["reward"] == reward] for name, values in columns.items() if name != "reward"
-        }
-        rows += [{"outcome": outcome, **row} for row in distributions(own, "needless")]
-    write_csv(out / "needless.csv", rows)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, len(OUTCOMES), figsize=(12, 4.2), layout="constrained", sharey=True)
-        for ax, outcome in zip(panels, OUTCOMES, strict=True):
-            for number, name in enumerate(("IGPO", "A2TGPO", "GRPO")):
-                own = [
-                    row
-                    for row in rows
-                    if (row["outcome"], row["signal"]) == (outcome, name) and row["count"] >= MIN_SAMPLES
-                ]
-                ax.plot(
-                    [row["needless"] for row in own],
-                    [row["mean"] for row in own],
-                    color=SIGNAL_COLORS[name],
-                    marker=MARKERS[number],
-                    linewidth=2,
-                    label=name,
-                )
-            ax.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
-            decorate(ax, outcome, "advantage", f"needless searches ({MAX_NEEDLESS}: or more)")
-        finish(figure, panels[0], "Advantage of a rollout by searches beyond those its question needs")
-    save(figure, out / "needless.png")
-    return (
-        "Needless searches: mean advantage of a rollout (over its sampled tokens) by outcome and by searches beyond "
-        f"the number of hops, on {origin}; from {MIN_SAMPLES} rollouts on."
-    )
-
-
 def write_figure10(
     by_method: Mapping[str, Sequence[RunResult]], calls: Mapping[str, Columns], out: Path
 ) -> str:
@@ -377,27 +324,3 @@ def seeds_text(by_method: Mapping[str, Sequence[RunResult]]) -> str:
     if len(counts) > 1:
         return f", {counts[0]} to {counts[-1]} seeds"
     return f", {counts[0]} seed{'s' * (counts[0] > 1)}"
-
-
-def decorate(ax: Axes, title: str, unit: str, across: str) -> None:
-    ax.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    ax.set_ylabel(unit)
-    ax.set_xlabel(across)
-    if across != "turn index":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if not ax.has_data():
-        ax.text(0.5, 0.5, "not recorded", ha="center", color=MUTED, transform=ax.transAxes)
-
-
-def finish(figure: Figure, labelled: Axes | None, title: str) -> None:
-    """Title, and the legend of one panel's lines below all panels."""
-    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
-    if labelled is not None:
-        handles, labels = labelled.get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=4)
-
-
-def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from a2tgpo.advantage.accumulate import place_turns
 from a2tgpo.advantage.anchor_state import NO_STATE
 from a2tgpo.advantage.group_norm import index_groups, normalize_groups
+from a2tgpo.advantage.grpo_outcome import grpo_outcome
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
@@ -30,15 +31,7 @@ def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
     """The outcome's advantage, plus alpha times the step's."""
-    outcome = normalize_groups(
-        table.outcome,
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-        sample_std=True,
-        keep_single=True,
-    )
+    outcome = grpo_outcome(table, config, dp_group=dp_group)
     no_gain = torch.zeros_like(table.info_gain)
     episode = place_turns(no_gain, outcome, table.num_process_turns)
     return TurnAdvantages(

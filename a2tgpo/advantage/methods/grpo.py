@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.advantage.accumulate import place_turns
-from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.grpo_outcome import grpo_outcome
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
@@ -13,15 +13,7 @@ def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
     """R_i z-scored with the sample standard deviation; gains are not used."""
-    outcome = normalize_groups(
-        table.outcome,
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-        sample_std=True,
-        keep_single=True,
-    )
+    outcome = grpo_outcome(table, config, dp_group=dp_group)
     no_gain = torch.zeros_like(table.info_gain)
     return TurnAdvantages(
         advantages=place_turns(no_gain, outcome, table.num_process_turns),

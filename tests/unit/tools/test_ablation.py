@@ -14,7 +14,7 @@ from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.rollout_log import write_records
 from a2tgpo.trajectory import Trajectory, Turn
 from tools.ablation import PRESETS, main
-from tools.ablation_figures import write_needless
+from tools.ablation_needless import write_needless
 from tools.ablation_report import write_report
 from tools.ablation_runs import Plan, Run, last_words
 from tools.ablation_signals import drifts, gain_signals, needless_signals, spread_out
