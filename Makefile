@@ -56,9 +56,10 @@ DETOURS := artifacts/worldqa-detours
 ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo
 ABLATION_SEEDS ?= 0,1,2
 
+# Two threads: their rounding is that of the start which docs/ablation.md compares from.
 artifacts/models/tiny-qwen3-detours/config.json: | setup
 	$(PY) tools/prepare_data.py worldqa --out $(DETOURS) --top-k 2 --detour-share 0.35 --demonstrations 16000
-	$(PY) tools/prepare_model.py tiny --data $(DETOURS) --out artifacts/models/tiny-qwen3-detours
+	OMP_NUM_THREADS=2 $(PY) tools/prepare_model.py tiny --data $(DETOURS) --out artifacts/models/tiny-qwen3-detours
 
 artifacts/models/tiny-qwen3-wanders/config.json: artifacts/models/tiny-qwen3-detours/config.json
 	PYTHON=$(PY) launch/local.sh -n 2 --script launch/warmstart.py configs/ablation.yaml
