@@ -48,8 +48,10 @@ class ModelDimensions:
         return math.ceil(self.vocab / multiple) * multiple
 
 
-def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool) -> dict:
-    return dict(
+def _qwen2(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool
+) -> ModelDimensions:
+    return ModelDimensions(
         architecture="qwen2",
         hidden=hidden,
         layers=layers,
@@ -62,50 +64,36 @@ def _qwen2(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab:
     )
 
 
-def _qwen3(hidden: int, layers: int, heads: int, ffn: int, *, tied: bool) -> dict:
-    return dict(
-        architecture="qwen3",
+def _eight_kv_heads(
+    architecture: str, hidden: int, layers: int, heads: int, ffn: int, vocab: int, *, tied: bool
+) -> ModelDimensions:
+    """Qwen3 and Llama 3: eight key-value heads of 128 channels in every size."""
+    return ModelDimensions(
+        architecture=architecture,
         hidden=hidden,
         layers=layers,
         heads=heads,
         kv_heads=8,
         head_dim=128,
         ffn=ffn,
-        vocab=151936,
+        vocab=vocab,
         tied=tied,
     )
 
 
-def _llama(hidden: int, layers: int, heads: int, ffn: int) -> dict:
-    return dict(
-        architecture="llama",
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=8,
-        head_dim=128,
-        ffn=ffn,
-        vocab=128256,
-        tied=False,
-    )
-
-
 KNOWN_MODELS = {
-    name: ModelDimensions(**sizes)
-    for name, sizes in {
-        "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, tied=True),
-        "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, tied=True),
-        "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11008, 151936, tied=True),
-        "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18944, 152064, tied=False),
-        "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, 152064, tied=False),
-        "qwen2.5-72b": _qwen2(8192, 80, 64, 8, 29568, 152064, tied=False),
-        "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
-        "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
-        "qwen3-8b": _qwen3(4096, 36, 32, 12288, tied=False),
-        "qwen3-32b": _qwen3(5120, 64, 64, 25600, tied=False),
-        "llama-3.1-8b": _llama(4096, 32, 32, 14336),
-        "llama-3.1-70b": _llama(8192, 80, 64, 28672),
-    }.items()
+    "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, tied=True),
+    "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, tied=True),
+    "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11008, 151936, tied=True),
+    "qwen2.5-7b": _qwen2(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "qwen2.5-32b": _qwen2(5120, 64, 40, 8, 27648, 152064, tied=False),
+    "qwen2.5-72b": _qwen2(8192, 80, 64, 8, 29568, 152064, tied=False),
+    "qwen3-0.6b": _eight_kv_heads("qwen3", 1024, 28, 16, 3072, 151936, tied=True),
+    "qwen3-4b": _eight_kv_heads("qwen3", 2560, 36, 32, 9728, 151936, tied=True),
+    "qwen3-8b": _eight_kv_heads("qwen3", 4096, 36, 32, 12288, 151936, tied=False),
+    "qwen3-32b": _eight_kv_heads("qwen3", 5120, 64, 64, 25600, 151936, tied=False),
+    "llama-3.1-8b": _eight_kv_heads("llama", 4096, 32, 32, 14336, 128256, tied=False),
+    "llama-3.1-70b": _eight_kv_heads("llama", 8192, 80, 64, 28672, 128256, tied=False),
 }
 
 

@@ -1,11 +1,17 @@
-"""What can be known of a model before an engine is built on it, and refusals in one line."""
+"""What can be known of a model and a machine before an engine is built, and refusals in one line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from a2tgpo.config.check import require
+
+QUANTIZATION_NAMES = {"fp8": "fp8_per_block"}
+"""`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
+their weights come in, at a refit as at the first load (vllm/model_executor/model_loader/reload/layerwise.py)."""
 
 
 def read_model(model_path: str) -> tuple[Any, int]:
@@ -31,6 +37,22 @@ def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: st
     num_tokens = (-(-max_model_len // block) + 1) * block
     element_bytes = 4 if dtype == "float32" else 2
     return 2 * hf_config.num_hidden_layers * max(1, heads // tp_size) * head_dim * num_tokens * element_bytes
+
+
+def quantization_name(value: str, dtype: str) -> str:
+    """vLLM's name for `rollout.quantization`, if this machine and the weights' format `dtype` allow it."""
+    key = "rollout.quantization"
+    require(
+        torch.cuda.is_available(), key, value, "none where no GPU is seen; vLLM has no FP8 layers for CPUs"
+    )
+    require(
+        torch.cuda.get_device_capability() >= (8, 9),
+        key,
+        value,
+        "none on cards before compute capability 8.9",
+    )
+    require(dtype == "bfloat16", key, value, f"none with weights in {dtype}; FP8 needs bfloat16 around it")
+    return QUANTIZATION_NAMES[value]
 
 
 def explain_refusal(error: ValueError, max_model_len: int) -> str:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, host_state_kept
-from a2tgpo.rollout.engine_limits import cache_bytes_of_one, explain_refusal, read_model
+from a2tgpo.rollout.engine_limits import cache_bytes_of_one, explain_refusal, quantization_name, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
@@ -63,10 +63,6 @@ _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 _NUM_TOKEN_IDS = "num_token_ids"
-
-QUANTIZATION_NAMES = {"fp8": "fp8_per_block"}
-"""`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
-their weights come in, at a refit as at the first load (vllm/model_executor/model_loader/reload/layerwise.py)."""
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
@@ -152,7 +148,7 @@ class VllmEngine:
             arguments["logits_processors"] = [MaskUnusedIds]
             arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
         if config.quantization != "none":
-            arguments["quantization"] = self._quantization(config)
+            arguments["quantization"] = quantization_name(config.quantization, self.dtype)
         if ON_GPU:
             arguments |= dict(
                 enable_sleep_mode=True,
@@ -178,24 +174,6 @@ class VllmEngine:
             enable_chunked_prefill=False,
             max_num_batched_tokens=max(self.max_model_len, 4096, config.max_concurrent),
         )
-
-    def _quantization(self, config: RolloutConfig) -> str:
-        """vLLM's name for `rollout.quantization`, if this machine and the weights' format allow it."""
-        key, value = "rollout.quantization", config.quantization
-        require(ON_GPU, key, value, "none where no GPU is seen; vLLM has no FP8 layers for CPUs")
-        require(
-            torch.cuda.get_device_capability() >= (8, 9),
-            key,
-            value,
-            "none on cards before compute capability 8.9",
-        )
-        require(
-            self.dtype == "bfloat16",
-            key,
-            value,
-            f"none with weights in {self.dtype}; FP8 needs bfloat16 around it",
-        )
-        return QUANTIZATION_NAMES[value]
 
     @property
     def has_unfinished(self) -> bool:

@@ -28,7 +28,7 @@ def test_the_name_given_to_vllm_is_one_that_quantises_a_full_precision_checkpoin
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.model_executor.layers.quantization.online.base import _ONLINE_LINEAR_METHODS, _ONLINE_SHORTHANDS
 
-    from a2tgpo.rollout.vllm_engine import QUANTIZATION_NAMES
+    from a2tgpo.rollout.engine_limits import QUANTIZATION_NAMES
 
     name = QUANTIZATION_NAMES[FP8.quantization]
     assert name in QUANTIZATION_METHODS
