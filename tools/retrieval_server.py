@@ -1,11 +1,12 @@
 """Retrieval server over one corpus, Search-R1's wire format.
 
-    python tools/retrieval_server.py --corpus FILE [--index bm25] [--host 127.0.0.1] [--port 8000]
+    python tools/retrieval_server.py --corpus FILE [--index bm25] [--host 127.0.0.1] [--port 8000] [--token-file FILE]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} answers {"result": [[{"document":
 {"id", "contents"}, "score": x}, ...], ...]}, or with return_scores false (the default, as in Search-R1) the
 documents themselves. GET /health answers {"status": "ok", "passages": n} once the index is built. Anyone
-who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise.
+who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise, and asks
+for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import socket
 import sys
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
@@ -21,6 +22,8 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.request_limits import RequestLimits
+from a2tgpo.search.token import read_token
 
 MAX_TOP_K = 100
 MAX_QUERIES = 512
@@ -37,18 +40,18 @@ class RetrieveRequest(BaseModel):
     return_scores: bool = False
 
 
-def build_app(index: Bm25Index, *, default_top_k: int) -> FastAPI:
-    """The server over `index`."""
+def build_app(
+    index: Bm25Index, *, default_top_k: int, token: str | None = None, max_requests_per_s: float = 0.0
+) -> FastAPI:
+    """The server over `index`; see `RequestLimits` for `token` and `max_requests_per_s`."""
     app = FastAPI(title="a2tgpo retrieval server")
 
-    @app.middleware("http")
-    async def refuse_large_bodies(request: Request, call_next):
-        # Without a declared length (chunked transfer) nothing bounds what would be read into memory.
-        length = request.headers.get("content-length", "")
-        if request.method == "POST" and not (length.isdigit() and int(length) <= MAX_BODY_BYTES):
-            detail = f"Content-Length must be given and at most {MAX_BODY_BYTES} bytes"
-            return JSONResponse({"detail": detail}, status_code=413)
-        return await call_next(request)
+    app.add_middleware(
+        RequestLimits,  # type: ignore[arg-type]
+        token=token,
+        max_body_bytes=MAX_BODY_BYTES,
+        max_requests_per_s=max_requests_per_s,
+    )
 
     @app.get("/health")
     def health() -> dict:
@@ -101,10 +104,17 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (printed)")
     parser.add_argument("--top-k", type=int, default=3, help="passages where the request does not say")
+    parser.add_argument("--token-file", default="", help="file with a bearer token that clients must send")
+    parser.add_argument(
+        "--max-requests-per-s", type=float, default=0.0, help="of one client address; 0: no limit"
+    )
     options = parser.parse_args()
+    if not 0 <= options.max_requests_per_s < 1e9:
+        parser.error(f"--max-requests-per-s is {options.max_requests_per_s}; allowed: 0 or more")
     if not 1 <= options.top_k <= MAX_TOP_K:
         parser.error(f"--top-k is {options.top_k}; allowed: 1 to {MAX_TOP_K}")
     try:
+        token = read_token(options.token_file, key="--token-file")
         bound = _listen(options.host, options.port)
         index = Bm25Index(load_corpus(options.corpus, key="--corpus"))
     except ConfigError as error:
@@ -113,9 +123,10 @@ def main() -> int:
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
     print(f"{len(index.passages)} passages, listening on http://{address}:{port}/retrieve", flush=True)
-    server = uvicorn.Server(
-        uvicorn.Config(build_app(index, default_top_k=options.top_k), log_level="warning", access_log=False)
+    app = build_app(
+        index, default_top_k=options.top_k, token=token, max_requests_per_s=options.max_requests_per_s
     )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     server.run(sockets=[bound])
     return 0
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import require
+from a2tgpo.config.check import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,12 @@ class SearchConfig:
     """Longest wait for one answer, seconds."""
     max_attempts: int = 3
     """Tries of one query before the policy is told that the search failed."""
+    break_after: int = 16
+    """Queries in a row without an answer after which the server is spared for a while: searches fail at once."""
+    break_s: float = 15.0
+    """How long it is spared before one query is sent to see whether it is back, seconds; and so on."""
+    token_file: str = ""
+    """File with the bearer token the server asks for; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
     num_workers: int = 16
     """Queries in flight per rank."""
 
@@ -37,6 +43,12 @@ class SearchConfig:
                 self.url,
                 "an http:// or https:// address, with search.backend=http",
             )
-        for name in ("top_k", "max_passage_tokens", "max_attempts", "num_workers"):
+            # Not through `require`: the message would show the secret.
+            if "@" in self.url.split("/", 3)[2]:
+                raise ConfigError(
+                    "search.url holds a user name or password; give a token by search.token_file"
+                )
+        for name in ("top_k", "max_passage_tokens", "max_attempts", "break_after", "num_workers"):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
-        require(self.timeout_s > 0, "search.timeout_s", self.timeout_s, "> 0")
+        for name in ("timeout_s", "break_s"):
+            require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")

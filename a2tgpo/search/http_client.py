@@ -18,9 +18,12 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
+from a2tgpo.search.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.passage import Passage, parse_contents
+from a2tgpo.search.token import TOKEN_VARIABLE
 
+TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _RETRIED_STATUS = frozenset({408, 425, 429})
 
@@ -37,6 +40,9 @@ class HttpSearch:
         timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
         max_attempts: tries of one query.
         max_connections: open at once.
+        break_after: queries in a row without an answer after which none is sent for `break_s`; then one is.
+        break_s: seconds.
+        token: bearer token the server asks for, if any.
         first_wait_s: wait before the second try, seconds; doubled for each further one up to 8 s, with as
             much jitter.
     """
@@ -48,10 +54,16 @@ class HttpSearch:
         timeout_s: float,
         max_attempts: int,
         max_connections: int,
+        break_after: int,
+        break_s: float,
+        token: str | None = None,
         first_wait_s: float = 0.25,
     ):
         self.url = url
         self.num_retries = 0
+        self.num_refused = 0
+        """Queries that were not sent, since the ones before got no answer."""
+        self._breaker = CircuitBreaker(break_after=break_after, break_s=break_s)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._first_wait_s = first_wait_s
@@ -60,6 +72,7 @@ class HttpSearch:
             # Retrieval servers are near: a proxy from the environment would only get in the way.
             trust_env=False,
             timeout=timeout_s,
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )
 
@@ -68,8 +81,12 @@ class HttpSearch:
 
         Raises:
             SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
-                that no further try would mend.
+                that no further try would mend; without a try while the server is being spared.
         """
+        if not self._breaker.allows():
+            with self._lock:
+                self.num_refused += 1
+            raise SearchError(f"{self.url} has not answered for a while; not asked")
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=wait_exponential_jitter(initial=self._first_wait_s, max=8, jitter=self._first_wait_s),
@@ -77,7 +94,16 @@ class HttpSearch:
             before_sleep=self._count_retry,
             reraise=True,
         )
-        return retrying(self._ask, query, top_k)
+        try:
+            found = retrying(self._ask, query, top_k)
+        except _TransientError:
+            self._breaker.failed()
+            raise
+        except SearchError:
+            self._breaker.succeeded()  # it answered, though not as hoped
+            raise
+        self._breaker.succeeded()
+        return found
 
     def close(self) -> None:
         self._client.close()
@@ -101,7 +127,10 @@ class HttpSearch:
                     # Redirects are not followed: they would turn the POST into a GET.
                     passing = response.status_code >= 500 or response.status_code in _RETRIED_STATUS
                     kind = _TransientError if passing else SearchError
-                    raise kind(f"{self.url} answered HTTP {response.status_code} {response.reason_phrase}")
+                    hint = f"; give its token: {TOKEN_HINT}" if response.status_code == 401 else ""
+                    raise kind(
+                        f"{self.url} answered HTTP {response.status_code} {response.reason_phrase:.60}{hint}"
+                    )
                 return self._read(response, deadline)
         except httpx.TimeoutException:
             raise _TransientError(f"{self.url} did not answer within {self._timeout_s:g} s") from None

@@ -12,6 +12,7 @@ from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.http_client import HttpSearch
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.token import read_token
 
 __all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
 
@@ -27,6 +28,8 @@ class SearchCounts:
     cache_hits: int = 0
     retries: int = 0
     """Requests sent again after a failed one."""
+    refused: int = 0
+    """Queries that were not sent, since the server had stopped answering."""
     failures: int = 0
     """Queries that ended in `SearchError`."""
 
@@ -36,6 +39,7 @@ class SearchCounts:
             queries=self.queries - earlier.queries,
             cache_hits=self.cache_hits - earlier.cache_hits,
             retries=self.retries - earlier.retries,
+            refused=self.refused - earlier.refused,
             failures=self.failures - earlier.failures,
         )
 
@@ -84,6 +88,7 @@ class CachedSearch:
             queries=self._queries,
             cache_hits=self._cached.cache_info().hits,
             retries=self._backend.num_retries if isinstance(self._backend, HttpSearch) else 0,
+            refused=self._backend.num_refused if isinstance(self._backend, HttpSearch) else 0,
             failures=self._failures,
         )
 
@@ -113,6 +118,9 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
         timeout_s=config.timeout_s,
         max_attempts=config.max_attempts,
         max_connections=config.num_workers,
+        break_after=config.break_after,
+        break_s=config.break_s,
+        token=read_token(config.token_file, key="search.token_file"),
     )
     if probe:
         try:

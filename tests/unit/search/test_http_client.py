@@ -8,6 +8,7 @@ import pytest
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch
 from a2tgpo.search.passage import Passage
@@ -20,6 +21,7 @@ def answer(*hits):
     return json.dumps({"result": [list(hits)]}).encode()
 
 
+PATIENT = {"break_after": 1000, "break_s": 1.0}
 GOOD = answer({"document": {"id": "1", "contents": LIMA.contents}, "score": 2.5})
 
 
@@ -94,7 +96,9 @@ def server():
 
 @pytest.fixture
 def client(server):
-    client = HttpSearch(server.url, timeout_s=0.4, max_attempts=2, max_connections=4, first_wait_s=0.01)
+    client = HttpSearch(
+        server.url, timeout_s=0.4, max_attempts=2, max_connections=4, first_wait_s=0.01, **PATIENT
+    )
     yield client
     client.close()
 
@@ -169,7 +173,7 @@ def test_what_another_try_cannot_mend_is_not_tried_again(server, client, reply, 
 def test_server_that_is_down_fails_within_its_tries_and_comes_back():
     port = free_port()
     url = f"http://127.0.0.1:{port}/retrieve"
-    client = HttpSearch(url, timeout_s=1, max_attempts=3, max_connections=2, first_wait_s=0.01)
+    client = HttpSearch(url, timeout_s=1, max_attempts=3, max_connections=2, first_wait_s=0.01, **PATIENT)
     start = time.monotonic()
     with pytest.raises(SearchError, match=r"cannot be reached \(.*refused"):
         client.search("x", 3)
@@ -192,7 +196,7 @@ def test_http_backend_is_probed_at_start():
 
 
 def test_failures_are_not_remembered_and_answers_are(server):
-    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4)
+    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4, **PATIENT)
     tool = CachedSearch(client, top_k=3)
     server.script = [b"rubbish", GOOD]
     with pytest.raises(SearchError):
@@ -208,8 +212,73 @@ def test_failures_are_not_remembered_and_answers_are(server):
 
 
 def test_changing_a_returned_list_does_not_change_the_cache(server):
-    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4)
+    client = HttpSearch(server.url, timeout_s=2, max_attempts=1, max_connections=4, **PATIENT)
     tool = CachedSearch(client, top_k=3)
     tool.search("capital").clear()
     assert tool.search("capital") == [LIMA]
     tool.close()
+
+
+def test_a_dead_server_is_spared_until_one_query_finds_it_back(server):
+    client = HttpSearch(
+        server.url,
+        timeout_s=2,
+        max_attempts=1,
+        max_connections=4,
+        break_after=3,
+        break_s=0.3,
+        first_wait_s=0.01,
+    )
+    server.script = [(503, b"")]
+    for _ in range(3):
+        with pytest.raises(SearchError, match="HTTP 503"):
+            client.search("x", 3)
+    for _ in range(5):
+        with pytest.raises(SearchError, match="not asked"):
+            client.search("x", 3)
+    assert len(server.requests) == 3 and client.num_refused == 5
+    server.script = [GOOD]
+    time.sleep(0.35)
+    assert client.search("x", 3) and client.search("y", 3)
+    client.close()
+
+
+def test_while_it_is_spared_one_query_per_pause_is_sent():
+    now = [0.0]
+    breaker = CircuitBreaker(break_after=2, break_s=10.0, clock=lambda: now[0])
+    for _ in range(2):
+        assert breaker.allows()
+        breaker.failed()
+    assert not breaker.allows()
+    now[0] = 10.0
+    assert [breaker.allows() for _ in range(3)] == [True, False, False]
+    breaker.failed()
+    now[0] = 19.9
+    assert not breaker.allows()
+    now[0] = 20.0
+    assert breaker.allows()
+    breaker.succeeded()
+    assert all(breaker.allows() for _ in range(3))
+
+
+def test_a_refused_query_does_not_count_as_silence(server):
+    client = HttpSearch(
+        server.url,
+        timeout_s=2,
+        max_attempts=1,
+        max_connections=4,
+        break_after=1,
+        break_s=60,
+        first_wait_s=0.01,
+    )
+    server.script = [(422, b"")]
+    for _ in range(3):
+        with pytest.raises(SearchError, match="HTTP 422"):
+            client.search("x", 3)
+    client.close()
+
+
+def test_a_token_in_the_address_is_refused_without_being_shown():
+    with pytest.raises(ConfigError) as caught:
+        SearchConfig(backend="http", url="http://user:hunter22@127.0.0.1:1/retrieve")
+    assert "hunter22" not in str(caught.value)

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
+from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.token import read_token
 from a2tgpo.search.tool import build_search
 
 SERVER = Path(__file__).parents[3] / "tools" / "retrieval_server.py"
@@ -128,3 +131,78 @@ def test_bad_corpus_and_taken_port_end_in_one_line(tmp_path, corpus, url):
     port = url.rpartition(":")[2].split("/")[0]
     code, message = run_server("--corpus", corpus, "--port", port)
     assert (code, "Address already in use" in message) == (2, True)
+
+
+@pytest.fixture
+def guarded(corpus, tmp_path):
+    """A server that asks for a token and bounds the rate: (its app's client, the token's file)."""
+    token_file = tmp_path / "token"
+    token_file.write_text("s3cret-token\n")
+    sys.path.insert(0, str(SERVER.parent))
+    from retrieval_server import build_app
+
+    app = build_app(
+        Bm25Index(load_corpus(corpus)),
+        default_top_k=3,
+        token=read_token(str(token_file), key="x"),
+        max_requests_per_s=5,
+    )
+    return TestClient(app), token_file
+
+
+def test_only_who_brings_the_token_may_search(guarded):
+    client, _ = guarded
+    body = {"queries": ["capital"]}
+    assert client.get("/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret-token"}):
+        refused = client.post("/retrieve", json=body, headers=headers)
+        assert refused.status_code == 401 and "s3cret" not in refused.text
+    assert (
+        client.post("/retrieve", json=body, headers={"Authorization": "Bearer s3cret-token"}).status_code
+        == 200
+    )
+
+
+def test_a_flood_is_refused_with_429(guarded):
+    client, _ = guarded
+    headers = {"Authorization": "Bearer s3cret-token"}
+    codes = [client.post("/retrieve", json={"queries": []}, headers=headers).status_code for _ in range(20)]
+    assert codes[0] == 200 and 429 in codes
+
+
+def test_client_and_server_agree_on_a_token(corpus, tmp_path):
+    token_file = tmp_path / "token"
+    token_file.write_text("s3cret-token\n")
+    command = [
+        sys.executable,
+        str(SERVER),
+        "--corpus",
+        corpus,
+        "--port",
+        "0",
+        "--token-file",
+        str(token_file),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(SERVER.parents[1])}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        address = server.stdout.readline().split()[-1]
+        wait_until_healthy(address.replace("/retrieve", "/health"))
+        with pytest.raises(ConfigError, match=r"401.*search\.token_file") as caught:
+            build_search(SearchConfig(backend="http", url=address))
+        assert "s3cret" not in str(caught.value)
+        tool = build_search(SearchConfig(backend="http", url=address, token_file=str(token_file)))
+        assert len(tool.search("capital")) == 3
+        tool.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=20)
+
+
+@pytest.mark.parametrize("content", ["", "short", "two words here", "schlüssel-lang"])
+def test_what_is_no_token_is_refused_without_being_shown(tmp_path, content):
+    path = tmp_path / "token"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="holds no token") as caught:
+        read_token(str(path), key="search.token_file")
+    assert not content or content not in str(caught.value)
