@@ -63,15 +63,9 @@ class BestCheckpoint:
         return step > 0
 
     def write(self) -> None:
-        """Bring the file up to date; to be called once the best one's checkpoint is complete."""
-        if not self._is_writer:
-            return
-        path = self._root / BEST_FILE
-        if self._best is None:
-            path.unlink(missing_ok=True)
-            return
-        self._root.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(asdict(self._best)) + "\n")
+        """Bring the file up to date, where the best one's checkpoint is complete."""
+        if self._is_writer:
+            write_best(self._root, self.state_dict())
 
     def describe(self) -> str:
         """Where the best weights lie and their score, in a few words."""
@@ -91,3 +85,13 @@ class BestCheckpoint:
     def has_weights(self, step: int) -> bool:
         """Whether this rank sees a complete checkpoint of `step`; step 0 needs none."""
         return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()
+
+
+def write_best(root: Path, best: dict | None) -> None:
+    """Make `root/best.json` name `best`, a `BestCheckpoint.state_dict()`; one rank calls this."""
+    path = root / BEST_FILE
+    if best is None:
+        path.unlink(missing_ok=True)
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(best) + "\n")

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.rollout_metrics import add_rollout_metrics
+from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout_log import as_text, collect_records, gains_by_turn, write_records
@@ -27,6 +28,7 @@ class Recorder:
         writer: enabled on rank 0 only.
         run_dir: the run's folder.
         num_texts: rollouts of a step shown in TensorBoard.
+        slow_ranks: is shown the ranks' times.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Recorder:
         groups: ParallelGroups,
         tokenizer: PreTrainedTokenizerBase,
         num_texts: int,
+        slow_ranks: SlowRanks,
     ):
         self.writer = writer
         self._run_dir = run_dir
         self._groups = groups
         self._tokenizer = tokenizer
         self._num_texts = num_texts
+        self._slow_ranks = slow_ranks
 
     def record_step(
         self,
@@ -78,6 +82,7 @@ class Recorder:
         )
         # Model-parallel ranks reduce the same samples, each for itself: what is decided by must not differ in a bit.
         metrics = broadcast_object(metrics, world, source=0)
+        spread, line = self._slow_ranks.compare(all_gather_object(seconds, world))
         if not self.writer.enabled:
             return metrics
         write_records(records, self._run_dir / "rollouts" / f"step_{step}.jsonl.zst")
@@ -85,7 +90,9 @@ class Recorder:
             self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
         for number, record in enumerate(records[: self._num_texts]):
             self.writer.log_text(step, f"rollout/{number}", as_text(record))
-        self.writer.log(step, metrics | seconds)
+        self.writer.log(step, metrics | seconds | spread)
+        if line:
+            self.writer.print(f"step {step}: {line}")
         return metrics
 
     def record_alarms(self, step: int, alarms: dict[str, float], lines: Sequence[str]) -> None:
@@ -93,6 +100,11 @@ class Recorder:
         self.writer.log(step, alarms)
         for line in lines:
             self.writer.print(line)
+
+    def record_failed_save(self, step: int, line: str) -> None:
+        """Count a checkpoint that could not be written, as `checkpoint/failed`, and say why."""
+        self.writer.log(step, {"checkpoint/failed": 1.0})
+        self.writer.print(f"warning: {line}; it is tried again when the next one is due")
 
     def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
         """Write one evaluation's scores, equal on all ranks, and the wall time it took."""

@@ -1,11 +1,12 @@
 """The folder of a run: what lies where, and going on from it.
 
 `ROOT/NAME/`: config.yaml (resolved), env.txt, metrics.jsonl, tensorboard/, rollouts/step_N.jsonl.zst,
-checkpoints/step_N/, checkpoints/best.json.
+checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung).
 """
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
 from importlib import metadata
@@ -14,16 +15,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 from a2tgpo.assemble import RunParts
-from a2tgpo.best_checkpoint import BestCheckpoint
+from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.metrics.guards import Guards
+from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
+from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.update import checkpoint
+from a2tgpo.update.checkpoint_writer import CheckpointWriter
 
 PACKAGES = (
     "torch",
@@ -45,6 +49,12 @@ class RunFolder:
         self._groups = groups
         self.path = Path(config.run.root) / config.run.name
         self.best = BestCheckpoint(self._checkpoints, config.checkpoint.best_by, is_writer=groups.rank == 0)
+        self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
+        self._complete: tuple[int, dict | None] = (0, None)
+        """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
+        self._saving: tuple[int, dict | None] = self._complete
+        self._reported = 0
+        self._num_failures = 0
 
     def open(self, resume: str) -> Path | None:
         """Make the folder and find the checkpoint to go on from.
@@ -101,12 +111,17 @@ class RunFolder:
             self.best.load_state_dict(self._if_still_there(state.get("best") if is_own else None))
         checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
+        self._complete = (step, self.best.state_dict())
         return step
 
     def save(self, step: int, parts: RunParts, guards: Guards) -> None:
-        """Checkpoint after `step` steps; the oldest past `checkpoint.keep` goes, unless it is the best."""
-        checkpoint.save(
-            self._checkpoints,
+        """Begin a checkpoint of `step` steps, after the one before is done; every rank must call this.
+
+        Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay.
+        """
+        self.finish_saving(is_last=False)
+        best = self.best.state_dict()
+        self._writer.start(
             step,
             policy=parts.policy,
             optimizer=parts.optimizer,
@@ -115,12 +130,55 @@ class RunFolder:
                 "step": step,
                 "sampler": parts.sampler.state_dict(),
                 "guards": guards.state_dict(),
-                "best": self.best.state_dict(),
+                "best": best,
             },
+            on_complete=functools.partial(self._tidy, step, best),
         )
-        # In this order the file always names a checkpoint that is there.
-        self.best.write()
-        checkpoint.drop_old(self._checkpoints, keep=self._config.checkpoint.keep, spare=self.best.step)
+        self._saving = (step, best)
+
+    def finish_saving(self, *, is_last: bool = True) -> None:
+        """Wait for the checkpoint under way, if any; every rank must call this, and last before the program ends.
+
+        Raises:
+            RuntimeError: one line; the last save of the run failed, or `checkpoint.max_failures` in a row did.
+        """
+        fault = self._writer.wait()
+        if fault is None:
+            return
+        if not fault:
+            self._num_failures, self._complete = 0, self._saving
+            return
+        self._num_failures += 1
+        step, best_before = self._complete
+        if self.best.step == self._saving[0]:  # it has no weights
+            self.best.load_state_dict(best_before)
+        if is_last or self._num_failures >= self._config.checkpoint.max_failures:
+            last = f"{self._checkpoints}/step_{step}" if step else "none, the next start begins anew"
+            raise RuntimeError(
+                f"the checkpoint of step {self._saving[0]} could not be written: {fault} "
+                f"({self._num_failures} in a row). Last complete one: {last}. Make room and start the run again"
+            )
+
+    def report_saving(self, recorder: Recorder, step: int) -> None:
+        """Say once that the save under way has failed, as soon as this rank knows; the run goes on."""
+        fault = self._writer.outcome
+        if fault and self._reported != self._saving[0]:
+            self._reported = self._saving[0]
+            recorder.record_failed_save(
+                step, f"the checkpoint of step {self._reported} could not be written: {fault}"
+            )
+
+    def _tidy(self, step: int, best: dict | None) -> None:
+        """What rank 0 does once a checkpoint is complete. In this order best.json names one that is there."""
+        write_best(self._checkpoints, best)
+        retention = self._config.checkpoint
+        checkpoint.drop_old(
+            self._checkpoints,
+            keep=retention.keep,
+            keep_every=retention.keep_every,
+            spare=best["step"] if best else None,
+        )
+        drop_covered(self.bank, step)
 
     def recorder(self, parts: RunParts, *, step: int) -> Recorder:
         """The recorder of this run; going on from `step`, what was logged after it is dropped."""
@@ -136,6 +194,9 @@ class RunFolder:
             groups=self._groups,
             tokenizer=parts.tokenizer,
             num_texts=self._config.run.log_rollouts,
+            slow_ranks=SlowRanks(
+                ratio=self._config.watchdog.slow_ratio, steps=self._config.watchdog.slow_steps
+            ),
         )
 
     def say_where(self, recorder: Recorder) -> None:
@@ -163,6 +224,14 @@ class RunFolder:
         assert world is not None, "a run's processes are joined"
         is_there = best is not None and self.best.has_weights(best["step"])
         return broadcast_object(best if is_there else None, world, source=0)
+
+    @property
+    def bank(self) -> Path:
+        return self.path / "bank"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
 
     @property
     def _checkpoints(self) -> Path:

@@ -18,11 +18,13 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.recorder import Recorder
+from a2tgpo.rollout_bank import RolloutBank
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.step_rollout import StepRollout
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import score_minibatches, score_reference, update_policy
+from a2tgpo.watchdog import Watchdog
 from a2tgpo.weight_sync import sync_engine
 
 
@@ -35,6 +37,7 @@ class Trainer:
         folder: keeps the checkpoints.
         guards: watches each step's metrics.
         step: steps done already, those of the checkpoint the run goes on from.
+        watchdog: told of every stage; None: nobody watches.
     """
 
     def __init__(
@@ -45,15 +48,20 @@ class Trainer:
         guards: Guards,
         *,
         step: int = 0,
+        watchdog: Watchdog | None = None,
     ):
         self.parts = parts
         self.config = parts.config
         self.recorder = recorder
         self.step_rollout = StepRollout(parts)
+        self.bank = RolloutBank(folder.bank, parts)
         self.folder = folder
         self.guards = guards
         self.step = step
-        self.timers = StageTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.timers = StageTimers(
+            torch.cuda.synchronize if torch.cuda.is_available() else None,
+            enter=watchdog.enter if watchdog else None,
+        )
 
     def train(self) -> bool:
         """The remaining steps, with evaluations and checkpoints between them; False: stopped before the last one.
@@ -67,25 +75,33 @@ class Trainer:
             metrics = self.train_step()
             alarms, lines = self.guards.watch(self.step, metrics)
             self.recorder.record_alarms(self.step, alarms, lines)
+            self.folder.report_saving(self.recorder, self.step)
             is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
             is_best = self._is_due(self.config.evaluation.every) and self.evaluate()
             if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
                 with self.timers.stage("checkpoint"):
                     self.folder.save(self.step, self.parts, self.guards)
                 self.recorder.writer.log(self.step, self.timers.take())
+        self.folder.finish_saving()
         return self.step >= self.config.run.steps
 
     def train_step(self) -> dict[str, float]:
         """refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
 
+        A step whose rollouts were finished before a crash takes them from the bank instead of the first two.
         Returns the step's metrics, equal on all ranks.
         """
         start = time.monotonic()
         engine_metrics, learning_metrics = MetricSums(), MetricSums()
-        with self.timers.stage("refit"):
-            engine_metrics.merge(sync_engine(self.parts, step=self.step))
-        with self.timers.stage("rollout"):
-            played = self.step_rollout.play(step=self.step, metrics=engine_metrics)
+        with self.timers.stage("bank"):
+            played = self.bank.take(self.step, engine_metrics)
+        if played is None:
+            with self.timers.stage("refit"):
+                engine_metrics.merge(sync_engine(self.parts, step=self.step))
+            with self.timers.stage("rollout"):
+                played = self.step_rollout.play(step=self.step, metrics=engine_metrics)
+            with self.timers.stage("bank"):
+                self.bank.put(self.step, played, engine_metrics)
         with self.timers.stage("exchange"):
             trajectories = exchange(
                 played, self.parts.groups, prompts_per_minibatch=self.config.update.prompts_per_minibatch

@@ -87,6 +87,7 @@ def run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.parallel.initialize import initialize, shutdown
     from a2tgpo.run_folder import RunFolder
     from a2tgpo.trainer import Trainer
+    from a2tgpo.watchdog import Watchdog
 
     groups = initialize(config.parallel, seed=config.run.seed)
     folder = RunFolder(config, groups)
@@ -96,7 +97,8 @@ def run(config: RunConfig, *, resume: str) -> int:
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     step = folder.restore(checkpoint, parts, guards)
     recorder = folder.recorder(parts, step=step)
-    trainer = Trainer(parts, recorder, folder, guards, step=step)
+    watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)
+    trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog)
     recorder.writer.print(
         f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"
     )
@@ -107,6 +109,7 @@ def run(config: RunConfig, *, resume: str) -> int:
         else:
             folder.say_why_stopped(recorder, trainer.step, guards)
     finally:
+        watchdog.close()
         recorder.writer.close()
     parts.close()
     # A launcher ends the others as soon as one has left with a code that is not 0.

@@ -27,6 +27,9 @@ class GuardConfig:
     stop_after: int = 0
     """Save and stop, with exit code 3, after so many steps in a row with an alarm; 0: never."""
 
+    stop_after_skipped: int = 5
+    """Save and stop alike after so many steps in a row in which an update was skipped as not finite; 0: never."""
+
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")
         require(
@@ -38,5 +41,6 @@ class GuardConfig:
             "max_noise_share",
             "max_train_engine_gap",
             "stop_after",
+            "stop_after_skipped",
         ):
             require(getattr(self, name) >= 0, f"guard.{name}", getattr(self, name), ">= 0")

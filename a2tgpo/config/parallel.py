@@ -15,7 +15,7 @@ class ParallelConfig:
     """Pipeline stages; must divide the number of layers."""
     sequence: bool = False
     """Sequence parallelism inside a tensor-parallel group; needs tensor > 1."""
-    timeout_s: float = 1800.0
+    timeout_s: float = 7200.0
     """Longest wait in one collective before the job is ended, seconds."""
 
     def __post_init__(self) -> None:

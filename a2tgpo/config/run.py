@@ -14,6 +14,7 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
+from a2tgpo.config.watchdog import WatchdogConfig
 
 ANSWER_ROOM_TOKENS = 64
 """For the scaffold and the gold answer behind a response of full length."""
@@ -64,6 +65,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good, besides; 0: none."""
+    max_failures: int = 3
+    """Saves in a row that may fail, for want of space for example, before the run ends."""
     best_by: str = "em"
     """Held-out score whose best checkpoint is kept besides: em | em_format_gated | f1 | none."""
 
@@ -76,6 +81,8 @@ class CheckpointConfig:
         )
         require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
+        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, ">= 0")
+        require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +100,7 @@ class RunConfig:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)

@@ -65,6 +65,7 @@ class Guards:
         self._is_on = dict.fromkeys([*self._alarms, NON_FINITE], False)
         self._contrary = dict.fromkeys(self._is_on, 0)  # steps in a row that speak for a change
         self._streak = 0
+        self._skipping = 0  # steps in a row with a skipped update
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Judge one step.
@@ -94,6 +95,7 @@ class Guards:
             advice = "weights or rollouts are broken: go back to an earlier checkpoint with a lower update.lr"
             lines.append(_line(step, NON_FINITE, text, advice if broken else None))
         self._streak = self._streak + 1 if self.active else 0
+        self._skipping = self._skipping + 1 if metrics.get("update/skipped", 0.0) > 0 else 0
         return {f"alarm/{name}": float(is_on) for name, is_on in self._is_on.items()}, lines
 
     @property
@@ -103,16 +105,30 @@ class Guards:
 
     @property
     def stop_is_due(self) -> bool:
-        """There was some alarm at each of the last `stop_after` steps."""
-        return 0 < self._config.stop_after <= self._streak
+        """There was some alarm at each of the last `stop_after` steps, or a skipped update as long."""
+        return 0 < self._config.stop_after <= self._streak or self._skips_too_often
 
     @property
     def reason(self) -> str:
         """Why the run is to stop, in a few words."""
+        if self._skips_too_often:
+            return (
+                f"an update was not finite and skipped in {self._skipping} steps in a row "
+                f"(guard.stop_after_skipped {self._config.stop_after_skipped})"
+            )
         return (
             f"alarm {', '.join(self.active)}; some alarm in {self._streak} steps in a row "
             f"(guard.stop_after {self._config.stop_after})"
         )
+
+    @property
+    def num_skipping(self) -> int:
+        """Steps in a row, up to now, in which an update was skipped."""
+        return self._skipping
+
+    @property
+    def _skips_too_often(self) -> bool:
+        return 0 < self._config.stop_after_skipped <= self._skipping
 
     def state_dict(self) -> dict:
         """What `load_state_dict` needs to decide on as if never interrupted; plain JSON values."""
@@ -121,6 +137,7 @@ class Guards:
             "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
             "limits": self._limits(),
             "streak": self._streak,
+            "skipping": self._skipping,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -130,6 +147,7 @@ class Guards:
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
+        self._skipping = state.get("skipping", 0)  # earlier versions have none
         limits = self._limits()
         old_limits = state.get("limits", limits)  # earlier versions have none
         for name, (is_on, contrary) in state["alarms"].items():

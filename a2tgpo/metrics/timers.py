@@ -11,10 +11,14 @@ class StageTimers:
     Args:
         synchronize: called at both ends of a stage, e.g. torch.cuda.synchronize, so that queued work counts
             where it was queued; None on CPU.
+        enter: called with the name of the outermost stage that begins, and with "" when it has ended.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None):
+    def __init__(
+        self, synchronize: Callable[[], None] | None = None, *, enter: Callable[[str], None] | None = None
+    ):
         self._synchronize = synchronize
+        self._enter = enter
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
 
@@ -22,6 +26,8 @@ class StageTimers:
     def stage(self, name: str) -> Iterator[None]:
         """Time the body as `name`, also when it raises."""
         self._settle()
+        if self._enter is not None and not self._open:
+            self._enter(name)
         self._open.append(name)
         start = time.perf_counter()
         try:
@@ -30,6 +36,8 @@ class StageTimers:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             self._open.pop()
+            if self._enter is not None and not self._open:
+                self._enter("")
 
     @property
     def current(self) -> str:

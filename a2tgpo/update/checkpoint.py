@@ -2,8 +2,8 @@
 
 `ROOT/step_N/` holds `sharded/`, Megatron's torch_dist checkpoint of model and optimizer, `rng/rank_R.pt` with
 each rank's random state, and `state.json` with the learning rate schedule, the layout and the caller's own
-values. Nothing in it can run code when it is read. It is written as `step_N.tmp` and renamed once
-`complete.json`, the list of its files with their sizes and checksums, is in place: a folder without a matching
+values. Nothing in it can run code when it is read. It is written (`checkpoint_writer.py`) as `step_N.tmp` and renamed
+once `complete.json`, the list of its files with their sizes and checksums, is in place: a folder without a matching
 list is not a checkpoint.
 
 Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.parallel.rng import get_rng_state, set_rng_state
+from a2tgpo.parallel.rng import set_rng_state
 from a2tgpo.update.optimizer import LearningRateSchedule
-from a2tgpo.update.sharded_state import load_sharded, save_sharded
+from a2tgpo.update.sharded_state import load_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -39,54 +39,16 @@ SHARDED = "sharded"
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
-def save(
-    root: str | Path,
-    step: int,
-    *,
-    policy: Policy,
-    optimizer: Any,
-    schedule: LearningRateSchedule,
-    state: dict[str, Any],
-) -> Path:
-    """Write `root/step_{step}`.
+def drop_old(root: str | Path, *, keep: int, keep_every: int, spare: int | None) -> None:
+    """Remove all but the `keep` newest checkpoints under `root`; one rank calls this.
 
-    Args:
-        step: names the checkpoint; an older one of the same step is replaced.
-        state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
-            for tuples (lists).
-
-    Returns:
-        The finished folder.
-
-    Raises:
-        TypeError: if `state` holds something JSON does not have.
+    Not counted and not removed: that of step `spare`, and those whose step is a multiple of `keep_every` (0: none).
     """
-    root = Path(root)
-    final, partial = root / f"step_{step}", root / f"step_{step}.tmp"
-    record = json.dumps({"step": step, **_layout(policy), "schedule": schedule.state_dict(), "state": state})
-    if policy.groups.rank == 0:
-        _remove_leftovers(root)
-        for folder in (SHARDED, "rng"):
-            (partial / folder).mkdir(parents=True)
-        (partial / STATE).write_text(record)
-    dist.barrier()
-    save_sharded(partial / SHARDED, policy, optimizer)
-    torch.save(_to_plain(get_rng_state()), partial / _rng_file(policy.groups.rank))
-    dist.barrier()
-    files = _describe(partial, sorted(_files_of(partial)))
-    if policy.groups.rank == 0:
-        _write_through(partial / MARKER, json.dumps({"files": files}, indent=0))
-        _put_in_place(partial, final)
-    dist.barrier()
-    return final
-
-
-def drop_old(root: str | Path, *, keep: int, spare: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints under `root` and that of step `spare`, which is not counted."""
-    if dist.get_rank() == 0:
-        for old in [step for step in _steps_in(Path(root)) if step != spare][keep:]:
-            shutil.rmtree(Path(root) / f"step_{old}")
-    dist.barrier()
+    steps = [
+        step for step in _steps_in(Path(root)) if step != spare and (not keep_every or step % keep_every)
+    ]
+    for old in steps[keep:]:
+        shutil.rmtree(Path(root) / f"step_{old}")
 
 
 def set_aside_after(root: str | Path, step: int) -> None:
@@ -115,7 +77,7 @@ def load(
     since they belong to ranks.
 
     Returns:
-        The `state` given to `save`.
+        The `state` given to `CheckpointWriter.start`.
 
     Raises:
         ValueError: if `path` is not a complete checkpoint.
@@ -127,8 +89,8 @@ def load(
     load_sharded(path / SHARDED, policy, optimizer)
     record = json.loads((path / STATE).read_text())
     schedule.load_state_dict(record["schedule"])
-    if record["layout"] == _layout(policy)["layout"]:
-        rng = torch.load(path / _rng_file(policy.groups.rank), weights_only=True)
+    if record["layout"] == layout_of(policy)["layout"]:
+        rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
         set_rng_state(_from_plain(rng))
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
@@ -171,18 +133,28 @@ def _fault_of(path: Path) -> str:
     missing = [name for name in expected if not (path / name).is_file()]
     if missing:
         return f"{missing[0]} is missing"
-    found = _describe(path, list(expected))
+    assert dist.group.WORLD is not None, "checkpoints are read by joined processes"
+    found = describe(path, list(expected), dist.group.WORLD)
     damaged = [name for name in expected if tuple(found[name]) != expected[name]]
     return f"{damaged[0]} is damaged" if damaged else ""
 
 
-def _describe(folder: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file; the ranks share the reading."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = {name: _size_and_crc(folder / name) for name in names[rank::world_size]}
+def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file; the ranks of `group` share the reading, and all must call this.
+
+    Raises:
+        OSError: on every rank, if any could not read its share.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    mine: dict[str, tuple[int, int]] | str
+    try:
+        mine = {name: _size_and_crc(folder / name) for name in names[rank::world_size]}
+    except OSError as error:
+        mine = f"{error.filename} cannot be read: {error.strerror}"
     merged: dict[str, tuple[int, int]] = {}
-    assert dist.group.WORLD is not None, "checkpoints are read and written by joined processes"
-    for part in all_gather_object(mine, dist.group.WORLD):
+    for part in all_gather_object(mine, group):
+        if isinstance(part, str):
+            raise OSError(part)
         merged.update(part)
     return {name: merged[name] for name in names}
 
@@ -196,8 +168,9 @@ def _size_and_crc(path: Path) -> tuple[int, int]:
     return size, crc
 
 
-def _files_of(folder: Path) -> list[str]:
-    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+def files_of(folder: Path) -> list[str]:
+    """Names of all files under `folder`, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def _steps_in(root: Path) -> list[int]:
@@ -208,7 +181,7 @@ def _steps_in(root: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def _remove_leftovers(root: Path) -> None:
+def remove_leftovers(root: Path) -> None:
     """Remove what an interrupted save left behind."""
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.iterdir():
@@ -216,7 +189,9 @@ def _remove_leftovers(root: Path) -> None:
             shutil.rmtree(entry)
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
+def put_in_place(partial: Path, final: Path, files: dict[str, tuple[int, int]]) -> None:
+    """Mark `partial` as complete with the list of its `files`, and rename it; one rank calls this."""
+    _write_through(partial / MARKER, json.dumps({"files": files}, indent=0))
     old = final.with_suffix(".old")
     if final.exists():
         final.rename(old)
@@ -242,23 +217,23 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _layout(policy: Policy) -> dict[str, dict[str, int]]:
+def layout_of(policy: Policy) -> dict[str, dict[str, int]]:
     groups = policy.groups
     return {"layout": {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}}
 
 
-def _rng_file(rank: int) -> str:
+def rng_file(rank: int) -> str:
     return f"rng/rank_{rank}.pt"
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """NumPy arrays as marked tensors, so that the file loads without unpickling arbitrary classes."""
     if isinstance(value, np.ndarray):
         return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
     if isinstance(value, dict):
-        return {key: _to_plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(_to_plain(item) for item in value)
+        return tuple(to_plain(item) for item in value)
     return value
 
 

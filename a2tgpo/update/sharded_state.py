@@ -6,11 +6,17 @@ import contextlib
 import pickle
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -18,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 
 from a2tgpo.model.policy import Policy
@@ -32,14 +39,61 @@ _INDEX_NAMES = {
 }
 
 
-def save_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
-    """Write model and optimizer into the empty `folder`; every rank calls this and writes its part."""
+@dataclass(frozen=True, kw_only=True)
+class ShardedCopy:
+    """This rank's part of model and optimizer in host memory, which training no longer changes."""
+
+    tensors: dict[str, Any]
+    """What the rank writes, in the form of torch's distributed checkpoints."""
+    common: dict[str, Any]
+    """What is not sharded, equal on all ranks."""
+
+
+def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
+    """Copy model and optimizer as they are now; every rank must call this, and gets its part.
+
+    The work of `dist_checkpointing.save` up to the writing, in its order.
+    """
     # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
-    strategy = FullyParallelSaveStrategyWrapper(_BlockingSave("torch_dist", 1), policy.groups.dp_group)
-    dist_checkpointing.save(_sharded_state(policy, optimizer, is_loading=False), str(folder), strategy)
+    sharded, common = save_preprocess(_sharded_state(policy, optimizer, is_loading=False))
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1), policy.groups.dp_group
+    )
+    strategy.apply_saving_parallelization(sharded)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    for shard in (shard for shards in by_key.values() for shard in shards):
+        shard.data = _to_host(shard.data)
+    return ShardedCopy(tensors=mcore_to_pyt_state_dict(by_key, False), common=_to_host(common))
+
+
+def write_sharded(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> None:
+    """Write the copies of all ranks into the empty `folder`; every rank of `group`, which is all, must call this.
+
+    Raises:
+        CheckpointException: on all ranks, if one could not write.
+        OSError: on the first rank, before the others write, which they then do in vain.
+    """
+    fault = None
+    try:
+        if dist.get_rank(group) == 0:
+            torch.save(copy.common, folder / COMMON_STATE_FNAME)
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    except OSError as error:
+        fault = error
+    # By threads of this process: Megatron's own writer leaves a manager process behind on every rank, spawned anew
+    # from the main script, and forks a process per file (filesystem_async.py), which a process with an engine's
+    # threads in it should not do.
+    torch_checkpoint.save(
+        copy.tensors,
+        storage_writer=torch_checkpoint.FileSystemWriter(folder),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
+    )
+    if fault is not None:
+        raise fault
 
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
@@ -59,26 +113,6 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
         chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
     with torch.no_grad():
         optimizer.load_state_dict(loaded["optimizer"])
-
-
-class _BlockingSave(TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by threads of this process.
-
-    Megatron's own writer leaves behind a manager process per rank, spawned anew from the main script, and forks
-    a process per file (filesystem_async.py), which a process with an engine's threads in it should not do.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=self.thread_count),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
 
 
 def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
@@ -126,6 +160,17 @@ class _IndexUnpickler(pickle.Unpickler):
                 f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint"
             )
         return super().find_class(module, name)
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of `value` that shares no memory with it, tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_host(item) for item in value]
+    return deepcopy(value)
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.update import checkpoint
+from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
@@ -163,6 +164,14 @@ def check_nan_is_skipped(bench: Bench) -> None:
     assert_close(results[True], results[False], 0)
 
 
+def save(root: Path, step: int, **what: Any) -> Path:
+    """A complete checkpoint."""
+    writer = CheckpointWriter(root, timeout_s=60)
+    writer.start(step, **what, on_complete=lambda: None)
+    assert writer.wait() == ""
+    return root / f"step_{step}"
+
+
 def check_resume(bench: Bench, **options: Any) -> None:
     """Saved, loaded into a fresh policy and continued: equal to the bit to never having stopped."""
     root = bench.folder / "checkpoints" / (bench.name + "".join(options))
@@ -173,7 +182,7 @@ def check_resume(bench: Bench, **options: Any) -> None:
         schedule.step()
     state = {"step": 2, "sampler": {"position": 7, "order": [3, 1, 2]}, "best": 0.1 + 0.2}
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    path = checkpoint.save(root, 2, **parts, state=state)
+    path = save(root, 2, **parts, state=state)
     drawn = (torch.rand(3).tolist(), random.random())
     rates = []
     for _ in range(2):
@@ -236,8 +245,10 @@ def check_retention(bench: Bench) -> None:
         if bench.groups.rank == 0:
             (root / "step_7.tmp").mkdir(parents=True)
         dist.barrier()
-        checkpoint.save(root, step, **parts, state={"step": step})
-        checkpoint.drop_old(root, keep=2, spare=None)
+        save(root, step, **parts, state={"step": step})
+        if bench.groups.rank == 0:
+            checkpoint.drop_old(root, keep=2, keep_every=0, spare=None)
+        dist.barrier()
     assert sorted(p.name for p in root.iterdir()) == ["step_10", "step_2"]
 
     def newest(damage: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
@@ -301,6 +312,7 @@ def check_one_best(bench: Bench) -> None:
     folder.best.offer(1, {"em": 0.5})
     folder.save(1, parts, guards)
     folder.save(2, parts, guards)
+    folder.finish_saving()
     if bench.groups.rank == 0:
         hidden = seen_by_others / "r" / "checkpoints"
         hidden.mkdir(parents=True)

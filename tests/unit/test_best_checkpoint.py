@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import build_model
+from saved_run import Run, best_of, scores, world
 
 from a2tgpo.best_checkpoint import BEST_FILE, BestCheckpoint
-from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
-from a2tgpo.config.model import ModelConfig
-from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.config.run import CheckpointConfig, EvaluationConfig, RunConfig, RunSettings
-from a2tgpo.config.search import SearchConfig
-from a2tgpo.config.update import UpdateConfig
-from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.config.run import EvaluationConfig
 from a2tgpo.metrics.guards import Guards
-from a2tgpo.model.build import build_policy
-from a2tgpo.parallel.initialize import initialize, shutdown
-from a2tgpo.run_folder import RunFolder
 from a2tgpo.trainer import Trainer
 from a2tgpo.update import checkpoint
-from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.checkpoint_writer import CheckpointWriter
 
-
-def scores(em: float) -> dict[str, float]:
-    return {"em": em, "em_format_gated": em / 2, "f1": 1 - em}
-
-
-def best_of(root: Path) -> dict | None:
-    path = root / BEST_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+__all__ = ["world"]
 
 
 # -- the record ----------------------------------------------------------------------------------------------
@@ -111,61 +92,6 @@ def test_only_a_complete_checkpoint_has_weights_and_the_untrained_policy_needs_n
 
 
 # -- the run's folder ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """A process group of one and the parts of a run that a checkpoint holds, before any update."""
-    environment = dict(os.environ)
-    groups = initialize(ParallelConfig(), seed=0)
-    model = tmp_path_factory.mktemp("model")
-    build_model("llama", vocab_size=250).save_pretrained(model)
-    update = UpdateConfig()
-    policy = build_policy(
-        ModelConfig(path=str(model), dtype="float32"), ParallelConfig(), groups, update=update
-    )
-    optimizer, schedule = build_optimizer(policy, update, total_steps=100)
-    parts = SimpleNamespace(
-        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
-    )
-    yield SimpleNamespace(groups=groups, parts=parts)
-    shutdown()
-    os.environ.clear()
-    os.environ.update(environment)
-
-
-class Run:
-    """What a program holds of one run between its start and its end."""
-
-    def __init__(
-        self, world: SimpleNamespace, root: Path, *, resume: str = "auto", name: str = "r", keep: int = 1
-    ):
-        self.config = RunConfig(
-            run=RunSettings(name=name, root=str(root)),
-            model=ModelConfig(path="unused"),
-            data=DataConfig(train="unused", test="unused"),
-            search=SearchConfig(corpus="unused"),
-            checkpoint=CheckpointConfig(keep=keep),
-        )
-        self.parts: Any = world.parts
-        self.folder = RunFolder(self.config, world.groups)
-        self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
-        self.step = self.folder.restore(self.folder.open(resume), self.parts, self.guards)
-        self.checkpoints = self.folder.path / "checkpoints"
-
-    def save(self, step: int, em: float | None = None) -> None:
-        if em is not None:
-            self.folder.best.offer(step, scores(em))
-        self.folder.save(step, self.parts, self.guards)
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
-
-    @property
-    def best_step(self) -> int | None:
-        record = best_of(self.checkpoints)
-        return record["step"] if record else None
 
 
 def test_the_best_checkpoint_outlives_the_newest_ones_until_it_is_beaten(world, tmp_path):
@@ -280,13 +206,15 @@ def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_pat
 def test_a_checkpoint_without_guards_and_best_is_resumed_from(world, tmp_path):
     root = tmp_path / "r" / "checkpoints"
     parts = world.parts
-    checkpoint.save(
-        root,
+    writer = CheckpointWriter(root, timeout_s=60)
+    writer.start(
         5,
         policy=parts.policy,
         optimizer=parts.optimizer,
         schedule=parts.schedule,
         state={"step": 5, "sampler": parts.sampler.state_dict()},
+        on_complete=lambda: None,
     )
+    assert writer.wait() == ""
     run = Run(world, tmp_path)
     assert run.step == 5 and run.best_step is None and not run.guards.active

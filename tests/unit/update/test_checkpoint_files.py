@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from a2tgpo.update.checkpoint import _from_plain, _steps_in, _to_plain
+from a2tgpo.update.checkpoint import _from_plain, _steps_in, to_plain
 
 
 def test_random_states_survive_a_file_that_is_loaded_without_pickled_classes(tmp_path) -> None:
@@ -16,7 +16,7 @@ def test_random_states_survive_a_file_that_is_loaded_without_pickled_classes(tmp
         "cuda": None,
         "tracker": {"model-parallel-rng": torch.get_rng_state()},
     }
-    torch.save(_to_plain(state), tmp_path / "rng.pt")
+    torch.save(to_plain(state), tmp_path / "rng.pt")
     drawn = random.random(), np.random.rand(), torch.rand(1)
     back = _from_plain(torch.load(tmp_path / "rng.pt", weights_only=True))
     random.setstate(back["python"])

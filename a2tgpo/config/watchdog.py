@@ -1,0 +1,47 @@
+"""How long a stage of the step may take."""
+
+from dataclasses import dataclass, fields
+
+from a2tgpo.config.check import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """Deadlines in seconds, on each rank from when it enters the stage; 0: none.
+
+    A rank that waits for another is itself in a stage, so the shortest deadline finds a rank that hangs. They should
+    be below parallel.timeout_s, or the collectives' time-out comes first, which cannot tell the cause.
+    """
+
+    rollout_s: float = 7200.0
+    """Rollout, gain included."""
+    evaluation_s: float = 7200.0
+    score_s: float = 3600.0
+    update_s: float = 3600.0
+    other_s: float = 2400.0
+    """Any other stage, waiting for other ranks' rollouts included, and the time between stages."""
+    slow_ratio: float = 1.5
+    """Say so when the same rank's rollout takes this many times the median rank's, `slow_steps` times in a row."""
+    slow_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name.endswith("_s"):
+                require(
+                    getattr(self, field.name) >= 0,
+                    f"watchdog.{field.name}",
+                    getattr(self, field.name),
+                    ">= 0",
+                )
+        require(self.slow_ratio > 1, "watchdog.slow_ratio", self.slow_ratio, "> 1")
+        require(self.slow_steps >= 1, "watchdog.slow_steps", self.slow_steps, ">= 1")
+
+    def deadline(self, stage: str) -> tuple[str, float]:
+        """The field that bounds `stage`, and its seconds."""
+        by_stage = {"rollout": self.rollout_s, "evaluation": self.evaluation_s, "score": self.score_s}
+        by_stage["update"] = self.update_s
+        return (
+            (f"watchdog.{stage}_s", by_stage[stage])
+            if stage in by_stage
+            else ("watchdog.other_s", self.other_s)
+        )

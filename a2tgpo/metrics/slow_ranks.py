@@ -1,0 +1,57 @@
+"""Which rank holds up the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+LOCAL_STAGE = "rollout"
+"""In the other stages ranks wait for each other, so that a slow one shows in the times of all."""
+
+
+class SlowRanks:
+    """Compares the ranks' seconds by stage; rank 0 holds one.
+
+    Args:
+        ratio: a rank is slow whose rollout takes this many times the median.
+        steps: in a row, of the same rank, until it is said.
+    """
+
+    def __init__(self, *, ratio: float, steps: int):
+        self._ratio = ratio
+        self._steps = steps
+        self._suspect: int | None = None
+        self._streak = 0
+
+    def compare(self, by_rank: Sequence[dict[str, float]]) -> tuple[dict[str, float], str]:
+        """One step's spread, and a line if a rank has just been slow for long enough; "" otherwise.
+
+        Args:
+            by_rank: `time/STAGE_s` of every rank.
+
+        Returns:
+            `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`; nothing for a rank alone.
+        """
+        if len(by_rank) < 2:
+            return {}, ""
+        spread: dict[str, float] = {}
+        for name in by_rank[0]:
+            seconds = [times.get(name, 0.0) for times in by_rank]
+            stage = name.removesuffix("_s")
+            spread[f"{stage}_min_s"], spread[f"{stage}_max_s"] = min(seconds), max(seconds)
+            spread[f"{stage}_slowest_rank"] = float(seconds.index(max(seconds)))
+        return spread, self._watch([times.get(f"time/{LOCAL_STAGE}_s", 0.0) for times in by_rank])
+
+    def _watch(self, seconds: list[float]) -> str:
+        slowest, median = max(seconds), statistics.median_low(seconds)
+        rank = seconds.index(slowest) if slowest > self._ratio * median else None
+        self._streak = (
+            self._streak + 1 if rank is not None and rank == self._suspect else int(rank is not None)
+        )
+        self._suspect = rank
+        if rank is None or self._streak != self._steps:
+            return ""
+        return (
+            f"rank {rank} is slow: its {LOCAL_STAGE} took {slowest:.1f} s, the median {median:.1f} s, "
+            f"for {self._steps} steps in a row"
+        )

@@ -1,0 +1,142 @@
+"""Finished rollouts on disk until a checkpoint covers them, so that a crash after them does not play them again.
+
+`bank/step_N/rank_R.bin` holds what rank R brought out of the rollout of step N (counted from 0): trajectories, the
+metrics so far, and the sampler's state behind them, draws of dynamic sampling included. It is used if and only if it
+belongs to this very step, to these weights bit by bit, and to a configuration that plays the same: on all ranks or
+on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not repeat bit by bit:
+the step that a checkpoint starts with has its weights, later ones may have others, and are then played anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch.distributed as dist
+
+from a2tgpo.assemble import RunParts
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.fingerprint import fingerprint
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+_DIGEST_BYTES = 32
+
+
+class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank brought out of a step's rollout."""
+
+    key: str
+    """Step, weights, configuration, rank; see `RolloutBank`."""
+    trajectories: list[Trajectory]
+    metrics: MetricSums
+    sampler: dict[str, Any]
+
+
+class RolloutBank:
+    """Puts the rollouts of a step on disk and finds them again; every rank holds one and makes the same calls.
+
+    Args:
+        folder: `bank/` of the run.
+    """
+
+    def __init__(self, folder: Path, parts: RunParts):
+        self._folder = folder
+        self._parts = parts
+        self._config_key = _config_key(parts)
+        self._key = ""
+
+    def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
+        """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
+
+        Moves the sampler to behind the step.
+        """
+        self._key = f"step {step} weights {fingerprint(self._parts.policy)} {self._config_key}"
+        banked = self._read(step)
+        world = dist.group.WORLD
+        assert world is not None, "a run's processes are joined"
+        if not all(all_gather_object(banked is not None, world)):
+            return None
+        assert banked is not None, "gathered from this rank too"
+        if self._parts.groups.rank == 0:
+            logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
+        metrics.merge(banked.metrics)
+        self._parts.sampler.load_state_dict(banked.sampler)
+        return banked.trajectories
+
+    def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
+        """Keep what was just played, after `take` found nothing; each rank writes its own file.
+
+        A disk that is full costs a warning and `rollout/not_banked`, not the run.
+        """
+        banked = BankedStep(
+            key=self._key,
+            trajectories=trajectories,
+            metrics=metrics,
+            sampler=self._parts.sampler.state_dict(),
+        )
+        payload = msgspec.msgpack.encode(banked)
+        path = self._path(step)
+        fresh = path.with_suffix(".new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with fresh.open("wb") as stream:
+                stream.write(_digest(payload) + payload)
+                stream.flush()
+                os.fsync(stream.fileno())
+            fresh.replace(path)
+        except OSError as error:
+            fresh.unlink(missing_ok=True)
+            metrics.add("rollout/not_banked", 1, 0)
+            logger.warning("the rollouts of step %d are not kept: %s", step + 1, error.strerror)
+
+    def _read(self, step: int) -> BankedStep | None:
+        try:
+            content = self._path(step).read_bytes()
+        except OSError:
+            return None
+        payload = content[_DIGEST_BYTES:]
+        if content[:_DIGEST_BYTES] != _digest(payload):
+            logger.warning("%s is damaged and passed over", self._path(step))
+            return None
+        try:
+            banked = msgspec.msgpack.decode(payload, type=BankedStep)
+        except (msgspec.DecodeError, RecursionError):  # written by another version
+            return None
+        return banked if banked.key == self._key else None
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step}" / f"rank_{self._parts.groups.rank}.bin"
+
+
+def drop_covered(folder: Path, step: int) -> None:
+    """Remove what a checkpoint of `step` steps has made needless; one rank calls this."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(entry.name)
+        if match and int(match[1]) < step:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _digest(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
+
+
+def _config_key(parts: RunParts) -> str:
+    """Everything but the weights that a rank's rollouts may depend on."""
+    sections = dataclasses.asdict(parts.config)
+    for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
+        del sections[name]
+    groups = parts.groups
+    text = json.dumps([sections, parts.config.run.seed, groups.rank, groups.world_size], sort_keys=True)
+    return f"config {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

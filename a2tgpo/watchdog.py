@@ -1,0 +1,149 @@
+"""Ends a job that hangs, soon, with the cause and the stacks of all ranks.
+
+A thread on every rank tells the others, through the store that the ranks met in, which stage its rank is in, and
+looks at the clock. The first to find its stage past the deadline says so in one line, with the ranks that are behind;
+all of them then write their stacks to `stacks/rank_R.txt` and end with `EXIT_CODE`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from a2tgpo.config.watchdog import WatchdogConfig
+
+EXIT_CODE = 3
+"""Of a run that failed (launch/failure.py)."""
+POLL_S = 1.0
+GRACE_S = 10.0
+"""For the other ranks to write their stacks."""
+BACKSTOP_S = 30.0
+"""Past the deadline; then a C thread ends this rank, whose Python is then held by something that never returns."""
+BETWEEN = "between stages"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is: all ranks pass the same places in the same order."""
+
+    number: int
+    stage: str
+    since: float
+    """time.monotonic() of this machine."""
+
+
+class Watchdog:
+    """Watches this rank's stages; every rank holds one.
+
+    Args:
+        config: the deadlines.
+        folder: `stacks/` of the run; each rank writes one file into it, if it comes to that.
+    """
+
+    def __init__(self, config: WatchdogConfig, folder: Path, *, rank: int, world_size: int):
+        self._config = config
+        self._path = folder / f"rank_{rank}.txt"
+        self._rank = rank
+        self._world_size = world_size
+        self._place = Place(0, BETWEEN, time.monotonic())
+        self._told = -1
+        self._closed = threading.Event()
+        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
+        self._store.set_timeout(timedelta(seconds=GRACE_S))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w")
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+        self.enter(BETWEEN)
+
+    def enter(self, stage: str) -> None:
+        """The rank begins `stage`, and has left the one before; "" between two."""
+        stage = stage or BETWEEN
+        self._place = Place(self._place.number + 1, stage, time.monotonic())
+        _, deadline_s = self._config.deadline(stage)
+        if deadline_s:
+            faulthandler.dump_traceback_later(deadline_s + BACKSTOP_S, exit=True, file=self._file)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self._path.stat().st_size == 0:
+            self._path.unlink()
+
+    def _run(self) -> None:
+        while not self._closed.wait(POLL_S):
+            try:
+                self._look()
+            except RuntimeError:  # the store is gone with the process that held it; the deadline still holds
+                place = self._place
+                if self._overdue(place):
+                    self._end(self._verdict(place, {}))
+
+    def _look(self) -> None:
+        place = self._place
+        if place.number != self._told:
+            self._store.set(f"place_{self._rank}", f"{place.number} {place.stage}")
+            self._told = place.number
+        if self._store.check(["verdict"]):
+            self._end(None)
+        elif self._overdue(place) and self._store.add("claims", 1) == 1:
+            verdict = self._verdict(place, self._places())
+            self._store.set("verdict", verdict)
+            self._end(verdict)
+
+    def _overdue(self, place: Place) -> bool:
+        _, deadline_s = self._config.deadline(place.stage)
+        return 0 < deadline_s < time.monotonic() - place.since
+
+    def _places(self) -> dict[int, tuple[int, str]]:
+        """Number and stage of every rank that has told one."""
+        found = {}
+        for rank in range(self._world_size):
+            if self._store.check([f"place_{rank}"]):
+                number, _, stage = self._store.get(f"place_{rank}").decode().partition(" ")
+                found[rank] = int(number), stage
+        return found
+
+    def _verdict(self, place: Place, places: dict[int, tuple[int, str]]) -> str:
+        behind = {rank: stage for rank, (number, stage) in places.items() if number < place.number}
+        key, deadline_s = self._config.deadline(place.stage)
+        if behind:
+            ranks = ", ".join(f"rank {rank} (still in {stage})" for rank, stage in sorted(behind.items())[:8])
+            cause = f"not arrived: {ranks}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+        elif not places:
+            cause = "the store of the ranks does not answer"
+        else:
+            cause = "no rank is behind this one"
+        return (
+            f"watchdog: {place.stage} has taken {time.monotonic() - place.since:.0f} s on rank {self._rank} "
+            f"({key}={deadline_s:g}); {cause}. Stacks of all ranks: {self._path.parent}"
+        )
+
+    def _end(self, verdict: str | None) -> None:
+        """Write the stacks, leave the other ranks the time to do so, and end this process."""
+        if verdict is not None:
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+            print(verdict, file=self._file, flush=True)
+        print(f"rank {self._rank} is in {self._place.stage}", file=self._file, flush=True)
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        deadline = time.monotonic() + GRACE_S
+        try:
+            self._store.add("dumped", 1)
+            while self._store.add("dumped", 0) < self._world_size and time.monotonic() < deadline:
+                time.sleep(0.2)
+        except RuntimeError:
+            pass
+        os._exit(EXIT_CODE)

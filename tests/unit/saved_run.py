@@ -1,0 +1,100 @@
+"""A run as far as its folder is concerned: what it saves and restores, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import build_model
+
+from a2tgpo.best_checkpoint import BEST_FILE
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.guards import Guards
+from a2tgpo.model.build import build_policy
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.run_folder import RunFolder
+from a2tgpo.update.optimizer import build_optimizer
+
+
+def scores(em: float) -> dict[str, float]:
+    return {"em": em, "em_format_gated": em / 2, "f1": 1 - em}
+
+
+def best_of(root: Path) -> dict | None:
+    path = root / BEST_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """A process group of one and the parts of a run that a checkpoint holds, before any update."""
+    environment = dict(os.environ)
+    groups = initialize(ParallelConfig(), seed=0)
+    model = tmp_path_factory.mktemp("model")
+    build_model("llama", vocab_size=250).save_pretrained(model)
+    update = UpdateConfig()
+    policy = build_policy(
+        ModelConfig(path=str(model), dtype="float32"), ParallelConfig(), groups, update=update
+    )
+    optimizer, schedule = build_optimizer(policy, update, total_steps=100)
+    parts = SimpleNamespace(
+        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
+    )
+    yield SimpleNamespace(groups=groups, parts=parts)
+    shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+class Run:
+    """What a program holds of one run between its start and its end."""
+
+    def __init__(
+        self,
+        world: SimpleNamespace,
+        root: Path,
+        *,
+        resume: str = "auto",
+        name: str = "r",
+        keep: int = 1,
+        keep_every: int = 0,
+    ):
+        self.config = RunConfig(
+            run=RunSettings(name=name, root=str(root)),
+            model=ModelConfig(path="unused"),
+            data=DataConfig(train="unused", test="unused"),
+            search=SearchConfig(corpus="unused"),
+            checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, max_failures=2),
+        )
+        self.parts: Any = world.parts
+        self.folder = RunFolder(self.config, world.groups)
+        self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
+        self.step = self.folder.restore(self.folder.open(resume), self.parts, self.guards)
+        self.checkpoints = self.folder.path / "checkpoints"
+
+    def save(self, step: int, em: float | None = None) -> None:
+        if em is not None:
+            self.folder.best.offer(step, scores(em))
+        self.folder.save(step, self.parts, self.guards)
+        self.folder.finish_saving()
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
+
+    @property
+    def best_step(self) -> int | None:
+        record = best_of(self.checkpoints)
+        return record["step"] if record else None

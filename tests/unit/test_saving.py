@@ -1,0 +1,104 @@
+"""Saving beside the training: retention, full disks, damaged files, and what the copy protects from."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from saved_run import Run, scores, world
+
+from a2tgpo.update import checkpoint, checkpoint_writer
+
+__all__ = ["world"]
+
+
+def test_every_mth_checkpoint_stays_besides_the_newest(world, tmp_path):
+    run = Run(world, tmp_path, keep=2, keep_every=4)
+    for step in range(1, 11):
+        run.save(step)
+    assert run.steps == [4, 8, 9, 10]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder that holds about one checkpoint: a tmpfs, or nothing where mounting is refused."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=False).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(world, small_disk):
+    run = Run(world, small_disk, keep=9)
+    run.save(1, 0.2)
+    filling = small_disk / "filling"
+    run.folder.best.offer(2, scores(0.5))
+    filling.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 100_000)))
+    run.folder.save(2, run.parts, run.guards)
+    run.folder.finish_saving(is_last=False)  # a failure, and no exception
+    assert run.steps == [1] and not list(run.checkpoints.glob("*.tmp"))
+    assert run.folder.best.step == 1, "the best is one without weights"
+    run.folder.save(3, run.parts, run.guards)
+    with pytest.raises(RuntimeError, match=r"step 3 .*No space left.*2 in a row.*step_1"):
+        run.folder.save(4, run.parts, run.guards)
+    filling.unlink()
+    run.save(5)
+    assert run.steps == [1, 5] and checkpoint.latest(run.checkpoints) == run.checkpoints / "step_5"
+
+
+def test_training_on_does_not_change_the_checkpoint_that_is_being_written(world, tmp_path, monkeypatch):
+    """The thread is held back until the weights have moved: the file has the old ones."""
+    weight = next(world.parts.policy.gpt_models[0].parameters())
+    before, gate = weight.detach().clone(), threading.Event()
+    write = checkpoint_writer.write_sharded
+    monkeypatch.setattr(
+        checkpoint_writer, "write_sharded", lambda *arguments: (gate.wait(20), write(*arguments))[1]
+    )
+    run = Run(world, tmp_path)
+    run.folder.save(1, run.parts, run.guards)
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert not run.steps
+    gate.set()
+    run.folder.finish_saving()
+    Run(world, tmp_path)
+    assert torch.equal(weight, before)
+
+
+def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
+    """200 times a random change to a random file of the newest checkpoint: the one before is taken instead."""
+    run = Run(world, tmp_path, keep=2)
+    run.save(1)
+    run.save(2)
+    newest, draw = run.checkpoints / "step_2", random.Random(0)
+    files = [newest / name for name in checkpoint.files_of(newest)]
+    for _ in range(200):
+        path = draw.choice(files)
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        kind = draw.choice(["flip", "cut", "grow", "zero", "remove"])
+        place = draw.randrange(len(content))
+        if kind == "flip":
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif kind == "cut":
+            del damaged[place:]
+        elif kind == "grow":
+            damaged.insert(place, draw.randrange(256))
+        elif kind == "zero":
+            damaged[place] = (damaged[place] + draw.randrange(1, 256)) % 256
+        path.unlink() if kind == "remove" else path.write_bytes(damaged)
+        try:
+            found = checkpoint.latest(run.checkpoints)
+            harmless = path.name == checkpoint.MARKER and kind == "grow" and chr(damaged[place]).isspace()
+            assert found == run.checkpoints / "step_1" or harmless, (path.name, kind, place)
+        finally:
+            path.write_bytes(content)
+    assert checkpoint.latest(run.checkpoints) == newest
