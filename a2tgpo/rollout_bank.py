@@ -3,8 +3,8 @@
 `bank/step_N/rank_R.bin` holds what rank R brought out of the rollout of step N (counted from 0): trajectories, the
 metrics so far, and the sampler's state behind them, draws of dynamic sampling included. It is used if and only if it
 belongs to this very step, to these weights bit by bit, and to a configuration that plays the same: on all ranks or
-on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not repeat bit by bit:
-the step that a checkpoint starts with has its weights, later ones may have others, and are then played anew.
+on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not repeat bit by
+bit: the step that a checkpoint starts with has its weights, later ones may have others, and are then played anew.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class RolloutBank:
     def __init__(self, folder: Path, parts: RunParts):
         self._folder = folder
         self._parts = parts
-        self._config_key = _config_key(parts)
         self._key = ""
 
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
@@ -62,7 +61,7 @@ class RolloutBank:
 
         Moves the sampler to behind the step.
         """
-        self._key = f"step {step} weights {fingerprint(self._parts.policy)} {self._config_key}"
+        self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
         banked = self._read(step)
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"

@@ -88,12 +88,26 @@ def write_sharded(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> None:
     # threads in it should not do.
     torch_checkpoint.save(
         copy.tensors,
-        storage_writer=torch_checkpoint.FileSystemWriter(folder),
+        storage_writer=_Writer(folder),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )
     if fault is not None:
         raise fault
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """Torch's, which tells a full disk from other troubles."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # Closing the file after an error complains of its position, in place of the error.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:

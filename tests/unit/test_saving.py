@@ -30,7 +30,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A folder that holds about one checkpoint: a tmpfs, or nothing where mounting is refused."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=False).returncode:
         pytest.skip("no right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

@@ -168,9 +168,21 @@ def test_the_reason_names_every_alarm_and_the_count():
 
 
 def test_without_a_stop_rule_no_stop_is_ever_due():
-    guards = make()
+    guards = make(stop_after_skipped=0)
     play(guards, [SOUND | {"update/skipped": 1.0}] * 50)
     assert guards.active and not guards.stop_is_due
+
+
+def test_updates_skipped_for_too_many_steps_in_a_row_stop_the_run():
+    guards = make(stop_after_skipped=3)
+    skipped = SOUND | {"update/skipped": 2.0}
+    play(guards, [skipped, skipped, SOUND, skipped, skipped])
+    assert not guards.stop_is_due
+    resumed = make(stop_after_skipped=3)
+    resumed.load_state_dict(guards.state_dict())
+    for each in (guards, resumed):
+        play(each, [skipped])
+        assert each.stop_is_due and "3 steps in a row" in each.reason and each.num_skipping == 3
 
 
 def after(stopped: Guards, *, clip_low: float = 3e-3, **settings) -> Guards:
