@@ -17,6 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -28,6 +30,7 @@ ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
 CAPITALS = {
     "France": "Paris",
@@ -116,12 +119,35 @@ def build_model(
     )
     if architecture != "qwen2":
         sizes["head_dim"] = 32
+    if architecture == "qwen3_moe":
+        sizes |= dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
     model = model_class(config_class(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(sharpness)
     return model
+
+
+def checkpoint_tensors(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters (or gradients) of a transformers model under the names and shapes they have in a checkpoint.
+
+    They differ for experts, which transformers holds fused: gate_up_proj [experts, 2 x channels, hidden].
+    """
+    tensors = {}
+    for name, tensor in named.items():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            tensors[name] = tensor
+            continue
+        stem, _, kind = name.rpartition(".")
+        for number, expert in enumerate(tensor):
+            if kind == "down_proj":
+                tensors[f"{stem}.{number}.down_proj.weight"] = expert
+            else:
+                gate, up = expert.chunk(2)
+                tensors[f"{stem}.{number}.gate_proj.weight"] = gate
+                tensors[f"{stem}.{number}.up_proj.weight"] = up
+    return tensors
 
 
 def save_tiny(

@@ -35,6 +35,7 @@ from transformers import PretrainedConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
+from a2tgpo.model.experts import is_expert
 from a2tgpo.model.hf_config import load_hf_config, rope_parameters
 from a2tgpo.model.layer_spec import decoder_spec
 from a2tgpo.model.policy import Policy
@@ -116,9 +117,12 @@ def _gpt_model(
         seq_len_interpolation_factor=rope.interpolation,
         **scaling,
     ).to(groups.device)
-    for parameter in gpt_model.parameters():
+    for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter; layers set them on split ones only.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        # Gradients of experts are reduced over the ranks that hold the same ones. Up to 0.16 Megatron knows that with
+        # parallel.expert > 1 only, and would lose what the tokens of other tensor-parallel ranks bring.
+        parameter.allreduce = not is_expert(name)
     return gpt_model
 
 

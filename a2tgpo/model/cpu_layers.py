@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.parameter import Parameter
 
+from a2tgpo.model.cpu_experts import grouped_mlp_modules
+
 
 class CpuSpecProvider(LocalSpecProvider):
     """Names the twins where `TESpecProvider` names Transformer Engine's modules."""
@@ -34,6 +36,9 @@ class CpuSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return PackedAttention
+
+    def grouped_mlp_modules(self, *_: Any) -> Any:
+        return grouped_mlp_modules()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 # What Megatron's RotaryEmbedding._apply_scaling has built in (rotary_pos_embedding.py:90); only `factor` varies.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -21,7 +22,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
     Raises:
         ConfigError: one line, if the folder, its config.json or its weights are missing or malformed, or if the
-            architecture is none of Llama, Qwen2, Qwen3 (dense).
+            architecture is none of Llama, Qwen2, Qwen3, Qwen3-MoE.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -121,6 +122,8 @@ def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
         raise ConfigError(
             f"{where} quantization_config; allowed: a checkpoint in bfloat16, float16 or float32"
         )
+    if has_experts(hf_config):
+        refuse_unsupported_experts(where, hf_config)
     rope_parameters(path, hf_config)
 
 

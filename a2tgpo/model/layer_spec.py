@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,7 +19,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 def decoder_spec(config: TransformerConfig, provider: Any) -> TransformerBlockSubmodules:
     """Specification of this pipeline stage's decoder, made of the modules that `provider` names.
 
-    The input norms live inside the linear layers that follow them (`linear_qkv.layer_norm_weight`).
+    The input norms live inside the linear layers that follow them (`linear_qkv.layer_norm_weight`), but for the one
+    before a mixture of experts.
     """
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -32,22 +34,34 @@ def decoder_spec(config: TransformerConfig, provider: Any) -> TransformerBlockSu
             k_layernorm=qk_norm,
         ),
     )
-    mlp = ModuleSpec(
+    has_experts = config.num_moe_experts is not None
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            # The router needs normalised hidden states of its own.
+            pre_mlp_layernorm=provider.layer_norm() if has_experts else IdentityOp,
+            mlp=_experts(config, provider) if has_experts else _mlp(provider),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    num_layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider.layer_norm())
+
+
+def _mlp(provider: Any) -> ModuleSpec:
+    return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
             linear_fc1=provider.column_parallel_layer_norm_linear(),
             linear_fc2=provider.row_parallel_linear(),
         ),
     )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-        ),
+
+
+def _experts(config: TransformerConfig, provider: Any) -> Any:
+    """Router, dispatcher and grouped experts (`experts.linear_fc1.weight0`, `weight1`, ...)."""
+    return get_moe_module_spec_for_backend(
+        backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
-    num_layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider.layer_norm())

@@ -15,6 +15,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model.experts import check_expert_layout, expert_settings, has_experts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,11 +26,13 @@ of one layout fits another."""
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
     """Raise `ConfigError` unless the layout divides the model, into what FP8 can take if it is on."""
-    for size, what in (
+    split = [
         (hf_config.num_attention_heads, "attention heads"),
         (hf_config.num_key_value_heads, "key-value heads"),
-        (hf_config.intermediate_size, "feed-forward channels"),
-    ):
+    ]
+    if not has_experts(hf_config):  # experts are not sliced
+        split.append((hf_config.intermediate_size, "feed-forward channels"))
+    for size, what in split:
         if size % parallel.tensor:
             raise ConfigError(
                 f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
@@ -39,18 +42,23 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8
             f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
             f"{hf_config.num_hidden_layers} layers"
         )
+    check_expert_layout(hf_config, parallel)
     if fp8.enabled:
         _check_fp8_layout(hf_config, parallel, fp8)
 
 
 def _check_fp8_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
     heads, multiple = hf_config.num_attention_heads, fp8.channel_multiple
+    if has_experts(hf_config):
+        feed_forward = (hf_config.moe_intermediate_size, "channels of an expert")
+    else:
+        feed_forward = (hf_config.intermediate_size // parallel.tensor, "feed-forward channels")
     all_heads = heads + 2 * hf_config.num_key_value_heads
     for size, what in (
         (hf_config.hidden_size, "hidden channels"),
         (all_heads * hf_config.head_dim // parallel.tensor, "query, key and value channels"),
         (heads * hf_config.head_dim // parallel.tensor, "channels of attention heads"),
-        (hf_config.intermediate_size // parallel.tensor, "feed-forward channels"),
+        feed_forward,
     ):
         if size % multiple:
             raise ConfigError(
@@ -112,7 +120,7 @@ def transformer_config(
         gated_linear_unit=True,
         add_bias_linear=False,
         add_qkv_bias=hf_config.model_type == "qwen2",
-        qk_layernorm=hf_config.model_type == "qwen3",
+        qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Weights come from the checkpoint. The initialisation itself must run, though: it is what marks
@@ -130,6 +138,7 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused beside the line above, experts or not
         deallocate_pipeline_outputs=True,
+        **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
         **_fusions(transformer_engine),
         **_recompute(model.recompute),
         **_fp8(model.fp8),

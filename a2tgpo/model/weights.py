@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.model.experts import expert_names, is_expert
 from a2tgpo.model.hf_config import weight_files
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
@@ -134,10 +135,13 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
         hf_tensors = [tensors[name].get_tensor(name) for name in hf_names]
         try:
             full = policy.bridge._weight_to_mcore_format(global_name, hf_tensors)
-            shards = policy.bridge._weight_split_across_tp(
-                global_name, full, parameter, policy.groups.tp_size
-            )
-            shard = shards[policy.groups.tp_rank]
+            if is_expert(global_name):
+                shard = full
+            else:
+                shards = policy.bridge._weight_split_across_tp(
+                    global_name, full, parameter, policy.groups.tp_size
+                )
+                shard = shards[policy.groups.tp_rank]
             if shard.shape != parameter.shape:
                 raise ValueError(f"need {tuple(parameter.shape)}, got {tuple(shard.shape)}")
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -153,7 +157,7 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
 
 
 def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of this stage under names with the layer's number in the whole model."""
+    """Parameters of this rank under names with the layer's number in the whole model, the expert's in its layer."""
     global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
     for name, parameter in model.named_parameters():
         yield global_names[name], parameter
@@ -170,16 +174,17 @@ class _ParameterRecord:
     name: str
     shape: tuple[int, ...]
     split_dim: int | None
-    """Dimension split over tensor-parallel ranks; None: every rank has all of it."""
+    """Dimension split over tensor-parallel ranks; None: every rank has all of it, or it is an expert."""
 
 
 @torch.no_grad()
 def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """All weights under Hugging Face names, in full, one Megatron parameter's worth alive at a time.
 
-    Every rank calls this and runs it to its end, since each step is a broadcast over the pipeline and a gather
-    over the tensor-parallel group; all ranks get the same tensors in the same order. A tensor may share memory
-    with the model: it is to be read, not written, before the next one is asked for.
+    Of experts that is one from each expert-parallel rank. Every rank calls this and runs it to its end, since each
+    step is a broadcast over the pipeline and a gather over the tensor- or expert-parallel group; all ranks get the
+    same tensors in the same order. A tensor may share memory with the model: it is to be read, not written, before
+    the next one is asked for.
 
     Yields:
         (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
@@ -193,16 +198,22 @@ def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
             if record.name == _OUTPUT and policy.tied_embeddings:
                 continue
             shard = _from_stage(policy, record, local)
-            full = _gather(policy, record, shard)
+            parts = (
+                _experts(policy, record, shard)
+                if is_expert(record.name)
+                else [(record.name, _gather(policy, record, shard))]
+            )
             del shard
-            names, tensors = bridge._weight_to_hf_format(record.name, full)
-            del full
-            while tensors:
-                yield names.pop(0), tensors.pop(0)
+            while parts:
+                name, full = parts.pop(0)
+                names, tensors = bridge._weight_to_hf_format(name, full)
+                del full
+                while tensors:
+                    yield names.pop(0), tensors.pop(0)
 
 
 def _record(stage: int, name: str, parameter: torch.nn.Parameter) -> _ParameterRecord:
-    is_split = getattr(parameter, "tensor_model_parallel", False)
+    is_split = getattr(parameter, "tensor_model_parallel", False) and not is_expert(name)
     return _ParameterRecord(
         stage, name, tuple(parameter.shape), getattr(parameter, "partition_dim", 0) if is_split else None
     )
@@ -233,6 +244,19 @@ def _gather(policy: Policy, record: _ParameterRecord, shard: torch.Tensor) -> to
     shard_info = torch.empty(0)
     shard_info.tensor_model_parallel, shard_info.partition_dim = True, record.split_dim  # type: ignore[attr-defined]
     return policy.bridge._weight_merge_across_tp(record.name, shards, shard_info)
+
+
+def _experts(policy: Policy, record: _ParameterRecord, shard: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The expert at this place on every expert-parallel rank, under its Megatron name, in their order."""
+    groups, config = policy.groups, policy.transformer_config
+    assert config.num_moe_experts is not None
+    shards = [shard]
+    if groups.ep_size > 1:
+        shards = [torch.empty_like(shard) for _ in range(groups.ep_size)]
+        dist.all_gather(shards, shard.contiguous(), group=groups.ep_group)
+    per_rank = config.num_moe_experts // groups.ep_size
+    names = expert_names(record.name, experts_per_rank=per_rank, num_ranks=groups.ep_size)
+    return list(zip(names, shards, strict=True))
 
 
 # -- to disk -------------------------------------------------------------------------------------------------

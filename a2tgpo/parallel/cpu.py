@@ -239,9 +239,22 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def _plain_splits(moe_utils: Any) -> None:
+    """The token dispatcher hands all-to-all its splits as NumPy arrays where they came from a GPU, else as tensors,
+    which torch refuses."""
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and isinstance(moved, torch.Tensor) else moved
+
+    moe_utils.maybe_move_tensor_to_cpu = to_cpu
+
+
 _ADAPTATIONS: dict[str, Callable[[Any], None]] = {
     "megatron.core.jit": _without_compilation,
     "megatron.core.tensor_parallel.random": _cpu_generator,
     "megatron.core.optimizer": _fused_adam,
     "megatron.core.optimizer.distrib_optimizer": _fused_adam_sharded,
+    "megatron.core.transformer.moe.moe_utils": _plain_splits,
 }

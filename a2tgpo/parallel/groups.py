@@ -13,7 +13,8 @@ class ParallelGroups:
     """Ranks, sizes and process groups of one process.
 
     Global rank = tp_rank + tp_size * (dp_rank + dp_size * pp_rank): tensor-parallel ranks are neighbours, since
-    they talk most, and pipeline stages are furthest apart.
+    they talk most, and pipeline stages are furthest apart. Of the ranks of a stage, counted by tp_rank + tp_size *
+    dp_rank, expert-parallel ones are neighbours too: ep_rank is that count modulo ep_size.
     """
 
     rank: int
@@ -31,6 +32,12 @@ class ParallelGroups:
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
+    ep_rank: int
+    ep_size: int
+    ep_group: ProcessGroup
+    """The ranks that share out the experts of a stage's layers; each expert is whole on one of them."""
+    edp_group: ProcessGroup
+    """Expert-data-parallel: the ranks of a stage that hold the same experts, and reduce their gradients."""
     model_group: ProcessGroup
     """The tensor x pipeline ranks that hold one replica of the model, this process among them."""
 

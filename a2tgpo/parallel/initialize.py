@@ -63,6 +63,8 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=1,  # experts are narrow: they are shared out whole, never sliced
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
     )
     random.seed(seed)
@@ -73,12 +75,18 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless tensor x pipeline ranks divide `world_size` processes."""
+    """Raise `ConfigError` unless tensor x pipeline ranks divide `world_size` processes, and expert ones a stage."""
     model_ranks = config.tensor * config.pipeline
     if world_size % model_ranks:
         raise ConfigError(
             f"parallel.tensor ({config.tensor}) x parallel.pipeline ({config.pipeline}) = {model_ranks} does not "
             f"divide the {world_size} processes started; start a multiple of {model_ranks}"
+        )
+    stage_ranks = world_size // config.pipeline
+    if stage_ranks % config.expert:
+        raise ConfigError(
+            f"parallel.expert is {config.expert}; allowed: a divisor of the {stage_ranks} ranks of a pipeline stage "
+            f"(parallel.tensor {config.tensor} x {stage_ranks // config.tensor} data-parallel)"
         )
 
 
@@ -119,9 +127,16 @@ def _groups() -> ParallelGroups:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        edp_group=parallel_state.get_expert_data_parallel_group(),
         model_group=parallel_state.get_model_parallel_group(),
     )
     assert dist.get_process_group_ranks(groups.model_group) == groups.dp_ranks_of(groups.dp_rank), (
         "Megatron laid the ranks out in another order than ParallelGroups states"
+    )
+    assert groups.ep_rank == (groups.tp_rank + groups.tp_size * groups.dp_rank) % groups.ep_size, (
+        "Megatron laid the expert-parallel ranks out in another order than ParallelGroups states"
     )
     return groups

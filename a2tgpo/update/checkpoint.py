@@ -219,7 +219,8 @@ def _sync(folder: Path) -> None:
 
 def layout_of(policy: Policy) -> dict[str, dict[str, int]]:
     groups = policy.groups
-    return {"layout": {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}}
+    sizes = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size, "ep": groups.ep_size}
+    return {"layout": sizes}
 
 
 def rng_file(rank: int) -> str:

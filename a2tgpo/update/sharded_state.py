@@ -189,7 +189,7 @@ def _to_host(value: Any) -> Any:
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
     """Without the modules' `_extra_state`: empty outside FP8 delayed scaling, and a pickle when read back."""
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
 
 
 def _model_key(policy: Policy, number: int) -> str:

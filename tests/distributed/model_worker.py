@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 import transformers
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_models import checkpoint_tensors
+
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -121,7 +125,7 @@ def check_against_transformers(
 ) -> dict[str, Any]:
     policy = build_policy(model, parallel, groups, update=UpdateConfig(distributed_optimizer=False))
     reference = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
-    batches = [packed_batch(policy.vocab_size, seed) for seed in range(3)]
+    batches = [packed_batch(policy.vocab_size, seed) for seed in range(4)]  # as many for each replica
 
     logits_error = 0.0
     logits = run(policy, batches, forward_only=True)  # one per batch on the last stage, none elsewhere
@@ -132,7 +136,9 @@ def check_against_transformers(
         logprobs = expected.log_softmax(-1).gather(-1, tokens[0].roll(-1)[:, None])[:, 0]
         (weights * logprobs).sum().backward()
 
-    state = {name: p.detach() for name, p in reference.named_parameters()}  # tied weights once
+    state = checkpoint_tensors(
+        {name: p.detach() for name, p in reference.named_parameters()}
+    )  # tied weights once
     exported, exact = set(), True
     for name, tensor in iterate_hf_weights(policy):
         exported.add(name)
@@ -153,7 +159,8 @@ def check_saved(policy: Policy, state: dict[str, torch.Tensor], folder: Path) ->
         save_hf(policy, str(folder))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     equal = all(
-        torch.equal(p, state[name]) and p.dtype == policy.dtype for name, p in loaded.named_parameters()
+        torch.equal(p, state[name]) and p.dtype == policy.dtype
+        for name, p in checkpoint_tensors(dict(loaded.named_parameters())).items()
     )
     dist.barrier()
     if policy.groups.rank == 0:
@@ -170,7 +177,7 @@ def gradient_error(policy: Policy, batches: list, reference: Any) -> float:
     with torch.no_grad():  # gradients travel home by the way that weights do
         for parameter in policy.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
-    grads = {name: p.grad for name, p in reference.named_parameters()}
+    grads = checkpoint_tensors({name: p.grad for name, p in reference.named_parameters()})
     return max(
         ((tensor - grads[name]).abs().max() / grads[name].abs().max()).item()
         for name, tensor in iterate_hf_weights(policy)
@@ -253,6 +260,8 @@ def check_groups(groups: ParallelGroups) -> None:
     assert (groups.tp_rank, groups.tp_size) == (groups.tp_group.rank(), groups.tp_group.size())
     assert (groups.pp_rank, groups.pp_size) == (groups.pp_group.rank(), groups.pp_group.size())
     assert (groups.dp_rank, groups.dp_size) == (groups.dp_group.rank(), groups.dp_group.size())
+    assert (groups.ep_rank, groups.ep_size) == (groups.ep_group.rank(), groups.ep_group.size())
+    assert groups.ep_size * groups.edp_group.size() * groups.pp_size == groups.world_size
     replicas = all_gather_object(groups.dp_rank, dist.group.WORLD)
     for index in range(groups.dp_size):
         assert groups.dp_ranks_of(index) == [rank for rank, dp in enumerate(replicas) if dp == index]

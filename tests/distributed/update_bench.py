@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_models import checkpoint_tensors
 
 from a2tgpo.batch.balance import deal, microbatches
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
@@ -33,6 +38,12 @@ LAYOUTS = {
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True, timeout_s=60),
     "pp2": ParallelConfig(pipeline=2, timeout_s=60),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2, timeout_s=60),
+    # For a mixture of experts:
+    "ep2": ParallelConfig(expert=2, timeout_s=60),
+    "ep4": ParallelConfig(expert=4, timeout_s=60),
+    "tp2_sequence_ep2": ParallelConfig(tensor=2, sequence=True, expert=2, timeout_s=60),
+    "tp2_sequence_ep4": ParallelConfig(tensor=2, sequence=True, expert=4, timeout_s=60),
+    "pp2_ep2": ParallelConfig(pipeline=2, expert=2, timeout_s=60),
 }
 
 
@@ -85,7 +96,19 @@ class Reference:
 
 
 def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = load_reference(path)
+    loss, logprobs = reference_loss(model, trajectories)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Reference(loss=loss.item(), gradients=checkpoint_tensors(gradients), logprobs=logprobs)
+
+
+def load_reference(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The loss of `Bench.loss_function` and each token's log-prob."""
     total = sum(t.num_sampled_tokens for t in trajectories)
     loss, logprobs = torch.zeros(()), {}
     for index, rollout in enumerate(trajectories):
@@ -99,9 +122,7 @@ def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
         found = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
         loss = loss - (found * torch.tensor(weights[1:])).sum() / total
         logprobs[index] = found.detach()
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return Reference(loss=loss.item(), gradients=gradients, logprobs=logprobs)
+    return loss, logprobs
 
 
 class Bench:
@@ -201,9 +222,9 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert tolerance > 0 or torch.equal(tensor, expected[name]), f"{name} is not equal to the bit"
 
 
-def make_model(path: Path) -> None:
+def make_model(path: Path, *, experts: int = 0) -> None:
     torch.manual_seed(11)
-    config = Qwen3Config(
+    sizes = dict(
         vocab_size=VOCAB,
         hidden_size=48,
         intermediate_size=96,
@@ -215,4 +236,8 @@ def make_model(path: Path) -> None:
         initializer_range=0.15,
         tie_word_embeddings=True,
     )
+    config = Qwen3Config(**sizes)
+    if experts:
+        config = Qwen3MoeConfig(**sizes, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=32)
+        config.norm_topk_prob = True
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)

@@ -382,6 +382,27 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
 }
 
 
+def run_checks(folder: Path, checks_by_layout: dict[str, Any], *, experts: int = 0) -> None:
+    """All checks on a model in FOLDER/model, results to FOLDER/results.json."""
+    start = time.perf_counter()
+    trajectories, results = make_trajectories(), {}
+    rank = initialize(ParallelConfig(timeout_s=60), seed=3).rank
+    if rank == 0:
+        make_model(folder / "model", experts=experts)
+    leave()
+    reference = make_reference(folder / "model", trajectories)
+    for name, checks in checks_by_layout.items():
+        bench = Bench(folder, name, trajectories, reference)
+        for check in checks:
+            key = f"{check.__name__.removeprefix('check_')}[{name}]"
+            results[key] = run_check(check, bench)
+            if rank == 0:
+                print(f"{time.perf_counter() - start:6.1f}s {key} {results[key] or 'ok'}", flush=True)
+        leave()
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
 def run_check(check: Callable[[Bench], None], bench: Bench) -> str:
     """Empty where the check holds on every rank, else what the first failing rank says."""
     try:
@@ -404,25 +425,5 @@ def leave() -> None:
     shutdown()
 
 
-def main(folder: Path) -> None:
-    start = time.perf_counter()
-    trajectories, results = make_trajectories(), {}
-    rank = initialize(ParallelConfig(timeout_s=60), seed=3).rank
-    if rank == 0:
-        make_model(folder / "model")
-    leave()
-    reference = make_reference(folder / "model", trajectories)
-    for name, checks in CHECKS.items():
-        bench = Bench(folder, name, trajectories, reference)
-        for check in checks:
-            key = f"{check.__name__.removeprefix('check_')}[{name}]"
-            results[key] = run_check(check, bench)
-            if rank == 0:
-                print(f"{time.perf_counter() - start:6.1f}s {key} {results[key] or 'ok'}", flush=True)
-        leave()
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_checks(Path(sys.argv[1]), CHECKS)

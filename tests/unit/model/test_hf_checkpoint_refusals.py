@@ -57,7 +57,7 @@ def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral'; allowed: llama | qwen2 | qwen3"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral'; allowed: llama | qwen2 | qwen3 | qwen3_moe"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; allowed: silu"),
         ({"attention_bias": True}, "attention_bias true; allowed: false"),
         ({"mlp_bias": True}, "mlp_bias true; allowed: false"),
@@ -92,6 +92,41 @@ def test_sliding_window_layers_are_refused(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2")
     edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True)
     assert "sliding-window layers" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"mlp_only_layers": [0]}, "mlp_only_layers [0]; allowed: 1 and [], experts in every layer"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step 2 and mlp_only_layers []; allowed: 1 and []"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9; allowed: 1 to the 8 experts"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob true with num_experts_per_tok 1"),
+    ],
+)
+def test_experts_that_cannot_be_expressed_are_refused(
+    checkpoint: Checkpoint, changes: dict, fault: str
+) -> None:
+    folder = checkpoint("qwen3_moe")
+    edit_config(folder, **changes)
+    assert fault in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parallel", "fault"),
+    [
+        ("qwen3", ParallelConfig(expert=2), "parallel.expert is 2; allowed: 1, since a qwen3 model has no"),
+        ("qwen3_moe", ParallelConfig(expert=3), "parallel.expert is 3; allowed: a divisor of the model's 8"),
+        ("qwen3_moe", ParallelConfig(tensor=2, expert=2), "parallel.sequence is false; allowed: true where"),
+    ],
+)
+def test_layout_must_suit_the_experts(
+    checkpoint: Checkpoint, architecture: str, parallel: ParallelConfig, fault: str
+) -> None:
+    hf_config = load_hf_config(str(checkpoint(architecture)))
+    with pytest.raises(ConfigError) as caught:
+        check_layout(hf_config, parallel, Fp8Config())
+    assert fault in str(caught.value) and "\n" not in str(caught.value)
+    check_layout(hf_config, ParallelConfig(tensor=2, sequence=True), Fp8Config())
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_theta"])

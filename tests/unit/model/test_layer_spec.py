@@ -17,7 +17,7 @@ from a2tgpo.model.transformer_config import transformer_config
 from a2tgpo.parallel.groups import ParallelGroups
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_layer_is_megatrons_own_for_transformer_engine(
     architecture: str,
     checkpoint: Callable[..., Path],
@@ -29,7 +29,10 @@ def test_layer_is_megatrons_own_for_transformer_engine(
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", CpuSpecProvider, raising=False)
     model = ModelConfig(path=str(checkpoint(architecture)))
     config = transformer_config(load_hf_config(model.path), model, ParallelConfig(), transformer_engine=False)
-    theirs = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture == "qwen3")
+    experts = {"num_experts": 8, "moe_grouped_gemm": True} if architecture == "qwen3_moe" else {}
+    theirs = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=architecture.startswith("qwen3"), **experts
+    )
     mine = decoder_spec(config, CpuSpecProvider()).layer_specs
     assert len(mine) == 2
     # Their map renames parameters of a fused MLP that neither uses.
@@ -57,4 +60,21 @@ def test_parameters_have_transformer_engines_names(
         layer + "mlp.linear_fc2.weight",
         "decoder.final_layernorm.weight",
         "output_layer.weight",
+    }
+
+
+def test_experts_have_transformer_engines_names(
+    checkpoint: Callable[..., Path], groups: ParallelGroups
+) -> None:
+    """One weight for each expert in the grouped linear layers; the norm before the router is a module of its own."""
+    model = ModelConfig(path=str(checkpoint("qwen3_moe", tied=False)))
+    policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+    layer = "decoder.layers.0."
+    shapes = {name.removeprefix(layer): tuple(p.shape) for name, p in policy.gpt_models[0].named_parameters()}
+    found = {name: shape for name, shape in shapes.items() if "mlp" in name and "layers" not in name}
+    assert found == {
+        "pre_mlp_layernorm.weight": (64,),
+        "mlp.router.weight": (8, 64),
+        **{f"mlp.experts.linear_fc1.weight{i}": (64, 64) for i in range(8)},
+        **{f"mlp.experts.linear_fc2.weight{i}": (64, 32) for i in range(8)},
     }

@@ -112,6 +112,25 @@ def test_llama3_and_linear_rope_scaling_equal_transformers(
         assert rope["rope_type"] == "default" or (logits - plain).abs().max() > 1e-3, "scaling was not seen"
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+def test_routing_equals_transformers(
+    normalised: bool, checkpoint: Callable[..., Path], groups: ParallelGroups
+) -> None:
+    """With the chosen experts' weights normalised, and without."""
+    folder = checkpoint("qwen3_moe", tied=False)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"norm_topk_prob": normalised}))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = build(folder, groups)
+    tokens = random_tokens(30, policy.vocab_size)
+    with torch.no_grad():
+        expected = torch.cat([reference(part).logits[0] for part in tokens.split([29, 1], 1)])
+    logits = forward(policy, tokens, 29, 30)
+    assert (logits - expected).abs().max() <= 1e-4
+    # One token alone: six of eight experts get none.
+    assert (forward(policy, tokens[:, 29:], 1) - expected[29:]).abs().max() <= 1e-4
+
+
 def test_inference_mode_is_refused(checkpoint: Callable[..., Path], groups: ParallelGroups) -> None:
     policy = build(checkpoint("llama"), groups)
     with pytest.raises(AssertionError, match="no_grad"), torch.inference_mode():

@@ -46,6 +46,10 @@ def record(rank: int, *, tp: int, dp: int, pp: int) -> ParallelGroups:
         dp_rank=rank // tp % dp,
         dp_size=dp,
         dp_group=group,
+        ep_rank=0,
+        ep_size=1,
+        ep_group=group,
+        edp_group=group,
         model_group=group,
     )
 
@@ -69,6 +73,16 @@ def test_layout_must_divide_the_processes() -> None:
         ConfigError, match=r"= 4 does not divide the 6 processes started; start a multiple of 4$"
     ):
         check_layout(ParallelConfig(tensor=2, pipeline=2), 6)
+
+
+def test_expert_ranks_must_divide_a_stage() -> None:
+    check_layout(ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=4), 8)
+    with pytest.raises(ConfigError) as caught:
+        check_layout(ParallelConfig(pipeline=2, expert=4), 12)
+    assert str(caught.value) == (
+        "parallel.expert is 4; allowed: a divisor of the 6 ranks of a pipeline stage "
+        "(parallel.tensor 1 x 6 data-parallel)"
+    )
 
 
 def test_a_process_without_a_launcher_is_alone(groups: ParallelGroups) -> None:

@@ -1,0 +1,103 @@
+"""Mixture of experts: what of a checkpoint can be expressed, how it is routed and laid out, its parameters' names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.parallel import ParallelConfig
+
+_PREFIX = ".mlp.experts."
+
+
+def has_experts(hf_config: PretrainedConfig) -> bool:
+    """Whether the feed-forward layers are mixtures of experts."""
+    return hf_config.model_type == "qwen3_moe"
+
+
+def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
+    """Raise `ConfigError` for a mixture that Megatron's layers would not compute as the checkpoint means it.
+
+    Args:
+        where: begins the message.
+    """
+    if hf_config.decoder_sparse_step != 1 or hf_config.mlp_only_layers:
+        raise ConfigError(
+            f"{where} decoder_sparse_step {hf_config.decoder_sparse_step} and mlp_only_layers "
+            f"{hf_config.mlp_only_layers}; allowed: 1 and [], experts in every layer"
+        )
+    chosen, experts = hf_config.num_experts_per_tok, hf_config.num_experts
+    if not 1 <= chosen <= experts:
+        raise ConfigError(f"{where} num_experts_per_tok {chosen}; allowed: 1 to the {experts} experts")
+    if chosen == 1 and hf_config.norm_topk_prob:
+        raise ConfigError(
+            f"{where} norm_topk_prob true with num_experts_per_tok 1, whose weight is then 1 whatever the router "
+            "says; allowed: norm_topk_prob false, or more experts per token"
+        )
+
+
+def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Raise `ConfigError` unless the layout suits the model's experts, or there are none and it asks for none."""
+    if not has_experts(hf_config):
+        if parallel.expert > 1:
+            raise ConfigError(
+                f"parallel.expert is {parallel.expert}; allowed: 1, since a {hf_config.model_type} model has no "
+                "experts"
+            )
+        return
+    if hf_config.num_experts % parallel.expert:
+        raise ConfigError(
+            f"parallel.expert is {parallel.expert}; allowed: a divisor of the model's {hf_config.num_experts} experts"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        # Megatron refuses it in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
+        raise ConfigError(
+            f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the model "
+            "has experts, else every tensor-parallel rank would send them the same tokens"
+        )
+
+
+def expert_settings(
+    hf_config: PretrainedConfig, parallel: ParallelConfig, *, transformer_engine: bool
+) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig for routing and layout; none for a dense model.
+
+    Qwen3 weighs the chosen experts by softmax over all, renormalised over the chosen (`norm_topk_prob`), which is
+    softmax over the chosen logits: Megatron's routing without `pre_softmax`. No token is dropped and no balancing
+    loss added: the gradient must be that of the policy that played.
+    """
+    if not has_experts(hf_config):
+        return {}
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": True,
+        "moe_permute_fusion": transformer_engine,
+        "expert_model_parallel_size": parallel.expert,
+        # Experts are narrow: they are shared out whole, over tensor-parallel ranks too, and never sliced.
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def is_expert(name: str) -> bool:
+    """Whether the Megatron parameter of this name is an expert's."""
+    return _PREFIX in name
+
+
+def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
+    """Names of the experts at the same place on each of `num_ranks` expert-parallel ranks, in their order.
+
+    Args:
+        name: of one of them, with its number in the whole layer: `....mlp.experts.linear_fc1.weight17`.
+    """
+    stem, number = name.rsplit("weight", 1)
+    place = int(number) % experts_per_rank
+    return [f"{stem}weight{place + experts_per_rank * rank}" for rank in range(num_ranks)]

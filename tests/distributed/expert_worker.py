@@ -1,0 +1,139 @@
+"""What each of the 4 ranks of test_experts.py runs, on a mixture of experts: results to FOLDER/results.json.
+
+    torchrun --nproc-per-node 4 expert_worker.py FOLDER
+
+As update_worker.py, whose checks are run here too.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from model_worker import check_against_transformers, check_groups
+from update_bench import (
+    Bench,
+    assert_close,
+    hf_weights,
+    load_reference,
+    reference_loss,
+)
+from update_worker import (
+    check_gradients,
+    check_nan_is_skipped,
+    check_resume,
+    check_scores,
+    run_checks,
+)
+
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.update import checkpoint
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.train_step import compute_gradients
+
+from tiny_models import checkpoint_tensors  # isort: skip  (found by what update_bench adds to the path)
+
+EXPERTS = 8
+NUM_UPDATES = 3
+
+
+def check_transformers(bench: Bench) -> None:
+    """Logits and gradients are those of transformers; exported and saved weights are the checkpoint's, to the bit."""
+    check_groups(bench.groups)
+    recompute = "full" if bench.parallel.pipeline > 1 else "none"
+    model = ModelConfig(path=str(bench.folder / "model"), dtype="float32", recompute=recompute)
+    if bench.groups.rank == 0:
+        (bench.folder / "model" / "tokenizer.json").write_text("{}")
+    dist.barrier()
+    found = check_against_transformers(model, bench.parallel, bench.groups, bench.folder)
+    assert 0 < found["logits_error"] <= 1e-4 and 0 < found["grad_error"] <= 1e-4, found
+    assert found["export_exact"] and found["export_complete"] and found["saved_equal"], found
+
+
+def check_idle_experts(bench: Bench) -> None:
+    """An expert, and a rank's whole share of them, without a token has zero gradients; others have theirs."""
+    policy, _ = bench.policy()
+    tokens = torch.zeros(EXPERTS)
+
+    def count(module: Any, inputs: tuple) -> None:
+        per_rank = EXPERTS // bench.groups.ep_size
+        first = bench.groups.ep_rank * per_rank
+        tokens[first : first + per_rank] += torch.as_tensor(inputs[1]).float()
+
+    (model,) = policy.gpt_models
+    layer = model.decoder.layers[0].mlp
+    handle = layer.experts.register_forward_pre_hook(count)
+    with torch.no_grad():  # a router without a preference sends every token to the same two experts
+        layer.router.weight.zero_()
+    batches = bench.batches()
+    compute_gradients(policy, batches, bench.loss_function(batches))
+    handle.remove()
+    dist.all_reduce(tokens)
+    assert (tokens == 0).sum() == EXPERTS - 2 and tokens.sum() > 0, tokens
+    for name, parameter in layer.experts.named_parameters():
+        expert = int(name.rpartition("weight")[2]) + bench.groups.ep_rank * layer.num_local_experts
+        assert (parameter.main_grad.norm() > 0) == (tokens[expert] > 0), (name, tokens)
+
+
+def check_updates(bench: Bench) -> None:
+    """Three updates give the weights and gradient norms that one process with transformers and AdamW gives."""
+    policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=10)
+    norms = [bench.step(policy, optimizer).grad_norm for _ in range(NUM_UPDATES)]
+    model = load_reference(bench.folder / "model")
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=schedule.lr,
+        betas=(update.adam_beta1, update.adam_beta2),
+        eps=update.adam_eps,
+        weight_decay=update.weight_decay,
+    )
+    for norm in norms:
+        adam.zero_grad()
+        reference_loss(model, bench.trajectories)[0].backward()
+        expected = float(torch.nn.utils.clip_grad_norm_(model.parameters(), update.clip_grad))
+        assert math.isclose(norm, expected, rel_tol=1e-3) and norm > update.clip_grad, (norms, expected)
+        adam.step()
+    # Adam turns rounding into steps of its own: updated weights are close, not equal.
+    weights = checkpoint_tensors({name: p.detach() for name, p in model.named_parameters()})
+    assert_close(hf_weights(policy), weights, 2e-3)
+
+
+def check_from_two_expert_ranks(bench: Bench) -> None:
+    """A checkpoint of two expert-parallel ranks goes on in another layout."""
+    policy, update = bench.policy(distributed_optimizer=True)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    root = bench.folder / "checkpoints" / "ep2"
+    checkpoint.load(root / "step_2", policy=policy, optimizer=optimizer, schedule=schedule)
+    for _ in range(2):
+        bench.step(policy, optimizer)
+        schedule.step()
+    assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
+
+
+CHECKS = {
+    "ep2": [
+        check_transformers,
+        check_gradients,
+        check_scores,
+        check_updates,
+        check_nan_is_skipped,
+        check_resume,
+    ],
+    "dp4": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
+    "ep4": [check_transformers, check_gradients, check_updates, check_idle_experts],
+    "tp2_sequence": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
+    "tp2_sequence_ep2": [check_transformers, check_gradients, check_updates],
+    "tp2_sequence_ep4": [check_gradients, check_scores, check_updates, check_from_two_expert_ranks],
+    "pp2_ep2": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
+}
+
+
+if __name__ == "__main__":
+    run_checks(Path(sys.argv[1]), CHECKS, experts=EXPERTS)

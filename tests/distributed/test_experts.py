@@ -1,0 +1,39 @@
+"""A mixture of experts over 4 gloo processes, its experts shared out or not (see expert_worker.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_update import finish, start
+
+CHECKS = {
+    "ep2": ["transformers", "gradients", "scores", "updates", "nan_is_skipped", "resume"],
+    "dp4": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
+    "ep4": ["transformers", "gradients", "updates", "idle_experts"],
+    "tp2_sequence": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
+    "tp2_sequence_ep2": ["transformers", "gradients", "updates"],
+    "tp2_sequence_ep4": ["gradients", "scores", "updates", "from_two_expert_ranks"],
+    "pp2_ep2": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
+}
+KEYS = [f"{check}[{layout}]" for layout, checks in CHECKS.items() for check in checks]
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("experts")
+    finish(start(4, Path(__file__).with_name("expert_worker.py"), str(folder)), 300)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("check", KEYS)
+def test_experts(results, check) -> None:
+    """Each check states its claim in expert_worker.py or update_worker.py."""
+    assert results[check] == ""
+
+
+def test_every_check_of_the_worker_is_looked_at(results) -> None:
+    assert sorted(results) == sorted(KEYS)
