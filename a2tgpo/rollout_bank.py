@@ -17,16 +17,18 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch.distributed as dist
 
-from a2tgpo.assemble import RunParts
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import fingerprint
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from a2tgpo.assemble import RunParts
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config
@@ -28,6 +28,9 @@ from a2tgpo.recorder import Recorder
 from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
 
 PACKAGES = (
     "torch",
