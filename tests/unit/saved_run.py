@@ -92,7 +92,9 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        return sorted(int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*"))
+        return sorted(
+            int(p.name.removeprefix("step_")) for p in self.checkpoints.glob("step_*") if not p.suffix
+        )
 
     @property
     def best_step(self) -> int | None:
