@@ -126,7 +126,7 @@ class Watchdog:
         elif not places:
             cause = "the store of the ranks does not answer"
         else:
-            cause = "no rank is behind this one"
+            cause = "all ranks are in it or past it"
         return (
             f"watchdog: {place.stage} has taken {time.monotonic() - place.since:.0f} s on rank {self._rank} "
             f"({key}={deadline_s:g}); {cause}. Stacks of all ranks: {self._path.parent}"

@@ -11,19 +11,34 @@ BROKEN_RUN = 3
 """Exit code of a run that failed, or that its guards stopped."""
 GRACE_S = 3.0
 """All ranks fail on the same mistake; the others leave rank 0 this long to say it, and the launcher to end them."""
+ANOTHER_RANK_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "communicator was aborted",
+)
+"""What gloo and NCCL say where a rank has ended: an echo of a failure that is told elsewhere."""
 
 
-def exit_code(error: ConfigError | RuntimeError) -> int:
+def exit_code(error: ConfigError | RuntimeError | OSError) -> int:
     """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
 
     A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
     more than its message.
     """
-    if isinstance(error, RuntimeError) and "\n" in str(error):
+    rank = os.environ.get("RANK", "0")
+    is_echo = any(text in str(error) for text in ANOTHER_RANK_IS_GONE)
+    if isinstance(error, RuntimeError) and "\n" in str(error) and not is_echo:
         raise error
-    message = str(error)
-    if os.environ.get("RANK", "0") != "0":
+    if is_echo:
+        message = "another rank has ended; its own message, or its launcher's, tells why"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename or 'a file'}: {error.strerror}"
+    else:
+        message = str(error)
+    if rank != "0" or is_echo:
         time.sleep(GRACE_S)
-        message = f"rank {os.environ['RANK']}: {message}"
+        message = f"rank {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     return BAD_CONFIG if isinstance(error, ConfigError) else BROKEN_RUN

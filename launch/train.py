@@ -27,7 +27,7 @@ def main() -> int:
         if args.dry_run:
             return dry_run(config)
         return run(config, resume=args.resume)
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
 
 
