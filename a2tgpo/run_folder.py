@@ -212,9 +212,16 @@ class RunFolder:
 
     def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:
         """Tell why the run has ended before its last step, where its best weights lie, and how to go on."""
+        last_good = ""
+        if guards.num_skipping:
+            steps = [
+                old for old in checkpoint.steps_in(self._checkpoints) if old <= step - guards.num_skipping
+            ]
+            place = f"{self._checkpoints}/step_{steps[0]}" if steps else "the untrained model"
+            last_good = f"last checkpoint before the first skipped update: {place}. "
         recorder.writer.print(
             f"stopped after step {step} of {self._config.run.steps}: {guards.reason}. "
-            f"best: {self.best.describe()}. To go on nevertheless: guard.stop_after=0; "
+            f"best: {self.best.describe()}. {last_good}To go on nevertheless: {guards.stop_setting}; "
             f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N"
         )
 

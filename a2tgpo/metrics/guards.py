@@ -122,6 +122,11 @@ class Guards:
         )
 
     @property
+    def stop_setting(self) -> str:
+        """The setting that stops the run, turned off."""
+        return "guard.stop_after_skipped=0" if self._skips_too_often else "guard.stop_after=0"
+
+    @property
     def num_skipping(self) -> int:
         """Steps in a row, up to now, in which an update was skipped."""
         return self._skipping

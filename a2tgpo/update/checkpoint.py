@@ -44,9 +44,7 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, spare: int | None)
 
     Not counted and not removed: that of step `spare`, and those whose step is a multiple of `keep_every` (0: none).
     """
-    steps = [
-        step for step in _steps_in(Path(root)) if step != spare and (not keep_every or step % keep_every)
-    ]
+    steps = [step for step in steps_in(Path(root)) if step != spare and (not keep_every or step % keep_every)]
     for old in steps[keep:]:
         shutil.rmtree(Path(root) / f"step_{old}")
 
@@ -57,7 +55,7 @@ def set_aside_after(root: str | Path, step: int) -> None:
     Left in place they would count as the newest: resumed from, and kept while those of the new future are removed.
     """
     root = Path(root)
-    if dist.get_rank() == 0 and (later := [old for old in _steps_in(root) if old > step]):
+    if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
         number = 1
         while (aside := root / f"dropped_{number}").exists():
             number += 1
@@ -103,7 +101,7 @@ def latest(root: str | Path) -> Path | None:
     Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. All files are read,
     shared out over the ranks.
     """
-    for step in _steps_in(Path(root)):
+    for step in steps_in(Path(root)):
         path = Path(root) / f"step_{step}"
         fault = _fault_of(path)
         if not fault:
@@ -173,7 +171,7 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def _steps_in(root: Path) -> list[int]:
+def steps_in(root: Path) -> list[int]:
     """Steps with a folder under `root`, newest first."""
     if not root.is_dir():
         return []

@@ -95,7 +95,8 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        metrics.add("update/skipped", float(not result.update_ok), 0)
+        # All replicas skip together; the sum over them is to count it once.
+        metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
 

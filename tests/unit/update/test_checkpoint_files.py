@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from a2tgpo.update.checkpoint import _from_plain, _steps_in, to_plain
+from a2tgpo.update.checkpoint import _from_plain, steps_in, to_plain
 
 
 def test_random_states_survive_a_file_that_is_loaded_without_pickled_classes(tmp_path) -> None:
@@ -29,5 +29,5 @@ def test_random_states_survive_a_file_that_is_loaded_without_pickled_classes(tmp
 def test_steps_are_sorted_by_number_and_other_names_are_ignored(tmp_path) -> None:
     for name in ("step_9", "step_10", "step_100.tmp", "step_11.old", "notes", "step_x"):
         (tmp_path / name).mkdir()
-    assert _steps_in(tmp_path) == [10, 9]
-    assert _steps_in(tmp_path / "absent") == []
+    assert steps_in(tmp_path) == [10, 9]
+    assert steps_in(tmp_path / "absent") == []

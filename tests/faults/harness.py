@@ -1,0 +1,150 @@
+"""Starts small real runs with faults in them and tells what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tiny_models import CAPITALS, save_taught
+
+INJECTED = Path(__file__).with_name("injected.py")
+RANKS = 2
+NOT_COMPARED = ("time/", "speed/", "rollout/tool_wait", "checkpoint/failed", "memory/", "refit/")
+"""Metrics of the clock, of the faults themselves, and of what an engine held before: a new one is always refitted."""
+
+
+@dataclass
+class Ended:
+    """What a launch of a run left."""
+
+    code: int
+    seconds: float
+    output: str
+    fault_s: float | None
+    """From the first fault to the end, seconds; None: there was none."""
+    lines: list[str] = field(default_factory=list)
+    """Of the program and its launcher about how it ended: `error:`, `launch:`, `stopped`, `warning:`."""
+
+
+def write_inputs(root: Path) -> Path:
+    """The configuration of all runs: a model that asks for searches, questions, passages."""
+    save_taught(root / "model")
+    questions = [{"question": f"capital of {land}?", "answers": [city]} for land, city in CAPITALS.items()]
+    questions += [
+        {"question": f"ruler of {land}?", "answers": [f"King of {city}"]}
+        for land, city in list(CAPITALS.items())[:3]
+    ]
+    questions += [
+        {"question": "babble?", "answers": ["nothing"]},
+        {"question": "loop?", "answers": ["nothing"]},
+    ]
+    passages = [
+        {"id": land, "contents": f'"capital of {land}"\n{land} has {city}.'}
+        for land, city in CAPITALS.items()
+    ]
+    for name, records in (("questions", questions), ("corpus", passages)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = {
+        "run": {"name": "run", "root": str(root), "steps": 3, "log_rollouts": 0},
+        "model": {"path": str(root / "model"), "dtype": "float32"},
+        "data": {
+            "train": str(root / "questions.jsonl"),
+            "test": str(root / "questions.jsonl"),
+            "instructions": "",
+            "max_prompt_tokens": 64,
+        },
+        "search": {"corpus": str(root / "corpus.jsonl"), "top_k": 1, "max_passage_tokens": 16},
+        "rollout": {
+            "prompts_per_step": 4,
+            "group_size": 2,
+            "max_turns": 3,
+            "max_turn_tokens": 48,
+            "max_response_tokens": 160,
+            "max_concurrent": 16,
+            "kv_cache_gib": 0.05,
+        },
+        "update": {"prompts_per_minibatch": 2, "max_microbatch_tokens": 2048, "lr": 1.0e-4},
+        "evaluation": {"every": 2, "max_questions": 4, "at_start": False},
+        "checkpoint": {"every": 2, "keep": 2},
+        "parallel": {"timeout_s": 120.0},
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def start(
+    config: Path,
+    *overrides: str,
+    faults: list[dict[str, Any]] = (),  # type: ignore[assignment]
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 300,
+) -> Ended:
+    """Run the program on RANKS processes under its launcher until it ends, as a user would."""
+    marks = config.with_name(f"{config.stem}.faults")
+    marks.unlink(missing_ok=True)
+    variables = os.environ | {
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "FAULTS": json.dumps(list(faults)),
+        "FAULT_FILE": str(marks),
+        **(environment or {}),
+    }
+    command = ["launch/local.sh", "-n", str(RANKS), "--script", str(INJECTED), str(config), *overrides]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        output += f"\nharness: it did not end within {timeout_s:g} s"
+    end = time.monotonic()
+    fault_s = end - float(marks.read_text().split()[0]) if marks.exists() else None
+    said = ("error:", "launch:", "stopped ", "warning:")
+    lines = [line for line in output.splitlines() if line.startswith(said)]
+    return Ended(process.returncode, end - begin, output, fault_s, lines)
+
+
+def metrics_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The comparable metrics of each step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        record["step"]: {k: v for k, v in record.items() if not k.startswith(NOT_COMPARED)}
+        for record in records
+    }
+
+
+def rollouts_of(run: Path) -> dict[str, bytes]:
+    """The recorded rollouts of each step."""
+    return {path.name: path.read_bytes() for path in sorted((run / "rollouts").iterdir())}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the fault table."""
+
+    fault: str
+    point: str
+    passed: bool
+    outcome: str
+    """What happened, in a few words; where the row failed, why."""

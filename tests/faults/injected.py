@@ -1,0 +1,198 @@
+"""launch/train.py with faults in it: what tests/faults/ starts on every rank.
+
+The environment variable FAULTS holds a JSON list of {"point", "action", "step", "rank", "call"}: at the `call`-th
+(default 1) passing of `point` in step `step` (counted from 1; 0: before the first) the rank does `action`. Nothing of
+this is known to the program itself: functions of its stages are replaced before it starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Faults:
+    """The faults of this rank, and how often their points were passed."""
+
+    def __init__(self) -> None:
+        self.pending = [f for f in json.loads(os.environ.get("FAULTS", "[]")) if f.get("rank", RANK) == RANK]
+        self.step = 0
+        self.passed: dict[tuple[str, int], int] = {}
+
+    def at(self, point: str) -> None:
+        """The rank passes `point`."""
+        key = (point, self.step)
+        self.passed[key] = self.passed.get(key, 0) + 1
+        for fault in self.pending:
+            # Training goes on while a thread saves, maybe into the next step.
+            late = 1 if point.startswith("save") else 0
+            is_here = (
+                fault["point"] == point and self.step - late <= fault.get("step", self.step) <= self.step
+            )
+            if is_here and self.passed[key] == fault.get("call", 1) and not fault.setdefault("done", False):
+                fault["done"] = True
+                # The system's monotonic clock: the harness compares it with its own.
+                with open(os.environ["FAULT_FILE"], "a") as stream:
+                    stream.write(f"{time.monotonic()}\n")
+                ACTIONS[fault["action"]](fault)
+
+
+FAULTS = Faults()
+
+
+def fill_disk(fault: dict) -> None:
+    """Leave `free` bytes on the disk that `path` is on."""
+    path = Path(fault["path"])
+    status = os.statvfs(path)
+    free = status.f_bavail * status.f_frsize
+    with open(path / "filling", "ab") as stream:
+        stream.write(bytes(max(0, free - fault["free"])))
+
+
+def jump_clock(fault: dict) -> None:
+    real = time.time
+    time.time = lambda: real() + fault["seconds"]
+
+
+def shrink_files(fault: dict) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (fault["bytes"], resource.RLIM_INFINITY))
+
+
+def fail(fault: dict) -> None:
+    raise ValueError("an injected failure")
+
+
+def poison(fault: dict) -> None:
+    """The next loss on this rank is not a number."""
+    FAULTS.passed[("poisoned", 0)] = 1
+
+
+def forget_searches(fault: dict) -> None:
+    """Make every search of this step ask the server."""
+    for cached in FORGETTABLE:
+        cached.cache_clear()
+
+
+FORGETTABLE: list[Any] = []
+
+ACTIONS: dict[str, Callable[[dict], Any]] = {
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "usr1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+    "hang": lambda _: time.sleep(100_000),
+    "hold": lambda _: ctypes.PyDLL(None).sleep(100_000),  # as compiled code that never lets Python go on
+    "fail": fail,
+    "nan": poison,
+    "fill disk": fill_disk,
+    "empty disk": lambda fault: (Path(fault["path"]) / "filling").unlink(missing_ok=True),
+    "jump clock": jump_clock,
+    "forget searches": forget_searches,
+    "limit file size": shrink_files,
+}
+
+
+def passing(owner: Any, name: str, point: str, *, after: bool = False) -> None:
+    """Make calls of `owner.name` pass `point`, before or after they do their work."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not after:
+            FAULTS.at(point)
+        result = function(*args, **kwargs)
+        if after:
+            FAULTS.at(point)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def install() -> None:
+    """Put the points into the stages of a step."""
+    import torch
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from a2tgpo import recorder, rollout_bank, run_folder, trainer
+    from a2tgpo.metrics.guards import Guards
+    from a2tgpo.rollout.answer_scorer import AnswerScorer
+    from a2tgpo.rollout.tool_pool import ToolPool
+    from a2tgpo.search.tool import CachedSearch
+    from a2tgpo.update import checkpoint, checkpoint_writer, policy_update
+
+    step = trainer.Trainer.train_step
+
+    def counted(self: Any) -> Any:
+        FAULTS.step = self.step + 1
+        tell_step(FAULTS.step)
+        FAULTS.at("step begins")
+        return step(self)
+
+    trainer.Trainer.train_step = counted
+    passing(trainer, "start_rollout" if hasattr(trainer, "start_rollout") else "sync_engine", "refit")
+    passing(LLMEngine, "step", "rollout")
+    passing(ToolPool, "submit", "search")
+    passing(AnswerScorer, "submit", "gain")
+    passing(rollout_bank.RolloutBank, "put", "before the bank")
+    passing(rollout_bank.RolloutBank, "put", "after the bank", after=True)
+    passing(trainer, "exchange", "exchange")
+    passing(trainer, "compute_advantages", "advantage")
+    passing(trainer, "score_minibatches", "score")
+    passing(policy_update, "train_step", "update")
+    passing(trainer, "update_policy", "after the update", after=True)
+    passing(recorder.Recorder, "record_step", "record")
+    passing(recorder, "write_records", "after the record", after=True)
+    passing(Guards, "watch", "between steps")
+    passing(trainer, "evaluate", "evaluation")
+    passing(checkpoint_writer, "copy_sharded", "save: copy")
+    passing(checkpoint_writer, "write_sharded", "save: write")
+    passing(torch.distributed.checkpoint.FileSystemWriter, "write_data", "save: written", after=True)
+    passing(checkpoint, "put_in_place", "save: before the rename")
+    passing(run_folder.RunFolder, "_tidy", "save: after the rename")
+    passing(checkpoint, "drop_old", "save: before old ones go")
+    build = CachedSearch.__init__
+
+    def remembered(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        FORGETTABLE.append(self._cached)
+
+    CachedSearch.__init__ = remembered
+    policy_loss = policy_update.policy_loss
+
+    def poisonable(*args: Any, **kwargs: Any) -> Any:
+        result = policy_loss(*args, **kwargs)
+        is_poisoned = FAULTS.passed.pop(("poisoned", 0), 0)
+        return dataclasses.replace(result, loss=result.loss * math.nan) if is_poisoned else result
+
+    policy_update.policy_loss = poisonable
+
+
+def tell_step(step: int) -> None:
+    """Name the step in the file that a scripted search server reads."""
+    if RANK == 0 and "STEP_FILE" in os.environ:
+        path = Path(os.environ["STEP_FILE"])
+        path.with_suffix(".new").write_text(str(step))
+        path.with_suffix(".new").replace(path)
+
+
+if __name__ == "__main__":
+    import launch.train
+
+    install()
+    sys.exit(launch.train.main())

@@ -1,0 +1,71 @@
+"""A search server that misbehaves step by step."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+GOOD = json.dumps(
+    {"result": [[{"document": {"id": "1", "contents": '"A"\nsomething known'}, "score": 1.0}]]}
+).encode()
+TOO_LARGE = b'{"result": "' + b"x" * (11 * 2**20) + b'"}'
+BODIES = {
+    "garbage": b"<html>\x00 not JSON",
+    "oversized": TOO_LARGE,
+    "not UTF-8": b'{"result": [["\xff\xfe"]]}',
+    "wrong shape": b'{"result": [[{"document": 7}], []]}',
+}
+SLOW_S = 3.0
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    """Answers as `script` says for the step in `step_file`; well where it says nothing.
+
+    Args:
+        script: step -> a key of BODIES, "slow", "error" (HTTP 500) or "down" (the connection is cut).
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, step_file: Path, script: dict[int, str]):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.step_file, self.script = step_file, script
+        self.asked: dict[int, int] = {}
+        """Requests by step."""
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/retrieve"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is part of it."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: ScriptedServer
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        step = int(self.server.step_file.read_text()) if self.server.step_file.exists() else 0
+        self.server.asked[step] = self.server.asked.get(step, 0) + 1
+        kind = self.server.script.get(step, "good")
+        if kind == "slow":
+            time.sleep(SLOW_S)
+        if kind == "down":
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = BODIES.get(kind, GOOD)
+        self.send_response(500 if kind == "error" else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""

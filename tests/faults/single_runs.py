@@ -1,0 +1,186 @@
+"""Faults that a run survives or ends of by itself, each with a run of its own or sharing one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness import INJECTED, ROOT, Row, start
+from scripted_server import ScriptedServer
+
+FREE_BYTES = 700_000
+"""Left on the full disk: enough for metrics, too little for a checkpoint."""
+
+
+def records_of(run: Path) -> dict[int, dict]:
+    return {r["step"]: r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+
+
+def search_faults(config: Path) -> list[Row]:
+    """One run through every kind of bad server, with a good step between two; the cache is off."""
+    kinds = ["garbage", "oversized", "not UTF-8", "wrong shape", "error", "slow", "down"]
+    script = {3 * i + 2: kind for i, kind in enumerate(kinds)}
+    steps = 3 * len(kinds) + 1
+    own = config.with_name("search.yaml")
+    own.write_text(config.read_text())
+    step_file = config.with_name("step")
+    step_file.write_text("0")
+    with ScriptedServer(step_file, script) as server:
+        settings = [
+            "timeout_s=1",
+            "max_attempts=2",
+            "backend=http",
+            f"url={server.url}",
+            "break_after=4",
+            "break_s=0.2",
+        ]
+        ended = start(
+            own,
+            "run.name=search",
+            f"run.steps={steps}",
+            "evaluation.every=0",
+            *(f"search.{setting}" for setting in settings),
+            faults=[
+                {"point": "step begins", "action": "forget searches", "step": step}
+                for step in range(1, steps + 1)
+            ],
+            environment={"STEP_FILE": str(step_file)},
+        )
+        asked = dict(server.asked)
+    if ended.code:
+        return [Row("search server", "all", False, f"exit code {ended.code}: {ended.output[-500:]}")]
+    records, rows = records_of(config.parent / "search"), []
+    for step, kind in script.items():
+        record, after = records[step], records[step + 2]
+        calls, failures = record["tools/calls"], record["tools/failures"]
+        passed = failures == calls > 0 == after["tools/failures"] and after["tools/calls"] > 0
+        told = f"{failures:.0f} of {calls:.0f} searches failed ({asked.get(step, 0)} requests), the policy was told so; "
+        rows.append(
+            Row(
+                f"search server: {kind}",
+                f"rollout (step {step})",
+                passed,
+                told + "two steps later all had answers",
+            )
+        )
+    return rows
+
+
+def poisoned(config: Path) -> list[Row]:
+    """One loss that is not finite is skipped on all ranks; three steps of it end the run."""
+    own = config.with_name("poisoned.yaml")
+    own.write_text(config.read_text())
+    faults = [{"point": "update", "action": "nan", "step": 2, "rank": 1}]
+    faults += [{"point": "update", "action": "nan", "step": step, "rank": 0} for step in (4, 5, 6)]
+    ended = start(own, "run.name=poisoned", "run.steps=9", "guard.stop_after_skipped=3", faults=faults)
+    records = records_of(config.parent / "poisoned")
+    skipped = {step: record["update/skipped"] for step, record in records.items()}
+    stopped = [line for line in ended.lines if line.startswith("stopped after step 6 ")]
+    once = skipped == {1: 0, 2: 1, 3: 0, 4: 1, 5: 1, 6: 1}
+    return [
+        Row("loss is NaN once, rank 1", "update (step 2)", once, f"skipped on all ranks, counted: {skipped}"),
+        Row(
+            "loss is NaN again and again, rank 0",
+            "update (steps 4 to 6)",
+            once and ended.code == 3 and len(stopped) == 1,
+            f"saved and stopped with {ended.code}: {(stopped or [ended.output[-400:]])[0]}",
+        ),
+    ]
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A tmpfs of 32 MB at `folder`."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(config: Path) -> list[Row]:
+    """A disk that is full while one checkpoint is due, and one that stays full."""
+    own = config.with_name("disk.yaml")
+    own.write_text(config.read_text())
+    rows = []
+    with small_disk(config.with_name("disk")) as disk:
+        fill = {"point": "record", "action": "fill disk", "path": str(disk), "free": FREE_BYTES, "rank": 0}
+        empty = {"point": "record", "action": "empty disk", "path": str(disk), "rank": 0}
+        common = (f"run.root={disk}", "run.steps=8", "evaluation.every=0")
+        faults = [fill | {"step": 4}, empty | {"step": 5}]
+        ended = start(own, *common, "run.name=once", faults=faults)
+        failed = [
+            line for line in ended.lines if "step 4 could not be written" in line and "No space left" in line
+        ]
+        kept = sorted(path.name for path in (disk / "once/checkpoints").glob("step_*"))
+        counted = sum("checkpoint/failed" in record for record in records_of(disk / "once").values())
+        passed = ended.code == 0 and len(failed) == 1 and counted == 1 and kept == ["step_6", "step_8"]
+        rows.append(
+            Row("disk full for a while", "save (step 4)", passed, f"warned, went on, later saves: {kept}")
+        )
+        shutil.rmtree(disk / "once")
+        ended = start(own, *common, "run.name=ever", "checkpoint.max_failures=2", faults=faults[:1])
+        errors = [line for line in ended.lines if line.startswith("error:")]
+        kept = sorted(path.name for path in (disk / "ever/checkpoints").glob("step_*"))
+        passed = ended.code == 3 and len(errors) == 1 and "No space left" in errors[0] and kept == ["step_2"]
+        rows.append(
+            Row("disk full for good", "save (step 4, 6)", passed, (errors or [ended.output[-400:]])[0])
+        )
+        (disk / "filling").unlink()
+        ended = start(own, *common, "run.name=ever")
+        passed = ended.code == 0 and sorted(records_of(disk / "ever")) == list(range(1, 9))
+        rows.append(
+            Row("disk full for good, then emptied", "next start", passed, "resumed from step 2 and finished")
+        )
+    return rows
+
+
+def clock_jumps(config: Path, undisturbed: Path) -> list[Row]:
+    """The system's clock goes a day forth and two back."""
+    from harness import metrics_of
+
+    own = config.with_name("clock.yaml")
+    own.write_text(config.read_text())
+    faults = [
+        {"point": "rollout", "action": "jump clock", "seconds": 86_400.0, "step": 2},
+        {"point": "save: copy", "action": "jump clock", "seconds": -172_800.0, "step": 4},
+    ]
+    ended = start(own, "run.name=clock", "run.steps=5", faults=faults)
+    found, expected = metrics_of(config.parent / "clock"), metrics_of(undisturbed)
+    equal = all(found.get(step) == expected[step] for step in range(1, 5))
+    passed = ended.code == 0 and equal and ended.fault_s is not None
+    return [Row("clock jumps by +1 and -2 days", "rollout, save", passed, "went on, equal metrics")]
+
+
+def taken_port(config: Path) -> list[Row]:
+    """The port that the ranks are to meet at belongs to another program."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        meeting = {
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(holder.getsockname()[1]), "FAULTS": "[]", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, str(INJECTED), "--config", str(config), "run.name=port"]
+        ended = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | meeting,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    passed = (
+        ended.returncode == 3 and len(lines) == 1 and "in use" in lines[0] and "Traceback" not in ended.stderr
+    )
+    return [Row("port taken", "start", passed, (lines or [ended.stderr[-400:]])[0][:200])]
