@@ -39,7 +39,8 @@ class Fault:
 EVERY_RANK = [
     ("refit", 1), ("rollout", 5), ("gain", 3), ("search", 1), ("before the bank", 1), ("after the bank", 1),
     ("exchange", 1), ("advantage", 1), ("score", 1), ("update", 1), ("update", 2), ("after the update", 1),
-    ("record", 1), ("between steps", 1), ("evaluation", 1), ("save: copy", 1), ("save: write", 1), ("save: written", 1),
+    ("record", 1), ("between steps", 1), ("evaluation", 1), ("save: copy", 1), ("save: write", 1),
+    ("save: written", 1),
 ]  # fmt: skip
 """(point, which passing of it)."""
 RANK_0 = [
