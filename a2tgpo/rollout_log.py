@@ -37,7 +37,7 @@ def collect_records(
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"
     records = []
-    if groups.tp_rank == 0 and groups.is_pipeline_first:
+    if groups.is_replica_first:
         for row, trajectory in enumerate(trajectories):
             record = trajectory.to_dict()
             for column, turn in enumerate(record["turns"]):

@@ -131,11 +131,11 @@ def my_microbatches(chosen: list[Trajectory], config: RunConfig, groups: Paralle
     from a2tgpo.batch.balance import deal, microbatches
     from a2tgpo.batch.packing import alignment, pack, packed_length
 
-    lengths = [packed_length(trajectory) for trajectory in chosen]
+    align = alignment(config.parallel, config.model.fp8)
+    lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
     mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
     grouped = microbatches([lengths[index] for index in mine], config.update.max_microbatch_tokens)
-    align = alignment(config.parallel, config.model.fp8)
     return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
 
 

@@ -9,6 +9,7 @@ run. At position k the model has read `tokens[k]` and `logprobs[k]` is log p(`ta
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -28,8 +29,8 @@ PADDING = -1
 class PackedBatch:
     """One micro-batch: S trajectories in one row of T positions, U turns.
 
-    Positions that only fill the row up to the alignment form one last segment of their own: attention never
-    joins them to a trajectory, and they are masked everywhere.
+    Positions that only fill a segment up to the alignment are at its end, where no other position attends to them;
+    those that fill the row form one last segment of their own. They are masked everywhere.
     """
 
     tokens: Tensor
@@ -102,12 +103,29 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> int:
-    """The number that every micro-batch's T must be a multiple of.
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """What lengths in a micro-batch must be multiples of."""
 
-    Sequence parallelism cuts the row into `tensor` equal pieces; FP8 takes pieces of certain lengths only.
+    row: int = 1
+    """The whole row, T."""
+    segment: int = 1
+    """Every segment: a trajectory's positions and the padding behind them."""
+
+    def segment_length(self, length: int) -> int:
+        """Positions that a trajectory of `length` takes in the row."""
+        return length + -length % self.segment
+
+
+def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
+    """The rules of the layout and the number format, all of them.
+
+    Context parallelism deals 2 x `context` equal pieces of every segment out (see `context_split`); sequence
+    parallelism cuts what a rank then has of the row into `tensor` equal pieces; FP8 takes pieces of certain lengths.
     """
-    return (parallel.tensor if parallel.sequence else 1) * fp8.token_multiple
+    segment = 2 * parallel.context if parallel.context > 1 else 1
+    piece = (parallel.tensor if parallel.sequence else 1) * fp8.token_multiple
+    return Alignment(row=math.lcm(parallel.context * piece, segment), segment=segment)
 
 
 def packed_length(trajectory: Trajectory) -> int:
@@ -121,23 +139,25 @@ def packed_length(trajectory: Trajectory) -> int:
     return len(trajectory.prompt_tokens) + sum(len(turn.tokens) for turn in turns) + observed - 1
 
 
-def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: int) -> PackedBatch:
+def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: Alignment) -> PackedBatch:
     """Lay `trajectories[i] for i in indices` end to end, in that order.
 
     A trajectory without a sampled token has nothing to teach and is left out, as is a turn without tokens.
-    With nothing left the batch is `align` masked positions: the model can run it, and it adds nothing.
+    With nothing left the batch is `align.row` masked positions: the model can run it, and it adds nothing.
 
     Args:
         trajectories: the list that `indices`, `trajectory_indices` and `turn_trajectory` point into.
-        align: T is rounded up to a multiple of it; see `alignment`.
+        align: segments and T are rounded up to multiples; see `alignment`.
 
     Raises:
         ValueError: if a trajectory has an empty prompt (its first token has no predicting position) or a turn
             whose `rollout_logprobs` do not match its tokens.
     """
-    rows = [_Row(trajectories[index], index) for index in indices if trajectories[index].num_sampled_tokens]
+    rows = [
+        _Row(trajectories[index], index, align) for index in indices if trajectories[index].num_sampled_tokens
+    ]
     lengths = [len(row.tokens) for row in rows]
-    num_padding = -sum(lengths) % align if rows else align
+    num_padding = -sum(lengths) % align.row if rows else align.row
     padding = [0] * num_padding
     segments = [*lengths, num_padding] if num_padding else lengths
 
@@ -151,7 +171,10 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: i
         return torch.tensor([*chain.from_iterable(parts), *fill], dtype=dtype)[None]  # [1, T]
 
     masks = [[turn >= 0 for turn in row.local_turns] for row in rows]
-    sequence_ids = [[number] * length for number, length in enumerate(lengths)]
+    sequence_ids = [
+        [number] * row.num_real + [PADDING] * (length - row.num_real)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True))
+    ]
     return PackedBatch(
         tokens=row_of([row.tokens for row in rows], padding, torch.int64),
         positions=torch.cat([torch.arange(length) for length in segments])[None],
@@ -167,15 +190,15 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: i
     )
 
 
-def empty_batch(align: int) -> PackedBatch:
+def empty_batch(align: Alignment) -> PackedBatch:
     """A micro-batch without trajectories, for ranks that must keep step with others that still have some."""
     return pack([], [], align=align)
 
 
 class _Row:
-    """One trajectory's fields over its predicting positions, as lists of equal length."""
+    """One trajectory's fields over its predicting positions and the padding behind, as lists of equal length."""
 
-    def __init__(self, trajectory: Trajectory, index: int) -> None:
+    def __init__(self, trajectory: Trajectory, index: int, align: Alignment) -> None:
         if not trajectory.prompt_tokens:
             raise ValueError(f"trajectory {index} ({trajectory.prompt_id}) has an empty prompt")
         self.index = index
@@ -199,8 +222,10 @@ class _Row:
             sequence += turn.observation_tokens
             local_turns += [-1] * len(turn.observation_tokens)
             logprobs += [0.0] * len(turn.observation_tokens)
-        length = packed_length(trajectory)
-        self.tokens = sequence[:length]
-        self.targets = sequence[1 : length + 1]
-        self.local_turns = local_turns[1 : length + 1]
-        self.rollout_logprobs = logprobs[1 : length + 1]
+        length = self.num_real = packed_length(trajectory)
+        num_padding = align.segment_length(length) - length
+        padding = [0] * num_padding
+        self.tokens = sequence[:length] + padding
+        self.targets = sequence[1 : length + 1] + padding
+        self.local_turns = local_turns[1 : length + 1] + [-1] * num_padding
+        self.rollout_logprobs = logprobs[1 : length + 1] + [0.0] * num_padding

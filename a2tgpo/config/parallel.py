@@ -2,33 +2,92 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import require
+from a2tgpo.config.check import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Training layout; the data-parallel size is what remains: world / (tensor x pipeline)."""
+    """Training layout; the data-parallel size is what remains: world / (tensor x context x pipeline)."""
 
     tensor: int = 1
     """Tensor-parallel ranks; must divide attention heads, KV heads and the padded vocabulary."""
-    pipeline: int = 1
-    """Pipeline stages; must divide the number of layers."""
     sequence: bool = False
     """Sequence parallelism inside a tensor-parallel group; needs tensor > 1."""
+    context: int = 1
+    """Context-parallel ranks: each holds 1 / context of every trajectory's tokens and all layers of its stage."""
     expert: int = 1
     """Expert-parallel ranks of a mixture of experts, each with its share of every layer's experts; must divide the
-    experts and the ranks of a pipeline stage, tensor x data-parallel. A dense model takes 1."""
+    experts and the ranks of a pipeline stage, tensor x context x data-parallel. A dense model takes 1."""
+    pipeline: int = 1
+    """Pipeline stages; must divide the number of layers, unless first_stage_layers or last_stage_layers is set."""
+    virtual: int = 1
+    """Model chunks per pipeline stage (interleaved 1F1B); must divide every stage's layers; needs pipeline > 1."""
+    first_stage_layers: int = 0
+    """Layers of the first pipeline stage, which also holds the embedding; 0: as many as the others."""
+    last_stage_layers: int = 0
+    """Layers of the last pipeline stage, which also holds the output layer; 0: as many as the others."""
     timeout_s: float = 7200.0
     """Longest wait in one collective before the job is ended, seconds."""
 
     def __post_init__(self) -> None:
-        require(self.tensor >= 1, "parallel.tensor", self.tensor, ">= 1")
-        require(self.pipeline >= 1, "parallel.pipeline", self.pipeline, ">= 1")
-        require(self.expert >= 1, "parallel.expert", self.expert, ">= 1")
+        for name in ("tensor", "context", "expert", "pipeline", "virtual"):
+            require(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), ">= 1")
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence",
             self.sequence,
             "true only with parallel.tensor > 1",
         )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            require(getattr(self, name) >= 0, f"parallel.{name}", getattr(self, name), ">= 0")
+        for name, unset in (("virtual", 1), ("first_stage_layers", 0), ("last_stage_layers", 0)):
+            require(
+                self.pipeline > 1 or getattr(self, name) == unset,
+                f"parallel.{name}",
+                getattr(self, name),
+                f"{unset} with one pipeline stage; set parallel.pipeline",
+            )
         require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "> 0")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica of the model."""
+        return self.tensor * self.context * self.pipeline
+
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """How many of a model's `num_layers` decoder layers each pipeline stage holds.
+
+        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual of them, and the model goes through
+        all stages' chunk 0, then all stages' chunk 1, and so on.
+
+        Raises:
+            ConfigError: if they cannot be dealt so.
+        """
+        set_layers = self.first_stage_layers + self.last_stage_layers
+        num_even = self.pipeline - (self.first_stage_layers > 0) - (self.last_stage_layers > 0)
+        remaining = num_layers - set_layers
+        if set_layers == 0 and num_layers % self.pipeline:
+            raise ConfigError(
+                f"parallel.pipeline is {self.pipeline}; allowed: a divisor of the model's {num_layers} layers, or "
+                "others with parallel.first_stage_layers or parallel.last_stage_layers"
+            )
+        fits = remaining == 0 if num_even == 0 else remaining > 0 and remaining % num_even == 0
+        if not fits:
+            raise ConfigError(
+                f"parallel.first_stage_layers ({self.first_stage_layers}) and parallel.last_stage_layers "
+                f"({self.last_stage_layers}) leave {remaining} of the model's {num_layers} layers; allowed: "
+                + (
+                    "0, with both set and two stages"
+                    if num_even == 0
+                    else f"a multiple of the other {num_even} stages"
+                )
+            )
+        even = remaining // num_even if num_even else 0
+        stages = [even] * self.pipeline
+        stages[0] = self.first_stage_layers or even
+        stages[-1] = self.last_stage_layers or even
+        if uncut := [layers for layers in stages if layers % self.virtual]:
+            raise ConfigError(
+                f"parallel.virtual is {self.virtual}; allowed: a divisor of the {uncut[0]} layers of a pipeline stage"
+            )
+        return stages

@@ -4,16 +4,17 @@ How to run it, on a packed batch (see `forward.forward_packed`):
 
     policy = build_policy(config.model, config.parallel, groups, update=config.update)
 
-    def forward_step(data_iterator, chunk):                     # called by the schedule, once a micro-batch
+    def forward_step(data_iterator, chunk):             # called by the schedule, once a micro-batch and chunk
         batch = next(data_iterator)
         output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens)
-        return output, partial(loss, batch)                     # loss runs on the last stage only, output is there
-                                                                # logits [T, padded vocab / tp] in the model's dtype
-    get_forward_backward_func()(forward_step_func=forward_step, data_iterator=iter(batches),
-        model=policy.chunks[0], num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=False)
+        return output, partial(loss, batch)             # loss runs after the last chunk only, output is there
+                                                        # logits [T / cp, padded vocab / tp] in the model's dtype
+    get_forward_backward_func()(forward_step_func=forward_step, data_iterator=[iter(batches) for _ in policy.chunks],
+        model=policy.chunks, num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=False)
 
-`seq_length` is not used where `variable_seq_lengths` is set (pipeline > 1), nor where there is one stage. In the
-loss, `token_logprobs(output, batch.targets[0], vocab_size=policy.vocab_size, tp_group=groups.tp_group)`.
+`seq_length` is not used where `variable_seq_lengths` is set (pipeline > 1), nor where there is one stage. Interleaved
+stages take a multiple of the pipeline size of micro-batches. `update/forward_step.py` sees to it, and is what the
+trainer calls.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 from transformers import PretrainedConfig
 
+from a2tgpo.batch.packing import alignment
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
@@ -73,23 +74,25 @@ def build_policy(
         hf_config, model, parallel, transformer_engine=uses_transformer_engine(model.layer_spec)
     )
     check_fp8_support(model.fp8)
-    gpt_model = _gpt_model(model, hf_config, config, groups)
+    stages = range(parallel.virtual) if parallel.virtual > 1 else [None]
+    gpt_models = [_gpt_model(model, hf_config, config, groups, vp_stage=stage) for stage in stages]
     policy = Policy(
-        chunks=[Float16Module(config, gpt_model) if config.bf16 else gpt_model],
+        chunks=[Float16Module(config, gpt) if config.bf16 else gpt for gpt in gpt_models],
         transformer_config=config,
         hf_config=hf_config,
-        bridge=make_bridge(hf_config, config, padded_vocab_size=gpt_model.vocab_size),
+        bridge=make_bridge(hf_config, config, padded_vocab_size=gpt_models[0].vocab_size),
         groups=groups,
         path=model.path,
         dtype=DTYPES[model.dtype],
         vocab_size=hf_config.vocab_size,
+        alignment=alignment(parallel, model.fp8),
         trainable=trainable,
     )
     # Before wrapping: the distributed optimizer copies its float32 weights from what it finds.
     load_hf_weights(policy)
     if update is not None and trainable:
-        policy.chunks = [_data_parallel(config, chunk, groups, update) for chunk in policy.chunks]
-        _hook_into_schedule(config, policy.chunks[0])
+        overlap = groups.device.type == "cuda" and groups.dp_cp_group.size() > 1
+        wrap_for_training(policy, update, overlap=overlap)
     else:
         for chunk in policy.chunks:
             chunk.requires_grad_(False)
@@ -98,23 +101,31 @@ def build_policy(
 
 
 def _gpt_model(
-    model: ModelConfig, hf_config: PretrainedConfig, config: TransformerConfig, groups: ParallelGroups
+    model: ModelConfig,
+    hf_config: PretrainedConfig,
+    config: TransformerConfig,
+    groups: ParallelGroups,
+    *,
+    vp_stage: int | None,
 ) -> GPTModel:
+    """One chunk of this rank's pipeline stage; `vp_stage` is its number, None where it is the only one."""
     rope = rope_parameters(model.path, hf_config)
     scaling: dict[str, Any] = {}
     if rope.llama3_factor is not None:
         scaling = {"rope_scaling": True, "rope_scaling_factor": rope.llama3_factor}
+    chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(
         config,
-        decoder_spec(config, spec_provider(model.layer_spec)),
+        decoder_spec(config, spec_provider(model.layer_spec), vp_stage=vp_stage),
         vocab_size=padded_vocab_size(hf_config.vocab_size, groups.tp_size),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=groups.is_pipeline_first,
-        post_process=groups.is_pipeline_last,
+        pre_process=groups.is_pipeline_first and chunk == 0,
+        post_process=groups.is_pipeline_last and chunk == num_chunks - 1,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=rope.base,
         seq_len_interpolation_factor=rope.interpolation,
+        vp_stage=vp_stage,
         **scaling,
     ).to(groups.device)
     for name, parameter in gpt_model.named_parameters():
@@ -126,21 +137,40 @@ def _gpt_model(
     return gpt_model
 
 
-def _data_parallel(
-    config: TransformerConfig, chunk: nn.Module, groups: ParallelGroups, update: UpdateConfig
-) -> DistributedDataParallel:
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=update.distributed_optimizer,
-        # Worth it where communication runs beside computation.
-        overlap_grad_reduce=groups.device.type == "cuda" and groups.dp_size > 1,
-    )
-    return DistributedDataParallel(config, ddp_config, chunk)
+def wrap_for_training(
+    policy: Policy, update: UpdateConfig, *, overlap: bool, bucket_size: int | None = None
+) -> None:
+    """Put each chunk into DistributedDataParallel and tell the pipeline schedule of it; every rank calls this.
 
-
-def _hook_into_schedule(config: TransformerConfig, chunk: DistributedDataParallel) -> None:
-    """Tell the pipeline schedule how gradients are held back, started and finished."""
+    Args:
+        overlap: reduce gradients, and under the distributed optimizer gather weights, bucket by bucket beside the
+            computation. Worth it where communication has a device of its own.
+        bucket_size: parameters in a bucket; None: Megatron's own choice.
+    """
+    config = policy.transformer_config
+    policy.chunks = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=update.distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap and update.distributed_optimizer,
+                bucket_size=bucket_size,
+            ),
+            chunk,
+            # The first chunk's gradients come last, with nothing left to hide behind but their own buckets.
+            disable_bucketing=number > 0,
+        )
+        for number, chunk in enumerate(policy.chunks)
+    ]
     config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = chunk.no_sync
-    if chunk.ddp_config.overlap_grad_reduce:
-        config.grad_sync_func = chunk.start_grad_sync
+    config.no_sync_func = _one_or_list([chunk.no_sync for chunk in policy.chunks])
+    config.grad_sync_func = (
+        _one_or_list([chunk.start_grad_sync for chunk in policy.chunks]) if overlap else None
+    )
+
+
+def _one_or_list(functions: list[Any]) -> Any:
+    """Megatron's schedules take a list under interleaved stages only."""
+    return functions if len(functions) > 1 else functions[0]

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.parameter import Parameter
 
+from a2tgpo.batch.context_split import context_positions
 from a2tgpo.model.cpu_experts import grouped_mlp_modules
 
 
@@ -99,7 +101,11 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class PackedAttention(MegatronModule):
-    """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment."""
+    """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment.
+
+    Under context parallelism a rank's queries attend to the keys and values of all ranks, which are gathered here;
+    Transformer Engine passes them around instead.
+    """
 
     def __init__(
         self,
@@ -109,11 +115,14 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1 and not config.attention_dropout and not attention_dropout
+        assert not config.attention_dropout and not attention_dropout
+        assert config.context_parallel_size == 1 or pg_collection is not None
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -128,20 +137,49 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim].
 
-        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens.
+        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens, those of the other
+        context-parallel ranks among them.
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", (
             "sequences must be packed"
         )
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        segments = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        cu_seqlens = packed_seq_params.cu_seqlens_q
+        lengths = own_lengths = cu_seqlens.diff().tolist()
+        masks: list[torch.Tensor | None] = [None] * len(lengths)
+        if self.cp_group is not None:
+            positions = context_positions(cu_seqlens, self.cp_group.size())
+            key, value = (self._gather(tensor, positions) for tensor in (key, value))
+            own_lengths = [length // self.cp_group.size() for length in lengths]
+            masks = _causal_masks(positions[self.cp_group.rank()], cu_seqlens, own_lengths)
+        segments = zip(query.split(own_lengths), key.split(lengths), value.split(lengths), masks, strict=True)
         outputs = [self._attend(*segment) for segment in segments if segment[0].size(0)]
         return torch.cat(outputs).flatten(1)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _gather(self, own: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[T / cp, ...] -> [T, ...] in the order of the row; backward, gradients are summed over the ranks."""
+        by_rank = gather_from_sequence_parallel_region(own, group=self.cp_group)
+        return by_rank[positions.flatten().argsort()]
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         # [length, heads, head_dim] -> [1, heads, length, head_dim]
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
         output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.size(1) != k.size(1)
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.size(1) != k.size(1),
         )
         return output[0].transpose(0, 1)
+
+
+def _causal_masks(
+    own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
+) -> list[torch.Tensor | None]:
+    """For each segment [own length, length] bool: which of its positions each of this rank's attends to."""
+    ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
+    return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

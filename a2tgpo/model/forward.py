@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
+from a2tgpo.batch.context_split import context_positions
 from a2tgpo.model.policy import unwrapped
 
 
@@ -18,10 +19,12 @@ def forward_packed(
 ) -> torch.Tensor:
     """Run this stage's chunk over sequences laid end to end, each attending to itself only.
 
-    All ranks of a tensor-parallel group call this with the same batch, all stages of a pipeline likewise (through
-    the schedule, which hands the previous stage's output to the chunk). Tokens past `cu_seqlens[-1]`, and those
-    added here so that sequence parallelism divides the length, form a last segment of their own. Not under
-    `torch.inference_mode`: Megatron keeps rotary tables between calls, and training could not use them then.
+    All ranks of a replica call this with the same batch, stages of a pipeline through the schedule, which hands the
+    previous chunk's output to this one. A context-parallel rank runs its own positions of the batch only (see
+    `context_split.context_positions`), which `packing.alignment` must have made room for. Otherwise tokens past
+    `cu_seqlens[-1]`, and those added here so that sequence parallelism divides the length, form a last segment of
+    their own. Not under `torch.inference_mode`: Megatron keeps rotary tables between calls, and training could not
+    use them then.
 
     Args:
         chunk: one of `policy.chunks`.
@@ -31,28 +34,40 @@ def forward_packed(
             cu_seqlens[i] .. cu_seqlens[i + 1].
 
     Returns:
-        Last stage: logits [T, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for the
-        next stage, [T or T padded and / tp, 1, hidden].
+        Last chunk: logits [T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for the
+        next chunk, [T / cp, 1, hidden], under sequence parallelism padded and / tp.
     """
     assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
     config = get_model_config(chunk)
     model = unwrapped(chunk)
     device = next(model.parameters()).device
+    cp_group = model.pg_collection.cp
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if cp_group.size() > 1:
+        total = tokens.size(1)
+        assert int(cu_seqlens[-1]) == total and total % (cp_group.size() * multiple) == 0, (
+            f"context parallelism needs aligned segments that cover the row of {total} tokens"
+        )
+        mine = context_positions(cu_seqlens, cp_group.size())[cp_group.rank()]
+        tokens, positions = tokens[:, mine], positions[:, mine]
     num_tokens = tokens.size(1)
-    padding = -num_tokens % (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    padding = -num_tokens % multiple
     output = chunk(
         input_ids=F.pad(tokens, (0, padding)).to(device, non_blocking=True),
         position_ids=F.pad(positions, (0, padding)).to(device, non_blocking=True),
         attention_mask=None,
-        packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, device),
+        packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, cp_group.size(), device),
         # Float16Module would turn the logits of the last stage into float32, all of them at once.
         **({"fp32_output": False} if config.bf16 else {}),
     )
     return output[0, :num_tokens] if model.post_process else output
 
 
-def _packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device) -> PackedSeqParams:
-    """Segments covering exactly `num_tokens`; what `cu_seqlens` leaves over becomes the last one."""
+def _packed_seq_params(
+    cu_seqlens: torch.Tensor, tokens_per_rank: int, cp_size: int, device: torch.device
+) -> PackedSeqParams:
+    """Segments covering exactly the tokens of all context-parallel ranks; what is left over becomes the last one."""
+    num_tokens = cp_size * tokens_per_rank
     boundaries = cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] <= num_tokens, (
         f"segments {boundaries} of {num_tokens} tokens"
@@ -67,6 +82,9 @@ def _packed_seq_params(cu_seqlens: torch.Tensor, num_tokens: int, device: torch.
         qkv_format="thd",
         cu_seqlens_q=segments,
         cu_seqlens_kv=segments,
+        # To the kernels, padding inside a segment is a part of it; under context parallelism they must be told.
+        cu_seqlens_q_padded=segments if cp_size > 1 else None,
+        cu_seqlens_kv_padded=segments if cp_size > 1 else None,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

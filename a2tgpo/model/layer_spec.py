@@ -16,8 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 
-def decoder_spec(config: TransformerConfig, provider: Any) -> TransformerBlockSubmodules:
-    """Specification of this pipeline stage's decoder, made of the modules that `provider` names.
+def decoder_spec(
+    config: TransformerConfig, provider: Any, *, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Specification of a chunk's decoder on this pipeline stage, made of the modules that `provider` names.
 
     The input norms live inside the linear layers that follow them (`linear_qkv.layer_norm_weight`), but for the one
     before a mixture of experts.
@@ -46,7 +48,7 @@ def decoder_spec(config: TransformerConfig, provider: Any) -> TransformerBlockSu
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    num_layers = get_num_layers_to_build(config)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=provider.layer_norm())
 
 

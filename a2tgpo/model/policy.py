@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from a2tgpo.batch.packing import Alignment
 from a2tgpo.parallel.groups import ParallelGroups
 
 
@@ -20,7 +22,8 @@ class Policy:
 
     chunks: list[nn.Module]
     """What the pipeline schedule runs: DistributedDataParallel(Float16Module(GPTModel)) when trainable in bfloat16;
-    without DistributedDataParallel when not trainable, without Float16Module in float32. One chunk a stage."""
+    without DistributedDataParallel when not trainable, without Float16Module in float32. Of parallel.virtual chunks,
+    the first holds the stage's earliest layers."""
     transformer_config: TransformerConfig
     hf_config: PretrainedConfig
     bridge: Any
@@ -32,6 +35,8 @@ class Policy:
     """Of weights and activations."""
     vocab_size: int
     """Vocabulary of the checkpoint, padding not counted."""
+    alignment: Alignment
+    """What the lengths of packed batches must be multiples of."""
     trainable: bool
 
     @property
@@ -43,6 +48,17 @@ class Policy:
     def tied_embeddings(self) -> bool:
         """Whether the output layer shares the embedding's weight."""
         return bool(self.hf_config.tie_word_embeddings)
+
+
+def gather_weights(policy: Policy) -> None:
+    """Have every rank hold what the last update made of the weights; every rank calls this before it reads them.
+
+    Where the gather runs beside computation, a rank that has stepped waits for the next forward pass to bring it the
+    parts that other ranks have stepped.
+    """
+    for chunk in policy.chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def unwrapped(chunk: Any) -> GPTModel:

@@ -37,11 +37,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8
             raise ConfigError(
                 f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
             )
-    if hf_config.num_hidden_layers % parallel.pipeline:
-        raise ConfigError(
-            f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
-            f"{hf_config.num_hidden_layers} layers"
-        )
+    parallel.stage_layers(hf_config.num_hidden_layers)
     check_expert_layout(hf_config, parallel)
     if fp8.enabled:
         _check_fp8_layout(hf_config, parallel, fp8)
@@ -73,12 +69,14 @@ def _check_fp8_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8
             f"model.fp8.first_layers_bf16 and last_layers_bf16 are {kept} together; allowed: below the model's "
             f"{num_layers} layers, else none computes in FP8"
         )
-    per_stage = num_layers // parallel.pipeline
-    for name in ("first_layers_bf16", "last_layers_bf16"):
-        if getattr(fp8, name) > per_stage:
+    stages = parallel.stage_layers(num_layers)
+    for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
+        # Megatron holds both to an even share, whatever the stages hold (transformer_config.py:995).
+        most = min(stage_layers, num_layers // parallel.pipeline)
+        if getattr(fp8, name) > most:
             raise ConfigError(
-                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most the {per_stage} layers of one of the "
-                f"{parallel.pipeline} pipeline stages"
+                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most {most}, since stages hold "
+                f"{stages} layers of the model's {num_layers}"
             )
 
 
@@ -134,15 +132,34 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring beside the computation
         # Micro-batches are packed to different lengths; stages tell each other the shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused beside the line above, experts or not
         deallocate_pipeline_outputs=True,
         **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
+        **_stages(parallel),
         **_fusions(transformer_engine),
         **_recompute(model.recompute),
         **_fp8(model.fp8),
     )
+
+
+def _stages(parallel: ParallelConfig) -> dict[str, Any]:
+    """Chunks and uneven stages; Megatron takes None for what is as usual."""
+    first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
+    if parallel.pipeline == 2 and first and last:
+        last = None  # it follows, and with no stage left between them Megatron divides by zero under virtual stages
+    return {
+        "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": first,
+        "num_layers_in_last_pipeline_stage": last,
+        # Two stages are each other's neighbours on both sides. In one batch Megatron would mix up what goes forward
+        # and what goes backward between them; sent beside the computation, each travels by itself.
+        "overlap_p2p_comm": parallel.virtual > 1,
+        "batch_p2p_comm": parallel.virtual == 1,
+    }
 
 
 def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:

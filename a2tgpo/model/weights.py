@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 from a2tgpo.config.check import ConfigError
 from a2tgpo.model.experts import expert_names, is_expert
 from a2tgpo.model.hf_config import weight_files
-from a2tgpo.model.policy import Policy
+from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 
 _OUTPUT = "output_layer.weight"
@@ -190,6 +190,7 @@ def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
         (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
         model.embed_tokens.weight.
     """
+    gather_weights(policy)
     groups, bridge = policy.groups, policy.bridge
     local = {name: p for model in policy.gpt_models for name, p in _named_parameters(policy, model)}
     records = [_record(groups.pp_rank, name, parameter) for name, parameter in local.items()]

@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 class ParallelGroups:
     """Ranks, sizes and process groups of one process.
 
-    Global rank = tp_rank + tp_size * (dp_rank + dp_size * pp_rank): tensor-parallel ranks are neighbours, since
-    they talk most, and pipeline stages are furthest apart. Of the ranks of a stage, counted by tp_rank + tp_size *
-    dp_rank, expert-parallel ones are neighbours too: ep_rank is that count modulo ep_size.
+    Global rank = tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)): tensor-parallel ranks are
+    neighbours, since they talk most, then context-parallel ones; pipeline stages are furthest apart. Of the ranks of
+    a stage, expert-parallel ones are neighbours too: ep_rank is the place in the stage modulo ep_size.
     """
 
     rank: int
@@ -26,20 +26,26 @@ class ParallelGroups:
     tp_rank: int
     tp_size: int
     tp_group: ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: ProcessGroup
+    """The ranks that share this replica's sequences, each with a part of every one."""
     pp_rank: int
     pp_size: int
     pp_group: ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
+    """One rank of each replica. Whatever is counted by trajectory or by token is reduced over it."""
+    dp_cp_group: ProcessGroup
+    """The ranks that hold the same weights: those of `dp_group`, each with its context-parallel ranks. Gradients are
+    reduced, and optimizer state is cut, over it."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup
     """The ranks that share out the experts of a stage's layers; each expert is whole on one of them."""
     edp_group: ProcessGroup
     """Expert-data-parallel: the ranks of a stage that hold the same experts, and reduce their gradients."""
-    model_group: ProcessGroup
-    """The tensor x pipeline ranks that hold one replica of the model, this process among them."""
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -49,15 +55,25 @@ class ParallelGroups:
     def is_pipeline_last(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def is_replica_first(self) -> bool:
+        """This process is the first of its data-parallel replica."""
+        return self.tp_rank == self.cp_rank == self.pp_rank == 0
+
     def dp_ranks_of(self, dp_index: int) -> list[int]:
         """Global ranks that form data-parallel replica `dp_index`, stage by stage, ascending."""
         assert 0 <= dp_index < self.dp_size, f"replica {dp_index} of {self.dp_size}"
+        in_a_stage = self.tp_size * self.cp_size
         return [
-            tp + self.tp_size * (dp_index + self.dp_size * pp)
+            rank + in_a_stage * (dp_index + self.dp_size * pp)
             for pp in range(self.pp_size)
-            for tp in range(self.tp_size)
+            for rank in range(in_a_stage)
         ]
+
+    def cp_rank_of(self, rank: int) -> int:
+        """The position of global rank `rank` in its context-parallel group."""
+        return rank // self.tp_size % self.cp_size
 
     def dp_index_of(self, rank: int) -> int:
         """The data-parallel replica that global rank `rank` belongs to."""
-        return rank // self.tp_size % self.dp_size
+        return rank // (self.tp_size * self.cp_size) % self.dp_size

@@ -65,6 +65,8 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         pipeline_model_parallel_size=config.pipeline,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=1,  # experts are narrow: they are shared out whole, never sliced
+        virtual_pipeline_model_parallel_size=config.virtual if config.virtual > 1 else None,
+        context_parallel_size=config.context,
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
     )
     random.seed(seed)
@@ -75,18 +77,20 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless tensor x pipeline ranks divide `world_size` processes, and expert ones a stage."""
-    model_ranks = config.tensor * config.pipeline
-    if world_size % model_ranks:
+    """Raise `ConfigError` unless tensor x context x pipeline ranks divide `world_size` processes, and expert ones a
+    stage."""
+    if world_size % config.model_ranks:
         raise ConfigError(
-            f"parallel.tensor ({config.tensor}) x parallel.pipeline ({config.pipeline}) = {model_ranks} does not "
-            f"divide the {world_size} processes started; start a multiple of {model_ranks}"
+            f"parallel.tensor ({config.tensor}) x parallel.context ({config.context}) x parallel.pipeline "
+            f"({config.pipeline}) = {config.model_ranks} does not divide the {world_size} processes started; start a "
+            f"multiple of {config.model_ranks}"
         )
     stage_ranks = world_size // config.pipeline
     if stage_ranks % config.expert:
         raise ConfigError(
             f"parallel.expert is {config.expert}; allowed: a divisor of the {stage_ranks} ranks of a pipeline stage "
-            f"(parallel.tensor {config.tensor} x {stage_ranks // config.tensor} data-parallel)"
+            f"(parallel.tensor {config.tensor} x parallel.context {config.context} x "
+            f"{stage_ranks // config.tensor // config.context} data-parallel)"
         )
 
 
@@ -121,22 +125,27 @@ def _groups() -> ParallelGroups:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_group=parallel_state.get_context_parallel_group(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         edp_group=parallel_state.get_expert_data_parallel_group(),
-        model_group=parallel_state.get_model_parallel_group(),
     )
-    assert dist.get_process_group_ranks(groups.model_group) == groups.dp_ranks_of(groups.dp_rank), (
-        "Megatron laid the ranks out in another order than ParallelGroups states"
-    )
-    assert groups.ep_rank == (groups.tp_rank + groups.tp_size * groups.dp_rank) % groups.ep_size, (
+    # The tensor x pipeline ranks of this context-parallel rank: with those of the others, its replica.
+    model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+    assert model_ranks == [
+        rank for rank in groups.dp_ranks_of(groups.dp_rank) if groups.cp_rank_of(rank) == groups.cp_rank
+    ], "Megatron laid the ranks out in another order than ParallelGroups states"
+    assert groups.ep_rank == groups.rank % (groups.world_size // groups.pp_size) % groups.ep_size, (
         "Megatron laid the expert-parallel ranks out in another order than ParallelGroups states"
     )
     return groups

@@ -217,7 +217,8 @@ def _sync(folder: Path) -> None:
 
 def layout_of(policy: Policy) -> dict[str, dict[str, int]]:
     groups = policy.groups
-    sizes = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size, "ep": groups.ep_size}
+    sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
+    sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
     return {"layout": sizes}
 
 

@@ -13,6 +13,7 @@ from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
 from a2tgpo.config.run import RunConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
 
@@ -70,7 +71,8 @@ def build_minibatches(
     """Mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
 
     Every rank must call this, also without trajectories: loss normalisers are summed over the data-parallel
-    group. All ranks get the same number of mini-batches; the number of micro-batches may differ.
+    group, and the number of micro-batches is agreed on: all replicas cut a mini-batch into as many as the one that
+    needs most. Only a replica with fewer trajectories than that has fewer.
 
     Args:
         trajectories: this replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
@@ -92,8 +94,8 @@ def build_minibatches(
         minibatch = Minibatch(
             batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
         )
-        lengths = [packed_length(trajectories[i]) for i in rows]
-        for members in microbatches(lengths, config.update.max_microbatch_tokens):
+        lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
+        for members in _microbatches(lengths, config.update.max_microbatch_tokens, groups):
             batch = pack(trajectories, [rows[i] for i in members], align=align)
             turns = batch.turn_trajectory, batch.turn_index
             minibatch.batches.append(batch)
@@ -103,3 +105,10 @@ def build_minibatches(
             minibatch.sequence_is_correct.append(is_correct[list(batch.trajectory_indices)])
         minibatches.append(minibatch)
     return minibatches
+
+
+def _microbatches(lengths: Sequence[int], max_tokens: int, groups: ParallelGroups) -> list[list[int]]:
+    """As many micro-batches as the replica with most of them needs, so that they are smaller and none is empty."""
+    fewest = torch.tensor(len(microbatches(lengths, max_tokens)))
+    agreed = int(all_reduce_max(fewest, groups.dp_group))
+    return [members for members in microbatches(lengths, max_tokens, min_count=agreed) if members]

@@ -37,6 +37,7 @@ def build_optimizer(
             bf16=bf16,
             params_dtype=policy.dtype,
             use_distributed_optimizer=config.distributed_optimizer,
+            overlap_param_gather=policy.chunks[0].ddp_config.overlap_param_gather,  # type: ignore[union-attr]
         ),
         policy.chunks,
         use_gloo_process_groups=False,

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 
-from a2tgpo.model.policy import Policy
+from a2tgpo.model.policy import Policy, gather_weights
 
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
 """Whose classes a checkpoint's index, a pickle, is made of."""
@@ -54,13 +54,14 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 
     The work of `dist_checkpointing.save` up to the writing, in its order.
     """
+    gather_weights(policy)
     # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
     sharded, common = save_preprocess(_sharded_state(policy, optimizer, is_loading=False))
     strategy = FullyParallelSaveStrategyWrapper(
-        TorchDistSaveShardedStrategy("torch_dist", 1), policy.groups.dp_group
+        TorchDistSaveShardedStrategy("torch_dist", 1), policy.groups.dp_cp_group
     )
     strategy.apply_saving_parallelization(sharded)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
@@ -138,7 +139,7 @@ def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
-        "dp_cp_group": policy.groups.dp_group,
+        "dp_cp_group": policy.groups.dp_cp_group,
     }
     models = {
         _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layout_checks import check_gradients, check_scores, check_turn_ratios
 from model_worker import check_against_transformers, check_groups
 from update_bench import (
     Bench,
@@ -22,13 +23,7 @@ from update_bench import (
     load_reference,
     reference_loss,
 )
-from update_worker import (
-    check_gradients,
-    check_nan_is_skipped,
-    check_resume,
-    check_scores,
-    run_checks,
-)
+from update_worker import check_nan_is_skipped, check_resume, run_checks
 
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.update import checkpoint
@@ -131,6 +126,7 @@ CHECKS = {
     "tp2_sequence": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
     "tp2_sequence_ep2": [check_transformers, check_gradients, check_updates],
     "tp2_sequence_ep4": [check_gradients, check_scores, check_updates, check_from_two_expert_ranks],
+    "cp2_ep2": [check_gradients, check_turn_ratios, check_updates],
     "pp2_ep2": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
 }
 

@@ -15,6 +15,7 @@ CHECKS = {
     "tp2_sequence": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
     "tp2_sequence_ep2": ["transformers", "gradients", "updates"],
     "tp2_sequence_ep4": ["gradients", "scores", "updates", "from_two_expert_ranks"],
+    "cp2_ep2": ["gradients", "turn_ratios", "updates"],
     "pp2_ep2": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
 }
 KEYS = [f"{check}[{layout}]" for layout, checks in CHECKS.items() for check in checks]

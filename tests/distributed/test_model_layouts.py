@@ -115,4 +115,4 @@ def test_a_layout_that_does_not_divide_the_processes_is_refused_before_anything_
         text=True,
     )
     last = process.stderr.strip().splitlines()[-1]
-    assert "parallel.tensor (2) x parallel.pipeline (2) = 4 does not divide the 6 processes" in last
+    assert "x parallel.pipeline (2) = 4 does not divide the 6 processes" in last

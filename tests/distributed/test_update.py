@@ -14,18 +14,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = [
-    *(f"gradients[{layout}]" for layout in ("dp4", "tp2", "tp2_sequence", "pp2", "tp2_pp2")),
-    *(f"scores[{layout}]" for layout in ("dp4", "tp2_sequence", "pp2", "tp2_pp2")),
-    *(f"correction[{layout}]" for layout in ("dp4", "tp2_pp2")),
-    *(f"nan_is_skipped[{layout}]" for layout in ("dp4", "pp2", "tp2_pp2")),
-    *(f"resume[{layout}]" for layout in ("dp4", "tp2_pp2")),
-    "resume_with_buckets[dp4]",
-    "data_parallel_updates[dp4]",
-    "retention[dp4]",
-    "one_best[dp4]",
-    "another_layout[tp2_pp2]",
-]
+LAYOUTS_OF = {
+    "gradients": "dp4 tp2 tp2_sequence pp2_vpp2 pp2 pp2_uneven cp2 tp2_cp2_sequence cp2_pp2_vpp2 tp2_pp2",
+    "turn_ratios": "pp2_vpp2 cp2 tp2_cp2_sequence cp2_pp2_vpp2 tp2_pp2",
+    "scores": "dp4 tp2_sequence pp2_vpp2 pp2 pp2_uneven cp2 tp2_cp2_sequence tp2_pp2",
+    "update": "pp2_vpp2 pp2_uneven cp2 tp2_cp2_sequence cp2_pp2_vpp2",
+    "correction": "dp4 cp2 cp2_pp2_vpp2 tp2_pp2",
+    "nan_is_skipped": "dp4 pp2_vpp2 pp2 cp2 tp2_pp2",
+    "resume": "dp4 pp2_vpp2 cp2 tp2_pp2",
+    "another_layout": "pp2_vpp2 pp2 tp2_cp2_sequence tp2_pp2",
+    "resume_with_buckets": "dp4",
+    "data_parallel_updates": "dp4",
+    "retention": "dp4",
+    "one_best": "dp4",
+}
+CHECKS = [f"{check}[{layout}]" for check, layouts in LAYOUTS_OF.items() for layout in layouts.split()]
 
 pytestmark = pytest.mark.distributed
 

@@ -19,11 +19,12 @@ from tiny_models import checkpoint_tensors
 
 from a2tgpo.batch.balance import deal, microbatches
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
+from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.model.build import build_policy
+from a2tgpo.model.build import build_policy, wrap_for_training
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.groups import ParallelGroups
@@ -32,18 +33,25 @@ from a2tgpo.trajectory import Trajectory, Turn
 from a2tgpo.update.train_step import LossFunction, StepResult, train_step
 
 VOCAB = 199
+ALGORITHM = AlgorithmConfig(ratio="turn", clip_low=0.003, clip_high=0.004)
 LAYOUTS = {
     "dp4": ParallelConfig(timeout_s=60),
     "tp2": ParallelConfig(tensor=2, timeout_s=60),
     "tp2_sequence": ParallelConfig(tensor=2, sequence=True, timeout_s=60),
     "pp2": ParallelConfig(pipeline=2, timeout_s=60),
     "tp2_pp2": ParallelConfig(tensor=2, pipeline=2, timeout_s=60),
+    "pp2_vpp2": ParallelConfig(pipeline=2, virtual=2, timeout_s=60),
+    "pp2_uneven": ParallelConfig(pipeline=2, first_stage_layers=1, timeout_s=60),
+    "cp2": ParallelConfig(context=2, timeout_s=60),
+    "tp2_cp2_sequence": ParallelConfig(tensor=2, context=2, sequence=True, timeout_s=60),
+    "cp2_pp2_vpp2": ParallelConfig(context=2, pipeline=2, virtual=2, timeout_s=60),
     # For a mixture of experts:
     "ep2": ParallelConfig(expert=2, timeout_s=60),
     "ep4": ParallelConfig(expert=4, timeout_s=60),
     "tp2_sequence_ep2": ParallelConfig(tensor=2, sequence=True, expert=2, timeout_s=60),
     "tp2_sequence_ep4": ParallelConfig(tensor=2, sequence=True, expert=4, timeout_s=60),
     "pp2_ep2": ParallelConfig(pipeline=2, expert=2, timeout_s=60),
+    "cp2_ep2": ParallelConfig(context=2, expert=2, timeout_s=60),
 }
 
 
@@ -85,32 +93,51 @@ def coefficient(trajectory: int, turn: int) -> float:
     return math.sin(1.0 + 3.0 * trajectory + 0.7 * turn)
 
 
+def old_logprobs(logprobs: Tensor) -> Tensor:
+    """Stands in for what a trajectory's log-probs were before some updates: near enough that ratios are near 1."""
+    return logprobs.detach() + 0.02 * torch.sin(torch.arange(1.0, len(logprobs) + 1))
+
+
 @dataclasses.dataclass
 class Reference:
-    """Loss and gradients by transformers, one unpacked trajectory at a time, and each token's log-prob."""
+    """Losses and gradients by transformers, one unpacked trajectory at a time, and each token's log-prob."""
 
     loss: float
     gradients: dict[str, Tensor]
+    turn_loss: float
+    """Eq. 10 and 12 written as loops over trajectories and turns, each sampled token with the same weight."""
+    turn_gradients: dict[str, Tensor]
     logprobs: dict[int, Tensor]
     """Per trajectory, log p of its tokens 1 .. m."""
 
 
 def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
     model = load_reference(path)
-    loss, logprobs = reference_loss(model, trajectories)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return Reference(loss=loss.item(), gradients=checkpoint_tensors(gradients), logprobs=logprobs)
+    loss, turn_loss, logprobs = reference_loss(model, trajectories)
+
+    def gradients_of(objective: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        objective.backward(retain_graph=True)
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return checkpoint_tensors(gradients)
+
+    return Reference(
+        loss=loss.item(),
+        gradients=gradients_of(loss),
+        turn_loss=turn_loss.item(),
+        turn_gradients=gradients_of(turn_loss),
+        logprobs=logprobs,
+    )
 
 
 def load_reference(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The loss of `Bench.loss_function` and each token's log-prob."""
+def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """The loss of `Bench.loss_function`, that of turns (see `Reference`) and each token's log-prob."""
     total = sum(t.num_sampled_tokens for t in trajectories)
-    loss, logprobs = torch.zeros(()), {}
+    loss, turn_loss, logprobs = torch.zeros(()), torch.zeros(()), {}
     for index, rollout in enumerate(trajectories):
         if not rollout.num_sampled_tokens:
             continue
@@ -122,7 +149,16 @@ def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, 
         found = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
         loss = loss - (found * torch.tensor(weights[1:])).sum() / total
         logprobs[index] = found.detach()
-    return loss, logprobs
+        log_ratio, start = found - old_logprobs(found), len(rollout.prompt_tokens) - 1
+        for number, turn in enumerate(rollout.turns):
+            if turn.tokens:
+                ratio = log_ratio[start : start + len(turn.tokens)].mean().exp()
+                advantage = coefficient(index, number)
+                clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
+                token_loss = torch.maximum(-ratio * advantage, -clipped * advantage)
+                turn_loss = turn_loss + len(turn.tokens) * token_loss / total
+            start += len(turn.tokens) + len(turn.observation_tokens)
+    return loss, turn_loss, logprobs
 
 
 class Bench:
@@ -137,7 +173,8 @@ class Bench:
     def policy(
         self, *, distributed_optimizer: bool = False, bucket_size: int | None = None, **options: Any
     ) -> tuple[Policy, UpdateConfig]:
-        """With `bucket_size`, gradients are reduced bucket by bucket during the backward pass, as on GPUs."""
+        """With `bucket_size`, gradients are reduced in buckets during the backward pass, and weights gathered so
+        during the next forward pass, as on GPUs."""
         update = UpdateConfig(
             distributed_optimizer=distributed_optimizer,
             **{"lr": 1e-2, "weight_decay": 0.1, "lr_schedule": "linear", **options},
@@ -146,16 +183,19 @@ class Bench:
         if bucket_size is None:
             return build_policy(model, self.parallel, self.groups, update=update), update
         policy = build_policy(model, self.parallel, self.groups, update=None, trainable=False)
-        reduce_in_buckets(policy, bucket_size)
+        for chunk in policy.chunks:
+            chunk.requires_grad_(True).train()
+        wrap_for_training(policy, update, overlap=True, bucket_size=bucket_size)
+        assert len(policy.chunks[0].buffers[0].buckets) > 2
         return policy, update
 
     def batches(self, *, max_tokens: int = 60, replicas: int | None = None) -> list[PackedBatch]:
         """This replica's micro-batches, the trajectories dealt over the first `replicas` replicas."""
-        lengths = [packed_length(t) for t in self.trajectories]
+        align = alignment(self.parallel, Fp8Config())
+        lengths = [align.segment_length(packed_length(t)) for t in self.trajectories]
         dealt = deal(lengths, replicas or self.groups.dp_size)
         mine = [index for index, replica in enumerate(dealt) if replica == self.groups.dp_rank]
         grouped = microbatches([lengths[index] for index in mine], max_tokens)
-        align = alignment(self.parallel, Fp8Config())
         return [pack(self.trajectories, [mine[i] for i in group], align=align) for group in grouped]
 
     def loss_function(self, batches: list[PackedBatch]) -> LossFunction:
@@ -172,29 +212,6 @@ class Bench:
     def step(self, policy: Policy, optimizer: Any, batches: list[PackedBatch] | None = None) -> StepResult:
         batches = self.batches() if batches is None else batches
         return train_step(policy, optimizer, batches, self.loss_function(batches))
-
-
-def reduce_in_buckets(policy: Policy, bucket_size: int) -> None:
-    """Make a policy trainable that reduces its gradients bucket by bucket during the backward pass."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=True,
-        bucket_size=bucket_size,
-    )
-    config = policy.transformer_config
-    policy.chunks[0].requires_grad_(True).train()
-    chunk = DistributedDataParallel(config, ddp_config, policy.chunks[0])
-    config.no_sync_func, config.grad_sync_func = chunk.no_sync, chunk.start_grad_sync
-    config.finalize_model_grads_func = finalize_model_grads
-    policy.chunks = [chunk]
-    assert len(chunk.buffers[0].buckets) > 2
 
 
 def hf_gradients(policy: Policy) -> dict[str, Tensor]:
@@ -228,7 +245,7 @@ def make_model(path: Path, *, experts: int = 0) -> None:
         vocab_size=VOCAB,
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=2 if experts else 4,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

@@ -153,8 +153,14 @@ def test_layers_kept_in_bfloat16_must_leave_some_and_fit_a_stage(checkpoint: Che
         checkpoint(), Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=1), whole
     )
     fp8 = Fp8Config(format="e4m3", last_layers_bf16=3)
-    assert "model.fp8.last_layers_bf16 is 3; allowed: at most the 2 layers of one of the 2" in layout_fault(
-        checkpoint(), fp8, staged, num_hidden_layers=4
+    assert (
+        "model.fp8.last_layers_bf16 is 3; allowed: at most 2, since stages hold [2, 2] layers"
+        in layout_fault(checkpoint(), fp8, staged, num_hidden_layers=4)
+    )
+    uneven = ParallelConfig(pipeline=2, last_stage_layers=1)
+    fp8 = Fp8Config(format="e4m3", last_layers_bf16=2)
+    assert "last_layers_bf16 is 2; allowed: at most 1, since stages hold [3, 1] layers" in layout_fault(
+        checkpoint(), fp8, uneven, num_hidden_layers=4
     )
     check_layout(load_hf_config(str(checkpoint())), staged, Fp8Config(format="e4m3", last_layers_bf16=1))
 

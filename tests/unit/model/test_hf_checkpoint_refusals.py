@@ -151,7 +151,15 @@ def test_rope_theta_is_found_in_new_and_old_configs(checkpoint: Checkpoint, spel
             ParallelConfig(tensor=4),
             "parallel.tensor is 4; allowed: a divisor of the model's 2 key-value heads",
         ),
-        (ParallelConfig(pipeline=3), "parallel.pipeline is 3; allowed: a divisor of the model's 2 layers"),
+        (
+            ParallelConfig(pipeline=3),
+            "parallel.pipeline is 3; allowed: a divisor of the model's 2 layers, or others with "
+            "parallel.first_stage_layers or parallel.last_stage_layers",
+        ),
+        (
+            ParallelConfig(pipeline=2, virtual=2),
+            "parallel.virtual is 2; allowed: a divisor of the 1 layers of a pipeline stage",
+        ),
     ],
 )
 def test_layout_must_divide_the_model(checkpoint: Checkpoint, parallel: ParallelConfig, fault: str) -> None:

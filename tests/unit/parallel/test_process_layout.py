@@ -29,28 +29,31 @@ def groups() -> Iterator[ParallelGroups]:
     os.environ.update(environment)
 
 
-def record(rank: int, *, tp: int, dp: int, pp: int) -> ParallelGroups:
+def record(rank: int, *, tp: int, dp: int, pp: int, cp: int = 1) -> ParallelGroups:
     """The record of `rank`, without process groups."""
     group: Any = None
     return ParallelGroups(
         rank=rank,
-        world_size=tp * dp * pp,
+        world_size=tp * cp * dp * pp,
         local_rank=rank,
         device=torch.device("cpu"),
         tp_rank=rank % tp,
         tp_size=tp,
         tp_group=group,
-        pp_rank=rank // (tp * dp),
+        cp_rank=rank // tp % cp,
+        cp_size=cp,
+        cp_group=group,
+        pp_rank=rank // (tp * cp * dp),
         pp_size=pp,
         pp_group=group,
-        dp_rank=rank // tp % dp,
+        dp_rank=rank // (tp * cp) % dp,
         dp_size=dp,
         dp_group=group,
+        dp_cp_group=group,
         ep_rank=0,
         ep_size=1,
         ep_group=group,
         edp_group=group,
-        model_group=group,
     )
 
 
@@ -58,6 +61,17 @@ def test_replicas_are_made_of_neighbours_within_a_stage() -> None:
     one = record(0, tp=2, dp=3, pp=2)
     assert [one.dp_ranks_of(i) for i in range(3)] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     assert [one.dp_index_of(rank) for rank in range(12)] == [0, 0, 1, 1, 2, 2] * 2
+
+
+def test_context_parallel_ranks_belong_to_one_replica() -> None:
+    one = record(0, tp=2, cp=2, dp=2, pp=2)
+    assert [one.dp_ranks_of(i) for i in range(2)] == [
+        [0, 1, 2, 3, 8, 9, 10, 11],
+        [4, 5, 6, 7, 12, 13, 14, 15],
+    ]
+    assert [one.dp_index_of(rank) for rank in range(8)] == [0] * 4 + [1] * 4
+    assert [one.cp_rank_of(rank) for rank in range(8)] == [0, 0, 1, 1] * 2
+    assert [rank for rank in range(16) if record(rank, tp=2, cp=2, dp=2, pp=2).is_replica_first] == [0, 4]
 
 
 def test_pipeline_ends_are_known() -> None:
@@ -73,6 +87,8 @@ def test_layout_must_divide_the_processes() -> None:
         ConfigError, match=r"= 4 does not divide the 6 processes started; start a multiple of 4$"
     ):
         check_layout(ParallelConfig(tensor=2, pipeline=2), 6)
+    with pytest.raises(ConfigError, match=r"parallel.context \(3\) .* = 6 does not divide the 8 processes"):
+        check_layout(ParallelConfig(tensor=2, context=3), 8)
 
 
 def test_expert_ranks_must_divide_a_stage() -> None:
@@ -81,7 +97,7 @@ def test_expert_ranks_must_divide_a_stage() -> None:
         check_layout(ParallelConfig(pipeline=2, expert=4), 12)
     assert str(caught.value) == (
         "parallel.expert is 4; allowed: a divisor of the 6 ranks of a pipeline stage "
-        "(parallel.tensor 1 x 6 data-parallel)"
+        "(parallel.tensor 1 x parallel.context 1 x 6 data-parallel)"
     )
 
 

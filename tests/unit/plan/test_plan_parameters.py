@@ -23,6 +23,7 @@ from tiny_models import ARCHITECTURES, build_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
+from a2tgpo.batch.packing import Alignment
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -71,7 +72,7 @@ def gpt_model(
     hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
 ) -> GPTModel:
     config = transformer_config.transformer_config(hf_config, model, parallel, transformer_engine=False)
-    return build._gpt_model(model, hf_config, config, groups)
+    return build._gpt_model(model, hf_config, config, groups, vp_stage=None)
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:
@@ -149,9 +150,8 @@ def test_gradients_and_optimizer_state_are_counted(dtype, distributed, tmp_path)
     for rank in (0, 2, 4, 6):  # both replicas of both stages, first tensor-parallel rank
         with in_place_of(rank, 8, parallel) as groups:
             gpt = gpt_model(hf_config, model, parallel, groups)
-            chunk = build._data_parallel(gpt.config, gpt, groups, update)
             policy = Policy(
-                chunks=[chunk],
+                chunks=[gpt],
                 transformer_config=gpt.config,
                 hf_config=hf_config,
                 bridge=None,
@@ -159,8 +159,10 @@ def test_gradients_and_optimizer_state_are_counted(dtype, distributed, tmp_path)
                 path=str(tmp_path),
                 dtype=transformer_config.DTYPES[dtype],
                 vocab_size=VOCAB,
+                alignment=Alignment(),
                 trainable=True,
             )
+            build.wrap_for_training(policy, update, overlap=False)
             planned = trainer_memory(config, dimensions, stage=groups.pp_rank, data_parallel=data_parallel)
             gradients = sum(p.main_grad.numel() * p.main_grad.element_size() for p in gpt.parameters())
             assert gradients == planned.gradients

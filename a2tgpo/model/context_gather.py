@@ -1,0 +1,43 @@
+"""Token values of context-parallel ranks put together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def gather_context(own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
+    """Values at all positions of a packed row, from those at the positions of each rank of `cp_group`.
+
+    Every rank of `cp_group` must call this, and each must compute the same from what it gets. Then the gradient at a
+    rank's own positions is known in full where it is needed: there is no communication in the backward pass, and the
+    gradients of weights, summed over the ranks, are those of one rank with the whole row.
+
+    Args:
+        own: [..., T / cp].
+        positions: [cp, T / cp], see `context_split.context_positions`.
+
+    Returns:
+        [..., T], equal on all ranks.
+    """
+    return _Gather.apply(own, positions, cp_group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(cp_group.size())]
+        dist.all_gather(parts, own.contiguous(), group=cp_group)
+        ctx.save_for_backward(positions[cp_group.rank()])
+        full = own.new_empty(*own.shape[:-1], positions.numel())
+        full[..., positions.flatten()] = torch.cat(parts, dim=-1)
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mine,) = ctx.saved_tensors
+        return grad[..., mine], None, None

@@ -1,0 +1,153 @@
+"""Checks that hold on every layout, for update_worker.py: loss, gradients, scores against transformers.
+
+A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from update_bench import ALGORITHM, Bench, assert_close, coefficient, hf_gradients, hf_weights, old_logprobs
+
+from a2tgpo.batch.context_split import context_positions
+from a2tgpo.batch.packing import Alignment, pack
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.loss.policy_loss import policy_loss
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.update.importance import correct_rollouts
+from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.policy_update import score_minibatches
+from a2tgpo.update.score import score
+from a2tgpo.update.train_step import compute_gradients
+
+
+def check_gradients(bench: Bench) -> None:
+    """Loss and gradients are those of transformers on single trajectories, however they are packed and dealt."""
+    policy, _ = bench.policy()
+    ways = [(1, None), (60, None), (10_000, None), (60, 1)]
+    for max_tokens, replicas in ways if bench.name == "dp4" else ways[2:]:
+        batches = bench.batches(max_tokens=max_tokens, replicas=replicas)
+        counts = all_gather_object(len(batches), bench.groups.dp_group)
+        assert replicas is None or bench.groups.dp_size == 1 or 0 in counts, (
+            "no replica is without trajectories"
+        )
+        sums = compute_gradients(policy, batches, bench.loss_function(batches))
+        loss = float(sums["loss over all replicas"])
+        assert math.isclose(loss, bench.reference.loss, rel_tol=1e-5), (loss, bench.reference.loss)
+        tokens = all_gather_object(int(sums.get("tokens", torch.tensor(0))), bench.groups.dp_group)
+        assert sum(tokens) == bench.total_tokens, (tokens, bench.total_tokens)
+        assert_close(hf_gradients(policy), bench.reference.gradients, 1e-5)
+
+
+def check_scores(bench: Bench) -> None:
+    """Log-probs are those of transformers, on the last stage only; weights and mode are left as they were."""
+    policy, _ = bench.policy()
+    batches = bench.batches()
+    scores = score(policy, batches)
+    assert len(scores) == len(batches) and all(chunk.training for chunk in policy.chunks)
+    for batch, scored in zip(batches, scores, strict=True):
+        assert (scored is not None) == bench.groups.is_pipeline_last
+        if scored is None:
+            continue
+        assert scored.logprobs.shape == scored.entropy.shape == (batch.num_tokens,)
+        for number, index in enumerate(batch.trajectory_indices):
+            found = scored.logprobs[batch.sequence_ids[0] == number]
+            expected = bench.reference.logprobs[index][: found.numel()]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_turn_ratios(bench: Bench) -> None:
+    """One ratio per turn, clipped: loss and gradients are those of loops over turns, also of turns that are split."""
+    policy, _ = bench.policy()
+    batches, cp_size = bench.batches(max_tokens=10_000), bench.groups.cp_size
+    minibatch = Minibatch(
+        batches=batches, turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
+    )
+    for batch in batches:
+        turns = zip(batch.turn_trajectory.tolist(), batch.turn_index.tolist(), strict=True)
+        minibatch.turn_advantages.append(torch.tensor([coefficient(*turn) for turn in turns]))
+        minibatch.turn_clip_scales.append(torch.ones(batch.num_turns))
+        minibatch.sequence_weights.append(torch.full((batch.num_sequences,), 1 / bench.total_tokens))
+        old = torch.zeros(batch.num_tokens)
+        for number, index in enumerate(batch.trajectory_indices):
+            expected = bench.reference.logprobs[index]
+            at = batch.sequence_ids[0] == number
+            old[at] = old_logprobs(expected)[: int(at.sum())]
+        minibatch.old_logprobs.append(old)
+        if cp_size > 1:
+            held = [
+                set(batch.turn_ids[0, own][batch.loss_mask[0, own]].tolist())
+                for own in context_positions(batch.cu_seqlens, cp_size)
+            ]
+            assert set.intersection(*held), "no turn is split over the context-parallel ranks"
+
+    def loss_function(number: int, logprobs: Tensor, entropy: Tensor) -> Any:
+        result = policy_loss(logprobs[batches[number].loss_mask[0]], minibatch.loss_inputs(number), ALGORITHM)
+        return result.loss, {"clipped": result.is_clipped.sum(), "tokens": torch.tensor(result.ratio.numel())}
+
+    sums = compute_gradients(policy, batches, loss_function)
+    loss = float(sums["loss over all replicas"])
+    assert math.isclose(loss, bench.reference.turn_loss, rel_tol=1e-5), (loss, bench.reference.turn_loss)
+    assert 0 < int(sums["clipped"]) < int(sums["tokens"]), sums
+    assert_close(hf_gradients(policy), bench.reference.turn_gradients, 2e-5)
+
+
+def check_correction(bench: Bench) -> None:
+    """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none."""
+    policy, _ = bench.policy()
+    batches = bench.batches(replicas=2 if bench.groups.dp_size > 2 else 1)
+    counts = all_gather_object(len(batches), bench.groups.dp_group)
+    assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
+    minibatch = Minibatch(
+        batches=batches,
+        turn_advantages=[torch.zeros(batch.num_turns) for batch in batches],
+        turn_clip_scales=[torch.ones(batch.num_turns) for batch in batches],
+        sequence_weights=[torch.zeros(batch.num_sequences) for batch in batches],
+        sequence_is_correct=[torch.tensor([i % 2 == 1 for i in b.trajectory_indices]) for b in batches],
+    )
+    metrics = MetricSums()
+    score_minibatches(policy, [minibatch], metrics)
+    correct_rollouts([minibatch], CorrectionConfig(kind="mask", lower=0.01), bench.groups, metrics)
+    assert len(minibatch.importance) == len(batches)
+    found = metrics.reduce(bench.groups.dp_group)
+
+    sampled = {}
+    for index, logprobs in bench.reference.logprobs.items():
+        alone = pack(bench.trajectories, [index], align=Alignment())
+        mask = alone.loss_mask[0]
+        sampled[index] = logprobs[: mask.numel()][mask].double(), alone.rollout_logprobs[0, mask].double()
+    every = torch.cat([logprobs for logprobs, _ in sampled.values()])
+    ratio = torch.cat([logprobs - rollout for logprobs, rollout in sampled.values()]).exp()
+    kept = ratio[(ratio >= 0.01) & (ratio <= 2.0)]
+    assert 0 < kept.numel() < ratio.numel() == bench.total_tokens
+    expected = {
+        "likelihood/mean": every.mean(),
+        "likelihood/correct": torch.cat([sampled[index][0] for index in sampled if index % 2 == 1]).mean(),
+        "correction/mean": ratio.mean(),
+        "correction/max": ratio.max(),
+        "correction/min": ratio.min(),
+        "correction/truncated_share": 0.0,
+        "correction/masked_share": 1 - kept.numel() / ratio.numel(),
+        "correction/unusable_tokens": 0.0,
+        "correction/effective_sample_share": kept.sum() ** 2 / (ratio.numel() * kept.square().sum()),
+    }
+    for name, value in expected.items():
+        assert math.isclose(found[name], float(value), rel_tol=1e-4, abs_tol=1e-9), (name, found[name], value)
+
+
+def check_update(bench: Bench) -> None:
+    """Weights come back to the bit; the norm of all ranks' gradients is that of one process, the step is taken."""
+    policy, update = bench.policy(distributed_optimizer=True)
+    assert_close(hf_weights(policy), load_file(bench.folder / "model" / "model.safetensors"), 0)
+    optimizer, _ = build_optimizer(policy, update, total_steps=10)
+    result = bench.step(policy, optimizer)
+    expected = math.sqrt(sum(float(g.norm()) ** 2 for g in bench.reference.gradients.values()))
+    assert math.isclose(result.loss, bench.reference.loss, rel_tol=1e-5), (result.loss, bench.reference.loss)
+    assert math.isclose(result.grad_norm, expected, rel_tol=1e-5), (result.grad_norm, expected)
+    assert result.update_ok and bench.step(policy, optimizer).loss < result.loss
