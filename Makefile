@@ -42,9 +42,11 @@ setup-gpu:
 setup-py312: $(VENV312)/.ready
 
 # --no-deps: torch's CUDA build asks for more than it loads on a CPU. The file lists all that is needed.
-$(VENV312)/.ready: .ci/requirements-py312.txt
+$(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 	$(PYTHON312) -m venv $(VENV312)
 	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r $<
+	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps --upgrade \
+		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
 	@touch $@
 
 artifacts/worldqa/train.jsonl: | setup
@@ -97,7 +99,7 @@ endif
 # What Megatron-Core 0.19 could change. The folder on PYTHONPATH, for the processes that tests start.
 test-py312: setup-py312
 	PYTHONPATH=$(CURDIR) $(VENV312)/bin/python -m pytest tests/unit/parallel tests/unit/model tests/unit/update \
-		$(addprefix tests/distributed/test_,model_layouts.py update.py advantage_ranks.py exchange.py)
+		$(addprefix tests/distributed/test_,model_layouts.py update.py advantage_ranks.py exchange.py transformer_engine_names.py)
 
 lint: setup
 	$(PY) -m ruff check .

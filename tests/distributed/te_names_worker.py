@@ -1,0 +1,105 @@
+"""What every rank of test_transformer_engine_names.py runs; rank 0 writes what was found as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import te_stub
+
+import a2tgpo.parallel  # noqa: F401  no GPU must be seen by it, and Transformer Engine's constructors are told of one
+
+te_stub.install()
+
+import torch.distributed as dist
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fp8_utils import get_fp8_recipe
+from megatron.core.models.gpt.gpt_model import GPTModel
+from tiny_models import ARCHITECTURES
+
+from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model.cpu_layers import CpuSpecProvider
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.layer_spec import decoder_spec
+from a2tgpo.model.transformer_config import padded_vocab_size, transformer_config
+from a2tgpo.model.weights import make_bridge
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
+
+
+def main(checkpoints: Path, out: Path) -> None:
+    found: dict[str, Any] = {"names": {}, "recipes": {}}
+    initialize(ParallelConfig(), seed=0)
+    for tensor in (1, 2):
+        groups = lay_out(ParallelConfig(tensor=tensor), seed=0)
+        for architecture in ARCHITECTURES:
+            path = str(checkpoints / architecture)
+            mine = describe(path, tensor, transformer_engine=False)
+            theirs = describe(path, tensor, transformer_engine=True)
+            found["names"][f"{architecture}-tp{tensor}"] = all_gather_object([mine, theirs], dist.group.WORLD)
+    for recipe in TOKEN_MULTIPLES:
+        for number_format in ("hybrid", "e4m3"):
+            found["recipes"][f"{recipe}-{number_format}"] = describe_recipe(path, recipe, number_format)
+    if groups.rank == 0:
+        out.write_text(json.dumps(found))
+    shutdown()
+
+
+def describe(path: str, tensor: int, *, transformer_engine: bool) -> dict[str, Any]:
+    """By parameter: shape, dtype, how it is split, and the Hugging Face tensors it is made from."""
+    hf_config = load_hf_config(path)
+    config = transformer_config(
+        hf_config,
+        ModelConfig(path=path),
+        ParallelConfig(tensor=tensor),
+        transformer_engine=transformer_engine,
+    )
+    config.use_cpu_initialization = True
+    provider = TESpecProvider() if transformer_engine else CpuSpecProvider()
+    vocabulary = padded_vocab_size(hf_config.vocab_size, tensor)
+    model = GPTModel(
+        config,
+        decoder_spec(config, provider),
+        vocab_size=vocabulary,
+        max_sequence_length=hf_config.max_position_embeddings,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+    )
+    engine_made = type(model.decoder.layers[0].self_attention.linear_qkv).__module__
+    assert ("transformer_engine" in engine_made) == transformer_engine, engine_made
+    bridge = make_bridge(hf_config, config, padded_vocab_size=vocabulary)
+    return {
+        name: [
+            list(parameter.shape),
+            str(parameter.dtype),
+            [
+                getattr(parameter, "tensor_model_parallel", False),
+                getattr(parameter, "partition_dim", 0)
+                if getattr(parameter, "tensor_model_parallel", False)
+                else -1,
+            ],
+            bridge._weight_name_mapping_mcore_to_hf(name),
+        ]
+        for name, parameter in model.named_parameters()
+    }
+
+
+def describe_recipe(path: str, recipe: str, number_format: str) -> list[str]:
+    """Class and number format of what Transformer Engine is given; fields that 0.19 holds are what we set."""
+    fp8 = Fp8Config(format=number_format, recipe=recipe, first_layers_bf16=1)
+    config = transformer_config(
+        load_hf_config(path), ModelConfig(path=path, fp8=fp8), ParallelConfig(), transformer_engine=True
+    )
+    assert (config.fp8, config.fp8_recipe) == (number_format, recipe)
+    assert config.first_last_layers_bf16 and config.num_layers_at_start_in_bf16 == 1
+    assert config.num_layers_at_end_in_bf16 == 0
+    made = get_fp8_recipe(config)
+    return [type(made).__name__, made.fp8_format.name]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,67 @@
+"""The layers' CPU twin against Transformer Engine's real modules: names, shapes, dtypes, splits, weight tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from te_stub import FOLDER
+from tiny_models import ARCHITECTURES, build_model
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        not FOLDER.is_dir(), reason="Transformer Engine's wheels are in the second leg (make test-py312)"
+    ),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = {
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What two ranks found, from one launch."""
+    folder = tmp_path_factory.mktemp("names")
+    for number, architecture in enumerate(ARCHITECTURES):
+        model = build_model(architecture, vocab_size=250, tied=number == 0)
+        model.to(torch.bfloat16).save_pretrained(folder / architecture)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(Path(__file__).with_name("te_names_worker.py")), str(folder), str(folder / "found.json")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_twin_has_transformer_engines_parameters(found: dict, architecture: str, tensor: int) -> None:
+    for mine, theirs in found["names"][f"{architecture}-tp{tensor}"]:
+        assert mine == theirs
+        assert len(mine) >= 2 * 6 + 2  # six of each layer, embedding, final norm
+
+
+def test_tensor_parallel_ranks_hold_half_of_what_is_split(found: dict) -> None:
+    whole, half = (found["names"][f"qwen3-tp{tensor}"][0][1] for tensor in (1, 2))
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    assert whole[name][0][0] == 2 * half[name][0][0] and half[name][2] == [True, 0]
+
+
+@pytest.mark.parametrize("number_format", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_transformer_engine_is_given_the_recipe_that_was_asked_for(
+    found: dict, recipe: str, number_format: str
+) -> None:
+    assert found["recipes"][f"{recipe}-{number_format}"] == [RECIPES[recipe], number_format.upper()]
