@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.rollout.cpu_reload import forget_packed_experts, repack_tied_head
 from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, host_state_kept
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, explain_refusal, quantization_name, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
@@ -371,14 +372,13 @@ class VllmEngine:
 
 def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load `weights` into the model of a vLLM worker of this process."""
-    worker.model_runner.reload_weights(weights_iterator=weights)
     model = worker.model_runner.get_model()
-    head: Any = getattr(model, "lm_head", None)
-    embedding = model.model.embed_tokens
-    tied = head is not None and head is not embedding and getattr(head, "weight", None) is embedding.weight
-    if tied and worker.device.type == "cpu":
-        # The CPU kernels use a packed copy of the head, which the reload leaves as it was when it is tied.
-        head.quant_method.process_weights_after_loading(head)
+    on_cpu = worker.device.type == "cpu"
+    if on_cpu:
+        forget_packed_experts(model)
+    worker.model_runner.reload_weights(weights_iterator=weights)
+    if on_cpu:
+        repack_tied_head(model)
 
 
 def _first_line(error: BaseException) -> str:

@@ -39,7 +39,9 @@ from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import probe_tokens, probe_trajectory, verify_refit
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt
+from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
+from a2tgpo.update.train_step import train_step
 
 WORLD_TIMEOUT_S = 60
 
@@ -111,6 +113,24 @@ def check_three_cycles(policy, parallel, engine, rank, first_version):
     return gaps
 
 
+def check_training_step(policy, parallel, engine, rank, version):
+    """Rollout, update, refit: what was played becomes likelier by the trainer, and by the engine alike."""
+    optimizer, _ = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=1)
+    played = rank_trajectories(engine, rank, version)
+    batch = pack(played, range(len(played)), align=alignment(parallel, Fp8Config()))
+    before = trainer_logprobs(policy, parallel, played).mean()
+
+    def loss(number, logprobs, entropy):
+        return -logprobs[batch.loss_mask[0]].sum(), {}
+
+    assert train_step(policy, optimizer, [batch], loss).update_ok
+    assert trainer_logprobs(policy, parallel, played).mean() > before
+    assert not refit(policy, engine, version=version, bucket_mib=1).skipped
+    probe = played[0].prompt_tokens + played[0].turns[0].tokens
+    expected = trainer_logprobs(policy, parallel, [probe_trajectory(probe)])
+    verify_refit(engine, probe, expected, step=version, tolerance=2e-4, group=dist.group.WORLD)
+
+
 def check_one_bad_rank_stops_both(policy, parallel, engine, rank):
     def damaged():
         for name, tensor in iterate_hf_weights(policy):
@@ -139,8 +159,8 @@ def check_world(groups):
 
 def run_replicas(path):
     data_parallel, tensor_parallel = (
-        ParallelConfig(timeout_s=WORLD_TIMEOUT_S),
-        ParallelConfig(tensor=2, timeout_s=WORLD_TIMEOUT_S),
+        ParallelConfig(expert=2, timeout_s=WORLD_TIMEOUT_S),
+        ParallelConfig(tensor=2, sequence=True, expert=2, timeout_s=WORLD_TIMEOUT_S),
     )
     groups = initialize(data_parallel, seed=3)
     state = torch.get_rng_state()
@@ -149,10 +169,11 @@ def run_replicas(path):
     policy = make_policy(path, data_parallel, groups)
     assert refit(policy, engine, version=0, bucket_mib=1).skipped, "the engine loaded version 0 itself"
     check_three_cycles(policy, data_parallel, engine, groups.rank, 1)
+    check_training_step(policy, data_parallel, engine, groups.rank, 4)
     check_world(groups)
     groups = lay_out(tensor_parallel, seed=3)
     policy = make_policy(path, tensor_parallel, groups)
-    check_three_cycles(policy, tensor_parallel, engine, groups.rank, 4)
+    check_three_cycles(policy, tensor_parallel, engine, groups.rank, 5)
     check_one_bad_rank_stops_both(policy, tensor_parallel, engine, groups.rank)
     engine.close()
     check_world(groups)
