@@ -17,6 +17,10 @@ LOGIT_CHUNK_TOKENS = 512
 LOGIT_CHUNK_COPIES = 4
 """float32 tensors of a chunk alive at once in the backward pass of token_logprobs."""
 
+EXPERT_CROWDING = 1.25
+"""Tokens of the expert-parallel rank that the router sends most to, against the mean; the others wait for it. A round
+figure: no token is dropped, so a router that prefers few experts needs more, in memory and in time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicrobatchShape:
@@ -52,13 +56,30 @@ class MicrobatchShape:
         d, tensor = self.dimensions, self.parallel.tensor
         # Projected q, k, v; q and k after rotation; attention's output.
         attention = 3 * d.query_width + 3 * d.kv_width
-        if d.architecture == "qwen3":
+        if d.has_qk_norms:
             attention += d.query_width + d.kv_width  # q and k before their norms
-        # Both projections in, and their gated product.
-        feed_forward = 3 * d.ffn
-        wide = self.tokens * (attention + feed_forward) // tensor * self.element_bytes
+        wide = self.tokens * attention // tensor * self.element_bytes
         # Two norms, each with its input and its output.
-        return 4 * self.residual_bytes + wide + self.attention_statistics_bytes
+        return 4 * self.residual_bytes + wide + self.feed_forward_bytes + self.attention_statistics_bytes
+
+    @property
+    def feed_forward_bytes(self) -> int:
+        """What the feed-forward part of a layer saves besides its input."""
+        d = self.dimensions
+        if not d.experts:
+            # Both projections in, and their gated product.
+            return self.tokens * 3 * d.ffn // self.parallel.tensor * self.element_bytes
+        # The same for every chosen expert, and the copy of the token that was sent to it.
+        experts = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
+        # The router's logits and weights, and who was chosen.
+        return experts + self.tokens // self.parallel.tensor * d.experts * (2 * FLOAT32_BYTES + 1)
+
+    @property
+    def routed_tokens(self) -> int:
+        """Tokens that the rank's experts compute, one for each expert that a token has chosen."""
+        crowding = EXPERT_CROWDING if self.parallel.expert > 1 else 1.0
+        # Under sequence parallelism a rank routes its own part of the tokens.
+        return int(crowding * self.tokens * self.dimensions.experts_per_token / self.parallel.tensor)
 
     def saved_layer_bytes(self, recompute: str) -> int:
         """What one layer keeps from forward to backward under model.recompute."""
@@ -71,7 +92,10 @@ class MicrobatchShape:
 
     def backward_workspace_bytes(self, recompute: str) -> int:
         """Alive only while one layer is in its backward pass: gradients, gathered inputs, what is recomputed."""
-        gradients = 3 * self.tokens * self.dimensions.ffn // self.parallel.tensor * self.element_bytes
+        d = self.dimensions
+        gradients = 3 * self.tokens * d.ffn // self.parallel.tensor * self.element_bytes
+        if d.experts:
+            gradients = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
         recomputed = {"full": self.layer_bytes, "selective": self.attention_statistics_bytes, "none": 0}
         return gradients + 2 * self.gathered_bytes + recomputed[recompute]
 

@@ -32,7 +32,7 @@ def faults(plan: Plan) -> list[str]:
 def _change(plan: Plan, phase_name: str) -> str:
     """The first change that mends everything, or else this phase."""
     mends_phase = None
-    for settings, config in _changes(plan.config):
+    for settings, config in _changes(plan.config, has_experts=bool(plan.dimensions.experts)):
         try:
             changed = make_plan(
                 config,
@@ -52,7 +52,7 @@ def _change(plan: Plan, phase_name: str) -> str:
     return mends_phase or "no single setting mends it: use more GPUs, or a card with more memory"
 
 
-def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, RunConfig]]:
     """Settings to try, from those that cost least, and the configuration with them."""
     rollout, parallel = config.rollout, config.parallel
     if rollout.kv_cache_gib:
@@ -79,6 +79,11 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         size = rollout.tensor_parallel * factor
         changed = dataclasses.replace(rollout, tensor_parallel=size)
         yield f"rollout.tensor_parallel={size}", dataclasses.replace(config, rollout=changed)
+    if has_experts:
+        for factor in (2, 4, 8):
+            expert = parallel.expert * factor
+            shared = dataclasses.replace(parallel, expert=expert)
+            yield f"parallel.expert={expert}", dataclasses.replace(config, parallel=shared)
     for factor in (2, 4, 8):
         tensor, pipeline = parallel.tensor * factor, parallel.pipeline * factor
         wider = dataclasses.replace(parallel, tensor=tensor)

@@ -10,7 +10,7 @@ from pathlib import Path
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_MULTIPLE = 128
 """As model.transformer_config.VOCAB_MULTIPLE, which cannot be imported here without Megatron."""
@@ -18,20 +18,29 @@ VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDimensions:
-    """A dense decoder as model/ builds it."""
+    """A decoder as model/ builds it."""
 
     architecture: str
-    """llama | qwen2 (bias on q, k, v) | qwen3 (norms on q and k)."""
+    """llama | qwen2 (bias on q, k, v) | qwen3 (norms on q and k) | qwen3_moe (the same with experts)."""
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels; the gated unit has two such projections in and one out."""
+    """Feed-forward channels, of one expert where there are any; the gated unit has two such projections in and one
+    out."""
     vocab: int
     tied: bool
     """The output layer shares the embedding's weight."""
+    experts: int = 0
+    """In every layer; 0: one dense unit."""
+    experts_per_token: int = 1
+    """That a token is computed by."""
+
+    @property
+    def has_qk_norms(self) -> bool:
+        return self.architecture in ("qwen3", "qwen3_moe")
 
     @property
     def query_width(self) -> int:
@@ -81,6 +90,22 @@ def _eight_kv_heads(
     )
 
 
+def _qwen3_moe(hidden: int, layers: int, heads: int, kv_heads: int, expert_ffn: int) -> ModelDimensions:
+    return ModelDimensions(
+        architecture="qwen3_moe",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        ffn=expert_ffn,
+        vocab=151936,
+        tied=False,
+        experts=128,
+        experts_per_token=8,
+    )
+
+
 KNOWN_MODELS = {
     "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, tied=True),
     "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, tied=True),
@@ -92,6 +117,8 @@ KNOWN_MODELS = {
     "qwen3-4b": _eight_kv_heads("qwen3", 2560, 36, 32, 9728, 151936, tied=True),
     "qwen3-8b": _eight_kv_heads("qwen3", 4096, 36, 32, 12288, 151936, tied=False),
     "qwen3-32b": _eight_kv_heads("qwen3", 5120, 64, 64, 25600, 151936, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 4, 768),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 4, 1536),
     "llama-3.1-8b": _eight_kv_heads("llama", 4096, 32, 32, 14336, 128256, tied=False),
     "llama-3.1-70b": _eight_kv_heads("llama", 8192, 80, 64, 28672, 128256, tied=False),
 }
@@ -143,6 +170,9 @@ def read_dimensions(path: str) -> ModelDimensions:
         raise ConfigError(f"{file} has model_type {architecture!r}; allowed: {' | '.join(ARCHITECTURES)}")
     try:
         heads = int(content["num_attention_heads"])
+        has_experts = architecture == "qwen3_moe"
+        # transformers 5 writes num_local_experts.
+        experts = content.get("num_experts", content.get("num_local_experts")) if has_experts else 0
         return ModelDimensions(
             architecture=architecture,
             hidden=int(content["hidden_size"]),
@@ -150,22 +180,23 @@ def read_dimensions(path: str) -> ModelDimensions:
             heads=heads,
             kv_heads=int(content.get("num_key_value_heads") or heads),
             head_dim=int(content.get("head_dim") or content["hidden_size"] // heads),
-            ffn=int(content["intermediate_size"]),
+            ffn=int(content["moe_intermediate_size" if has_experts else "intermediate_size"]),
             vocab=int(content["vocab_size"]),
             tied=bool(content.get("tie_word_embeddings", False)),
+            experts=int(experts),
+            experts_per_token=int(content["num_experts_per_tok"]) if has_experts else 1,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file} lacks a dimension or has a wrong one: {error!r}") from None
 
 
 def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:
-    """One line on why the layout cannot be, by the rules of model.transformer_config.check_layout and
-    parallel.initialize.check_layout; None if it can."""
-    for size, what in (
-        (dimensions.heads, "attention heads"),
-        (dimensions.kv_heads, "key-value heads"),
-        (dimensions.ffn, "feed-forward channels"),
-    ):
+    """One line on why the layout cannot be, by the rules of model.transformer_config.check_layout,
+    model.experts.check_expert_layout and parallel.initialize.check_layout; None if it can."""
+    split = [(dimensions.heads, "attention heads"), (dimensions.kv_heads, "key-value heads")]
+    if not dimensions.experts:  # experts are not sliced
+        split.append((dimensions.ffn, "feed-forward channels"))
+    for size, what in split:
         if size % parallel.tensor:
             return f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
     if dimensions.layers % parallel.pipeline:
@@ -176,4 +207,20 @@ def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: in
     model_ranks = parallel.tensor * parallel.pipeline
     if gpus % model_ranks:
         return f"parallel.tensor x parallel.pipeline is {model_ranks}; allowed: a divisor of the {gpus} GPUs"
+    return _expert_fault(dimensions, parallel, gpus // parallel.pipeline)
+
+
+def _expert_fault(dimensions: ModelDimensions, parallel: ParallelConfig, stage_ranks: int) -> str | None:
+    if not dimensions.experts:
+        if parallel.expert > 1:
+            return f"parallel.expert is {parallel.expert}; allowed: 1, since the model has no experts"
+        return None
+    for size, what in (
+        (dimensions.experts, "model's {} experts"),
+        (stage_ranks, "{} ranks of a pipeline stage"),
+    ):
+        if size % parallel.expert:
+            return f"parallel.expert is {parallel.expert}; allowed: a divisor of the {what.format(size)}"
+    if parallel.tensor > 1 and not parallel.sequence:
+        return "parallel.sequence is false; allowed: true where parallel.tensor > 1 and the model has experts"
     return None

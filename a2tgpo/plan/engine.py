@@ -54,10 +54,16 @@ def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> s
     return None
 
 
-def engine_weight_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
+def engine_weight_bytes(
+    config: RunConfig, dimensions: ModelDimensions, *, experts_share: float = 1.0
+) -> float:
+    """Weights on one rank, of experts the given share."""
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
-    elements = layer_parameters(dimensions, tensor).total * dimensions.layers + embeddings
+    layer = layer_parameters(dimensions, tensor)
+    elements = (
+        layer.dense + experts_share * layer.experts / tensor
+    ) * dimensions.layers + embeddings  # it does cut experts
     return elements * ELEMENT_BYTES[engine_dtype(config)]
 
 
@@ -70,7 +76,10 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
 def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:
     """What an engine awake takes; its cache is `rollout.kv_cache_gib`, or what the share of the card leaves."""
     rollout = config.rollout
-    width = (2 * dimensions.hidden + 3 * dimensions.ffn // rollout.tensor_parallel) * PREFILL_TOKENS
+    feed_forward = 3 * dimensions.ffn * dimensions.experts_per_token // rollout.tensor_parallel
+    if dimensions.experts:
+        feed_forward += 2 * dimensions.hidden * dimensions.experts_per_token  # sent to experts, and back
+    width = (2 * dimensions.hidden + feed_forward) * PREFILL_TOKENS
     workspace = (
         width * ELEMENT_BYTES[engine_dtype(config)]
         + SAMPLER_COPIES * rollout.max_concurrent * dimensions.vocab * FLOAT32_BYTES

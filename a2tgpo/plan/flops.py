@@ -12,18 +12,29 @@ class TokenFlops:
     """Of one token's forward pass; a backward pass takes twice as many."""
 
     layers: float
-    """All layers."""
+    """All layers but for experts."""
+    experts: float
+    """The chosen experts of all layers; 0 in a dense model."""
     output: float
     """The output layer."""
 
     @property
     def total(self) -> float:
-        return self.layers + self.output
+        return self.layers + self.experts + self.output
 
 
 def forward_flops(dimensions: ModelDimensions, *, context: float) -> TokenFlops:
     """A token's forward pass while it attends to `context` tokens (on average half its sequence)."""
     d = dimensions
-    matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width) + 3 * d.hidden * d.ffn
+    matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width)
+    feed_forward = 3 * d.hidden * d.ffn
     attention = 4 * d.query_width * context
-    return TokenFlops(layers=d.layers * (2 * matrices + attention), output=2 * d.hidden * d.vocab)
+    experts = 0.0
+    if d.experts:
+        matrices += d.experts * d.hidden  # the router
+        experts = 2.0 * d.layers * d.experts_per_token * feed_forward
+    else:
+        matrices += feed_forward
+    return TokenFlops(
+        layers=d.layers * (2 * matrices + attention), experts=experts, output=2 * d.hidden * d.vocab
+    )

@@ -17,6 +17,7 @@ from a2tgpo.plan.workload import Workload
 PIPELINE_SIZES = (1, 2, 4, 8, 16)
 TENSOR_SIZES = (1, 2, 4, 8)
 """Tensor-parallel groups stay inside a node."""
+EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
 ENGINE_FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
@@ -43,7 +44,12 @@ def suggest(
         if not plan.fits or min(phase.headroom for phase in plan.phases) < LEAST_HEADROOM:
             continue
         parallel = candidate.parallel
-        pair = (parallel.tensor, parallel.pipeline, candidate.rollout.tensor_parallel)
+        pair = (
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.expert,
+            candidate.rollout.tensor_parallel,
+        )
         if pair not in best or _order(plan) < _order(best[pair]):
             best[pair] = plan
     return sorted(best.values(), key=_order)
@@ -55,6 +61,7 @@ def overrides(plan: Plan) -> list[str]:
     return [
         f"parallel.tensor={config.parallel.tensor}",
         f"parallel.pipeline={config.parallel.pipeline}",
+        f"parallel.expert={config.parallel.expert}",
         f"parallel.sequence={str(config.parallel.sequence).lower()}",
         f"model.recompute={config.model.recompute}",
         f"rollout.tensor_parallel={config.rollout.tensor_parallel}",
@@ -71,8 +78,11 @@ def _order(plan: Plan) -> tuple[float, float]:
 
 def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int) -> Iterator[RunConfig]:
     engines = [size for size in TENSOR_SIZES if size <= gpu.gpus_per_node]
-    for tensor, pipeline, engine in product(engines, PIPELINE_SIZES, engines):
-        parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
+    experts = EXPERT_SIZES if dimensions.experts else (1,)
+    for tensor, pipeline, expert, engine in product(engines, PIPELINE_SIZES, experts, engines):
+        parallel = dataclasses.replace(
+            config.parallel, tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1
+        )
         if layout_fault(dimensions, parallel, gpus):
             continue
         rollout = dataclasses.replace(config.rollout, tensor_parallel=engine, kv_cache_gib=0.0)

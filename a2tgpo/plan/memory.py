@@ -15,7 +15,7 @@ from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
 from a2tgpo.plan.hardware import GIB, Gpu
-from a2tgpo.plan.parameters import largest_tensor, stage_parameters
+from a2tgpo.plan.parameters import largest_tensor, layer_parameters, optimizer_parameters, stage_parameters
 from a2tgpo.plan.workload import Geometry
 
 CONTEXT_GIB = 3.0
@@ -78,9 +78,11 @@ def trainer_memory(
     config: RunConfig, dimensions: ModelDimensions, *, stage: int, data_parallel: int
 ) -> TrainerMemory:
     """What the trainer holds on a rank of pipeline stage `stage`."""
-    parameters = stage_parameters(dimensions, config.parallel, stage).total
+    held = stage_parameters(dimensions, config.parallel, stage)
+    parameters, shard = held.total, float(held.total)
+    if config.update.distributed_optimizer:
+        shard = optimizer_parameters(held, config.parallel, data_parallel)
     weights = parameters * ELEMENT_BYTES[config.model.dtype]
-    shard = parameters / (data_parallel if config.update.distributed_optimizer else 1)
     return TrainerMemory(
         weights=weights,
         gradients=parameters * FLOAT32_BYTES,
@@ -173,4 +175,7 @@ def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
     element_bytes = ELEMENT_BYTES[config.model.dtype]
     largest = largest_tensor(dimensions, config.parallel.tensor) * element_bytes
     copies = 1 if config.parallel.tensor > 1 else 0
-    return max(config.refit.bucket_mib * 2**20, largest) + copies * largest
+    # The engine keeps a layer's experts until all of them are there, then copies its part of each.
+    layer = layer_parameters(dimensions, 1).experts * element_bytes
+    collected = layer * (1 + 1 / config.rollout.tensor_parallel)
+    return max(config.refit.bucket_mib * 2**20, largest) + copies * largest + collected

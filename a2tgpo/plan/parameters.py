@@ -13,34 +13,48 @@ class Parameters:
     split: int
     """Cut over the tensor-parallel ranks: one rank's part."""
     replicated: int
-    """The same on every tensor-parallel rank: norms."""
+    """The same on every tensor-parallel rank: norms and routers."""
+    experts: int = 0
+    """Shared out over the expert-parallel ranks, never cut: one rank's experts."""
+
+    @property
+    def dense(self) -> int:
+        return self.split + self.replicated
 
     @property
     def total(self) -> int:
-        return self.split + self.replicated
+        return self.dense + self.experts
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.split + other.split, self.replicated + other.replicated)
+        return Parameters(
+            self.split + other.split, self.replicated + other.replicated, self.experts + other.experts
+        )
+
+    def __mul__(self, count: int) -> Parameters:
+        return Parameters(self.split * count, self.replicated * count, self.experts * count)
 
 
-def layer_parameters(dimensions: ModelDimensions, tensor: int) -> Parameters:
-    """One layer on one of `tensor` ranks."""
+def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> Parameters:
+    """One layer on one of `tensor` tensor-parallel and `expert` expert-parallel ranks."""
     d = dimensions
     qkv_width = d.query_width + 2 * d.kv_width
-    split = d.hidden * qkv_width + d.query_width * d.hidden + 3 * d.hidden * d.ffn
+    split = d.hidden * qkv_width + d.query_width * d.hidden
     if d.architecture == "qwen2":
         split += qkv_width
     replicated = 2 * d.hidden
-    if d.architecture == "qwen3":
+    if d.has_qk_norms:
         replicated += 2 * d.head_dim
-    return Parameters(split // tensor, replicated)
+    feed_forward = 3 * d.hidden * d.ffn
+    if d.experts:
+        router = d.experts * d.hidden
+        return Parameters(split // tensor, replicated + router, d.experts // expert * feed_forward)
+    return Parameters((split + feed_forward) // tensor, replicated)
 
 
 def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
     """One rank of pipeline stage `stage`, 0-based. Tied embeddings stand on the first and on the last stage."""
     layers = dimensions.layers // parallel.pipeline
-    one = layer_parameters(dimensions, parallel.tensor)
-    held = Parameters(one.split * layers, one.replicated * layers)
+    held = layer_parameters(dimensions, parallel.tensor, parallel.expert) * layers
     embedding = dimensions.padded_vocab(parallel.tensor) // parallel.tensor * dimensions.hidden
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     if is_first:
@@ -52,6 +66,15 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
     return held
 
 
+def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
+    """Of `parameters` on one rank, those whose state the rank keeps under the distributed optimizer.
+
+    Experts have replicas of their own: tensor x data-parallel / expert-parallel ranks hold the same ones.
+    """
+    expert_replicas = parallel.tensor * data_parallel / parallel.expert
+    return parameters.dense / data_parallel + parameters.experts / expert_replicas
+
+
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:
     """All parameters of the checkpoint, no padding, tied embeddings once."""
     d = dimensions
@@ -61,6 +84,7 @@ def checkpoint_parameters(dimensions: ModelDimensions) -> int:
 def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
     """Elements of the largest parameter in full: what refit gathers at once."""
     d = dimensions
+    # Of experts, as many travel at once as there are expert-parallel ranks: still less than these.
     return max(
         d.padded_vocab(tensor) * d.hidden, 2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden
     )

@@ -74,13 +74,11 @@ def make_plan(
     gpus: int,
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
-    engine_weight_bytes: float | None = None,
 ) -> Plan:
     """The plan of `config` on `gpus` cards.
 
     Args:
         workload: what a trajectory is expected to be, cut to the limits of `config`; None: the defaults.
-        engine_weight_bytes: see `rollout_time`.
 
     Raises:
         ConfigError: one line, if the layout divides neither the model nor the cards.
@@ -101,9 +99,7 @@ def make_plan(
         assumed=assumed,
         geometry=divided,
         phases=memory_phases(config, dimensions, gpu, divided),
-        rollout=rollout_time(
-            config, dimensions, gpu, divided, workload, assumed, weight_bytes=engine_weight_bytes
-        ),
+        rollout=rollout_time(config, dimensions, gpu, divided, workload, assumed),
         score=score_time(config, dimensions, gpu, divided, workload, assumed),
         update=update_time(config, dimensions, gpu, divided, workload, assumed),
         refit_s=refit_time(config, dimensions, gpu, gpus, assumed),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from a2tgpo.plan.activations import EXPERT_CROWDING
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.layouts import overrides
@@ -85,6 +86,7 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
         rows.append(
             [
                 f"{config.parallel.tensor} x {config.parallel.pipeline} x {plan.geometry.data_parallel}",
+                f"{config.parallel.expert}",
                 "yes" if config.parallel.sequence else "no",
                 config.model.recompute,
                 str(config.rollout.tensor_parallel),
@@ -98,8 +100,8 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
             ]
         )
     header = [
-        "tensor x pipeline x data", "sequence", "recompute", "engine TP", "engine share", "micro-batch tokens",
-        "left over", "rollout", "score", "update", "step",
+        "tensor x pipeline x data", "expert", "sequence", "recompute", "engine TP", "engine share",
+        "micro-batch tokens", "left over", "rollout", "score", "update", "step",
     ]  # fmt: skip
     pasted = " ".join(overrides(plans[0]))
     return f"{table(header, rows)}\n\nthe first one: {pasted}"
@@ -136,6 +138,7 @@ def _heading(plan: Plan, source: str) -> str:
         f"model      {checkpoint_parameters(plan.dimensions):,} parameters ({source})",
         f"cluster    {plan.gpus} x {plan.gpu.name}, {plan.gpu.memory_gib:.1f} GiB each",
         f"trainer    tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.geometry.data_parallel}, "
+        f"{f'expert {parallel.expert}, ' if plan.dimensions.experts else ''}"
         f"sequence parallel {'on' if parallel.sequence else 'off'}, recompute {config.model.recompute}, "
         f"{config.model.dtype}",
         f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}",
@@ -236,6 +239,7 @@ def _volume_table(plan: Plan) -> str:
         ["update, tensor parallel", f"{volume.tensor / 1e9:.1f} GB"],
         ["update, pipeline", f"{volume.pipeline / 1e9:.1f} GB"],
         ["update, data parallel", f"{volume.data / 1e9:.1f} GB"],
+        *([["update, expert parallel", f"{volume.expert / 1e9:.1f} GB"]] if plan.dimensions.experts else []),
         ["refit, received", f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB"],
     ]
     return table(["sent by a rank in one step", ""], rows)
@@ -250,6 +254,7 @@ def _assumption_lines(plan: Plan) -> str:
         f"samples {w.longest_to_mean:g} times the mean",
         f"  compute: {a.compute_utilisation:.0%} of {gpu.peak_flops(plan.config.model.dtype) / 1e12:.0f} TFLOP/s in "
         f"training, {a.prefill_utilisation:.0%} in the engine's prefill; {a.imbalance:.0%} lost to uneven replicas",
+        *_expert_lines(plan),
         f"  memory: {a.memory_utilisation:.0%} of {gpu.memory_tb_per_s:g} TB/s",
         f"  links: {a.link_utilisation:.0%} of {gpu.node_gb_per_s:g} GB/s within a node and "
         f"{gpu.network_gb_per_s:g} GB/s between nodes, never overlapped",
@@ -262,6 +267,15 @@ def _assumption_lines(plan: Plan) -> str:
         "fragmentation",
     ]
     return "\n".join(lines)
+
+
+def _expert_lines(plan: Plan) -> list[str]:
+    if plan.config.parallel.expert == 1:
+        return []
+    return [
+        "  experts: the rank that the router sends most to gets "
+        f"{EXPERT_CROWDING - 1:.0%} more tokens than the mean, and the others wait for it"
+    ]
 
 
 def _size(size: float) -> str:

@@ -39,18 +39,9 @@ def rollout_time(
     geometry: Geometry,
     workload: Workload,
     assumed: Assumptions,
-    *,
-    weight_bytes: float | None = None,
 ) -> RolloutTime:
-    """What an engine takes to play its share.
-
-    Args:
-        weight_bytes: that a rank reads in one decoding step; None: those of `dimensions`. (A mixture of experts reads
-            more than it computes with.)
-    """
+    """What an engine takes to play its share."""
     tensor = config.rollout.tensor_parallel
-    if weight_bytes is None:
-        weight_bytes = engine_weight_bytes(config, dimensions)
     peak = gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     forward = forward_flops(dimensions, context=workload.tokens / 2).total
     bandwidth = 1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation
@@ -58,7 +49,8 @@ def rollout_time(
 
     def step_seconds(running: float, context: float) -> float:
         """One decoding step with `running` trajectories of `context` tokens."""
-        memory = (weight_bytes + running * context * per_token) / bandwidth
+        weights = engine_weight_bytes(config, dimensions, experts_share=_experts_read(dimensions, running))
+        memory = (weights + running * context * per_token) / bandwidth
         latency = 2 * dimensions.layers * assumed.collective_latency_s if tensor > 1 else 0.0
         host = assumed.decode_step_s + running * assumed.decode_sequence_s
         return max(memory, running * forward / peak) + latency + host
@@ -82,6 +74,13 @@ def rollout_time(
     )
 
 
+def _experts_read(dimensions: ModelDimensions, running: float) -> float:
+    """Share of a layer's experts that at least one of `running` tokens chooses, were the choice even."""
+    if not dimensions.experts:
+        return 1.0
+    return 1 - (1 - dimensions.experts_per_token / dimensions.experts) ** running
+
+
 def refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Weights that every rank is given in full."""
     return checkpoint_parameters(dimensions) * ELEMENT_BYTES[config.model.dtype]
@@ -98,4 +97,7 @@ def refit_time(
     if parallel.tensor > 1:
         link = gpu.link_bytes_per_s(parallel.tensor) * assumed.link_utilisation
         seconds += size * (1 - 1 / parallel.tensor) / link
+    if parallel.expert > 1:
+        link = gpu.link_bytes_per_s(parallel.expert) * assumed.link_utilisation
+        seconds += size * (1 - 1 / parallel.expert) / link
     return seconds

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.plan.activations import FLOAT32_BYTES
+from a2tgpo.plan.activations import EXPERT_CROWDING, FLOAT32_BYTES
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import Gpu
-from a2tgpo.plan.parameters import stage_parameters
+from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 from a2tgpo.plan.workload import Geometry, Workload
 
 OPTIMIZER_BYTES = 30
 """Read and written per parameter of the optimizer's shard in one step: gradient, master weight and two moments, twice
 each but the gradient, and the new weight."""
+PERMUTATIONS = 8
+"""Times that a routed token is read or written in the card's memory besides the matrix products, in one pass: sorted
+by rank, by expert, back by rank, back in place; each reads and writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,16 @@ class PassTime:
     """Tensor-parallel collectives, not overlapped."""
     pipeline: float
     """Sends between stages."""
+    dispatch: float = 0.0
+    """Tokens laid out by expert, sent to the ranks that hold them and brought back, not overlapped."""
     data: float = 0.0
     """Gradients reduced and weights gathered over the data-parallel ranks, not overlapped."""
     optimizer: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.bubble + self.tensor + self.pipeline + self.data + self.optimizer
+        passes = self.compute + self.bubble + self.tensor + self.pipeline + self.dispatch
+        return passes + self.data + self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,8 @@ class Volume:
     tensor: float
     pipeline: float
     data: float
+    expert: float
+    """All-to-all to and from experts."""
 
 
 def score_time(
@@ -85,8 +93,10 @@ def update_time(
         # Forward two, backward two; sequence parallelism gathers two inputs once more, half a collective each.
         collectives=4 + (2 if recomputes else 0) + (1 if config.parallel.sequence else 0),
     )
-    fullest = stage_parameters(dimensions, config.parallel, 0).total
-    shard = fullest / (geometry.data_parallel if config.update.distributed_optimizer else 1)
+    fullest = stage_parameters(dimensions, config.parallel, 0)
+    shard = float(fullest.total)
+    if config.update.distributed_optimizer:
+        shard = optimizer_parameters(fullest, config.parallel, geometry.data_parallel)
     optimizer = shard * OPTIMIZER_BYTES / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
     span = config.parallel.tensor * geometry.data_parallel
     rate = gpu.link_bytes_per_s(span) * assumed.link_utilisation
@@ -95,6 +105,7 @@ def update_time(
         bubble=passes.bubble,
         tensor=passes.tensor,
         pipeline=passes.pipeline,
+        dispatch=passes.dispatch,
         data=update_volume(config, dimensions, geometry).data / rate,
         optimizer=optimizer * geometry.optimizer_steps,
     )
@@ -105,15 +116,19 @@ def update_volume(config: RunConfig, dimensions: ModelDimensions, geometry: Geom
     recomputes = config.model.recompute == "full"
     collectives = 4 + (2 if recomputes else 0) + (1 if config.parallel.sequence else 0)
     count = geometry.microbatches * geometry.optimizer_steps
-    parameters = stage_parameters(dimensions, config.parallel, 0).total
-    share = 1 - 1 / geometry.data_parallel
+    parameters = stage_parameters(dimensions, config.parallel, 0)
+    expert_replicas = config.parallel.tensor * geometry.data_parallel / config.parallel.expert
+    reduced = parameters.dense * (1 - 1 / geometry.data_parallel)
+    reduced += parameters.experts * (1 - 1 / expert_replicas)
+    passes = 4 if recomputes else 3
     gradient_and_weight = FLOAT32_BYTES + ELEMENT_BYTES[config.model.dtype]
     if not config.update.distributed_optimizer:
         gradient_and_weight = 2 * FLOAT32_BYTES  # an all-reduce of gradients
     return Volume(
         tensor=count * collectives * _tensor_bytes(config, dimensions, geometry),
         pipeline=count * 2 * _boundary_bytes(config, dimensions, geometry),
-        data=geometry.optimizer_steps * parameters * gradient_and_weight * share,
+        data=geometry.optimizer_steps * reduced * gradient_and_weight,
+        expert=count * passes * _dispatch_bytes(config, dimensions, geometry),
     )
 
 
@@ -132,6 +147,45 @@ def _boundary_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Ge
     return geometry.microbatch_tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype] / cut
 
 
+def _dispatch_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+    """Sent by a rank in one pass over a micro-batch, all layers of its stage: to the chosen experts, and back.
+
+    A token goes once for each of them, also where a rank holds several; in the backward pass gradients go the same
+    ways.
+    """
+    layers = dimensions.layers // config.parallel.pipeline
+    return layers * 2 * (1 - 1 / config.parallel.expert) * _routed_bytes(config, dimensions, geometry)
+
+
+def _routed_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+    """A rank's tokens of a micro-batch, once for each of the experts chosen; 0 in a dense model."""
+    if not dimensions.experts:
+        return 0.0
+    tokens = geometry.microbatch_tokens / config.parallel.tensor * dimensions.experts_per_token
+    return tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
+
+
+def _dispatch_seconds(
+    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
+) -> float:
+    """One pass over a micro-batch: permuting tokens in the card's memory, and the all-to-all."""
+    if not dimensions.experts:
+        return 0.0
+    layers = dimensions.layers // config.parallel.pipeline
+    routed = layers * PERMUTATIONS * _routed_bytes(config, dimensions, geometry)
+    seconds = routed / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
+    if config.parallel.expert > 1:
+        # Neighbouring ranks: inside a node as long as there are no more of them than cards.
+        link = gpu.link_bytes_per_s(config.parallel.expert) * assumed.link_utilisation
+        seconds += _dispatch_bytes(config, dimensions, geometry) / link
+    return seconds * _expert_wait(config)
+
+
+def _expert_wait(config: RunConfig) -> float:
+    """Time with experts against an even share of it; a rank that holds all experts gets what its tokens chose."""
+    return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
+
+
 def _pass_time(
     config: RunConfig,
     dimensions: ModelDimensions,
@@ -148,7 +202,8 @@ def _pass_time(
     parallel = config.parallel
     flops = forward_flops(dimensions, context=workload.tokens / 2)
     # The last stage is the slowest: it has the output layer too.
-    slowest = layer_passes * flops.layers / parallel.pipeline + output_passes * flops.output
+    layers = flops.layers + flops.experts * _expert_wait(config)
+    slowest = layer_passes * layers / parallel.pipeline + output_passes * flops.output
     rate = gpu.peak_flops(config.model.dtype) * assumed.compute_utilisation * parallel.tensor
     one_compute = geometry.microbatch_tokens * slowest / rate * (1 + assumed.imbalance)
     one_tensor = 0.0
@@ -158,12 +213,14 @@ def _pass_time(
     # Stages are furthest apart in the order of ranks: a boundary lies between nodes unless one node holds all.
     world = parallel.tensor * parallel.pipeline * geometry.data_parallel
     boundary_link = gpu.link_bytes_per_s(world) * assumed.link_utilisation
+    one_dispatch = layer_passes * _dispatch_seconds(config, dimensions, gpu, geometry, assumed)
     directions = 2 if layer_passes > 1 else 1
     one_boundary = directions * _boundary_bytes(config, dimensions, geometry) / boundary_link
     count, steps = geometry.microbatches, geometry.optimizer_steps
     return PassTime(
         compute=steps * count * one_compute,
-        bubble=steps * (parallel.pipeline - 1) * (one_compute + one_tensor + one_boundary),
+        bubble=steps * (parallel.pipeline - 1) * (one_compute + one_tensor + one_boundary + one_dispatch),
         tensor=steps * count * one_tensor,
         pipeline=steps * count * one_boundary,
+        dispatch=steps * count * one_dispatch,
     )

@@ -6,6 +6,7 @@ that rank's model. Weights are never written, so that even 70B's take no memory.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,11 @@ LAYOUTS = [
     ParallelConfig(pipeline=2),
     ParallelConfig(tensor=2, pipeline=2),
 ]
+EXPERT_LAYOUTS = [
+    ParallelConfig(expert=2),
+    ParallelConfig(tensor=2, sequence=True, expert=4),
+    ParallelConfig(tensor=2, sequence=True, pipeline=2, expert=2),
+]
 
 
 @contextmanager
@@ -58,6 +64,8 @@ def in_place_of(rank: int, world_size: int, parallel: ParallelConfig) -> Iterato
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(0, force_reset_rng=True)
@@ -91,17 +99,26 @@ def hf_config_of(dimensions: ModelDimensions) -> PretrainedConfig:
         tie_word_embeddings=dimensions.tied,
     )
     config.head_dim = dimensions.head_dim
+    if dimensions.experts:
+        config.num_experts = dimensions.experts
+        config.num_experts_per_tok = dimensions.experts_per_token
+        config.moe_intermediate_size = dimensions.ffn
     return config
 
 
+def least_ranks(parallel: ParallelConfig) -> int:
+    """Of a layout: one data-parallel replica, or as many as expert-parallel ranks need."""
+    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied, tmp_path):
     build_model(architecture, vocab_size=VOCAB, tied=tied).to(torch.bfloat16).save_pretrained(tmp_path)
     dimensions = read_dimensions(str(tmp_path))
     model, hf_config = ModelConfig(path=str(tmp_path)), load_hf_config(str(tmp_path))
-    for parallel in LAYOUTS:
-        world_size = parallel.tensor * parallel.pipeline
+    for parallel in LAYOUTS + (EXPERT_LAYOUTS if architecture == "qwen3_moe" else []):
+        world_size = least_ranks(parallel)
         for rank in range(world_size):
             with in_place_of(rank, world_size, parallel) as groups:
                 built = parameter_bytes(gpt_model(hf_config, model, parallel, groups))
@@ -117,12 +134,16 @@ def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied
         ("llama-3.1-8b", ParallelConfig(pipeline=4)),
         ("qwen2.5-72b", ParallelConfig(tensor=8, pipeline=4, sequence=True)),
         ("llama-3.1-70b", ParallelConfig(tensor=4, pipeline=8, sequence=True)),
+        ("qwen3-30b-a3b", ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=8)),
+        ("qwen3-235b-a22b", ParallelConfig(expert=16)),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"tp{value.tensor}pp{value.pipeline}",
+    ids=lambda value: (
+        value if isinstance(value, str) else f"tp{value.tensor}pp{value.pipeline}ep{value.expert}"
+    ),
 )
 def test_weights_of_real_sizes_are_counted_to_the_byte(name, parallel):
     dimensions = KNOWN_MODELS[name]
-    world_size = parallel.tensor * parallel.pipeline
+    world_size = least_ranks(parallel)
     for rank in {0, world_size // 2, world_size - 1}:
         with in_place_of(rank, world_size, parallel) as groups:
             model = gpt_model(hf_config_of(dimensions), ModelConfig(path=name), parallel, groups)
@@ -132,17 +153,20 @@ def test_weights_of_real_sizes_are_counted_to_the_byte(name, parallel):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "whole"])
-def test_gradients_and_optimizer_state_are_counted(dtype, distributed, tmp_path):
-    build_model("qwen3", vocab_size=VOCAB, tied=True).to(torch.bfloat16).save_pretrained(tmp_path)
+@pytest.mark.parametrize("expert", [0, 1, 2], ids=["dense", "experts", "shared_experts"])
+def test_gradients_and_optimizer_state_are_counted(dtype, distributed, expert, tmp_path):
+    architecture = "qwen3_moe" if expert else "qwen3"
+    build_model(architecture, vocab_size=VOCAB, tied=True).to(torch.bfloat16).save_pretrained(tmp_path)
     dimensions, hf_config = read_dimensions(str(tmp_path)), load_hf_config(str(tmp_path))
     model = ModelConfig(path=str(tmp_path), dtype=dtype)
-    parallel, data_parallel = ParallelConfig(tensor=2, pipeline=2), 2
+    parallel, data_parallel = ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=max(expert, 1)), 2
     update = UpdateConfig(distributed_optimizer=distributed)
     config = load_config(
         ROOT / "configs/train_8b.yaml",
         [
             f"model.dtype={dtype}",
             "parallel.pipeline=2",
+            f"parallel.expert={parallel.expert}",
             f"update.distributed_optimizer={str(distributed).lower()}",
         ],
     )
@@ -207,6 +231,8 @@ def _state_bytes(policy: Policy, update: UpdateConfig) -> int:
         ("qwen3-4b", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-32b", 32_762_123_264),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-235b-a22b", 235_093_634_560),
         ("llama-3.1-8b", 8_030_261_248),
         ("llama-3.1-70b", 70_553_706_496),
     ],
@@ -219,14 +245,15 @@ def test_built_in_dimensions_give_the_published_parameter_counts(name, published
     name=st.sampled_from(sorted(KNOWN_MODELS)),
     tensor=st.sampled_from([1, 2, 4, 8]),
     pipeline=st.sampled_from([1, 2, 4]),
+    expert=st.sampled_from([1, 2, 16]),
 )
-def test_the_shards_of_a_layout_make_up_the_whole(name, tensor, pipeline):
+def test_the_shards_of_a_layout_make_up_the_whole(name, tensor, pipeline, expert):
     dimensions = KNOWN_MODELS[name]
     if dimensions.kv_heads % tensor or dimensions.heads % tensor or dimensions.layers % pipeline:
         return
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     stages = [stage_parameters(dimensions, parallel, stage) for stage in range(pipeline)]
-    held = sum(stage.split * tensor + stage.replicated for stage in stages)
+    held = sum(stage.split * tensor + stage.replicated + stage.experts * expert for stage in stages)
     embeddings = 1 if dimensions.tied else 2
     padding = embeddings * (dimensions.padded_vocab(tensor) - dimensions.vocab) * dimensions.hidden
     second_copy = (
@@ -255,3 +282,11 @@ def test_a_layer_of_llama_8b_by_hand():
     # q, o: 4096 x 4096; k, v: 4096 x 1024; three of 4096 x 14336; two norms
     expected = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert layer_parameters(KNOWN_MODELS["llama-3.1-8b"], 1).total == expected
+
+
+def test_a_layer_of_qwen3_30b_a3b_by_hand():
+    # q, o: 2048 x 4096; k, v: 2048 x 512; router 128 x 2048; norms of layer and of q, k; 16 of 128 experts on a rank
+    held = layer_parameters(KNOWN_MODELS["qwen3-30b-a3b"], 2, 8)
+    assert held.split == (2 * 2048 * 4096 + 2 * 2048 * 512) // 2
+    assert held.replicated == 128 * 2048 + 2 * 2048 + 2 * 128
+    assert held.experts == 16 * 3 * 2048 * 768

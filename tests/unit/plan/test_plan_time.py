@@ -37,8 +37,8 @@ def test_steps_of_systems_like_ours_are_predicted(run):
 
 @pytest.mark.parametrize("run", UNLIKE, ids=lambda run: run.what)
 def test_where_the_model_does_not_reach_it_is_too_fast(run):
-    # A mixture of experts, and micro-batches that do not fill a card: 1.5 to 6.5 times slower than predicted.
-    assert 1.4 <= run.seconds / run.predicted_seconds <= 6.5
+    # Mixtures of experts: 1.2 to 1.8 times slower than predicted; micro-batches that do not fill a card: up to 6.5.
+    assert 1.1 <= run.seconds / run.predicted_seconds <= (1.8 if run.dimensions.experts else 6.5)
 
 
 def test_at_least_four_published_runs_are_alike():
@@ -78,6 +78,27 @@ def test_communication_of_a_step_by_hand():
     # float32 gradients scattered, bfloat16 weights gathered, three quarters of them leave the rank, 8 times
     held = (8_190_735_360 + 36 * (2 * 4096 + 2 * 128) + 4096) / 2
     assert volume.data == pytest.approx(8 * held * 6 * 3 / 4)
+
+
+def test_operations_and_dispatch_of_a_mixture_of_experts_by_hand():
+    dimensions = KNOWN_MODELS["qwen3-30b-a3b"]
+    layer = 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048  # attention and the router
+    experts = 8 * 3 * 2048 * 768
+    flops = forward_flops(dimensions, context=0)
+    assert flops.total == 2 * (48 * (layer + experts) + 2048 * 151936)
+    layout = ["parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1"]
+    config = load_config(ROOT / "configs/train_30b_a3b.yaml", layout)
+    alone = load_config(ROOT / "configs/train_30b_a3b.yaml", [*layout, "parallel.expert=1"])
+    plan = make_plan(config, dimensions, H100, gpus=16)
+    # Eight copies of a token's 2,048 channels there and back, three passes of 48 layers; one in eight stays.
+    tokens = plan.geometry.tokens / 16
+    sent = tokens * 8 * 2048 * 2 * 2 * 3 * 48 * 7 / 8
+    assert update_volume(config, dimensions, plan.geometry).expert == pytest.approx(sent)
+    assert update_volume(alone, dimensions, plan.geometry).expert == 0
+    # Experts and their two replicas of 16 ranks; float32 gradients scattered, bfloat16 weights gathered.
+    held = 48 * 16 * 3 * 2048 * 768 / 2 + (48 * (layer + 2 * 2048 + 256) + 2 * 2048 * 151936 + 2048) * 15 / 16
+    assert update_volume(config, dimensions, plan.geometry).data == pytest.approx(8 * 6 * held)
+    assert plan.update.dispatch > make_plan(alone, dimensions, H100, gpus=16).update.dispatch > 0
 
 
 def test_update_time_follows_from_utilisation_alone_on_one_rank():
@@ -143,6 +164,7 @@ def test_no_layout_is_suggested_where_none_fits(config_70b):
         ("parallel.pipeline=5", "36 layers"),
         ("parallel.pipeline=6", "8 GPUs"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel is 3"),
+        ("parallel.expert=2", "the model has no experts"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused_in_one_line(override, message):
@@ -153,11 +175,27 @@ def test_layouts_that_cannot_be_are_refused_in_one_line(override, message):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.expert=3"], "model's 128 experts"),
+        (["parallel.expert=32"], "ranks of a pipeline stage"),
+        (["parallel.tensor=2", "parallel.sequence=false"], "parallel.sequence is false"),
+    ],
+)
+def test_layouts_that_do_not_suit_the_experts_are_refused_in_one_line(overrides, message):
+    config = load_config(ROOT / "configs/train_30b_a3b.yaml", overrides)
+    with pytest.raises(ConfigError, match=message) as refused:
+        make_plan(config, KNOWN_MODELS["qwen3-30b-a3b"], H100, gpus=16)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("path", "name"),
     [
         ("models/Qwen2.5-72B-Instruct", "qwen2.5-72b"),
         ("models/Qwen2.5-7B", "qwen2.5-7b"),
         ("models/Llama-3.1-8B-Instruct", "llama-3.1-8b"),
+        ("models/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
     ],
 )
 def test_a_folder_that_is_not_there_is_known_by_its_name(path, name):

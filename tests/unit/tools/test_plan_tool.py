@@ -72,7 +72,7 @@ def test_suggestions_are_printed_with_overrides(capsys):
 def test_validation_shows_every_published_run_with_its_error(capsys):
     assert main(["--validate"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line and " s  " in line]
-    assert len(rows) == 10
+    assert len(rows) == 11
 
 
 def test_dimensions_come_from_the_checkpoint_where_there_is_one(capsys, tmp_path):
