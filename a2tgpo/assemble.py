@@ -70,7 +70,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     Raises:
         ConfigError: one line; anything a person wrote that cannot be run.
     """
-    replicas = _replicas(config, groups)
+    replicas = divide_into_replicas(config, groups)
     load_hf_config(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     template = PromptTemplate(tokenizer, config.data.instructions)
@@ -149,7 +149,8 @@ def _prompt_set(questions: list[Question], template: PromptTemplate, config: Run
     return PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
 
 
-def _replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
+def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
+    """This rank's place among the engines; every rank must call this."""
     size = config.rollout.tensor_parallel
     require(
         groups.world_size % size == 0,

@@ -105,7 +105,9 @@ class RunFolder:
             except ValueError as error:
                 raise ConfigError(f"--resume: {error}") from error
             step = int(state["step"])
-            parts.sampler.load_state_dict(state["sampler"])
+            # A converted model has seen no question yet.
+            if "sampler" in state:
+                parts.sampler.load_state_dict(state["sampler"])
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.distributed as dist
 
-from a2tgpo.assemble import RunParts
 from a2tgpo.batch.packing import alignment, pack
+from a2tgpo.config.run import RunConfig
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import (
     ProbeGap,
@@ -16,10 +20,27 @@ from a2tgpo.refit.verify import (
     probe_trajectory,
     verify_refit,
 )
+from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.update.score import score
 
 
-def sync_engine(parts: RunParts, *, step: int) -> MetricSums:
+class WeightHolders(Protocol):
+    """The two that hold the weights, and what they were built from; `RunParts` is one."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def groups(self) -> ParallelGroups: ...
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def engine(self) -> VllmEngine: ...
+
+
+def sync_engine(parts: WeightHolders, *, step: int) -> MetricSums:
     """Wake the engine with the weights of `step` updates; every rank must call this.
 
     Weights the engine holds already are not moved again; new ones are verified on a fixed probe, and so are the
@@ -40,7 +61,7 @@ def sync_engine(parts: RunParts, *, step: int) -> MetricSums:
     return metrics
 
 
-def verify(parts: RunParts, *, step: int) -> ProbeGap:
+def verify(parts: WeightHolders, *, step: int) -> ProbeGap:
     """Compare the probe's log-probs in trainer and engine on every rank."""
     probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
     trajectory = probe_trajectory(probe)

@@ -19,21 +19,12 @@ from pathlib import Path
 
 import zstandard
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from a2tgpo.config.check import ConfigError
+from tools.terminal import Painter, indented, painter_for
 
 _FILE_NAME = re.compile(r"step_(\d+)\.jsonl\.zst")
-_TAG = re.compile(r"</?(?:think|search|result|answer)>")
-_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-
-
-class Painter:
-    """Colours where the output is a terminal that wants them."""
-
-    def __init__(self, colored: bool):
-        self._colored = colored
-
-    def __call__(self, text: str, style: str) -> str:
-        return f"\033[{_STYLES[style]}m{text}\033[0m" if self._colored else text
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
@@ -51,7 +42,7 @@ def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str
         head.append(f"P(gold) {record['baseline_prob']:.4f}")
     lines = [paint("─" * 100, "dim"), paint("  ".join(head), "bold")]
     if with_prompt:
-        lines.append(paint(_indent(record["prompt_text"]), "dim"))
+        lines.append(paint(indented(record["prompt_text"]), "dim"))
     for number, turn in enumerate(record["turns"], start=1):
         lines += _render_turn(number, turn, paint)
     return "\n".join(lines)
@@ -71,16 +62,10 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
     facts.append(f"advantage {turn['advantage']:+.3f}, clip scale {turn['clip_scale']:.3f}")
     lines = [paint("  ".join(facts), "yellow")]
-    lines.append(_TAG.sub(lambda tag: paint(tag.group(), "cyan"), _indent(turn["text"])))
+    lines.append(paint.tags(indented(turn["text"])))
     if turn["observation_text"]:
-        lines.append(paint(_indent(turn["observation_text"]), "dim"))
+        lines.append(paint(indented(turn["observation_text"]), "dim"))
     return lines
-
-
-def _indent(text: str) -> str:
-    # What a model writes may hold control characters, which would change the terminal's state.
-    clean = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
-    return "\n".join("    " + line for line in clean.strip("\n").split("\n"))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -143,7 +128,7 @@ def main() -> int:
     except ConfigError as error:
         print(f"view_rollouts: {error}", file=sys.stderr)
         return 2
-    paint = Painter(sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    paint = painter_for(sys.stdout)
     shown = records[: options.limit] if options.limit > 0 else records
     try:
         shown_prompt = None

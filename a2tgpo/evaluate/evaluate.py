@@ -1,8 +1,9 @@
-"""Greedy rollouts on held-out questions."""
+"""Rollouts on held-out questions, and what their answers are worth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
@@ -10,6 +11,34 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.group_rollout import GroupRollout, Progress
 from a2tgpo.trajectory import Prompt, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer to one question."""
+
+    question_id: str
+    question: str
+    golds: tuple[str, ...]
+    hops: int
+    sample_index: int
+    answer: str | None
+    """What stands in the box; None if there is none."""
+    exact_match: float
+    """Whatever the format."""
+    f1: float
+    format_ok: bool
+    tool_calls: int
+    stop_reason: str
+
+    @property
+    def exact_match_gated(self) -> float:
+        """0 where the format is broken."""
+        return self.exact_match if self.format_ok else 0.0
+
+    @property
+    def f1_gated(self) -> float:
+        return self.f1 if self.format_ok else 0.0
 
 
 def evaluate(
@@ -38,26 +67,72 @@ def evaluate(
         format_ok_rate, tool_calls, num_questions, and em by hops as em_1_hops and so on; and the trajectories
         that this replica played.
     """
-    mine = prompts[replica_index::num_replicas]
-    trajectories, _ = rollout.run(
-        mine, seed=0, step=0, greedy=True, group_size=1, score_gain=False, progress=progress
-    )
+    answers, trajectories = answer_questions(rollout, prompts[replica_index::num_replicas], progress=progress)
     sums = MetricSums()
     sums.add("num_questions", 0, 0)
-    if is_replica_first:
-        for prompt, trajectory in zip(mine, trajectories, strict=True):
-            _add(sums, prompt, trajectory, rollout.turn_texts(trajectory))
+    for answer in answers if is_replica_first else ():
+        _add(sums, answer)
     return sums.reduce(group), trajectories
 
 
-def _add(sums: MetricSums, prompt: Prompt, trajectory: Trajectory, texts: Sequence[str]) -> None:
+def answer_questions(
+    rollout: GroupRollout,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[list[Answer], list[Trajectory]]:
+    """Play these questions on this rank's engine; all ranks of its replica call this alike.
+
+    Args:
+        num_samples: answers drawn per question at `rollout.temperature`; 0: one, greedily.
+        seed: of the draws.
+
+    Returns:
+        Answers and their trajectories, question by question and by sample within.
+    """
+    trajectories, _ = rollout.run(
+        prompts,
+        seed=seed,
+        step=0,
+        greedy=num_samples == 0,
+        group_size=max(1, num_samples),
+        score_gain=False,
+        progress=progress,
+    )
+    by_index = {prompt.index: prompt for prompt in prompts}
+    answers = [
+        _judge(by_index[trajectory.prompt_index], trajectory, rollout.turn_texts(trajectory))
+        for trajectory in trajectories
+    ]
+    return answers, trajectories
+
+
+def _judge(prompt: Prompt, trajectory: Trajectory, texts: Sequence[str]) -> Answer:
     answered = [turn.query is not None for turn in trajectory.turns]
     outcome = score_response(judged_text(list(zip(texts, answered, strict=True))), prompt.answers)
+    return Answer(
+        question_id=prompt.id,
+        question=prompt.question,
+        golds=prompt.answers,
+        hops=prompt.hops,
+        sample_index=trajectory.sample_index,
+        answer=outcome.answer,
+        exact_match=outcome.exact_match,
+        f1=outcome.f1,
+        format_ok=outcome.format_ok,
+        tool_calls=trajectory.num_process_turns,
+        stop_reason=trajectory.stop_reason,
+    )
+
+
+def _add(sums: MetricSums, answer: Answer) -> None:
     sums.add("num_questions", 1, 0)
-    sums.add("em", outcome.exact_match, 1)
-    sums.add("em_format_gated", outcome.exact_match if outcome.format_ok else 0.0, 1)
-    sums.add("f1", outcome.f1, 1)
-    sums.add("format_ok_rate", outcome.format_ok, 1)
-    sums.add("tool_calls", trajectory.num_process_turns, 1)
-    if prompt.hops:
-        sums.add(f"em_{prompt.hops}_hops", outcome.exact_match, 1)
+    sums.add("em", answer.exact_match, 1)
+    sums.add("em_format_gated", answer.exact_match_gated, 1)
+    sums.add("f1", answer.f1, 1)
+    sums.add("format_ok_rate", answer.format_ok, 1)
+    sums.add("tool_calls", answer.tool_calls, 1)
+    if answer.hops:
+        sums.add(f"em_{answer.hops}_hops", answer.exact_match, 1)

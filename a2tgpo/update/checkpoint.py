@@ -29,7 +29,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import set_rng_state
 from a2tgpo.update.optimizer import LearningRateSchedule
-from a2tgpo.update.sharded_state import load_sharded
+from a2tgpo.update.sharded_state import load_sharded, load_sharded_weights
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,7 @@ def load(
         ValueError: if `path` is not a complete checkpoint.
     """
     path = Path(path)
-    fault = _fault_of(path)
-    if fault:
-        raise ValueError(f"{path} cannot be resumed from: {fault}")
+    _require_complete(path)
     load_sharded(path / SHARDED, policy, optimizer)
     record = json.loads((path / STATE).read_text())
     schedule.load_state_dict(record["schedule"])
@@ -93,6 +91,17 @@ def load(
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
     return record["state"]
+
+
+def load_weights(path: str | Path, policy: Policy) -> None:
+    """Put only a checkpoint's weights in place, saved by any layout.
+
+    Raises:
+        ValueError: if `path` is not a complete checkpoint.
+    """
+    path = Path(path)
+    _require_complete(path)
+    load_sharded_weights(path / SHARDED, policy)
 
 
 def latest(root: str | Path) -> Path | None:
@@ -117,6 +126,12 @@ def replace_file(path: Path, text: str) -> None:
     _write_through(fresh, text)
     fresh.replace(path)
     _sync(path.parent)
+
+
+def _require_complete(path: Path) -> None:
+    fault = _fault_of(path)
+    if fault:
+        raise ValueError(f"{path} cannot be loaded: {fault}")
 
 
 def _fault_of(path: Path) -> str:

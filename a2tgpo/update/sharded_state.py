@@ -29,6 +29,8 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from a2tgpo.model.policy import Policy, gather_weights
 
+_WRAPPED = "module."
+"""Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
 """Whose classes a checkpoint's index, a pickle, is made of."""
 _INDEX_NAMES = {
@@ -117,12 +119,7 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
     """
-    _check_index(folder / ".metadata")
-    state = _sharded_state(policy, optimizer, is_loading=True)
-    with warnings.catch_warnings():
-        # Megatron reads through functions and attributes that torch has marked for removal.
-        warnings.simplefilter("ignore", FutureWarning)
-        loaded = dist_checkpointing.load(state, str(folder))
+    loaded = _read(folder, _sharded_state(policy, optimizer, is_loading=True))
     for number, chunk in enumerate(policy.chunks):
         # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
         chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
@@ -130,17 +127,39 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
         optimizer.load_state_dict(loaded["optimizer"])
 
 
+def load_sharded_weights(folder: Path, policy: Policy) -> None:
+    """Read only the model of what `save_sharded` wrote, on any layout; every rank calls this.
+
+    Raises:
+        ValueError: if the checkpoint's index is not what it should be.
+    """
+    metadata = _sharding_metadata(policy)
+    state = {
+        _model_key(policy, number): _tensors_of(model.sharded_state_dict(_WRAPPED, metadata=metadata))
+        for number, model in enumerate(policy.gpt_models)
+    }
+    loaded = _read(folder, state)
+    for number, model in enumerate(policy.gpt_models):
+        tensors = loaded[_model_key(policy, number)]
+        model.load_state_dict(
+            {name.removeprefix(_WRAPPED): value for name, value in tensors.items()}, strict=False
+        )
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    _check_index(folder / ".metadata")
+    with warnings.catch_warnings():
+        # Megatron reads through functions and attributes that torch has marked for removal.
+        warnings.simplefilter("ignore", FutureWarning)
+        return dist_checkpointing.load(state, str(folder))
+
+
 def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     """What is saved, or where a load puts what it reads; every rank calls this.
 
     The optimizer's state is laid out by parameter ("fully_reshardable"), so any layout can load it.
     """
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": policy.groups.dp_cp_group,
-    }
+    metadata = _sharding_metadata(policy)
     models = {
         _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
         for number, chunk in enumerate(policy.chunks)
@@ -148,6 +167,15 @@ def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[
     with _bucket_padding_kept(optimizer):
         state = optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
     return {**models, "optimizer": state}
+
+
+def _sharding_metadata(policy: Policy) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": policy.groups.dp_cp_group,
+    }
 
 
 def _check_index(path: Path) -> None:

@@ -1,0 +1,103 @@
+"""A trained policy ready to play: engine, tools and rollout, without anything that trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from a2tgpo.assemble import Replicas, build_rollout, divide_into_replicas
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.template import PromptTemplate
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.saved_model import SavedModel
+from a2tgpo.search.tool import SearchTool, build_search
+from a2tgpo.update import checkpoint
+from a2tgpo.weight_sync import sync_engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WeightHolders:
+    config: RunConfig
+    groups: ParallelGroups
+    policy: Policy
+    engine: VllmEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """The long-lived objects of one rank that plays."""
+
+    config: RunConfig
+    """With `model.path` naming the folder that architecture and tokenizer came from."""
+    replicas: Replicas
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    engine: VllmEngine
+    search: SearchTool
+    rollout: GroupRollout
+
+    def close(self) -> None:
+        """Stop the tools and the engine; the process group stays."""
+        self.rollout.close()
+        self.search.close()
+        self.engine.close()
+
+
+def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
+    """An engine with the weights of `model`; every rank must call this.
+
+    A checkpoint's weights go through the trainer's model into the engine, as during training, and are verified on
+    the probe.
+
+    Raises:
+        ConfigError: one line; weights or settings that cannot be played.
+    """
+    if model.is_hf:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
+    replicas = divide_into_replicas(config, groups)
+    load_hf_config(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    template = PromptTemplate(tokenizer, config.data.instructions)
+    search = build_search(config.search)
+    policy = None if model.is_hf else load_policy(config, groups, model)
+    engine = VllmEngine(
+        config.model.path,
+        config=config.rollout,
+        model_dtype=config.model.dtype,
+        max_model_len=config.max_model_len,
+        seed=config.run.seed,
+    )
+    if policy is not None:
+        holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine)
+        # Weights of step 0 could be taken for those that the engine has read from model.path.
+        sync_engine(holders, step=max(1, model.step))
+    return Player(
+        config=config,
+        replicas=replicas,
+        tokenizer=tokenizer,
+        template=template,
+        engine=engine,
+        search=search,
+        rollout=build_rollout(config, replicas, engine=engine, search=search, tokenizer=tokenizer),
+    )
+
+
+def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
+    """The trainer's model with the weights of `model`, frozen; every rank must call this."""
+    if model.is_hf:
+        hf = dataclasses.replace(config.model, path=str(model.path))
+        return build_policy(hf, config.parallel, groups, update=None, trainable=False)
+    policy = build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+    try:
+        checkpoint.load_weights(model.path, policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return policy

@@ -1,0 +1,143 @@
+"""Talk to a trained agent in the terminal, with its tools: every turn, call and result is shown.
+
+    python tools/chat.py --config CONFIG --checkpoint PATH [--question TEXT] [--sample] [OVERRIDE ...]
+
+PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
+configuration. Each question is put anew, as in training: the agent remembers nothing of earlier ones. An empty line
+or end of input ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from launch.failure import exit_code
+from tools.terminal import Painter, indented, painter_for
+
+if TYPE_CHECKING:
+    from a2tgpo.player import Player
+    from a2tgpo.trajectory import Trajectory
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        chat(load_config(args.config, args.overrides), args)
+    except (ConfigError, RuntimeError) as error:
+        return exit_code(error)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="run's checkpoint or Hugging Face folder"
+    )
+    parser.add_argument("--question", help="answer this one and end")
+    parser.add_argument(
+        "--sample", action="store_true", help="draw at rollout.temperature instead of the most probable token"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
+    )
+    return parser.parse_intermixed_args()
+
+
+def chat(config: RunConfig, args: argparse.Namespace) -> None:
+    """Answer questions until there are no more; every rank calls this, rank 0 reads and prints."""
+    import torch.distributed as dist
+
+    from a2tgpo.parallel.collectives import broadcast_object
+    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.player import open_player
+    from a2tgpo.saved_model import find_model
+
+    model = find_model(args.checkpoint, untrained=config.model.path)
+    groups = initialize(config.parallel, seed=config.run.seed)
+    player = open_player(config, groups, model)
+    world = dist.group.WORLD
+    assert world is not None, "the processes are joined"
+    paint = painter_for(sys.stdout)
+    for number in itertools.count():
+        asked = read_question(args.question, number) if groups.rank == 0 else ""
+        question = broadcast_object(asked, world, source=0)
+        if not question:
+            break
+        try:
+            text = ask(player, question, number=number, sample=args.sample, paint=paint)
+        except ConfigError as error:
+            if args.question:
+                raise
+            text = f"error: {error}"
+        if groups.rank == 0:
+            print(text, flush=True)
+    player.close()
+    shutdown()
+
+
+def read_question(given: str | None, number: int) -> str:
+    """The one of the command line, or the next line; empty at the end."""
+    if given is not None:
+        return given.strip() if number == 0 else ""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        return input("question> ").strip()
+    return ""
+
+
+def ask(player: Player, question: str, *, number: int, sample: bool, paint: Painter) -> str:
+    """Play one question; the rollout as text.
+
+    Raises:
+        ConfigError: if the question is too long.
+    """
+    from a2tgpo.trajectory import Prompt
+
+    prompt = Prompt(
+        index=0, id=f"chat-{number}", question=question, answers=(), tokens=player.template.render(question)
+    )
+    trajectories, _ = player.rollout.run(
+        [prompt],
+        seed=player.config.run.seed,
+        step=0,
+        greedy=not sample,
+        group_size=1,
+        score_gain=False,
+    )
+    return render(player, trajectories[0], paint)
+
+
+def render(player: Player, trajectory: Trajectory, paint: Painter) -> str:
+    """Turns, calls, results, and the answer last."""
+    from a2tgpo.reward.outcome import extract_answer
+
+    texts = player.rollout.turn_texts(trajectory)
+    lines = []
+    for index, (turn, text) in enumerate(zip(trajectory.turns, texts, strict=True), start=1):
+        lines += [paint(f"turn {index}", "yellow"), paint.tags(indented(text))]
+        if turn.query is not None:
+            failed = paint(" failed", "red") if turn.search_failed else ""
+            lines.append(paint(f"  called with {turn.query!r}", "yellow") + failed)
+            lines.append(paint(indented(player.tokenizer.decode(turn.observation_tokens)), "dim"))
+    answer = extract_answer("".join(texts))
+    if answer is None:
+        lines.append(paint(f"no answer (stopped: {trajectory.stop_reason})", "red"))
+    else:
+        lines.append(paint(f"answer: {answer.strip()}", "bold"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Weights from a run's checkpoint to a Hugging Face folder, and back.
+
+    python tools/convert.py megatron-to-hf --in RUN/checkpoints/step_N --out FOLDER [--config CONFIG] [OVERRIDE ...]
+    python tools/convert.py hf-to-megatron --in FOLDER --out CHECKPOINTS --config CONFIG [OVERRIDE ...]
+    launch/local.sh -n RANKS --script tools/convert.py CONFIG megatron-to-hf --in ... --out ...
+
+A checkpoint needs the configuration of its run for architecture and tokenizer (`model.path`); without --config, that
+of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run from
+with `--resume CHECKPOINTS/step_0`. Weights are read and written in parts, so any layout that fits the machine will do
+(`parallel.tensor`, `parallel.pipeline`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from launch.failure import exit_code
+
+DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        config = load_config(args.config or config_beside(args.source), args.overrides)
+        if args.direction == "megatron-to-hf":
+            export(config, args.source, args.out)
+        else:
+            import_hf(config, args.source, args.out)
+    except (ConfigError, RuntimeError) as error:
+        return exit_code(error)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("direction", choices=DIRECTIONS)
+    parser.add_argument("--in", dest="source", type=Path, required=True, help="what to read")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--config", help="YAML file of the run; default: the one beside the checkpoint")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
+    )
+    return parser.parse_intermixed_args()
+
+
+def config_beside(source: Path) -> Path:
+    """The resolved configuration of the run that a checkpoint lies in (RUN/checkpoints/step_N)."""
+    path = source.resolve().parent.parent / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config is not given and {path} is not there; give the run's YAML file")
+    return path
+
+
+def require_new(out: Path) -> None:
+    require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
+
+
+def export(config: RunConfig, source: Path, out: Path) -> None:
+    """Checkpoint to Hugging Face folder; every rank calls this."""
+    from a2tgpo.model.weights import save_hf
+    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.player import load_policy
+    from a2tgpo.saved_model import find_model
+
+    model = find_model(source, untrained=config.model.path, key="--in")
+    require(not model.is_hf, "--in", str(source), "a run's checkpoint, with megatron-to-hf")
+    require_new(out)
+    groups = initialize(config.parallel, seed=config.run.seed)
+    save_hf(load_policy(config, groups, model), str(out))
+    if groups.rank == 0:
+        print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
+    shutdown()
+
+
+def import_hf(config: RunConfig, source: Path, out: Path) -> None:
+    """Hugging Face folder to a checkpoint of step 0; every rank calls this."""
+    from a2tgpo.model.build import build_policy
+    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.saved_model import find_model
+    from a2tgpo.update import checkpoint
+    from a2tgpo.update.optimizer import build_optimizer
+
+    model = find_model(source, key="--in")
+    require(model.is_hf, "--in", str(source), "a Hugging Face folder, with hf-to-megatron")
+    require_new(out)
+    groups = initialize(config.parallel, seed=config.run.seed)
+    settings = dataclasses.replace(config.model, path=str(source))
+    policy = build_policy(settings, config.parallel, groups, update=config.update)
+    minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
+    optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
+    path = checkpoint.save(out, 0, policy=policy, optimizer=optimizer, schedule=schedule, state={"step": 0})
+    if groups.rank == 0:
+        print(f"wrote {path}: start a run from it with --resume {path}", flush=True)
+    shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
