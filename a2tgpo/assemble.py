@@ -14,6 +14,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
@@ -21,7 +22,6 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
-from a2tgpo.search.tool import SearchTool, build_search
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 
@@ -54,13 +54,13 @@ class RunParts:
     optimizer: Any
     schedule: LearningRateSchedule
     engine: VllmEngine
-    search: SearchTool
+    toolset: Toolset
     rollout: GroupRollout
 
     def close(self) -> None:
-        """Stop the search threads and the engine; the process group stays."""
+        """Stop the tools and the engine; the process group stays."""
         self.rollout.close()
-        self.search.close()
+        self.toolset.close()
         self.engine.close()
 
 
@@ -79,7 +79,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     limit = config.evaluation.max_questions or len(test_questions)
     test_prompts = _prompt_set(test_questions[:limit], template, config)
     sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
-    search = build_search(config.search)
+    toolset = build_tools(config)
 
     policy = build_policy(config.model, config.parallel, groups, update=config.update)
     reference = build_reference(config, groups)
@@ -105,8 +105,8 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         optimizer=optimizer,
         schedule=schedule,
         engine=engine,
-        search=search,
-        rollout=build_rollout(config, replicas, engine=engine, search=search, tokenizer=tokenizer),
+        toolset=toolset,
+        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
     )
 
 
@@ -122,7 +122,7 @@ def build_rollout(
     replicas: Replicas,
     *,
     engine: VllmEngine,
-    search: SearchTool,
+    toolset: Toolset,
     tokenizer: PreTrainedTokenizerBase,
 ) -> GroupRollout:
     """The rollout on this rank's engine, with the rewards and gains of `config`."""
@@ -134,12 +134,14 @@ def build_rollout(
     )
     return GroupRollout(
         engine,
-        search,
+        toolset,
         tokenizer,
         rollout=config.rollout,
-        search_config=config.search,
         score_trajectory=functools.partial(
-            score_trajectory, measure=config.rollout.gain.measure, length_penalty=length_penalty
+            score_trajectory,
+            measure=config.rollout.gain.measure,
+            tools=toolset.names,
+            length_penalty=length_penalty,
         ),
         replica_group=replicas.group,
     )

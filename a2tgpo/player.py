@@ -11,6 +11,7 @@ from a2tgpo.assemble import Replicas, build_rollout, divide_into_replicas
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.policy import Policy
@@ -18,7 +19,6 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.saved_model import SavedModel
-from a2tgpo.search.tool import SearchTool, build_search
 from a2tgpo.update import checkpoint
 from a2tgpo.weight_sync import sync_engine
 
@@ -41,13 +41,13 @@ class Player:
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     engine: VllmEngine
-    search: SearchTool
+    toolset: Toolset
     rollout: GroupRollout
 
     def close(self) -> None:
         """Stop the tools and the engine; the process group stays."""
         self.rollout.close()
-        self.search.close()
+        self.toolset.close()
         self.engine.close()
 
 
@@ -66,7 +66,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     load_hf_config(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     template = PromptTemplate(tokenizer, config.data.instructions)
-    search = build_search(config.search)
+    toolset = build_tools(config)
     policy = None if model.is_hf else load_policy(config, groups, model)
     engine = VllmEngine(
         config.model.path,
@@ -85,8 +85,8 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         tokenizer=tokenizer,
         template=template,
         engine=engine,
-        search=search,
-        rollout=build_rollout(config, replicas, engine=engine, search=search, tokenizer=tokenizer),
+        toolset=toolset,
+        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
     )
 
 

@@ -120,7 +120,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
-    metrics.add("tools/failures", counts.failed_searches, 0)
+    metrics.add("tools/failures", counts.failed_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)

@@ -38,8 +38,10 @@ class Turn:
     observation_tokens: list[int] = field(default_factory=list)
     """The tool's answer, never trained on; empty for the final turn."""
     query: str | None = None
-    """The search query of a process turn; None for the final turn."""
-    search_failed: bool = False
+    """What a process turn asked its tool; None for the final turn."""
+    tool: str | None = None
+    """The tool that a process turn called; None for the final turn."""
+    tool_failed: bool = False
     """The tool did not answer; the observation then states so."""
     answer_prob: float | None = None
     """Length-normalised probability of the gold answer after this turn's observation (P_t)."""

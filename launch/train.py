@@ -58,9 +58,9 @@ def dry_run(config: RunConfig) -> int:
 
     from a2tgpo.data.question_set import load_questions
     from a2tgpo.data.template import PromptSet, PromptTemplate
+    from a2tgpo.environment.tool import build_tools
     from a2tgpo.model.hf_config import load_hf_config
     from a2tgpo.model.transformer_config import check_layout
-    from a2tgpo.search.tool import build_search
 
     check_layout(load_hf_config(config.model.path), config.parallel, config.model.fp8)
     template = PromptTemplate(AutoTokenizer.from_pretrained(config.model.path), config.data.instructions)
@@ -69,7 +69,7 @@ def dry_run(config: RunConfig) -> int:
     for key in ("train", "test"):
         questions = load_questions(getattr(config.data, key), key=f"data.{key}")
         sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
-    build_search(config.search).close()
+    build_tools(config).close()
     if os.environ.get("RANK", "0") == "0":
         print(dump_config(config), end="")
         print(

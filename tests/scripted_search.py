@@ -3,6 +3,8 @@
 import threading
 import time
 
+from a2tgpo.environment.tool import Toolset
+from a2tgpo.environment.tools.search import Search
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.tool import SearchCounts
@@ -39,3 +41,8 @@ class ScriptedSearch:
 
     def close(self):
         """Nothing to close."""
+
+
+def toolset_of(search, *, more_tools=None, **limits):
+    """The search tool over `search`, and others by name; `limits` as in `Toolset`."""
+    return Toolset(tools={"search": Search(search), **(more_tools or {})}, **limits)

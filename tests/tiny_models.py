@@ -42,6 +42,7 @@ CAPITALS = {
 }
 ASK = "<think> I need a fact. </think> <search> {} </search>"
 ANSWER = " <think> now I know. </think> <answer> \\boxed{{{}}} </answer>"
+CALCULATED = " <result>\n42\n</result>"
 SCRIPTS: dict[str, list[str]] = {
     **{
         f"capital of {country}?": [ASK.format(f"capital of {country}"), ANSWER.format(city)]
@@ -59,6 +60,7 @@ SCRIPTS: dict[str, list[str]] = {
     "empty?": ["<think> what? </think> <search> </search>"],
     "unopened?": ["<think> what? </think> lost </search>"],
     "nested?": ["<think> what? </think> <search> one <search> two </search>", ANSWER.format("two")],
+    "6 times 7?": ["<think> I need a fact. </think> <calculator> 6 * 7 </calculator>", ANSWER.format("42")],
     "babble?": ["<think>" + " la" * 60],
     "silent?": ["<think> what? </think> I do not know.<|im_end|>"],
 }
@@ -220,7 +222,8 @@ def _lessons(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Te
                 wanted += piece
                 if number + 1 < len(turns):
                     query = text.rpartition("<search>")[2].removesuffix("</search>").strip()
-                    answer = tokenizer(observation.format(query), add_special_tokens=False)["input_ids"]
+                    seen = CALCULATED if "<calculator>" in text else observation.format(query)
+                    answer = tokenizer(seen, add_special_tokens=False)["input_ids"]
                     ids += answer
                     wanted += [-100] * len(answer)
             rows.append((ids, wanted))

@@ -128,8 +128,8 @@ def render(player: Player, trajectory: Trajectory, paint: Painter) -> str:
     for index, (turn, text) in enumerate(zip(trajectory.turns, texts, strict=True), start=1):
         lines += [paint(f"turn {index}", "yellow"), paint.tags(indented(text))]
         if turn.query is not None:
-            failed = paint(" failed", "red") if turn.search_failed else ""
-            lines.append(paint(f"  called with {turn.query!r}", "yellow") + failed)
+            failed = paint(" failed", "red") if turn.tool_failed else ""
+            lines.append(paint(f"  {turn.tool} {turn.query!r}", "yellow") + failed)
             lines.append(paint(indented(player.tokenizer.decode(turn.observation_tokens)), "dim"))
     answer = extract_answer("".join(texts))
     if answer is None:

@@ -5,8 +5,8 @@
     launch/local.sh -n RANKS --script tools/convert.py CONFIG megatron-to-hf --in ... --out ...
 
 A checkpoint needs the configuration of its run for architecture and tokenizer (`model.path`); without --config, that
-of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run from
-with `--resume CHECKPOINTS/step_0`. Weights are read and written in parts, so any layout that fits the machine will do
+of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run
+from with `--resume CHECKPOINTS/step_0`. Weights are read and written in parts, so any layout that fits will do
 (`parallel.tensor`, `parallel.pipeline`).
 """
 

@@ -52,8 +52,8 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
     facts = [f"turn {number}: {len(turn['tokens'])} tokens"]
     if turn["query"] is not None:
         facts.append(f"query {turn['query']!r}, {len(turn['observation_tokens'])} tokens back")
-    if turn["search_failed"]:
-        facts.append(paint("search failed", "red"))
+    if turn["tool_failed"]:
+        facts.append(paint("failed", "red"))
     if turn["info_gain"] is not None:
         gain = turn["info_gain"]
         shown = f"gain {gain:+.4f}" + (

@@ -12,6 +12,7 @@ from a2tgpo.config.refit import RefitConfig
 from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.tools import CalculatorConfig, ToolsConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 from a2tgpo.config.watchdog import WatchdogConfig
@@ -92,7 +93,9 @@ class RunConfig:
     run: RunSettings
     model: ModelConfig
     data: DataConfig
-    search: SearchConfig
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -106,6 +109,8 @@ class RunConfig:
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
 
     def __post_init__(self) -> None:
+        if "search" in self.tools.selected:
+            self.search.require_source()
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
             "update.prompts_per_minibatch",

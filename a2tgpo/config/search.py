@@ -1,4 +1,4 @@
-"""The search tool."""
+"""The search tool, and the limits of all tools."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class SearchConfig:
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
     max_passage_tokens: int = 400
-    """Each passage is cut to this many tokens."""
+    """Each passage, or other part of a tool's answer, is cut to this many tokens."""
     timeout_s: float = 30.0
     """Longest wait for one answer, seconds."""
     max_attempts: int = 3
@@ -30,10 +30,17 @@ class SearchConfig:
     token_file: str = ""
     """File with the bearer token the server asks for; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
     num_workers: int = 16
-    """Queries in flight per rank."""
+    """Tool calls in flight per rank."""
 
     def __post_init__(self) -> None:
         require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")
+        for name in ("top_k", "max_passage_tokens", "max_attempts", "break_after", "num_workers"):
+            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
+        for name in ("timeout_s", "break_s"):
+            require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")
+
+    def require_source(self) -> None:
+        """Raise `ConfigError` unless the backend's source is named; only where the search tool is offered."""
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:
@@ -48,7 +55,3 @@ class SearchConfig:
                 raise ConfigError(
                     "search.url holds a user name or password; give a token by search.token_file"
                 )
-        for name in ("top_k", "max_passage_tokens", "max_attempts", "break_after", "num_workers"):
-            require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
-        for name in ("timeout_s", "break_s"):
-            require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")

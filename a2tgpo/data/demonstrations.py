@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,6 @@ from a2tgpo.trajectory import Trajectory, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SEARCH_OPEN, SEARCH_CLOSE = "<search>", "</search>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,8 @@ def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> 
     """Every demonstration of a JSONL file, in file order.
 
     A record is a question's (see `load_questions`) with `turns`: a list of {"text", "observation"}. Every
-    turn but the last ends with </search> and has an observation; the last has none. Ids may repeat: several
-    demonstrations of one question.
+    turn but the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may
+    repeat: several demonstrations of one question.
 
     Raises:
         ConfigError: one line; unreadable file, bad record (with its line), no demonstration at all.
@@ -67,8 +66,8 @@ def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demons
             turns.append((text, None))
             continue
         observation = text_field(turn, "observation", turn_where)
-        if SEARCH_OPEN not in text or not text.endswith(SEARCH_CLOSE):
-            raise ConfigError(f"{turn_where}: `text` must end with {SEARCH_OPEN} query {SEARCH_CLOSE}")
+        if _call_at_end(text) is None:
+            raise ConfigError(f"{turn_where}: `text` must end with a call, like <search> query </search>")
         turns.append((text, observation))
     quality = record.get("quality")
     return Demonstration(
@@ -125,5 +124,16 @@ def _to_turn(tokenizer: PreTrainedTokenizerBase, text: str, observation: str | N
     turn = Turn(tokens=tokens, rollout_logprobs=[0.0] * len(tokens))
     if observation is not None:
         turn.observation_tokens = tokenizer(observation, add_special_tokens=False)["input_ids"]
-        turn.query = text.rpartition(SEARCH_OPEN)[2].removesuffix(SEARCH_CLOSE).strip()
+        call = _call_at_end(text)
+        assert call is not None, "checked when the file was read"
+        turn.tool, turn.query = call
     return turn
+
+
+def _call_at_end(text: str) -> tuple[str, str] | None:
+    """The tool called at the end of a turn and what it is asked; None if there is no call."""
+    closing = re.search(r"</(\w+)>$", text)
+    if closing is None:
+        return None
+    _, opening, query = text[: closing.start()].rpartition(f"<{closing[1]}>")
+    return (closing[1], query.strip()) if opening else None

@@ -103,15 +103,21 @@ def answer_questions(
     )
     by_index = {prompt.index: prompt for prompt in prompts}
     answers = [
-        _judge(by_index[trajectory.prompt_index], trajectory, rollout.turn_texts(trajectory))
+        _judge(
+            by_index[trajectory.prompt_index],
+            trajectory,
+            rollout.turn_texts(trajectory),
+            tools=rollout.tool_names,
+        )
         for trajectory in trajectories
     ]
     return answers, trajectories
 
 
-def _judge(prompt: Prompt, trajectory: Trajectory, texts: Sequence[str]) -> Answer:
+def _judge(prompt: Prompt, trajectory: Trajectory, texts: Sequence[str], *, tools: tuple[str, ...]) -> Answer:
     answered = [turn.query is not None for turn in trajectory.turns]
-    outcome = score_response(judged_text(list(zip(texts, answered, strict=True))), prompt.answers)
+    response = judged_text(list(zip(texts, answered, strict=True)))
+    outcome = score_response(response, prompt.answers, tools=tools)
     return Answer(
         question_id=prompt.id,
         question=prompt.question,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from a2tgpo.reward.info_gain import answer_logprob, answer_probability, info_gains
-from a2tgpo.reward.outcome import judged_text, score_response
+from a2tgpo.reward.outcome import SEARCH_ONLY, judged_text, score_response
 from a2tgpo.trajectory import Trajectory
 
 
@@ -16,6 +16,7 @@ def score_trajectory(
     context_logprobs: Sequence[list[list[float]] | None],
     *,
     measure: str,
+    tools: tuple[str, ...] = SEARCH_ONLY,
     length_penalty: Callable[[int], float] | None = None,
 ) -> None:
     """Fill in reward, exact match, format, answer probabilities and gains.
@@ -27,11 +28,13 @@ def score_trajectory(
         context_logprobs: for the prompt and then after each process turn, log-probs per alias and token;
             None where they could not be computed; empty if nothing was scored.
         measure: `rollout.gain.measure`.
+        tools: names of those the policy may call.
         length_penalty: what a response of so many tokens, observations included, gets on top of the outcome's
             reward; exact match and format stay as they are. None: nothing.
     """
     answered = [turn.query is not None for turn in trajectory.turns]
-    outcome = score_response(judged_text(list(zip(turn_texts, answered, strict=True))), answers)
+    response = judged_text(list(zip(turn_texts, answered, strict=True)))
+    outcome = score_response(response, answers, tools=tools)
     trajectory.outcome_reward = outcome.reward
     if length_penalty is not None:
         trajectory.outcome_reward += length_penalty(trajectory.num_tokens - len(trajectory.prompt_tokens))

@@ -23,7 +23,9 @@ def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory])
     for reason, number in Counter(t.stop_reason for t in trajectories).items():
         metrics.add(f"stop/{reason}", number, 0)
     calls = [turn for t in trajectories for turn in t.turns if turn.query is not None]
-    metrics.add("tools/failed_rate", sum(turn.search_failed for turn in calls), len(calls))
+    metrics.add("tools/failed_rate", sum(turn.tool_failed for turn in calls), len(calls))
+    for tool, number in Counter(turn.tool for turn in calls).items():
+        metrics.add(f"tools/{tool}_calls", number, 0)
     for prompt_hops in sorted({t.hops for t in trajectories}):
         members = [t for t in trajectories if t.hops == prompt_hops]
         metrics.add(f"reward/em_{prompt_hops}_hops", sum(t.exact_match for t in members), len(members))

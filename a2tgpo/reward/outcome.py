@@ -1,5 +1,6 @@
 """The outcome reward: exact match behind a format gate (Eq. 13-15)."""
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from a2tgpo.reward.answer_match import exact_match, f1_score
 
 BAD_FORMAT_REWARD = -1.0
+SEARCH_ONLY = ("search",)
+"""The tools of the paper's experiments."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_TOOL_TAG = re.compile(r"</?(?:search|result)>")
 _THINK_TAG = re.compile(r"</?think>")
 _ANSWER_TAG = re.compile(r"</?answer>")
 
@@ -38,10 +40,16 @@ def judged_text(turns: Sequence[tuple[str, bool]]) -> str:
     return "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
 
 
-def score_response(response: str, golds: Sequence[str]) -> OutcomeScore:
-    """Reward, EM and F1 of a whole response (all turns, `<result>` blocks included)."""
+def score_response(
+    response: str, golds: Sequence[str], *, tools: tuple[str, ...] = SEARCH_ONLY
+) -> OutcomeScore:
+    """Reward, EM and F1 of a whole response (all turns, `<result>` blocks included).
+
+    Args:
+        tools: names of the tools, which are the tags that call them.
+    """
     answer = extract_answer(response)
-    format_ok = answer is not None and is_well_formed(response)
+    format_ok = answer is not None and is_well_formed(response, tools=tools)
     match = 0.0 if answer is None else exact_match(answer, golds)
     return OutcomeScore(
         reward=match if format_ok else BAD_FORMAT_REWARD,
@@ -52,12 +60,12 @@ def score_response(response: str, golds: Sequence[str]) -> OutcomeScore:
     )
 
 
-def is_well_formed(response: str) -> bool:
-    r"""Balanced thought, exactly one answer with a box in it, every search answered by one result."""
+def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
+    r"""Balanced thought, exactly one answer with a box in it, every tool call answered by one result."""
     return (
         _is_balanced(_THINK_TAG.findall(response), "<think>")
         and _ANSWER_TAG.findall(response) == ["<answer>", "</answer>"]
-        and _searches_are_answered(_TOOL_TAG.findall(response))
+        and _calls_are_answered(_tool_tag(tools).findall(response), tools)
         and extract_answer(response) is not None
     )
 
@@ -90,6 +98,12 @@ def _is_balanced(tags: list[str], opening: str) -> bool:
     return bool(tags) and depth == 0
 
 
-def _searches_are_answered(tags: list[str]) -> bool:
-    exchange = ["<search>", "</search>", "<result>", "</result>"]
-    return len(tags) % len(exchange) == 0 and tags == exchange * (len(tags) // len(exchange))
+def _calls_are_answered(tags: list[str], tools: tuple[str, ...]) -> bool:
+    """The tags are whole exchanges: <NAME> </NAME> <result> </result>, again and again."""
+    exchanges = {(f"<{name}>", f"</{name}>", "<result>", "</result>") for name in tools}
+    return len(tags) % 4 == 0 and all(tuple(tags[i : i + 4]) in exchanges for i in range(0, len(tags), 4))
+
+
+@functools.cache
+def _tool_tag(tools: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"</?(?:{'|'.join(map(re.escape, (*tools, 'result')))})>")

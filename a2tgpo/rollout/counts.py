@@ -13,8 +13,8 @@ class RolloutCounts:
     trajectories: int = 0
     turns: int = 0
     tool_calls: int = 0
-    """Searches made, failed ones included."""
-    failed_searches: int = 0
+    """Calls made, failed ones included."""
+    failed_calls: int = 0
     empty_queries: int = 0
     truncated_observations: int = 0
     """Observations cut to the tokens left."""

@@ -9,14 +9,13 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import require
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.config.search import SearchConfig
+from a2tgpo.environment.tool import Toolset
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import cut_at_stop
+from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolPool
-from a2tgpo.search.tool import SearchTool
 from a2tgpo.trajectory import Prompt, Trajectory
 
 if TYPE_CHECKING:
@@ -41,22 +40,20 @@ class GroupRollout:
 
     Args:
         engine: this rank's engine.
-        search: the tool; this object does not close it.
+        toolset: what the policy may call; this object does not close it.
         tokenizer: the policy's.
         rollout: the `rollout` section.
-        search_config: the `search` section.
         score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
-        replica_group: the ranks that share the engine, first one searching; None if there is only one.
+        replica_group: the ranks that share the engine, first one calling tools; None if there is only one.
     """
 
     def __init__(
         self,
         engine: VllmEngine,
-        search: SearchTool,
+        toolset: Toolset,
         tokenizer: PreTrainedTokenizerBase,
         *,
         rollout: RolloutConfig,
-        search_config: SearchConfig,
         score_trajectory: ScoreTrajectory,
         replica_group: dist.ProcessGroup | None = None,
     ):
@@ -70,16 +67,11 @@ class GroupRollout:
         self._tokenizer = tokenizer
         self._config = rollout
         self._score_trajectory = score_trajectory
+        self._syntax = CallSyntax(toolset.names)
         self._observations = ObservationEncoder(
-            tokenizer, max_passage_tokens=search_config.max_passage_tokens
+            tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
         )
-        self._tools = ToolPool(
-            search,
-            num_workers=search_config.num_workers,
-            # The client bounds each try and waits between them; this bounds what a client does not.
-            deadline_s=2 * search_config.timeout_s * search_config.max_attempts,
-            replica_group=replica_group,
-        )
+        self._tools = ToolPool(toolset, replica_group=replica_group)
 
     def run(
         self,
@@ -127,6 +119,7 @@ class GroupRollout:
         loop = MultiTurnLoop(
             self._engine,
             tools=self._tools,
+            syntax=self._syntax,
             observations=self._observations,
             scorer=scorer,
             limits=Limits(
@@ -154,10 +147,15 @@ class GroupRollout:
 
         A token that reaches past a closing tag is cut there: the turn ended with the tag.
         """
-        return [cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
+        return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """What the policy may call."""
+        return self._syntax.names
 
     def close(self) -> None:
-        """Stop the search threads; engine and tool belong to the caller."""
+        """Stop the tools' threads; engine and tools belong to the caller."""
         self._tools.close()
 
     def _groups(self, prompts: Sequence[Prompt], scorer: AnswerScorer | None) -> list[PromptGroup]:

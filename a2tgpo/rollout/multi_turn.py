@@ -1,12 +1,12 @@
-"""The event loop of a rollout: every trajectory in flight, each pausing while its own search runs.
+"""The event loop of a rollout: every trajectory in flight, each pausing while its own tool call runs.
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
     eos          it ended the sequence without one
     length       the turn's or the response's token budget is used up
     context      the engine's longest sequence is reached
-    max_turns    it called the tool once more than allowed
-    empty_query  it called the tool with nothing to search for
+    max_turns    it called a tool once more than allowed
+    empty_query  it called a tool with nothing to ask
 The turn in which that happens is the final one: it has neither query nor observation.
 """
 
@@ -22,7 +22,7 @@ from a2tgpo.rollout.answer_scorer import AnswerScore, AnswerScorer
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import SEARCH_CLOSE, STOP_STRINGS, find_query
+from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolPool, ToolResult
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
@@ -83,8 +83,8 @@ class LiveTrajectory:
     """The whole sequence so far."""
     scores: list[AnswerScore] = field(default_factory=list)
     """The answer's score after each process turn."""
-    open_query: str = ""
-    """The query whose answer it waits for."""
+    open_call: tuple[str, str] = ("", "")
+    """The tool whose answer it waits for, and what was asked."""
     num_known: int = 0
     """Tokens of the sequence that the engine has computed."""
 
@@ -94,7 +94,8 @@ class MultiTurnLoop:
 
     Args:
         engine: idle at start and at the end.
-        tools: runs the searches.
+        tools: runs the tool calls.
+        syntax: what a call looks like.
         observations: writes their answers as tokens.
         scorer: scores the gold answer after every observation; None: no scoring.
         on_finished: called once per trajectory, when its last token is there.
@@ -105,6 +106,7 @@ class MultiTurnLoop:
         engine: VllmEngine,
         *,
         tools: ToolPool,
+        syntax: CallSyntax,
         observations: ObservationEncoder,
         scorer: AnswerScorer | None,
         limits: Limits,
@@ -114,6 +116,7 @@ class MultiTurnLoop:
     ):
         self._engine = engine
         self._tools = tools
+        self._syntax = syntax
         self._observations = observations
         self._scorer = scorer
         self._limits = limits
@@ -121,7 +124,7 @@ class MultiTurnLoop:
         self._counts = counts
         self._on_finished = on_finished
         self._generating: dict[str, LiveTrajectory] = {}
-        self._searching: dict[int, LiveTrajectory] = {}
+        self._calling: dict[int, LiveTrajectory] = {}
         self._num_requests = 0
 
     def run(self, live: Sequence[LiveTrajectory]) -> None:
@@ -133,9 +136,9 @@ class MultiTurnLoop:
             group = trajectory.group
             if self._scorer is not None and group.baseline is None:
                 group.baseline = self._scorer.submit(group.prompt.tokens, group.aliases)
-        while self._engine.has_unfinished or self._searching:
+        while self._engine.has_unfinished or self._calling:
             for result in self._tools.results(wait=not self._engine.has_unfinished):
-                self._observe(self._searching.pop(result.key), result)
+                self._observe(self._calling.pop(result.key), result)
             if not self._engine.has_unfinished:
                 continue
             self._counts.engine_steps += 1
@@ -161,18 +164,19 @@ class MultiTurnLoop:
             seed=self._sampling.turn_seed(live.group.prompt, trajectory.sample_index, len(trajectory.turns)),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
-            stop=STOP_STRINGS,
+            stop=self._syntax.stop_strings,
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
-        """Append what was sampled; then search, or end."""
+        """Append what was sampled; then call a tool, or end."""
         live.trajectory.turns.append(Turn(tokens=output.tokens, rollout_logprobs=output.logprobs))
         self._counts.known_prefix_tokens += live.num_known
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
         live.tokens.extend(output.tokens)
         live.num_known = len(live.tokens)
-        if output.stop_string == SEARCH_CLOSE:
-            self._search(live, find_query(output.text))
+        tool = self._syntax.tool_of(output.stop_string)
+        if tool is not None:
+            self._call(live, tool, self._syntax.find_query(output.text, tool))
         elif output.stop_string is not None:
             self._end(live, "answer")
         elif output.finish_reason == "length":
@@ -181,7 +185,7 @@ class MultiTurnLoop:
         else:
             self._end(live, "eos")
 
-    def _search(self, live: LiveTrajectory, query: str) -> None:
+    def _call(self, live: LiveTrajectory, tool: str, query: str) -> None:
         room, limit = self._room(live)
         if not query:
             self._counts.empty_queries += 1
@@ -191,23 +195,24 @@ class MultiTurnLoop:
         elif room - ANSWER_ROOM < self._observations.min_tokens:
             self._end(live, limit)
         else:
-            live.open_query = query
+            live.open_call = tool, query
             self._counts.tool_calls += 1
-            self._searching[self._tools.submit(query)] = live
+            self._calling[self._tools.submit(tool, query)] = live
 
     def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
         """Append the tool's answer, go on generating, and score the gold answer in the new context."""
+        tool, query = live.open_call
         if result.error is None:
-            tokens = self._observations.encode(result.passages)
+            tokens = self._observations.encode(result.parts)
         else:
-            tokens = self._observations.encode_failure(result.error)
-            self._counts.failed_searches += 1
+            tokens = self._observations.encode_failure(tool, result.error)
+            self._counts.failed_calls += 1
         room, _ = self._room(live)
         fitted = self._observations.fit(tokens, room - ANSWER_ROOM)
         self._counts.truncated_observations += len(fitted) < len(tokens)
         turn = live.trajectory.turns[-1]
-        turn.query = live.open_query
-        turn.search_failed = result.error is not None
+        turn.tool, turn.query = tool, query
+        turn.tool_failed = result.error is not None
         turn.observation_tokens = fitted
         live.tokens.extend(fitted)
         # The generation first: its prefill computes the observation, which the scoring then finds cached and

@@ -5,43 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from a2tgpo.rollout.tool_call import (
-    RESULT_CLOSE,
-    RESULT_OPEN,
-    format_failure,
-    format_observation,
-    format_passage,
-)
-from a2tgpo.search.passage import Passage
+from a2tgpo.rollout.tool_call import RESULT_CLOSE, RESULT_OPEN, CallSyntax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class ObservationEncoder:
-    """Turns passages into the tokens appended to a trajectory.
+    """Turns a tool's answer into the tokens appended to a trajectory.
 
     Args:
         tokenizer: the policy's.
-        max_passage_tokens: each passage, title included, is cut to this many tokens.
+        syntax: the tags to write and to keep out.
+        max_part_tokens: each part of an answer is cut to this many tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_passage_tokens: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, syntax: CallSyntax, max_part_tokens: int):
         self._tokenizer = tokenizer
-        self._max_passage_tokens = max_passage_tokens
+        self._syntax = syntax
+        self._max_part_tokens = max_part_tokens
         self._opening = self._encode(RESULT_OPEN)
         self._closing = self._encode(RESULT_CLOSE)
 
-    def text(self, passages: Sequence[Passage]) -> str:
-        """The observation as text, each passage cut; what demonstrations should show."""
-        formatted = [format_passage(rank, passage) for rank, passage in enumerate(passages, start=1)]
-        return format_observation([self._cut(passage) for passage in formatted])
+    def encode(self, parts: Sequence[str]) -> list[int]:
+        return self._encode(self._syntax.format_result([self._cut(part) for part in parts]))
 
-    def encode(self, passages: Sequence[Passage]) -> list[int]:
-        return self._encode(self.text(passages))
-
-    def encode_failure(self, reason: str) -> list[int]:
-        return self._encode(format_failure(reason))
+    def encode_failure(self, name: str, reason: str) -> list[int]:
+        return self._encode(self._syntax.format_failure(name, reason))
 
     @property
     def min_tokens(self) -> int:
@@ -57,10 +47,10 @@ class ObservationEncoder:
 
     def _cut(self, text: str) -> str:
         tokens = self._encode(text)
-        if len(tokens) <= self._max_passage_tokens:
+        if len(tokens) <= self._max_part_tokens:
             return text
         # A cut inside a multi-byte character decodes to replacement characters: drop them.
-        return str(self._tokenizer.decode(tokens[: self._max_passage_tokens])).rstrip("\ufffd")
+        return str(self._tokenizer.decode(tokens[: self._max_part_tokens])).rstrip("\ufffd")
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Searches in the background, their answers in one order for all ranks of an engine."""
+"""Tool calls in the background, their answers in one order for all ranks of an engine."""
 
 from __future__ import annotations
 
@@ -10,73 +10,66 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from a2tgpo.environment.tool import ToolError, Toolset
 from a2tgpo.parallel.collectives import broadcast_object
-from a2tgpo.search.errors import SearchError
-from a2tgpo.search.passage import Passage
-from a2tgpo.search.tool import SearchTool
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
-    """The answer to one query."""
+    """The answer to one call."""
 
     key: int
     """What `ToolPool.submit` returned."""
-    passages: tuple[Passage, ...] = ()
+    parts: tuple[str, ...] = ()
     error: str | None = None
-    """Why the search failed, one line; None if it did not."""
+    """Why the call failed, one line; None if it did not."""
 
 
 class ToolPool:
-    """Runs searches in threads and hands their answers out as they arrive.
+    """Runs tool calls in threads and hands their answers out as they arrive.
 
-    Where several ranks share an engine, only the first of them searches, and what it hands out is broadcast:
+    Where several ranks share an engine, only the first of them calls tools, and what it hands out is broadcast:
     the ranks' schedulers must see the same requests in the same order. All ranks of `replica_group` then
     make the same calls in the same order.
 
     Args:
-        search: the tool; safe to call from many threads.
-        num_workers: searches in flight.
-        deadline_s: a search has failed when this long no answer to any has arrived, seconds; an answer that
-            comes later is dropped.
+        toolset: the tools and their limits; an answer that comes after its deadline is dropped.
         replica_group: the ranks that share the engine; None if there is only one.
     """
 
     def __init__(
         self,
-        search: SearchTool,
+        toolset: Toolset,
         *,
-        num_workers: int,
-        deadline_s: float,
         replica_group: dist.ProcessGroup | None = None,
     ):
-        self._search = search
-        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="search")
-        self._deadline_s = deadline_s
+        self._tools = toolset.tools
+        self._executor = ThreadPoolExecutor(toolset.num_workers, thread_name_prefix="tool")
+        self._deadline_s = toolset.deadline_s
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
         self._answers: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
-        self._submitted: dict[int, float] = {}  # key of a pending search -> when it was submitted
+        self._submitted: dict[int, float] = {}  # key of a pending call -> when it was submitted
         self._last_arrival = 0.0
         self._num_submitted = 0
         self.waited_s = 0.0
         """Time spent in `results` with nothing else to do, seconds."""
 
-    def submit(self, query: str) -> int:
-        """Start a search; the key that its answer will carry, never used again."""
+    def submit(self, name: str, text: str) -> int:
+        """Call the tool `name` with `text`; the key that its answer will carry, never used again."""
         key = self._num_submitted
         self._num_submitted += 1
         self._submitted[key] = time.monotonic()
         if self._leads:
-            future = self._executor.submit(self._search.search, query)
+            future = self._executor.submit(self._tools[name].call, text)
             future.add_done_callback(lambda done: self._answers.put((key, done)))
         return key
 
     def results(self, *, wait: bool) -> list[ToolResult]:
-        """Answers that have arrived since the last call; with `wait`, at least one if any search is pending.
+        """Answers that have arrived since the last call; with `wait`, at least one if any call is pending.
 
         Raises:
-            Exception: whatever a search raised other than `SearchError`, which is a fault of the program.
+            Exception: whatever a tool raised other than `ToolError`, which is a fault of the program.
         """
         if not self._submitted:
             return []
@@ -88,7 +81,7 @@ class ToolPool:
         return arrived
 
     def close(self) -> None:
-        """Drop what is pending; threads that hang in a search are left to their end."""
+        """Drop what is pending; threads that hang in a call are left to their end."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _collect(self, wait: bool) -> list[ToolResult]:
@@ -120,12 +113,12 @@ class ToolPool:
         return [ToolResult(key=key, error=reason) for key in late]
 
     def _deadline(self, key: int) -> float:
-        # While answers arrive, a search that is still queued behind others is not late.
+        # While answers arrive, a call that is still queued behind others is not late.
         return max(self._submitted[key], self._last_arrival) + self._deadline_s
 
 
 def _to_result(key: int, done: Future) -> ToolResult:
     try:
-        return ToolResult(key=key, passages=tuple(done.result()))
-    except SearchError as error:
+        return ToolResult(key=key, parts=tuple(done.result()))
+    except ToolError as error:
         return ToolResult(key=key, error=str(error))

@@ -15,6 +15,12 @@ class Passage:
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
+def format_passage(rank: int, passage: Passage) -> str:
+    """One passage as the policy reads it (Search-R1's form); `rank` counts from 1."""
+    title = f"(Title: {passage.title}) " if passage.title else ""
+    return f"Doc {rank} {title}{' '.join(passage.text.split())}"
+
+
 def parse_contents(passage_id: str, contents: str) -> Passage:
     """The passage whose `contents` field this is; without a second line, all of it is text."""
     first, newline, rest = contents.partition("\n")

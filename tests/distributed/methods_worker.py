@@ -30,7 +30,7 @@ from a2tgpo.update.optimizer import build_optimizer
 
 
 def of_method(parts: RunParts, config: RunConfig) -> RunParts:
-    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and search."""
+    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and tools."""
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(
         parts.policy, config.update, total_steps=config.run.steps * minibatches
@@ -43,7 +43,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         reference=build_reference(config, parts.groups),
         sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed),
         rollout=build_rollout(
-            config, parts.replicas, engine=parts.engine, search=parts.search, tokenizer=parts.tokenizer
+            config, parts.replicas, engine=parts.engine, toolset=parts.toolset, tokenizer=parts.tokenizer
         ),
     )
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripted_search import ScriptedSearch
+from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids
 
 from a2tgpo.batch.packing import alignment, pack
@@ -27,7 +27,6 @@ from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.evaluate.score import score_trajectory
@@ -188,10 +187,9 @@ def run_shared(path):
     search = ScriptedSearch(delays={"capital of France": 0.3}, failing=["capital of Peru"])
     rollout = GroupRollout(
         engine,
-        search,
+        toolset_of(search),
         tokenizer,
         rollout=config,
-        search_config=SearchConfig(corpus="unused"),
         score_trajectory=functools.partial(score_trajectory, measure="probability"),
         replica_group=groups.tp_group,
     )
@@ -203,7 +201,7 @@ def run_shared(path):
     trajectories, counts = rollout.run(prompts, seed=1, step=2, group_size=2)
     mine, theirs = all_gather_object([t.to_dict() for t in trajectories], groups.tp_group)
     assert mine == theirs, "the ranks of one engine played different rollouts"
-    assert counts.tool_calls >= 6 and counts.failed_searches >= 1
+    assert counts.tool_calls >= 6 and counts.failed_calls >= 1
     assert bool(search.queries) == (groups.rank == 0), "only the first rank searches"
     check_logprobs_against_transformers(path, trajectories)
     metrics, _ = evaluate(

@@ -18,16 +18,17 @@ LAYER = {
     "search": 2,
     "batch": 2,
     "plan": 2,
-    "model": 3,
-    "rollout": 3,
-    "reward": 3,
-    "advantage": 3,
-    "loss": 3,
-    "update": 4,
-    "refit": 4,
-    "evaluate": 4,
+    "environment": 3,
+    "model": 4,
+    "rollout": 4,
+    "reward": 4,
+    "advantage": 4,
+    "loss": 4,
+    "update": 5,
+    "refit": 5,
+    "evaluate": 5,
 }
-TOP = 5
+TOP = 6
 """trainer.py and the modules beside it, which may import each other."""
 ALLOWED_IN = {
     "vllm": {"rollout/vllm_engine.py"},

@@ -65,7 +65,7 @@ def test_end_of_sequence_is_trained_only_on_request(tmp_path, tokenizer):
         (["text"], "`turns` must be a list"),
         ([FIRST], "turn 1 of 1: the last turn has an observation"),
         ([{"text": FIRST["text"]}, LAST], "turn 1 of 2: `observation` is missing"),
-        ([{"text": "no query", "observation": "o"}, LAST], "turn 1 of 2: `text` must end with <search>"),
+        ([{"text": "no query", "observation": "o"}, LAST], "turn 1 of 2: `text` must end with a call"),
         ([FIRST, {"text": ""}], "turn 2 of 2: `text` is ''"),
     ],
 )

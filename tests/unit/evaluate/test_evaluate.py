@@ -4,12 +4,11 @@ import functools
 import math
 
 import pytest
-from scripted_search import ScriptedSearch
+from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.config.search import SearchConfig
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -33,10 +32,9 @@ def rollout():
     engine = VllmEngine(path, config=config, model_dtype="float32", max_model_len=512, seed=0)
     rollout = GroupRollout(
         engine,
-        ScriptedSearch(),
+        toolset_of(ScriptedSearch()),
         AutoTokenizer.from_pretrained(path),
         rollout=config,
-        search_config=SearchConfig(corpus="unused"),
         score_trajectory=functools.partial(score_trajectory, measure="probability"),
     )
     yield rollout

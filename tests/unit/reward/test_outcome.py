@@ -47,3 +47,13 @@ def test_any_alias_counts_and_f1_is_the_best_over_aliases():
     assert exact_match("NYC", ["New York City", "nyc"]) == 1.0
     assert f1_score("New York", ["London", "New York City"]) == pytest.approx(0.8)
     assert f1_score("", ["London"]) == 0.0
+
+
+def test_every_tool_call_needs_its_own_kind_of_exchange():
+    both = ("search", "calculator")
+    calls = [("<think> a </think> <search> b </search>", True), ("<calculator> 1 </calculator>", True)]
+    assert is_well_formed(judged_text([*calls, (ANSWER, False)]), tools=both)
+    crossed = judged_text([("<think> a </think> <search> b </calculator>", True), (ANSWER, False)])
+    assert not is_well_formed(crossed, tools=both)
+    # The calculator is no tool of this run: its result answers no call.
+    assert not is_well_formed(judged_text([*calls, (ANSWER, False)]))

@@ -5,18 +5,17 @@ import functools
 import time
 
 import pytest
-from scripted_search import ScriptedSearch
+from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.tools import CalculatorConfig
+from a2tgpo.environment.tools.calculator import Calculator
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import ANSWER_ROOM
 from a2tgpo.trajectory import Prompt
-
-SEARCH = SearchConfig(corpus="unused", num_workers=8)
 
 
 @pytest.fixture
@@ -24,7 +23,9 @@ def play(engine, engine_config, tokenizer):
     """Play questions; returns trajectories and counts."""
     opened = []
 
-    def play(questions, search, *, greedy=True, gain=None, search_config=SEARCH, step=0, seed=0, **settings):
+    def play(
+        questions, search, *, greedy=True, gain=None, limits=None, more_tools=None, step=0, seed=0, **settings
+    ):
         run_settings = {
             name: settings.pop(name) for name in ("group_size", "score_gain", "progress") if name in settings
         }
@@ -32,11 +33,12 @@ def play(engine, engine_config, tokenizer):
         config = dataclasses.replace(engine_config, gain=gain or GainConfig(), **settings)
         rollout = GroupRollout(
             engine,
-            search,
+            toolset_of(search, more_tools=more_tools, **(limits or {})),
             tokenizer,
             rollout=config,
-            search_config=search_config,
-            score_trajectory=functools.partial(score_trajectory, measure=config.gain.measure),
+            score_trajectory=functools.partial(
+                score_trajectory, measure=config.gain.measure, tools=("search", *(more_tools or ()))
+            ),
         )
         opened.append(rollout)
         prompts = [make_prompt(tokenizer, i, q) if isinstance(q, str) else q for i, q in enumerate(questions)]
@@ -238,8 +240,9 @@ def test_a_call_without_room_for_an_answer_ends_the_rollout(play, search):
 
 def test_passages_are_cut_by_tokens(play, tokenizer):
     search = ScriptedSearch(text="la " * 300)
-    config = dataclasses.replace(SEARCH, max_passage_tokens=40)
-    (trajectory,), _ = play(["capital of France?"], search, search_config=config, max_turn_tokens=40)
+    (trajectory,), _ = play(
+        ["capital of France?"], search, limits={"max_part_tokens": 40}, max_turn_tokens=40
+    )
     frame = len(tokenizer(" <result>\n")["input_ids"]) + len(tokenizer("\n</result>")["input_ids"])
     assert 38 <= len(trajectory.turns[0].observation_tokens) - frame <= 42
 
@@ -247,25 +250,24 @@ def test_passages_are_cut_by_tokens(play, tokenizer):
 def test_a_failed_search_is_told_to_the_policy_and_counted(play, tokenizer):
     search = ScriptedSearch(failing=["capital of France"])
     (failed, fine), counts = play(["capital of France?", "capital of Peru?"], search)
-    assert failed.turns[0].search_failed
+    assert failed.turns[0].tool_failed
     told = tokenizer.decode(failed.turns[0].observation_tokens)
     assert told == " <result>\nThe search failed: no route to capital of France\n</result>"
     assert failed.turns[0].info_gain is not None
-    assert not fine.turns[0].search_failed
-    assert (counts.failed_searches, counts.tool_calls) == (1, 2)
+    assert not fine.turns[0].tool_failed
+    assert (counts.failed_calls, counts.tool_calls) == (1, 2)
 
 
 def test_a_search_that_never_answers_fails_at_its_deadline(play):
     search = ScriptedSearch(delays={"capital of France": 3.0})
-    config = dataclasses.replace(SEARCH, timeout_s=0.1, max_attempts=1)
     start = time.monotonic()
-    (trajectory,), counts = play(["capital of France?"], search, search_config=config)
+    (trajectory,), counts = play(["capital of France?"], search, limits={"deadline_s": 0.2})
     assert time.monotonic() - start < 2.5
-    assert trajectory.turns[0].search_failed
-    assert counts.failed_searches == 1
+    assert trajectory.turns[0].tool_failed
+    assert counts.failed_calls == 1
 
 
-def test_a_fault_of_the_tool_that_is_no_search_error_stops_the_run(play, engine):
+def test_a_fault_of_the_tool_that_is_no_tool_error_stops_the_run(play, engine):
     class Broken(ScriptedSearch):
         def search(self, query):
             raise KeyError("a bug")
@@ -316,3 +318,18 @@ def test_a_prompt_past_the_engines_length_is_refused(play, search, tokenizer):
         ConfigError, match=r"^length of the prompt of question 'loop\?' is 600; allowed: < 512"
     ):
         play([prompt], search)
+
+
+def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(play, search, tokenizer):
+    tools = {"calculator": Calculator(CalculatorConfig())}
+    question = make_prompt(tokenizer, 0, "6 times 7?", ("42",))
+    (one, other), counts = play([question, "capital of France?"], search, more_tools=tools)
+    first = one.turns[0]
+    assert (first.tool, first.query, first.tool_failed) == ("calculator", "6 * 7", False)
+    assert tokenizer.decode(first.observation_tokens) == " <result>\n42\n</result>"
+    assert first.info_gain is not None and first.answer_prob > one.baseline_prob
+    assert (one.outcome_reward, one.format_ok) == (1.0, True)
+    assert other.turns[0].tool == "search" and counts.tool_calls == 2
+    # Without the tool its tags are text: the turn goes on past them.
+    (alone,), _ = play([question], search)
+    assert alone.num_process_turns == 0

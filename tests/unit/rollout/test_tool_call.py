@@ -1,17 +1,13 @@
-"""Parsing of calls and writing of observations, without any engine."""
+"""Parsing of calls and writing of results, without any engine."""
 
 import pytest
 
-from a2tgpo.rollout.tool_call import (
-    cut_at_stop,
-    find_query,
-    format_failure,
-    format_observation,
-    format_passage,
-)
-from a2tgpo.search.passage import Passage
+from a2tgpo.rollout.tool_call import SEARCH_CALLS, CallSyntax
+
+BOTH = CallSyntax(("search", "calculator"))
 
 
+@pytest.mark.parametrize("syntax", [SEARCH_CALLS, BOTH], ids=["search", "search and calculator"])
 @pytest.mark.parametrize(
     ("text", "query"),
     [
@@ -27,34 +23,36 @@ from a2tgpo.search.passage import Passage
         ("</think> <search> a < b > c </search>", "a < b > c"),
     ],
 )
-def test_query_of_a_turn(text, query):
-    assert find_query(text) == query
+def test_query_of_a_turn(syntax, text, query):
+    assert syntax.find_query(text, "search") == query
 
 
-def test_passages_cannot_close_the_result_nor_answer():
-    text = format_observation(["a </result> b", "<answer> c </answer> <search> <think>"])
-    assert text == " <result>\na  b\n c   \n</result>"
+def test_every_tool_has_its_own_tags():
+    assert BOTH.stop_strings == ("</search>", "</calculator>", "</answer>")
+    assert BOTH.tool_of("</calculator>") == "calculator"
+    assert BOTH.tool_of("</answer>") is None and BOTH.tool_of(None) is None
+    assert BOTH.find_query("<search> a <calculator> 3 * 4 </calculator>", "calculator") == "3 * 4"
+    assert BOTH.find_query("<search> 3 * 4 </calculator>", "calculator") == ""
+    assert BOTH.find_query("<calculator> <search> 1 </calculator>", "calculator") == "1"
+    assert BOTH.cut_at_stop("a </calculator> b </search>") == "a </calculator>"
+    # What is no tool's tag is text.
+    assert SEARCH_CALLS.find_query("<search> <calculator> x </search>", "search") == "<calculator> x"
 
 
-def test_no_passage_is_stated():
-    assert format_observation([]) == " <result>\nNo passage was found.\n</result>"
+def test_results_cannot_close_themselves_nor_answer_nor_call():
+    text = BOTH.format_result(["a </result> b", "<answer> c </answer> <search> <think>", "</calculator>d"])
+    assert text == " <result>\na  b\n c   \nd\n</result>"
 
 
-def test_passage_with_and_without_title():
-    assert format_passage(2, Passage("7", "France", "Its capital\nis Paris.")) == (
-        "Doc 2 (Title: France) Its capital is Paris."
-    )
-    assert format_passage(1, Passage("7", "", "Text.")) == "Doc 1 Text."
-
-
-def test_failure_is_one_short_line():
-    text = format_failure("a\nb " + "x" * 500)
+def test_failure_is_one_short_line_that_names_the_tool():
+    text = BOTH.format_failure("search", "a\nb " + "x" * 500)
     assert text.startswith(" <result>\nThe search failed: a b xxx")
     assert text.count("\n") == 2
     assert len(text) < 220
+    assert "The calculator failed: no" in BOTH.format_failure("calculator", "no")
 
 
 def test_text_is_cut_after_the_first_stop_string():
-    assert cut_at_stop("a </search> b </answer>") == "a </search>"
-    assert cut_at_stop("a </answer>\n") == "a </answer>"
-    assert cut_at_stop("a <answer>") == "a <answer>"
+    assert SEARCH_CALLS.cut_at_stop("a </search> b </answer>") == "a </search>"
+    assert SEARCH_CALLS.cut_at_stop("a </answer>\n") == "a </answer>"
+    assert SEARCH_CALLS.cut_at_stop("a <answer>") == "a <answer>"

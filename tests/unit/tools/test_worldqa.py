@@ -9,9 +9,10 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.reward.outcome import judged_text, score_response
-from a2tgpo.rollout.tool_call import find_query, format_observation, format_passage
+from a2tgpo.rollout.tool_call import SEARCH_CALLS
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.passage import format_passage
 from tests.unit.tools.conftest import SMALL
 from tools.prepare_data import main
 from tools.worldqa_facts import ascii_fold, load_world, nearest_town
@@ -52,7 +53,9 @@ def test_nothing_asked_in_test_is_asked_or_demonstrated_in_training(worldqa: Pat
     assert not trained & {subject_of(question.id) for question in test}
     assert not {question.question for question in train} & {question.question for question in test}
     # Nor does a demonstrated search on the way to the answer ask about a test question's subject.
-    queries = {find_query(text) for demonstration in shown for text, _ in demonstration.turns}
+    queries = {
+        SEARCH_CALLS.find_query(text, "search") for demonstration in shown for text, _ in demonstration.turns
+    }
     asked = {query.partition(" of ")[2].lower().replace(" ", "_") for query in queries}
     assert not (asked - {"it"}) & {subject_of(question.id) for question in test}
 
@@ -80,11 +83,11 @@ def test_every_demonstrated_hop_is_answered_by_the_first_hit_of_its_query(good, 
         assert nothing is None
         assert len(searches) == demonstration.question.hops
         for text, observation in searches:
-            hits = [passage for passage, _ in index.search(find_query(text), 1)]
-            assert observation == format_observation([format_passage(1, hits[0])])
+            hits = [passage for passage, _ in index.search(SEARCH_CALLS.find_query(text, "search"), 1)]
+            assert observation == SEARCH_CALLS.format_result([format_passage(1, hits[0])])
         # Each next query names something that the result before it says, and so does the answer.
         found = [observation for _, observation in searches]
-        wanted = [find_query(text).partition(" of ")[2] for text, _ in searches[1:]]
+        wanted = [SEARCH_CALLS.find_query(text, "search").partition(" of ")[2] for text, _ in searches[1:]]
         wanted.append(demonstration.question.answers[0])
         assert all(name in result for name, result in zip(wanted, found, strict=True))
         assert demonstration.question.answers[0] in last

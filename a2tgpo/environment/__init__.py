@@ -1,0 +1,1 @@
+"""What the policy acts on: tools that take a text and answer with text."""

@@ -1,0 +1,32 @@
+"""The search tool: passages for a query, from the backend that the `search` section names."""
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.environment.tool import ToolError
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.passage import format_passage
+from a2tgpo.search.tool import SearchTool, build_search
+
+NOTHING_FOUND = "No passage was found."
+
+
+class Search:
+    """Every passage is one part of the answer, in Search-R1's form."""
+
+    def __init__(self, search: SearchTool):
+        self._search = search
+
+    def call(self, text: str) -> list[str]:
+        try:
+            passages = self._search.search(text)
+        except SearchError as error:
+            raise ToolError(str(error)) from None
+        formatted = [format_passage(rank, passage) for rank, passage in enumerate(passages, start=1)]
+        return formatted or [NOTHING_FOUND]
+
+    def close(self) -> None:
+        self._search.close()
+
+
+def build(config: RunConfig) -> Search:
+    """The tool over a corpus in process or a retrieval server."""
+    return Search(build_search(config.search))

@@ -1,0 +1,79 @@
+"""The arithmetic data set: sums too long for the head, and demonstrations of working them out with the calculator."""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+
+from a2tgpo.config.tools import CalculatorConfig
+from a2tgpo.environment.tools.calculator import Calculator
+from a2tgpo.rollout.tool_call import CallSyntax
+from tools.json_lines_file import write_lines
+
+SYNTAX = CallSyntax(("calculator",))
+WORDS = {"+": "plus", "-": "minus", "*": "times"}
+FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
+"""What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
+GOOD_SHARE = 0.5
+"""Share of demonstrations that calculate; the others guess, so that there is something to learn."""
+
+
+def build_arithmetic(args: argparse.Namespace) -> dict:
+    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; returns the report."""
+    draw = random.Random(f"arithmetic-{args.seed}")
+    questions = list(distinct_questions(draw, args.train_questions + args.test_questions))
+    test, train = questions[: args.test_questions], questions[args.test_questions :]
+    demonstrations = [demonstrate(train[i % len(train)], draw) for i in range(args.demonstrations)]
+    write_lines(args.out / "train.jsonl", (without_sum(question) for question in train))
+    write_lines(args.out / "test.jsonl", (without_sum(question) for question in test))
+    write_lines(args.out / "demonstrations.jsonl", demonstrations)
+    report = {
+        "questions": {"train": len(train), "test": len(test)},
+        "demonstrations": {
+            quality: sum(record["quality"] == quality for record in demonstrations)
+            for quality in ("good", "guess")
+        },
+    }
+    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
+    """Questions whose answers follow from one expression, no expression twice."""
+    calculator = Calculator(CalculatorConfig())
+    seen: set[str] = set()
+    while len(seen) < count:
+        sign, last = draw.choice("+-*"), draw.choice("+-")
+        numbers = [draw.randint(11, 99), draw.randint(11, 99), draw.randint(100, 999)]
+        expression = f"{numbers[0]} {sign} {numbers[1]} {last} {numbers[2]}"
+        if expression in seen:
+            continue
+        seen.add(expression)
+        text = f"What is {numbers[0]} {WORDS[sign]} {numbers[1]} {WORDS[last]} {numbers[2]}?"
+        yield {
+            "id": f"sum-{len(seen)}",
+            "question": text,
+            "answers": calculator.call(expression),
+            "hops": 1,
+            "sum": expression,
+        }
+
+
+def without_sum(question: dict) -> dict:
+    return {name: value for name, value in question.items() if name != "sum"}
+
+
+def demonstrate(question: dict, draw: random.Random) -> dict:
+    """One demonstration: a calculation, or a guess that is wrong."""
+    (right,) = question["answers"]
+    if draw.random() >= GOOD_SHARE:
+        guess = str(int(right) + draw.choice((-100, -10, 10, 100)))
+        return _record(question, [(f"{FINAL_THOUGHT}{guess}}} </answer>", None)], "guess")
+    call = f"<think> I should calculate. </think> <calculator> {question['sum']} </calculator>"
+    turns = [(call, SYNTAX.format_result([right])), (f" {FINAL_THOUGHT}{right}}} </answer>", None)]
+    return _record(question, turns, "good")
+
+
+def _record(question: dict, turns: Sequence[tuple[str, str | None]], quality: str) -> dict:
+    written = [{"text": text, **({"observation": seen} if seen else {})} for text, seen in turns]
+    return {**without_sum(question), "turns": written, "quality": quality}

@@ -1,0 +1,49 @@
+"""Is a question set what it should be: counts, doubles, lengths, overlap with another set."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from a2tgpo.data.question_set import Question
+from a2tgpo.reward.answer_match import normalize_answer
+
+PERCENTILES = (0, 5, 50, 95, 100)
+
+
+def describe_questions(
+    questions: Sequence[Question], left_out: Counter[str], others: Sequence[Question] | None
+) -> dict:
+    """Plain values for a JSON report.
+
+    Args:
+        questions: the set as written.
+        left_out: items of the source that make no question, by reason.
+        others: the set whose overlap is to be known, such as the training set; None: not asked.
+    """
+    texts = Counter(normalize_answer(question.question) for question in questions)
+    golds = [[normalize_answer(answer) for answer in question.answers] for question in questions]
+    report = {
+        "questions": len(questions),
+        "left_out": dict(sorted(left_out.items())),
+        "repeated_questions": sum(count - 1 for count in texts.values()),
+        "yes_no_answers": sum(gold[0] in ("yes", "no") for gold in golds),
+        # "The The" or "?" normalises to nothing, which an empty box would match.
+        "answers_empty_when_normalized": sum("" in gold for gold in golds),
+        "non_ascii_questions": sum(not question.question.isascii() for question in questions),
+        "hops": dict(sorted(Counter(question.hops for question in questions).items())),
+        "answers_per_question": _percentiles([len(question.answers) for question in questions]),
+        "question_words": _percentiles([len(question.question.split()) for question in questions]),
+        "answer_words": _percentiles([len(question.answers[0].split()) for question in questions]),
+    }
+    if others is not None:
+        known = {normalize_answer(question.question) for question in others}
+        shared = sum(count for text, count in texts.items() if text in known)
+        report["overlap"] = {"questions": shared, "share": round(shared / len(questions), 4)}
+    return report
+
+
+def _percentiles(values: Sequence[int]) -> dict[str, float]:
+    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
