@@ -38,6 +38,9 @@ class SearchConfig:
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
         for name in ("timeout_s", "break_s"):
             require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")
+        # Not through `require`: the message would show the secret.
+        if "@" in "".join(self.url.split("/", 3)[2:3]):
+            raise ConfigError("search.url holds a user name or password; give a token by search.token_file")
 
     def require_source(self) -> None:
         """Raise `ConfigError` unless the backend's source is named; only where the search tool is offered."""
@@ -50,8 +53,3 @@ class SearchConfig:
                 self.url,
                 "an http:// or https:// address, with search.backend=http",
             )
-            # Not through `require`: the message would show the secret.
-            if "@" in self.url.split("/", 3)[2]:
-                raise ConfigError(
-                    "search.url holds a user name or password; give a token by search.token_file"
-                )

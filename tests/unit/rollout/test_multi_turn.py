@@ -327,7 +327,7 @@ def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(play
     first = one.turns[0]
     assert (first.tool, first.query, first.tool_failed) == ("calculator", "6 * 7", False)
     assert tokenizer.decode(first.observation_tokens) == " <result>\n42\n</result>"
-    assert first.info_gain is not None and first.answer_prob > one.baseline_prob
+    assert first.info_gain == pytest.approx(first.answer_prob - one.baseline_prob)
     assert (one.outcome_reward, one.format_ok) == (1.0, True)
     assert other.turns[0].tool == "search" and counts.tool_calls == 2
     # Without the tool its tags are text: the turn goes on past them.
