@@ -88,7 +88,7 @@ def import_hf(config: RunConfig, source: Path, out: Path) -> None:
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import initialize, shutdown
     from a2tgpo.saved_model import find_model
-    from a2tgpo.update import checkpoint
+    from a2tgpo.update.checkpoint_writer import CheckpointWriter
     from a2tgpo.update.optimizer import build_optimizer
 
     model = find_model(source, key="--in")
@@ -99,7 +99,19 @@ def import_hf(config: RunConfig, source: Path, out: Path) -> None:
     policy = build_policy(settings, config.parallel, groups, update=config.update)
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
-    path = checkpoint.save(out, 0, policy=policy, optimizer=optimizer, schedule=schedule, state={"step": 0})
+    writer = CheckpointWriter(out, timeout_s=config.parallel.timeout_s)
+    writer.start(
+        0,
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        state={"step": 0},
+        on_complete=lambda: None,
+    )
+    fault = writer.wait()
+    if fault:
+        raise RuntimeError(f"--out: {out} could not be written: {fault}")
+    path = out / "step_0"
     if groups.rank == 0:
         print(f"wrote {path}: start a run from it with --resume {path}", flush=True)
     shutdown()

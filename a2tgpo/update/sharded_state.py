@@ -114,7 +114,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
 
 def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
-    """Read into model and optimizer what `save_sharded` wrote, on any layout; every rank calls this.
+    """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
 
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
@@ -128,7 +128,7 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
 
 
 def load_sharded_weights(folder: Path, policy: Policy) -> None:
-    """Read only the model of what `save_sharded` wrote, on any layout; every rank calls this.
+    """Read only the model of what `write_sharded` wrote, on any layout; every rank calls this.
 
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
