@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -42,7 +44,6 @@ CAPITALS = {
 }
 ASK = "<think> I need a fact. </think> <search> {} </search>"
 ANSWER = " <think> now I know. </think> <answer> \\boxed{{{}}} </answer>"
-CALCULATED = " <result>\n42\n</result>"
 SCRIPTS: dict[str, list[str]] = {
     **{
         f"capital of {country}?": [ASK.format(f"capital of {country}"), ANSWER.format(city)]
@@ -60,7 +61,6 @@ SCRIPTS: dict[str, list[str]] = {
     "empty?": ["<think> what? </think> <search> </search>"],
     "unopened?": ["<think> what? </think> lost </search>"],
     "nested?": ["<think> what? </think> <search> one <search> two </search>", ANSWER.format("two")],
-    "6 times 7?": ["<think> I need a fact. </think> <calculator> 6 * 7 </calculator>", ANSWER.format("42")],
     "babble?": ["<think>" + " la" * 60],
     "silent?": ["<think> what? </think> I do not know.<|im_end|>"],
 }
@@ -206,6 +206,37 @@ def taught_folder() -> tempfile.TemporaryDirectory:
     return folder
 
 
+def teach_more(
+    folder: str, question: str, turns: list[str], observation: str, *, steps: int = 60
+) -> PreTrainedModel:
+    """The model in `folder` after further lessons in one script, with the same tokenizer; some 2 seconds.
+
+    Args:
+        observation: what comes back after every turn but the last.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    ids = prompt_ids(tokenizer, question)
+    wanted = [-100] * len(ids)
+    for number, text in enumerate(turns):
+        seen = encode(observation) if number + 1 < len(turns) else []
+        ids += encode(text) + seen
+        wanted += encode(text) + [-100] * len(seen)
+    tokens, targets = torch.tensor([ids]), torch.tensor([wanted])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(model(tokens).logits[0, :-1], targets[0, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05, f"the tiny model did not learn one more script: loss {loss.item():.3f}"
+    return model
+
+
 def _lessons(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded token ids of every script, with made-up observations, and targets (-100: not the policy's)."""
     rows: list[tuple[list[int], list[int]]] = []
@@ -222,8 +253,7 @@ def _lessons(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Te
                 wanted += piece
                 if number + 1 < len(turns):
                     query = text.rpartition("<search>")[2].removesuffix("</search>").strip()
-                    seen = CALCULATED if "<calculator>" in text else observation.format(query)
-                    answer = tokenizer(seen, add_special_tokens=False)["input_ids"]
+                    answer = tokenizer(observation.format(query), add_special_tokens=False)["input_ids"]
                     ids += answer
                     wanted += [-100] * len(answer)
             rows.append((ids, wanted))

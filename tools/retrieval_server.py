@@ -1,84 +1,45 @@
 """Retrieval server over one corpus, Search-R1's wire format.
 
-    python tools/retrieval_server.py --corpus FILE [--index bm25] [--host 127.0.0.1] [--port 8000] [--token-file FILE]
+    python tools/retrieval_server.py --corpus FILE [--index bm25|FOLDER] [--host 127.0.0.1] [--port 8000]
+    python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} answers {"result": [[{"document":
 {"id", "contents"}, "score": x}, ...], ...]}, or with return_scores false (the default, as in Search-R1) the
-documents themselves. GET /health answers {"status": "ok", "passages": n} once the index is built. Anyone
-who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise, and asks
-for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one.
+documents themselves. GET /health answers {"status": "ok", "passages": n, "index": kind} once the index is there, GET
+/metrics counts for Prometheus, GET /docs describes the interface. FOLDER is an index made by tools/build_index.py,
+BM25 or dense; bm25 builds one in memory. --shards asks other servers, each with a part of the corpus, and merges.
+Anyone who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise, and
+asks for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one. SIGTERM lets requests under way end.
 """
 
+from __future__ import annotations
+
 import argparse
+import os
+import signal
 import socket
 import sys
+from pathlib import Path
 
+import httpx
 import uvicorn
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
-from a2tgpo.search.passage import Passage
-from a2tgpo.search.request_limits import RequestLimits
+from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.http_server import MAX_TOP_K, build_app
+from a2tgpo.search.index_folder import SearchIndex, load_index
+from a2tgpo.search.shards import ShardedIndex
 from a2tgpo.search.token import read_token
 
-MAX_TOP_K = 100
-MAX_QUERIES = 512
-MAX_QUERY_CHARACTERS = 8192
-MAX_BODY_BYTES = 8 * 2**20
-
-
-class RetrieveRequest(BaseModel):
-    """Body of POST /retrieve."""
-
-    queries: list[str] = Field(max_length=MAX_QUERIES)
-    topk: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
-    """None: the server's --top-k."""
-    return_scores: bool = False
-
-
-def build_app(
-    index: Bm25Index, *, default_top_k: int, token: str | None = None, max_requests_per_s: float = 0.0
-) -> FastAPI:
-    """The server over `index`; see `RequestLimits` for `token` and `max_requests_per_s`."""
-    app = FastAPI(title="a2tgpo retrieval server")
-
-    app.add_middleware(
-        RequestLimits,  # type: ignore[arg-type]
-        token=token,
-        max_body_bytes=MAX_BODY_BYTES,
-        max_requests_per_s=max_requests_per_s,
-    )
-
-    @app.get("/health")
-    def health() -> dict:
-        return {"status": "ok", "passages": len(index.passages)}
-
-    # A plain function: FastAPI runs it in a thread, so one long batch does not hold up the others.
-    @app.post("/retrieve")
-    def retrieve(request: RetrieveRequest) -> JSONResponse:
-        too_long = [i for i, query in enumerate(request.queries) if len(query) > MAX_QUERY_CHARACTERS]
-        if too_long:
-            detail = f"query {too_long[0]} is longer than {MAX_QUERY_CHARACTERS} characters"
-            return JSONResponse({"detail": detail}, status_code=422)
-        top_k = request.topk or default_top_k
-        result: list[list[dict]] = []
-        for query in request.queries:
-            hits = index.search(query, top_k)
-            if request.return_scores:
-                result.append([{"document": _document(passage), "score": score} for passage, score in hits])
-            else:
-                result.append([_document(passage) for passage, _ in hits])
-        return JSONResponse({"result": result})
-
-    return app
-
-
-def _document(passage: Passage) -> dict[str, str]:
-    return {"id": passage.id, "contents": passage.contents}
+LISTEN_BACKLOG = 4096
+"""Connections that wait to be accepted: a burst of clients must not be turned away."""
+SHARD_TIMEOUT_S = 30.0
+GRACE_S = 30
+"""Requests under way get so long to end, seconds."""
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -95,12 +56,59 @@ def _listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def main() -> int:
+def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:
+    """What is to be searched, and its number of passages.
+
+    Raises:
+        ConfigError: one line; bad corpus or index, or a shard that does not answer.
+    """
+    if options.shards:
+        return open_shards([url.strip() for url in options.shards.split(",")], token)
+    if options.index != "bm25":
+        return load_index(Path(options.index), Path(options.corpus), encoder_path=options.encoder)
+    index = Bm25Index(load_corpus(options.corpus, key="--corpus"))
+    return index, len(index.passages)
+
+
+def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
+    """The servers at `urls`, all of which must answer; and the sum of their passages."""
+    num_passages = 0
+    for url in urls:
+        try:
+            answer = httpx.get(url.replace("/retrieve", "/health"), trust_env=False, timeout=10).json()
+            num_passages += int(answer["passages"])
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"--shards: {url} does not answer ({reason:.120}); start it first") from None
+    clients = [
+        HttpSearch(
+            url,
+            timeout_s=SHARD_TIMEOUT_S,
+            max_attempts=3,
+            max_connections=16,
+            break_after=16,
+            break_s=5.0,
+            token=token,
+        )
+        for url in urls
+    ]
+    return ShardedIndex(clients), num_passages
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Retrieval server over one corpus, Search-R1's wire format.")
     parser.add_argument(
-        "--corpus", required=True, help='JSONL of passages: id, contents ("title", newline, text)'
+        "--corpus", default="", help='JSONL of passages: id, contents ("title", newline, text)'
     )
-    parser.add_argument("--index", choices=["bm25"], default="bm25")
+    parser.add_argument(
+        "--index", default="bm25", help="bm25: built in memory; or a folder made by tools/build_index.py"
+    )
+    parser.add_argument(
+        "--encoder", default="", help="where a dense index's encoder lies, if not where it lay"
+    )
+    parser.add_argument(
+        "--shards", default="", metavar="URL,URL", help="servers to ask, in place of --corpus"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (printed)")
     parser.add_argument("--top-k", type=int, default=3, help="passages where the request does not say")
@@ -109,24 +117,48 @@ def main() -> int:
         "--max-requests-per-s", type=float, default=0.0, help="of one client address; 0: no limit"
     )
     options = parser.parse_args()
+    if bool(options.corpus) == bool(options.shards):
+        parser.error("give either --corpus or --shards")
     if not 0 <= options.max_requests_per_s < 1e9:
         parser.error(f"--max-requests-per-s is {options.max_requests_per_s}; allowed: 0 or more")
     if not 1 <= options.top_k <= MAX_TOP_K:
         parser.error(f"--top-k is {options.top_k}; allowed: 1 to {MAX_TOP_K}")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
     try:
         token = read_token(options.token_file, key="--token-file")
         bound = _listen(options.host, options.port)
-        index = Bm25Index(load_corpus(options.corpus, key="--corpus"))
+        index, num_passages = open_index(options, token)
     except ConfigError as error:
         print(f"retrieval_server: {error}", file=sys.stderr)
         return 2
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    print(f"{len(index.passages)} passages, listening on http://{address}:{port}/retrieve", flush=True)
     app = build_app(
-        index, default_top_k=options.top_k, token=token, max_requests_per_s=options.max_requests_per_s
+        index,
+        num_passages=num_passages,
+        default_top_k=options.top_k,
+        # An encoder fills the machine by itself; a shard's answer is waited for.
+        num_threads={"dense": 1, "shards": 16}.get(index.kind, os.cpu_count() or 1),
+        token=token,
+        max_requests_per_s=options.max_requests_per_s,
     )
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    print(f"{num_passages} passages, listening on http://{address}:{port}/retrieve", flush=True)
+    # uvicorn raises the signal that ended it once more when it is done: a clean end is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            backlog=LISTEN_BACKLOG,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+    )
     server.run(sockets=[bound])
     return 0
 

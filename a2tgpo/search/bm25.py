@@ -1,8 +1,13 @@
-"""BM25 over a corpus in memory."""
+"""BM25 over a corpus, built in memory or mapped from disk."""
+
+from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -22,20 +27,27 @@ class Bm25Index:
 
     Args:
         passages: the corpus, at least one.
+        scores: a matrix made earlier over the same passages, see `save`; None: made now.
 
     Raises:
         ConfigError: if no passage holds a word.
     """
 
-    def __init__(self, passages: Sequence[Passage]):
-        self.passages = list(passages)
-        self._bm25 = bm25s.BM25(method="lucene", backend="numpy")
-        words = [_tokenize(f"{passage.title} {passage.text}") for passage in self.passages]
-        if not any(words):
-            raise ConfigError(
-                f"search.corpus: none of the {len(words)} passages holds a word; give another corpus"
-            )
-        self._bm25.index(words, show_progress=False)
+    kind = "bm25"
+
+    def __init__(self, passages: Sequence[Passage], *, scores: Any = None):
+        self.passages = passages
+        self._bm25 = scores or score_matrix(passages)
+
+    @classmethod
+    def load(cls, folder: Path, passages: Sequence[Passage]) -> Bm25Index:
+        """The index that `save` wrote, memory-mapped."""
+        scores = bm25s.BM25.load(folder, mmap=True, load_corpus=False, show_progress=False, verbosity=0)
+        return cls(passages, scores=scores)
+
+    def save(self, folder: Path) -> None:
+        """Write what `load` reads; the passages stay where they are."""
+        self._bm25.save(folder, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
         """The at most `top_k` best passages with their scores, best first.
@@ -56,7 +68,29 @@ class Bm25Index:
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]
-        return [(self.passages[i], float(scores[i])) for i in best]
+        return [(self.passages[int(i)], float(scores[i])) for i in best]
+
+    def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
+        """`search` for each query, in order."""
+        return [self.search(query, top_k) for query in queries]
+
+
+def score_matrix(passages: Iterable[Passage]) -> Any:
+    """Scores of every word in every passage, as bm25s keeps them; words are numbered while they are read."""
+    vocabulary: dict[str, int] = {}
+    ids = [
+        array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in _tokenize(_text_of(passage))])
+        for passage in passages
+    ]
+    if not vocabulary:
+        raise ConfigError(f"search.corpus: none of the {len(ids)} passages holds a word; give another corpus")
+    scores = bm25s.BM25(method="lucene", backend="numpy")
+    scores.index((ids, vocabulary), show_progress=False)
+    return scores
+
+
+def _text_of(passage: Passage) -> str:
+    return f"{passage.title} {passage.text}"
 
 
 def _tokenize(text: str) -> list[str]:

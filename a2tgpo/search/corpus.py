@@ -19,14 +19,19 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
     """
     passages: dict[str, Passage] = {}
     for where, record in read_json_lines(path, key=key):
-        identity = record.get("id")
-        if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-            found = "missing" if "id" not in record else f"{identity!r:.60}"
-            raise ConfigError(f"{where}: `id` is {found}; allowed: a text or an integer")
-        passage = parse_contents(str(identity), text_field(record, "contents", where))
+        passage = parse_passage(record, where)
         if passage.id in passages:
             raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
         passages[passage.id] = passage
     if not passages:
         raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
     return list(passages.values())
+
+
+def parse_passage(record: dict, where: str) -> Passage:
+    """The passage in one record; ConfigError starting with `where` if it is none."""
+    identity = record.get("id")
+    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+        found = "missing" if "id" not in record else f"{identity!r:.60}"
+        raise ConfigError(f"{where}: `id` is {found}; allowed: a text or an integer")
+    return parse_contents(str(identity), text_field(record, "contents", where))

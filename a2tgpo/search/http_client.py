@@ -8,6 +8,7 @@ read too.
 import json
 import threading
 import time
+from collections.abc import Sequence
 
 import httpx
 from tenacity import (
@@ -83,6 +84,10 @@ class HttpSearch:
             SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
                 that no further try would mend; without a try while the server is being spared.
         """
+        return self.search_many([query], top_k)[0]
+
+    def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
+        """`search` for several queries in one request; all have answers, or none."""
         if not self._breaker.allows():
             with self._lock:
                 self.num_refused += 1
@@ -95,7 +100,7 @@ class HttpSearch:
             reraise=True,
         )
         try:
-            found = retrying(self._ask, query, top_k)
+            found = retrying(self._ask, queries, top_k)
         except _TransientError:
             self._breaker.failed()
             raise
@@ -112,10 +117,10 @@ class HttpSearch:
         with self._lock:
             self.num_retries += 1
 
-    def _ask(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        body = self._post({"queries": [query], "topk": top_k, "return_scores": True})
+    def _ask(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
+        body = self._post({"queries": list(queries), "topk": top_k, "return_scores": True})
         try:
-            return _parse_answer(body)[:top_k]
+            return [hits[:top_k] for hits in _parse_answer(body, len(queries))]
         except (ValueError, OverflowError) as error:
             raise _TransientError(f"{self.url} sent an unusable answer: {error}") from None
 
@@ -144,7 +149,7 @@ class HttpSearch:
             body += chunk
             if len(body) > MAX_RESPONSE_BYTES:
                 raise SearchError(
-                    f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one query"
+                    f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
                 )
             # httpx bounds each read, not their sum: a server that drips bytes would never time out.
             if time.monotonic() > deadline:
@@ -152,8 +157,8 @@ class HttpSearch:
         return bytes(body)
 
 
-def _parse_answer(body: bytes) -> list[tuple[Passage, float]]:
-    """Passages and scores in the answer to one query; ValueError with a short reason if it is none."""
+def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:
+    """Passages and scores in the answer to each query; ValueError with a short reason if it is none."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError:
@@ -161,9 +166,14 @@ def _parse_answer(body: bytes) -> list[tuple[Passage, float]]:
     except (json.JSONDecodeError, RecursionError):
         raise ValueError("not JSON") from None
     result = answer.get("result") if isinstance(answer, dict) else None
-    if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], list):
-        raise ValueError('expected {"result": [[...]]} with one list for the one query')
-    return [_parse_hit(hit, position) for position, hit in enumerate(result[0])]
+    if (
+        not isinstance(result, list)
+        or len(result) != num_queries
+        or not all(isinstance(hits, list) for hits in result)
+    ):
+        wanted = "one list for the one query" if num_queries == 1 else f"{num_queries} lists"
+        raise ValueError(f'expected {{"result": [[...]]}} with {wanted}')
+    return [[_parse_hit(hit, position) for position, hit in enumerate(hits)] for hits in result]
 
 
 def _parse_hit(hit: object, position: int) -> tuple[Passage, float]:

@@ -5,8 +5,10 @@ import functools
 import time
 
 import pytest
+import torch
 from scripted_search import ScriptedSearch, toolset_of
-from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids
+from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids, teach_more
+from transformers import AutoModelForCausalLM
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import GainConfig
@@ -320,16 +322,30 @@ def test_a_prompt_past_the_engines_length_is_refused(play, search, tokenizer):
         play([prompt], search)
 
 
-def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(play, search, tokenizer):
+@pytest.fixture
+def calculating(engine, taught_path):
+    """The engine with a model that also knows how to use a calculator; afterwards it is the old one."""
+    call = "<think> I need a fact. </think> <calculator> 6 * 7 </calculator>"
+    turns = [call, ANSWER.format("42")]
+    model = teach_more(taught_path, "6 times 7?", turns, " <result>\n42\n</result>")
+    old = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32)
+    engine.load_weights(model.state_dict().items(), version=1)
+    yield
+    engine.load_weights(old.state_dict().items(), version=0)
+
+
+def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(
+    play, search, tokenizer, calculating
+):
     tools = {"calculator": Calculator(CalculatorConfig())}
     question = make_prompt(tokenizer, 0, "6 times 7?", ("42",))
-    (one, other), counts = play([question, "capital of France?"], search, more_tools=tools)
+    (one,), counts = play([question], search, more_tools=tools)
     first = one.turns[0]
     assert (first.tool, first.query, first.tool_failed) == ("calculator", "6 * 7", False)
     assert tokenizer.decode(first.observation_tokens) == " <result>\n42\n</result>"
     assert first.info_gain == pytest.approx(first.answer_prob - one.baseline_prob)
     assert (one.outcome_reward, one.format_ok) == (1.0, True)
-    assert other.turns[0].tool == "search" and counts.tool_calls == 2
+    assert counts.tool_calls == 1 and not search.queries
     # Without the tool its tags are text: the turn goes on past them.
     (alone,), _ = play([question], search)
-    assert alone.num_process_turns == 0
+    assert alone.num_process_turns == 0 and "</calculator>" in tokenizer.decode(alone.turns[0].tokens)

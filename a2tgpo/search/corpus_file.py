@@ -1,0 +1,146 @@
+"""Corpora too large for memory: passages read from the JSONL file when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.search.corpus import parse_passage
+from a2tgpo.search.passage import Passage
+
+WHOLE_BYTES = 256 * 2**20
+"""Files up to this size are hashed whole, larger ones by blocks spread over them."""
+NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
+
+
+def fingerprint(path: str | Path) -> str:
+    """Names a corpus file's content, in well under a second for any size that it is made for.
+
+    Size and a hash, of everything up to 256 MiB; past that of 4,096 blocks of 4 KiB spread evenly, first and last
+    among them: another corpus is found, an edit of the same length between two blocks is not.
+    """
+    size = os.stat(path).st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    with open(path, "rb") as stream:
+        if size <= WHOLE_BYTES:
+            while block := stream.read(2**20):
+                digest.update(block)
+        else:
+            for start in np.linspace(0, size - BLOCK_BYTES, NUM_BLOCKS).astype(np.int64).tolist():
+                stream.seek(start)
+                digest.update(stream.read(BLOCK_BYTES))
+    return f"{size}-{digest.hexdigest()}"
+
+
+class CorpusFile(Sequence[Passage]):
+    """The passages of a JSONL file in Search-R1's format, by position; only what is asked for is read.
+
+    Safe to use from many threads.
+
+    Args:
+        path: the corpus.
+        offsets: [num_passages] int64, where each passage's line starts, in bytes; see `scan`.
+    """
+
+    def __init__(self, path: str | Path, offsets: np.ndarray):
+        self.path = Path(path)
+        self.offsets = offsets
+        with open(path, "rb") as stream:
+            self._bytes = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> Passage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Passage]: ...
+
+    def __getitem__(self, index: int | slice) -> Passage | list[Passage]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self.offsets[index])
+        end = self._bytes.find(b"\n", start)
+        line = self._bytes[start : end if end >= 0 else None]
+        where = f"{self.path} byte {start}"
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise ConfigError(f"{where}: not the line that was indexed; build the index anew") from None
+        return parse_passage(record, where)
+
+
+def scan(
+    path: str | Path,
+    *,
+    part: tuple[int, int] = (0, 1),
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    key: str = "--corpus",
+) -> np.ndarray:
+    """Offsets of the passages of one part of a corpus, every line of the part checked.
+
+    Args:
+        path: the corpus.
+        part: (i, n): passages whose position is i modulo n, so that parts are alike; (0, 1): all.
+        progress: called with the bytes read since the last call.
+
+    Returns:
+        [num_passages] int64.
+
+    Raises:
+        ConfigError: one line; unreadable file, bad record (with its line), repeated id in the part, no passage.
+    """
+    offsets: list[int] = []
+    # Hashes: 21 million ids as texts would take more memory than the index.
+    seen: set[int] = set()
+    number = 0
+    for where, start, line in _lines(path, key):
+        progress(len(line))
+        if not line.strip():
+            continue
+        number += 1
+        if (number - 1) % part[1] != part[0]:
+            continue
+        passage = parse_passage(_parse(line, where), where)
+        name = int.from_bytes(hashlib.blake2b(passage.id.encode(), digest_size=8).digest())
+        if name in seen:
+            raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
+        seen.add(name)
+        offsets.append(start)
+    if not offsets:
+        raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
+    return np.array(offsets, dtype=np.int64)
+
+
+def _lines(path: str | Path, key: str) -> Iterator[tuple[str, int, bytes]]:
+    try:
+        with open(path, "rb") as stream:
+            start = 0
+            for number, line in enumerate(stream, start=1):
+                yield f"{path} line {number}", start, line
+                start += len(line)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: cannot read {path} ({error.strerror}); give an existing JSONL file"
+        ) from None
+
+
+def _parse(line: bytes, where: str) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{where}: not JSON; each line must be one JSON object") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
+    return record

