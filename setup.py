@@ -15,6 +15,10 @@ CORE = [
     "msgspec>=0.20",  # trajectories between ranks and on disk
     "zstandard>=0.25",
     "bm25s>=0.3.9,<0.4",
+    "faiss-cpu>=1.15,<2",  # dense retrieval
+    "fastapi>=0.133,<0.137",  # the retrieval server: what vLLM takes too
+    "uvicorn",
+    "prometheus_client",
     "httpx>=0.28,<1",
     "tenacity>=9",
     "tqdm>=4.67",
@@ -64,6 +68,7 @@ setup(
             "mypy==2.4.1",
             "types-PyYAML",
             "types-requests",
+            "schemathesis>=4.32,<5",  # fuzzes the retrieval server by its own description
             "gguf",  # SmolLM2 comes as GGUF
             "accelerate",
         ],
