@@ -1,10 +1,12 @@
-"""Read a run's rollouts in the terminal.
+"""Read a run's rollouts in the terminal, or as a page for the browser.
 
     python tools/view_rollouts.py RUN [--step N] [--prompt ID] [--limit 5] [--order index|reward|gain]
+    python tools/view_rollouts.py RUN --html FILE [--step N] [--prompt ID]
 
 RUN is a run's folder (runs/NAME). Shown for every trajectory: reward, exact match, format, why it stopped, the
 gold answer's probability given the prompt alone; and for every turn what the policy wrote, what the search
-answered, its gain, advantage and clip scale.
+answered, its gain, advantage and clip scale. The page needs nothing but itself: choose step, question and right or
+wrong answers, see a question's siblings turn by turn, and each token coloured by its log-prob.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from tools.rollouts_page import Decode, chosen_steps, write_page
 from tools.terminal import Painter, indented, painter_for
 
 _FILE_NAME = re.compile(r"step_(\d+)\.jsonl\.zst")
@@ -86,11 +89,7 @@ def read_records(path: Path) -> list[dict]:
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:
     """(step, its trajectories in order); the newest step unless one is named. ConfigError if there are none."""
-    folder = run_dir / "rollouts"
-    names = {path: _FILE_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
-    files = {int(match.group(1)): path for path, match in names.items() if match}
-    if not files:
-        raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")
+    files = rollout_files(run_dir)
     if step is None:
         step = max(files)
     if step not in files:
@@ -100,6 +99,51 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
         asked = f" of prompt {prompt!r}" if prompt is not None else ""
         raise ConfigError(f"step {step} of {run_dir} has no rollouts{asked}")
     return step, sorted(records, key=ORDERS[order])
+
+
+def rollout_files(run_dir: Path) -> dict[int, Path]:
+    """The files of rollouts by step, ascending; ConfigError if there are none."""
+    folder = run_dir / "rollouts"
+    names = {path: _FILE_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
+    files = {int(match.group(1)): path for path, match in names.items() if match}
+    if not files:
+        raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")
+    return dict(sorted(files.items()))
+
+
+def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:
+    """Write the page of one step or, where none is named, of all that it holds; returns what to say."""
+    if step is not None:
+        steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
+    else:
+        files = rollout_files(run_dir)
+        newest = read_records(files[max(files)])
+        chosen = chosen_steps(dict.fromkeys(files, len(newest)))
+        steps = {number: select(run_dir, step=number, prompt=prompt, order="index")[1] for number in chosen}
+    try:
+        write_page(out, run_dir.resolve().name, steps, decoder(run_dir))
+    except OSError as error:
+        raise ConfigError(f"--html: cannot write {out} ({error.strerror}); choose another file") from None
+    shown = ", ".join(str(number) for number in steps)
+    return f"wrote {out}: steps {shown}; open it in a browser"
+
+
+def decoder(run_dir: Path) -> Decode | None:
+    """Token ids to text by the run's tokenizer; None, with a warning, where that is not there any more."""
+    import yaml
+
+    try:
+        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        folder = Path(config["model"]["path"])
+        if not (folder / "tokenizer.json").is_file():
+            raise OSError(f"no tokenizer in {folder}")
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        print(f"view_rollouts: tokens are not coloured ({error})", file=sys.stderr)
+        return None
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
 def _index(record: dict) -> tuple:
@@ -114,7 +158,7 @@ ORDERS: dict[str, Callable[[dict], tuple]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Read a run's rollouts in the terminal.")
+    parser = argparse.ArgumentParser(description="Read a run's rollouts in the terminal, or as a page.")
     parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--prompt", help="only rollouts of the question with this id")
@@ -122,8 +166,12 @@ def main() -> int:
     parser.add_argument(
         "--order", choices=sorted(ORDERS), default="index", help="reward and gain: highest first"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for the browser instead")
     options = parser.parse_args()
     try:
+        if options.html is not None:
+            print(page(options.run, options.html, step=options.step, prompt=options.prompt))
+            return 0
         step, records = select(options.run, step=options.step, prompt=options.prompt, order=options.order)
     except ConfigError as error:
         print(f"view_rollouts: {error}", file=sys.stderr)
