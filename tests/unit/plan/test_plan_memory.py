@@ -37,6 +37,7 @@ PLANNED = {
     "train_4b": ("qwen3-4b", 8),
     # Meant for CPUs, and smaller models than this:
     "ablation": ("qwen2.5-0.5b", 2),
+    "calculator": ("qwen2.5-0.5b", 2),
     "quickstart": ("qwen2.5-0.5b", 2),
     "smollm2_cpu": ("qwen2.5-0.5b", 2),
 }
