@@ -207,7 +207,7 @@ def taught_folder() -> tempfile.TemporaryDirectory:
 
 
 def teach_more(
-    folder: str, question: str, turns: list[str], observation: str, *, steps: int = 60
+    folder: str, question: str, turns: list[str], observation: str, *, max_steps: int = 300
 ) -> PreTrainedModel:
     """The model in `folder` after further lessons in one script, with the same tokenizer; some 2 seconds.
 
@@ -228,8 +228,10 @@ def teach_more(
         wanted += encode(text) + [-100] * len(seen)
     tokens, targets = torch.tensor([ids]), torch.tensor([wanted])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    for _ in range(steps):
+    for _ in range(max_steps):
         loss = torch.nn.functional.cross_entropy(model(tokens).logits[0, :-1], targets[0, 1:])
+        if loss.item() < 0.02:
+            break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
