@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu setup-py312 test-py312 quickstart smollm2 ablation ablation-tune test lint format clean
+.PHONY: help setup setup-gpu setup-py312 test-py312 quickstart smollm2 ablation ablation-tune test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
@@ -22,6 +22,7 @@ help:
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates"
+	@echo "make docs        the documentation as a site, in site/"
 
 setup: $(VENV)/.ready
 
@@ -108,9 +109,14 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The configuration reference is written from the dataclasses; the site goes to site/.
+docs: setup
+	$(PY) tools/config_reference.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d site
+
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
 clean:
-	rm -rf runs artifacts .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs artifacts site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,6 +71,7 @@ setup(
             "schemathesis>=4.32,<5",  # fuzzes the retrieval server by its own description
             "gguf",  # SmolLM2 comes as GGUF
             "accelerate",
+            "mkdocs-material==9.8.2",  # the last major line that builds with mkdocs 1.6
         ],
     },
 )

@@ -1,0 +1,112 @@
+"""The documentation says what is so: examples print what the page shows, commands exist, pages link."""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of `language` ("" for a plain one)."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_worked_example_prints_what_the_page_shows() -> None:
+    page = ROOT / "docs" / "concepts.md"
+    (code,), (shown,) = code_blocks(page, "python"), code_blocks(page, "text")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, str(page), "exec"), {})
+    assert printed.getvalue() == shown
+
+
+def test_the_configuration_reference_is_that_of_the_dataclasses() -> None:
+    process = subprocess.run(
+        [sys.executable, "tools/config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert (tmp_path / "site" / "index.html").is_file()
+
+
+# -- commands ------------------------------------------------------------------------------------------------
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every line in a plain block, and of every inline code, that starts a program of this project."""
+    found = []
+    for page in PAGES:
+        inline = re.findall(
+            r"`((?:python |launch/|slurm/|sbatch |mpirun )[^`\n]+)`", page.read_text(encoding="utf-8")
+        )
+        for block in [*code_blocks(page, ""), *code_blocks(page, "bash"), *inline]:
+            for line in block.replace("\\\n", " ").splitlines():
+                with contextlib.suppress(ValueError):  # output that is no shell
+                    words = shlex.split(line, comments=True)
+                    if words and is_ours(words):
+                        found.append((page.name, words))
+    return found
+
+
+def is_ours(words: list[str]) -> bool:
+    return words[0].startswith(("launch/", "slurm/")) or script_of(words) is not None
+
+
+def script_of(words: list[str]) -> str | None:
+    """The Python script that `words` start, None where they start none."""
+    for word in words:
+        if word.startswith(("tools/", "launch/")) and word.endswith(".py"):
+            return word
+    return None
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    process = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, f"{script} --help: {process.stderr[-500:]}"
+    return process.stdout
+
+
+def test_commands_are_found() -> None:
+    assert len(commands()) >= 20
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: " ".join(value) if value else "")
+def test_a_documented_command_exists_with_its_options_and_files(page: str, words: list[str]) -> None:
+    for word in words:
+        if word.startswith(("launch/", "tools/", "slurm/", "configs/")) and not re.search(
+            r"[A-Z*\[{|]", word
+        ):
+            assert (ROOT / word).exists(), f"{page}: {word} is not there"
+    script = script_of(words)
+    if script is None:
+        script = "launch/train.py" if words[0] == "launch/local.sh" else None
+    if script is not None:
+        known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(script)))
+        launcher_options = {"--script", "--nodes", "--help"}
+        used = {word.split("=")[0] for word in words[words.index(script) if script in words else 0 :]}
+        used = {word for word in used if re.fullmatch(r"--[a-z][a-z0-9-]*", word)}
+        assert used <= known | launcher_options, f"{page}: {script} knows no {used - known}"

@@ -1,0 +1,136 @@
+"""Write the configuration reference from the dataclasses that are the configuration.
+
+    python tools/config_reference.py [--out docs/configuration.md] [--check]
+
+With --check nothing is written; exit 1 if the file differs from what would be.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.config.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+HEAD = """\
+# Configuration
+
+<!-- Written by tools/config_reference.py from the dataclasses in a2tgpo/config/. Change them, not this page. -->
+
+One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
+`section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so is every value
+that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration and checks it.
+
+Paths are relative to the folder the program is started in. Keys without a default must be given.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One key: what a row of the reference says."""
+
+    key: str
+    kind: str
+    default: str
+    text: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "configuration.md")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; exit 1 if the file is out of date"
+    )
+    args = parser.parse_args()
+    page = reference()
+    if args.check:
+        if args.out.is_file() and args.out.read_text(encoding="utf-8") == page:
+            return 0
+        print(f"{args.out} is out of date; run python tools/config_reference.py", file=sys.stderr)
+        return 1
+    args.out.write_text(page, encoding="utf-8")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def reference() -> str:
+    """The whole page: a table for each section and each section inside it."""
+    parts = [HEAD]
+    for name, section in _sections(RunConfig):
+        parts.append(f"\n## {name}\n")
+        if says := _class_text(section):
+            parts.append(f"\n{says}\n")
+        parts.append("\n| key | type | default | |\n|---|---|---|---|\n")
+        for setting in _settings(section, name):
+            parts.append(f"| `{setting.key}` | {setting.kind} | {setting.default} | {setting.text} |\n")
+    return "".join(parts)
+
+
+def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted name, class) of every section below `section`, a section before those inside it."""
+    for name, kind in get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield f"{prefix}{name}", kind
+            yield from _sections(kind, f"{prefix}{name}.")
+
+
+def _settings(section: type, prefix: str) -> Iterator[Setting]:
+    kinds, texts = get_type_hints(section), _field_texts(section)
+    for field in dataclasses.fields(section):
+        if not dataclasses.is_dataclass(kinds[field.name]):
+            yield Setting(
+                key=f"{prefix}.{field.name}",
+                kind=kinds[field.name].__name__,
+                default="required" if field.default is dataclasses.MISSING else _shown(field.default),
+                text=_cell(texts.get(field.name, "")),
+            )
+
+
+def _field_texts(section: type) -> dict[str, str]:
+    """The string under each field."""
+    (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(section))).body)  # type: ignore[attr-defined]
+    texts = {}
+    for field, below in zip(body, body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            texts[field.target.id] = str(below.value.value)
+    return texts
+
+
+def _class_text(section: type) -> str:
+    text = section.__doc__ or ""
+    return "" if text.startswith(f"{section.__name__}(") else _in_one_line(text)  # the one dataclass makes up
+
+
+def _shown(value: object) -> str:
+    if value == "":
+        return "empty"
+    if isinstance(value, str) and len(value) > 60:
+        return "a text, see below" if "\n" in value else f"`{_cell(value[:50])}…`"
+    return f"`{_cell(str(value).lower() if isinstance(value, bool) else str(value))}`"
+
+
+def _cell(text: str) -> str:
+    return _in_one_line(text).replace("|", "\\|")
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
