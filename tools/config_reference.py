@@ -9,6 +9,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ HEAD = """\
 <!-- Written by tools/config_reference.py from the dataclasses in a2tgpo/config/. Change them, not this page. -->
 
 One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
-`section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so is every value
-that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration and checks it.
+`section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so
+is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration and checks it.
 
 Paths are relative to the folder the program is started in. Keys without a default must be given.
 """
@@ -100,7 +101,7 @@ def _field_texts(section: type) -> dict[str, str]:
     """The string under each field."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(section))).body)  # type: ignore[attr-defined]
     texts = {}
-    for field, below in zip(body, body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)

@@ -54,7 +54,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every line in a plain block, and of every inline code, that starts a program of this project."""
+    """(page, words) of every line in a plain block, and inline code, that starts a program of this project."""
     found = []
     for page in PAGES:
         inline = re.findall(
