@@ -29,7 +29,8 @@ HEAD = """\
 
 One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
 `section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so
-is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration and checks it.
+is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration
+and checks it.
 
 Paths are relative to the folder the program is started in. Keys without a default must be given.
 """
