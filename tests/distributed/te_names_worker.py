@@ -63,7 +63,7 @@ def describe(path: str, tensor: int, *, transformer_engine: bool) -> dict[str, A
     vocabulary = padded_vocab_size(hf_config.vocab_size, tensor)
     model = GPTModel(
         config,
-        decoder_spec(config, provider),
+        decoder_spec(config, provider, vp_stage=None),
         vocab_size=vocabulary,
         max_sequence_length=hf_config.max_position_embeddings,
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
