@@ -1,0 +1,109 @@
+"""Who starts the ranks of tools/gpu_check.py: it alone, or torchrun or srun a copy of it for each rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+from tools.gpu_checks_run import Row
+
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""What srun calls what torchrun sets. A batch script outside of srun has no number of tasks of a step."""
+
+
+def launched_environment() -> dict[str, str] | None:
+    """This process's environment with torchrun's names, if a launcher started it as one of several; else None.
+
+    Raises:
+        ValueError: if srun started several that do not know where to meet.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
+    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        environment |= {name: environment[source] for name, source in SLURM_NAMES.items()}
+    if "RANK" not in environment:
+        return None
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in environment:
+            raise ValueError(
+                f"{name} is not set; export the first machine's name and a free port for all ranks"
+            )
+    return environment
+
+
+def rank_environments(
+    launched: dict[str, str] | None, *, num_ranks: int, alone: bool, index: int
+) -> list[dict[str, str]]:
+    """The variables of each rank that this process starts for check number `index`.
+
+    Args:
+        launched: of `launched_environment`; then it is one at most, this process's own. The port moves on with every
+            check, since the launcher or the last check may still hold it.
+        alone: the check is of one rank, the first.
+    """
+    if launched is not None:
+        environment = launched | {"MASTER_PORT": str(int(launched["MASTER_PORT"]) + 2 + index)}
+        if not alone:
+            return [environment]
+        return [environment | {"WORLD_SIZE": "1"}] if environment["RANK"] == "0" else []
+    num_ranks = 1 if alone else num_ranks
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+class Meeting:
+    """Where the copies that a launcher started wait for each other, check by check; nothing to do for one alone.
+
+    The first one hears what failed elsewhere, and all end with its verdict: a launcher ends all as soon as one fails.
+    """
+
+    def __init__(self, launched: dict[str, str] | None, *, timeout_s: float):
+        self._store: Any = None
+        self.rank = int(launched["RANK"]) if launched else 0
+        self._world_size = int(launched["WORLD_SIZE"]) if launched else 1
+        if launched and self._world_size > 1:
+            from torch.distributed import TCPStore
+
+            # The slowest check of another rank takes its time, then some for what it leaves.
+            patience = timedelta(seconds=timeout_s + 60)
+            port = int(launched["MASTER_PORT"]) + 1
+            self._store = TCPStore(
+                launched["MASTER_ADDR"], port, self._world_size, self.rank == 0, timeout=patience
+            )
+
+    def share(self, check: str, rows: list[Row]) -> list[Row]:
+        """At the first rank its rows and those of the others, which only have some of failures; elsewhere none."""
+        if self._store is None:
+            return rows
+        if self.rank > 0:
+            where = f"rank {self.rank} on {platform.node()}: "
+            told = [dataclasses.asdict(dataclasses.replace(row, note=where + row.note)) for row in rows]
+            self._store.set(f"{check}/{self.rank}", json.dumps(told))
+            self._store.get(f"{check}/heard")
+            return []
+        for rank in range(1, self._world_size):
+            rows = rows + [Row(**row) for row in json.loads(self._store.get(f"{check}/{rank}"))]
+        self._store.set(f"{check}/heard", "yes")
+        return rows
+
+    def agree(self, exit_code: int) -> int:
+        """The first rank's exit code, on all; the last call."""
+        if self._store is None:
+            return exit_code
+        if self.rank > 0:
+            exit_code = int(self._store.get("exit code"))
+            self._store.add("left", 1)
+            return exit_code
+        self._store.set("exit code", str(exit_code))
+        deadline = time.monotonic() + 30
+        while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)  # the store goes with this process
+        return exit_code
