@@ -136,13 +136,18 @@ def write_run(bench: Bench) -> Path:
 
     folder = bench.work / f"run-{bench.rank}"
     folder.mkdir()
+    prompts_per_step = 2 * bench.world_size
+    capitals = list(CITIES.items())
+    asked = [
+        capitals[i % len(capitals)] for i in range(prompts_per_step)
+    ]  # no step asks for more than there are
     questions = [
         {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}
-        for i, (country, city) in enumerate(CITIES.items())
+        for i, (country, city) in enumerate(asked)
     ]
     corpus = [
         {"id": str(i), "contents": f"{country}\nThe capital of {country} is {city}."}
-        for i, (country, city) in enumerate(CITIES.items())
+        for i, (country, city) in enumerate(capitals)
     ]
     for name, records in (("questions", questions), ("corpus", corpus)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -158,7 +163,7 @@ def write_run(bench: Bench) -> Path:
         },
         "search": {"corpus": str(folder / "corpus.jsonl"), "top_k": 1, "max_passage_tokens": 64},
         "rollout": {
-            "prompts_per_step": 2 * bench.world_size,
+            "prompts_per_step": prompts_per_step,
             "group_size": 4,
             "max_turns": 2,
             "max_turn_tokens": 32,

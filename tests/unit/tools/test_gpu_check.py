@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from a2tgpo.config.load import load_config
+from a2tgpo.data.question_set import load_questions
 from tools import gpu_checks_run
+from tools.gpu_checks_engine import write_run
 from tools.gpu_checks_launch import launched_environment, rank_environments
 from tools.gpu_checks_run import Bench, run_check
 
@@ -112,6 +115,14 @@ def test_a_check_that_fails_or_hangs_is_one_failed_row_and_leaves_no_process(
     for rank in range(2):
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / f"pid{rank}").read_text()), 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 64])
+def test_the_training_step_has_a_question_for_every_prompt_whatever_the_number_of_ranks(tmp_path, world_size):
+    bench = Bench(file=tmp_path / "x.json", work=tmp_path, rank=0, world_size=world_size, min_bus_gb_s=None)
+    config = load_config(str(write_run(bench)))
+    questions = load_questions(config.data.train)
+    assert config.rollout.prompts_per_step == len(questions) == 2 * world_size
 
 
 def test_a_nan_fails(tmp_path):
