@@ -34,13 +34,19 @@ from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 def main(checkpoints: Path, out: Path) -> None:
     found: dict[str, Any] = {"names": {}, "recipes": {}}
     initialize(ParallelConfig(), seed=0)
-    for tensor in (1, 2):
-        groups = lay_out(ParallelConfig(tensor=tensor), seed=0)
-        for architecture in ARCHITECTURES:
+    layouts = {
+        "tp1": ParallelConfig(),
+        "tp2": ParallelConfig(tensor=2),
+        "ep2": ParallelConfig(expert=2),
+        "tp2-ep2": ParallelConfig(tensor=2, expert=2),
+    }
+    for layout, parallel in layouts.items():
+        groups = lay_out(parallel, seed=0)
+        for architecture in ARCHITECTURES if parallel.expert == 1 else ["qwen3_moe"]:
             path = str(checkpoints / architecture)
-            mine = describe(path, tensor, transformer_engine=False)
-            theirs = describe(path, tensor, transformer_engine=True)
-            found["names"][f"{architecture}-tp{tensor}"] = all_gather_object([mine, theirs], dist.group.WORLD)
+            mine = describe(path, parallel, transformer_engine=False)
+            theirs = describe(path, parallel, transformer_engine=True)
+            found["names"][f"{architecture}-{layout}"] = all_gather_object([mine, theirs], dist.group.WORLD)
     for recipe in TOKEN_MULTIPLES:
         for number_format in ("hybrid", "e4m3"):
             found["recipes"][f"{recipe}-{number_format}"] = describe_recipe(path, recipe, number_format)
@@ -49,18 +55,18 @@ def main(checkpoints: Path, out: Path) -> None:
     shutdown()
 
 
-def describe(path: str, tensor: int, *, transformer_engine: bool) -> dict[str, Any]:
+def describe(path: str, parallel: ParallelConfig, *, transformer_engine: bool) -> dict[str, Any]:
     """By parameter: shape, dtype, how it is split, and the Hugging Face tensors it is made from."""
     hf_config = load_hf_config(path)
     config = transformer_config(
         hf_config,
         ModelConfig(path=path),
-        ParallelConfig(tensor=tensor),
+        parallel,
         transformer_engine=transformer_engine,
     )
     config.use_cpu_initialization = True
     provider = TESpecProvider() if transformer_engine else CpuSpecProvider()
-    vocabulary = padded_vocab_size(hf_config.vocab_size, tensor)
+    vocabulary = padded_vocab_size(hf_config.vocab_size, parallel.tensor)
     model = GPTModel(
         config,
         decoder_spec(config, provider, vp_stage=None),
@@ -69,8 +75,11 @@ def describe(path: str, tensor: int, *, transformer_engine: bool) -> dict[str, A
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
     )
-    engine_made = type(model.decoder.layers[0].self_attention.linear_qkv).__module__
-    assert ("transformer_engine" in engine_made) == transformer_engine, engine_made
+    layer = model.decoder.layers[0]
+    linears = layer.mlp.experts if config.num_moe_experts else layer.mlp
+    for module in (layer.self_attention.linear_qkv, linears.linear_fc1, linears.linear_fc2):
+        engine_made = type(module).__module__
+        assert ("transformer_engine" in engine_made) == transformer_engine, engine_made
     bridge = make_bridge(hf_config, config, padded_vocab_size=vocabulary)
     return {
         name: [

@@ -59,6 +59,23 @@ def test_tensor_parallel_ranks_hold_half_of_what_is_split(found: dict) -> None:
     assert whole[name][0][0] == 2 * half[name][0][0] and half[name][2] == [True, 0]
 
 
+@pytest.mark.parametrize(("layout", "num_experts"), [("tp1", 8), ("tp2", 8), ("ep2", 4), ("tp2-ep2", 4)])
+def test_experts_are_whole_and_shared_out_in_transformer_engines_grouped_linears(
+    found: dict, layout: str, num_experts: int
+) -> None:
+    for mine, theirs in found["names"][f"qwen3_moe-{layout}"]:
+        assert mine == theirs
+        experts = {name: value for name, value in theirs.items() if ".layers.0.mlp.experts." in name}
+        stem = "decoder.layers.0.mlp.experts.linear_fc"
+        assert sorted(experts) == sorted(
+            f"{stem}{number}.weight{expert}" for number in (1, 2) for expert in range(num_experts)
+        )
+        # Two of 32 channels from 64 (gate and up), and back: neither is divided among tensor-parallel ranks.
+        assert all(
+            value[0] == ([64, 64] if "linear_fc1" in name else [64, 32]) for name, value in experts.items()
+        )
+
+
 @pytest.mark.parametrize("number_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_transformer_engine_is_given_the_recipe_that_was_asked_for(
