@@ -74,8 +74,7 @@ def build_policy(
         hf_config, model, parallel, transformer_engine=uses_transformer_engine(model.layer_spec)
     )
     check_fp8_support(model.fp8)
-    stages = range(parallel.virtual) if parallel.virtual > 1 else [None]
-    gpt_models = [_gpt_model(model, hf_config, config, groups, vp_stage=stage) for stage in stages]
+    gpt_models = _gpt_models(model, hf_config, config, groups)
     policy = Policy(
         chunks=[Float16Module(config, gpt) if config.bf16 else gpt for gpt in gpt_models],
         transformer_config=config,
@@ -98,6 +97,15 @@ def build_policy(
             chunk.requires_grad_(False)
             chunk.eval()
     return policy
+
+
+def _gpt_models(
+    model: ModelConfig, hf_config: PretrainedConfig, config: TransformerConfig, groups: ParallelGroups
+) -> list[GPTModel]:
+    """The chunks of this rank's pipeline stage, earliest layers first."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    vp_stages = [None] if num_chunks is None else range(num_chunks)
+    return [_gpt_model(model, hf_config, config, groups, vp_stage=vp_stage) for vp_stage in vp_stages]
 
 
 def _gpt_model(

@@ -29,6 +29,7 @@ class MicrobatchShape:
     dimensions: ModelDimensions
     parallel: ParallelConfig
     tokens: int
+    """That the rank holds: all of the micro-batch's, or its share under context parallelism."""
     element_bytes: int
     """Of weights and activations: 2 in bfloat16, 4 in float32."""
 
@@ -44,6 +45,14 @@ class MicrobatchShape:
     def gathered_bytes(self) -> int:
         """The hidden states of all tokens, as the input of a linear layer under sequence parallelism."""
         return self.tokens * self.dimensions.hidden * self.element_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Keys and values on their way around the context-parallel ranks, and in the backward pass their gradients:
+        those that came in and those that go out."""
+        if self.parallel.context == 1:
+            return 0
+        return 4 * 2 * self.tokens * self.dimensions.kv_width // self.parallel.tensor * self.element_bytes
 
     @property
     def attention_statistics_bytes(self) -> int:
@@ -97,11 +106,11 @@ class MicrobatchShape:
         if d.experts:
             gradients = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
         recomputed = {"full": self.layer_bytes, "selective": self.attention_statistics_bytes, "none": 0}
-        return gradients + 2 * self.gathered_bytes + recomputed[recompute]
+        return gradients + 2 * self.gathered_bytes + self.ring_bytes + recomputed[recompute]
 
     def forward_workspace_bytes(self) -> int:
         """Alive at most while one layer runs without gradients."""
-        return self.layer_bytes + self.gathered_bytes
+        return self.layer_bytes + self.gathered_bytes + self.ring_bytes
 
     def logit_bytes(self, *, with_gradient: bool) -> int:
         """The last stage's logits at all positions in the model's dtype, and their gradient; float32 copies

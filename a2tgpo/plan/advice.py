@@ -84,6 +84,10 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             expert = parallel.expert * factor
             shared = dataclasses.replace(parallel, expert=expert)
             yield f"parallel.expert={expert}", dataclasses.replace(config, parallel=shared)
+    for factor in (2, 4):
+        context = parallel.context * factor
+        split = dataclasses.replace(parallel, context=context)
+        yield f"parallel.context={context}", dataclasses.replace(config, parallel=split)
     for factor in (2, 4, 8):
         tensor, pipeline = parallel.tensor * factor, parallel.pipeline * factor
         wider = dataclasses.replace(parallel, tensor=tensor)

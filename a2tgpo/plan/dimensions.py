@@ -199,14 +199,15 @@ def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: in
     for size, what in split:
         if size % parallel.tensor:
             return f"parallel.tensor is {parallel.tensor}; allowed: a divisor of the model's {size} {what}"
-    if dimensions.layers % parallel.pipeline:
+    try:
+        parallel.stage_layers(dimensions.layers)
+    except ConfigError as error:
+        return str(error)
+    if gpus % parallel.model_ranks:
         return (
-            f"parallel.pipeline is {parallel.pipeline}; allowed: a divisor of the model's "
-            f"{dimensions.layers} layers"
+            f"parallel.tensor x parallel.context x parallel.pipeline is {parallel.model_ranks}; allowed: a divisor "
+            f"of the {gpus} GPUs"
         )
-    model_ranks = parallel.tensor * parallel.pipeline
-    if gpus % model_ranks:
-        return f"parallel.tensor x parallel.pipeline is {model_ranks}; allowed: a divisor of the {gpus} GPUs"
     return _expert_fault(dimensions, parallel, gpus // parallel.pipeline)
 
 

@@ -18,6 +18,7 @@ PIPELINE_SIZES = (1, 2, 4, 8, 16)
 TENSOR_SIZES = (1, 2, 4, 8)
 """Tensor-parallel groups stay inside a node."""
 EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
+VIRTUAL_SIZES = (1, 2, 4)
 ENGINE_FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
@@ -35,8 +36,9 @@ def suggest(
 ) -> list[Plan]:
     """Plans with LEAST_HEADROOM in every phase, by predicted step time; the best of each pair of trainer and engine.
 
-    What varies: parallel.*, model.recompute, rollout.tensor_parallel, rollout.gpu_memory_fraction and
-    update.max_microbatch_tokens. The rest is `config`'s.
+    What varies: parallel.* but for parallel.context, model.recompute, rollout.tensor_parallel,
+    rollout.gpu_memory_fraction and update.max_microbatch_tokens. Stages get even shares of the layers. The rest is
+    `config`'s.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):
@@ -61,6 +63,9 @@ def overrides(plan: Plan) -> list[str]:
     return [
         f"parallel.tensor={config.parallel.tensor}",
         f"parallel.pipeline={config.parallel.pipeline}",
+        f"parallel.virtual={config.parallel.virtual}",
+        "parallel.first_stage_layers=0",
+        "parallel.last_stage_layers=0",
         f"parallel.expert={config.parallel.expert}",
         f"parallel.sequence={str(config.parallel.sequence).lower()}",
         f"model.recompute={config.model.recompute}",
@@ -79,9 +84,21 @@ def _order(plan: Plan) -> tuple[float, float]:
 def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int) -> Iterator[RunConfig]:
     engines = [size for size in TENSOR_SIZES if size <= gpu.gpus_per_node]
     experts = EXPERT_SIZES if dimensions.experts else (1,)
-    for tensor, pipeline, expert, engine in product(engines, PIPELINE_SIZES, experts, engines):
+    stages = [
+        (pipeline, virtual)
+        for pipeline, virtual in product(PIPELINE_SIZES, VIRTUAL_SIZES)
+        if pipeline > 1 or virtual == 1
+    ]
+    for tensor, (pipeline, virtual), expert, engine in product(engines, stages, experts, engines):
         parallel = dataclasses.replace(
-            config.parallel, tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1
+            config.parallel,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=virtual,
+            first_stage_layers=0,
+            last_stage_layers=0,
+            expert=expert,
+            sequence=tensor > 1,
         )
         if layout_fault(dimensions, parallel, gpus):
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
 from a2tgpo.plan.dimensions import ModelDimensions
@@ -138,10 +139,11 @@ def _phases_of_stage(
 def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
     # A trajectory longer than a micro-batch gets one of its own.
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    tokens = max(config.update.max_microbatch_tokens, longest)
     return MicrobatchShape(
         dimensions=dimensions,
         parallel=config.parallel,
-        tokens=max(config.update.max_microbatch_tokens, longest),
+        tokens=-(-tokens // config.parallel.context),
         element_bytes=ELEMENT_BYTES[config.model.dtype],
     )
 
@@ -158,9 +160,8 @@ def _update_parts(
     config: RunConfig, dimensions: ModelDimensions, geometry: Geometry, stage: int
 ) -> dict[str, float]:
     shape, recompute = _shape(config, dimensions), config.model.recompute
-    layers = dimensions.layers // config.parallel.pipeline
-    # 1F1B: a stage starts so many micro-batches before the first one comes back.
-    in_flight = min(geometry.microbatches, config.parallel.pipeline - stage)
+    layers = config.parallel.stage_layers(dimensions.layers)[stage] // config.parallel.virtual
+    in_flight = chunks_in_flight(config.parallel, stage, geometry.microbatches)
     parts: dict[str, float] = {
         "activations": layers * in_flight * shape.saved_layer_bytes(recompute),
         "backward workspace": shape.backward_workspace_bytes(recompute),
@@ -168,6 +169,23 @@ def _update_parts(
     if stage == config.parallel.pipeline - 1:
         parts["logits and gradient"] = shape.logit_bytes(with_gradient=True)
     return parts
+
+
+def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
+    """How often a stage runs one of its chunks forward before the first one has come back (1F1B).
+
+    Each time the activations of the chunk's layers stay. Interleaved stages start all chunks but the last on a round
+    of micro-batches, and are further apart from each other (megatron/core/pipeline_parallel/schedules.py,
+    get_pp_rank_microbatches).
+    """
+    behind = parallel.pipeline - stage - 1
+    if parallel.virtual == 1:
+        return min(microbatches, behind + 1)
+    rounds = -(-microbatches // parallel.pipeline)
+    return min(
+        rounds * parallel.pipeline * parallel.virtual,
+        2 * behind + (parallel.virtual - 1) * parallel.pipeline + 1,
+    )
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:

@@ -52,8 +52,8 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
 
 
 def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
-    """One rank of pipeline stage `stage`, 0-based. Tied embeddings stand on the first and on the last stage."""
-    layers = dimensions.layers // parallel.pipeline
+    """One rank of pipeline stage `stage`, 0-based: all its chunks. Tied embeddings stand on the first and last."""
+    layers = parallel.stage_layers(dimensions.layers)[stage]
     held = layer_parameters(dimensions, parallel.tensor, parallel.expert) * layers
     embedding = dimensions.padded_vocab(parallel.tensor) // parallel.tensor * dimensions.hidden
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
@@ -69,10 +69,11 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
 def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
     """Of `parameters` on one rank, those whose state the rank keeps under the distributed optimizer.
 
-    Experts have replicas of their own: tensor x data-parallel / expert-parallel ranks hold the same ones.
+    Context-parallel ranks hold the same weights as data-parallel ones do. Experts have replicas of their own: tensor
+    x context x data-parallel / expert-parallel ranks hold the same ones.
     """
-    expert_replicas = parallel.tensor * data_parallel / parallel.expert
-    return parameters.dense / data_parallel + parameters.experts / expert_replicas
+    replicas = parallel.context * data_parallel
+    return parameters.dense / replicas + parameters.experts / (parallel.tensor * replicas / parallel.expert)
 
 
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:

@@ -86,6 +86,7 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
         rows.append(
             [
                 f"{config.parallel.tensor} x {config.parallel.pipeline} x {plan.geometry.data_parallel}",
+                f"{config.parallel.virtual}",
                 f"{config.parallel.expert}",
                 "yes" if config.parallel.sequence else "no",
                 config.model.recompute,
@@ -100,7 +101,7 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
             ]
         )
     header = [
-        "tensor x pipeline x data", "expert", "sequence", "recompute", "engine TP", "engine share",
+        "tensor x pipeline x data", "virtual", "expert", "sequence", "recompute", "engine TP", "engine share",
         "micro-batch tokens", "left over", "rollout", "score", "update", "step",
     ]  # fmt: skip
     pasted = " ".join(overrides(plans[0]))
@@ -137,7 +138,9 @@ def _heading(plan: Plan, source: str) -> str:
     lines = [
         f"model      {checkpoint_parameters(plan.dimensions):,} parameters ({source})",
         f"cluster    {plan.gpus} x {plan.gpu.name}, {plan.gpu.memory_gib:.1f} GiB each",
-        f"trainer    tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {plan.geometry.data_parallel}, "
+        f"trainer    tensor {parallel.tensor} x {f'context {parallel.context} x ' if parallel.context > 1 else ''}"
+        f"pipeline {parallel.pipeline} x data {plan.geometry.data_parallel}, "
+        f"{f'{parallel.virtual} chunks a stage, ' if parallel.virtual > 1 else ''}"
         f"{f'expert {parallel.expert}, ' if plan.dimensions.experts else ''}"
         f"sequence parallel {'on' if parallel.sequence else 'off'}, recompute {config.model.recompute}, "
         f"{config.model.dtype}",
@@ -154,7 +157,7 @@ def _parameters_by_stage(plan: Plan) -> list[int]:
 
 def _parameters_by_stage_text(plan: Plan) -> list[str]:
     counts = _parameters_by_stage(plan)
-    if len(counts) <= 2:
+    if len(counts) <= 2 or len(set(counts[1:-1])) > 1:
         return [f"stage {stage}: {count:,} parameters" for stage, count in enumerate(counts)]
     return [
         f"stage 0: {counts[0]:,} parameters",
@@ -237,6 +240,7 @@ def _volume_table(plan: Plan) -> str:
     volume = update_volume(plan.config, plan.dimensions, plan.geometry)
     rows = [
         ["update, tensor parallel", f"{volume.tensor / 1e9:.1f} GB"],
+        *([["update, context parallel", f"{volume.context / 1e9:.1f} GB"]] if volume.context else []),
         ["update, pipeline", f"{volume.pipeline / 1e9:.1f} GB"],
         ["update, data parallel", f"{volume.data / 1e9:.1f} GB"],
         *([["update, expert parallel", f"{volume.expert / 1e9:.1f} GB"]] if plan.dimensions.experts else []),

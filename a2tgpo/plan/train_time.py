@@ -34,6 +34,8 @@ class PassTime:
     """Tensor-parallel collectives, not overlapped."""
     pipeline: float
     """Sends between stages."""
+    context: float = 0.0
+    """Keys and values around the context-parallel ranks, not overlapped."""
     dispatch: float = 0.0
     """Tokens laid out by expert, sent to the ranks that hold them and brought back, not overlapped."""
     data: float = 0.0
@@ -42,7 +44,7 @@ class PassTime:
 
     @property
     def seconds(self) -> float:
-        passes = self.compute + self.bubble + self.tensor + self.pipeline + self.dispatch
+        passes = self.compute + self.bubble + self.tensor + self.context + self.pipeline + self.dispatch
         return passes + self.data + self.optimizer
 
 
@@ -51,6 +53,7 @@ class Volume:
     """Bytes that one rank sends in one step's update."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
     expert: float
@@ -98,13 +101,14 @@ def update_time(
     if config.update.distributed_optimizer:
         shard = optimizer_parameters(fullest, config.parallel, geometry.data_parallel)
     optimizer = shard * OPTIMIZER_BYTES / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
-    span = config.parallel.tensor * geometry.data_parallel
+    span = config.parallel.tensor * config.parallel.context * geometry.data_parallel
     rate = gpu.link_bytes_per_s(span) * assumed.link_utilisation
     return PassTime(
         compute=passes.compute,
         bubble=passes.bubble,
         tensor=passes.tensor,
         pipeline=passes.pipeline,
+        context=passes.context,
         dispatch=passes.dispatch,
         data=update_volume(config, dimensions, geometry).data / rate,
         optimizer=optimizer * geometry.optimizer_steps,
@@ -117,8 +121,9 @@ def update_volume(config: RunConfig, dimensions: ModelDimensions, geometry: Geom
     collectives = 4 + (2 if recomputes else 0) + (1 if config.parallel.sequence else 0)
     count = geometry.microbatches * geometry.optimizer_steps
     parameters = stage_parameters(dimensions, config.parallel, 0)
-    expert_replicas = config.parallel.tensor * geometry.data_parallel / config.parallel.expert
-    reduced = parameters.dense * (1 - 1 / geometry.data_parallel)
+    replicas = config.parallel.context * geometry.data_parallel
+    expert_replicas = config.parallel.tensor * replicas / config.parallel.expert
+    reduced = parameters.dense * (1 - 1 / replicas)
     reduced += parameters.experts * (1 - 1 / expert_replicas)
     passes = 4 if recomputes else 3
     gradient_and_weight = FLOAT32_BYTES + ELEMENT_BYTES[config.model.dtype]
@@ -126,6 +131,7 @@ def update_volume(config: RunConfig, dimensions: ModelDimensions, geometry: Geom
         gradient_and_weight = 2 * FLOAT32_BYTES  # an all-reduce of gradients
     return Volume(
         tensor=count * collectives * _tensor_bytes(config, dimensions, geometry),
+        context=count * passes * _ring_bytes(config, dimensions, geometry),
         pipeline=count * 2 * _boundary_bytes(config, dimensions, geometry),
         data=geometry.optimizer_steps * reduced * gradient_and_weight,
         expert=count * passes * _dispatch_bytes(config, dimensions, geometry),
@@ -134,17 +140,34 @@ def update_volume(config: RunConfig, dimensions: ModelDimensions, geometry: Geom
 
 def _tensor_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
     """Sent by a rank in one all-reduce (or reduce-scatter and all-gather) per layer of its stage."""
-    layers = dimensions.layers // config.parallel.pipeline
-    hidden_states = geometry.microbatch_tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
+    layers = _most_layers(config, dimensions)
+    hidden_states = geometry.rank_tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
     return layers * 2 * (1 - 1 / config.parallel.tensor) * hidden_states
 
 
+def _most_layers(config: RunConfig, dimensions: ModelDimensions) -> int:
+    """Layers of the stage that has most."""
+    return max(config.parallel.stage_layers(dimensions.layers))
+
+
+def _ring_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+    """Sent by a rank in one pass over a micro-batch: keys and values of all other context-parallel ranks, passed on.
+
+    The backward pass sends them again, and their gradients: it counts as two.
+    """
+    width = 2 * dimensions.kv_width / config.parallel.tensor
+    element_bytes = ELEMENT_BYTES[config.model.dtype]
+    others = config.parallel.context - 1
+    return _most_layers(config, dimensions) * others * geometry.rank_tokens * width * element_bytes
+
+
 def _boundary_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
-    """Hidden states of one micro-batch, sent by a rank to the next stage."""
+    """Hidden states of one micro-batch, sent by a rank to the next stage, once from each of its chunks."""
     if config.parallel.pipeline == 1:
         return 0.0
     cut = config.parallel.tensor if config.parallel.sequence else 1
-    return geometry.microbatch_tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype] / cut
+    sent = geometry.rank_tokens * config.parallel.virtual / cut
+    return sent * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
 
 
 def _dispatch_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
@@ -153,7 +176,7 @@ def _dispatch_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Ge
     A token goes once for each of them, also where a rank holds several; in the backward pass gradients go the same
     ways.
     """
-    layers = dimensions.layers // config.parallel.pipeline
+    layers = _most_layers(config, dimensions)
     return layers * 2 * (1 - 1 / config.parallel.expert) * _routed_bytes(config, dimensions, geometry)
 
 
@@ -161,7 +184,7 @@ def _routed_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geom
     """A rank's tokens of a micro-batch, once for each of the experts chosen; 0 in a dense model."""
     if not dimensions.experts:
         return 0.0
-    tokens = geometry.microbatch_tokens / config.parallel.tensor * dimensions.experts_per_token
+    tokens = geometry.rank_tokens / config.parallel.tensor * dimensions.experts_per_token
     return tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
 
 
@@ -171,7 +194,7 @@ def _dispatch_seconds(
     """One pass over a micro-batch: permuting tokens in the card's memory, and the all-to-all."""
     if not dimensions.experts:
         return 0.0
-    layers = dimensions.layers // config.parallel.pipeline
+    layers = _most_layers(config, dimensions)
     routed = layers * PERMUTATIONS * _routed_bytes(config, dimensions, geometry)
     seconds = routed / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
     if config.parallel.expert > 1:
@@ -201,25 +224,31 @@ def _pass_time(
     """All of a step's micro-batches, each running `layer_passes` forward passes' worth of layers."""
     parallel = config.parallel
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    # The last stage is the slowest: it has the output layer too.
-    layers = flops.layers + flops.experts * _expert_wait(config)
-    slowest = layer_passes * layers / parallel.pipeline + output_passes * flops.output
+    one_layer = (flops.layers + flops.experts * _expert_wait(config)) / dimensions.layers
+    by_stage = [layer_passes * one_layer * layers for layers in parallel.stage_layers(dimensions.layers)]
+    by_stage[-1] += output_passes * flops.output
+    slowest = max(by_stage)
     rate = gpu.peak_flops(config.model.dtype) * assumed.compute_utilisation * parallel.tensor
-    one_compute = geometry.microbatch_tokens * slowest / rate * (1 + assumed.imbalance)
+    one_compute = geometry.rank_tokens * slowest / rate * (1 + assumed.imbalance)
     one_tensor = 0.0
     if parallel.tensor > 1:
         link = gpu.link_bytes_per_s(parallel.tensor) * assumed.link_utilisation
         one_tensor = collectives * _tensor_bytes(config, dimensions, geometry) / link
     # Stages are furthest apart in the order of ranks: a boundary lies between nodes unless one node holds all.
-    world = parallel.tensor * parallel.pipeline * geometry.data_parallel
+    world = parallel.model_ranks * geometry.data_parallel
     boundary_link = gpu.link_bytes_per_s(world) * assumed.link_utilisation
     one_dispatch = layer_passes * _dispatch_seconds(config, dimensions, gpu, geometry, assumed)
+    ring_link = gpu.link_bytes_per_s(parallel.tensor * parallel.context) * assumed.link_utilisation
+    one_ring = layer_passes * _ring_bytes(config, dimensions, geometry) / ring_link
     directions = 2 if layer_passes > 1 else 1
     one_boundary = directions * _boundary_bytes(config, dimensions, geometry) / boundary_link
     count, steps = geometry.microbatches, geometry.optimizer_steps
+    # Interleaved stages wait for a chunk of the stage before, not for all of it.
+    waits = (parallel.pipeline - 1) / parallel.virtual
     return PassTime(
         compute=steps * count * one_compute,
-        bubble=steps * (parallel.pipeline - 1) * (one_compute + one_tensor + one_boundary + one_dispatch),
+        bubble=steps * waits * (one_compute + one_tensor + one_ring + one_boundary + one_dispatch),
+        context=steps * count * one_ring,
         tensor=steps * count * one_tensor,
         pipeline=steps * count * one_boundary,
         dispatch=steps * count * one_dispatch,

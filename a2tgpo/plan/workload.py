@@ -64,6 +64,8 @@ class Geometry:
     """Per optimizer step and data-parallel replica, with micro-batches as full as packing leaves them."""
     microbatch_tokens: float
     """Mean filling of a micro-batch."""
+    rank_tokens: float
+    """Of these, what one context-parallel rank runs."""
     longest_sampled: float
     """Sampled tokens of the step's longest trajectory."""
     concurrent: int
@@ -82,7 +84,7 @@ def geometry(
     Args:
         kv_cache_bytes: of one rank.
     """
-    data_parallel = gpus // (config.parallel.tensor * config.parallel.pipeline)
+    data_parallel = gpus // config.parallel.model_ranks
     engines = gpus // config.rollout.tensor_parallel
     trajectories = config.rollout.prompts_per_step * config.rollout.group_size
     per_engine = trajectories / engines
@@ -107,6 +109,7 @@ def geometry(
         optimizer_steps=optimizer_steps,
         microbatches=microbatches,
         microbatch_tokens=tokens_per_replica / microbatches,
+        rank_tokens=tokens_per_replica / microbatches / config.parallel.context,
         longest_sampled=min(most_sampled, workload.longest_to_mean * workload.sampled_tokens),
         concurrent=max(1, concurrent),
         kv_tokens=kv_tokens,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan_parameters import gpt_model, hf_config_of, in_place_of
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from test_plan_parameters import gpt_models, hf_config_of, in_place_of
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
@@ -22,7 +24,7 @@ from a2tgpo.plan.dimensions import KNOWN_MODELS
 from a2tgpo.plan.engine import engine_memory, engine_weight_bytes, kv_bytes_per_token
 from a2tgpo.plan.hardware import GIB, GPUS
 from a2tgpo.plan.layouts import LEAST_HEADROOM
-from a2tgpo.plan.memory import trainer_memory
+from a2tgpo.plan.memory import chunks_in_flight, trainer_memory
 from a2tgpo.plan.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[3]
@@ -121,6 +123,38 @@ def test_the_first_stage_of_a_pipeline_keeps_as_many_microbatches_as_there_are_s
 
 
 @given(
+    pipeline=st.integers(2, 8),
+    virtual=st.integers(1, 4),
+    microbatches=st.integers(1, 40),
+    data=st.data(),
+)
+def test_chunks_in_flight_are_those_of_megatrons_schedule(pipeline, virtual, microbatches, data):
+    stage = data.draw(st.integers(0, pipeline - 1))
+    parallel = ParallelConfig(pipeline=pipeline, virtual=virtual)
+    count = microbatches + (-microbatches % pipeline if virtual > 1 else 0)
+    group = SimpleNamespace(size=lambda: pipeline, rank=lambda: stage)
+    communicator = SimpleNamespace(
+        pp_group=group, virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None
+    )
+    total, _, warmup, _ = get_pp_rank_microbatches(count, virtual, pipeline, p2p_communicator=communicator)
+    assert chunks_in_flight(parallel, stage, microbatches) == min(total, warmup + 1)
+
+
+def test_virtual_uneven_and_context_layouts_change_the_activations_of_an_update_as_counted():
+    def activations(**layout):
+        config = changed(changed(CONFIG_70B, "model", recompute="full"), "parallel", **layout)
+        return next(phase for phase in plan_70b(config).phases if phase.name == "update").parts["activations"]
+
+    one = 8192 // 8 * 8192 * 2  # a layer's: 8192 tokens over 8 ranks, 8192 channels, 2 bytes
+    assert activations() == 20 * 4 * one
+    # With half the activations the last stage, with its head, is the fullest; it keeps one micro-batch.
+    assert activations(context=2) == 20 * one / 2
+    # So it is here: all but its last chunk are started on four micro-batches, that one on one.
+    assert activations(virtual=4) == 5 * (3 * 4 + 1) * one
+    assert activations(first_stage_layers=17) == 21 * one  # the other 63 layers on three stages
+
+
+@given(
     tokens=st.tuples(st.integers(8192, 100_000), st.integers(0, 100_000)),
     recompute=st.sampled_from(["none", "selective", "full"]),
 )
@@ -209,7 +243,7 @@ def _saved_bytes_per_layer(architecture: str, recompute: str) -> tuple[float, in
         )
         model = ModelConfig(path="small", dtype="float32", recompute=recompute)
         with in_place_of(0, 1, parallel) as groups:
-            gpt = gpt_model(hf_config_of(dimensions), model, parallel, groups)
+            (gpt,) = gpt_models(hf_config_of(dimensions), model, parallel, groups)
             for parameter in gpt.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
             weights = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}

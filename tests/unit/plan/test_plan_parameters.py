@@ -34,7 +34,7 @@ from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel import initialize
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.plan.dimensions import KNOWN_MODELS, ModelDimensions, read_dimensions
+from a2tgpo.plan.dimensions import KNOWN_MODELS, ModelDimensions, layout_fault, read_dimensions
 from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import checkpoint_parameters, layer_parameters, stage_parameters
 from a2tgpo.update.optimizer import build_optimizer
@@ -47,7 +47,18 @@ LAYOUTS = [
     ParallelConfig(tensor=2, sequence=True),
     ParallelConfig(pipeline=2),
     ParallelConfig(tensor=2, pipeline=2),
+    ParallelConfig(context=2),
 ]
+DEEPER_LAYOUTS = [
+    ParallelConfig(pipeline=2, virtual=2),
+    ParallelConfig(tensor=2, pipeline=2, virtual=3),
+    ParallelConfig(pipeline=3, virtual=2),
+    ParallelConfig(pipeline=2, first_stage_layers=2),
+    ParallelConfig(pipeline=3, first_stage_layers=5, last_stage_layers=3),
+    ParallelConfig(pipeline=2, virtual=2, first_stage_layers=4, last_stage_layers=8),
+    ParallelConfig(pipeline=3, virtual=2, last_stage_layers=4),
+]
+"""Of a model of 12 layers."""
 EXPERT_LAYOUTS = [
     ParallelConfig(expert=2),
     ParallelConfig(tensor=2, sequence=True, expert=4),
@@ -64,6 +75,8 @@ def in_place_of(rank: int, world_size: int, parallel: ParallelConfig) -> Iterato
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=False,
@@ -76,15 +89,15 @@ def in_place_of(rank: int, world_size: int, parallel: ParallelConfig) -> Iterato
         os.environ.update(environment)
 
 
-def gpt_model(
+def gpt_models(
     hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
-) -> GPTModel:
+) -> list[GPTModel]:
     config = transformer_config.transformer_config(hf_config, model, parallel, transformer_engine=False)
-    return build._gpt_model(model, hf_config, config, groups, vp_stage=None)
+    return build._gpt_models(model, hf_config, config, groups)
 
 
-def parameter_bytes(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+def parameter_bytes(chunks: list[GPTModel]) -> int:
+    return sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
 
 
 def hf_config_of(dimensions: ModelDimensions) -> PretrainedConfig:
@@ -108,7 +121,7 @@ def hf_config_of(dimensions: ModelDimensions) -> PretrainedConfig:
 
 def least_ranks(parallel: ParallelConfig) -> int:
     """Of a layout: one data-parallel replica, or as many as expert-parallel ranks need."""
-    return parallel.pipeline * math.lcm(parallel.tensor, parallel.expert)
+    return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -121,9 +134,31 @@ def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied
         world_size = least_ranks(parallel)
         for rank in range(world_size):
             with in_place_of(rank, world_size, parallel) as groups:
-                built = parameter_bytes(gpt_model(hf_config, model, parallel, groups))
+                built = parameter_bytes(gpt_models(hf_config, model, parallel, groups))
                 planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
                 assert planned == built, f"{parallel}, rank {rank}"
+
+
+@pytest.mark.parametrize("parallel", DEEPER_LAYOUTS)
+def test_chunks_and_uneven_stages_hold_all_layers_once_and_are_counted_to_the_byte(parallel, tmp_path):
+    build_model("qwen2", vocab_size=VOCAB, tied=True, num_layers=12).to(torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    dimensions = read_dimensions(str(tmp_path))
+    model, hf_config = ModelConfig(path=str(tmp_path)), load_hf_config(str(tmp_path))
+    world_size, places = least_ranks(parallel), {}
+    for rank in range(world_size):
+        with in_place_of(rank, world_size, parallel) as groups:
+            chunks = gpt_models(hf_config, model, parallel, groups)
+            planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
+            assert planned == parameter_bytes(chunks), f"rank {rank}"
+            for number, chunk in enumerate(chunks):
+                assert chunk.pre_process == (groups.pp_rank == number == 0)
+                assert chunk.post_process == (groups.is_pipeline_last and number == parallel.virtual - 1)
+                numbers = [layer.layer_number for layer in chunk.decoder.layers]
+                places[number, groups.pp_rank] = numbers
+    # All stages' first chunks, then all stages' second chunks, and so on.
+    assert [number for place in sorted(places) for number in places[place]] == list(range(1, 13))
 
 
 @pytest.mark.parametrize(
@@ -133,12 +168,19 @@ def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied
         ("qwen3-8b", ParallelConfig(tensor=2, sequence=True)),
         ("llama-3.1-8b", ParallelConfig(pipeline=4)),
         ("qwen2.5-72b", ParallelConfig(tensor=8, pipeline=4, sequence=True)),
+        ("qwen2.5-72b", ParallelConfig(tensor=8, pipeline=4, virtual=5, sequence=True, context=2)),
+        (
+            "qwen2.5-72b",
+            ParallelConfig(tensor=8, pipeline=4, first_stage_layers=19, last_stage_layers=19, sequence=True),
+        ),
         ("llama-3.1-70b", ParallelConfig(tensor=4, pipeline=8, sequence=True)),
         ("qwen3-30b-a3b", ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=8)),
         ("qwen3-235b-a22b", ParallelConfig(expert=16)),
     ],
     ids=lambda value: (
-        value if isinstance(value, str) else f"tp{value.tensor}pp{value.pipeline}ep{value.expert}"
+        value
+        if isinstance(value, str)
+        else f"tp{value.tensor}pp{value.pipeline}v{value.virtual}ep{value.expert}first{value.first_stage_layers}"
     ),
 )
 def test_weights_of_real_sizes_are_counted_to_the_byte(name, parallel):
@@ -146,7 +188,7 @@ def test_weights_of_real_sizes_are_counted_to_the_byte(name, parallel):
     world_size = least_ranks(parallel)
     for rank in {0, world_size // 2, world_size - 1}:
         with in_place_of(rank, world_size, parallel) as groups:
-            model = gpt_model(hf_config_of(dimensions), ModelConfig(path=name), parallel, groups)
+            model = gpt_models(hf_config_of(dimensions), ModelConfig(path=name), parallel, groups)
             planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
             assert planned == parameter_bytes(model), f"rank {rank}"
 
@@ -173,7 +215,7 @@ def test_gradients_and_optimizer_state_are_counted(dtype, distributed, expert, t
     state_bytes: dict[int, int] = {0: 0, 1: 0}
     for rank in (0, 2, 4, 6):  # both replicas of both stages, first tensor-parallel rank
         with in_place_of(rank, 8, parallel) as groups:
-            gpt = gpt_model(hf_config, model, parallel, groups)
+            (gpt,) = gpt_models(hf_config, model, parallel, groups)
             policy = Policy(
                 chunks=[gpt],
                 transformer_config=gpt.config,
@@ -246,14 +288,21 @@ def test_built_in_dimensions_give_the_published_parameter_counts(name, published
     tensor=st.sampled_from([1, 2, 4, 8]),
     pipeline=st.sampled_from([1, 2, 4]),
     expert=st.sampled_from([1, 2, 16]),
+    first=st.sampled_from([0, 1, 3]),
 )
-def test_the_shards_of_a_layout_make_up_the_whole(name, tensor, pipeline, expert):
+def test_the_shards_of_a_layout_make_up_the_whole(name, tensor, pipeline, expert, first):
     dimensions = KNOWN_MODELS[name]
-    if dimensions.kv_heads % tensor or dimensions.heads % tensor or dimensions.layers % pipeline:
+    parallel = ParallelConfig(
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert if dimensions.experts else 1,
+        sequence=tensor > 1,
+        first_stage_layers=first if pipeline > 1 else 0,
+    )
+    if layout_fault(dimensions, parallel, 16 * pipeline * tensor):
         return
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert)
     stages = [stage_parameters(dimensions, parallel, stage) for stage in range(pipeline)]
-    held = sum(stage.split * tensor + stage.replicated + stage.experts * expert for stage in stages)
+    held = sum(stage.split * tensor + stage.replicated + stage.experts * parallel.expert for stage in stages)
     embeddings = 1 if dimensions.tied else 2
     padding = embeddings * (dimensions.padded_vocab(tensor) - dimensions.vocab) * dimensions.hidden
     second_copy = (

@@ -80,6 +80,26 @@ def test_communication_of_a_step_by_hand():
     assert volume.data == pytest.approx(8 * held * 6 * 3 / 4)
 
 
+def test_bubble_and_context_communication_by_hand():
+    def update(*layout):
+        config = load_config(ROOT / "configs/train_70b.yaml", list(layout))
+        plan = make_plan(config, KNOWN_MODELS["qwen2.5-72b"], H100, gpus=64)
+        return plan.update, update_volume(config, plan.dimensions, plan.geometry)
+
+    (plain, sent), (interleaved, more) = update(), update("parallel.virtual=4")
+    # Three stages' wait for one micro-batch of the sixteen, divided by four; the boundaries are crossed four times.
+    assert plain.bubble == pytest.approx(3 / 16 * (plain.compute + plain.tensor + plain.pipeline))
+    assert interleaved.compute == plain.compute and more.pipeline == 4 * sent.pipeline
+    assert interleaved.bubble == pytest.approx((plain.bubble + 3 / 16 * 3 * plain.pipeline) / 4)
+    split, ring = update("parallel.context=2")
+    # A rank has half of 32 micro-batches' tokens: 8 optimizer steps, 20 layers, three passes; one other rank's keys
+    # and values of one head of 128 channels.
+    assert ring.context == pytest.approx(8 * 32 * 4000 * 20 * 3 * 2 * 128 * 2)
+    assert ring.data == pytest.approx(sent.data) and split.compute == pytest.approx(plain.compute)
+    uneven, _ = update("parallel.first_stage_layers=19", "parallel.last_stage_layers=19")
+    assert uneven.compute < plain.compute  # the last stage has the output layer too
+
+
 def test_operations_and_dispatch_of_a_mixture_of_experts_by_hand():
     dimensions = KNOWN_MODELS["qwen3-30b-a3b"]
     layer = 2 * 2048 * 4096 + 2 * 2048 * 512 + 128 * 2048  # attention and the router
@@ -163,6 +183,7 @@ def test_no_layout_is_suggested_where_none_fits(config_70b):
         ("parallel.tensor=16", "key-value heads"),
         ("parallel.pipeline=5", "36 layers"),
         ("parallel.pipeline=6", "8 GPUs"),
+        ("parallel.context=3", "8 GPUs"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel is 3"),
         ("parallel.expert=2", "the model has no experts"),
     ],
