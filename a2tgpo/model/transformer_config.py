@@ -137,7 +137,9 @@ def transformer_config(
         # Micro-batches are packed to different lengths; stages tell each other the shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # the default is refused beside the line above, experts or not
-        deallocate_pipeline_outputs=True,
+        # Under virtual stages Megatron frees an output right after its send was posted (schedules.py:1522). NCCL has
+        # its stream hold the memory so long; gloo would send what stands there next.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
         **_stages(parallel),
         **_fusions(transformer_engine),
