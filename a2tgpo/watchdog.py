@@ -2,7 +2,7 @@
 
 A thread on every rank tells the others, through the store that the ranks met in, which stage its rank is in, and
 looks at the clock. The first to find its stage past the deadline says so in one line, with the ranks that are behind;
-all of them then write their stacks to `stacks/rank_R.txt` and end with `EXIT_CODE`.
+all of them then add their stacks to `stacks/rank_R.txt` and end with `EXIT_CODE`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Watchdog:
         self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
         self._store.set_timeout(timedelta(seconds=GRACE_S))
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w")
+        self._file = self._path.open("a")
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
         self.enter(BETWEEN)
@@ -137,7 +137,8 @@ class Watchdog:
         if verdict is not None:
             print(f"error: {verdict}", file=sys.stderr, flush=True)
             print(verdict, file=self._file, flush=True)
-        print(f"rank {self._rank} is in {self._place.stage}", file=self._file, flush=True)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{now}: rank {self._rank} is in {self._place.stage}", file=self._file, flush=True)
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         deadline = time.monotonic() + GRACE_S
         try:

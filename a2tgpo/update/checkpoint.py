@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import zlib
@@ -78,18 +79,23 @@ def load(
         The `state` given to `CheckpointWriter.start`.
 
     Raises:
-        ValueError: if `path` is not a complete checkpoint.
+        ValueError: one line; `path` is not a complete checkpoint of this program.
     """
     path = Path(path)
     _require_complete(path)
-    load_sharded(path / SHARDED, policy, optimizer)
-    record = json.loads((path / STATE).read_text())
-    schedule.load_state_dict(record["schedule"])
+    record = _read_record(path / STATE)
+    rng = None
     if record["layout"] == layout_of(policy)["layout"]:
-        rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
-        set_rng_state(_from_plain(rng))
+        try:
+            rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"{path / rng_file(policy.groups.rank)} holds no random states") from error
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
+    load_sharded(path / SHARDED, policy, optimizer)
+    schedule.load_state_dict(record["schedule"])
+    if rng is not None:
+        set_rng_state(_from_plain(rng))
     return record["state"]
 
 
@@ -102,6 +108,22 @@ def load_weights(path: str | Path, policy: Policy) -> None:
     path = Path(path)
     _require_complete(path)
     load_sharded_weights(path / SHARDED, policy)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What `state.json` holds; ValueError if it is not what this program writes."""
+    try:
+        record = json.loads(path.read_text())
+        is_sound = (
+            type(record["schedule"]["steps_done"]) is int
+            and isinstance(record["layout"], dict)
+            and type(record["state"]["step"]) is int
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"{path} is not what this program writes")
+    return record
 
 
 def latest(root: str | Path) -> Path | None:
@@ -141,9 +163,13 @@ def _fault_of(path: Path) -> str:
         expected = {name: (int(size), int(checksum)) for name, (size, checksum) in files.items()}
     except FileNotFoundError:
         return f"it has no {MARKER}: it was not written to the end"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError):
         return f"its {MARKER} is damaged"
-    missing = [name for name in expected if not (path / name).is_file()]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
+        return f"its {MARKER} names files elsewhere"
+    missing = [
+        name for name in expected if not os.path.isfile(path / name)
+    ]  # False for a name that none can have
     if missing:
         return f"{missing[0]} is missing"
     assert dist.group.WORLD is not None, "checkpoints are read by joined processes"

@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a2tgpo.model.policy import Policy, gather_weights
 
@@ -179,15 +180,25 @@ def _sharding_metadata(policy: Policy) -> dict[str, Any]:
 
 
 def _check_index(path: Path) -> None:
-    """Refuse a checkpoint index that names anything but the records it is made of.
+    """Refuse a checkpoint index that names anything but the records it is made of, or anything but tensors.
 
-    It is a pickle which torch reads without restriction, so this must come first.
+    It is a pickle which torch reads without restriction, so this must come first; and what it calls bytes instead of
+    tensors torch would unpickle as freely.
 
     Raises:
         ValueError: naming what it holds.
     """
-    with path.open("rb") as stream:
-        _IndexUnpickler(stream).load()
+    try:
+        with path.open("rb") as stream:
+            index = _IndexUnpickler(stream).load()
+        entries = dict(index.state_dict_metadata)
+    except ValueError:
+        raise
+    except Exception as error:  # bytes that are no pickle fail in any way
+        raise ValueError(f"the checkpoint's index is damaged ({type(error).__name__})") from None
+    for name, entry in entries.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ValueError(f"the checkpoint's index has no tensor for {name!r:.80}")
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from a2tgpo.update.sharded_state import _check_index, pad_buckets
 
@@ -52,3 +53,11 @@ def test_an_index_cannot_reach_other_modules_through_those_it_may_name(tmp_path,
     index.write_bytes(pickle.PROTO + b"\x04" + encoded + pickle.STACK_GLOBAL + pickle.STOP)
     with pytest.raises((ValueError, AttributeError)):
         _check_index(index)
+
+
+def test_an_index_that_has_bytes_for_a_tensor_is_refused(tmp_path) -> None:
+    """Torch would unpickle them."""
+    index = Metadata(state_dict_metadata={"model.weight": BytesStorageMetadata()})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match=r"no tensor for 'model.weight'"):
+        _check_index(tmp_path / ".metadata")
