@@ -9,6 +9,7 @@ bit: the step that a checkpoint starts with has its weights, later ones may have
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -98,7 +99,8 @@ class RolloutBank:
                 os.fsync(stream.fileno())
             fresh.replace(path)
         except OSError as error:
-            fresh.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
             metrics.add("rollout/not_banked", 1, 0)
             logger.warning("the rollouts of step %d are not kept: %s", step + 1, error.strerror)
 

@@ -1,6 +1,5 @@
 """The one way a configuration value is refused."""
 
-
 MAX_MESSAGE = 2000
 """Characters of a message that are shown."""
 

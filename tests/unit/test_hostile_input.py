@@ -18,7 +18,7 @@ from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.reward.outcome import judged_text, score_response
-from a2tgpo.rollout.tool_call import cut_at_stop, find_query, format_observation
+from a2tgpo.rollout.tool_call import SEARCH_CALLS
 from a2tgpo.search import http_client
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import parse_contents
@@ -148,8 +148,12 @@ def test_corpora_and_question_sets(tmp_path):
 def test_answers_of_a_search_server():
     hits = [{"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.5}, {"id": 2, "contents": "plain"}]
     good = json.dumps({"result": [hits]}).encode()
+
     # OverflowError: an integer score past the range of floats; `HttpSearch` turns both into a failed search.
-    assert survives(http_client._parse_answer, [good], ValueError, OverflowError) > 0
+    def read(body: bytes) -> object:
+        return http_client._parse_answer(body, 1)
+
+    assert survives(read, [good], ValueError, OverflowError) > 0
 
 
 def test_what_a_policy_writes():
@@ -157,11 +161,11 @@ def test_what_a_policy_writes():
 
     def judge(content: bytes) -> None:
         text = content.decode("utf-8", "replace")
-        query = find_query(text)
+        query = SEARCH_CALLS.find_query(text, "search")
         assert "\n" not in query and "<search>" not in query
-        assert cut_at_stop(text) in text
+        assert SEARCH_CALLS.cut_at_stop(text) in text
         passage = parse_contents("1", text)
-        assert "</result>" not in format_observation([passage.text]).removesuffix("</result>")
+        assert "</result>" not in SEARCH_CALLS.format_result([passage.text]).removesuffix("</result>")
         score = score_response(judged_text([(text, True), (text, False)]), ["d"])
         assert score.reward in (-1.0, 0.0, 1.0) and score.exact_match in (0.0, 1.0)
 
