@@ -17,7 +17,7 @@ from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout_log import as_text, collect_records, gains_by_turn, write_records
+from a2tgpo.rollout_log import as_text, best_and_worst, collect_records, gains_by_turn, write_records
 from a2tgpo.trajectory import Trajectory
 
 
@@ -27,7 +27,7 @@ class Recorder:
     Args:
         writer: enabled on rank 0 only.
         run_dir: the run's folder.
-        num_texts: rollouts of a step shown in TensorBoard.
+        num_texts: rollouts of a step shown in TensorBoard, half of them the best, half the worst.
         slow_ranks: is shown the ranks' times.
     """
 
@@ -88,8 +88,8 @@ class Recorder:
         write_records(records, self._run_dir / "rollouts" / f"step_{step}.jsonl.zst")
         for turn_index, gains in gains_by_turn(records).items():
             self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
-        for number, record in enumerate(records[: self._num_texts]):
-            self.writer.log_text(step, f"rollout/{number}", as_text(record))
+        for name, record in best_and_worst(records, self._num_texts).items():
+            self.writer.log_text(step, f"rollout/{name}", as_text(record))
         self.writer.log(step, metrics | seconds | spread)
         if line:
             self.writer.print(f"step {step}: {line}")

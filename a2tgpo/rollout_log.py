@@ -74,6 +74,22 @@ def gains_by_turn(records: Sequence[dict]) -> dict[int, list[float]]:
     return dict(sorted(gains.items()))
 
 
+def best_and_worst(records: Sequence[dict], count: int) -> dict[str, dict]:
+    """`count` of the records, by name: the best (best_0, ...) and the worst (worst_0, ...) in reward, then in gain.
+
+    Where there are not enough records no one is shown twice.
+    """
+
+    def worth(record: dict) -> tuple[float, float]:
+        return record["outcome_reward"], sum(turn["info_gain"] or 0.0 for turn in record["turns"])
+
+    ordered = sorted(records, key=worth, reverse=True)
+    num_best = min((count + 1) // 2, len(ordered))
+    num_worst = min(count // 2, len(ordered) - num_best)
+    named = {f"best_{i}": record for i, record in enumerate(ordered[:num_best])}
+    return named | {f"worst_{i}": ordered[-1 - i] for i in range(num_worst)}
+
+
 def as_text(record: dict) -> str:
     """One rollout for a person to read."""
     lines = [

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.load import dump_config
+from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -193,6 +193,7 @@ class RunFolder:
             enabled=self._groups.rank == 0,
             resume_step=step or None,
         )
+        writer.log_hyperparameters(flat_config(self._config), ["evaluation/em", "reward/mean"])
         return Recorder(
             writer,
             self.path,

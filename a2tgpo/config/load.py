@@ -70,6 +70,17 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration by dotted key, every value plain."""
+    flat: dict[str, Any] = {}
+    for key, _ in _leaf_types(RunConfig):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        flat[key] = value
+    return flat
+
+
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML with every key; `load_config` on it gives an equal one."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=10**6)

@@ -32,7 +32,7 @@ class RunSettings:
     seed: int = 0
     """Seeds sampling of prompts, rollouts and initial state; results do not depend on the layout."""
     log_rollouts: int = 8
-    """Trajectories per step shown as text in TensorBoard; all are kept in rollouts/."""
+    """Trajectories per step shown as text in TensorBoard, the best and the worst; all are kept in rollouts/."""
 
     def __post_init__(self) -> None:
         require(

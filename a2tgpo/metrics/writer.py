@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -57,6 +59,7 @@ class MetricWriter:
         self._jsonl = _MetricsFile(run_dir, resume_step)
         self._board = _open_board(run_dir / TENSORBOARD_FOLDER, resume_step)
         self._bar = self._open_bar(resume_step or 0)
+        self._first_step, self._start = resume_step or 0, time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` of `step`, which is never smaller than in an earlier call.
@@ -82,6 +85,17 @@ class MetricWriter:
             import numpy as np
 
             self._board.add_histogram(name, np.asarray(finite, dtype=np.float64), step)
+
+    def log_hyperparameters(
+        self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
+    ) -> None:
+        """Record the run's settings for TensorBoard's comparison of runs, to be seen with the last of `metrics`."""
+        if self.enabled:
+            from torch.utils.tensorboard.summary import hparams
+
+            # Not add_hparams: that would write the metrics as values of a run of its own.
+            for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0)):
+                self._board._get_file_writer().add_summary(summary)
 
     def log_text(self, step: int, name: str, text: str) -> None:
         """Record `text` in TensorBoard as it is (monospaced, not read as Markdown)."""
@@ -131,7 +145,19 @@ class MetricWriter:
                 self._bar.set_postfix(shown)
         elif shown:
             line = "  ".join(f"{label} {value}" for label, value in shown.items())
-            print(f"step {step}/{self._total_steps}  {line}", file=self._stream, flush=True)
+            print(
+                f"step {step}/{self._total_steps}  {line}{self._time_left(step)}",
+                file=self._stream,
+                flush=True,
+            )
+
+    def _time_left(self, step: int) -> str:
+        """An estimate by this start's mean time of a step, evaluations and checkpoints included."""
+        done, left = step - self._first_step, self._total_steps - step
+        if done < 1 or left < 1:
+            return ""
+        seconds = (time.monotonic() - self._start) / done * left
+        return f"  left {datetime.timedelta(seconds=round(seconds))}"
 
 
 class _MetricsFile:

@@ -36,7 +36,7 @@ def test_steps_are_lines_and_scalars_and_terminal_text(tmp_path):
     writer.close()
     assert scalars(tmp_path, "reward/mean") == [(1, 0.25), (2, 0.5)]
     assert scalars(tmp_path, "loss") == [(1, math.inf)]
-    assert stream.getvalue() == "step 1/2  reward 0.250  tok/s 12,346\nstep 2/2  reward 0.500\n"
+    assert stream.getvalue() == "step 1/2  reward 0.250  tok/s 12,346  left 0:00:00\nstep 2/2  reward 0.500\n"
 
 
 def test_calls_for_one_step_make_one_line_and_steps_never_fall(tmp_path):
@@ -102,6 +102,32 @@ def test_histograms_text_and_layout_reach_tensorboard(tmp_path):
     assert text == b"    <think>\n    ``` </think>"
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"gain by turn" in layout
+
+
+def test_hyperparameters_reach_tensorboard_and_write_no_value(tmp_path):
+    writer = MetricWriter(tmp_path, total_steps=1, stream=io.StringIO())
+    writer.log_hyperparameters({"update.lr": 1e-6, "run.name": "x", "a.flag": True}, ["evaluation/em"])
+    writer.log(1, {"evaluation/em": 0.5})
+    writer.close()
+    assert scalars(tmp_path, "evaluation/em") == [(1, 0.5)]
+    events = board(tmp_path)
+    found = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert found.plugin_name == "hparams" and b"update.lr" in found.content
+    assert [path.name for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
+
+
+def test_a_plain_line_says_how_long_it_will_take(tmp_path, monkeypatch):
+    clock = iter([100.0, 130.0, 160.0])
+    monkeypatch.setattr("a2tgpo.metrics.writer.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    writer = MetricWriter(tmp_path, total_steps=300, resume_step=2, stream=stream)
+    writer.log(3, {"reward/em": 0.5})
+    writer.log(4, {"reward/em": 0.5})
+    writer.close()
+    assert stream.getvalue().splitlines() == [
+        "step 3/300  EM 0.500  left 2:28:30",
+        "step 4/300  EM 0.500  left 2:28:00",
+    ]
 
 
 def test_progress_line_shows_rewards_and_estimate(tmp_path):

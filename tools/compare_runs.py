@@ -1,0 +1,190 @@
+"""Runs side by side: curves as one picture, the last and the best values as a table, and how their settings differ.
+
+    python tools/compare_runs.py RUN RUN ... [--out FOLDER] [--metrics evaluation/em,reward/mean,...]
+
+RUN is a run's folder (runs/NAME). Writes curves.png and table.md to FOLDER, runs/comparison unless --out says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+from tools.plot_run import STAGE_COLORS, STYLE
+
+METRICS = (
+    "evaluation/em",
+    "reward/mean",
+    "reward/format_error_rate",
+    "turns/process_turns",
+    "gain/turn_1_mean",
+    "clip/fraction",
+    "entropy/mean",
+    "update/grad_norm",
+    "time/step_s",
+)
+HIGHER_IS_BETTER = ("evaluation/", "reward/mean", "reward/em")
+
+Series = dict[str, list[tuple[int, float]]]
+"""(step, value) by metric."""
+
+
+def read_run(folder: Path) -> Series:
+    """A run's finite values; ConfigError if there are none."""
+    try:
+        records = read_metrics(folder / METRICS_FILE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if not records:
+        raise ConfigError(f"{folder} has no {METRICS_FILE} with a step in it; give the folder of a run")
+    series: Series = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(name, []).append((record["step"], value))
+    return series
+
+
+def run_labels(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as much of what is above them as tells them apart."""
+    for depth in range(1, 10):
+        labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ConfigError("the same run is named twice; name each once")
+
+
+def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
+    """One panel a metric, one curve a run."""
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4.6 * columns, 2.9 * rows), squeeze=False, layout="constrained"
+        )
+        for axis, metric in zip(axes.flat, metrics, strict=False):
+            for number, (label, series) in enumerate(runs.items()):
+                points = series.get(metric, [])
+                # The first keeps its colour whatever is compared with it.
+                axis.plot(
+                    [step for step, _ in points],
+                    [value for _, value in points],
+                    color=STAGE_COLORS[number % len(STAGE_COLORS)],
+                    linestyle="-" if number < len(STAGE_COLORS) else "--",
+                    marker="o" if len(points) < 12 else None,
+                    markersize=3,
+                    label=label,
+                )
+            axis.set_title(metric, fontsize=10, loc="left")
+        for axis in axes.flat[len(metrics) :]:
+            axis.set_visible(False)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
+        figure.savefig(out, dpi=130)
+        plt.close(figure)
+
+
+def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> list[str]:
+    """Last value of each metric, and the best where there is such a thing, with its step."""
+    lines = ["| metric | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
+    for metric in metrics:
+        lines.append(f"| {metric}, last | " + " | ".join(_last(s.get(metric)) for s in runs.values()) + " |")
+        if metric.startswith(HIGHER_IS_BETTER):
+            lines.append(
+                f"| {metric}, best | " + " | ".join(_best(s.get(metric)) for s in runs.values()) + " |"
+            )
+    return lines
+
+
+def _last(points: list[tuple[int, float]] | None) -> str:
+    return f"{points[-1][1]:.4g} (step {points[-1][0]})" if points else "–"
+
+
+def _best(points: list[tuple[int, float]] | None) -> str:
+    if not points:
+        return "–"
+    step, value = max(points, key=lambda point: (point[1], -point[0]))
+    return f"{value:.4g} (step {step})"
+
+
+def differences(folders: Mapping[str, Path]) -> list[str]:
+    """A table of the settings in which the runs differ; empty where one has no config.yaml."""
+    configs: dict[str, dict[str, Any]] = {}
+    for label, folder in folders.items():
+        try:
+            configs[label] = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        except (OSError, yaml.YAMLError):
+            return []
+    keys = sorted(set().union(*configs.values()))
+    different = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
+    if not different:
+        return ["The runs have the same settings."]
+    lines = ["| setting | " + " | ".join(configs) + " |", "|---|" + "---|" * len(configs)]
+    for key in different:
+        lines.append(
+            f"| `{key}` | " + " | ".join(str(config.get(key, "–")) for config in configs.values()) + " |"
+        )
+    return lines
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return {prefix[:-1]: config}
+    return {
+        key: value for name, part in config.items() for key, value in _flat(part, f"{prefix}{name}.").items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER")
+    parser.add_argument("--metrics", default=",".join(METRICS), help="names, separated by commas")
+    args = parser.parse_args()
+    try:
+        folders = dict(zip(run_labels(args.runs), args.runs, strict=True))
+        runs = {label: read_run(folder) for label, folder in folders.items()}
+        wanted = [name.strip() for name in args.metrics.split(",")]
+        metrics = [name for name in wanted if any(name in series for series in runs.values())]
+        known = sorted(set().union(*runs.values()))
+        require(
+            bool(metrics),
+            "--metrics",
+            args.metrics,
+            f"what a run has recorded, such as {', '.join(known[:8])}",
+        )
+        lines = [*table(runs, metrics), "", "## Settings that differ", "", *differences(folders)]
+        page = "# " + ", ".join(runs) + "\n\n![Curves](curves.png)\n\n" + "\n".join(lines) + "\n"
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw(runs, metrics, args.out / "curves.png")
+        (args.out / "table.md").write_text(page, encoding="utf-8")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out: cannot write {args.out} ({error.strerror})", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    print(f"wrote {args.out}/curves.png and table.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
