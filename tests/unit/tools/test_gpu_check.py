@@ -20,11 +20,14 @@ from tools.gpu_checks_run import Bench, run_check
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = [str(ROOT / "tools" / "gpu_check.py")]
+LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """As from a terminal: a process group that another test formed in this process may have left its variables."""
+    mine = {key: value for key, value in os.environ.items() if key not in LAUNCHER_NAMES}
     return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600, check=False
+        command, env=mine | environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -148,7 +151,7 @@ def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(arguments, messa
 
 
 def test_ranks_of_srun_are_named_as_torchrun_names_them_and_must_know_where_to_meet(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER_NAMES:
         monkeypatch.delenv(name, raising=False)
     assert launched_environment() is None
     for name, value in (("PROCID", "9"), ("STEP_NUM_TASKS", "16"), ("LOCALID", "1")):
