@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu setup-py312 test-py312 quickstart smollm2 ablation ablation-tune test lint docs format clean
+.PHONY: help setup setup-gpu setup-py312 test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
@@ -20,6 +20,7 @@ help:
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
 	@echo "make ablation    seven methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
+	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates"
 	@echo "make docs        the documentation as a site, in site/"
@@ -90,6 +91,9 @@ ablation: setup artifacts/models/tiny-qwen3-wanders/config.json
 ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation_tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
 		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
+
+bench: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
+	$(PY) tools/bench/run.py
 
 test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
 	$(PY) -m pytest

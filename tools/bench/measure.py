@@ -1,0 +1,200 @@
+"""What every bench shares: rounds of two variants side by side, the record of a result, the program around them.
+
+A bench is a script here with `rows() -> list[Row]` that ends in `sys.exit(measure.main(__doc__, rows))`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Variant = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table: ours against a baseline, measured in one run."""
+
+    name: str
+    """What was measured, at which size."""
+    ours: float
+    baseline: float
+    baseline_is: str
+    unit: str
+    """Of both: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s", "bytes", ..."""
+    ratio: float
+    """Of medians of the rounds, as `ratio_is` says."""
+    ratio_is: str
+    """baseline / ours | ours / baseline"""
+    noise: float
+    """Half the range of the rounds' ratios over their median; 0 where the values are counted, not measured."""
+    target: str = ""
+    """">= 200", "<= 0.03"; empty: none is set."""
+    note: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        """None without a target."""
+        if not self.target:
+            return None
+        relation, limit = self.target.split()
+        return self.ratio >= float(limit) if relation == ">=" else self.ratio <= float(limit)
+
+
+def compared(
+    name: str,
+    ours: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    baseline_is: str,
+    unit: str,
+    ratio_is: str = "baseline / ours",
+    target: str = "",
+    note: str = "",
+) -> Row:
+    """The row of two variants' values, round by round; one value each where they are counted."""
+    above, below = (baseline, ours) if ratio_is == "baseline / ours" else (ours, baseline)
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    ratio = statistics.median(ratios)
+    return Row(
+        name=name,
+        ours=statistics.median(ours),
+        baseline=statistics.median(baseline),
+        baseline_is=baseline_is,
+        unit=unit,
+        ratio=ratio,
+        ratio_is=ratio_is,
+        noise=(max(ratios) - min(ratios)) / 2 / ratio,
+        target=target,
+        note=note,
+    )
+
+
+def interleaved(
+    variants: Mapping[str, Variant],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    warm_up: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round; every other round runs them in the opposite order.
+
+    Side by side in one process, so that what else the machine does falls on all of them.
+
+    Args:
+        clock: process time by default: all threads, no waiting for the machine's other work.
+        warm_up: run each once before, uncounted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    if warm_up:
+        for variant in variants.values():
+            variant()
+    for number in range(rounds):
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            gc.collect()
+            start = clock()
+            variants[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def peak_megabytes(variant: Variant) -> float:
+    """Resident memory that `variant` takes at most beyond what is there before it, MB; by a forked child (Linux).
+
+    A child, since memory that an earlier run freed and the allocator kept would hide the need for it.
+    """
+    gc.collect()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)  # a forked process has none of the parent's threads
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            before = _resident_megabytes("VmRSS")
+            variant()
+            os.write(writing, str(_resident_megabytes("VmHWM") - before).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"the child that measures memory failed with status {status}")
+    return float(answer)
+
+
+def _resident_megabytes(field: str) -> float:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match, field
+    return int(match[1]) * 1024 / 1e6
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def main(description: str | None, rows: Callable[[], list[Row]]) -> int:
+    """The program of one bench: its rows printed, and written where --json says."""
+    name = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("runs/bench", f"{name}.json"), help="where the record goes"
+    )
+    args = parser.parse_args()
+    start = time.monotonic()
+    before = machine()
+    found = rows()
+    for row in found:
+        print(described(row), flush=True)
+    record = {
+        "bench": name,
+        "machine": before,
+        "seconds": round(time.monotonic() - start, 1),
+        "rows": [asdict(row) for row in found],
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def described(row: Row) -> str:
+    verdict = {None: "", True: f", target {row.target}: met", False: f", target {row.target}: NOT met"}
+    return (
+        f"{row.name}: {number(row.ratio)} ({row.ratio_is}) ± {row.noise:.0%}; ours {number(row.ours)} {row.unit}, "
+        f"{row.baseline_is} {number(row.baseline)} {row.unit}{verdict[row.is_met]}"
+        + (f" [{row.note}]" if row.note else "")
+    )
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    digits = f"{value:.3g}"
+    return f"{value:,.0f}" if "e" in digits or abs(value) >= 1000 else digits

@@ -1,0 +1,102 @@
+"""Run the benches, one process each, and write their table into docs/performance.md.
+
+    python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
+
+Without names all of them, about half an hour on two cores. Lines of benches that were not run stay as they are.
+Exit code 1 if a bench fails; a target that is missed is a line in the table, not a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from measure import Row, number
+
+BENCHES = (
+    "advantage",
+    "loss",
+    "packing",
+)
+"""In the order of the table; each is a script of that name beside this one."""
+START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"
+HEADER = (
+    "| bench | what | ours | baseline | ratio | noise | target |",
+    "|---|---|---|---|---|---|---|",
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the records")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="holds the table")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the records there are")
+    args = parser.parse_args()
+    if unknown := set(args.benches) - set(BENCHES):
+        parser.error(f"no bench called {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    failed = []
+    for name in args.benches or BENCHES:
+        record = args.out / f"{name}.json"
+        if not args.table_only and not run(name, record):
+            failed.append(name)
+        elif record.exists():
+            rows = [Row(**row) for row in json.loads(record.read_text(encoding="utf-8"))["rows"]]
+            write_rows(args.page, name, rows)
+    if failed:
+        print(f"error: {', '.join(failed)} failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run(bench: str, record: Path) -> bool:
+    """Whether the bench came to its end."""
+    start = time.monotonic()
+    script = Path(__file__).with_name(f"{bench}.py")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    print(f"== {bench}", flush=True)
+    code = subprocess.run(
+        [sys.executable, str(script), "--json", str(record)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    ).returncode
+    print(f"== {bench}: {time.monotonic() - start:.0f} s, exit code {code}", flush=True)
+    return code == 0
+
+
+def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
+    """Replace the bench's lines in the table of `page`, or add them in the order of `BENCHES`."""
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(START)
+    table, tail = rest.split(END)
+    lines: dict[str, list[str]] = {name: [] for name in BENCHES}
+    for line in table.strip().splitlines()[len(HEADER) :]:
+        lines.setdefault(line.split("|")[1].strip(" `"), []).append(line)
+    lines[bench] = [table_line(bench, row) for row in rows]
+    body = [*HEADER, *(line for name in BENCHES for line in lines[name])]
+    page.write_text(head + START + "\n" + "\n".join(body) + "\n" + END + tail, encoding="utf-8")
+
+
+def table_line(bench: str, row: Row) -> str:
+    verdict = {None: "", True: f"{row.target}: met", False: f"{row.target}: **not met**"}[row.is_met]
+    cells = (
+        f"`{bench}`",
+        row.name + (f" ({row.note})" if row.note else ""),
+        f"{number(row.ours)} {row.unit}",
+        f"{number(row.baseline)} {row.unit}, {row.baseline_is}",
+        f"{number(row.ratio)} {row.ratio_is}",
+        f"± {row.noise:.0%}" if row.noise else "counted",
+        verdict.replace(">=", "≥").replace("<=", "≤"),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
