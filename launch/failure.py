@@ -11,6 +11,8 @@ BROKEN_RUN = 3
 """Exit code of a run that failed, or that its guards stopped."""
 GRACE_S = 3.0
 """All ranks fail on the same mistake; the others leave rank 0 this long to say it, and the launcher to end them."""
+RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""torchrun's, srun's, Open MPI's and MPICH's: the launcher's own hold where joining it has failed."""
 ANOTHER_RANK_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -27,7 +29,7 @@ def exit_code(error: ConfigError | RuntimeError | OSError) -> int:
     A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
     more than its message.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
     is_echo = any(text in str(error) for text in ANOTHER_RANK_IS_GONE)
     if isinstance(error, RuntimeError) and "\n" in str(error) and not is_echo:
         raise error

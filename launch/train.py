@@ -2,6 +2,7 @@
 
     launch/local.sh -n RANKS CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
     torchrun ... launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
+    srun ... python launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
 
 OVERRIDE is section.field=value or a YAML file, such as a method of configs/algorithm/; later ones win.
 Without a launcher it runs as one process.
@@ -18,11 +19,13 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from launch.failure import BROKEN_RUN, exit_code
+from launch.rendezvous import join_launcher
 
 
 def main() -> int:
     args = parse_arguments()
     try:
+        join_launcher()
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config)

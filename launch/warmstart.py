@@ -2,6 +2,7 @@
 
     launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [OVERRIDE ...]
     torchrun ... launch/warmstart.py --config CONFIG [OVERRIDE ...]
+    srun ... python launch/warmstart.py --config CONFIG [OVERRIDE ...]
 
 OVERRIDE is section.field=value or a YAML file; later ones win.
 Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
@@ -27,6 +28,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.update import UpdateConfig
 from launch.failure import exit_code
+from launch.rendezvous import join_launcher
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
+        join_launcher()
         config = load_config(args.config, args.overrides)
         for field in ("source", "demonstrations"):
             value = getattr(config.warmstart, field)

@@ -11,29 +11,21 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from launch.rendezvous import launched
 from tools.gpu_checks_run import Row
-
-SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""What srun calls what torchrun sets. A batch script outside of srun has no number of tasks of a step."""
 
 
 def launched_environment() -> dict[str, str] | None:
     """This process's environment with torchrun's names, if a launcher started it as one of several; else None.
 
     Raises:
-        ValueError: if srun started several that do not know where to meet.
+        ValueError: if it is one of several that do not know where to meet.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
-    if "RANK" not in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        environment |= {name: environment[source] for name, source in SLURM_NAMES.items()}
-    if "RANK" not in environment:
+    names = launched(os.environ)
+    if names is None:
         return None
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in environment:
-            raise ValueError(
-                f"{name} is not set; export the first machine's name and a free port for all ranks"
-            )
-    return environment
+    # torchrun's own store serves its port only; the checks meet at ports of theirs.
+    return {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")} | names
 
 
 def rank_environments(

@@ -150,13 +150,13 @@ def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(arguments, messa
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_ranks_of_srun_are_named_as_torchrun_names_them_and_must_know_where_to_meet(monkeypatch):
+def test_what_srun_started_checks_as_one_rank_at_ports_of_its_own(monkeypatch):
     for name in LAUNCHER_NAMES:
         monkeypatch.delenv(name, raising=False)
     assert launched_environment() is None
     for name, value in (("PROCID", "9"), ("STEP_NUM_TASKS", "16"), ("LOCALID", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
+    with pytest.raises(ValueError, match="not MASTER_ADDR MASTER_PORT"):
         launched_environment()
     monkeypatch.setenv("MASTER_ADDR", "node-0")
     monkeypatch.setenv("MASTER_PORT", "29500")

@@ -1,0 +1,136 @@
+"""Who this process is among those that a launcher started, and where they meet, in torchrun's names."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+
+from a2tgpo.config.check import ConfigError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets, and what torch.distributed, Megatron and vLLM read."""
+SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+"""What srun calls three of them. A batch script outside of srun has no number of tasks of a step."""
+FIRST_PORT, NUM_PORTS = 20000, 10000
+"""Above the ports of services, below those that Linux hands out by itself (32768 and up)."""
+PORTS_PER_JOB = 32
+
+
+def join_launcher() -> None:
+    """Give this process torchrun's names where srun started it as one of several; before torch is imported.
+
+    Raises:
+        ConfigError: one line; names are missing or unusable, or mpirun started what is no MPI program.
+    """
+    found = launched(os.environ)
+    if found is None:
+        return
+    os.environ.update(found)
+    # Spinning thread pools of several processes on few cores slow each other down many times over.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """`NAMES` of this process if a launcher started it as one of several; None if it is alone.
+
+    srun's processes meet at the first node of their step, at a port that job and step give, unless MASTER_ADDR and
+    MASTER_PORT are set.
+
+    Raises:
+        ConfigError: one line; see `join_launcher`.
+    """
+    if "RANK" in environment:
+        return _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
+    # srun sets MPICH's name too; Open MPI's mpirun starts its processes from a step of srun.
+    _refuse_mpirun(environment, "OMPI_COMM_WORLD_SIZE")
+    if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return _of_slurm(environment)
+    _refuse_mpirun(environment, "PMI_SIZE")
+    return None
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    found = {name: environment[source] for name, source in SLURM_NAMES.items() if source in environment}
+    found |= {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in environment}
+    if "MASTER_ADDR" not in found and "SLURM_STEP_NODELIST" in environment:
+        found["MASTER_ADDR"] = address_of(first_host(environment["SLURM_STEP_NODELIST"]))
+    if "MASTER_PORT" not in found and "SLURM_JOB_ID" in environment:
+        found["MASTER_PORT"] = str(step_port(environment))
+    return _complete(found, "SLURM_STEP_NUM_TASKS")
+
+
+def _complete(found: dict[str, str], because: str) -> dict[str, str]:
+    """`found` if nothing is missing and all numbers are numbers."""
+    missing = [name for name in NAMES if name not in found]
+    if missing:
+        sources = " ".join(SLURM_NAMES.get(name, name) for name in missing)
+        wanted = " ".join(missing) if because == "RANK" else sources
+        raise ConfigError(
+            f"{because} is set, but not {wanted}: set all of {' '.join(NAMES)}, as torchrun does, or unset {because} "
+            "for a process that is alone"
+        )
+    rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
+    if rank >= world_size:
+        raise ConfigError(f"RANK is {rank}; allowed: below WORLD_SIZE ({world_size})")
+    _number(found, "LOCAL_RANK")
+    if not 0 < _number(found, "MASTER_PORT") < 65536:
+        raise ConfigError(f"MASTER_PORT is {found['MASTER_PORT']}; allowed: 1 to 65535")
+    return found
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r} in the environment; allowed: a whole number, 0 or more")
+    return int(text)
+
+
+def _refuse_mpirun(environment: Mapping[str, str], name: str) -> None:
+    if _number(environment, name, 1) > 1:
+        raise ConfigError(
+            f"mpirun started this as one of {environment[name]} processes, which would not find each other; "
+            "start launch/mpi.py instead"
+        )
+
+
+def first_host(node_list: str) -> str:
+    """The first name of Slurm's node list, e.g. rack1node07 of rack[1-2]node[07-09,12],login."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", node_list)
+    if first is None or (first.group() != node_list and node_list[first.end()] != ","):
+        raise ConfigError(f"SLURM_STEP_NODELIST is {node_list!r}; allowed: names, such as node[01-04]")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
+
+
+def address_of(node: str) -> str:
+    """What the node is reached by: its name, or where no host has that name, the address that Slurm itself uses."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        pass
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "node", node, "--oneliner"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    address = re.search(r"\bNodeAddr=(\S+)", shown)
+    if address is None:
+        raise ConfigError(
+            f"no host is called {node!r}, which is the first node of this step; export MASTER_ADDR, the address of "
+            "rank 0's machine"
+        )
+    return address.group(1)
+
+
+def step_port(environment: Mapping[str, str]) -> int:
+    """The port of this job's step, equal on all its tasks: another one for a neighbouring job or step."""
+    job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
+    return FIRST_PORT + (job * PORTS_PER_JOB + step) % NUM_PORTS

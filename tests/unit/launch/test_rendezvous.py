@@ -1,0 +1,134 @@
+"""Which rank this process is, and where the ranks meet, by the variables of each launcher."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from a2tgpo.config.check import ConfigError
+from launch import rendezvous
+from launch.rendezvous import first_host, launched
+
+SRUN = {
+    "SLURM_JOB_ID": "81214",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NODELIST": "localhost,node[01-04]",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+}
+TORCHRUN = {
+    "RANK": "9",
+    "WORLD_SIZE": "16",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_ranks_of_srun_are_named_as_torchrun_names_them_and_meet_at_the_first_node():
+    found = launched(SRUN)
+    assert found == TORCHRUN | {"MASTER_ADDR": "localhost", "MASTER_PORT": found["MASTER_PORT"]}
+    assert 20000 <= int(found["MASTER_PORT"]) < 30000
+
+
+def test_jobs_and_steps_that_follow_each_other_meet_at_other_ports():
+    ports = {
+        launched(SRUN | {"SLURM_JOB_ID": str(81214 + job), "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
+        for job in range(20)
+        for step in range(20)
+    }
+    assert len(ports) == 400
+
+
+def test_an_address_and_a_port_that_are_set_are_kept():
+    found = launched(SRUN | {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+def test_torchrun_inside_of_srun_is_what_counts():
+    assert launched(SRUN | TORCHRUN) == TORCHRUN
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
+        {"PMI_SIZE": "1"},
+    ],
+    ids=["no launcher", "batch script of sixteen tasks", "step of one task", "mpirun of one process"],
+)
+def test_a_process_that_is_alone_is_told_so(environment):
+    assert launched(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("n1", "n1"),
+        ("gpu-a7,gpu-b1", "gpu-a7"),
+        ("node[007-012,020]", "node007"),
+        ("node[3,7-9],login", "node3"),
+        ("rack[1-2]node[07-09,12].cluster", "rack1node07.cluster"),
+    ],
+)
+def test_the_first_host_of_a_node_list(node_list, host):
+    assert first_host(node_list) == host
+
+
+@pytest.mark.parametrize("node_list", ["", "node[", "],node", ",n1"])
+def test_what_is_no_node_list_is_refused(node_list):
+    with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST is"):
+        first_host(node_list)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"),
+        (TORCHRUN | {"RANK": "16"}, "RANK is 16; allowed: below WORLD_SIZE"),
+        (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one'"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000"),
+        (
+            {name: SRUN[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")},
+            "SLURM_STEP_NUM_TASKS is set, but not SLURM_LOCALID MASTER_ADDR",
+        ),
+        (
+            SRUN | {"SLURM_STEP_NODELIST": "no-such-host.invalid"},
+            "no host is called 'no-such-host.invalid'.* export MASTER_ADDR",
+        ),
+        (SRUN | {"OMPI_COMM_WORLD_SIZE": "2"}, "start launch/mpi.py instead"),
+        ({"PMI_SIZE": "2"}, "start launch/mpi.py instead"),
+    ],
+)
+def test_what_cannot_be_joined_is_one_line(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        launched(environment)
+
+
+def test_a_node_that_is_no_host_has_the_address_that_slurm_reaches_it_by(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$3" = n1.invalid ] && echo "NodeName=$3 NodeAddr=10.1.2.3 NodeHostName=h"\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert rendezvous.address_of("n1.invalid") == "10.1.2.3"
+
+
+def test_the_program_says_it_in_one_line():
+    environment = {"PATH": os.environ["PATH"], "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: SLURM_STEP_NUM_TASKS is set, but not SLURM_LOCALID")
