@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
 
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 1024
 
 
 @pytest.fixture(scope="package")

@@ -168,7 +168,7 @@ def test_the_best_alias_counts_where_the_reduction_is_max(play, search, tokenize
 
 
 def test_an_answer_without_room_leaves_the_gain_empty_and_is_counted(play, search, tokenizer):
-    prompt = make_prompt(tokenizer, 0, "capital of France?", ("Paris " * 600,))
+    prompt = make_prompt(tokenizer, 0, "capital of France?", ("Paris " * 1100,))
     (trajectory,), counts = play([prompt], search)
     assert (trajectory.baseline_prob, trajectory.turns[0].answer_prob, trajectory.turns[0].info_gain) == (
         None,
@@ -315,9 +315,9 @@ def test_no_prompts_give_no_trajectories(play, search):
 
 
 def test_a_prompt_past_the_engines_length_is_refused(play, search, tokenizer):
-    prompt = dataclasses.replace(make_prompt(tokenizer, 0, "loop?"), tokens=(5,) * 600)
+    prompt = dataclasses.replace(make_prompt(tokenizer, 0, "loop?"), tokens=(5,) * 1100)
     with pytest.raises(
-        ConfigError, match=r"^length of the prompt of question 'loop\?' is 600; allowed: < 512"
+        ConfigError, match=r"^length of the prompt of question 'loop\?' is 1100; allowed: < 1024"
     ):
         play([prompt], search)
 

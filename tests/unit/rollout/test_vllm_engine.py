@@ -129,8 +129,8 @@ def test_stop_string_stays_and_all_sampled_tokens_are_kept(engine, tokenizer):
 
 
 def test_a_context_that_leaves_no_room_is_refused_and_leaves_nothing_behind(engine):
-    with pytest.raises(ConfigError, match=r"^length of the context of long is 512; allowed: < 512"):
-        submit(engine, "long", [5] * 512, seed=0)
+    with pytest.raises(ConfigError, match=r"^length of the context of long is 1024; allowed: < 1024"):
+        submit(engine, "long", [5] * 1024, seed=0)
     assert not engine.has_unfinished
 
 

@@ -1,0 +1,124 @@
+"""How many tokens the real engine computes: counted in its scheduler, held against the least there is to compute."""
+
+import dataclasses
+import functools
+from collections import Counter
+
+import pytest
+import torch
+from scripted_search import ScriptedSearch, toolset_of
+from tiny_models import ANSWER, ASK, prompt_ids, teach_more
+from transformers import AutoModelForCausalLM
+
+from a2tgpo.config.rollout import GainConfig
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.trajectory import Prompt
+
+BLOCK = 32
+GROUP_SIZE = 4
+QUERIES = ("one", "two", "three")
+QUESTION = "la " * 240 + "?"
+PASSAGE = "la " * 45
+ALIASES = ("Paris", "King of Rome", "Lima")
+
+
+@pytest.fixture(scope="module")
+def asking_engine(engine, taught_path, tokenizer):
+    """The engine with a model that asks three times after a prompt of 255 tokens, then answers."""
+    observation = f" <result>\nDoc 1 (Title: {{}}) {PASSAGE}\n</result>"
+    turns = [ASK.format(query) for query in QUERIES] + [ANSWER.format("Paris")]
+    model = teach_more(taught_path, QUESTION, turns, observation.format("one"))
+    engine.load_weights(model.state_dict().items(), version=1)
+    yield engine
+    old = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32)
+    engine.load_weights(old.state_dict().items(), version=0)
+
+
+@pytest.fixture
+def computed(asking_engine, monkeypatch):
+    """Tokens that the scheduler had the model compute, by kind of request: turn, score."""
+    scheduler = asking_engine._engine.engine_core.engine_core.scheduler
+    schedule = scheduler.schedule
+    tokens = Counter()
+
+    def counting(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        for request_id, number in output.num_scheduled_tokens.items():
+            tokens[request_id.partition("-")[0]] += number
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", counting)
+    return tokens
+
+
+@pytest.fixture
+def play(asking_engine, engine_config, tokenizer, computed):
+    """Play one question from an empty cache; returns trajectories, counts, and what was computed by kind."""
+
+    def play(**gain):
+        config = dataclasses.replace(engine_config, gain=GainConfig(**gain), max_turn_tokens=64)
+        rollout = GroupRollout(
+            asking_engine,
+            toolset_of(ScriptedSearch(text=PASSAGE)),
+            tokenizer,
+            rollout=config,
+            score_trajectory=functools.partial(score_trajectory, measure="probability"),
+        )
+        prompt = Prompt(
+            index=0,
+            id="q",
+            question=QUESTION,
+            answers=ALIASES,
+            tokens=tuple(prompt_ids(tokenizer, QUESTION)),
+            hops=3,
+        )
+        computed.clear()
+        assert asking_engine._engine.reset_prefix_cache()
+        trajectories, counts = rollout.run(
+            [prompt], seed=0, step=0, greedy=True, group_size=GROUP_SIZE, score_gain=bool(gain)
+        )
+        rollout.close()
+        assert [len(t.turns) for t in trajectories] == [len(QUERIES) + 1] * GROUP_SIZE, "not as taught"
+        return trajectories, counts, dict(computed)
+
+    return play
+
+
+def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
+    """Neither of the prompt, for its samples, nor of what a trajectory holds, for its turns."""
+    trajectories, counts, computed = play()
+    returned = [
+        sum(len(turn.tokens) + len(turn.observation_tokens) for turn in t.turns[:number])
+        + len(t.prompt_tokens)
+        for t in trajectories
+        for number in range(1, len(t.turns))
+    ]
+    prompts = sum(len(t.prompt_tokens) for t in trajectories)
+    prefixes = sum(returned) + prompts - len(trajectories[0].prompt_tokens)
+    # All of a trajectory but its last sampled token, the prompt once: nothing could be computed less often.
+    least = sum(t.num_tokens - 1 for t in trajectories) - prompts + len(trajectories[0].prompt_tokens)
+    again = computed["turn"] - least
+    assert set(computed) == {"turn"}
+    assert again <= 0.05 * prefixes, (again, prefixes)
+    assert counts.cached_prefix_tokens >= 0.95 * counts.known_prefix_tokens
+
+
+@pytest.mark.parametrize("reduction", ["first", "max"])
+def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokenizer, reduction):
+    """No full block of a prefix is computed for a score, and generation computes what it would without."""
+    _, _, alone = play()
+    trajectories, counts, computed = play(answer_reduction=reduction)
+    aliases = ALIASES if reduction == "max" else ALIASES[:1]
+    scaffold = len(tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"])
+    per_context = sum(
+        scaffold + len(tokenizer(alias, add_special_tokens=False)["input_ids"]) + BLOCK for alias in aliases
+    )
+    contexts = 1 + GROUP_SIZE * len(QUERIES)
+    assert 0 < computed["score"] <= contexts * per_context
+    assert computed["turn"] <= alone["turn"], "scoring made the engine forget"
+    assert (counts.scored_contexts, counts.missing_scores) == (contexts, 0)
+    assert counts.score_prompt_tokens - counts.score_cached_tokens == computed["score"], (
+        "the counts are wrong"
+    )
+    assert all(turn.info_gain is not None for t in trajectories for turn in t.turns[:-1])
