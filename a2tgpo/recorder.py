@@ -55,6 +55,7 @@ class Recorder:
         table: TurnTable,
         advantages: TurnAdvantages,
         clip_scales: torch.Tensor,
+        ratios: torch.Tensor,
         *,
         engine_metrics: MetricSums,
         learning_metrics: MetricSums,
@@ -63,7 +64,7 @@ class Recorder:
         """Write one training step; every rank must call this.
 
         Args:
-            trajectories: this replica's share; rows of `table`, `advantages` and `clip_scales` [N, T + 1].
+            trajectories: this replica's share; rows of `table`, `advantages`, `clip_scales` and `ratios` [N, T + 1].
             engine_metrics: of what this rank's engine did, reduced over the world.
             learning_metrics: of what this replica trained on, reduced over the data-parallel group.
             seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
@@ -78,7 +79,10 @@ class Recorder:
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         records = collect_records(
-            trajectories, advantages.advantages, clip_scales, groups=self._groups, tokenizer=self._tokenizer
+            trajectories,
+            {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios},
+            groups=self._groups,
+            tokenizer=self._tokenizer,
         )
         # Model-parallel ranks reduce the same samples, each for itself: what is decided by must not differ in a bit.
         metrics = broadcast_object(metrics, world, source=0)

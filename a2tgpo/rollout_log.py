@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,19 +21,18 @@ from a2tgpo.trajectory import Trajectory
 
 def collect_records(
     trajectories: Sequence[Trajectory],
-    advantages: torch.Tensor,
-    clip_scales: torch.Tensor,
+    turn_values: Mapping[str, torch.Tensor],
     *,
     groups: ParallelGroups,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict]:
-    """All replicas' trajectories on rank 0, with advantages, clip scales and texts; [] elsewhere.
+    """All replicas' trajectories on rank 0, with their turns' values and texts; [] elsewhere.
 
     Every rank must call this.
 
     Args:
-        trajectories: this replica's share; rows of the other two.
-        advantages: [N, T + 1]; clip_scales: [N, T + 1].
+        trajectories: this replica's share.
+        turn_values: [N, T + 1] by name, rows as the trajectories; what is not finite becomes None.
     """
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"
@@ -41,8 +41,9 @@ def collect_records(
         for row, trajectory in enumerate(trajectories):
             record = trajectory.to_dict()
             for column, turn in enumerate(record["turns"]):
-                turn["advantage"] = advantages[row, column].item()
-                turn["clip_scale"] = clip_scales[row, column].item()
+                for name, values in turn_values.items():
+                    value = values[row, column].item()
+                    turn[name] = value if math.isfinite(value) else None
                 turn["text"] = tokenizer.decode(turn["tokens"])
                 turn["observation_text"] = tokenizer.decode(turn["observation_tokens"])
             record["prompt_text"] = tokenizer.decode(record["prompt_tokens"])

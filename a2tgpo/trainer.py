@@ -23,7 +23,7 @@ from a2tgpo.run_folder import RunFolder
 from a2tgpo.step_rollout import StepRollout
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import build_minibatches
-from a2tgpo.update.policy_update import score_minibatches, score_reference, update_policy
+from a2tgpo.update.policy_update import score_minibatches, score_reference, turn_ratios, update_policy
 from a2tgpo.watchdog import Watchdog
 from a2tgpo.weight_sync import sync_engine
 
@@ -124,6 +124,7 @@ class Trainer:
                 self.config.algorithm,
                 learning_metrics,
             )
+            ratios = turn_ratios(self.parts.policy, minibatches, shape=clip_scales.shape)
         self.step += 1
         return self.recorder.record_step(
             self.step,
@@ -131,6 +132,7 @@ class Trainer:
             table,
             advantages,
             clip_scales,
+            ratios,
             engine_metrics=engine_metrics,
             learning_metrics=learning_metrics,
             seconds=self.timers.take() | {"time/step_s": time.monotonic() - start},

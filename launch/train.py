@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="OVERRIDE",
         help="section.field=value, or a YAML file such as configs/algorithm/grpo.yaml; later ones win",
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand behind options
 
 
 def dry_run(config: RunConfig) -> int:

@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"
     )
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         join_launcher()
         config = load_config(args.config, args.overrides)

@@ -72,10 +72,8 @@ def _slim(record: dict, decode: Decode | None) -> dict:
 
 
 def _slim_turn(turn: dict, decode: Decode | None) -> dict:
-    kept = "query tool tool_failed info_gain answer_prob advantage clip_scale text observation_text"
+    kept = "query tool tool_failed info_gain answer_prob advantage clip_scale ratio text observation_text"
     slim = {name: turn.get(name) for name in kept.split()} | {"num_tokens": len(turn["tokens"])}
-    if "ratio" in turn:
-        slim["ratio"] = turn["ratio"]
     if decode is not None:
         slim["pieces"] = pieces(turn["tokens"], turn["rollout_logprobs"], decode)
         del slim["text"]

@@ -5,8 +5,9 @@
 
 RUN is a run's folder (runs/NAME). Shown for every trajectory: reward, exact match, format, why it stopped, the
 gold answer's probability given the prompt alone; and for every turn what the policy wrote, what the search
-answered, its gain, advantage and clip scale. The page needs nothing but itself: choose step, question and right or
-wrong answers, see a question's siblings turn by turn, and each token coloured by its log-prob.
+answered, its gain, advantage and clip scale, and its ratio when it was trained on. The page needs nothing but
+itself: choose step, question and right or wrong answers, see a question's siblings turn by turn, and each token
+coloured by its log-prob.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
             "" if turn["answer_prob"] is None else f" to P {turn['answer_prob']:.4f}"
         )
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
-    facts.append(f"advantage {turn['advantage']:+.3f}, clip scale {turn['clip_scale']:.3f}")
+    weights = [f"advantage {turn['advantage']:+.3f}", f"clip scale {turn['clip_scale']:.3f}"]
+    if turn.get("ratio") is not None:  # rollouts of older versions have none
+        weights.append(f"ratio {turn['ratio']:.5f}")
+    facts.append(", ".join(weights))
     lines = [paint("  ".join(facts), "yellow")]
     lines.append(paint.tags(indented(turn["text"])))
     if turn["observation_text"]:

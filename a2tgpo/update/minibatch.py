@@ -38,6 +38,8 @@ class Minibatch:
     importance: list[torch.Tensor | None] = field(default_factory=list)
     """Per micro-batch [n] over its sampled tokens, on the last pipeline stage, None elsewhere; empty without a
     rollout correction."""
+    turn_ratios: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By micro-batch [U] float32, on the last pipeline stage; filled by the update (`policy_update.turn_ratios`)."""
 
     def loss_inputs(self, index: int) -> LossInputs:
         """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device."""

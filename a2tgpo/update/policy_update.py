@@ -11,6 +11,7 @@ from torch import Tensor
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
+from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.parallel.collectives import broadcast_object
@@ -87,7 +88,10 @@ def update_policy(
             inputs = minibatch.loss_inputs(index)
             sampled = logprobs[batch.loss_mask[0]]
             result = policy_loss(sampled, inputs, config)
-            return result.loss, _loss_sums(result, sampled.detach() - inputs.old_logprobs, batch)
+            log_ratio = sampled.detach() - inputs.old_logprobs
+            shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
+            minibatch.turn_ratios[index] = shared.clamp(max=MAX_LOG_RATIO).exp().float()
+            return result.loss, _loss_sums(result, log_ratio, batch)
 
         metrics.add("update/lr", schedule.lr, 1)
         result = train_step(policy, optimizer, minibatch.batches, loss_function)
@@ -99,6 +103,25 @@ def update_policy(
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
+
+
+def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequence[int]) -> Tensor:
+    """Each turn's ratio (Eq. 10) when its mini-batch was trained on, whatever level the loss shares ratios at.
+
+    Every rank must call this, after `update_policy`.
+
+    Args:
+        shape: (N, T + 1), of this replica's advantages.
+
+    Returns:
+        [N, T + 1] float32 on the CPU, equal on all ranks of a replica; NaN where there is no such turn.
+    """
+    found = torch.full(tuple(shape), float("nan"))
+    for minibatch in minibatches:
+        for index, ratios in minibatch.turn_ratios.items():
+            batch = minibatch.batches[index]
+            found[batch.turn_trajectory.cpu(), batch.turn_index.cpu()] = ratios.cpu()
+    return _from_last_stage(policy, {"ratios": found})["ratios"]
 
 
 def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> dict[str, Tensor]:

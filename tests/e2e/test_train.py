@@ -110,6 +110,9 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
         for turn in record["turns"]:
             assert len(turn["tokens"]) == len(turn["rollout_logprobs"])
             assert math.isfinite(turn["advantage"]) and 0.7 <= turn["clip_scale"] <= 1.3
+            assert math.isfinite(turn["ratio"])
+            if record["prompt_index"] < 2:  # the first mini-batch: the policy is the one that played
+                assert turn["ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit(tmp_path, warm_model, undisturbed):

@@ -43,6 +43,7 @@ def turn(tokenizer, text, *, query=None, gain=None, seen=""):
         "info_gain": gain,
         "advantage": 1.25,
         "clip_scale": 0.9,
+        "ratio": 1.00123,
         "text": text,
         "observation_text": seen,
     }
@@ -132,9 +133,11 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     assert "What of 0, step 7?" in first and "P(gold | question) 0.2000" in first
     shown = dom.split('<main id="main">')[1].split("</main>")[0]
     assert "What of 1, step 1?" in shown
-    # Of the wrong ones sample 1 gained 0 and sample 0 nothing: one turn column, two rows, two articles.
+    # Of the wrong ones sample 1 gained 0 and sample 0 nothing: one turn column, two rows, two articles. The
+    # column's mean and deviation are the group's all the same: of gains 0 and 0.1.
     assert shown.count("<article") == 2 and shown.count("<th>turn") == 1
-    assert "mean 0.000" in shown and "A +1.25" in shown and "c 0.90" in shown
+    assert "mean +0.050, sd 0.050, n 2" in shown and "A +1.25" in shown and "c 0.90" in shown
+    assert shown.count("<dt>ratio</dt><dd>1.00123</dd>") == 3
     assert "2 of 3 rollouts, 2 questions in step 1" in dom
     assert 'title="log p -0.250, p 0.779"' in shown
     # ü is two tokens and one piece, with the sum of their log-probs.

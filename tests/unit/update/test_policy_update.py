@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from played_step import NUM_MINIBATCHES, minibatches_of
+from played_step import MAX_TURNS, NUM_MINIBATCHES, minibatches_of
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
@@ -17,7 +17,8 @@ from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, update_policy
+from a2tgpo.update.policy_update import score_minibatches, turn_ratios, update_policy
+from a2tgpo.update.score import score
 
 
 def scored(
@@ -189,3 +190,25 @@ def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
     assert expected != pytest.approx(plain, rel=1e-2)
     assert metrics.values()["update/skipped"] == 0.0
     assert metrics.values()["correction/mean"] > 0 and metrics.values()["ratio/noise_floor"] < 1e-5
+
+
+def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(policy, trajectories) -> None:
+    minibatches, _ = scored(trajectories, policy)
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-2), total_steps=4)
+    update_policy(policy, optimizer, schedule, minibatches[:1], AlgorithmConfig(), MetricSums())
+    moved = [scores.logprobs for scores in score(policy, minibatches[1].batches)]
+    update_policy(policy, optimizer, schedule, minibatches[1:], AlgorithmConfig(), MetricSums())
+    shape = len(trajectories), MAX_TURNS
+    ratios = turn_ratios(policy, minibatches, shape=shape)
+    expected = torch.full(shape, math.nan)
+    for batch in minibatches[0].batches:
+        expected[batch.turn_trajectory, batch.turn_index] = 1.0
+    for batch, old, new in zip(minibatches[1].batches, minibatches[1].old_logprobs, moved, strict=True):
+        for turn, place in enumerate(zip(batch.turn_trajectory, batch.turn_index, strict=True)):
+            rows = batch.loss_mask[0] & (batch.turn_ids[0] == turn)
+            expected[place] = (new - old)[rows].mean().exp()
+    torch.testing.assert_close(ratios, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert int(ratios.isfinite().sum()) == sum(len(t.turns) for t in trajectories)
+    assert float((ratios.nan_to_num(1.0) - 1).abs().max()) > 1e-3, (
+        "the second update should see another policy"
+    )
