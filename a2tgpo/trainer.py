@@ -18,10 +18,12 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.recorder import Recorder
+from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout_bank import RolloutBank
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.step_rollout import StepRollout
 from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import score_minibatches, score_reference, turn_ratios, update_policy
 from a2tgpo.watchdog import Watchdog
@@ -54,6 +56,13 @@ class Trainer:
         self.config = parts.config
         self.recorder = recorder
         self.step_rollout = StepRollout(parts)
+        self.gain_check = GainCheck(
+            parts.policy,
+            parts.config.rollout.gain,
+            answer_tokens=AnswerTokens(parts.tokenizer, parts.config.rollout.gain),
+            answers={question.id: question.answers for question in parts.train_prompts.questions},
+            max_tokens=parts.config.update.max_microbatch_tokens,
+        )
         self.bank = RolloutBank(folder.bank, parts)
         self.folder = folder
         self.guards = guards
@@ -115,6 +124,7 @@ class Trainer:
             score_minibatches(self.parts.policy, minibatches, learning_metrics)
             if self.parts.reference is not None:
                 score_reference(self.parts.reference, minibatches)
+            self.gain_check.run(self.step, trajectories, learning_metrics)
         with self.timers.stage("update"):
             update_policy(
                 self.parts.policy,

@@ -85,5 +85,27 @@ class Trajectory:
             len(turn.tokens) + len(turn.observation_tokens) for turn in self.turns
         )
 
+    @property
+    def tokens(self) -> list[int]:
+        """The whole sequence."""
+        sequence = list(self.prompt_tokens)
+        for turn in self.turns:
+            sequence += turn.tokens + turn.observation_tokens
+        return sequence
+
+    @property
+    def context_lengths(self) -> list[int]:
+        """Lengths of c_0 .. c_n: the prompt, and the sequence up to the observation of each process turn."""
+        lengths = [len(self.prompt_tokens)]
+        for turn in self.turns:
+            if turn.query is not None:
+                lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
+        return lengths
+
+    @property
+    def context_probs(self) -> list[float | None]:
+        """P_0 .. P_n, the answer's probability in each of them by the engine."""
+        return [self.baseline_prob, *(turn.answer_prob for turn in self.turns if turn.query is not None)]
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

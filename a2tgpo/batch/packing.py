@@ -17,6 +17,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
+from a2tgpo.batch.tree import TreeNode
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory
@@ -55,6 +56,8 @@ class PackedBatch:
     """[U] int64, the turn's trajectory as an index into that same list."""
     turn_index: Tensor
     """[U] int64, 0-based place of the turn in its trajectory."""
+    tree: tuple[TreeNode, ...] | None = None
+    """Who attends to whom, where it is not everyone to those before it in its segment; see `probes`."""
 
     @property
     def num_tokens(self) -> int:
@@ -98,7 +101,7 @@ class PackedBatch:
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in dataclasses.fields(self)
-            if field.name != "trajectory_indices"
+            if field.name not in ("trajectory_indices", "tree")
         }
         return dataclasses.replace(self, **moved)
 

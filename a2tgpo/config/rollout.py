@@ -17,6 +17,10 @@ class GainConfig:
     """Aliases scored when answer_reduction is max."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer: what the policy itself would write to open an answer."""
+    verify_every: int = 0
+    """Steps between checks of the engine's scores by the trainer (`gain/engine_trainer_gap`); 0: never."""
+    verify_trajectories: int = 4
+    """Trajectories of each data-parallel replica that such a check scores."""
 
     def __post_init__(self) -> None:
         require(
@@ -33,6 +37,13 @@ class GainConfig:
         )
         require(self.max_aliases >= 1, "rollout.gain.max_aliases", self.max_aliases, ">= 1")
         require(bool(self.scaffold), "rollout.gain.scaffold", self.scaffold, "a non-empty text")
+        require(self.verify_every >= 0, "rollout.gain.verify_every", self.verify_every, ">= 0")
+        require(
+            self.verify_trajectories >= 1,
+            "rollout.gain.verify_trajectories",
+            self.verify_trajectories,
+            ">= 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,6 +131,13 @@ class RunConfig:
             "set algorithm.correction.kind=truncate or mask",
         )
 
+        require(
+            self.rollout.gain.verify_every == 0 or self.parallel.context == 1,
+            "rollout.gain.verify_every",
+            self.rollout.gain.verify_every,
+            f"0 with parallel.context ({self.parallel.context}) > 1: a trajectory with its probes is not divided",
+        )
+
     @property
     def max_model_len(self) -> int:
         """Longest sequence the engine must hold, tokens: prompt, response, and a gold answer scored after it."""

@@ -14,6 +14,7 @@ TENSORBOARD_LAYOUT = {
         "gain by turn": [_MULTILINE, [r"gain/turn_\d+_mean$"]],
         "share of positive gains by turn": [_MULTILINE, [r"gain/turn_\d+_positive$"]],
         "gains that could not be computed": [_MULTILINE, [r"gain/missing"]],
+        "answers by the trainer against the engine": [_MULTILINE, [r"gain/engine_trainer_gap"]],
         "turns": [_MULTILINE, [r"turns/"]],
         "groups drawn and dropped": [_MULTILINE, [r"sampling/"]],
         "failed searches": [_MULTILINE, [r"tools/"]],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +13,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
 from a2tgpo.batch.context_split import context_positions
+from a2tgpo.batch.tree import TreeNode
 from a2tgpo.model.policy import unwrapped
+from a2tgpo.model.tree_attention import attending_along
 
 
 def forward_packed(
-    chunk: Any, tokens: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
+    chunk: Any,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    tree: Sequence[TreeNode] | None = None,
 ) -> torch.Tensor:
     """Run this stage's chunk over sequences laid end to end, each attending to itself only.
 
@@ -32,6 +41,7 @@ def forward_packed(
         positions: [1, T] int64. With rotary embedding the positions that count are those inside each segment.
         cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
             cu_seqlens[i] .. cu_seqlens[i + 1].
+        tree: the row is one segment of this shape (see `probes`); without gradients or context parallelism only.
 
     Returns:
         Last chunk: logits [T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for the
@@ -44,6 +54,7 @@ def forward_packed(
     cp_group = model.pg_collection.cp
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     if cp_group.size() > 1:
+        assert tree is None, "trees are not divided over context-parallel ranks"
         total = tokens.size(1)
         assert int(cu_seqlens[-1]) == total and total % (cp_group.size() * multiple) == 0, (
             f"context parallelism needs aligned segments that cover the row of {total} tokens"
@@ -52,14 +63,16 @@ def forward_packed(
         tokens, positions = tokens[:, mine], positions[:, mine]
     num_tokens = tokens.size(1)
     padding = -num_tokens % multiple
-    output = chunk(
-        input_ids=F.pad(tokens, (0, padding)).to(device, non_blocking=True),
-        position_ids=F.pad(positions, (0, padding)).to(device, non_blocking=True),
-        attention_mask=None,
-        packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, cp_group.size(), device),
-        # Float16Module would turn the logits of the last stage into float32, all of them at once.
-        **({"fp32_output": False} if config.bf16 else {}),
-    )
+    positions = F.pad(positions, (0, padding)).to(device, non_blocking=True)
+    with attending_along(chunk, tree, positions) if tree is not None else contextlib.nullcontext():
+        output = chunk(
+            input_ids=F.pad(tokens, (0, padding)).to(device, non_blocking=True),
+            position_ids=positions,
+            attention_mask=None,
+            packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, cp_group.size(), device),
+            # Float16Module would turn the logits of the last stage into float32, all of them at once.
+            **({"fp32_output": False} if config.bf16 else {}),
+        )
     return output[0, :num_tokens] if model.post_process else output
 
 

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from a2tgpo.config.rollout import GainConfig
+from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import ScoreOutput
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
@@ -31,33 +29,14 @@ class AnswerScore:
 
 
 class AnswerScorer:
-    """Submits scorings to the engine and sorts its answers.
+    """Submits scorings to the engine and sorts its answers."""
 
-    The scaffold and each answer are tokenised on their own, once: the scored span is exactly the answer's
-    tokens, whatever stands before.
-    """
-
-    def __init__(
-        self,
-        engine: VllmEngine,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GainConfig,
-        counts: RolloutCounts,
-    ):
+    def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
-        self._tokenizer = tokenizer
-        self._config = config
         self._counts = counts
-        self._scaffold = self._encode(config.scaffold)
+        self._scaffold = answers.scaffold
         self._in_flight: dict[str, tuple[AnswerScore, int]] = {}
         self._num_submitted = 0
-
-    def alias_tokens(self, answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of the aliases that count, each once."""
-        first_only = self._config.answer_reduction == "first"
-        num_aliases = 1 if first_only else self._config.max_aliases
-        distinct = dict.fromkeys(tuple(self._encode(answer)) for answer in answers[:num_aliases])
-        return [list(tokens) for tokens in distinct if tokens]
 
     def submit(self, context: Sequence[int], aliases: Sequence[Sequence[int]]) -> AnswerScore:
         """Queue log p(alias | context, scaffold) for each alias; the result fills while the engine steps."""
@@ -81,6 +60,3 @@ class AnswerScorer:
         self._counts.scored_tokens += len(output.answer_logprobs)
         self._counts.score_prompt_tokens += output.num_prompt_tokens
         self._counts.score_cached_tokens += output.num_cached_tokens
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -11,6 +11,7 @@ from a2tgpo.config.check import require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
 from a2tgpo.rollout.answer_scorer import AnswerScorer
+from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.observation import ObservationEncoder
@@ -67,6 +68,7 @@ class GroupRollout:
         self._tokenizer = tokenizer
         self._config = rollout
         self._score_trajectory = score_trajectory
+        self._answers = AnswerTokens(tokenizer, rollout.gain)
         self._syntax = CallSyntax(toolset.names)
         self._observations = ObservationEncoder(
             tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
@@ -103,12 +105,10 @@ class GroupRollout:
             RuntimeError: if the engine failed.
         """
         counts = RolloutCounts()
-        scorer = (
-            AnswerScorer(self._engine, self._tokenizer, self._config.gain, counts) if score_gain else None
-        )
+        scorer = AnswerScorer(self._engine, self._answers, counts) if score_gain else None
         live = [
             _start(group, sample)
-            for group in self._groups(prompts, scorer)
+            for group in self._groups(prompts, score_gain=score_gain)
             for sample in range(group_size or self._config.group_size)
         ]
 
@@ -158,7 +158,7 @@ class GroupRollout:
         """Stop the tools' threads; engine and tools belong to the caller."""
         self._tools.close()
 
-    def _groups(self, prompts: Sequence[Prompt], scorer: AnswerScorer | None) -> list[PromptGroup]:
+    def _groups(self, prompts: Sequence[Prompt], *, score_gain: bool) -> list[PromptGroup]:
         for prompt in prompts:
             require(
                 len(prompt.tokens) < self._engine.max_model_len,
@@ -167,7 +167,7 @@ class GroupRollout:
                 f"< {self._engine.max_model_len} tokens, what the engine holds",
             )
         return [
-            PromptGroup(prompt=prompt, aliases=scorer.alias_tokens(prompt.answers) if scorer else [])
+            PromptGroup(prompt=prompt, aliases=self._answers.aliases(prompt.answers) if score_gain else [])
             for prompt in prompts
         ]
 

@@ -61,7 +61,7 @@ def run_pipeline(
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         batch = batches[number]
-        output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens)
+        output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens, tree=batch.tree)
         return output, partial(finish, number)
 
     iterators = [iter(range(count)) for _ in policy.chunks]

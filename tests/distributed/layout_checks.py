@@ -15,6 +15,7 @@ from update_bench import ALGORITHM, Bench, assert_close, coefficient, hf_gradien
 
 from a2tgpo.batch.context_split import context_positions
 from a2tgpo.batch.packing import Alignment, pack
+from a2tgpo.batch.probes import Probe, ProbedSequence
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.metrics.reduce import MetricSums
@@ -23,6 +24,7 @@ from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.policy_update import score_minibatches
+from a2tgpo.update.probe_scores import score_probes
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import compute_gradients
 
@@ -60,6 +62,29 @@ def check_scores(bench: Bench) -> None:
             found = scored.logprobs[batch.sequence_ids[0] == number]
             expected = bench.reference.logprobs[index][: found.numel()]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_probes(bench: Bench) -> None:
+    """Branches score what stands there as transformers does on the trajectory itself, some replicas without any."""
+    policy, _ = bench.policy()
+    mine = [i for i in bench.reference.logprobs if i % 2 == 0 and i // 2 % 2 == bench.groups.dp_rank]
+    sequences, expected = [], []
+    for index in mine:
+        tokens, logprobs = bench.trajectories[index].tokens, bench.reference.logprobs[index]
+        probes = [
+            Probe(
+                prefix_length=length,
+                scaffold=tuple(tokens[length : length + 2]),
+                answer=tuple(tokens[length + 2 : length + 7]),
+            )
+            for length in range(1, len(tokens) - 7, 5)
+        ]
+        sequences.append(ProbedSequence(tokens=tokens, probes=probes))
+        expected.append([logprobs[p.prefix_length + 1 : p.prefix_length + 6].tolist() for p in probes])
+    assert any(map(len, expected)) or bench.groups.dp_rank > 1
+    found = score_probes(policy, sequences, max_tokens=100)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def check_turn_ratios(bench: Bench) -> None:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from layout_checks import (
     check_correction,
     check_gradients,
+    check_probes,
     check_scores,
     check_turn_ratios,
     check_update,
@@ -284,6 +285,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "dp4": [
         check_gradients,
         check_scores,
+        check_probes,
         check_correction,
         check_nan_is_skipped,
         check_resume,
@@ -293,9 +295,10 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_one_best,
     ],
     "tp2": [check_gradients],
-    "tp2_sequence": [check_gradients, check_scores],
+    "tp2_sequence": [check_gradients, check_scores, check_probes],
     "pp2_vpp2": [
         check_gradients,
+        check_probes,
         check_turn_ratios,
         check_scores,
         check_update,

@@ -21,6 +21,7 @@ SMALL = [
     "evaluation.every=0",
     "checkpoint.every=1",
     "checkpoint.keep=9",
+    "rollout.gain.verify_every=1",
 ]
 
 pytestmark = pytest.mark.e2e
@@ -74,6 +75,7 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
         assert (undisturbed / name).exists(), name
     for record in records[1:]:
         assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"
+        assert 0 < record["gain/engine_trainer_gap_max"] < 1e-3, "they disagree on answers"
         assert record["ratio/noise_floor"] < 1e-6, "the ratio is not 1 at the first mini-batch"
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
 

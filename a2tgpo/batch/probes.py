@@ -1,0 +1,120 @@
+"""Texts to be scored at many places of one sequence, packed so that the sequence is run once.
+
+    row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
+    positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...
+
+A branch attends to the c tokens of the trunk that it continues and to itself, and its positions go on from there:
+every log-prob is that of the prefix and the branch run as a sequence of their own. The row costs the trunk and the
+branches, where running every prefix in full would cost the trunk over and over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch
+from a2tgpo.batch.tree import TreeNode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """log p(answer | the sequence's first `prefix_length` tokens, scaffold) is asked for."""
+
+    prefix_length: int
+    """>= 1, tokens."""
+    scaffold: tuple[int, ...]
+    """At least one token: its last one predicts the answer's first."""
+    answer: tuple[int, ...]
+    """At least one token."""
+
+    @property
+    def branch(self) -> tuple[int, ...]:
+        """What is run of it: the answer's last token predicts nothing that is asked for."""
+        return (*self.scaffold, *self.answer[:-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedSequence:
+    """A sequence and what is asked along it."""
+
+    tokens: Sequence[int]
+    probes: Sequence[Probe]
+
+    @property
+    def trunk_length(self) -> int:
+        """Tokens that some probe continues."""
+        return max((probe.prefix_length for probe in self.probes), default=0)
+
+    @property
+    def packed_length(self) -> int:
+        """Positions it takes in a row: the trunk once, and every branch."""
+        return self.trunk_length + sum(len(probe.branch) for probe in self.probes)
+
+
+def pack_probes(
+    sequences: Sequence[ProbedSequence], indices: Sequence[int], *, align: Alignment
+) -> PackedBatch:
+    """Lay `sequences[i] for i in indices` out as trees in one row; those without probes are left out.
+
+    In the result a probe is a turn: `loss_mask` is True where an answer's token is predicted, `turn_ids` numbers the
+    probes, `turn_trajectory` is the probe's sequence and `turn_index` its place among the sequence's probes.
+    `cu_seqlens` holds the one segment of the row: `tree` says who attends to whom.
+    """
+    assert align.segment == 1, "trees are not divided over context-parallel ranks"
+    tokens: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    turn_ids: list[int] = []
+    sequence_ids: list[int] = []
+    nodes: list[TreeNode] = []
+    turn_trajectory: list[int] = []
+    turn_index: list[int] = []
+    kept = [index for index in indices if sequences[index].probes]
+    for number, index in enumerate(kept):
+        sequence, start = sequences[index], len(tokens)
+        length = sequence.trunk_length
+        assert length <= len(sequence.tokens), f"a probe of sequence {index} continues more than there is"
+        tokens += sequence.tokens[:length]
+        positions += range(length)
+        targets += [0] * length
+        turn_ids += [-1] * length
+        nodes.append(TreeNode(start=start, end=len(tokens)))
+        for place, probe in enumerate(sequence.probes):
+            assert probe.prefix_length and probe.scaffold and probe.answer, f"an empty part in {probe}"
+            first, branch = len(tokens), probe.branch
+            num_unasked = len(probe.scaffold) - 1
+            tokens += branch
+            positions += range(probe.prefix_length, probe.prefix_length + len(branch))
+            targets += [0] * num_unasked + list(probe.answer)
+            turn_ids += [-1] * num_unasked + [len(turn_index)] * len(probe.answer)
+            nodes.append(
+                TreeNode(
+                    start=first,
+                    end=len(tokens),
+                    prefix_start=start,
+                    prefix_end=start + probe.prefix_length,
+                )
+            )
+            turn_trajectory.append(index)
+            turn_index.append(place)
+        sequence_ids += [number] * (len(tokens) - start)
+    num_padding = -len(tokens) % align.row if tokens else align.row
+    padding = [0] * num_padding
+    masked = torch.tensor([turn_ids + [-1] * num_padding])  # [1, T]
+    return PackedBatch(
+        tokens=torch.tensor([tokens + padding]),
+        positions=torch.tensor([positions + padding]),
+        cu_seqlens=torch.tensor([0, len(tokens) + num_padding], dtype=torch.int32),
+        targets=torch.tensor([targets + padding]),
+        loss_mask=masked >= 0,
+        turn_ids=masked.clamp(min=0),
+        sequence_ids=torch.tensor([sequence_ids + [PADDING] * num_padding]),
+        rollout_logprobs=torch.zeros(1, len(tokens) + num_padding),
+        trajectory_indices=tuple(kept),
+        turn_trajectory=torch.tensor(turn_trajectory, dtype=torch.int64),
+        turn_index=torch.tensor(turn_index, dtype=torch.int64),
+        tree=tuple(nodes),
+    )

@@ -1,0 +1,90 @@
+"""Attention along a tree: branches that share the beginning of one trunk, in one packed pass.
+
+Kernels for packed sequences know causal segments only. For the time of a pass the core attention of every layer is
+therefore replaced by plain scaled dot product attention, on GPUs as on CPUs; all weights are outside of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from a2tgpo.batch.tree import TreeNode
+from a2tgpo.model.policy import unwrapped
+
+
+class TreeAttention(nn.Module):
+    """Takes the place of a core attention on packed sequences.
+
+    Args:
+        nodes: of the row; positions in none of them get zeros.
+        softmax_scale: None: 1 / sqrt(head_dim).
+    """
+
+    def __init__(self, nodes: Sequence[TreeNode], softmax_scale: float | None) -> None:
+        super().__init__()
+        self._nodes = nodes
+        self._scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
+        output = torch.zeros_like(query)
+        for node in self._nodes:
+            own, prefix = slice(node.start, node.end), slice(node.prefix_start, node.prefix_end)
+            keys, values = (torch.cat([tensor[prefix], tensor[own]]) for tensor in (key, value))
+            output[own] = self._attend(query[own], keys, values)
+        return output.flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query i of the last n positions attends to all keys but the n - 1 - i last."""
+        num_queries, num_keys = query.size(0), key.size(0)
+        mask = None
+        if num_keys > num_queries:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(num_keys - num_queries)
+        # [length, heads, head_dim] -> [1, heads, length, head_dim]
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        result = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self._scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
+        return result[0].transpose(0, 1)
+
+
+@contextlib.contextmanager
+def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
+    """Within, `chunk` runs a row of the shape `nodes`, laid out as one segment; afterwards it is as before.
+
+    For passes without gradients. Not for context parallelism: every rank needs all keys of its tensor-parallel heads.
+
+    Args:
+        positions: [1, T] int64 on the model's device: for every place of the row its rotary position, below T.
+    """
+    model = unwrapped(chunk)
+    layers = [layer.self_attention for layer in model.decoder.layers]
+    replaced = [layer.core_attention for layer in layers]
+    rows = positions[0]
+
+    def rows_of_table(_module: nn.Module, _arguments: Any, table: Tensor) -> Tensor:
+        # Megatron gives the i-th token of a segment the table's i-th row.
+        return table[rows]
+
+    hook = model.rotary_pos_emb.register_forward_hook(rows_of_table)
+    try:
+        for layer in layers:
+            layer.core_attention = TreeAttention(nodes, layer.config.softmax_scale)
+        yield
+    finally:
+        hook.remove()
+        for layer, core_attention in zip(layers, replaced, strict=True):
+            layer.core_attention = core_attention

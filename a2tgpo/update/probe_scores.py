@@ -1,0 +1,41 @@
+"""Log-probs of answers at many places of sequences, by the trainer, each sequence run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.probes import ProbedSequence, pack_probes
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.update.score import score
+
+
+def score_probes(
+    policy: Policy, sequences: Sequence[ProbedSequence], *, max_tokens: int
+) -> list[list[list[float]]]:
+    """log p of each answer token given prefix, scaffold and the answer before it, nats.
+
+    Every rank calls this; each data-parallel replica with its own sequences, none included, the same on all of the
+    replica's ranks. The model runs `packed_length` positions a sequence, and padding.
+
+    Args:
+        max_tokens: positions of one row; a sequence that takes more has a row of its own.
+
+    Returns:
+        Per sequence and probe, one value per answer token; equal on all ranks of a replica.
+    """
+    rows = microbatches([sequence.packed_length for sequence in sequences], max_tokens)
+    batches = [pack_probes(sequences, row, align=policy.alignment) for row in rows]
+    found: list[list[list[float]]] = [[[] for _ in sequence.probes] for sequence in sequences]
+    for batch, scores in zip(batches, score(policy, batches), strict=True):
+        if scores is None:  # not the last pipeline stage
+            continue
+        mask = batch.loss_mask[0]
+        logprobs = scores.logprobs.cpu()[mask].tolist()
+        for logprob, turn in zip(logprobs, batch.turn_ids[0, mask].tolist(), strict=True):
+            found[batch.turn_trajectory[turn]][batch.turn_index[turn]].append(logprob)
+    groups = policy.groups
+    if groups.pp_size > 1:
+        found = broadcast_object(found, groups.pp_group, source=groups.pp_size - 1)
+    return found

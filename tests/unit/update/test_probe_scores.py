@@ -1,0 +1,143 @@
+"""Answers scored along a tree are those of every prefix run in full; the tree runs a trajectory once."""
+
+import math
+
+import pytest
+import torch
+
+from a2tgpo.batch.packing import Alignment, pack
+from a2tgpo.batch.probes import Probe, ProbedSequence, pack_probes
+from a2tgpo.config.rollout import GainConfig
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.update.gain_check import GainCheck
+from a2tgpo.update.probe_scores import score_probes
+from a2tgpo.update.score import score
+
+VOCAB = 250
+
+
+def tokens(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, VOCAB, (count,), generator=generator).tolist())
+
+
+def alone(policy, prefix, probe):
+    """The same by the usual way: prefix, scaffold and answer as one trajectory, run in full."""
+    turn = Turn(tokens=list(probe.answer), rollout_logprobs=[0.0] * len(probe.answer))
+    trajectory = Trajectory(
+        prompt_index=0,
+        prompt_id="",
+        sample_index=0,
+        prompt_tokens=[*prefix, *probe.scaffold],
+        turns=[turn],
+        stop_reason="answer",
+    )
+    batch = pack([trajectory], [0], align=Alignment())
+    (scores,) = score(policy, [batch])
+    return scores.logprobs[batch.loss_mask[0]].tolist()
+
+
+@pytest.fixture
+def sequences():
+    scaffold = tokens(3, 1)
+    first = [
+        Probe(prefix_length=length, scaffold=scaffold, answer=tokens(size, size))
+        for length in (1, 17, 40)
+        for size in (1, 4, 9)
+    ]
+    second = [Probe(prefix_length=23, scaffold=scaffold, answer=tokens(5, 7))]
+    return [
+        ProbedSequence(tokens=tokens(50, 2), probes=first),
+        ProbedSequence(tokens=tokens(8, 3), probes=[]),
+        ProbedSequence(tokens=tokens(23, 4), probes=second),
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [10, 10_000])
+def test_branches_score_as_their_prefixes_run_in_full(policy, sequences, max_tokens):
+    found = score_probes(policy, sequences, max_tokens=max_tokens)
+    for sequence, scores in zip(sequences, found, strict=True):
+        for probe, logprobs in zip(sequence.probes, scores, strict=True):
+            expected = alone(policy, sequence.tokens[: probe.prefix_length], probe)
+            assert logprobs == pytest.approx(expected, abs=2e-5)
+    assert score_probes(policy, [], max_tokens=10) == []
+
+
+def test_a_tree_costs_its_trunk_once_and_the_answers(sequences):
+    batch = pack_probes(sequences, [0, 1, 2], align=Alignment(row=8))
+    trunks, scaffolds = 40 + 23, 2 * 10
+    answers = 3 * (1 + 4 + 9) + 5
+    assert 0 <= batch.num_tokens - (trunks + scaffolds + answers) < 8
+    assert batch.num_tokens % 8 == 0
+    assert int(batch.loss_mask.sum()) == answers
+    in_full = sum(
+        probe.prefix_length + len(probe.branch) for sequence in sequences for probe in sequence.probes
+    )
+    assert batch.num_tokens < 0.6 * in_full
+
+
+def test_layers_are_as_before_after_a_tree(policy, sequences):
+    trajectory = Probe(prefix_length=1, scaffold=tokens(9, 5), answer=tokens(9, 6))
+    before = alone(policy, tokens(30, 8), trajectory)
+    score_probes(policy, sequences, max_tokens=10_000)
+    assert alone(policy, tokens(30, 8), trajectory) == before
+
+
+class NumberTokens:
+    """Answers written as numbers are their own token ids."""
+
+    def __init__(self):
+        self.scaffold = [7, 9]
+
+    def aliases(self, answers):
+        return [[int(token) for token in answer.split()] for answer in answers]
+
+
+def test_the_gap_is_what_the_engine_was_off(policy):
+    """Engine scores made from prefixes run in full, one of them wrong by 0.3 nats a token."""
+    played = Trajectory(
+        prompt_index=0,
+        prompt_id="q",
+        sample_index=0,
+        prompt_tokens=list(tokens(6, 1)),
+        turns=[
+            Turn(
+                tokens=list(tokens(5, number)),
+                rollout_logprobs=[0.0] * 5,
+                observation_tokens=list(tokens(7, 10 + number)) if number < 2 else [],
+                query="?" if number < 2 else None,
+            )
+            for number in range(3)
+        ],
+        stop_reason="answer",
+    )
+    aliases = NumberTokens().aliases(["11 12 13", "14"])
+
+    def best(length):
+        scores = [
+            alone(
+                policy, played.tokens[:length], Probe(prefix_length=length, scaffold=(7, 9), answer=tuple(a))
+            )
+            for a in aliases
+        ]
+        return max(sum(values) / len(values) for values in scores)
+
+    played.baseline_prob = math.exp(best(6))
+    played.turns[0].answer_prob = None
+    played.turns[1].answer_prob = math.exp(best(30) - 0.3)
+    check = GainCheck(
+        policy,
+        GainConfig(verify_every=2),
+        answer_tokens=NumberTokens(),
+        answers={"q": ["11 12 13", "14"]},
+        max_tokens=100,
+    )
+    metrics = MetricSums()
+    check.run(1, [played], metrics)
+    assert metrics.values() == {}
+    check.run(2, [played], metrics)
+    found = metrics.values()
+    assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
+    assert found["gain/engine_trainer_gap_max"] == pytest.approx(0.3, abs=1e-4)
+    check.run(4, [], MetricSums())
