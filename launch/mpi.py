@@ -1,0 +1,136 @@
+"""What mpirun starts: the ranks agree over MPI where to meet, then each becomes launch/train.py.
+
+    mpirun -n RANKS python launch/mpi.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
+    srun --mpi=pmix ... python launch/mpi.py --config CONFIG ...
+    mpirun -n RANKS python launch/mpi.py --script launch/warmstart.py --config CONFIG [OVERRIDE ...]
+
+Rank and size are MPI's, the local rank counts the ranks that share this machine's memory; rank 0 chooses address and
+port, unless MASTER_ADDR and MASTER_PORT are set. MPI is finalised before training, and the program then takes the
+process over (exec): neither MPI's handlers and memory hooks nor its threads are there when vLLM and NCCL start. The
+exit code goes to mpirun, which ends the other ranks where it is not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.config.check import ConfigError
+from launch.failure import exit_code
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TRAIN = Path(__file__).with_name("train.py")
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Number of processes, as Open MPI's, MPICH's and Slurm's launchers tell it, in the order that is believed."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="What follows is the script's.", add_help=False
+    )
+    parser.add_argument("--script", default=str(TRAIN), help="what each rank runs (default: launch/train.py)")
+    args, arguments = parser.parse_known_args()
+    try:
+        if not Path(args.script).is_file():
+            raise ConfigError(f"--script is {args.script!r}; allowed: a Python file")
+        found = meet()
+    except (ConfigError, RuntimeError) as error:
+        return exit_code(error)
+    os.environ.update(found)
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.execv(sys.executable, [sys.executable, args.script, *arguments])
+
+
+def meet() -> dict[str, str]:
+    """torchrun's names for this process, agreed over MPI, which is started and ended here.
+
+    Raises:
+        RuntimeError: one line; there is no MPI library, or not that of the launcher, or rank 0's name means nothing
+            elsewhere.
+    """
+    mpi = load_mpi()
+    # mpi4py's suspicion about mpirun is told by `agree`, in one line.
+    warnings.filterwarnings("ignore", message="suspicious MPI", category=RuntimeWarning)
+    mpi.Init()
+    try:
+        return agree(mpi.COMM_WORLD, mpi)
+    finally:
+        mpi.Finalize()
+
+
+def load_mpi() -> type[MPI]:
+    """mpi4py's MPI, not started yet."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False  # import would start it, and end it only when the interpreter ends
+    mpi4py.rc.finalize = False
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise RuntimeError(
+            "launch/mpi.py finds no MPI library: load the cluster's MPI module, or install the package openmpi-bin "
+            f"or mpich ({reason:.200})"
+        ) from None
+    return MPI
+
+
+def agree(world: MPI.Comm, mpi: type[MPI]) -> dict[str, str]:
+    """torchrun's names for this process; every rank calls this."""
+    rank, size = world.Get_rank(), world.Get_size()
+    started = next((int(os.environ[name]) for name in SIZES if name in os.environ), 1)
+    if size == 1 < started:
+        library = mpi.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
+        raise RuntimeError(
+            f"the launcher started {started} processes, but each sees itself alone through {library}: mpirun must be "
+            "of the same MPI as the library, and srun needs --mpi=pmix or --mpi=pmi2, whichever that MPI speaks"
+        )
+    machine = world.Split_type(mpi.COMM_TYPE_SHARED)
+    local_rank, local_size = machine.Get_rank(), machine.Get_size()
+    machine.Free()
+    address, port = world.bcast(choose_place(is_one_machine=local_size == size) if rank == 0 else None)
+    strangers = [
+        host for host in world.allgather(None if resolves(address) else socket.gethostname()) if host
+    ]
+    if strangers:
+        raise RuntimeError(
+            f"rank 0's machine, {address!r}, is not known by that name on {', '.join(sorted(set(strangers)))}; "
+            "export MASTER_ADDR, an address of it that all machines reach"
+        )
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+
+
+def choose_place(*, is_one_machine: bool) -> tuple[str, str]:
+    """Address and free port of this process, which is rank 0, for the others."""
+    address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if is_one_machine else socket.gethostname())
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return address, os.environ.get("MASTER_PORT") or str(port)
+
+
+def resolves(address: str) -> bool:
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
