@@ -128,10 +128,13 @@ class MultiTurnLoop:
         self._num_requests = 0
 
     def run(self, live: Sequence[LiveTrajectory]) -> None:
-        """Play all of `live`; the engine works whenever any of them can go on."""
+        """Play all of `live`; the engine works whenever any of them can go on.
+
+        Questions that need most searches start first, as far as their set says: what starts last should be short.
+        """
         start = time.monotonic()
         waited_before = self._tools.waited_s
-        for trajectory in live:
+        for trajectory in sorted(live, key=lambda trajectory: -trajectory.trajectory.hops):
             self._generate(trajectory)
             group = trajectory.group
             if self._scorer is not None and group.baseline is None:

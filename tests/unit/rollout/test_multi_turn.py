@@ -309,6 +309,26 @@ def test_earlier_turns_are_taken_from_the_cache(play, search, engine):
     assert recomputed < returning_turns * (engine_block + 1), "less than the unfilled block of every turn"
 
 
+def test_questions_with_most_hops_start_first_and_come_back_in_their_places(
+    play, search, tokenizer, engine, monkeypatch
+):
+    questions = ["capital of France?", "ruler of Japan?", "capital of Peru?"]
+    prompts = [
+        dataclasses.replace(make_prompt(tokenizer, i, question), hops=hops)
+        for i, (question, hops) in enumerate(zip(questions, (0, 3, 1), strict=True))
+    ]
+    submit, started = engine.submit, []
+
+    def recording(request_id, tokens, **options):
+        started.append(tuple(tokens))
+        submit(request_id, tokens, **options)
+
+    monkeypatch.setattr(engine, "submit", recording)
+    trajectories, _ = play(prompts, search)
+    assert started[:3] == [prompts[i].tokens for i in (1, 2, 0)]
+    assert [t.prompt_id for t in trajectories] == questions
+
+
 def test_no_prompts_give_no_trajectories(play, search):
     trajectories, counts = play([], search)
     assert (trajectories, counts.trajectories) == ([], 0)
