@@ -127,6 +127,8 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("tools/failures", counts.failed_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
+    # What the engine ran for them: scaffolds, answers, and what of a context fills no block of its cache.
+    metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
 
 

@@ -22,6 +22,8 @@ BENCHES = (
     "advantage",
     "loss",
     "packing",
+    "gain",
+    "rollout",
 )
 """In the order of the table; each is a script of that name beside this one."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"

@@ -1,0 +1,65 @@
+"""Engines whose generations have given lengths, so that variants of what drives them do the same work."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
+from a2tgpo.rollout.vllm_engine import VllmEngine
+
+
+class EngineWithoutEnd(VllmEngine):
+    """Generates as many tokens as it is asked for: the end of sequence is a token like any other."""
+
+    def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
+        params.ignore_eos = True
+        super()._add(request_id, tokens, params)
+
+    def generate(self, request_id: str, tokens: Sequence[int], length: int, seed: int) -> None:
+        """Queue a generation of `length` tokens."""
+        super().submit(request_id, tokens, max_tokens=length, seed=seed, temperature=1.0, top_p=1.0, stop=())
+
+    def forget(self) -> None:
+        """Drop the prefix cache, so that a variant finds nothing of the one before."""
+        assert self._engine.reset_prefix_cache()
+
+
+class PlannedEngine(EngineWithoutEnd):
+    """Plays a policy that is decided by the request's seed: so many tokens, then a search or the answer.
+
+    Args:
+        median, longest: tokens of a turn, whose distribution is log-normal.
+        call_share: of the turns that end with a search.
+        further: as of `VllmEngine`.
+    """
+
+    def __init__(self, model_path: str, *, median: int, longest: int, call_share: float, **further: Any):
+        super().__init__(model_path, **further)
+        self._median, self._longest, self._call_share = median, longest, call_share
+        self._calls: dict[str, bool] = {}
+
+    def submit(self, request_id: str, tokens: Sequence[int], **options: Any) -> None:
+        rng = random.Random(options["seed"])
+        length = min(self._longest, max(4, round(self._median * rng.lognormvariate(0.0, 0.6))))
+        self._calls[request_id] = rng.random() < self._call_share
+        # Looked for at every token as the real ones, and never found.
+        options["stop"] = [f"{text} never" for text in options["stop"]]
+        super().submit(request_id, tokens, **{**options, "max_tokens": length})
+
+    def step(self) -> list[EngineOutput | ScoreOutput]:
+        return [self._ended(output) for output in super().step()]
+
+    def _ended(self, output: EngineOutput | ScoreOutput) -> EngineOutput | ScoreOutput:
+        calls = self._calls.pop(output.request_id, None)
+        if isinstance(output, ScoreOutput) or calls is None:  # not submitted by the loop
+            return output
+        name = "search" if calls else "answer"
+        return dataclasses.replace(
+            output,
+            text=f"<{name}> {output.request_id} </{name}>",
+            stop_string=f"</{name}>",
+            finish_reason="stop",
+        )

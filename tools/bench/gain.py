@@ -1,0 +1,257 @@
+"""What information gain adds to a step: by the engine, by the trainer's tree, and by running every prefix in full.
+
+    python tools/bench/gain.py [--json FILE]
+
+A step of SmolLM2-135M in bfloat16: four trajectories of 2,000 tokens, six process turns and a final one, played by
+the engine, scored and trained on by the trainer. After the prompt and after every process turn the gold answer is
+scored,
+
+    engine   as requests on the cached prefix: what the product does
+    tree     by the trainer, a trajectory once with all its answers as branches: what checks it
+    in full  by the trainer, one row per (trajectory, turn): what the paper's authors do
+
+Share of step time: CPU seconds of the scoring over those of generation, scoring of the old policy, update, and that
+scoring. Tokens that the model runs are counted. Here the engine scores all contexts after the rollout, from its
+cache; in a training step they come along with generation, in passes that are made anyway.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import measure
+import torch
+from engines import EngineWithoutEnd
+
+from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.packing import Alignment, pack, packed_length
+from a2tgpo.batch.probes import Probe, ProbedSequence
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.model.build import Policy, build_policy
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
+from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.probe_scores import score_probes
+from a2tgpo.update.score import score
+from a2tgpo.update.train_step import train_step
+
+MODEL = "artifacts/models/smollm2-135m"
+ROUNDS = 2
+NUM_TRAJECTORIES = 4
+PROMPT, NUM_CALLS, SAMPLED, OBSERVED, FINAL = 200, 6, 100, 190, 60
+"""Tokens of the prompt, process turns and their tokens, tokens of the last turn: 2,000 together."""
+SCAFFOLD, ANSWER = 10, 6
+MAX_TOKENS = 4096
+"""Positions of a row of the trainer."""
+
+
+def random_tokens(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(100, 49_000) for _ in range(count)]
+
+
+def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
+    """Trajectories of given lengths, each turn generated in the context of those before it."""
+    rng = random.Random(seed)
+    prompt = random_tokens(rng, PROMPT)
+    played = [
+        Trajectory(
+            prompt_index=0,
+            prompt_id="",
+            sample_index=sample,
+            prompt_tokens=prompt,
+            turns=[],
+            stop_reason="answer",
+        )
+        for sample in range(NUM_TRAJECTORIES)
+    ]
+    for number in range(NUM_CALLS + 1):
+        is_final = number == NUM_CALLS
+        for trajectory in played:
+            length = FINAL if is_final else SAMPLED
+            engine.generate(str(trajectory.sample_index), trajectory.tokens, length, rng.getrandbits(60))
+        for output in drain(engine):
+            assert isinstance(output, EngineOutput)
+            played[int(output.request_id)].turns.append(
+                Turn(
+                    tokens=output.tokens,
+                    rollout_logprobs=output.logprobs,
+                    observation_tokens=[] if is_final else random_tokens(rng, OBSERVED),
+                    query=None if is_final else "?",
+                )
+            )
+    return played
+
+
+def drain(engine: EngineWithoutEnd) -> list[EngineOutput | ScoreOutput]:
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    return outputs
+
+
+class Step:
+    """One step's parts, each timed by itself, on the same trajectories."""
+
+    def __init__(self, engine: EngineWithoutEnd, policy: Policy, optimizer: object, seed: int):
+        self.engine, self.policy, self.optimizer = engine, policy, optimizer
+        self.seconds: dict[str, float] = {}
+        self.model_tokens: dict[str, int] = {}
+        rng = random.Random(seed)
+        self.scaffold, self.answer = random_tokens(rng, SCAFFOLD), random_tokens(rng, ANSWER)
+        self.trajectories: list[Trajectory] = self._timed("generation", lambda: play(engine, seed))
+        by_engine = self._timed("engine", self._by_engine)
+        old = self._timed("old", lambda: score(policy, self._batches))
+        by_tree = self._timed("tree", self._by_tree)
+        in_full = self._timed("in full", self._in_full)
+        self._timed("update", self._update)
+        assert torch.tensor(by_tree).sub(torch.tensor(in_full)).abs().mean() < 0.1, "the tree is wrong"
+        self.answer_gap = torch.tensor(by_engine).sub(torch.tensor(by_tree)).abs().mean().item()
+        differences = [
+            (scores.logprobs[batch.loss_mask[0]] - batch.rollout_logprobs[batch.loss_mask]).abs()
+            for batch, scores in zip(self._batches, old, strict=True)
+        ]
+        self.sampled_gap = torch.cat(differences).mean().item()
+
+    def share(self, scorer: str) -> tuple[float, float]:
+        """CPU seconds of the scorer, and of a step with it."""
+        rest = sum(self.seconds[part] for part in ("generation", "old", "update"))
+        return self.seconds[scorer], rest + self.seconds[scorer]
+
+    def _timed(self, name: str, run: Callable[[], list]) -> list:
+        start = time.process_time()
+        result = run()
+        self.seconds[name] = time.process_time() - start
+        print(f"  {name}: {self.seconds[name]:.1f} CPU s", flush=True)
+        return result
+
+    @property
+    def _contexts(self) -> list[tuple[Trajectory, int]]:
+        return [(t, length) for t in self.trajectories for length in t.context_lengths]
+
+    @property
+    def _batches(self) -> list:
+        rows = microbatches([packed_length(t) for t in self.trajectories], MAX_TOKENS)
+        return [pack(self.trajectories, row, align=Alignment()) for row in rows]
+
+    def _by_engine(self) -> list[list[float]]:
+        for number, (trajectory, length) in enumerate(self._contexts):
+            self.engine.submit_score(str(number), [*trajectory.tokens[:length], *self.scaffold], self.answer)
+        outputs = sorted(drain(self.engine), key=lambda output: int(output.request_id))
+        self.model_tokens["engine"] = sum(o.num_prompt_tokens - o.num_cached_tokens for o in outputs)
+        return [output.answer_logprobs for output in outputs if isinstance(output, ScoreOutput)]
+
+    def _by_tree(self) -> list[list[float]]:
+        sequences = [
+            ProbedSequence(
+                tokens=trajectory.tokens,
+                probes=[
+                    Probe(prefix_length=length, scaffold=tuple(self.scaffold), answer=tuple(self.answer))
+                    for length in trajectory.context_lengths
+                ],
+            )
+            for trajectory in self.trajectories
+        ]
+        self.model_tokens["tree"] = sum(sequence.packed_length for sequence in sequences)
+        found = score_probes(self.policy, sequences, max_tokens=MAX_TOKENS)
+        return [logprobs for scores in found for logprobs in scores]
+
+    def _in_full(self) -> list[list[float]]:
+        turn = Turn(tokens=self.answer, rollout_logprobs=[0.0] * ANSWER)
+        prefixes = [
+            Trajectory(
+                prompt_index=0,
+                prompt_id="",
+                sample_index=0,
+                prompt_tokens=[*trajectory.tokens[:length], *self.scaffold],
+                turns=[turn],
+                stop_reason="answer",
+            )
+            for trajectory, length in self._contexts
+        ]
+        lengths = [packed_length(prefix) for prefix in prefixes]
+        self.model_tokens["in full"] = sum(lengths)
+        rows = microbatches(lengths, MAX_TOKENS)
+        batches = [pack(prefixes, row, align=Alignment()) for row in rows]
+        found: dict[int, list[float]] = {}
+        for row, batch, scores in zip(rows, batches, score(self.policy, batches), strict=True):
+            found |= zip(row, scores.logprobs[batch.loss_mask[0]].view(-1, ANSWER).tolist(), strict=True)
+        return [found[number] for number in range(len(prefixes))]
+
+    def _update(self) -> list:
+        batches = self._batches
+
+        def loss(number: int, logprobs: torch.Tensor, _entropy: torch.Tensor) -> tuple[torch.Tensor, dict]:
+            return -logprobs[batches[number].loss_mask[0]].sum() / 1e4, {}
+
+        return [train_step(self.policy, self.optimizer, batches, loss)]
+
+
+def rows() -> list[measure.Row]:
+    groups = initialize(ParallelConfig(), seed=0)
+    update = UpdateConfig(lr=1e-6)
+    policy = build_policy(ModelConfig(path=MODEL, dtype="bfloat16"), ParallelConfig(), groups, update=update)
+    optimizer, _ = build_optimizer(policy, update, total_steps=10)
+    config = RolloutConfig(kv_cache_gib=1.0, max_concurrent=64)
+    engine = EngineWithoutEnd(MODEL, config=config, model_dtype="bfloat16", max_model_len=2100, seed=0)
+    engine.submit_score("warm-up", [5] * 40, [6])
+    drain(engine)
+    steps = []
+    for seed in range(ROUNDS):
+        print(f"round {seed + 1}", flush=True)
+        steps.append(Step(engine, policy, optimizer, seed))
+    engine.close()
+    shutdown()
+    found = []
+    for scorer, words, target in (
+        ("engine", "by the engine on cached prefixes", "<= 0.03"),
+        ("tree", "by the trainer, all contexts of a trajectory in one pass", ""),
+        ("in full", "by the trainer, every prefix in full (the authors' way)", ""),
+    ):
+        shares = [step.share(scorer) for step in steps]
+        found.append(
+            measure.compared(
+                f"share of step time, {words}",
+                [scoring for scoring, _ in shares],
+                [whole for _, whole in shares],
+                baseline_is="step with it",
+                unit="CPU s",
+                ratio_is="ours / baseline",
+                target=target,
+                note=f"{NUM_TRAJECTORIES} trajectories of 2,000 tokens, {NUM_CALLS} process turns",
+            )
+        )
+    tokens = steps[0].model_tokens
+    for scorer, words in (("engine", "by the engine"), ("tree", "in one pass of the trainer")):
+        found.append(
+            measure.compared(
+                f"tokens that the model runs for gain, {words}",
+                [tokens[scorer]],
+                [tokens["in full"]],
+                baseline_is="every prefix in full",
+                unit="tokens",
+            )
+        )
+    found.append(
+        measure.compared(
+            "engine against trainer, mean difference of an answer token's log-prob",
+            [step.answer_gap for step in steps],
+            [statistics.fmean(step.sampled_gap for step in steps)] * len(steps),
+            baseline_is="of a sampled token's",
+            unit="nats",
+            ratio_is="ours / baseline",
+            note="bfloat16; answers of random tokens",
+        )
+    )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(measure.main(__doc__, rows))
