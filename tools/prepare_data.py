@@ -103,11 +103,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.set == "worldqa":
         check_worldqa(args)
+    if args.set not in READERS:
+        require(not args.out.is_file(), "--out", str(args.out), "a folder")
     for name in ("train_questions", "test_questions", "demonstrations"):
         if hasattr(args, name):
             option = f"--{name.replace('_', '-')}"
             require(getattr(args, name) >= 3, option, getattr(args, name), ">= 3")
     if args.set in READERS:
+        require(not args.out.is_dir(), "--out", str(args.out), "a file, not a folder")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
     return args
 

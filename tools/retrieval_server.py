@@ -49,7 +49,7 @@ def _listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or str(error)
         where = f"--host {host} --port {port}"
         raise ConfigError(f"{where}: cannot listen there ({reason}); choose another port") from None
@@ -121,6 +121,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give either --corpus or --shards")
     if not 0 <= options.max_requests_per_s < 1e9:
         parser.error(f"--max-requests-per-s is {options.max_requests_per_s}; allowed: 0 or more")
+    if not 0 <= options.port < 2**16:  # larger ones would wrap around silently
+        parser.error(f"--port is {options.port}; allowed: 0 to 65535")
     if not 1 <= options.top_k <= MAX_TOP_K:
         parser.error(f"--top-k is {options.top_k}; allowed: 1 to {MAX_TOP_K}")
     return options
@@ -146,6 +148,7 @@ def main() -> int:
         token=token,
         max_requests_per_s=options.max_requests_per_s,
     )
+    bound.listen(LISTEN_BACKLOG)  # before it is said: who connects from now on is answered
     print(f"{num_passages} passages, listening on http://{address}:{port}/retrieve", flush=True)
     # uvicorn raises the signal that ended it once more when it is done: a clean end is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):

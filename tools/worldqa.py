@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from a2tgpo.config.check import ConfigError
 from a2tgpo.environment.tools.search import NOTHING_FOUND
 from a2tgpo.rollout.tool_call import SEARCH_CALLS
 from a2tgpo.search.bm25 import Bm25Index
@@ -44,6 +45,10 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         questions = build_questions(world, codes, answerable)
         count = args.train_questions if name == "train" else args.test_questions
         splits[name] = {hops: unique(spread(pool, count // 3, draw)) for hops, pool in questions.items()}
+        if not all(splits[name].values()):  # shares of the many kinds are rounded
+            raise ConfigError(
+                f"--{name}-questions is {count}, too few for every number of hops; give 60 or more"
+            )
     train, test = (interleave(splits[name], args.seed) for name in ("train", "test"))
     make = functools.partial(
         build_demonstrations,

@@ -141,4 +141,6 @@ def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Ran
     """Another question's answer, of the kind that is asked for."""
     relation = question.hops[-1].relation
     others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
-    return draw.choice(sorted(others - {question.hops[-1].answer.text}))
+    wrong = sorted(others - {question.hops[-1].answer.text})
+    # Of very few questions no other may ask for the same kind of thing.
+    return draw.choice(wrong) if wrong else question.hops[-1].subject

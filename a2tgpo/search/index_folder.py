@@ -58,6 +58,8 @@ def build_index(
         ConfigError: one line; bad corpus or encoder, or `out` is there already.
     """
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
+    # Before the corpus: what is wrong with the encoder shall not be found after an hour of reading.
+    embedder = None if encoder is None else Encoder(encoder)
     size = corpus.stat().st_size if corpus.is_file() else 0
     offsets = scan(corpus, part=part, progress=lambda n: progress("reading the corpus", n, size))
     passages = CorpusFile(corpus, offsets)
@@ -72,15 +74,15 @@ def build_index(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if encoder is None:
+        if embedder is None:
             total = len(passages)
             scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)))
             Bm25Index(passages, scores=scores).save(partial / BM25_FOLDER)
         else:
-            description |= {"encoder": dataclasses.asdict(encoder), "factory": factory}
+            description |= {"encoder": dataclasses.asdict(embedder.settings), "factory": factory}
             neighbours = build_neighbours(
                 passages,
-                Encoder(encoder),
+                embedder,
                 factory=factory,
                 progress=lambda n: progress("embedding", n, len(passages)),
             )

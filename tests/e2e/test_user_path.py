@@ -1,12 +1,15 @@
-"""From nothing to a trained, evaluated, exported agent, by the commands that README gives."""
+"""From nothing to a trained, evaluated, exported agent: README's own commands, in a copy of the sources."""
 
 import importlib
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -16,114 +19,144 @@ sys.path.insert(0, str(ROOT))
 
 pytestmark = pytest.mark.e2e
 
+SECTION = "## From nothing to an agent you can talk to"
+SHORTER = {
+    "tools/prepare_data.py": "--train-questions 300 --test-questions 60 --demonstrations 1500",
+    "tools/retrieval_server.py": "--port 0",
+    "launch/warmstart.py": "warmstart.steps=60",
+    "launch/train.py": "search.url=SERVER rollout.prompts_per_step=4 rollout.group_size=4 "
+    "update.prompts_per_minibatch=2 evaluation.max_questions=6 evaluation.every=0 evaluation.at_start=false",
+    "tools/evaluate.py": "--limit 21",
+}
+"""Appended to a documented command, where the later of two settings counts: sizes of a test, a port that is free."""
 
-class Commands:
-    """Runs programs as a user does, in the repository's folder."""
 
-    def __init__(self):
-        self.environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+def documented(section: str) -> list[list[str]]:
+    """The words of every command of a section's first block in README."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split(section + "\n")[1]
+    block = re.search(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[1]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [words for words in lines if words]
 
-    def __call__(self, *arguments, timeout=300, code=0) -> subprocess.CompletedProcess:
-        command = [sys.executable, *arguments] if str(arguments[0]).endswith(".py") else arguments
+
+class Clone:
+    """The sources in a folder of their own, and commands run there as a user would type them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("a2tgpo", "configs", "launch", "tools"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.server: subprocess.Popen | None = None
+        self.address = ""
+        binaries = str(Path(sys.executable).parent)  # what `source .venv/bin/activate` does
+        self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.environment.pop("PYTHONPATH", None)
+
+    def __call__(self, words: list[str], *, timeout: int = 300) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [str(part) for part in command],
-            cwd=ROOT,
+            words,
+            cwd=self.folder,
             env=self.environment,
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
-        assert done.returncode == code, (
-            f"{arguments}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        )
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done
 
+    def serve(self, words: list[str]) -> None:
+        self.server = subprocess.Popen(
+            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
+        )
+        self.address = re.search(r"http://\S+", self.server.stdout.readline()).group()
 
-@pytest.fixture(scope="module")
-def run() -> Commands:
-    return Commands()
+    def stop_server(self) -> None:
+        self.server.terminate()
+        assert self.server.wait(timeout=30) == 0
+        self.server = None
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("user")
-
-
-@pytest.fixture(scope="module")
-def server(run, work):
-    """worldqa prepared, its index built and served; the endpoint's address."""
-    data = work / "worldqa"
-    sizes = ["--train-questions", "300", "--test-questions", "60", "--demonstrations", "1500"]
-    run("tools/prepare_data.py", "worldqa", "--out", data, *sizes)
-    run("tools/build_index.py", "bm25", "--corpus", data / "corpus.jsonl", "--out", work / "index")
-    command = [sys.executable, "tools/retrieval_server.py", "--corpus", data / "corpus.jsonl"]
-    command += ["--index", work / "index", "--port", "0"]
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=run.environment, stdout=subprocess.PIPE, text=True
-    )
-    line = process.stdout.readline()
-    yield re.search(r"http://\S+", line).group()
-    process.terminate()
-    assert process.wait(timeout=30) == 0
+def script_of(words: list[str]) -> str:
+    scripts = [word for word in words if word.endswith(".py")]
+    return scripts[0] if scripts else "launch/train.py"
 
 
 @pytest.fixture(scope="module")
-def trained(run, work, server) -> Path:
-    """Folder of a run of two steps, from a short warm start, that searched over HTTP."""
-    data = work / "worldqa"
-    run("tools/prepare_model.py", "tiny", "--data", data, "--out", work / "cold")
-    settings = [
-        "configs/quickstart.yaml",
-        f"run.root={work / 'runs'}",
-        f"model.path={work / 'warm'}",
-        f"data.train={data / 'train.jsonl'}",
-        f"data.test={data / 'test.jsonl'}",
-        "search.backend=http",
-        f"search.url={server}",
-        f"warmstart.source={work / 'cold'}",
-        f"warmstart.demonstrations={data / 'demonstrations.jsonl'}",
-        "warmstart.steps=60",
-        "run.steps=2",
-        "rollout.prompts_per_step=4",
-        "rollout.group_size=4",
-        "update.prompts_per_minibatch=2",
-        "evaluation.max_questions=6",
-        "evaluation.every=0",
-        "evaluation.at_start=false",
+def path(tmp_path_factory):
+    """README's path walked: where (`clone`), and what each script said (`said`)."""
+    clone, said = Clone(tmp_path_factory.mktemp("clone")), {}
+    try:
+        for words in documented(SECTION):
+            if words[0] in ("make", "source", "kill"):
+                continue
+            is_server = words[-1] == "&"
+            script = script_of(words)
+            words = words[: -1 if is_server else None]
+            words += SHORTER.get(script, "").replace("SERVER", clone.address).split()
+            if is_server:
+                clone.serve(words)
+            else:
+                said[script] = clone(words).stdout
+        yield SimpleNamespace(clone=clone, said=said)
+    finally:
+        if clone.server is not None:
+            clone.stop_server()
+
+
+@pytest.fixture(scope="module")
+def work(path) -> Path:
+    return path.clone.folder
+
+
+@pytest.fixture(scope="module")
+def trained(work) -> Path:
+    """Folder of the run of two steps that searched over HTTP."""
+    return work / "runs" / "served"
+
+
+@pytest.fixture(scope="module")
+def exported(work) -> Path:
+    return work / "artifacts" / "models" / "trained"
+
+
+def test_the_readme_goes_from_data_to_chat(path):
+    assert list(path.said) == [
+        "tools/prepare_data.py",
+        "tools/prepare_model.py",
+        "tools/build_index.py",
+        "launch/warmstart.py",
+        "launch/train.py",
+        "tools/evaluate.py",
+        "tools/convert.py",
+        "tools/chat.py",
+        "tools/view_rollouts.py",
     ]
-    run("launch/local.sh", "-n", "2", "--script", "launch/warmstart.py", *settings)
-    run("launch/local.sh", "-n", "2", *settings)
-    return work / "runs" / "quickstart"
+    assert [words[0] for words in documented(SECTION)].count("kill") == 1
+    chat = path.said["tools/chat.py"]
+    assert "turn 1" in chat and ("answer: " in chat or "no answer" in chat)
+    assert (path.clone.folder / "rollouts.html").stat().st_size > 10_000
 
 
-@pytest.fixture(scope="module")
-def exported(run, work, trained) -> Path:
-    out = work / "exported"
-    run("tools/convert.py", "megatron-to-hf", "--in", trained / "checkpoints" / "step_2", "--out", out)
-    return out
-
-
-def test_the_trained_agent_searched_the_server(trained, server):
+def test_the_trained_agent_searched_the_server(path, trained):
     metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert metrics[-1]["step"] == 2 and metrics[-1]["tools/failures"] == 0
     assert sum(record.get("tools/search_calls", 0) for record in metrics) > 0
-    assert httpx.get(server.replace("/retrieve", "/health")).json()["status"] == "ok"
+    assert httpx.get(path.clone.address.replace("/retrieve", "/health")).json()["status"] == "ok"
 
 
-def test_a_checkpoint_and_its_export_score_the_same_on_two_ranks_and_one(run, trained, exported):
-    config = trained / "config.yaml"
-    run(
-        *("launch/local.sh", "-n", "2", "--script", "tools/evaluate.py", config),
-        *("--checkpoint", trained / "checkpoints" / "step_2", "--limit", "21", "--samples", "2"),
-    )
-    run(
-        *("tools/evaluate.py", "--config", config, "--checkpoint", exported, "--limit", "21"),
-        *("--sets", f"worldqa={trained.parents[1] / 'worldqa' / 'test.jsonl'}"),
+def test_a_checkpoint_and_its_export_score_the_same_on_two_ranks_and_one(path, work, trained, exported):
+    """The checkpoint was evaluated by README's command; the export is by docs/evaluation.md's for two ranks."""
+    path.clone(
+        [
+            *("launch/local.sh", "-n", "2", "--script", "tools/evaluate.py", "runs/served/config.yaml"),
+            *("--checkpoint", "artifacts/models/trained", "--limit", "21"),
+            *("--sets", "worldqa=artifacts/worldqa/test.jsonl"),
+        ]
     )
     reports = trained / "evaluation"
     whole = json.loads((reports / "step_2" / "report.json").read_text())
-    other = json.loads((reports / "exported" / "report.json").read_text())
+    other = json.loads((reports / "trained" / "report.json").read_text())
     assert whole["step"] == 2 and whole["average"]["num_questions"] == 21
     assert set(whole["average"]["pass_at"]["exact_match"]) == {"1", "2"}
 
@@ -131,7 +164,7 @@ def test_a_checkpoint_and_its_export_score_the_same_on_two_ranks_and_one(run, tr
         lines = [json.loads(line) for line in (reports / folder / "answers.jsonl").read_text().splitlines()]
         return [line for line in lines if line["kind"] == "greedy"]
 
-    assert greedy("step_2") == greedy("exported"), "the export answers otherwise than the checkpoint"
+    assert greedy("step_2") == greedy("trained"), "the export answers otherwise than the checkpoint"
     for name in ("em", "em_format_gated", "f1", "tool_calls"):
         assert whole["average"][name] == other["average"][name]
     assert (reports / "step_2" / "report.md").read_text().count("| worldqa |") >= 2
@@ -143,6 +176,7 @@ def test_the_export_comes_back_as_a_checkpoint_with_the_same_weights(work, train
 
     from tools import convert
 
+    monkeypatch.chdir(work)
     again = work / "again"
     for arguments in (
         ("hf-to-megatron", "--in", exported, "--out", work / "back"),
@@ -177,17 +211,6 @@ def test_the_export_computes_in_transformers_what_the_checkpoint_answers(trained
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         written = tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :])
         assert f"\\boxed{{{line['answer']}}}" in written
-
-
-def test_chat_shows_turns_calls_and_results(run, trained, exported, work):
-    question = json.loads((work / "worldqa" / "test.jsonl").read_text().splitlines()[0])["question"]
-    done = run(
-        *("tools/chat.py", "--config", trained / "config.yaml", "--checkpoint", exported),
-        *("--question", question),
-    )
-    assert "turn 1" in done.stdout and ("answer: " in done.stdout or "no answer" in done.stdout)
-    rollouts = run("tools/view_rollouts.py", trained, "--limit", "1")
-    assert "turn 1" in rollouts.stdout
 
 
 MISTAKES = {
@@ -225,10 +248,11 @@ def test_a_mistake_is_one_line(work, trained, exported, mistake, monkeypatch, ca
     script, arguments, message = MISTAKES[mistake]
     names = {
         "EXPORTED": str(exported),
-        "TEST": str(work / "worldqa" / "test.jsonl"),
+        "TEST": str(work / "artifacts" / "worldqa" / "test.jsonl"),
         "STEP": str(trained / "checkpoints" / "step_2"),
     }
     filled = [re.sub("EXPORTED|TEST|STEP", lambda m: names[m.group()], argument) for argument in arguments]
+    monkeypatch.chdir(work)
     # In this process: an uncaught exception would be a traceback.
     tool = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     monkeypatch.setattr(sys, "argv", [script, "--config", str(trained / "config.yaml"), *filled])
@@ -236,4 +260,4 @@ def test_a_mistake_is_one_line(work, trained, exported, mistake, monkeypatch, ca
     assert tool.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert not (ROOT / "new").exists()
+    assert not (work / "new").exists()

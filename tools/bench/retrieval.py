@@ -133,6 +133,8 @@ def main() -> int:
     try:
         lines = args.questions.read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line)["question"] for line in lines if line.strip()]
+        if not questions:
+            raise ValueError("no question in it")
         cases = right_answers(args.url, questions[:200], args.topk)
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {args.questions} or {args.url} cannot be used ({error})", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import requests
 from fastapi.testclient import TestClient
 
 from a2tgpo.config.check import ConfigError
@@ -78,6 +79,37 @@ def test_both_backends_return_the_same_passages(corpus, url):
     remote.close()
 
 
+class SearchR1Client:
+    """Asks as Search-R1's trainer does: `requests`, one body for all queries, titles off the first line."""
+
+    def __init__(self, url, top_k):
+        self.url, self.top_k = url, top_k
+
+    def observations(self, queries):
+        body = {"queries": queries, "topk": self.top_k, "return_scores": True}
+        results = requests.post(self.url, json=body, timeout=20).json()["result"]
+        return ["".join(self.line(i, hit) for i, hit in enumerate(hits, 1)) for hits in results]
+
+    @staticmethod
+    def line(rank, hit):
+        title, _, text = hit["document"]["contents"].partition("\n")
+        return f"Doc {rank}(Title: {title}) {text}\n"
+
+
+def test_a_search_r1_client_gets_the_right_passages(corpus, url):
+    """Right by counting: what names a number asks for the one passage with it in its title."""
+    client = SearchR1Client(url, 3)
+    with open(corpus, encoding="utf-8") as handle:
+        contents = [json.loads(line)["contents"] for line in handle]
+    numbers = list(range(20, 200, 9))
+    for number, observation in zip(numbers, client.observations([str(n) for n in numbers]), strict=True):
+        title, text = contents[number].split("\n")
+        assert observation.splitlines()[0] == f"Doc 1(Title: {title}) {text}"
+    assert client.observations(["nothing here"]) == [""]
+    bare = requests.post(url, json={"queries": ["island"]}, timeout=20).json()["result"][0]
+    assert [set(document) for document in bare] == [{"id", "contents"}] * 3
+
+
 def test_scores_are_those_of_the_index_and_left_out_unless_asked_for(corpus, url):
     expected = Bm25Index(load_corpus(corpus)).search("capital river", 3)
     with_scores = httpx.post(
@@ -131,6 +163,27 @@ def test_bad_corpus_and_taken_port_end_in_one_line(tmp_path, corpus, url):
     port = url.rpartition(":")[2].split("/")[0]
     code, message = run_server("--corpus", corpus, "--port", port)
     assert (code, "Address already in use" in message) == (2, True)
+
+
+def test_who_connects_when_it_says_so_is_answered(corpus):
+    """The line that names the address is the sign that launch scripts wait for."""
+    command = [sys.executable, str(SERVER), "--corpus", corpus, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[-1]
+            assert requests.get(address.replace("/retrieve", "/health"), timeout=20).json()["status"] == "ok"
+        finally:
+            server.terminate()
+
+
+def test_a_port_that_is_none_is_refused(corpus, monkeypatch, capsys):
+    from tools.retrieval_server import main
+
+    # The system would take it modulo 65536.
+    monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--port", "99999"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and "--port is 99999; allowed: 0 to 65535" in capsys.readouterr().err
 
 
 @pytest.fixture

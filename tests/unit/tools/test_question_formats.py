@@ -300,6 +300,14 @@ def test_a_bad_source_is_refused_in_one_line_and_leaves_nothing(mistake, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if path != raw] == []
 
 
+def test_a_folder_is_no_file_to_write(tmp_path):
+    (tmp_path / "raw").write_text('{"question": "q", "answers": ["a"]}\n')
+    with pytest.raises(ConfigError, match=r"--out is .*allowed: a file"):
+        main(["jsonl", "--in", str(tmp_path / "raw"), "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"--out is .*allowed: a folder"):
+        main(["arithmetic", "--out", str(tmp_path / "raw")])
+
+
 def test_the_program_ends_with_one_line_and_a_code(tmp_path):
     command = [
         sys.executable,

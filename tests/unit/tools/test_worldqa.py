@@ -179,3 +179,14 @@ def test_a_detour_before_every_search_is_refused_in_one_line(tmp_path: Path):
 def test_too_few_questions_are_refused_in_one_line(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^--test-questions is 0; allowed: >= 3$"):
         main(["worldqa", "--out", str(tmp_path), "--test-questions", "0"])
+
+
+def test_few_questions_are_demonstrated_or_refused_in_one_line(tmp_path: Path):
+    """Of few questions no other may ask for the same kind of thing: a wrong answer is found all the same."""
+    sizes = ["--test-questions", "60", "--demonstrations", "90"]
+    main(["worldqa", "--out", str(tmp_path / "few"), "--train-questions", "30", *sizes])
+    shown = load_demonstrations(str(tmp_path / "few" / "demonstrations.jsonl"))
+    assert len(shown) >= 60 and {d.quality for d in shown} >= {"good", "guess", "early_stop"}
+    with pytest.raises(ConfigError, match=r"^--train-questions is 3, too few for every number of hops"):
+        main(["worldqa", "--out", str(tmp_path / "none"), "--train-questions", "3", *sizes])
+    assert not (tmp_path / "none").exists()
