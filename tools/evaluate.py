@@ -196,7 +196,7 @@ def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answer
     print(f"wrote {out}", flush=True)
 
 
-def answer_lines(answers: Answers, kind: str) -> Sequence[dict[str, Any]]:
+def answer_lines(answers: Answers, kind: str) -> list[dict[str, Any]]:
     return [
         {"set": name, "kind": kind, **dataclasses.asdict(answer)}
         for name, members in answers.items()

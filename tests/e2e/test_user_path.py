@@ -146,7 +146,7 @@ def test_the_trained_agent_searched_the_server(path, trained):
 
 
 def test_a_checkpoint_and_its_export_score_the_same_on_two_ranks_and_one(path, work, trained, exported):
-    """The checkpoint was evaluated by README's command; the export is by docs/evaluation.md's for two ranks."""
+    """The checkpoint was evaluated by README's command; the export is by two ranks here."""
     path.clone(
         [
             *("launch/local.sh", "-n", "2", "--script", "tools/evaluate.py", "runs/served/config.yaml"),
@@ -192,25 +192,22 @@ def test_the_export_comes_back_as_a_checkpoint_with_the_same_weights(work, train
     assert all(mine[name].equal(theirs[name]) for name in mine)
 
 
-def test_the_export_computes_in_transformers_what_the_checkpoint_answers(trained, exported):
-    """The engine's greedy answers, token by token, are those of transformers on the exported folder."""
+def test_the_export_writes_in_transformers_what_chat_shows(path, exported):
+    """Chat plays the export with vLLM: its first turn, token by token, is what transformers writes."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    report = trained / "evaluation" / "step_2" / "answers.jsonl"
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
-    direct = [
-        line for line in lines if line["kind"] == "greedy" and line["tool_calls"] == 0 and line["answer"]
-    ]
-    for line in direct[:5]:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": line["question"]}], add_generation_prompt=True, tokenize=False
-        )
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        written = tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :])
-        assert f"\\boxed{{{line['answer']}}}" in written
+    (command,) = (words for words in documented(SECTION) if script_of(words) == "tools/chat.py")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": command[-1]}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    written = tokenizer.decode(model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :])
+    shown = re.search(r"^turn 1\n((?:    .*\n)+)", path.said["tools/chat.py"], flags=re.MULTILINE)[1]
+    shown = "\n".join(line[4:] for line in shown.splitlines())
+    assert len(shown) > 20 and written.startswith(shown)
 
 
 MISTAKES = {

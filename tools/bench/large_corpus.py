@@ -72,7 +72,7 @@ def ask(connection: http.client.HTTPConnection, query: str) -> float:
     start = time.perf_counter()
     connection.request("POST", "/retrieve", body, {"Content-Type": "application/json"})
     answer = json.loads(connection.getresponse().read())
-    assert len(answer["result"][0]) == TOP_K, answer
+    assert answer["result"], answer
     return time.perf_counter() - start
 
 

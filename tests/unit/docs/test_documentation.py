@@ -90,6 +90,36 @@ def help_of(script: str) -> str:
     return process.stdout
 
 
+USER_PATH = "tests/e2e/test_user_path.py"
+RUN_BY = {
+    "launch/mpi.py": "tests/e2e/test_mpi.py",
+    "launch/train.py": USER_PATH,
+    "launch/warmstart.py": USER_PATH,
+    "tools/ablation.py": "tests/unit/tools/test_ablation.py",
+    "tools/bench/large_corpus.py": "tests/unit/search/test_retrieval_service.py",
+    "tools/bench/retrieval.py": "tests/unit/search/test_retrieval_service.py",
+    "tools/bench/run.py": "tests/unit/tools/test_bench.py",
+    "tools/build_index.py": USER_PATH,
+    "tools/chat.py": USER_PATH,
+    "tools/check_golden.py": "tests/unit/test_golden.py",
+    "tools/compare_runs.py": "tests/unit/tools/test_compare_runs.py",
+    "tools/convert.py": USER_PATH,
+    "tools/evaluate.py": USER_PATH,
+    "tools/fault_table.py": "tests/faults/test_faults.py",
+    "tools/fp8_study.py": "tests/unit/tools/test_fp8_study.py",
+    "tools/gpu_check.py": "tests/unit/tools/test_gpu_check.py",
+    "tools/plan.py": "tests/unit/tools/test_plan_tool.py",
+    "tools/plot_run.py": "tests/unit/metrics/test_run_tools.py",
+    "tools/prepare_data.py": USER_PATH,
+    "tools/prepare_model.py": USER_PATH,
+    "tools/retrieval_server.py": USER_PATH,
+    "tools/view_rollouts.py": USER_PATH,
+}
+"""The test that runs a documented program; the user path types README's commands as they stand there."""
+CLUSTER = ("sbatch", "srun", "slurm/", "enroot", "apptainer", "docker")
+"""Programs that need a cluster, or what only a cluster has."""
+
+
 def test_commands_are_found() -> None:
     assert len(commands()) >= 20
 
@@ -110,3 +140,13 @@ def test_a_documented_command_exists_with_its_options_and_files(page: str, words
         used = {word.split("=")[0] for word in words[words.index(script) if script in words else 0 :]}
         used = {word for word in used if re.fullmatch(r"--[a-z][a-z0-9-]*", word)}
         assert used <= known | launcher_options, f"{page}: {script} knows no {used - known}"
+
+
+@pytest.mark.parametrize("script", sorted({script_of(words) or "launch/train.py" for _, words in commands()}))
+def test_a_documented_program_is_run_by_a_test(script: str) -> None:
+    alone = [words for _, words in commands() if (script_of(words) or "launch/train.py") == script]
+    if all(any(word.startswith(CLUSTER) for word in words) for words in alone):
+        return
+    assert script in RUN_BY, f"no test runs {script}: name one in RUN_BY"
+    name = Path(script).stem
+    assert name in (ROOT / RUN_BY[script]).read_text(encoding="utf-8"), f"{RUN_BY[script]} knows no {name}"

@@ -76,6 +76,17 @@ def test_ten_times_as_many_clients_lose_nothing_and_get_right_answers(url):
         assert (outcome.lost, outcome.wrong) == (0, 0) and len(outcome.latencies) >= clients
 
 
+def test_the_bench_of_large_corpora_builds_serves_and_counts(tmp_path, monkeypatch):
+    from tools.bench import large_corpus
+
+    out = tmp_path / "found.json"
+    arguments = ["--passages", "3000", "--words", "60", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["large_corpus.py", *arguments])
+    assert large_corpus.main() == 0
+    found = json.loads(out.read_text())
+    assert found["passages"] == 3000 and found["own_mib"] > 10 and found["p99_ms"] >= found["p50_ms"] > 0
+
+
 def test_the_same_query_of_many_clients_is_remembered_and_counted(url):
     def metric(name):
         text = httpx.get(url.replace("/retrieve", "/metrics")).text
