@@ -15,7 +15,6 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

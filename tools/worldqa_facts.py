@@ -166,8 +166,11 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
         spelled = re.fullmatch(r"[A-Za-z' .-]{4,16}", ascii_fold(record["name"]))
         return bool(spelled) and homonyms[key] == 1 and key not in country_names
 
+    by_country: dict[str, list[dict]] = {}
+    for record in records:
+        by_country.setdefault(record["countrycode"], []).append(record)
     for code, country in world.items():
-        own = [record for record in records if record["countrycode"] == code]
+        own = by_country.get(code, [])
         chosen = [
             record for record in own if is_plain(record) and record["population"] >= MIN_CITY_POPULATION
         ]
