@@ -61,6 +61,9 @@ def check_packed_attention(bench: Bench) -> None:
     bench.at_most(
         "packed attention, gradients", _distance(gradients, expected_gradients), MAX_GRADIENT_GAP[dtype]
     )
+    branches = _by_branches(path, groups, dtype=dtype)
+    gap = (branches - expected[-len(branches) :]).abs().mean().item()
+    bench.at_most("branches of one sequence, log-probs", gap, MAX_LOGPROB_GAP[dtype], "nats")
 
 
 def check_context_parallel(bench: Bench) -> None:
@@ -161,6 +164,29 @@ def _run(path: str, groups: Any, *, dtype: str, parallel: Any = None, fp8: Any =
             parameter.copy_(parameter.main_grad)
     gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}
     return scored.logprobs[sampled].float().cpu(), gradients
+
+
+def _by_branches(path: str, groups: Any, *, dtype: str) -> Any:
+    """Log-probs of the last sequence's tokens from the third on, ten at a time, as branches."""
+    import torch
+
+    from a2tgpo.batch.probes import Probe, ProbedSequence
+    from a2tgpo.config.model import ModelConfig
+    from a2tgpo.config.parallel import ParallelConfig
+    from a2tgpo.model.build import build_policy
+    from a2tgpo.update.probe_scores import score_probes
+
+    model = ModelConfig(path=path, dtype=dtype)
+    policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+    tokens = _trajectories()[-1].tokens
+    probes = [
+        Probe(
+            prefix_length=start - 1, scaffold=(tokens[start - 1],), answer=tuple(tokens[start : start + 10])
+        )
+        for start in range(2, len(tokens), 10)
+    ]
+    (found,) = score_probes(policy, [ProbedSequence(tokens=tokens, probes=probes)], max_tokens=4096)
+    return torch.tensor([logprob for branch in found for logprob in branch])
 
 
 def _by_transformers(path: str, device: Any) -> tuple[Any, Any]:

@@ -51,6 +51,7 @@ def test_on_a_cpu_what_has_a_meaning_passes_and_the_rest_says_why_not(tmp_path):
         "all-reduce 16 MiB": "PASS",
         "packed attention, log-probs": "PASS",
         "packed attention, gradients": "PASS",
+        "branches of one sequence, log-probs": "PASS",
         "context parallel, log-probs": "PASS",
         "context parallel, gradients": "PASS",
         "fp8": "SKIP",
@@ -63,6 +64,7 @@ def test_on_a_cpu_what_has_a_meaning_passes_and_the_rest_says_why_not(tmp_path):
     assert all("no GPU is seen" in found[name]["note"] for name in ("fp8", "engine memory"))
     # Two ways of computing: equal to the bit would mean that one was compared with itself.
     assert 0 < found["packed attention, log-probs"]["measured"] < 1e-5
+    assert 0 < found["branches of one sequence, log-probs"]["measured"] < 1e-5
     assert "PASS  refit, probe of moved weights" in done.stdout
     assert json.loads((tmp_path / "found.json").read_text())["machine"]["versions"]["torch"]
 
