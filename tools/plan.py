@@ -1,10 +1,11 @@
 """Whether a configuration fits a cluster, how a step is divided, and how long it should take: arithmetic, no GPU.
 
-    python tools/plan.py CONFIG [OVERRIDE ...] --gpus 64 [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
+    python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
     python tools/plan.py --validate
 
-OVERRIDE is section.field=value or a YAML file, as for training. Exit code 1: some phase does not fit, or no layout
-does; 2: a mistake in the configuration or in the arguments.
+OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu the plan is for cluster.gpus
+and cluster.gpu, what CONFIG is meant for. Exit code 1: some phase does not fit, or no layout does; 2: a mistake in
+the configuration or in the arguments.
 """
 
 import argparse
@@ -44,19 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     dimensions, source = model_dimensions(config.model.path, args.model)
-    gpu = GPUS[args.gpu]
+    gpu, gpus = GPUS[args.gpu or config.cluster.gpu], args.gpus or config.cluster.gpus
     workload = Workload(
         prompt_tokens=args.mean_prompt_tokens,
         response_tokens=args.mean_response_tokens,
         sampled_share=args.sampled_share,
     )
     if args.suggest:
-        plans = suggest(config, dimensions, gpu, gpus=args.gpus, workload=workload)
+        plans = suggest(config, dimensions, gpu, gpus=gpus, workload=workload)
         print(suggestion_text(plans))
         written = [plan_json(made) for made in plans]
         is_possible = bool(plans)
     else:
-        made = make_plan(config, dimensions, gpu, gpus=args.gpus, workload=workload)
+        made = make_plan(config, dimensions, gpu, gpus=gpus, workload=workload)
         print(plan_text(made, source=source))
         written = plan_json(made)
         is_possible = made.fits
@@ -72,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
     )
-    parser.add_argument("--gpus", type=_count, default=8, help="cards of the cluster (default 8)")
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100-80gb", help="kind of card")
+    parser.add_argument("--gpus", type=_count, help="cards of the cluster (default: cluster.gpus)")
+    parser.add_argument("--gpu", choices=list(GPUS), help="kind of card (default: cluster.gpu)")
     parser.add_argument(
         "--model",
         choices=list(KNOWN_MODELS),

@@ -1,14 +1,24 @@
 """Which of the trainer's linear layers compute in 8-bit floating point, and how values are scaled into it."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 from a2tgpo.config.check import require
+from a2tgpo.config.parallel import ParallelConfig
 
 TOKEN_MULTIPLES = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
 """Tokens of a rank's activations come in multiples of this, by recipe: in the weight gradient, tokens are what is
 summed over and scaled in blocks. FP8 matrix products take 16, MXFP8's blocks are of 32, the others' of 128."""
 CHANNEL_MULTIPLES = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
 """Sizes of a rank's weight matrices are multiples of this, by recipe."""
+CAPABILITIES = {"tensorwise": ((8, 9), (99, 0)), "blockwise": ((9, 0), (99, 0)), "mxfp8": ((10, 0), (12, 0))}
+"""Compute capability of the cards that have a recipe: from, and below."""
+ENGINE_CAPABILITY = (8, 9)
+"""Compute capability from which an engine can be quantised."""
+ENGINE_BLOCK = 128
+"""Channels that share a scale in an engine of `rollout.quantization` fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,7 @@ class Fp8Config:
     recipe: str = "blockwise"
     """What shares a scale: blockwise (1x128 activations, 128x128 weights) | tensorwise | mxfp8 (1x32; Blackwell)."""
     param_gather: bool = False
-    """Keep and gather the weights themselves in FP8; not supported yet."""
+    """Keep and gather the weights themselves in FP8; refused, see docs/fp8.md."""
     first_layers_bf16: int = 0
     """Decoder layers at the start that stay in bfloat16; at most a pipeline stage's."""
     last_layers_bf16: int = 0
@@ -41,7 +51,11 @@ class Fp8Config:
             "model.fp8.recipe",
             self.recipe,
             "blockwise | tensorwise | mxfp8"
-            + (" (delayed scales differ between scoring and training)" if self.recipe == "delayed" else ""),
+            + (
+                "; delayed scales differ between scoring and training, so ratios would not start at 1 (docs/fp8.md)"
+                if self.recipe == "delayed"
+                else ""
+            ),
         )
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
@@ -51,7 +65,8 @@ class Fp8Config:
             not self.param_gather,
             "model.fp8.param_gather",
             self.param_gather,
-            "false; FP8 weights are not supported yet, only FP8 arithmetic on bfloat16 weights",
+            "false; with FP8 weights the optimizer would start from other values than the checkpoint's "
+            "(docs/fp8.md); model.fp8.format computes in FP8 on bfloat16 weights",
         )
         for name, unset in (("recipe", "blockwise"), ("first_layers_bf16", 0), ("last_layers_bf16", 0)):
             require(
@@ -75,3 +90,101 @@ class Fp8Config:
     def channel_multiple(self) -> int:
         """What the sizes of a rank's weight matrices must be multiples of."""
         return CHANNEL_MULTIPLES[self.recipe] if self.enabled else 1
+
+    def bf16_layers(self, stage: int, pipeline: int) -> int:
+        """Decoder layers of pipeline stage `stage` that stay in bfloat16 while the others compute in FP8."""
+        first = self.first_layers_bf16 if stage == 0 else 0
+        last = self.last_layers_bf16 if stage == pipeline - 1 else 0
+        return first + last
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSizes:
+    """Of a decoder's linear layers, in channels."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    """Feed-forward channels, of one expert where there are any."""
+    has_experts: bool
+
+    @classmethod
+    def of(cls, hf_config: Any) -> LinearSizes:
+        """Those of a Hugging Face configuration."""
+        has_experts = hf_config.model_type == "qwen3_moe"
+        heads = hf_config.num_attention_heads
+        return cls(
+            hidden=hf_config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(hf_config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads,
+            ffn=hf_config.moe_intermediate_size if has_experts else hf_config.intermediate_size,
+            has_experts=has_experts,
+        )
+
+
+def fp8_layout_fault(
+    fp8: Fp8Config, parallel: ParallelConfig, sizes: LinearSizes, *, num_layers: int
+) -> str | None:
+    """One line on why the trainer cannot compute in `fp8` in this layout; None if it can, or FP8 is off."""
+    if not fp8.enabled:
+        return None
+    multiple, tensor = fp8.channel_multiple, parallel.tensor
+    if sizes.has_experts:  # never sliced
+        feed_forward = (sizes.ffn, "channels of an expert")
+    else:
+        feed_forward = (sizes.ffn // tensor, "feed-forward channels")
+    for size, what in (
+        (sizes.hidden, "hidden channels"),
+        ((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim // tensor, "query, key and value channels"),
+        (sizes.heads * sizes.head_dim // tensor, "channels of attention heads"),
+        feed_forward,
+    ):
+        if size % multiple:
+            return (
+                f"model.fp8.format is {fp8.format!r}; allowed: none, since a rank holds {size} {what} of this model, "
+                f"and recipe {fp8.recipe} takes multiples of {multiple} (parallel.tensor is {tensor}, "
+                "less may help)"
+            )
+    kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
+    if kept >= num_layers:
+        return (
+            f"model.fp8.first_layers_bf16 and last_layers_bf16 are {kept} together; allowed: below the model's "
+            f"{num_layers} layers, else none computes in FP8"
+        )
+    stages = parallel.stage_layers(num_layers)
+    for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
+        # Megatron holds both to an even share, whatever the stages hold (transformer_config.py:995).
+        most = min(stage_layers, num_layers // parallel.pipeline)
+        if getattr(fp8, name) > most:
+            return (
+                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most {most}, since stages hold "
+                f"{stages} layers of the model's {num_layers}"
+            )
+    return None
+
+
+def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
+    """One line on why an engine's linear layers cannot be quantised so; None if they can.
+
+    A token's activations are scaled in blocks along what a rank's matrices sum over, and vLLM asserts that blocks are
+    whole (fp8_utils.py, per_token_group_quant_fp8); experts it pads (online/fp8.py, maybe_roundup_sizes).
+    """
+    if quantization != "fp8":
+        return None
+    summed_over = [
+        (sizes.hidden, "hidden channels"),
+        (sizes.heads * sizes.head_dim, "channels of attention heads"),
+    ]
+    if not sizes.has_experts:
+        summed_over.append((sizes.ffn, "feed-forward channels"))
+    for size, what in summed_over:
+        held = size if what == "hidden channels" else size // tensor_parallel
+        if held % ENGINE_BLOCK:
+            return (
+                f"rollout.quantization is 'fp8'; allowed: none | fp8_per_channel, since a rank of the engine holds "
+                f"{held} {what}, not whole blocks of {ENGINE_BLOCK} (rollout.tensor_parallel is {tensor_parallel})"
+            )
+    return None

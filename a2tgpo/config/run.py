@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import require
+from a2tgpo.config.cluster import ClusterConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -96,6 +97,7 @@ class RunConfig:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

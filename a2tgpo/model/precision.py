@@ -13,17 +13,13 @@ import torch
 from packaging.version import Version
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.fp8 import CAPABILITIES, Fp8Config
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
-FP8_NEEDS = {
-    "tensorwise": ("2.2", (8, 9), (99, 0), "12.1"),
-    "blockwise": ("2.3", (9, 0), (99, 0), "12.9"),
-    "mxfp8": ("2.1", (10, 0), (12, 0), "12.8"),
-}
-"""By recipe: Transformer Engine's version, compute capability from and below, CUDA version (its quantization.py, and
-megatron/core/fp8_utils.py, `get_fp8_recipe`)."""
+FP8_NEEDS = {"tensorwise": ("2.2", "12.1"), "blockwise": ("2.3", "12.9"), "mxfp8": ("2.1", "12.8")}
+"""By recipe: versions of Transformer Engine and CUDA (its quantization.py, and megatron/core/fp8_utils.py,
+`get_fp8_recipe`); the cards are config.fp8.CAPABILITIES."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:
@@ -64,7 +60,8 @@ def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], 
         capability: the card's compute capability, such as (9, 0) for Hopper.
         cuda: version of CUDA that torch was built for.
     """
-    need_engine, first, end, need_cuda = FP8_NEEDS[recipe]
+    need_engine, need_cuda = FP8_NEEDS[recipe]
+    first, end = CAPABILITIES[recipe]
     for holds, has, need in (
         (
             first <= capability < end,
@@ -82,7 +79,7 @@ def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], 
 
 
 def _cards(recipe: str) -> str:
-    _, first, end, _ = FP8_NEEDS[recipe]
+    first, end = CAPABILITIES[recipe]
     return f">= {first[0]}.{first[1]}" + (f" and < {end[0]}.{end[1]}" if end < (99, 0) else "")
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.fp8 import Fp8Config, LinearSizes, fp8_layout_fault
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.model.experts import check_expert_layout, expert_settings, has_experts
@@ -39,45 +39,10 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8
             )
     parallel.stage_layers(hf_config.num_hidden_layers)
     check_expert_layout(hf_config, parallel)
-    if fp8.enabled:
-        _check_fp8_layout(hf_config, parallel, fp8)
-
-
-def _check_fp8_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    heads, multiple = hf_config.num_attention_heads, fp8.channel_multiple
-    if has_experts(hf_config):
-        feed_forward = (hf_config.moe_intermediate_size, "channels of an expert")
-    else:
-        feed_forward = (hf_config.intermediate_size // parallel.tensor, "feed-forward channels")
-    all_heads = heads + 2 * hf_config.num_key_value_heads
-    for size, what in (
-        (hf_config.hidden_size, "hidden channels"),
-        (all_heads * hf_config.head_dim // parallel.tensor, "query, key and value channels"),
-        (heads * hf_config.head_dim // parallel.tensor, "channels of attention heads"),
-        feed_forward,
-    ):
-        if size % multiple:
-            raise ConfigError(
-                f"model.fp8.format is {fp8.format!r}; allowed: none, since a rank holds {size} {what} of this model, "
-                f"and recipe {fp8.recipe} takes multiples of {multiple} (parallel.tensor is {parallel.tensor}, "
-                "less may help)"
-            )
-    num_layers = hf_config.num_hidden_layers
-    kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
-    if kept >= num_layers:
-        raise ConfigError(
-            f"model.fp8.first_layers_bf16 and last_layers_bf16 are {kept} together; allowed: below the model's "
-            f"{num_layers} layers, else none computes in FP8"
-        )
-    stages = parallel.stage_layers(num_layers)
-    for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron holds both to an even share, whatever the stages hold (transformer_config.py:995).
-        most = min(stage_layers, num_layers // parallel.pipeline)
-        if getattr(fp8, name) > most:
-            raise ConfigError(
-                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most {most}, since stages hold "
-                f"{stages} layers of the model's {num_layers}"
-            )
+    sizes = LinearSizes.of(hf_config)
+    fault = fp8_layout_fault(fp8, parallel, sizes, num_layers=hf_config.num_hidden_layers)
+    if fault is not None:
+        raise ConfigError(fault)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:

@@ -32,6 +32,8 @@ class MicrobatchShape:
     """That the rank holds: all of the micro-batch's, or its share under context parallelism."""
     element_bytes: int
     """Of weights and activations: 2 in bfloat16, 4 in float32."""
+    fp8_bytes: float = 0.0
+    """Of a value of its input that a linear layer keeps in FP8, its share of a scale included; 0: no FP8."""
 
     @property
     def residual_bytes(self) -> int:
@@ -68,8 +70,11 @@ class MicrobatchShape:
         if d.has_qk_norms:
             attention += d.query_width + d.kv_width  # q and k before their norms
         wide = self.tokens * attention // tensor * self.element_bytes
-        # Two norms, each with its input and its output.
-        return 4 * self.residual_bytes + wide + self.feed_forward_bytes + self.attention_statistics_bytes
+        if self.fp8_bytes:  # attention keeps its output, and the projection behind it a copy in FP8
+            wide += self._input_bytes(self.tokens * d.query_width // tensor)
+        # Two norms, each with its input, and its output as the next linear layer keeps it.
+        norms = 2 * self.residual_bytes + 2 * self._input_bytes(self.residual_bytes // self.element_bytes)
+        return norms + wide + self.feed_forward_bytes + self.attention_statistics_bytes
 
     @property
     def feed_forward_bytes(self) -> int:
@@ -77,11 +82,17 @@ class MicrobatchShape:
         d = self.dimensions
         if not d.experts:
             # Both projections in, and their gated product.
-            return self.tokens * 3 * d.ffn // self.parallel.tensor * self.element_bytes
+            width = d.ffn // self.parallel.tensor
+            return self.tokens * 2 * width * self.element_bytes + self._input_bytes(self.tokens * width)
         # The same for every chosen expert, and the copy of the token that was sent to it.
-        experts = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
+        experts = self.routed_tokens * 2 * d.ffn * self.element_bytes
+        experts += self._input_bytes(self.routed_tokens * (d.hidden + d.ffn))
         # The router's logits and weights, and who was chosen.
         return experts + self.tokens // self.parallel.tensor * d.experts * (2 * FLOAT32_BYTES + 1)
+
+    def _input_bytes(self, elements: int) -> int:
+        """What a linear layer keeps of an input of so many elements."""
+        return int(elements * (self.fp8_bytes or self.element_bytes))
 
     @property
     def routed_tokens(self) -> int:
@@ -105,6 +116,11 @@ class MicrobatchShape:
         gradients = 3 * self.tokens * d.ffn // self.parallel.tensor * self.element_bytes
         if d.experts:
             gradients = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
+        # FP8 copies of both projections' gradient: for the gradient of the input, and for that of the weights.
+        widest = (
+            self.routed_tokens * 2 * d.ffn if d.experts else self.tokens * 2 * d.ffn // self.parallel.tensor
+        )
+        gradients += int(2 * widest * self.fp8_bytes)
         recomputed = {"full": self.layer_bytes, "selective": self.attention_statistics_bytes, "none": 0}
         return gradients + 2 * self.gathered_bytes + self.ring_bytes + recomputed[recompute]
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Assumptions:
     compute_utilisation: float = 0.45
     """Share of the card's peak that large matrix products and attention reach, launch gaps included."""
+    fp8_speed: float = 1.5
+    """Linear layers in FP8 against bfloat16, quantisation included; the card's peak is twice as high."""
     imbalance: float = 0.05
     """Time lost to replicas waiting for the one with the most tokens, as a share of computation."""
     memory_utilisation: float = 0.7

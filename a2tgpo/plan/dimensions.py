@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import LinearSizes
 from a2tgpo.config.parallel import ParallelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -50,6 +51,17 @@ class ModelDimensions:
     def kv_width(self) -> int:
         """Channels of keys, and as many of values."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def linear_sizes(self) -> LinearSizes:
+        return LinearSizes(
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            ffn=self.ffn,
+            has_experts=bool(self.experts),
+        )
 
     def padded_vocab(self, tensor: int) -> int:
         """Rows of the embedding in training, padded so that `tensor` ranks get the same number."""
@@ -121,6 +133,7 @@ KNOWN_MODELS = {
     "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 4, 1536),
     "llama-3.1-8b": _eight_kv_heads("llama", 4096, 32, 32, 14336, 128256, tied=False),
     "llama-3.1-70b": _eight_kv_heads("llama", 8192, 80, 64, 28672, 128256, tied=False),
+    "llama-3.3-70b": _eight_kv_heads("llama", 8192, 80, 64, 28672, 128256, tied=False),
 }
 
 

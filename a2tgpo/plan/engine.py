@@ -8,7 +8,8 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.hardware import GIB, Gpu
-from a2tgpo.plan.parameters import layer_parameters
+from a2tgpo.plan.parameters import layer_parameters, linear_parameters
+from a2tgpo.plan.precision import ENGINE_WEIGHT_BYTES
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -61,10 +62,14 @@ def engine_weight_bytes(
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
     layer = layer_parameters(dimensions, tensor)
-    elements = (
-        layer.dense + experts_share * layer.experts / tensor
-    ) * dimensions.layers + embeddings  # it does cut experts
-    return elements * ELEMENT_BYTES[engine_dtype(config)]
+    linear = linear_parameters(dimensions, tensor) - layer.experts
+    others = layer.dense - linear
+    linear_held = linear + experts_share * layer.experts / tensor  # it does cut experts
+    element_bytes: float = ELEMENT_BYTES[engine_dtype(config)]
+    linear_bytes = element_bytes if config.rollout.quantization == "none" else ENGINE_WEIGHT_BYTES
+    return (
+        dimensions.layers * (linear_held * linear_bytes + others * element_bytes) + embeddings * element_bytes
+    )
 
 
 def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:

@@ -11,8 +11,9 @@ from a2tgpo.plan.dimensions import ModelDimensions
 class TokenFlops:
     """Of one token's forward pass; a backward pass takes twice as many."""
 
-    layers: float
-    """All layers but for experts."""
+    linear: float
+    """Linear layers of the decoder but for experts: what FP8 makes faster, and experts too."""
+    attention: float
     experts: float
     """The chosen experts of all layers; 0 in a dense model."""
     output: float
@@ -20,7 +21,7 @@ class TokenFlops:
 
     @property
     def total(self) -> float:
-        return self.layers + self.experts + self.output
+        return self.linear + self.attention + self.experts + self.output
 
 
 def forward_flops(dimensions: ModelDimensions, *, context: float) -> TokenFlops:
@@ -36,5 +37,8 @@ def forward_flops(dimensions: ModelDimensions, *, context: float) -> TokenFlops:
     else:
         matrices += feed_forward
     return TokenFlops(
-        layers=d.layers * (2 * matrices + attention), experts=experts, output=2 * d.hidden * d.vocab
+        linear=d.layers * 2 * matrices,
+        attention=d.layers * attention,
+        experts=experts,
+        output=2 * d.hidden * d.vocab,
     )

@@ -22,6 +22,8 @@ class Gpu:
     """Link to the cards of the same node, 1e9 bytes per second, one direction."""
     network_gb_per_s: float
     """A card's share of the network between nodes, 1e9 bytes per second, one direction."""
+    capability: tuple[int, int]
+    """CUDA's compute capability: which FP8 the card has, if any."""
     gpus_per_node: int = 8
 
     def link_bytes_per_s(self, span: int) -> float:
@@ -44,6 +46,7 @@ GPUS = {
             memory_tb_per_s=2.04,
             node_gb_per_s=300,
             network_gb_per_s=25,
+            capability=(8, 0),
         ),
         Gpu(
             name="h100-80gb",
@@ -53,6 +56,7 @@ GPUS = {
             memory_tb_per_s=3.35,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            capability=(9, 0),
         ),
         Gpu(
             name="h200-141gb",
@@ -62,6 +66,7 @@ GPUS = {
             memory_tb_per_s=4.8,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            capability=(9, 0),
         ),
         Gpu(
             name="h20-96gb",
@@ -71,6 +76,7 @@ GPUS = {
             memory_tb_per_s=4.0,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            capability=(9, 0),
         ),
         Gpu(
             name="b200-180gb",
@@ -80,6 +86,7 @@ GPUS = {
             memory_tb_per_s=8.0,
             node_gb_per_s=900,
             network_gb_per_s=50,
+            capability=(10, 0),
         ),
         Gpu(
             name="gb200-186gb",
@@ -89,6 +96,7 @@ GPUS = {
             memory_tb_per_s=8.0,
             node_gb_per_s=900,
             network_gb_per_s=50,
+            capability=(10, 0),
             gpus_per_node=72,
         ),
     )

@@ -12,6 +12,7 @@ from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault
 from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.workload import Workload
 
 PIPELINE_SIZES = (1, 2, 4, 8, 16)
@@ -103,12 +104,12 @@ def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: 
         if layout_fault(dimensions, parallel, gpus):
             continue
         rollout = dataclasses.replace(config.rollout, tensor_parallel=engine, kv_cache_gib=0.0)
-        if engine_fault(dataclasses.replace(config, rollout=rollout), dimensions, gpus):
+        laid_out = dataclasses.replace(config, parallel=parallel, rollout=rollout)
+        if engine_fault(laid_out, dimensions, gpus) or precision_fault(laid_out, dimensions, gpu):
             continue
         for recompute, fraction, tokens in product(("none", "full"), ENGINE_FRACTIONS, MICROBATCH_TOKENS):
             yield dataclasses.replace(
-                config,
-                parallel=parallel,
+                laid_out,
                 model=dataclasses.replace(config.model, recompute=recompute),
                 rollout=dataclasses.replace(rollout, gpu_memory_fraction=fraction),
                 update=dataclasses.replace(config.update, max_microbatch_tokens=tokens),

@@ -17,6 +17,7 @@ from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
 from a2tgpo.plan.hardware import GIB, Gpu
 from a2tgpo.plan.parameters import largest_tensor, layer_parameters, optimizer_parameters, stage_parameters
+from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
 
 CONTEXT_GIB = 3.0
@@ -63,12 +64,15 @@ class TrainerMemory:
     """The optimizer's float32 copy; none in float32."""
     moments: float
     """Adam's two, float32; they come with the first update."""
+    fp8_copies: float
+    """Of the weights, from the first pass on; 0 without FP8."""
     reference: float
-    """Weights of the reference model; 0 without a KL penalty."""
+    """Weights of the reference model, and their FP8 copies; 0 without a KL penalty."""
 
     def parts(self) -> dict[str, float]:
         return {
             "trainer weights": self.weights,
+            "FP8 copies of weights": self.fp8_copies,
             "gradients": self.gradients,
             "optimizer": self.master_weights + self.moments,
             "reference": self.reference,
@@ -84,12 +88,14 @@ def trainer_memory(
     if config.update.distributed_optimizer:
         shard = optimizer_parameters(held, config.parallel, data_parallel)
     weights = parameters * ELEMENT_BYTES[config.model.dtype]
+    copies = fp8_copy_bytes(config, dimensions, stage)
     return TrainerMemory(
         weights=weights,
         gradients=parameters * FLOAT32_BYTES,
         master_weights=shard * FLOAT32_BYTES if config.model.dtype == "bfloat16" else 0,
         moments=2 * shard * FLOAT32_BYTES,
-        reference=weights if config.algorithm.kl_coef > 0 else 0,
+        fp8_copies=copies,
+        reference=weights + copies if config.algorithm.kl_coef > 0 else 0,
     )
 
 
@@ -120,7 +126,8 @@ def _phases_of_stage(
     # vLLM refuses to start unless its share of the card is free, also where its cache has a size of its own.
     requested = max(engine.total, config.rollout.gpu_memory_fraction * capacity)
     held = {
-        "start": dataclasses.replace(trainer, moments=0.0).parts() | {"engine's share": requested},
+        "start": dataclasses.replace(trainer, moments=0.0, fp8_copies=0.0).parts()
+        | {"engine's share": requested},
         "refit": trainer.parts() | awake | {"refit buckets": _refit_bytes(config, dimensions)},
         "rollout": trainer.parts()
         | awake
@@ -145,6 +152,7 @@ def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
         parallel=config.parallel,
         tokens=-(-tokens // config.parallel.context),
         element_bytes=ELEMENT_BYTES[config.model.dtype],
+        fp8_bytes=VALUE_BYTES[config.model.fp8.recipe] if config.model.fp8.enabled else 0.0,
     )
 
 
@@ -161,9 +169,12 @@ def _update_parts(
 ) -> dict[str, float]:
     shape, recompute = _shape(config, dimensions), config.model.recompute
     layers = config.parallel.stage_layers(dimensions.layers)[stage] // config.parallel.virtual
+    in_bf16 = min(layers, config.model.fp8.bf16_layers(stage, config.parallel.pipeline))
+    chunk = (layers - in_bf16) * shape.saved_layer_bytes(recompute)
+    chunk += in_bf16 * dataclasses.replace(shape, fp8_bytes=0.0).saved_layer_bytes(recompute)
     in_flight = chunks_in_flight(config.parallel, stage, geometry.microbatches)
     parts: dict[str, float] = {
-        "activations": layers * in_flight * shape.saved_layer_bytes(recompute),
+        "activations": in_flight * chunk,
         "backward workspace": shape.backward_workspace_bytes(recompute),
     }
     if stage == config.parallel.pipeline - 1:

@@ -51,6 +51,14 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
     return Parameters((split + feed_forward) // tensor, replicated)
 
 
+def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> int:
+    """Of one layer's parameters on a rank, those that FP8 applies to: matrices, but for the router's."""
+    layer = layer_parameters(dimensions, tensor, expert)
+    has_bias = dimensions.architecture == "qwen2"
+    biases = (dimensions.query_width + 2 * dimensions.kv_width) // tensor if has_bias else 0
+    return layer.split - biases + layer.experts
+
+
 def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
     """One rank of pipeline stage `stage`, 0-based: all its chunks. Tied embeddings stand on the first and last."""
     layers = parallel.stage_layers(dimensions.layers)[stage]

@@ -12,6 +12,7 @@ from a2tgpo.plan.engine import engine_fault, engine_memory
 from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.memory import Phase, memory_phases
+from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
 from a2tgpo.plan.workload import Geometry, Workload, geometry
@@ -36,25 +37,39 @@ class Plan:
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Predicted seconds of one training step by stage."""
-        passes = 2 if self.config.algorithm.kl_coef > 0 else 1
         return {
             "refit": self.refit_s,
             "rollout": self.rollout.seconds,
-            "score": passes * self.score.seconds,
+            "score": self._score_passes * self.score.seconds,
             "update": self.update.seconds,
             "other": self.assumed.fixed_s,
         }
+
+    @property
+    def _score_passes(self) -> int:
+        """By the policy, and by the reference where there is one."""
+        return 2 if self.config.algorithm.kl_coef > 0 else 1
 
     @property
     def step_seconds(self) -> float:
         return sum(self.stage_seconds.values())
 
     @property
+    def token_flops(self) -> float:
+        """Operations of one token's forward pass, in the mean."""
+        return forward_flops(self.dimensions, context=self.workload.tokens / 2).total
+
+    @property
+    def stage_flops(self) -> dict[str, float]:
+        """Model operations of a step by stage; recomputation is none of them."""
+        once = self.token_flops * self.geometry.tokens
+        return {"score": self._score_passes * once, "update": 3 * once}
+
+    @property
     def update_mfu(self) -> float:
-        """Model operations of the update (recomputation not counted) against the cards' peak."""
-        flops = 3 * forward_flops(self.dimensions, context=self.workload.tokens / 2).total
+        """Model operations of the update against the cards' bfloat16 (or float32) peak."""
         peak = self.gpu.peak_flops(self.config.model.dtype) * self.gpus
-        return flops * self.geometry.tokens / self.update.seconds / peak
+        return self.stage_flops["update"] / self.update.seconds / peak
 
     @property
     def holds_a_sequence(self) -> bool:
@@ -81,9 +96,13 @@ def make_plan(
         workload: what a trajectory is expected to be, cut to the limits of `config`; None: the defaults.
 
     Raises:
-        ConfigError: one line, if the layout divides neither the model nor the cards.
+        ConfigError: one line, if the layout divides neither the model nor the cards, or FP8 cannot be.
     """
-    fault = layout_fault(dimensions, config.parallel, gpus) or engine_fault(config, dimensions, gpus)
+    fault = (
+        layout_fault(dimensions, config.parallel, gpus)
+        or engine_fault(config, dimensions, gpus)
+        or precision_fault(config, dimensions, gpu)
+    )
     if fault is not None:
         raise ConfigError(fault)
     assumed = assumed or Assumptions()

@@ -66,6 +66,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         },
         "faults": faults(plan),
         "geometry": dataclasses.asdict(plan.geometry),
+        "operations": {"token_forward": plan.token_flops, **plan.stage_flops},
         "seconds": {name: round(value, 2) for name, value in plan.stage_seconds.items()},
         "step_seconds": round(plan.step_seconds, 2),
         "update_mfu_share": round(plan.update_mfu, 4),
@@ -143,11 +144,27 @@ def _heading(plan: Plan, source: str) -> str:
         f"{f'{parallel.virtual} chunks a stage, ' if parallel.virtual > 1 else ''}"
         f"{f'expert {parallel.expert}, ' if plan.dimensions.experts else ''}"
         f"sequence parallel {'on' if parallel.sequence else 'off'}, recompute {config.model.recompute}, "
-        f"{config.model.dtype}",
-        f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}",
+        f"{config.model.dtype}{_fp8_text(plan)}",
+        f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}"
+        f"{_quantization_text(plan)}",
         f"a rank     {', '.join(_parameters_by_stage_text(plan))}",
     ]
     return "\n".join(lines)
+
+
+def _fp8_text(plan: Plan) -> str:
+    fp8 = plan.config.model.fp8
+    if not fp8.enabled:
+        return ""
+    kept = ""
+    if fp8.first_layers_bf16 + fp8.last_layers_bf16:
+        kept = f" but in {fp8.first_layers_bf16} layers at the start and {fp8.last_layers_bf16} at the end"
+    return f", FP8 {fp8.format} {fp8.recipe}{kept}"
+
+
+def _quantization_text(plan: Plan) -> str:
+    quantization = plan.config.rollout.quantization
+    return "" if quantization == "none" else f", weights quantised ({quantization})"
 
 
 def _parameters_by_stage(plan: Plan) -> list[int]:
@@ -194,6 +211,11 @@ def _geometry_table(plan: Plan) -> str:
         ["trajectories per step", f"{g.trajectories:,}"],
         ["trajectories per engine", f"{g.trajectories_per_engine:,.1f}"],
         ["tokens per step", f"{g.tokens:,.0f} tokens, {g.sampled_tokens:,.0f} of them sampled"],
+        ["operations per token, forward", f"{plan.token_flops / 1e9:,.1f} GFLOP"],
+        [
+            "operations of a step's scoring and update",
+            f"{plan.stage_flops['score'] / 1e15:,.1f} and {plan.stage_flops['update'] / 1e15:,.1f} PFLOP",
+        ],
         ["optimizer steps", f"{g.optimizer_steps}"],
         [
             "micro-batches per optimizer step and replica",
@@ -258,6 +280,7 @@ def _assumption_lines(plan: Plan) -> str:
         f"samples {w.longest_to_mean:g} times the mean",
         f"  compute: {a.compute_utilisation:.0%} of {gpu.peak_flops(plan.config.model.dtype) / 1e12:.0f} TFLOP/s in "
         f"training, {a.prefill_utilisation:.0%} in the engine's prefill; {a.imbalance:.0%} lost to uneven replicas",
+        *_fp8_lines(plan),
         *_expert_lines(plan),
         f"  memory: {a.memory_utilisation:.0%} of {gpu.memory_tb_per_s:g} TB/s",
         f"  links: {a.link_utilisation:.0%} of {gpu.node_gb_per_s:g} GB/s within a node and "
@@ -271,6 +294,15 @@ def _assumption_lines(plan: Plan) -> str:
         "fragmentation",
     ]
     return "\n".join(lines)
+
+
+def _fp8_lines(plan: Plan) -> list[str]:
+    if not plan.config.model.fp8.enabled and plan.config.rollout.quantization == "none":
+        return []
+    return [
+        f"  FP8: linear layers {plan.assumed.fp8_speed:g} times as fast as in bfloat16, quantisation included; "
+        "attention, output layer and all that is sent as in bfloat16"
+    ]
 
 
 def _expert_lines(plan: Plan) -> list[str]:

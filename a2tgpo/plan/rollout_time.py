@@ -43,7 +43,10 @@ def rollout_time(
     """What an engine takes to play its share."""
     tensor = config.rollout.tensor_parallel
     peak = gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
-    forward = forward_flops(dimensions, context=workload.tokens / 2).total
+    flops = forward_flops(dimensions, context=workload.tokens / 2)
+    # Operations in FP8 count as the bfloat16 ones that take as long.
+    linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
+    forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
     bandwidth = 1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation
     per_token = kv_bytes_per_token(config, dimensions)
 

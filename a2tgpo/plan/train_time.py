@@ -9,7 +9,7 @@ from a2tgpo.plan.activations import EXPERT_CROWDING, FLOAT32_BYTES
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES
-from a2tgpo.plan.flops import forward_flops
+from a2tgpo.plan.flops import TokenFlops, forward_flops
 from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 from a2tgpo.plan.workload import Geometry, Workload
@@ -224,8 +224,10 @@ def _pass_time(
     """All of a step's micro-batches, each running `layer_passes` forward passes' worth of layers."""
     parallel = config.parallel
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    one_layer = (flops.layers + flops.experts * _expert_wait(config)) / dimensions.layers
-    by_stage = [layer_passes * one_layer * layers for layers in parallel.stage_layers(dimensions.layers)]
+    by_stage = [
+        layer_passes * _stage_operations(config, dimensions, flops, stage, fp8_speed=assumed.fp8_speed)
+        for stage in range(parallel.pipeline)
+    ]
     by_stage[-1] += output_passes * flops.output
     slowest = max(by_stage)
     rate = gpu.peak_flops(config.model.dtype) * assumed.compute_utilisation * parallel.tensor
@@ -253,3 +255,15 @@ def _pass_time(
         pipeline=steps * count * one_boundary,
         dispatch=steps * count * one_dispatch,
     )
+
+
+def _stage_operations(
+    config: RunConfig, dimensions: ModelDimensions, flops: TokenFlops, stage: int, *, fp8_speed: float
+) -> float:
+    """A token's forward pass through a stage's layers; those in FP8 count as the bfloat16 ones that take as long."""
+    parallel, fp8 = config.parallel, config.model.fp8
+    layers = parallel.stage_layers(dimensions.layers)[stage]
+    in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0
+    linear = flops.linear + flops.experts * _expert_wait(config)
+    operations = layers * flops.attention + (layers - in_fp8 + in_fp8 / fp8_speed) * linear
+    return operations / dimensions.layers

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from a2tgpo.config.check import require
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.fp8 import ENGINE_CAPABILITY, LinearSizes, quantization_fault
+from a2tgpo.config.rollout import RolloutConfig
 
-QUANTIZATION_NAMES = {"fp8": "fp8_per_block"}
+QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
 """`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
 their weights come in, at a refit as at the first load (vllm/model_executor/model_loader/reload/layerwise.py)."""
 
@@ -39,19 +41,28 @@ def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: st
     return 2 * hf_config.num_hidden_layers * max(1, heads // tp_size) * head_dim * num_tokens * element_bytes
 
 
-def quantization_name(value: str, dtype: str) -> str:
-    """vLLM's name for `rollout.quantization`, if this machine and the weights' format `dtype` allow it."""
-    key = "rollout.quantization"
+def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
+    """vLLM's name for `rollout.quantization`.
+
+    Args:
+        dtype: the weights' format.
+
+    Raises:
+        ConfigError: if the machine, `dtype` or the model's sizes do not allow it.
+    """
+    key, value = "rollout.quantization", config.quantization
     require(
         torch.cuda.is_available(), key, value, "none where no GPU is seen; vLLM has no FP8 layers for CPUs"
     )
     require(
-        torch.cuda.get_device_capability() >= (8, 9),
+        torch.cuda.get_device_capability() >= ENGINE_CAPABILITY,
         key,
         value,
         "none on cards before compute capability 8.9",
     )
     require(dtype == "bfloat16", key, value, f"none with weights in {dtype}; FP8 needs bfloat16 around it")
+    if fault := quantization_fault(value, config.tensor_parallel, LinearSizes.of(hf_config)):
+        raise ConfigError(fault)
     return QUANTIZATION_NAMES[value]
 
 

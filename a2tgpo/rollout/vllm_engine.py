@@ -149,7 +149,7 @@ class VllmEngine:
             arguments["logits_processors"] = [MaskUnusedIds]
             arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
         if config.quantization != "none":
-            arguments["quantization"] = quantization_name(config.quantization, self.dtype)
+            arguments["quantization"] = quantization_name(config, self.dtype, hf_config)
         if ON_GPU:
             arguments |= dict(
                 enable_sleep_mode=True,

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from test_plan_parameters import gpt_models, hf_config_of, in_place_of
 
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.cluster import GPU_KINDS
+from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -20,7 +23,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.plan.activations import MicrobatchShape
 from a2tgpo.plan.advice import faults
-from a2tgpo.plan.dimensions import KNOWN_MODELS
+from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.engine import engine_memory, engine_weight_bytes, kv_bytes_per_token
 from a2tgpo.plan.hardware import GIB, GPUS
 from a2tgpo.plan.layouts import LEAST_HEADROOM
@@ -32,18 +35,17 @@ H100 = GPUS["h100-80gb"]
 QWEN_72B = KNOWN_MODELS["qwen2.5-72b"]
 CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml")
 
-PLANNED = {
+CONFIGS = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+MEANT_FOR = {
     "train_70b": ("qwen2.5-72b", 64),
+    "train_70b_llama": ("llama-3.3-70b", 64),
     "train_30b_a3b": ("qwen3-30b-a3b", 16),
     "train_8b": ("qwen3-8b", 8),
     "train_4b": ("qwen3-4b", 8),
-    # Meant for CPUs, and smaller models than this:
-    "ablation": ("qwen2.5-0.5b", 2),
-    "calculator": ("qwen2.5-0.5b", 2),
-    "quickstart": ("qwen2.5-0.5b", 2),
-    "smollm2_cpu": ("qwen2.5-0.5b", 2),
 }
-"""Model and cards that each file in configs/ is meant for."""
+"""Model and cards of the files for GPUs."""
+LARGER_THAN_CPU_MODELS = "qwen2.5-0.5b"
+BFLOAT16 = "configs/precision/bfloat16.yaml"
 
 
 def changed(config: RunConfig, section: str, **values) -> RunConfig:
@@ -58,17 +60,81 @@ def peaks(plan: Plan) -> dict[str, float]:
     return {phase.name: phase.peak for phase in plan.phases}
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_configuration_fits_80_gb_with_room_left(name):
-    model, gpus = PLANNED[name]
-    plan = make_plan(load_config(ROOT / f"configs/{name}.yaml"), KNOWN_MODELS[model], H100, gpus=gpus)
-    assert plan.fits
+    config = CONFIGS[name]
+    known = None if name.startswith("train_") else LARGER_THAN_CPU_MODELS
+    dimensions, _ = model_dimensions(config.model.path, known)
+    if known is None:
+        assert (dimensions, config.cluster.gpus) == (KNOWN_MODELS[MEANT_FOR[name][0]], MEANT_FOR[name][1])
+    plan = make_plan(config, dimensions, GPUS[config.cluster.gpu], gpus=config.cluster.gpus)
+    assert plan.fits and plan.gpu == H100
     assert [phase.name for phase in plan.phases if phase.headroom < LEAST_HEADROOM] == []
 
 
-@pytest.mark.parametrize("name", ["train_70b", "train_30b_a3b", "train_8b", "train_4b"])
+@pytest.mark.parametrize("name", ["train_70b", "train_70b_llama"])
+def test_the_large_models_compute_in_fp8_and_one_file_switches_all_of_it_off(name):
+    config = CONFIGS[name]
+    assert (config.model.fp8.format, config.model.fp8.recipe) == ("e4m3", "blockwise")
+    assert config.rollout.quantization != "none" and config.algorithm.correction.kind == "truncate"
+    off = load_config(ROOT / f"configs/{name}.yaml", [str(ROOT / BFLOAT16)])
+    assert (off.model.fp8, off.rollout.quantization) == (Fp8Config(), "none")
+    assert off.algorithm.correction.kind == "none"
+    plan = make_plan(off, KNOWN_MODELS[MEANT_FOR[name][0]], H100, gpus=64)
+    assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
+
+
+def test_fp8_in_a_plan_by_hand():
+    config = changed(
+        CONFIG_70B, "model", fp8=Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=2)
+    )
+    # q, o: 8192 x 8192; k, v: 8192 x 1024; three of 8192 x 29568, over 8 ranks; no biases, no norms
+    linear = (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568) // 8
+    copies = [trainer_memory(config, QWEN_72B, stage=s, data_parallel=2).fp8_copies for s in range(4)]
+    # Two copies of a byte, and a float32 scale for 128 x 128 weights.
+    assert copies == [2 * (1 + 4 / 128**2) * layers * linear for layers in (19, 20, 20, 18)]
+    whole = MicrobatchShape(dimensions=QWEN_72B, parallel=config.parallel, tokens=8192, element_bytes=2)
+    fp8 = dataclasses.replace(whole, fp8_bytes=1.0)
+    # Outputs of two norms and the gated product lose a byte a value, attention's output gains a copy.
+    assert whole.layer_bytes - fp8.layer_bytes == 1024 * (2 * 8192 + 29568 - 8192)
+    assert fp8.saved_layer_bytes("full") == whole.saved_layer_bytes("full")
+    quantised = engine_weight_bytes(CONFIG_70B, QWEN_72B)
+    plain = engine_weight_bytes(changed(CONFIG_70B, "rollout", quantization="none"), QWEN_72B)
+    assert plain - quantised == pytest.approx(80 * linear * (1 - 4 / 128**2))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "card", "message"),
+    [
+        (
+            ["rollout.quantization=fp8"],
+            "h100-80gb",
+            "allowed: none | fp8_per_channel, since a rank of the engine",
+        ),
+        (
+            ["model.fp8.recipe=mxfp8"],
+            "h100-80gb",
+            "'mxfp8'; allowed on h100-80gb: recipe tensorwise | blockwise",
+        ),
+        (["model.fp8.recipe=mxfp8"], "b200-180gb", "3696 feed-forward channels"),
+        ([], "a100-80gb", "model.fp8.recipe is 'blockwise'; allowed on a100-80gb: model.fp8.format none"),
+        (["model.fp8.first_layers_bf16=21"], "h100-80gb", "first_layers_bf16 is 21; allowed: at most 20"),
+    ],
+)
+def test_fp8_that_card_model_or_layout_does_not_allow_is_refused_in_one_line(overrides, card, message):
+    config = load_config(ROOT / "configs/train_70b.yaml", overrides)
+    with pytest.raises(ConfigError) as refused:
+        make_plan(config, QWEN_72B, GPUS[card], gpus=64)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_every_kind_of_card_that_a_configuration_may_name_is_known():
+    assert set(GPU_KINDS) == set(GPUS)
+
+
+@pytest.mark.parametrize("name", MEANT_FOR)
 def test_the_shipped_configurations_have_the_papers_settings(name):
-    config = load_config(ROOT / f"configs/{name}.yaml")
+    config = CONFIGS[name]
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (64, 16)
     assert (config.update.prompts_per_minibatch, config.update.lr) == (8, 1e-6)
     assert (config.update.lr_schedule, config.update.weight_decay, config.update.clip_grad) == (

@@ -174,6 +174,7 @@ def test_chunks_and_uneven_stages_hold_all_layers_once_and_are_counted_to_the_by
             ParallelConfig(tensor=8, pipeline=4, first_stage_layers=19, last_stage_layers=19, sequence=True),
         ),
         ("llama-3.1-70b", ParallelConfig(tensor=4, pipeline=8, sequence=True)),
+        ("llama-3.3-70b", ParallelConfig(tensor=8, pipeline=4, sequence=True)),
         ("qwen3-30b-a3b", ParallelConfig(tensor=2, pipeline=2, sequence=True, expert=8)),
         ("qwen3-235b-a22b", ParallelConfig(expert=16)),
     ],
@@ -277,6 +278,7 @@ def _state_bytes(policy: Policy, update: UpdateConfig) -> int:
         ("qwen3-235b-a22b", 235_093_634_560),
         ("llama-3.1-8b", 8_030_261_248),
         ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.3-70b", 70_553_706_496),
     ],
 )
 def test_built_in_dimensions_give_the_published_parameter_counts(name, published):

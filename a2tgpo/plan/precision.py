@@ -1,0 +1,47 @@
+"""FP8 in a plan: whether card, model and layout allow it, and what its values take."""
+
+from __future__ import annotations
+
+from a2tgpo.config.fp8 import CAPABILITIES, ENGINE_CAPABILITY, fp8_layout_fault, quantization_fault
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.dimensions import ModelDimensions
+from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.parameters import linear_parameters
+
+VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
+"""Of an activation that a linear layer keeps for its backward pass, its share of a scale included, by recipe."""
+WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
+"""Of a weight."""
+WEIGHT_COPIES = 2
+"""Of each weight in FP8 beside the bfloat16 one: for the forward pass, and transposed for the backward pass. Modules
+make them at the first micro-batch after an update and keep them (transformer_engine/pytorch/module/base.py,
+`_fp8_workspaces`)."""
+ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2
+"""Of a weight in a quantised engine, its share of a scale included."""
+
+
+def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> str | None:
+    """One line on why `config` cannot compute in FP8 on this card, with this model, so laid out; None if it can."""
+    fp8, quantization = config.model.fp8, config.rollout.quantization
+    if fp8.enabled:
+        first, end = CAPABILITIES[fp8.recipe]
+        if not first <= gpu.capability < end:
+            able = [name for name, (low, high) in CAPABILITIES.items() if low <= gpu.capability < high]
+            instead = f"recipe {' | '.join(able)}" if able else "model.fp8.format none"
+            return f"model.fp8.recipe is {fp8.recipe!r}; allowed on {gpu.name}: {instead}"
+    if quantization != "none" and gpu.capability < ENGINE_CAPABILITY:
+        return f"rollout.quantization is {quantization!r}; allowed on {gpu.name}, which has no FP8: none"
+    sizes = dimensions.linear_sizes
+    return fp8_layout_fault(fp8, config.parallel, sizes, num_layers=dimensions.layers) or quantization_fault(
+        quantization, config.rollout.tensor_parallel, sizes
+    )
+
+
+def fp8_copy_bytes(config: RunConfig, dimensions: ModelDimensions, stage: int) -> float:
+    """FP8 copies of the weights on a rank of pipeline stage `stage`; 0 without FP8."""
+    fp8, parallel = config.model.fp8, config.parallel
+    if not fp8.enabled:
+        return 0.0
+    layers = parallel.stage_layers(dimensions.layers)[stage] - fp8.bf16_layers(stage, parallel.pipeline)
+    elements = layers * linear_parameters(dimensions, parallel.tensor, parallel.expert)
+    return WEIGHT_COPIES * WEIGHT_BYTES[fp8.recipe] * elements
