@@ -73,8 +73,8 @@ class RolloutConfig:
     dtype: str = "auto"
     """Number format of the engine's weights: auto (the model's) | bfloat16 | float32."""
     quantization: str = "none"
-    """none | fp8 | fp8_per_channel: linear layers in e4m3, quantised whenever weights are loaded; GPU only. What shares
-    a scale: 128x128 weights and 128 activations of a token (fp8), or a row of weights and a token (fp8_per_channel)."""
+    """none | fp8 | fp8_per_channel: linear layers in e4m3, quantised whenever weights are loaded; GPU only. A scale
+    is shared by 128x128 weights and 128 activations (fp8), or by a row of weights and a token (fp8_per_channel)."""
     max_concurrent: int = 256
     """Trajectories decoded at once by one engine."""
     kv_cache_gib: float = 0.0

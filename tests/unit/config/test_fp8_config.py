@@ -51,7 +51,11 @@ def test_names_that_megatron_would_take_without_a_word_are_refused() -> None:
     assert refusal(format="e4m3", recipe="foo") == (
         "model.fp8.recipe is 'foo'; allowed: blockwise | tensorwise | mxfp8"
     )
-    assert "delayed scales differ between scoring and training" in refusal(format="e4m3", recipe="delayed")
+    message = refusal(format="e4m3", recipe="delayed")
+    assert message.startswith(
+        "model.fp8.recipe is 'delayed'; allowed: blockwise | tensorwise | mxfp8; delayed scales"
+    )
+    assert "docs/fp8.md" in message
 
 
 @pytest.mark.parametrize(
@@ -65,9 +69,11 @@ def test_settings_of_fp8_without_a_format_are_no_silent_bfloat16_run(field: dict
 
 
 def test_weights_kept_in_fp8_and_negative_layer_counts_are_refused() -> None:
-    assert "model.fp8.param_gather is True; allowed: false; FP8 weights are not supported yet" in refusal(
-        format="e4m3", param_gather=True
+    message = refusal(format="e4m3", param_gather=True)
+    assert message.startswith(
+        "model.fp8.param_gather is True; allowed: false; with FP8 weights the optimizer would"
     )
+    assert "docs/fp8.md" in message
     assert refusal(format="e4m3", last_layers_bf16=-1) == "model.fp8.last_layers_bf16 is -1; allowed: >= 0"
 
 
@@ -95,7 +101,9 @@ def test_a_run_sets_fp8_on_the_command_line_and_says_so_in_its_configuration(tmp
 
 def test_a_quantised_engine_needs_bfloat16_and_a_correction(tmp_path: Path) -> None:
     assert RolloutConfig().quantization == "none"
-    with pytest.raises(ConfigError, match=r"^rollout\.quantization is 'int4'; allowed: none \| fp8$"):
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.quantization is 'int4'; allowed: none \| fp8 \| fp8_per_channel$"
+    ):
         RolloutConfig(quantization="int4")
     with pytest.raises(ConfigError, match=r"none with rollout\.dtype float32$"):
         RolloutConfig(quantization="fp8", dtype="float32")

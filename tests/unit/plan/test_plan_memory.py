@@ -33,7 +33,8 @@ from a2tgpo.plan.plan import Plan, make_plan
 ROOT = Path(__file__).parents[3]
 H100 = GPUS["h100-80gb"]
 QWEN_72B = KNOWN_MODELS["qwen2.5-72b"]
-CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml")
+BFLOAT16 = str(ROOT / "configs/precision/bfloat16.yaml")
+CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml", [BFLOAT16])
 
 CONFIGS = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
 MEANT_FOR = {
@@ -45,7 +46,6 @@ MEANT_FOR = {
 }
 """Model and cards of the files for GPUs."""
 LARGER_THAN_CPU_MODELS = "qwen2.5-0.5b"
-BFLOAT16 = "configs/precision/bfloat16.yaml"
 
 
 def changed(config: RunConfig, section: str, **values) -> RunConfig:
@@ -77,7 +77,7 @@ def test_the_large_models_compute_in_fp8_and_one_file_switches_all_of_it_off(nam
     config = CONFIGS[name]
     assert (config.model.fp8.format, config.model.fp8.recipe) == ("e4m3", "blockwise")
     assert config.rollout.quantization != "none" and config.algorithm.correction.kind == "truncate"
-    off = load_config(ROOT / f"configs/{name}.yaml", [str(ROOT / BFLOAT16)])
+    off = load_config(ROOT / f"configs/{name}.yaml", [BFLOAT16])
     assert (off.model.fp8, off.rollout.quantization) == (Fp8Config(), "none")
     assert off.algorithm.correction.kind == "none"
     plan = make_plan(off, KNOWN_MODELS[MEANT_FOR[name][0]], H100, gpus=64)
@@ -98,8 +98,8 @@ def test_fp8_in_a_plan_by_hand():
     # Outputs of two norms and the gated product lose a byte a value, attention's output gains a copy.
     assert whole.layer_bytes - fp8.layer_bytes == 1024 * (2 * 8192 + 29568 - 8192)
     assert fp8.saved_layer_bytes("full") == whole.saved_layer_bytes("full")
-    quantised = engine_weight_bytes(CONFIG_70B, QWEN_72B)
-    plain = engine_weight_bytes(changed(CONFIG_70B, "rollout", quantization="none"), QWEN_72B)
+    quantised = engine_weight_bytes(CONFIGS["train_70b"], QWEN_72B)
+    plain = engine_weight_bytes(CONFIG_70B, QWEN_72B)
     assert plain - quantised == pytest.approx(80 * linear * (1 - 4 / 128**2))
 
 
@@ -352,7 +352,9 @@ def test_what_does_not_fit_is_named_with_a_change_that_mends_it(section, values,
     (line,) = [fault for fault in faults(plan) if fault.startswith(f"{phase}:")]
     assert line.endswith(change)
     key, value = change.removeprefix("set ").split("=")
-    overrides = [f"{section}.{name}={value}" for name, value in values.items()] + [f"{key}={value}"]
+    overrides = (
+        [BFLOAT16] + [f"{section}.{name}={value}" for name, value in values.items()] + [f"{key}={value}"]
+    )
     assert plan_70b(load_config(ROOT / "configs/train_70b.yaml", overrides)).fits
 
 

@@ -228,3 +228,22 @@ def test_a_folder_that_is_not_there_is_known_by_its_name(path, name):
 def test_an_unknown_model_is_refused():
     with pytest.raises(ConfigError, match="--model with one of"):
         model_dimensions("models/Qwen2.5-720B")
+
+
+def test_fp8_makes_linear_layers_faster_and_nothing_else():
+    config = load_config(ROOT / "configs/train_8b.yaml", ["parallel.tensor=1", "parallel.sequence=false"])
+    fp8 = load_config(
+        ROOT / "configs/train_8b.yaml",
+        [
+            "parallel.tensor=1",
+            "parallel.sequence=false",
+            "model.fp8.format=e4m3",
+            "model.fp8.last_layers_bf16=9",
+        ],
+    )
+    plain, fast = (make_plan(c, QWEN_8B, H100, gpus=8).update for c in (config, fp8))
+    flops = forward_flops(QWEN_8B, context=1000)
+    # 27 of 36 layers at 1.5 times the speed
+    rest = flops.attention + flops.output + flops.linear * (9 + 27 / 1.5) / 36
+    assert fast.compute / plain.compute == pytest.approx(rest / flops.total)
+    assert fast.data == plain.data

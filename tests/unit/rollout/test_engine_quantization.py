@@ -30,7 +30,8 @@ def test_the_name_given_to_vllm_is_one_that_quantises_a_full_precision_checkpoin
 
     from a2tgpo.rollout.engine_limits import QUANTIZATION_NAMES
 
-    name = QUANTIZATION_NAMES[FP8.quantization]
-    assert name in QUANTIZATION_METHODS
-    method = _ONLINE_LINEAR_METHODS[_ONLINE_SHORTHANDS[name].linear.weight]
-    assert method.__name__ == "Fp8PerBlockOnlineLinearMethod"
+    methods = {}
+    for value, name in QUANTIZATION_NAMES.items():
+        assert name in QUANTIZATION_METHODS
+        methods[value] = _ONLINE_LINEAR_METHODS[_ONLINE_SHORTHANDS[name].linear.weight].__name__
+    assert methods == {"fp8": "Fp8PerBlockOnlineLinearMethod", "fp8_per_channel": "Fp8PtpcOnlineLinearMethod"}
