@@ -1,20 +1,24 @@
 """Every fault at every point of a step, in real runs on this machine; the outcome goes into docs/reliability.md.
 
-    python tools/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only kills,hangs,signals,search,...]
+    python tools/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
-Takes about half an hour on two cores. Mounts a small tmpfs for the full disk, which needs root. Exits with 1 if a row
-fails. With --only the table is printed and not written.
+Takes about an hour on two cores. Mounts a small tmpfs for the full disk, which needs root. What has been run is kept
+in FOLDER, and an interrupted table goes on from there; the table is written once all parts are in. Exits with 1 if a
+row fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import shutil
+import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,41 +26,86 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
 import single_runs
 from chain import Fault, hangs, kills, run_chain, signals, steps_needed
-from harness import Row, start, write_inputs
+from harness import Row, preload, start, write_inputs
 
 BEGIN, END = "<!-- fault table: written by tools/fault_table.py -->", "<!-- end of the fault table -->"
-CHAINS: dict[str, list[Fault]] = {
-    "kills0": kills(0),
-    "kills1": kills(1),
-    "hangs": hangs(),
-    "term": signals("term"),
-    "usr1": signals("usr1"),
-}
+CHAIN_FAULTS = 6
+"""Faults in a row in one run: it has at least a step for each."""
 
 
-def jobs(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]:
-    """What can run side by side."""
+def chains() -> dict[str, list[Fault]]:
+    """By the name of their run."""
+    wholes = {
+        "kills0": kills(0),
+        "kills1": kills(1),
+        "hangs": hangs(),
+        "term": signals("term"),
+        "usr1": signals("usr1"),
+    }
+    return {
+        f"{name}_{begin // CHAIN_FAULTS + 1}": faults[begin : begin + CHAIN_FAULTS]
+        for name, faults in wholes.items()
+        for begin in range(0, len(faults), CHAIN_FAULTS)
+    }
+
+
+def parts(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]:
+    """What can run side by side; in the order of the table."""
     work: dict[str, Callable[[], list[Row]]] = {}
-    for name, faults in CHAINS.items():
-
-        def chain(name: str = name, faults: list[Fault] = faults) -> list[Row]:
-            steps = steps_needed(faults)
-            return run_chain(config, name, faults, undisturbed, steps=steps, damage=name.startswith("kills"))
-
-        work[name] = chain
-    work["clock"] = lambda: single_runs.clock_jumps(config, undisturbed)
-    for name in ("search_faults", "poisoned", "full_disk", "taken_port"):
+    for name, faults in chains().items():
+        work[name] = functools.partial(
+            run_chain,
+            config,
+            name,
+            faults,
+            undisturbed,
+            steps=steps_needed(faults),
+            damage=name.startswith("kills"),
+        )
+    for name in ("search_faults", "poisoned", "slow_rank", "full_disk", "taken_port"):
         work[name] = functools.partial(getattr(single_runs, name), config)
+    work["clock_jumps"] = functools.partial(single_runs.clock_jumps, config, undisturbed)
     return work
 
 
-def as_table(rows: list[Row], seconds: float) -> str:
-    lines = [
-        f"{sum(row.passed for row in rows)} of {len(rows)} rows pass; {seconds / 60:.0f} minutes.",
-        "",
-        "| fault | point | outcome | |",
-        "|---|---|---|---|",
-    ]
+def prepare(folder: Path) -> Path:
+    """The inputs of all runs and the run without faults, unless they are there already; the configuration."""
+    config = folder / "config.yaml"
+    if not (folder / "ready").exists():
+        write_inputs(folder)
+        steps = max(map(steps_needed, chains().values()))
+        whole = start(config, "run.name=whole", f"run.steps={steps}", timeout_s=900)
+        if whole.code:
+            raise RuntimeError(f"the run without faults ended with {whole.code}: {whole.output[-2000:]}")
+        (folder / "ready").touch()
+    return config
+
+
+def run_part(folder: Path, name: str, work: Callable[[], list[Row]]) -> list[Row]:
+    """Its rows, from an earlier start if all of them passed there."""
+    path = folder / f"{name}.rows.json"
+    if (rows := read_rows(path)) and all(row.passed for row in rows):
+        return rows
+    shutil.rmtree(folder / name, ignore_errors=True)
+    rows = work()
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1).replace(str(folder), "RUNS"))
+    print(f"{name}: {sum(row.passed for row in rows)} of {len(rows)} rows pass", flush=True)
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def as_table(rows: list[Row]) -> str:
+    ends = [row.end_s for row in rows if row.end_s is not None and row.fault.startswith("SIGKILL")]
+    lines = [f"{sum(row.passed for row in rows)} of {len(rows)} rows pass."]
+    if ends:
+        lines[0] += (
+            f" From a SIGKILL of one rank to the end of all: median {statistics.median(ends):.1f} s, "
+            f"longest {max(ends):.1f} s."
+        )
+    lines += ["", "| fault | point | outcome | |", "|---|---|---|---|"]
     for row in rows:
         outcome = " ".join(row.outcome.split()).replace("|", "/")
         lines.append(f"| {row.fault} | {row.point} | {outcome} | {'pass' if row.passed else '**FAIL**'} |")
@@ -67,32 +116,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, of two processes each")
-    parser.add_argument(
-        "--only", default="", help=f"some of {', '.join(jobs(Path(), Path()))}; comma-separated"
-    )
+    names = list(parts(Path(), Path()))
+    parser.add_argument("--only", default="", help=f"some of {', '.join(names)}; comma-separated")
+    parser.add_argument("--work", type=Path, help="folder of the runs and finished parts; default: a new one")
     options = parser.parse_args()
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        config = write_inputs(Path(folder))
-        steps = max(steps_needed(faults) for faults in CHAINS.values())
-        whole = start(config, "run.name=whole", f"run.steps={steps}", timeout_s=600)
-        if whole.code:
-            print(
-                f"fault_table: the run without faults ended with {whole.code}: {whole.output[-2000:]}",
-                file=sys.stderr,
-            )
-            return 1
-        work = jobs(config, Path(folder) / "whole")
-        chosen = options.only.split(",") if options.only else list(work)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            rows = [row for found in pool.map(lambda name: work[name](), chosen) for row in found]
-    table = as_table(rows, time.monotonic() - begin)
-    root = str(folder)
-    table = table.replace(root, "RUNS")
-    print(table)
-    if not options.only:
+    chosen = options.only.split(",") if options.only else names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"no part is called {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
+    folder = (options.work or Path(tempfile.mkdtemp(prefix="faults-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"runs and finished parts: {folder}", flush=True)
+    preload()
+    try:
+        config = prepare(folder)
+    except RuntimeError as error:
+        print(f"fault_table: {error}", file=sys.stderr)
+        return 1
+    work = parts(config, folder / "whole")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = [row for found in pool.map(lambda n: run_part(folder, n, work[n]), chosen) for row in found]
+    done = [read_rows(folder / f"{name}.rows.json") for name in names]
+    if all(done):
+        rows = [row for found in done for row in found]
         before, _, rest = options.out.read_text().partition(BEGIN)
-        options.out.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
+        options.out.write_text(f"{before}{BEGIN}\n{as_table(rows)}\n{END}{rest.partition(END)[2]}")
+    else:
+        print(as_table(rows))
     return 0 if all(row.passed for row in rows) else 1
 
 

@@ -43,5 +43,6 @@ TENSORBOARD_LAYOUT = {
         "seconds by stage": [_MULTILINE, [r"time/"]],
         "throughput": [_MULTILINE, [r"speed/"]],
         "lengths": [_MULTILINE, [r"length/"]],
+        "memory": [_MULTILINE, [r"memory/"]],
     },
 }

@@ -127,7 +127,11 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit(tmp_path, warm_model,
     assert "step 2 of 3" in second.stderr
 
     def without_time(record):
-        return {k: v for k, v in record.items() if not k.startswith(("time/", "speed/", "rollout/tool_wait"))}
+        return {
+            k: v
+            for k, v in record.items()
+            if not k.startswith(("time/", "speed/", "memory/", "rollout/tool_wait"))
+        }
 
     whole, resumed = metrics_of(undisturbed), metrics_of(tmp_path / "quickstart")
     assert [r["step"] for r in resumed] == [0, 1, 2, 3]

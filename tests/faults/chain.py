@@ -92,7 +92,7 @@ def run_chain(
     Args:
         undisturbed: folder of the same run without faults, as many steps long or more.
         steps: of the run.
-        damage: before the last start, change a byte of the newest checkpoint.
+        damage: before the last start, change a bit of the newest checkpoint.
     """
     expected, rows, step, run = metrics_of(undisturbed), [], 0, config.parent / name
     own = config.with_name(f"{name}.yaml")
@@ -110,8 +110,7 @@ def run_chain(
         ended = start(own, *common, *fault.overrides, faults=[injected])
         problem = judge_end(ended, fault)
         rows.append((fault, step, ended, problem))
-    if damage:
-        damage_newest(run)
+    damaged = damage_newest(run) if damage else ""
     last = start(own, *common)
     problems = [] if last.code == 0 else [f"the last start ended with {last.code}: {last.output[-500:]}"]
     if damage and "is passed over" not in last.output:
@@ -129,8 +128,8 @@ def run_chain(
     if damage:
         table.append(
             Row(
-                "a byte of the newest checkpoint changed",
-                "at start",
+                "a bit of the newest checkpoint changed",
+                f"{damaged} (at start)",
                 not problems,
                 "; ".join(problems)[:300]
                 or "passed over with a warning, resumed from the one before, equal metrics",
@@ -165,6 +164,7 @@ def to_row(fault: Fault, step: int, ended: Ended, problem: str) -> Row:
         f"{fault.point}{call} (step {step})",
         not problem,
         outcome,
+        ended.fault_s,
     )
 
 
@@ -185,11 +185,13 @@ def wrong_after(problems: list[str], step: int) -> str:
     return "; ".join(text for number, text in numbers if number >= step)[:300]
 
 
-def damage_newest(run: Path) -> None:
-    draw = random.Random(0)
+def damage_newest(run: Path) -> str:
+    """Change a bit of a file of the newest checkpoint, drawn by the run's name; the file's name."""
+    draw = random.Random(run.name)
     whole = [path for path in (run / "checkpoints").glob("step_*") if not path.suffix]
     newest = max(whole, key=lambda path: int(path.name.split("_")[1]))
-    path = draw.choice(sorted(newest.glob("sharded/*.distcp")))
+    path = draw.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
     content = bytearray(path.read_bytes())
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
+    return str(path.relative_to(newest))

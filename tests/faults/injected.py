@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ ACTIONS: dict[str, Callable[[dict], Any]] = {
     "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
     "term": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "usr1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
+    "sleep": lambda fault: time.sleep(fault["seconds"]),
     "hang": lambda _: time.sleep(100_000),
     "hold": lambda _: ctypes.PyDLL(None).sleep(100_000),  # as compiled code that never lets Python go on
     "fail": fail,
@@ -192,7 +194,14 @@ def tell_step(step: int) -> None:
 
 
 if __name__ == "__main__":
+    # Where it is forked (harness.preload): of its own, not the launcher's.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     import launch.train
 
     install()
-    sys.exit(launch.train.main())
+    try:
+        sys.exit(launch.train.main())
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -91,6 +91,24 @@ def poisoned(config: Path) -> list[Row]:
     ]
 
 
+def slow_rank(config: Path) -> list[Row]:
+    """One rank's rollouts take longer, three steps in a row."""
+    own = config.with_name("slow_rank.yaml")
+    own.write_text(config.read_text())
+    faults = [
+        {"point": "rollout", "action": "sleep", "seconds": 8.0, "step": step, "rank": 1} for step in (2, 3, 4)
+    ]
+    settings = ("run.steps=5", "evaluation.every=0", "watchdog.slow_steps=3")
+    ended = start(own, "run.name=slow_rank", *settings, faults=faults)
+    said = [line for line in ended.output.splitlines() if "is slow" in line]
+    passed = ended.code == 0 and len(said) == 1 and said[0].startswith("step 4: rank 1 is slow: its rollout")
+    return [
+        Row(
+            "slow, rank 1", "rollout (steps 2 to 4)", passed, f"went on; {(said or [ended.output[-400:]])[0]}"
+        )
+    ]
+
+
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     """A tmpfs of 32 MB at `folder`."""
