@@ -171,7 +171,10 @@ def _launch_here(arguments: list[str], variables: dict[str, str], output: int) -
 
     main = local_ranks.main
     local_ranks.main = lambda options: main(["--start-method", "fork", "--run-path", *options])
-    sys.exit(local_ranks.run(str(RANKS), str(INJECTED), "--config", *arguments))
+    code = local_ranks.run(str(RANKS), str(INJECTED), "--config", *arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # without the ends of the threads that were there before the fork
 
 
 def _too_long(timeout_s: float) -> str:
