@@ -3,8 +3,8 @@
     python tools/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
 Takes about an hour on two cores. Mounts a small tmpfs for the full disk, which needs root. What has been run is kept
-in FOLDER, and an interrupted table goes on from there; the table is written once all parts are in. Exits with 1 if a
-row fails.
+in FOLDER, and an interrupted table goes on from there; parts that FOLDER has no rows of are named as not run. With
+--only and without --work the table is only printed. Exits with 1 if a row fails.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def read_rows(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
 
 
-def as_table(rows: list[Row]) -> str:
+def as_table(found: dict[str, list[Row]]) -> str:
+    rows = [row for part in found.values() for row in part]
     ends = [row.end_s for row in rows if row.end_s is not None and row.fault.startswith("SIGKILL")]
     lines = [f"{sum(row.passed for row in rows)} of {len(rows)} rows pass."]
     if ends:
@@ -105,6 +106,8 @@ def as_table(rows: list[Row]) -> str:
             f" From a SIGKILL of one rank to the end of all: median {statistics.median(ends):.1f} s, "
             f"longest {max(ends):.1f} s."
         )
+    if missing := [name for name, part in found.items() if not part]:
+        lines[0] += f" Not run: {', '.join(missing)}."
     lines += ["", "| fault | point | outcome | |", "|---|---|---|---|"]
     for row in rows:
         outcome = " ".join(row.outcome.split()).replace("|", "/")
@@ -135,13 +138,12 @@ def main() -> int:
     work = parts(config, folder / "whole")
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = [row for found in pool.map(lambda n: run_part(folder, n, work[n]), chosen) for row in found]
-    done = [read_rows(folder / f"{name}.rows.json") for name in names]
-    if all(done):
-        rows = [row for found in done for row in found]
-        before, _, rest = options.out.read_text().partition(BEGIN)
-        options.out.write_text(f"{before}{BEGIN}\n{as_table(rows)}\n{END}{rest.partition(END)[2]}")
+    table = as_table({name: read_rows(folder / f"{name}.rows.json") for name in names})
+    if options.only and not options.work:
+        print(table)
     else:
-        print(as_table(rows))
+        before, _, rest = options.out.read_text().partition(BEGIN)
+        options.out.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
     return 0 if all(row.passed for row in rows) else 1
 
 

@@ -76,7 +76,7 @@ def shrink_files(fault: dict) -> None:
 
 
 def fail(fault: dict) -> None:
-    raise ValueError("an injected failure")
+    raise RuntimeError("an injected failure")
 
 
 def poison(fault: dict) -> None:
