@@ -16,8 +16,8 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,16 +81,15 @@ def prepare(folder: Path) -> Path:
     return config
 
 
-def run_part(folder: Path, name: str, work: Callable[[], list[Row]]) -> list[Row]:
-    """Its rows, from an earlier start if all of them passed there."""
+def run_part(folder: Path, name: str, work: Callable[[], list[Row]]) -> None:
+    """Leave its rows in `folder`, from an earlier start if all of them passed there."""
     path = folder / f"{name}.rows.json"
     if (rows := read_rows(path)) and all(row.passed for row in rows):
-        return rows
+        return
     shutil.rmtree(folder / name, ignore_errors=True)
     rows = work()
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1).replace(str(folder), "RUNS"))
     print(f"{name}: {sum(row.passed for row in rows)} of {len(rows)} rows pass", flush=True)
-    return rows
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -136,15 +135,26 @@ def main() -> int:
         print(f"fault_table: {error}", file=sys.stderr)
         return 1
     work = parts(config, folder / "whole")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        rows = [row for found in pool.map(lambda n: run_part(folder, n, work[n]), chosen) for row in found]
-    table = as_table({name: read_rows(folder / f"{name}.rows.json") for name in names})
+    waiting = iter(chosen)
+
+    def work_off() -> None:
+        for name in waiting:
+            run_part(folder, name, work[name])
+
+    # Not a pool of concurrent.futures, which a process forked from one of its threads would wait for at its end.
+    threads = [threading.Thread(target=work_off) for _ in range(options.jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {name: read_rows(folder / f"{name}.rows.json") for name in names}
+    table = as_table(found)
     if options.only and not options.work:
         print(table)
     else:
         before, _, rest = options.out.read_text().partition(BEGIN)
         options.out.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}")
-    return 0 if all(row.passed for row in rows) else 1
+    return 0 if all(found[name] and all(row.passed for row in found[name]) for name in chosen) else 1
 
 
 if __name__ == "__main__":
