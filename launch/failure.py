@@ -23,12 +23,18 @@ ANOTHER_RANK_IS_GONE = (
 """What gloo and NCCL say where a rank has ended: an echo of a failure that is told elsewhere."""
 
 
+class ToldByRank0(RuntimeError):
+    """A failure that rank 0 has printed for all: the ranks end with `BROKEN_RUN`, and say nothing more."""
+
+
 def exit_code(error: ConfigError | RuntimeError | OSError) -> int:
     """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
 
     A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
     more than its message.
     """
+    if isinstance(error, ToldByRank0):
+        return BROKEN_RUN
     rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
     is_echo = any(text in str(error) for text in ANOTHER_RANK_IS_GONE)
     if isinstance(error, RuntimeError) and "\n" in str(error) and not is_echo:

@@ -35,7 +35,10 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="What follows is the script's.", add_help=False
+        description=__doc__.splitlines()[0],
+        usage="mpi.py [--script FILE] --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]",
+        epilog="All but --script goes to the script.",
+        allow_abbrev=False,
     )
     parser.add_argument("--script", default=str(TRAIN), help="what each rank runs (default: launch/train.py)")
     args, arguments = parser.parse_known_args()

@@ -28,7 +28,7 @@ def main() -> int:
         join_launcher()
         config = load_config(args.config, args.overrides)
         if args.dry_run:
-            return dry_run(config)
+            return dry_run(config, resume=args.resume)
         return run(config, resume=args.resume)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
@@ -55,8 +55,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()  # overrides may stand behind options
 
 
-def dry_run(config: RunConfig) -> int:
-    """Print the resolved configuration and check files and layout, without building a model."""
+def inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
+    """What every rank must be able to read, by configuration key."""
+    paths = {"model.path": config.model.path, "data.train": config.data.train, "data.test": config.data.test}
+    if "search" in config.tools.selected:
+        if config.search.backend == "bm25":
+            paths["search.corpus"] = config.search.corpus
+        elif config.search.token_file:
+            paths["search.token_file"] = config.search.token_file
+    if resume not in ("auto", "none"):
+        paths["--resume"] = resume
+    return paths
+
+
+def dry_run(config: RunConfig, *, resume: str) -> int:
+    """Print the resolved configuration and check files, layout and ranks, without building a model."""
     from transformers import AutoTokenizer
 
     from a2tgpo.data.question_set import load_questions
@@ -65,6 +78,12 @@ def dry_run(config: RunConfig) -> int:
     from a2tgpo.model.hf_config import load_hf_config
     from a2tgpo.model.transformer_config import check_layout
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from a2tgpo.parallel.initialize import shutdown
+        from launch.preflight import start_ranks
+
+        start_ranks(config, inputs(config, resume=resume))
+        shutdown()
     check_layout(load_hf_config(config.model.path), config.parallel, config.model.fp8)
     template = PromptTemplate(AutoTokenizer.from_pretrained(config.model.path), config.data.instructions)
     limit = config.data.max_prompt_tokens
@@ -87,12 +106,13 @@ def run(config: RunConfig, *, resume: str) -> int:
 
     from a2tgpo.assemble import assemble
     from a2tgpo.metrics.guards import Guards
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.run_folder import RunFolder
     from a2tgpo.trainer import Trainer
     from a2tgpo.watchdog import Watchdog
+    from launch.preflight import start_ranks
 
-    groups = initialize(config.parallel, seed=config.run.seed)
+    groups = start_ranks(config, inputs(config, resume=resume))
     folder = RunFolder(config, groups)
     checkpoint = folder.open(resume)
     parts = assemble(config, groups)

@@ -63,12 +63,18 @@ def warm_start(config: RunConfig) -> None:
     from a2tgpo.data.sampler import PromptSampler
     from a2tgpo.model.build import build_policy
     from a2tgpo.model.weights import save_hf
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.update.optimizer import build_optimizer
     from a2tgpo.update.train_step import train_step
+    from launch.preflight import start_ranks
 
     settings = config.warmstart
-    groups = initialize(config.parallel, seed=config.run.seed)
+    cold = dataclasses.replace(config.model, path=settings.source)
+    paths = {
+        "warmstart.source": settings.source,
+        "warmstart.demonstrations": settings.demonstrations,
+    }
+    groups = start_ranks(dataclasses.replace(config, model=cold), paths)
     trajectories = load_trajectories(config)
     require(
         settings.batch_size <= len(trajectories),
@@ -78,7 +84,6 @@ def warm_start(config: RunConfig) -> None:
     )
     sampler = PromptSampler(len(trajectories), settings.batch_size, config.run.seed)
     update = update_config(config)
-    cold = dataclasses.replace(config.model, path=settings.source)
     policy = build_policy(cold, config.parallel, groups, update=update)
     optimizer, schedule = build_optimizer(policy, update, total_steps=settings.steps)
     report = Report(config, groups)

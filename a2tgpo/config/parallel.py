@@ -28,6 +28,9 @@ class ParallelConfig:
     """Layers of the last pipeline stage, which also holds the output layer; 0: as many as the others."""
     timeout_s: float = 7200.0
     """Longest wait in one collective before the job is ended, seconds."""
+    start_timeout_s: float = 300.0
+    """Longest wait at start, for the last rank to come, and again for all to look at their machines and to connect,
+    seconds."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "expert", "pipeline", "virtual"):
@@ -47,7 +50,8 @@ class ParallelConfig:
                 getattr(self, name),
                 f"{unset} with one pipeline stage; set parallel.pipeline",
             )
-        require(self.timeout_s > 0, "parallel.timeout_s", self.timeout_s, "> 0")
+        for name in ("timeout_s", "start_timeout_s"):
+            require(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "> 0")
 
     @property
     def model_ranks(self) -> int:

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import Store
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.parallel.groups import ParallelGroups
 
 
-def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
+def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
     """Join the other processes and lay them out; every process calls this once, first.
 
     The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment; where
@@ -29,13 +30,15 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     Args:
         seed: of Python's, NumPy's and torch's generators, equal on all ranks; Megatron's tracker gets one state
             per tensor-parallel rank.
+        store: where the processes already meet; None: at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: if the layout does not divide the processes.
     """
     if "RANK" not in os.environ:
         _be_alone()
-    check_layout(config, int(os.environ["WORLD_SIZE"]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    check_layout(config, world_size)
     # Orders a layer's communication and computation on the device; Megatron expects it wherever tensor > 1.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron calls collectives by names that torch 2.13 renames.
@@ -46,8 +49,16 @@ def initialize(config: ParallelConfig, *, seed: int) -> ParallelGroups:
     if torch.cuda.is_available():
         device = torch.device("cuda", _local_rank())
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=config.timeout_s)
+    if store is not None:
+        store.set_timeout(timeout)
     dist.init_process_group(
-        "nccl" if device else "gloo", timeout=timedelta(seconds=config.timeout_s), device_id=device
+        "nccl" if device else "gloo",
+        timeout=timeout,
+        device_id=device,
+        store=store,
+        rank=rank,
+        world_size=world_size,
     )
     return lay_out(config, seed=seed)
 

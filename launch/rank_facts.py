@@ -1,0 +1,189 @@
+"""What one rank sees before a run, and which ranks see something else than the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import dump_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.versions import versions
+
+MAX_CLOCK_SKEW_S = 5.0
+"""Between rank 0 and another machine. Two machines that keep time differ by milliseconds; the rest is how long a
+loaded machine takes to look at its clock."""
+SAMPLED_BYTES = 4096
+"""Read of each file of a path, at its start and at its end."""
+SEARCH_TIMEOUT_S = 10.0
+UNREADABLE = "cannot be read"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """What a rank tells rank 0. Everything in `equal` must be the same on all ranks."""
+
+    rank: int
+    host: str = field(default_factory=platform.node)
+    equal: dict[str, str]
+    """Versions, number of GPUs seen, kind of GPU, configuration."""
+    paths: dict[str, str]
+    """By configuration key: fingerprint of what is there, or `UNREADABLE` with the reason."""
+    gpu: str = ""
+    """Names the card this rank will use, among all cards of the cluster; empty without one."""
+    clock_ahead_s: float = 0.0
+    """Of rank 0's clock."""
+    faults: list[str] = field(default_factory=list)
+    """What is wrong whatever other ranks see."""
+
+
+def gather_facts(
+    config: RunConfig, paths: Mapping[str, str], *, rank: int, local_rank: int, clock_s: float, marker: str
+) -> RankFacts:
+    """Look at this machine.
+
+    Args:
+        paths: by configuration key, what every rank must be able to read.
+        clock_s: rank 0's clock now, seconds since the epoch.
+        marker: a file that rank 0 has just written where the run's folder will be; empty: it could not.
+    """
+    ahead_s = time.time() - clock_s
+    gpus, faults = see_gpus(local_rank)
+    if marker and not Path(marker).exists():
+        faults.append(
+            f"run.root: {Path(marker).parent} is not the folder that rank 0 sees there; all machines need one on a "
+            "shared file system"
+        )
+    elif marker and not os.access(Path(marker).parent, os.W_OK):
+        faults.append(f"run.root: {Path(marker).parent} cannot be written")
+    if local_rank == 0:
+        faults += ask_search_server(config)
+    configuration = hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
+    return RankFacts(
+        rank=rank,
+        equal=versions() | gpus.equal | {"the resolved configuration": configuration},
+        paths={key: fingerprint(path) for key, path in paths.items()},
+        gpu=gpus.uuid,
+        clock_ahead_s=ahead_s,
+        faults=faults,
+    )
+
+
+@dataclass(frozen=True)
+class Gpus:
+    equal: dict[str, str]
+    uuid: str = ""
+
+
+def see_gpus(local_rank: int) -> tuple[Gpus, list[str]]:
+    """The cards that torch sees here, and what is wrong with them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        # A torch for CPUs on a GPU machine would train, at a hundredth of the speed.
+        cards = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+        fault = [f"torch sees no GPU, but there is {', '.join(cards)}: make setup-gpu"] if cards else []
+        return Gpus({"GPUs seen": "0"}), fault
+    if local_rank >= count:
+        return Gpus({"GPUs seen": str(count)}), [
+            f"sees {count} GPU(s) and is rank {local_rank} of this machine: start one rank a GPU, and without "
+            "--gpus-per-task or --gpu-bind, so that each sees all of them"
+        ]
+    card = torch.cuda.get_device_properties(local_rank)
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    memory = f"{card.total_memory / 2**30:.1f}"
+    equal = {"GPUs seen": str(count), "GPU": card.name, "GPU memory, GiB": memory, "NCCL": nccl}
+    return Gpus(equal, str(getattr(card, "uuid", ""))), []
+
+
+def ask_search_server(config: RunConfig) -> list[str]:
+    """What is wrong with the server of search.url, asked once from here."""
+    from dataclasses import replace
+
+    from a2tgpo.search.tool import build_search
+
+    if config.search.backend != "http" or "search" not in config.tools.selected:
+        return []
+    timeout_s = min(config.search.timeout_s, SEARCH_TIMEOUT_S)
+    try:
+        build_search(replace(config.search, max_attempts=1, timeout_s=timeout_s)).close()
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def fingerprint(path: str) -> str:
+    """Names, sizes and both ends of the files at `path`: equal on two machines that see the same."""
+    root = Path(path)
+    digest = hashlib.sha256()
+    try:
+        files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root)} {size}\n".encode("utf-8", "surrogateescape"))
+            with file.open("rb") as stream:
+                digest.update(stream.read(SAMPLED_BYTES))
+                stream.seek(max(0, size - SAMPLED_BYTES))
+                digest.update(stream.read(SAMPLED_BYTES))
+    except OSError as error:
+        return f"{UNREADABLE} ({error.strerror})"
+    return digest.hexdigest()[:12]
+
+
+def disk_fault(folder: Path, *, needed_bytes: float) -> str | None:
+    """What is wrong with the space left where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free >= needed_bytes:
+        return None
+    return (
+        f"run.root: {folder} has {free / 1e9:.3g} GB left, the checkpoints to come take {needed_bytes / 1e9:.3g} GB; "
+        "make room, choose another run.root, or lower checkpoint.keep"
+    )
+
+
+def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:
+    """By rank, what is wrong with it: of its own, or against most of the ranks. Empty: all is well.
+
+    Args:
+        found: of all ranks, by rank; where two say one thing and two another, rank 0 is right.
+        paths: by configuration key. What no rank can read is a mistake in the configuration, and told as one later.
+    """
+    causes = {facts.rank: list(facts.faults) for facts in found}
+    for rank, name, value, usual in _odd([facts.equal for facts in found]):
+        if name == "the resolved configuration":
+            causes[rank].append("reads another configuration than most ranks: is it the same file there?")
+        else:
+            causes[rank].append(f"{name} is {value}, on most ranks {usual}")
+    for rank, key, value, _ in _odd([facts.paths for facts in found]):
+        state = value if value.startswith(UNREADABLE) else "is not what most ranks see there"
+        causes[rank].append(f"{key}: {paths[key]} {state}")
+    users: dict[str, int] = {}
+    for facts in found:
+        first = users.setdefault(facts.gpu, facts.rank) if facts.gpu else facts.rank
+        if first != facts.rank:
+            causes[facts.rank].append(f"has the same GPU as rank {first}: one rank a GPU")
+        if abs(facts.clock_ahead_s) > MAX_CLOCK_SKEW_S:
+            direction = "ahead of" if facts.clock_ahead_s > 0 else "behind"
+            causes[facts.rank].append(
+                f"its clock is {abs(facts.clock_ahead_s):.0f} s {direction} rank 0's: set it (NTP)"
+            )
+    return {rank: told for rank, told in causes.items() if told}
+
+
+def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
+    """(rank, name, its value, the usual one) wherever a rank has another value than most, the first among equals."""
+    names = dict.fromkeys(name for of_rank in values for name in of_rank)
+    for name in names:
+        column = [of_rank.get(name, "none") for of_rank in values]
+        usual = Counter(column).most_common(1)[0][0]  # ties: the one that rank 0 or the next one has
+        if usual.startswith(UNREADABLE):  # one rank that can read it is right
+            usual = next((value for value in column if not value.startswith(UNREADABLE)), usual)
+        yield from ((rank, name, value, usual) for rank, value in enumerate(column) if value != usual)

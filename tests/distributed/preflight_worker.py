@@ -1,0 +1,120 @@
+"""Each rank of tests/distributed/test_preflight.py: starts with faults on one rank, then one without."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.versions import versions
+from launch import preflight, rank_facts
+from launch.failure import ToldByRank0
+from launch.rendezvous import join_launcher
+from launch.train import inputs
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def change(config: RunConfig, section: str, **values) -> RunConfig:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def refused(attempt: int, config: RunConfig, paths: dict[str, str], *patches) -> str:
+    """What this rank printed about a start that was refused on all ranks."""
+    # torchrun's store keeps an earlier start's keys; a restart of the ranks is told from it by this.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        try:
+            preflight.start_ranks(config, paths)
+        except ToldByRank0:
+            return said.getvalue()
+    raise AssertionError(f"attempt {attempt} was not refused")
+
+
+def main(path: str) -> None:
+    join_launcher()
+    rank = int(os.environ["RANK"])
+    config = load_config(path)
+    paths = inputs(config, resume="auto")
+    mine = rank == 1
+    other_torch = mock.patch.object(rank_facts, "versions", lambda: versions() | {"torch": "2.12.0"})
+    ahead = mock.patch.object(rank_facts.time, "time", lambda now=time.time: now() + 60)
+    no_room = mock.patch.object(rank_facts.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    elsewhere = mock.patch.object(
+        preflight,
+        "gather_facts",
+        lambda *a, **place: rank_facts.gather_facts(*a, **place | {"marker": "/x/y"}),
+    )
+    here = contextlib.nullcontext()
+    nothing = paths | {"data.train": "/nowhere/train.jsonl"} if mine else paths
+    other = paths | {"data.train": paths["model.path"]} if mine else paths
+    http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve"}
+    starts = {
+        "torch is 2.12.0, on most ranks": (config, paths, other_torch if mine else here),
+        f"data.train: {paths['data.train']} cannot be read (No such file or directory)": (
+            config,
+            nothing,
+            here,
+        ),
+        f"data.train: {paths['data.train']} is not what most ranks see there": (config, other, here),
+        "its clock is 60 s ahead of rank 0's": (config, paths, ahead if mine else here),
+        "run.root: /x is not the folder that rank 0 sees there": (config, paths, elsewhere if mine else here),
+        "reads another configuration than most ranks": (
+            change(config, "update", lr=1.0) if mine else config,
+            paths,
+            here,
+        ),
+    }
+    attempt = 0
+    for attempt, (cause, start) in enumerate(starts.items(), 1):
+        said = refused(attempt, *start).splitlines()
+        expected = 2 if rank == 0 else 0
+        assert len(said) == expected, said
+        if rank == 0:
+            assert said[0].startswith("preflight: rank 1 on ") and cause in said[0], said
+            assert said[1] == "preflight: 1 of 2 ranks failed; nothing was built", said
+    said = refused(attempt + 1, config, paths, no_room) + refused(
+        attempt + 2, change(config, "search", **http), paths
+    )
+    if rank == 0:
+        assert "rank 0 on" in said and "GB left, the checkpoints to come take" in said, said
+        assert "search.url: http://127.0.0.1:9/retrieve cannot be reached" in said, said
+    if mine:
+        time.sleep(3)
+    else:
+        impatient = change(config, "parallel", start_timeout_s=1.0)
+        said = refused(attempt + 3, impatient, paths)
+        assert "rank 1 did not come within 1 s (parallel.start_timeout_s)" in said, said
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt + 4)
+    groups = preflight.start_ranks(config, paths)
+    assert groups.world_size == 2
+    print(f"rank {rank}: all checks passed", flush=True)
+
+
+def stuck(path: str) -> None:
+    """Rank 1 comes, but not to the first sum."""
+    join_launcher()
+    config = change(load_config(path), "parallel", start_timeout_s=8.0)
+    if os.environ["RANK"] == "1":
+        import torch.distributed as dist
+
+        dist.all_reduce = lambda tensor: time.sleep(100)
+    preflight.start_ranks(config, inputs(config, resume="auto"))
+
+
+if __name__ == "__main__":
+    _, _, config_path, what = sys.argv
+    {"faults": main, "stuck": stuck}[what](config_path)
