@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from harness import metrics_of, rollouts_of, write_inputs
 
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "launch/mpi.py"]
-SMALL = ["run.steps=2", "evaluation.every=0", "checkpoint.every=0"]
+SMALL = ["run.steps=1", "evaluation.every=0", "checkpoint.every=0"]
 
 pytestmark = [
     pytest.mark.e2e,
@@ -44,7 +44,7 @@ def test_a_run_under_mpirun_equals_that_under_torchrun_bit_for_bit(tmp_path):
     assert mpirun.returncode == 0, mpirun.stderr[-3000:]
     assert "on 2 ranks" in mpirun.stderr
     metrics = metrics_of(tmp_path / "mpirun")
-    assert metrics.keys() == {1, 2} and metrics[1]["update/grad_norm"] > 0
+    assert metrics.keys() == {1} and metrics[1]["update/grad_norm"] > 0
     assert metrics == metrics_of(tmp_path / "torchrun")
     assert rollouts_of(tmp_path / "mpirun") == rollouts_of(tmp_path / "torchrun")
 
