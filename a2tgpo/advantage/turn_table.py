@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,10 +24,10 @@ class TurnTable:
     """[N, T] float64: ig_{i,t} in column t-1; 0 where there is none."""
     has_gain: torch.Tensor
     """[N, T] bool: the turn exists and its gain could be computed."""
-    state: torch.Tensor
-    """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn."""
     num_prompts: int
     """Prompts of the whole batch, over all ranks."""
+    trajectories: Sequence[Trajectory]
+    """[N], what the rows were laid out from."""
 
     @property
     def max_turns(self) -> int:
@@ -42,6 +43,17 @@ class TurnTable:
     def num_turn_buckets(self) -> int:
         return self.num_prompts * self.max_turns
 
+    @cached_property
+    def state(self) -> torch.Tensor:
+        """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn.
+
+        Made when it is first asked for: it hashes every observation, and few methods compare states.
+        """
+        columns = self.max_turns + 1
+        keys = [turn_states(trajectory) for trajectory in self.trajectories]
+        rows = [own + [NO_STATE] * (columns - len(own)) for own in keys]
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TurnAdvantages:
@@ -56,30 +68,24 @@ class TurnAdvantages:
 
 
 def build_turn_table(trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int) -> TurnTable:
-    """Lay out gains, outcomes and states of this rank's trajectories.
+    """Lay out gains and outcomes of this rank's trajectories.
 
     Args:
         max_turns: columns T; equal on all ranks, at least the largest number of process turns.
     """
-    num = len(trajectories)
-    info_gain = torch.zeros(num, max_turns, dtype=torch.float64)
-    has_gain = torch.zeros(num, max_turns, dtype=torch.bool)
-    state = torch.full((num, max_turns + 1), NO_STATE, dtype=torch.int64)
-    for row, trajectory in enumerate(trajectories):
-        process_turns = [turn for turn in trajectory.turns if turn.query is not None]
-        for column, turn in enumerate(process_turns):
-            if turn.info_gain is not None:
-                info_gain[row, column] = turn.info_gain
-                has_gain[row, column] = True
-        states = turn_states(trajectory)
-        state[row, : len(states)] = torch.tensor(states, dtype=torch.int64)
+    rows = [[turn.info_gain for turn in t.turns if turn.query is not None] for t in trajectories]
+    padded = [row + [None] * (max_turns - len(row)) for row in rows]
+    shape = len(rows), max_turns
+    has_gain = torch.tensor([[gain is not None for gain in row] for row in padded], dtype=torch.bool)
+    info_gain = torch.tensor([[gain or 0.0 for gain in row] for row in padded], dtype=torch.float64)
+    has_gain, info_gain = has_gain.reshape(shape), info_gain.reshape(shape)  # also without rows
     has_gain &= info_gain.isfinite()
     return TurnTable(
         prompt_index=torch.tensor([t.prompt_index for t in trajectories], dtype=torch.int64),
         outcome=torch.tensor([t.outcome_reward for t in trajectories], dtype=torch.float64),
-        num_process_turns=torch.tensor([t.num_process_turns for t in trajectories], dtype=torch.int64),
+        num_process_turns=torch.tensor([len(row) for row in rows], dtype=torch.int64),
         info_gain=info_gain.where(has_gain, torch.zeros_like(info_gain)),
         has_gain=has_gain,
-        state=state,
         num_prompts=num_prompts,
+        trajectories=trajectories,
     )

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a2tgpo.advantage import turn_table
 from a2tgpo.advantage.anchor_state import NO_STATE, turn_states
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
@@ -166,3 +167,13 @@ def test_states_are_equal_in_every_process(hash_seed):
     )
     mine = turn_states(make_trajectory(3, [("caf\u00e9", (7,))] * 2, final=False))
     assert result.stdout.strip() == str(mine)
+
+
+@pytest.mark.parametrize(("advantage", "hashed"), [("gigpo", 2), ("turn_group", 0), ("grpo", 0)])
+def test_states_are_hashed_for_a_method_that_compares_them_only(monkeypatch, advantage, hashed):
+    calls = []
+    monkeypatch.setattr(turn_table, "turn_states", lambda t: calls.append(t) or turn_states(t))
+    trajectories = [make_trajectory(0, [("who", (5, 6))]), make_trajectory(0, [])]
+    table = build_turn_table(trajectories, num_prompts=1, max_turns=2)
+    compute_advantages(table, AlgorithmConfig(advantage=advantage), dp_group=None)
+    assert len(calls) == hashed

@@ -45,7 +45,7 @@ def test_a_benchs_lines_are_replaced_and_the_others_stay_in_order(tmp_path):
 
 def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there():
     held = bytearray(b"1") * 50_000_000
-    assert 30 < measure.peak_megabytes(lambda: bytearray(b"1") * 30_000_000) < 45
+    assert 25 < measure.peak_megabytes(lambda: bytearray(b"1") * 30_000_000) < 45
     assert held
 
 
