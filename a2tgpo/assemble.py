@@ -20,8 +20,10 @@ from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.reward.overlong import overlong_penalty
+from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 
@@ -171,4 +173,16 @@ def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
         count=groups.world_size // size,
         is_first=groups.rank % size == 0,
         group=group,
+    )
+
+
+def gain_check(parts: RunParts) -> GainCheck:
+    """The trainer's own scores of the training questions' answers."""
+    config = parts.config
+    return GainCheck(
+        parts.policy,
+        config.rollout.gain,
+        answer_tokens=AnswerTokens(parts.tokenizer, config.rollout.gain),
+        answers={question.id: question.answers for question in parts.train_prompts.questions},
+        max_tokens=config.update.max_microbatch_tokens,
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from a2tgpo import stop_signal
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
@@ -44,6 +45,8 @@ class RunFolder:
         self._complete: tuple[int, dict | None] = (0, None)
         """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
         self._saving: tuple[int, dict | None] = self._complete
+        self.evaluation_is_due = False
+        """The evaluation after the last step is still to be done; set by `restore`."""
         self._reported = 0
         self._num_failures = 0
 
@@ -96,6 +99,7 @@ class RunFolder:
             # A converted model has seen no question yet.
             if "sampler" in state:
                 parts.sampler.load_state_dict(state["sampler"])
+            self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])
@@ -105,11 +109,14 @@ class RunFolder:
         checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
         self._complete = (step, self.best.state_dict())
+        if is_own:
+            self._saving = self._complete
         return step
 
-    def save(self, step: int, parts: RunParts, guards: Guards) -> None:
+    def save(self, step: int, parts: RunParts, guards: Guards, *, evaluation_is_due: bool = False) -> None:
         """Begin a checkpoint of `step` steps, after the one before is done; every rank must call this.
 
+        With `evaluation_is_due` a run that goes on from it first makes the evaluation after that step.
         Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay.
         """
         self.finish_saving(is_last=False)
@@ -123,11 +130,22 @@ class RunFolder:
                 "step": step,
                 "sampler": parts.sampler.state_dict(),
                 "guards": guards.state_dict(),
+                "evaluation_is_due": evaluation_is_due,
                 "best": best,
             },
             on_complete=functools.partial(self._tidy, step, best),
         )
         self._saving = (step, best)
+
+    @property
+    def saved_step(self) -> int:
+        """Step of this run's newest checkpoint, the one under way included; 0: none."""
+        return self._saving[0]
+
+    @property
+    def longest_save_s(self) -> float:
+        """The longest a save of this start has taken so far, seconds."""
+        return self._writer.longest_s
 
     def finish_saving(self, *, is_last: bool = True) -> None:
         """Wait for the checkpoint under way, if any; every rank must call this, and last before the program ends.
@@ -151,6 +169,7 @@ class RunFolder:
                 f"the checkpoint of step {self._saving[0]} could not be written: {fault} "
                 f"({self._num_failures} in a row). Last complete one: {last}. Make room and start the run again"
             )
+        self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
         """Say once that the save under way has failed, as soon as this rank knows; the run goes on."""
@@ -199,6 +218,14 @@ class RunFolder:
             f"done. metrics: {self.path}/metrics.jsonl  rollouts: {self.path}/rollouts  "
             f"checkpoints: {self._checkpoints}  best: {self.best.describe()}\n"
             f"look: tensorboard --logdir {self.path}/tensorboard"
+        )
+
+    def say_when_to_go_on(self, recorder: Recorder, step: int, reason: str) -> None:
+        """Tell that the run has ended early as it was asked to, and that the next start goes on."""
+        saved = f"saved as {self._checkpoints}/step_{step}" if step else "nothing to save yet"
+        recorder.writer.print(
+            f"stopped after step {step} of {self._config.run.steps}: {reason}; {saved}; the next start goes on "
+            f"from there (exit code {stop_signal.EXIT_CODE})"
         )
 
     def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.recorder import add_rollout_counts
 from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.trajectory import Prompt, Trajectory
 
 if TYPE_CHECKING:
@@ -45,30 +46,37 @@ class StepRollout:
         self._config = parts.config.rollout
         self._has_warned = False
 
-    def play(self, *, step: int, metrics: MetricSums) -> list[Trajectory]:
+    def play(
+        self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
+    ) -> list[Trajectory] | None:
         """Play a step on engines that are awake with its weights, and let them sleep; every rank must call this.
 
         Args:
             step: of the run.
             metrics: added to, what the engine did and the `sampling/` metrics; to be reduced over the world.
+            is_cut: asked now and then whether to break off; ranks may hear it at different times. None: never.
 
         Returns:
             This replica's share of the step's groups, prompt_index in [0, prompts_per_step); nothing on ranks that
-            only follow an engine.
+            only follow an engine; None: broken off, on this rank or under dynamic sampling on any.
         """
         counts = RolloutCounts()
         if self._config.dynamic_sampling:
-            trajectories = self._play_until_full(step, counts, metrics)
+            trajectories = self._play_until_full(step, counts, metrics, is_cut)
         else:
             prompts = self._parts.train_prompts.prompts(self._parts.sampler.next_indices())
-            trajectories = self._play_share(prompts, step, counts)
+            trajectories = self._play_share(prompts, step, counts, is_cut)
         self._parts.engine.sleep()
+        if trajectories is None:
+            return None
         if not self._parts.replicas.is_first:
             return []
         add_rollout_counts(metrics, counts)
         return trajectories
 
-    def _play_until_full(self, step: int, counts: RolloutCounts, metrics: MetricSums) -> list[Trajectory]:
+    def _play_until_full(
+        self, step: int, counts: RolloutCounts, metrics: MetricSums, is_cut: Callable[[], bool] | None
+    ) -> list[Trajectory] | None:
         sampler, num_groups = self._parts.sampler, self._config.prompts_per_step
         asked: list[int] = []
         informative: list[bool] = []
@@ -86,8 +94,11 @@ class StepRollout:
             asked += sampler.next_indices(size, asked=asked)
             # Indices go on from draw to draw: they name the groups of the step, and the seeds of their rollouts.
             prompts = self._parts.train_prompts.prompts(asked)[-size:]
-            trajectories = self._play_share(prompts, step, counts)
-            informative += self._agree_on_informative(prompts, trajectories)
+            trajectories = self._play_share(prompts, step, counts, is_cut)
+            found = self._agree_on_informative(prompts, trajectories)
+            if found is None or trajectories is None:
+                return None
+            informative += found
             played += trajectories
             draws += 1
         selection = select_groups(informative, num_groups=num_groups)
@@ -103,23 +114,41 @@ class StepRollout:
             metrics.add("sampling/format_error_rate_all", sum(not t.format_ok for t in played), len(played))
         return take_groups(played, selection.groups)
 
-    def _play_share(self, prompts: Sequence[Prompt], step: int, counts: RolloutCounts) -> list[Trajectory]:
-        """Trajectories of those prompts that are this replica's."""
+    def _play_share(
+        self,
+        prompts: Sequence[Prompt],
+        step: int,
+        counts: RolloutCounts,
+        is_cut: Callable[[], bool] | None,
+    ) -> list[Trajectory] | None:
+        """Trajectories of those prompts that are this replica's; None: broken off."""
         replicas = self._parts.replicas
-        trajectories, counted = self._parts.rollout.run(
-            prompts[replicas.index :: replicas.count], seed=self._parts.config.run.seed, step=step
-        )
+        share = prompts[replicas.index :: replicas.count]
+        try:
+            trajectories, counted = self._parts.rollout.run(
+                share, seed=self._parts.config.run.seed, step=step, is_cut=is_cut
+            )
+        except RolloutCutError:
+            return None
         counts.add(counted)
         return trajectories
 
     def _agree_on_informative(
-        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
-    ) -> list[bool]:
-        """Which of the draw's groups are informative, equal on all ranks: one bit per group is gathered."""
+        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory] | None
+    ) -> list[bool] | None:
+        """Which of the draw's groups are informative, equal on all ranks: one bit per group is gathered.
+
+        None: the draw was broken off on some rank.
+        """
         world = dist.group.WORLD
         assert world is not None, "torch.distributed is not initialised"
-        mine = informative_groups(trajectories) if self._parts.replicas.is_first else {}
-        merged = {index: bit for part in all_gather_object(mine, world) for index, bit in part.items()}
+        mine = None
+        if trajectories is not None:
+            mine = informative_groups(trajectories) if self._parts.replicas.is_first else {}
+        parts = all_gather_object(mine, world)
+        if any(part is None for part in parts):
+            return None
+        merged = {index: bit for part in parts for index, bit in part.items()}
         return [merged[prompt.index] for prompt in prompts]
 
     def _warn_once(self, step: int, draws: int, num_played: int, num_unfilled: int) -> None:

@@ -2,23 +2,48 @@
 
     python launch/local_ranks.py NUM_RANKS SCRIPT [ARGUMENT ...]
 
-Exits with the code of the rank that failed first; the others are ended by torchrun.
+Exits with the code of the rank that failed first; the others are ended by torchrun. SIGTERM and SIGUSR1 are passed
+on to the ranks, which then end by themselves, a run that trains with a checkpoint (a2tgpo/stop_signal.py).
 """
 
 import logging
+import os
+import signal
 import sys
+from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from a2tgpo.stop_signal import EXIT_CODE, SIGNALS
+from launch.failure import BROKEN_RUN
+
+TO_TORCHRUN = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+
+
+def pass_on(number: int, _frame: FrameType | None) -> None:
+    ranks = psutil.Process().children()
+    if not ranks:  # none was started yet
+        os._exit(EXIT_CODE)
+    for rank in ranks:
+        rank.send_signal(number)
 
 
 def run(num_ranks: str, script: str, *arguments: str) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # torchrun would end the ranks itself, with half a minute for whatever they have to save.
+    os.environ[TO_TORCHRUN] = "SIGINT,SIGHUP,SIGQUIT"
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
         main(["--standalone", "--nproc-per-node", num_ranks, script, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 or failure.exitcode > 3:
+        if not 0 <= failure.exitcode <= BROKEN_RUN and failure.exitcode != EXIT_CODE:
             print(f"launch: rank {rank} ended with {failure.exitcode}: {failure.message}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     return 0

@@ -18,18 +18,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from launch.failure import BROKEN_RUN, exit_code
 from launch.rendezvous import join_launcher
 
 
 def main() -> int:
     args = parse_arguments()
+    stop_signal = StopSignal()
     try:
         join_launcher()
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             return dry_run(config, resume=args.resume)
-        return run(config, resume=args.resume)
+        return run(config, resume=args.resume, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
 
@@ -100,13 +102,14 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     return 0
 
 
-def run(config: RunConfig, *, resume: str) -> int:
+def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     """Join the other ranks, build, resume, train; returns the program's exit code."""
     import torch.distributed as dist
 
     from a2tgpo.assemble import assemble
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.parallel.stop_request import StopRequest
     from a2tgpo.run_folder import RunFolder
     from a2tgpo.trainer import Trainer
     from a2tgpo.watchdog import Watchdog
@@ -121,15 +124,21 @@ def run(config: RunConfig, *, resume: str) -> int:
     step = folder.restore(checkpoint, parts, guards)
     recorder = folder.recorder(parts, step=step)
     watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)
-    trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog)
+    stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s)
+    trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog, stop=stop)
     recorder.writer.print(
         f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"
     )
+    code = 0
     try:
-        is_finished = trainer.train()
-        if is_finished:
+        stop_signal.begin_training()
+        if trainer.train():
             folder.say_where(recorder)
+        elif stop.is_agreed:
+            code = EXIT_CODE
+            folder.say_when_to_go_on(recorder, trainer.step, stop.reason)
         else:
+            code = BROKEN_RUN
             folder.say_why_stopped(recorder, trainer.step, guards)
     finally:
         watchdog.close()
@@ -138,7 +147,7 @@ def run(config: RunConfig, *, resume: str) -> int:
     # A launcher ends the others as soon as one has left with a code that is not 0.
     dist.barrier()
     shutdown()
-    return 0 if is_finished else BROKEN_RUN
+    return code
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this are kept for good, besides; 0: none."""
     max_failures: int = 3
     """Saves in a row that may fail, for want of space for example, before the run ends."""
+    margin_s: float = 120.0
+    """Kept free before the end of a Slurm job (SLURM_JOB_END_TIME), besides what an update and a save have taken so
+    far, seconds."""
     best_by: str = "em"
     """Held-out score whose best checkpoint is kept besides: em | em_format_gated | f1 | none."""
 
@@ -81,6 +84,7 @@ class CheckpointConfig:
             self.best_by,
             "em | em_format_gated | f1 | none",
         )
+        require(self.margin_s >= 0, "checkpoint.margin_s", self.margin_s, ">= 0")
         require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
         require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, ">= 0")

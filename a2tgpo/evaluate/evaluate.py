@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.stop_request import StopRequest
 from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.group_rollout import GroupRollout, Progress
+from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.trajectory import Prompt, Trajectory
 
 
@@ -50,6 +52,7 @@ def evaluate(
     is_replica_first: bool = True,
     group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], list[Trajectory]]:
     """Answer every question once, greedily; every rank of `group` calls this.
 
@@ -61,13 +64,28 @@ def evaluate(
         is_replica_first: this rank counts for its replica; the others played the same and count nothing.
         group: the ranks of all replicas; None: the world.
         progress: as in `GroupRollout.run`.
+        stop: breaks the evaluation off once a stop is asked for; None: nothing does. `group` is then the world.
 
     Returns:
         Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1,
         format_ok_rate, tool_calls, num_questions, and em by hops as em_1_hops and so on; and the trajectories
         that this replica played.
+
+    Raises:
+        StopAgreed: on all ranks, if it was broken off.
     """
-    answers, trajectories = answer_questions(rollout, prompts[replica_index::num_replicas], progress=progress)
+    is_cut = False
+    try:
+        answers, trajectories = answer_questions(
+            rollout,
+            prompts[replica_index::num_replicas],
+            progress=progress,
+            is_cut=stop.is_asked if stop else None,
+        )
+    except RolloutCutError:
+        is_cut = True
+    if stop is not None:
+        stop.agree(is_cut)
     sums = MetricSums()
     sums.add("num_questions", 0, 0)
     for answer in answers if is_replica_first else ():
@@ -82,12 +100,15 @@ def answer_questions(
     num_samples: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    is_cut: Callable[[], bool] | None = None,
 ) -> tuple[list[Answer], list[Trajectory]]:
     """Play these questions on this rank's engine; all ranks of its replica call this alike.
 
     Args:
         num_samples: answers drawn per question at `rollout.temperature`; 0: one, greedily.
         seed: of the draws.
+        progress: as in `GroupRollout.run`.
+        is_cut: as in `GroupRollout.run`, whose errors pass through.
 
     Returns:
         Answers and their trajectories, question by question and by sample within.
@@ -100,6 +121,7 @@ def answer_questions(
         group_size=max(1, num_samples),
         score_gain=False,
         progress=progress,
+        is_cut=is_cut,
     )
     by_index = {prompt.index: prompt for prompt in prompts}
     answers = [

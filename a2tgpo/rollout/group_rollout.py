@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from a2tgpo.config.check import require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
+from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.counts import RolloutCounts
@@ -74,6 +76,7 @@ class GroupRollout:
             tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
         )
         self._tools = ToolPool(toolset, replica_group=replica_group)
+        self._replica_group = replica_group
 
     def run(
         self,
@@ -85,6 +88,7 @@ class GroupRollout:
         group_size: int | None = None,
         score_gain: bool = True,
         progress: Progress | None = None,
+        is_cut: Callable[[], bool] | None = None,
     ) -> tuple[list[Trajectory], RolloutCounts]:
         """Play `group_size` trajectories of every prompt; all ranks of the replica call this alike.
 
@@ -96,6 +100,7 @@ class GroupRollout:
             group_size: trajectories per prompt; None: `rollout.group_size`.
             score_gain: score the gold answer in every context.
             progress: called whenever a trajectory ends.
+            is_cut: asked now and then whether to break off; one rank of the replica is enough. None: never.
 
         Returns:
             Trajectories, prompt by prompt and by sample within; and this replica's counts.
@@ -103,6 +108,7 @@ class GroupRollout:
         Raises:
             ConfigError: if a prompt leaves no room for one token.
             RuntimeError: if the engine failed.
+            RolloutCutError: on all ranks of the replica, if it was broken off.
         """
         counts = RolloutCounts()
         scorer = AnswerScorer(self._engine, self._answers, counts) if score_gain else None
@@ -136,6 +142,7 @@ class GroupRollout:
             ),
             counts=counts,
             on_finished=on_finished,
+            is_cut=lambda: is_cut is not None and self._agree(is_cut()),
         )
         loop.run(live)
         for played in live:
@@ -157,6 +164,12 @@ class GroupRollout:
     def close(self) -> None:
         """Stop the tools' threads; engine and tools belong to the caller."""
         self._tools.close()
+
+    def _agree(self, is_cut: bool) -> bool:
+        """Whether any rank of the replica says so."""
+        if self._replica_group is None:
+            return is_cut
+        return bool(all_reduce_max(torch.tensor(float(is_cut)), self._replica_group).item())
 
     def _groups(self, prompts: Sequence[Prompt], *, score_gain: bool) -> list[PromptGroup]:
         for prompt in prompts:

@@ -29,8 +29,14 @@ from a2tgpo.trajectory import Prompt, Trajectory, Turn
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
+CUT_EVERY = 16
+"""Passes of the loop between two looks whether the rollout is to be broken off."""
 ANSWER_ROOM = 32
 """Tokens that an observation leaves for the turn after it."""
+
+
+class RolloutCutError(Exception):
+    """The rollout was broken off since it was asked to be; what was played of it is lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,8 @@ class MultiTurnLoop:
         observations: writes their answers as tokens.
         scorer: scores the gold answer after every observation; None: no scoring.
         on_finished: called once per trajectory, when its last token is there.
+        is_cut: asked now and then whether to break off, in the same passes on all ranks that share the engine,
+            which must hear the same.
     """
 
     def __init__(
@@ -113,6 +121,7 @@ class MultiTurnLoop:
         sampling: Sampling,
         counts: RolloutCounts,
         on_finished: Callable[[], None],
+        is_cut: Callable[[], bool] = lambda: False,
     ):
         self._engine = engine
         self._tools = tools
@@ -123,6 +132,7 @@ class MultiTurnLoop:
         self._sampling = sampling
         self._counts = counts
         self._on_finished = on_finished
+        self._is_cut = is_cut
         self._generating: dict[str, LiveTrajectory] = {}
         self._calling: dict[int, LiveTrajectory] = {}
         self._num_requests = 0
@@ -131,6 +141,9 @@ class MultiTurnLoop:
         """Play all of `live`; the engine works whenever any of them can go on.
 
         Questions that need most searches start first, as far as their set says: what starts last should be short.
+
+        Raises:
+            RolloutCutError: if it was broken off; the engine is idle then.
         """
         start = time.monotonic()
         waited_before = self._tools.waited_s
@@ -139,7 +152,12 @@ class MultiTurnLoop:
             group = trajectory.group
             if self._scorer is not None and group.baseline is None:
                 group.baseline = self._scorer.submit(group.prompt.tokens, group.aliases)
+        passes = 0
         while self._engine.has_unfinished or self._calling:
+            if passes % CUT_EVERY == 0 and self._is_cut():
+                self._engine.abort_all()
+                raise RolloutCutError
+            passes += 1
             for result in self._tools.results(wait=not self._engine.has_unfinished):
                 self._observe(self._calling.pop(result.key), result)
             if not self._engine.has_unfinished:

@@ -114,6 +114,7 @@ class VllmEngine:
         self._failure: str | None = None  # of a step; final
         self._weights_fault: str | None = None  # mended by a whole load
         self._asleep: set[str] = set()
+        self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # request id -> tokens of the answer, for scorings in flight
         hf_config, self.num_token_ids = read_model(model_path)
         self.vocab_size: int = hf_config.vocab_size
@@ -258,6 +259,12 @@ class VllmEngine:
             raise RuntimeError(f"the engine is lost: {self._failure}") from error
         return [self._finish(output) for output in outputs if output.finished]  # type: ignore[arg-type]
 
+    def abort_all(self) -> None:
+        """Drop every request in flight; nothing comes out for them."""
+        self._engine.abort_request(list(self._in_flight))
+        self._in_flight.clear()
+        self._answers.clear()
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Replace all weights; any order, though layer by layer needs the least memory.
 
@@ -327,6 +334,7 @@ class VllmEngine:
             f"< {self.max_model_len} (data.max_prompt_tokens + rollout.max_response_tokens); raise one of them",
         )
         self._engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
+        self._in_flight.add(request_id)
 
     def _submit_prompt_logprobs(
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
@@ -346,6 +354,7 @@ class VllmEngine:
         self._answers[request_id] = num_scored
 
     def _finish(self, output: RequestOutput) -> EngineOutput | ScoreOutput:
+        self._in_flight.discard(output.request_id)
         counts = dict(
             num_prompt_tokens=len(output.prompt_token_ids or ()),
             num_cached_tokens=output.num_cached_tokens or 0,

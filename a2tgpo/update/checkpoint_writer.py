@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._outcome: str | None = None
         self._error: BaseException | None = None
+        self.longest_s = 0.0
+        """The longest a save has taken so far, from `start` to the end of its thread, seconds."""
 
     @property
     def outcome(self) -> str | None:
@@ -69,6 +72,7 @@ class CheckpointWriter:
         Raises:
             TypeError: if `state` holds something JSON does not have.
         """
+        begin = time.monotonic()
         assert self._thread is None, "one save at a time: wait() for the last one first"
         record = {
             "step": step,
@@ -88,7 +92,7 @@ class CheckpointWriter:
             on_complete,
         )
         # Not a daemon: a program that fails for another reason still ends with a whole checkpoint.
-        self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(write, begin), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> str | None:
@@ -105,9 +109,10 @@ class CheckpointWriter:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _run(self, write: Callable[[], None]) -> None:
+    def _run(self, write: Callable[[], None], begin: float) -> None:
         try:
             write()
+            self.longest_s = max(self.longest_s, time.monotonic() - begin)
             self._outcome = ""
         except _SaveFailedError as error:
             self._outcome = str(error)

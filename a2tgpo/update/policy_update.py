@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,26 @@ from a2tgpo.update.score import TokenScores, score
 from a2tgpo.update.train_step import train_step
 
 
-def score_minibatches(policy: Policy, minibatches: Sequence[Minibatch], metrics: MetricSums) -> None:
+def score_minibatches(
+    policy: Policy,
+    minibatches: Sequence[Minibatch],
+    metrics: MetricSums,
+    *,
+    before_each: Callable[[], None] = lambda: None,
+) -> None:
     """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
 
     Every rank must call this. Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in
     trajectories whose answer matches, left out of a step without any) and how far the trainer's log-probs are from
     the engine's: `gap/train_engine_*` over the tokens where both are finite, left out of a step without any, and
     `gap/unusable_tokens`, the number of the others.
+
+    Args:
+        before_each: called before every mini-batch, on all ranks.
     """
     sums: dict[str, Tensor] = {}
     for minibatch in minibatches:
+        before_each()
         scores = score(policy, minibatch.batches)
         minibatch.old_logprobs = [None if s is None else s.logprobs for s in scores]
         for batch, is_correct, scored in zip(

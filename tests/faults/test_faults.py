@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chain import BROKEN, HANG_S, WATCHED, Fault, run_chain, steps_needed
+from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
 from harness import Row, start, write_inputs
 
 FAULTS = [
     Fault("kill", "rollout", 0, call=5),
     Fault("kill", "update", 1, call=2),
     Fault("kill", "save: written", 1),
+    Fault("usr1", "rollout", 1, REQUEUED, call=5),
+    Fault("term", "update", 0, REQUEUED),
     Fault("hang", "exchange", 1, BROKEN, overrides=WATCHED, within_s=HANG_S),
 ]
 

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "a2tgpo"
 LAYER = {
     "trajectory": 0,
     "config": 0,
+    "stop_signal": 0,
     "parallel": 1,
     "metrics": 1,
     "data": 2,
@@ -38,7 +39,7 @@ ALLOWED_IN = {
     "torch": None,
 }
 # config.load puts sections together; batch reads prompts' records: both are named by the layers above.
-SAME_LAYER_ALLOWED = {("config", "trajectory")}
+SAME_LAYER_ALLOWED = {("config", "trajectory"), ("stop_signal", "config")}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 

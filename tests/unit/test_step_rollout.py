@@ -148,7 +148,7 @@ class ScriptedParts:
             for index, question in enumerate(asked)
         ]
 
-    def run(self, prompts, *, seed: int, step: int) -> tuple[list[Trajectory], RolloutCounts]:
+    def run(self, prompts, *, seed: int, step: int, is_cut: Any) -> tuple[list[Trajectory], RolloutCounts]:
         played = []
         for prompt in prompts:
             for sample in range(2):
