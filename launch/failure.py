@@ -6,6 +6,8 @@ import time
 
 from a2tgpo.config.check import ConfigError
 
+DOES_NOT_FIT = 1
+"""Exit code of a dry run whose plan does not fit the cards."""
 BAD_CONFIG = 2
 BROKEN_RUN = 3
 """Exit code of a run that failed, or that its guards stopped."""

@@ -8,10 +8,14 @@ OVERRIDE is section.field=value or a YAML file, such as a method of configs/algo
 Without a launcher it runs as one process.
 """
 
+from __future__ import annotations
+
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,8 +23,11 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
-from launch.failure import BROKEN_RUN, exit_code
+from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
+
+if TYPE_CHECKING:
+    from a2tgpo.plan.hardware import Gpu
 
 
 def main() -> int:
@@ -71,7 +78,11 @@ def inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
 
 
 def dry_run(config: RunConfig, *, resume: str) -> int:
-    """Print the resolved configuration and check files, layout and ranks, without building a model."""
+    """Print the resolved configuration and its plan; check files, layout and ranks, without building a model.
+
+    Returns:
+        The exit code: 0, or `DOES_NOT_FIT`.
+    """
     from transformers import AutoTokenizer
 
     from a2tgpo.data.question_set import load_questions
@@ -79,6 +90,10 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.environment.tool import build_tools
     from a2tgpo.model.hf_config import load_hf_config
     from a2tgpo.model.transformer_config import check_layout
+    from a2tgpo.plan.advice import faults
+    from a2tgpo.plan.dimensions import model_dimensions
+    from a2tgpo.plan.plan import make_plan
+    from a2tgpo.plan.report import plan_text
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from a2tgpo.parallel.initialize import shutdown
@@ -94,12 +109,38 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         questions = load_questions(getattr(config.data, key), key=f"data.{key}")
         sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
     build_tools(config).close()
-    if os.environ.get("RANK", "0") == "0":
+    dimensions, source = model_dimensions(config.model.path)
+    gpu, card = card_to_plan_for(config)
+    # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
+    gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
+    plan = make_plan(config, dimensions, gpu, gpus=gpus)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
         print(dump_config(config), end="")
+        for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
+            print(f"# {line}".rstrip())  # what is printed can be read as a configuration
         print(
             f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
         )
-    return 0
+    if not plan.fits and is_first:
+        first, *others = faults(plan)
+        more = f" (and {len(others)} more, above)" if others else ""
+        print(f"error: does not fit {gpus} x {gpu.name}: {first}{more}", file=sys.stderr, flush=True)
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
+    """The card that is here, or the one the configuration is meant for; and which of the two, in words."""
+    import torch
+
+    from a2tgpo.plan.hardware import GIB, GPUS
+
+    meant = GPUS[config.cluster.gpu]
+    if not torch.cuda.is_available():
+        return meant, f"{meant.name}, as cluster.gpu says: no GPU is seen here"
+    found = torch.cuda.get_device_properties(0)
+    here = dataclasses.replace(meant, memory_gib=found.total_memory / GIB)
+    return here, f"{found.name} (speed of {meant.name}: cluster.gpu)"
 
 
 def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny_models import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,22 @@ def start(settings: dict[str, str], *, dry_run: bool = True) -> subprocess.Compl
 def test_a_dry_run_of_a_sound_configuration_prints_it(good):
     result = start(good)
     assert result.returncode == 0, result.stderr
-    assert "files and layout are fine" in result.stdout and "prompts_per_step: 2" in result.stdout
+    assert "files and layout are fine" in result.stdout and "fits in every phase" in result.stdout
+    printed = yaml.safe_load(result.stdout)
+    assert printed["rollout"]["prompts_per_step"] == 2 and printed["model"]["path"] == good["model.path"]
+
+
+def test_a_dry_run_of_what_does_not_fit_says_so_in_one_line(good, monkeypatch, capsys):
+    settings = {**good, "rollout.kv_cache_gib": "90"}
+    arguments = ["--config", settings.pop("config"), "--dry-run", *(f"{k}={v}" for k, v in settings.items())]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert main() == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: does not fit 8 x h100-80gb: ") and "rollout.kv_cache_gib=" in line
+    assert "# planned for 8 x h100-80gb, as cluster.gpu says: no GPU is seen here" in captured.out
 
 
 def write(folder: Path, text: str) -> str:
