@@ -24,6 +24,7 @@ from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.update.gain_check import GainCheck
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 
@@ -55,6 +56,8 @@ class RunParts:
     """Only with a KL penalty."""
     optimizer: Any
     schedule: LearningRateSchedule
+    phases: MemoryPhases
+    """Says what of these is on the card."""
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
@@ -87,13 +90,8 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     reference = build_reference(config, groups)
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
-    engine = VllmEngine(
-        config.model.path,
-        config=config.rollout,
-        model_dtype=config.model.dtype,
-        max_model_len=config.max_model_len,
-        seed=config.run.seed,
-    )
+    phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
+    engine = phases.build_engine(functools.partial(build_engine, config))
     return RunParts(
         config=config,
         groups=groups,
@@ -106,6 +104,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         reference=reference,
         optimizer=optimizer,
         schedule=schedule,
+        phases=phases,
         engine=engine,
         toolset=toolset,
         rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
@@ -117,6 +116,17 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
     if config.algorithm.kl_coef == 0:
         return None
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+
+
+def build_engine(config: RunConfig) -> VllmEngine:
+    """The engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
+    return VllmEngine(
+        config.model.path,
+        config=config.rollout,
+        model_dtype=config.model.dtype,
+        max_model_len=config.max_model_len,
+        seed=config.run.seed,
+    )
 
 
 def build_rollout(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from a2tgpo.assemble import Replicas, build_rollout, divide_into_replicas
+from a2tgpo.assemble import Replicas, build_engine, build_rollout, divide_into_replicas
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
@@ -20,6 +21,7 @@ from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.saved_model import SavedModel
 from a2tgpo.update import checkpoint
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.weight_sync import sync_engine
 
 
@@ -29,6 +31,7 @@ class _WeightHolders:
     groups: ParallelGroups
     policy: Policy
     engine: VllmEngine
+    phases: MemoryPhases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +70,13 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     template = PromptTemplate(tokenizer, config.data.instructions)
     toolset = build_tools(config)
-    policy = None if model.is_hf else load_policy(config, groups, model)
-    engine = VllmEngine(
-        config.model.path,
-        config=config.rollout,
-        model_dtype=config.model.dtype,
-        max_model_len=config.max_model_len,
-        seed=config.run.seed,
-    )
-    if policy is not None:
-        holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine)
+    if model.is_hf:
+        engine = build_engine(config)
+    else:
+        policy = load_policy(config, groups, model)
+        phases = MemoryPhases(policy)
+        engine = phases.build_engine(functools.partial(build_engine, config))
+        holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
         # Weights of step 0 could be taken for those that the engine has read from model.path.
         sync_engine(holders, step=max(1, model.step))
     return Player(

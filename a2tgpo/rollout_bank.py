@@ -62,8 +62,9 @@ class RolloutBank:
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
         """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
 
-        Moves the sampler to behind the step.
+        Moves the sampler to behind the step. Enters memory phase bank.
         """
+        self._parts.phases.enter("bank")
         self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
         banked = self._read(step)
         world = dist.group.WORLD

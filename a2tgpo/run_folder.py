@@ -89,6 +89,7 @@ class RunFolder:
         """
         step, is_own = 0, True
         if path is not None:
+            parts.phases.enter("checkpoint")
             try:
                 state = checkpoint.load(
                     path, policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule
@@ -120,6 +121,7 @@ class RunFolder:
         Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay.
         """
         self.finish_saving(is_last=False)
+        parts.phases.enter("checkpoint")
         best = self.best.state_dict()
         self._writer.start(
             step,

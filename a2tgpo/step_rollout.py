@@ -49,7 +49,7 @@ class StepRollout:
     def play(
         self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
     ) -> list[Trajectory] | None:
-        """Play a step on engines that are awake with its weights, and let them sleep; every rank must call this.
+        """Play a step on engines that are awake with its weights; every rank must call this.
 
         Args:
             step: of the run.
@@ -66,7 +66,6 @@ class StepRollout:
         else:
             prompts = self._parts.train_prompts.prompts(self._parts.sampler.next_indices())
             trajectories = self._play_share(prompts, step, counts, is_cut)
-        self._parts.engine.sleep()
         if trajectories is None:
             return None
         if not self._parts.replicas.is_first:

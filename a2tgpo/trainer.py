@@ -138,6 +138,7 @@ class Trainer:
                 trajectories, advantages, clip_scales, config=self.config, groups=self.parts.groups
             )
         with self.timers.stage("score"):
+            self.parts.phases.enter("score")
             score_minibatches(
                 self.parts.policy,
                 minibatches,
@@ -149,6 +150,7 @@ class Trainer:
             self.gain_check.run(self.step, trajectories, learning_metrics)
         with self.timers.stage("update"):
             self.early_end.agree_before("update")
+            self.parts.phases.enter("update")
             update_policy(
                 self.parts.policy,
                 self.parts.optimizer,
@@ -161,6 +163,7 @@ class Trainer:
         self.step += 1
         seconds = self.timers.take()
         self.early_end.finish_step(seconds)
+        engine_metrics.merge(self.parts.phases.take_metrics())
         return self.recorder.record_step(
             self.step,
             trajectories,
@@ -187,7 +190,6 @@ class Trainer:
                 group=dist.group.WORLD,
                 stop=self.early_end.request,
             )
-            self.parts.engine.sleep()
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
         return self.folder.best.offer(self.step, scores)
 

@@ -29,6 +29,9 @@ class UpdateConfig:
     """Global gradient norm above which gradients are scaled down; 0: never."""
     distributed_optimizer: bool = True
     """Shard optimizer state over the data-parallel ranks."""
+    offload: bool = True
+    """Move what a phase does not need off the card: all of the trainer for the rollout. Weights and optimizer state
+    then have a place in host memory (`tools/plan.py` says how much); without it they stay on the card."""
 
     def __post_init__(self) -> None:
         require(

@@ -44,5 +44,7 @@ TENSORBOARD_LAYOUT = {
         "throughput": [_MULTILINE, [r"speed/"]],
         "lengths": [_MULTILINE, [r"length/"]],
         "memory": [_MULTILINE, [r"memory/"]],
+        "memory in use by phase": [_MULTILINE, [r"memory/.*_used_gib"]],
+        "trainer state on the card by phase": [_MULTILINE, [r"memory/.*_trainer_gib"]],
     },
 }

@@ -6,18 +6,19 @@ import hashlib
 
 import torch
 
-from a2tgpo.model.policy import Policy
+from a2tgpo.model.policy import Policy, gather_weights
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def fingerprint(policy: Policy) -> str:
-    """Hexadecimal digest of this rank's parameters: names, shapes, formats and values.
+    """Hexadecimal digest of this rank's parameters: names, shapes, formats and values; every rank calls this.
 
     Values enter as sums of their bit patterns along the first and the last axis, so that only those leave the
     device: it tells weights apart that differ by chance or by training, not by intent.
     """
+    gather_weights(policy)
     digest = hashlib.blake2b(digest_size=16)
     for number, chunk in enumerate(policy.chunks):
         for name, parameter in chunk.named_parameters():

@@ -50,12 +50,25 @@ class Policy:
         return bool(self.hf_config.tie_word_embeddings)
 
 
+def require_weights(policy: Policy) -> None:
+    """Raise RuntimeError where the weights are off the card: reading them there ends the process without a word."""
+    parameters = (parameter for chunk in policy.chunks for parameter in chunk.parameters())
+    if any(p.numel() and not p.untyped_storage().nbytes() for p in parameters):
+        raise RuntimeError(
+            "the weights are off the card; enter a memory phase that has them (a2tgpo/residency.py)"
+        )
+
+
 def gather_weights(policy: Policy) -> None:
     """Have every rank hold what the last update made of the weights; every rank calls this before it reads them.
 
     Where the gather runs beside computation, a rank that has stepped waits for the next forward pass to bring it the
     parts that other ranks have stepped.
+
+    Raises:
+        RuntimeError: if the weights are off the card.
     """
+    require_weights(policy)
     for chunk in policy.chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

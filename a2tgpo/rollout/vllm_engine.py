@@ -51,6 +51,7 @@ if not ON_GPU:
 
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402
+from vllm.device_allocator.cumem import CuMemAllocator  # noqa: E402
 from vllm.outputs import RequestOutput  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -63,6 +64,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # noqa: E402
 _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
+PARTS = ("weights", "kv_cache")
+"""What sleeps and wakes, by vLLM's names."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 
@@ -296,16 +299,24 @@ class VllmEngine:
         if ON_GPU:
             self._engine.sleep(level=2)
             self._weights_fault = "its weights were given back by sleep() and not loaded again"
-        self._asleep = {"weights", "kv_cache"}
+        self._asleep = set(PARTS)
 
     @property
     def needs_weights(self) -> bool:
         """Generation needs a `load_weights` first, whatever the version."""
         return self._weights_fault is not None
 
+    def is_on_card(self, part: str) -> bool:
+        """Whether memory is taken for `part`, weights or kv_cache; on a GPU by the allocator's own account."""
+        assert part in PARTS, part
+        if not ON_GPU:
+            return part not in self._asleep
+        taken = CuMemAllocator.get_instance().pointer_to_data.values()
+        return any(data.tag == part and not data.is_asleep for data in taken)
+
     def wake(self, part: str) -> None:
         """Take the memory of `part` again: weights, then kv_cache (the trainer's copies can go in between)."""
-        assert part in ("weights", "kv_cache"), part
+        assert part in PARTS, part
         if part not in self._asleep:
             return
         if ON_GPU:

@@ -15,7 +15,7 @@ from a2tgpo.batch.packing import PackedBatch, empty_batch
 from a2tgpo.model.context_gather import gather_context
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import token_logprobs
-from a2tgpo.model.policy import Policy
+from a2tgpo.model.policy import Policy, require_weights
 from a2tgpo.parallel.collectives import all_reduce_max
 
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
@@ -38,7 +38,11 @@ def run_pipeline(
 
     Args:
         forward_only: no gradients; what `token_function` returns is then ignored.
+
+    Raises:
+        RuntimeError: if the weights are off the card.
     """
+    require_weights(policy)
     groups = policy.groups
     real_count = len(microbatches)
     count = int(all_reduce_max(torch.tensor(max(real_count, 1)), groups.dp_group))

@@ -15,6 +15,7 @@ from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.update.forward_step import run_pipeline
+from a2tgpo.update.offload import gradient_tensors
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> (loss, metrics).
@@ -67,7 +68,12 @@ def compute_gradients(
 
     Every rank calls this. Under the distributed optimizer a rank's buffer holds the full sum only in the part
     that the rank updates.
+
+    Raises:
+        RuntimeError: if weights or gradients are off the card.
     """
+    if not all(tensor.untyped_storage().nbytes() for tensor in gradient_tensors(policy)):
+        raise RuntimeError("the gradients are off the card; enter memory phase update first")
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     sums: dict[str, Tensor] = {}

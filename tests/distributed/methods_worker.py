@@ -26,21 +26,33 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.trainer import Trainer
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 
 
 def of_method(parts: RunParts, config: RunConfig) -> RunParts:
-    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and tools."""
+    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and tools.
+
+    Both are in memory phase build.
+    """
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(
         parts.policy, config.update, total_steps=config.run.steps * minibatches
     )
+    reference = build_reference(config, parts.groups)
     return dataclasses.replace(
         parts,
         config=config,
         optimizer=optimizer,
         schedule=schedule,
-        reference=build_reference(config, parts.groups),
+        reference=reference,
+        phases=MemoryPhases(
+            parts.policy,
+            optimizer=optimizer,
+            reference=reference,
+            engine=parts.engine,
+            offload=config.update.offload,
+        ),
         sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed),
         rollout=build_rollout(
             config, parts.replicas, engine=parts.engine, toolset=parts.toolset, tokenizer=parts.tokenizer
@@ -63,6 +75,7 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, float | bool]
     for _ in range(config.run.steps):
         trainer.train_step()
     recorder.writer.close()
+    parts.phases.enter("build")
     trained = weights(parts)
     assert dist.group.WORLD is not None
     everyones = all_gather_object(trained, dist.group.WORLD)
@@ -81,6 +94,7 @@ def main() -> None:
     base = load_config(path)
     groups = initialize(base.parallel, seed=base.run.seed)
     parts = assemble(base, groups)
+    parts.phases.enter("build")
     start = [weight.clone() for weight in weights(parts)]
     results = {}
     for name, overrides in runs.items():

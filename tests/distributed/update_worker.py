@@ -49,6 +49,7 @@ from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.train_step import train_step
 
@@ -208,7 +209,11 @@ def check_one_best(bench: Bench) -> None:
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
     parts: Any = SimpleNamespace(
-        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        phases=MemoryPhases(policy, optimizer=optimizer),
+        sampler=PromptSampler(10, 2, seed=0),
     )
     guards = Guards(GuardConfig(), clip_low=0.1, clip_high=0.1)
 

@@ -25,6 +25,7 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 
 
@@ -50,7 +51,11 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
     )
     optimizer, schedule = build_optimizer(policy, update, total_steps=100)
     parts = SimpleNamespace(
-        policy=policy, optimizer=optimizer, schedule=schedule, sampler=PromptSampler(10, 2, seed=0)
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        phases=MemoryPhases(policy, optimizer=optimizer),
+        sampler=PromptSampler(10, 2, seed=0),
     )
     yield SimpleNamespace(groups=groups, parts=parts)
     shutdown()

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "a2tgpo"
 # Lower numbers are further down; a module imports its own package and what lies below.
 LAYER = {
     "trajectory": 0,
+    "residency": 0,
     "config": 0,
     "stop_signal": 0,
     "parallel": 1,
