@@ -43,7 +43,7 @@ TENSORBOARD_LAYOUT = {
         "seconds by stage": [_MULTILINE, [r"time/"]],
         "throughput": [_MULTILINE, [r"speed/"]],
         "lengths": [_MULTILINE, [r"length/"]],
-        "memory": [_MULTILINE, [r"memory/"]],
+        "host memory": [_MULTILINE, [r"memory/host_gib"]],
         "memory in use by phase": [_MULTILINE, [r"memory/.*_used_gib"]],
         "trainer state on the card by phase": [_MULTILINE, [r"memory/.*_trainer_gib"]],
     },

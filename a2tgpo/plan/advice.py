@@ -26,6 +26,11 @@ def faults(plan: Plan) -> list[str]:
             f"rollout: an engine's KV cache holds {max(0, plan.geometry.kv_tokens)} tokens, less than one sequence "
             f"of {plan.config.max_model_len}; {_change(plan, 'rollout')}"
         )
+    if not plan.fits_on_hosts:
+        lines.append(
+            f"host: {plan.host_bytes / GIB:.0f} GiB leave the cards of a node for its "
+            f"{plan.gpu.host_memory_gib:.0f} GiB of memory; set update.offload=false, or use more GPUs"
+        )
     return lines
 
 
@@ -55,6 +60,9 @@ def _change(plan: Plan, phase_name: str) -> str:
 def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, RunConfig]]:
     """Settings to try, from those that cost least, and the configuration with them."""
     rollout, parallel = config.rollout, config.parallel
+    if not config.update.offload:
+        update = dataclasses.replace(config.update, offload=True)
+        yield "update.offload=true", dataclasses.replace(config, update=update)
     if rollout.kv_cache_gib:
         for eighths in range(7, 0, -1):
             size = round(rollout.kv_cache_gib * eighths / 8, 1)

@@ -25,6 +25,8 @@ class Gpu:
     capability: tuple[int, int]
     """CUDA's compute capability: which FP8 the card has, if any."""
     gpus_per_node: int = 8
+    host_memory_gib: float = 1024
+    """Host memory of a node, GiB: round figures, nodes are sold with more and with less."""
 
     def link_bytes_per_s(self, span: int) -> float:
         """Peak of the slowest link among `span` consecutive ranks, bytes per second."""
@@ -98,6 +100,7 @@ GPUS = {
             network_gb_per_s=50,
             capability=(10, 0),
             gpus_per_node=72,
+            host_memory_gib=16_000,
         ),
     )
 }

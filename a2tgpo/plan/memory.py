@@ -1,13 +1,11 @@
-"""Peak bytes of the fullest rank, phase by phase, as the trainer runs them today.
+"""Peak bytes of the fullest rank, phase by phase, and of a node's host memory.
 
-The trainer's weights, gradients and optimizer state stay on the card in all phases: nothing is moved to the host. The
-engine gives weights and cache back between rollouts. What the trainer's allocator keeps cached after an update is
-taken to be given back before the engine wakes.
+What of trainer and engine is on the card in a phase is what the run itself goes by (`residency.py`). What the
+trainer's allocator keeps is given back at every change of phase.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from a2tgpo.config.parallel import ParallelConfig
@@ -19,6 +17,7 @@ from a2tgpo.plan.hardware import GIB, Gpu
 from a2tgpo.plan.parameters import largest_tensor, layer_parameters, optimizer_parameters, stage_parameters
 from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
+from a2tgpo.residency import resident
 
 CONTEXT_GIB = 3.0
 """Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, of trainer and engine, GiB."""
@@ -26,6 +25,7 @@ FRAGMENTATION = 0.03
 """Reserved for fragmentation, as a share of all else."""
 
 PHASES = ("start", "refit", "rollout", "score", "update")
+"""Those of `residency.PHASES` that fill the card most; the others hold a part of what these do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerMemory:
-    """Bytes on one rank in all phases."""
+    """Bytes on one rank, of each part in the phases that have it on the card."""
 
     weights: float
     gradients: float
@@ -65,18 +65,28 @@ class TrainerMemory:
     moments: float
     """Adam's two, float32; they come with the first update."""
     fp8_copies: float
-    """Of the weights, from the first pass on; 0 without FP8."""
+    """Of the weights, the reference's too, from the first pass on; 0 without FP8."""
     reference: float
-    """Weights of the reference model, and their FP8 copies; 0 without a KL penalty."""
+    """Weights of the reference model; 0 without a KL penalty."""
 
-    def parts(self) -> dict[str, float]:
-        return {
-            "trainer weights": self.weights,
-            "FP8 copies of weights": self.fp8_copies,
-            "gradients": self.gradients,
-            "optimizer": self.master_weights + self.moments,
-            "reference": self.reference,
+    def parts(self, phase: str, *, offload: bool) -> dict[str, float]:
+        """Bytes on the card in `phase`, of `residency.PHASES`, by the names that a plan prints."""
+        sizes = {
+            "weights": ("trainer weights", self.weights),
+            "gradients": ("gradients", self.gradients),
+            "optimizer": ("optimizer", self.master_weights + (0.0 if phase == "start" else self.moments)),
+            "reference": ("reference", self.reference),
         }
+        held = resident(phase, offload=offload)
+        parts = {name: size for part, (name, size) in sizes.items() if part in held}
+        if phase != "start":  # Transformer Engine keeps them from the first pass on, in all phases
+            parts["FP8 copies of weights"] = self.fp8_copies
+        return parts
+
+    @property
+    def offloaded(self) -> float:
+        """Bytes that have a place in host memory: all but the gradients, which come back as zeros."""
+        return self.weights + self.master_weights + self.moments + self.reference
 
 
 def trainer_memory(
@@ -94,8 +104,8 @@ def trainer_memory(
         gradients=parameters * FLOAT32_BYTES,
         master_weights=shard * FLOAT32_BYTES if config.model.dtype == "bfloat16" else 0,
         moments=2 * shard * FLOAT32_BYTES,
-        fp8_copies=copies,
-        reference=weights + copies if config.algorithm.kl_coef > 0 else 0,
+        fp8_copies=copies * (2 if config.algorithm.kl_coef > 0 else 1),
+        reference=weights if config.algorithm.kl_coef > 0 else 0,
     )
 
 
@@ -111,6 +121,22 @@ def memory_phases(
     return [max(phases, key=lambda phase: phase.peak) for phases in zip(*by_stage, strict=True)]
 
 
+def host_bytes(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry) -> float:
+    """Page-locked host memory of the fullest node, for what leaves its cards; 0 without `update.offload`."""
+    if not config.update.offload:
+        return 0.0
+    parallel = config.parallel
+    by_stage = [
+        trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel).offloaded
+        for stage in range(parallel.pipeline)
+    ]
+    # Neighbouring ranks are of one stage, as many as there are before the next one begins.
+    ranks_of_stage = geometry.data_parallel * parallel.context * parallel.tensor
+    ranks = [size for size in by_stage for _ in range(ranks_of_stage)]
+    nodes = [ranks[first : first + gpu.gpus_per_node] for first in range(0, len(ranks), gpu.gpus_per_node)]
+    return max(sum(node) for node in nodes)
+
+
 def _phases_of_stage(
     config: RunConfig,
     dimensions: ModelDimensions,
@@ -120,24 +146,25 @@ def _phases_of_stage(
     stage: int,
 ) -> list[Phase]:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel)
-    capacity = gpu.memory_gib * GIB
-    asleep = {"engine graphs": engine.graphs}
-    awake = asleep | {"engine weights": engine.weights}
+    capacity, offload = gpu.memory_gib * GIB, config.update.offload
     # vLLM refuses to start unless its share of the card is free, also where its cache has a size of its own.
     requested = max(engine.total, config.rollout.gpu_memory_fraction * capacity)
-    held = {
-        "start": dataclasses.replace(trainer, moments=0.0, fp8_copies=0.0).parts()
-        | {"engine's share": requested},
-        "refit": trainer.parts() | awake | {"refit buckets": _refit_bytes(config, dimensions)},
-        "rollout": trainer.parts()
-        | awake
-        | {"engine workspace": engine.workspace, "KV cache": engine.kv_cache},
-        "score": trainer.parts() | asleep | _score_parts(config, dimensions, stage),
-        "update": trainer.parts() | asleep | _update_parts(config, dimensions, geometry, stage),
+    engine_parts = {"engine weights": engine.weights, "KV cache": engine.kv_cache}
+    working = {
+        "start": {"engine's share": requested},
+        "refit": {"refit buckets": _refit_bytes(config, dimensions)},
+        "rollout": {"engine workspace": engine.workspace},
+        "score": _score_parts(config, dimensions, stage),
+        "update": _update_parts(config, dimensions, geometry, stage),
     }
     phases = []
     for name in PHASES:
-        parts = {what: size for what, size in held[name].items() if size}
+        held = trainer.parts(name, offload=offload)
+        if name != "start":  # where the engine's share holds all of this
+            on_card = resident(name, offload=offload)
+            held["engine graphs"] = engine.graphs
+            held |= {part: size for part, size in engine_parts.items() if part in on_card}
+        parts = {what: size for what, size in (held | working[name]).items() if size}
         parts["reserve"] = CONTEXT_GIB * GIB + FRAGMENTATION * sum(parts.values())
         phases.append(Phase(name=name, stage=stage, parts=parts, capacity=capacity))
     return phases

@@ -10,8 +10,8 @@ from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory
 from a2tgpo.plan.flops import forward_flops
-from a2tgpo.plan.hardware import Gpu
-from a2tgpo.plan.memory import Phase, memory_phases
+from a2tgpo.plan.hardware import GIB, Gpu
+from a2tgpo.plan.memory import Phase, host_bytes, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
@@ -28,6 +28,8 @@ class Plan:
     assumed: Assumptions
     geometry: Geometry
     phases: list[Phase]
+    host_bytes: float
+    """Of the fullest node's memory, for what leaves its cards."""
     rollout: RolloutTime
     score: PassTime
     """One pass; the reference, where there is one, takes as long again."""
@@ -77,8 +79,13 @@ class Plan:
         return self.geometry.full_sequences >= 1
 
     @property
+    def fits_on_hosts(self) -> bool:
+        """What leaves the cards has room in the nodes' memory."""
+        return self.host_bytes <= self.gpu.host_memory_gib * GIB
+
+    @property
     def fits(self) -> bool:
-        return self.holds_a_sequence and all(phase.fits for phase in self.phases)
+        return self.holds_a_sequence and self.fits_on_hosts and all(phase.fits for phase in self.phases)
 
 
 def make_plan(
@@ -118,6 +125,7 @@ def make_plan(
         assumed=assumed,
         geometry=divided,
         phases=memory_phases(config, dimensions, gpu, divided),
+        host_bytes=host_bytes(config, dimensions, gpu, divided),
         rollout=rollout_time(config, dimensions, gpu, divided, workload, assumed),
         score=score_time(config, dimensions, gpu, divided, workload, assumed),
         update=update_time(config, dimensions, gpu, divided, workload, assumed),

@@ -64,6 +64,10 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             }
             for phase in plan.phases
         },
+        "host_memory_bytes": {
+            "offloaded": round(plan.host_bytes),
+            "capacity": round(plan.gpu.host_memory_gib * GIB),
+        },
         "faults": faults(plan),
         "geometry": dataclasses.asdict(plan.geometry),
         "operations": {"token_forward": plan.token_flops, **plan.stage_flops},
@@ -196,7 +200,11 @@ def _memory_table(plan: Plan) -> str:
         "memory of the fullest rank",
         *(f"{phase.name} (stage {phase.stage})" for phase in plan.phases),
     ]
-    return table(header, rows)
+    host = plan.gpu.host_memory_gib * GIB
+    return (
+        f"{table(header, rows)}\n\nhost memory of the fullest node, for what leaves its cards: "
+        f"{_size(plan.host_bytes)} of {_size(host)} ({plan.host_bytes / host:.1%})"
+    )
 
 
 def _verdict(plan: Plan) -> str:

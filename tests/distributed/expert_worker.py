@@ -27,6 +27,7 @@ from update_worker import check_nan_is_skipped, check_resume, run_checks
 
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.update import checkpoint
+from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.train_step import compute_gradients
 
@@ -75,10 +76,17 @@ def check_idle_experts(bench: Bench) -> None:
 
 
 def check_updates(bench: Bench) -> None:
-    """Three updates give the weights and gradient norms that one process with transformers and AdamW gives."""
+    """Three updates give the weights and gradient norms that one process with transformers and AdamW gives.
+
+    Everything leaves the card and comes back between them.
+    """
     policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05)
     optimizer, schedule = build_optimizer(policy, update, total_steps=10)
-    norms = [bench.step(policy, optimizer).grad_norm for _ in range(NUM_UPDATES)]
+    phases, norms = MemoryPhases(policy, optimizer=optimizer), []
+    for _ in range(NUM_UPDATES):
+        for phase in ("rollout", "update"):
+            phases.enter(phase)
+        norms.append(bench.step(policy, optimizer).grad_norm)
     model = load_reference(bench.folder / "model")
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]

@@ -25,6 +25,8 @@ LAYOUTS_OF = {
     "resume": "dp4 pp2_vpp2 cp2 tp2_pp2",
     "another_layout": "pp2_vpp2 pp2 tp2_cp2_sequence tp2_pp2",
     "resume_with_buckets": "dp4",
+    "memory_phases": "pp2_vpp2",
+    "memory_phases_with_buckets": "dp4",
     "data_parallel_updates": "dp4",
     "retention": "dp4",
     "one_best": "dp4",

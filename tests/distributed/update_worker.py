@@ -51,6 +51,7 @@ from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
 
 # -- checks on several layouts --------------------------------------------------------------------------------
@@ -123,12 +124,39 @@ def check_resume(bench: Bench, **options: Any) -> None:
     dist.barrier()
 
 
+def check_memory_phases(bench: Bench, **options: Any) -> None:
+    """Trained with everything leaving the card and coming back between steps: equal to the bit to staying there."""
+    results = {}
+    for moves in (False, True):
+        policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, **options)
+        optimizer, _ = build_optimizer(policy, update, total_steps=6)
+        phases = MemoryPhases(policy, optimizer=optimizer, offload=moves)
+        losses = []
+        for _ in range(3):
+            for phase in ("bank", "refit", "rollout", "score"):
+                phases.enter(phase)
+            score(policy, bench.batches())
+            phases.enter("update")
+            losses.append(bench.step(policy, optimizer).loss)
+        phases.enter("checkpoint")
+        results[moves] = (losses, hf_weights(policy))
+        moved = phases.take_metrics().values()["memory/moved_gib"]
+        assert (moved > 0) == moves, moved
+    assert results[True][0] == results[False][0]
+    assert_close(results[True][1], results[False][1], 0)
+
+
 # -- checks on one layout ------------------------------------------------------------------------------------
 
 
 def check_resume_with_buckets(bench: Bench) -> None:
     """The same with gradients in several buckets, each padded at its end."""
     check_resume(bench, bucket_size=3000)
+
+
+def check_memory_phases_with_buckets(bench: Bench) -> None:
+    """The same with weights gathered bucket by bucket during the forward pass."""
+    check_memory_phases(bench, bucket_size=3000)
 
 
 def check_data_parallel_updates(bench: Bench) -> None:
@@ -293,8 +321,10 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_probes,
         check_correction,
         check_nan_is_skipped,
+        check_memory_phases,
         check_resume,
         check_resume_with_buckets,
+        check_memory_phases_with_buckets,
         check_data_parallel_updates,
         check_retention,
         check_one_best,

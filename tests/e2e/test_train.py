@@ -80,6 +80,16 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
 
 
+def test_the_trainer_leaves_the_card_for_every_rollout_and_memory_does_not_creep(undisturbed):
+    steps = metrics_of(undisturbed)[1:]
+    for name in ("refit", "rollout", "score", "update"):
+        (held,) = {record[f"memory/{name}_trainer_gib"] for record in steps[1:]}
+        assert (held == 0) == (name == "rollout"), name
+        first, last = (record[f"memory/{name}_used_gib"] for record in (steps[1], steps[-1]))
+        assert last < 1.05 * first, (name, first, last)
+    assert all(record["memory/moved_gib"] > 0 for record in steps)
+
+
 def test_the_best_evaluation_is_named(undisturbed):
     scores = {r["step"]: r["evaluation/em"] for r in metrics_of(undisturbed) if "evaluation/em" in r}
     assert scores.keys() == {0, 3}

@@ -113,10 +113,6 @@ def test_every_phase_holds_what_the_table_says_and_counts_it(make) -> None:
     trainer, engine = make(), LoggingEngine()
     trainer.step()
     phases = trainer.phases(engine)
-    size = {
-        part: sum({t.untyped_storage()._cdata: 1 for t in trainer.tensors(part)}.values()) for part in TRAINER
-    }
-    assert all(size.values())
     for phase in ("refit", "rollout", "score", "update", "checkpoint", "bank", "build", "refit", "rollout"):
         phases.enter(phase)
         wanted = resident(phase, offload=True)
@@ -148,7 +144,6 @@ def test_every_phase_holds_what_the_table_says_and_counts_it(make) -> None:
 def test_room_is_made_before_it_is_taken_in_one_order(make, monkeypatch) -> None:
     trainer, engine = make(), LoggingEngine()
     trainer.step()
-    names = {"weights": weight_tensors, "gradients": gradient_tensors, "optimizer": optimizer_tensors}
     phases = trainer.phases(engine)
     for verb in ("leave", "come_back"):
         move = getattr(MovablePart, verb)
@@ -159,7 +154,6 @@ def test_room_is_made_before_it_is_taken_in_one_order(make, monkeypatch) -> None
             return move(part)
 
         monkeypatch.setattr(MovablePart, verb, logged)
-    assert set(names) < set(phases._parts)
     moves = {}
     for phase in ("refit", "rollout", "score", "update", "bank", "refit"):
         engine.log.clear()
@@ -290,7 +284,7 @@ def test_work_without_what_it_needs_is_refused(make) -> None:
         trainer.step()
 
 
-def test_nothing_but_storages_of_the_process_grows_over_many_rounds(make) -> None:
+def test_the_process_does_not_grow_over_many_rounds(make) -> None:
     trainer = make()
     trainer.step()
     phases = trainer.phases(LoggingEngine())
