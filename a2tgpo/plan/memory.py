@@ -6,6 +6,7 @@ trainer's allocator keeps is given back at every change of phase.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from a2tgpo.config.parallel import ParallelConfig
