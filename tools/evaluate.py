@@ -25,6 +25,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from launch.failure import exit_code
+from launch.rendezvous import join_launcher
 
 if TYPE_CHECKING:
     from a2tgpo.data.template import PromptSet
@@ -39,6 +40,7 @@ Answers = dict[str, list["Answer"]]
 def main() -> int:
     args = parse_arguments()
     try:
+        join_launcher()
         config = load_config(args.config, args.overrides)
         require(args.samples >= 0, "--samples", args.samples, ">= 0")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")

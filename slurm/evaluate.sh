@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=04:00:00
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+# Score a checkpoint on question sets; docs/evaluation.md.
+#   sbatch slurm/evaluate.sh --config runs/NAME/config.yaml --checkpoint runs/NAME/checkpoints/best [--sets A=FILE,...] ...
+set -euo pipefail
+. slurm/job.sh
+[ $# -ge 1 ] || fail "sbatch slurm/evaluate.sh --config CONFIG --checkpoint PATH [...]"
+start_retrieval
+code=0
+run_ranks tools/evaluate.py "$@" ${SEARCH[@]+"${SEARCH[@]}"} || code=$?
+stop_retrieval
+exit "$code"

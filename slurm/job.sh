@@ -1,0 +1,168 @@
+# shellcheck shell=bash
+# What the jobs of this folder share; sourced by them, in the folder that sbatch was called in.
+#
+# Arguments are handed on as they are, one by one: nothing in a path or an override is ever read by a shell.
+# Environment (all optional):
+#   PYTHON             interpreter on every node                                  [.venv/bin/python]
+#   CONTAINER          image.sqsh or registry reference (enroot/pyxis), or image.sif (Apptainer)
+#   CONTAINER_MOUNTS   what the container sees besides this folder, as a:b,c:d
+#   RETRIEVAL_CORPUS   JSONL of passages: serve it on the job's first node, beside the training
+#   RETRIEVAL_INDEX    folder made by tools/build_index.py, or bm25               [bm25]
+#   RETRIEVAL_PORT     of that server                                             [20000 + job id % 10000]
+#   RETRIEVAL_WAIT_S   longest time until it answers                              [1800]
+#   DRY_RUN=1          check configuration, files and plan on the job's first node, then end
+#   MAX_REQUEUES       requeues in a row without a step further than before       [3]
+# Exit codes of the program: 0 done, 2 a mistake in the configuration, 3 the run failed or its guards stopped it,
+# 75 saved because of a signal or the job's end: the job is put into the queue again and goes on by itself.
+set -euo pipefail
+
+SAVED=75
+fail() { echo "slurm: $*" >&2; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: sbatch slurm/$(basename "$0") [CONFIG] [section.field=value ...]"
+[ -f launch/train.py ] || fail "call sbatch in the project's folder (launch/train.py is not in $PWD)"
+. slurm/nccl.sh
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+PYTHON="${PYTHON:-.venv/bin/python}"
+HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+LOGS="runs/slurm/$SLURM_JOB_ID"
+mkdir -p "$LOGS"
+
+# Before and after srun's program: a container, if one is asked for.
+SRUN_CONTAINER=() IN_CONTAINER=()
+case "${CONTAINER:-}" in
+  '') ;;
+  *.sif) IN_CONTAINER=(apptainer exec --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD")
+         if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then IN_CONTAINER+=(--nv); fi
+         IN_CONTAINER+=("$CONTAINER") ;;
+  *) SRUN_CONTAINER=("--container-image=$CONTAINER" "--container-mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+                     "--container-workdir=$PWD") ;;
+esac
+
+# One program on every rank, its output in a file for each; the first rank's is the job's own as well.
+# A rank that has failed leaves the others a minute to end by themselves: to save, or to say what they saw.
+run_ranks() {
+  local log="$LOGS/rank_0.log" code=0
+  : >>"$log"
+  tail -n 0 -F "$log" 2>/dev/null & local tail_pid=$!
+  srun --kill-on-bad-exit=0 --wait=60 --output="$LOGS/rank_%t.log" --open-mode=append \
+    ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$@" &
+  SRUN_PID=$!
+  # A trapped signal interrupts wait: ask again until srun has ended.
+  while true; do
+    code=0; wait "$SRUN_PID" || code=$?
+    kill -0 "$SRUN_PID" 2>/dev/null || break
+  done
+  SRUN_PID=""
+  sleep 1; kill "$tail_pid" 2>/dev/null || true
+  return "$code"
+}
+
+# Slurm signals this script (--signal=B:USR1@..., preemption); srun hands the signal on to all ranks.
+SRUN_PID=""
+pass_on() { if [ -n "$SRUN_PID" ]; then kill "-$1" "$SRUN_PID" 2>/dev/null || true; else exit "$SAVED"; fi; }
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
+# The retrieval server on the first node; SEARCH holds the overrides that point the run to it.
+SEARCH=() RETRIEVAL_PID=""
+start_retrieval() {
+  [ -n "${RETRIEVAL_CORPUS:-}" ] || return 0
+  [ -r "$RETRIEVAL_CORPUS" ] || fail "RETRIEVAL_CORPUS is $RETRIEVAL_CORPUS; allowed: a JSONL file that every node can read"
+  local port="${RETRIEVAL_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" address
+  address="$(node_address "$HEAD_NODE")"
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" --gpus=0 --output="$LOGS/retrieval.log" --open-mode=append \
+    ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" tools/retrieval_server.py \
+    --corpus "$RETRIEVAL_CORPUS" --index "${RETRIEVAL_INDEX:-bm25}" --host "$address" --port "$port" &
+  RETRIEVAL_PID=$!
+  await_health "http://$address:$port/health" "${RETRIEVAL_WAIT_S:-1800}"
+  SEARCH=(search.backend=http "search.url=http://$address:$port/retrieve")
+}
+
+stop_retrieval() { if [ -n "$RETRIEVAL_PID" ]; then kill "$RETRIEVAL_PID" 2>/dev/null || true; wait "$RETRIEVAL_PID" 2>/dev/null || true; fi; }
+
+node_address() { scontrol show node "$1" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; }
+
+await_health() {
+  local url="$1" end=$((SECONDS + $2))
+  until curl --silent --fail --max-time 5 --output /dev/null "$url"; do
+    kill -0 "$RETRIEVAL_PID" 2>/dev/null || { echo "slurm: the retrieval server has ended; $LOGS/retrieval.log tells why:" >&2
+                                              tail -n 3 "$LOGS/retrieval.log" >&2; exit 3; }
+    [ "$SECONDS" -lt "$end" ] || { kill "$RETRIEVAL_PID"; fail "$url did not answer within $2 s; see $LOGS/retrieval.log"; }
+    sleep 1
+  done
+  echo "slurm: retrieval server at $url"
+}
+
+# train CONFIG [OVERRIDE ...]: dry run, or training that requeues itself.
+train() {
+  [ $# -ge 1 ] || fail "no configuration; sbatch slurm/NAME.sh [CONFIG] [section.field=value ...]"
+  [ -f "$1" ] || fail "there is no configuration $1 in $PWD"
+  if [ "${DRY_RUN:-}" = 1 ]; then
+    # The layout is that of the whole job, whatever this allocation is.
+    local code=0
+    srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
+      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" launch/train.py --config "$1" --dry-run "${@:2}" || code=$?
+    exit "$code"
+  fi
+  start_retrieval
+  local code=0
+  run_ranks launch/train.py --config "$1" --resume auto ${SEARCH[@]+"${SEARCH[@]}"} "${@:2}" || code=$?
+  stop_retrieval
+  finish "$code"
+}
+
+# finish CODE: end with it, or put the job into the queue again.
+finish() {
+  local bad=""
+  case "$1" in
+    0 | 2) exit "$1" ;;
+    "$SAVED") ;;
+    *) bad="$(failing_nodes)"
+       if [ -z "$bad" ]; then echo "slurm: ended with $1; see $LOGS" >&2; exit "$1"; fi ;;
+  esac
+  local mark="$LOGS/requeues" newest last=-1 count=0
+  newest="$(furthest_step)"
+  if [ -f "$mark" ]; then read -r last count <"$mark"; fi
+  if [ "$newest" -gt "$last" ]; then count=0; fi
+  count=$((count + 1))
+  if [ "$count" -gt "${MAX_REQUEUES:-3}" ]; then
+    echo "slurm: ${MAX_REQUEUES:-3} requeues, and no step after $newest: not put into the queue again" >&2
+    exit 3
+  fi
+  echo "$newest $count" >"$mark"
+  echo "slurm: ended with $1 after step $newest; into the queue again${bad:+ without $bad}"
+  trap '' TERM  # the next command ends this script
+  if [ -z "$bad" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    # Only a job that waits can be told which nodes to leave out.
+    scontrol requeuehold "$SLURM_JOB_ID"
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad" 2>/dev/null && break
+      sleep 1
+    done
+    scontrol release "$SLURM_JOB_ID"
+  fi
+  sleep 60
+  exit "$1"
+}
+
+# The furthest step that this job has told of in all its starts.
+furthest_step() {
+  { echo 0; grep -oE 'step [0-9]+(/| of )' "$LOGS/rank_0.log" || true; } | grep -oE '[0-9]+' | sort -n | tail -n 1
+}
+
+# Nodes of this job that Slurm holds for down, that start nothing, or whose driver does not answer; with commas between.
+failing_nodes() {
+  local node state check="true" bad=()
+  if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then check="nvidia-smi"; fi
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    state="$(sinfo --noheader --nodes="$node" --format=%T | head -n 1)"
+    case "$state" in
+      down* | drain* | fail* | *'*') bad+=("$node") ;;
+      *) timeout 60 srun --overlap --immediate=30 --nodes=1 --ntasks=1 --nodelist="$node" "$check" >/dev/null 2>&1 || bad+=("$node") ;;
+    esac
+  done
+  (IFS=,; echo "${bad[*]-}")
+}

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=train_70b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@900
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+# Qwen2.5-72B on 8 nodes of 8 H100; docs/slurm.md.
+#   sbatch [--nodes N] slurm/train_70b.sh [CONFIG] [section.field=value ...]
+set -euo pipefail
+. slurm/job.sh
+case "${1:-}" in
+  "" | *=*) set -- configs/train_70b.yaml "$@" ;;
+esac
+train "$@"
