@@ -154,7 +154,7 @@ def install() -> None:
     passing(rollout_bank.RolloutBank, "put", "before the bank")
     passing(rollout_bank.RolloutBank, "put", "after the bank", after=True)
     passing(trainer, "exchange", "exchange")
-    passing(trainer, "compute_advantages", "advantage")
+    passing(trainer, "step_advantages", "advantage")
     passing(trainer, "score_minibatches", "score")
     passing(policy_update, "train_step", "update")
     passing(trainer, "update_policy", "after the update", after=True)
