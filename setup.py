@@ -63,6 +63,7 @@ setup(
         "dev": [
             "pytest>=9,<10",
             "pytest-timeout",
+            "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150",
             "ruff==0.17.6",
             "mypy==2.4.1",
