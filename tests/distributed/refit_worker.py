@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripted_search import ScriptedSearch, toolset_of
+from storage_tally import StorageTally
 from tiny_models import prompt_ids
 
 from a2tgpo.batch.packing import alignment, pack
@@ -37,6 +38,7 @@ from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import probe_tokens, probe_trajectory, verify_refit
 from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.weight_names import checkpoint_shapes
 from a2tgpo.trajectory import Prompt
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
@@ -63,6 +65,37 @@ def change_weights(policy, cycle):
         for model in policy.gpt_models:
             for name, parameter in model.named_parameters():
                 parameter.mul_(1.0 + 0.2 * math.sin(cycle + zlib.crc32(name.encode()) % 97))
+
+
+def check_what_a_refit_moves(policy, engine, path, version):
+    """Bytes handed over against those of the weights, and the memory that the export takes while it does so."""
+    tally, handed, load = StorageTally(), [], engine.load_weights
+
+    def watched(weights):
+        weights = iter(weights)
+        while True:
+            with tally:  # the export runs in here, the engine outside
+                named = next(weights, None)
+            if named is None:
+                return
+            handed.append(named[1].numel() * named[1].element_size())
+            yield named
+
+    engine.load_weights = lambda weights, version: load(watched(weights), version=version)
+    bucket_bytes = 2**16
+    report = refit(policy, engine, version=version, bucket_mib=bucket_bytes / 2**20)
+    tied = policy.tied_embeddings
+    minimum = 4 * sum(math.prod(shape) for shape in checkpoint_shapes(path, tied=tied).values())
+    assert minimum <= sum(handed) <= 1.05 * minimum, (sum(handed), minimum)
+    assert report.num_bytes == sum(handed) and report.num_buckets > 5
+    # A parameter in full, as Megatron fuses it, is the least that can be gathered and taken apart.
+    parameter = 4 * max(policy.groups.tp_size * p.numel() for m in policy.gpt_models for p in m.parameters())
+    assert 0 < tally.largest_bytes <= max(bucket_bytes, parameter), (tally.largest_bytes, parameter)
+    # Its shards, the parts gathered and the whole, beside the bucket before: far from a copy of the model.
+    assert tally.peak_bytes <= bucket_bytes + 3 * parameter < 0.7 * minimum, (tally.peak_bytes, minimum)
+    assert refit(policy, engine, version=version, bucket_mib=1).skipped
+    assert sum(handed) == report.num_bytes, "weights that the engine holds were moved again"
+    del engine.load_weights
 
 
 def trainer_logprobs(policy, parallel, trajectories):
@@ -169,10 +202,12 @@ def run_replicas(path):
     assert refit(policy, engine, version=0, bucket_mib=1).skipped, "the engine loaded version 0 itself"
     check_three_cycles(policy, data_parallel, engine, groups.rank, 1)
     check_training_step(policy, data_parallel, engine, groups.rank, 4)
+    check_what_a_refit_moves(policy, engine, path, 20)
     check_world(groups)
     groups = lay_out(tensor_parallel, seed=3)
     policy = make_policy(path, tensor_parallel, groups)
     check_three_cycles(policy, tensor_parallel, engine, groups.rank, 5)
+    check_what_a_refit_moves(policy, engine, path, 21)
     check_one_bad_rank_stops_both(policy, tensor_parallel, engine, groups.rank)
     engine.close()
     check_world(groups)
