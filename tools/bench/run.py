@@ -23,6 +23,7 @@ BENCHES = (
     "loss",
     "packing",
     "gain",
+    "refit",
     "rollout",
 )
 """In the order of the table; each is a script of that name beside this one."""
