@@ -48,7 +48,8 @@ class EarlyEnd:
     def finish_step(self, seconds: Mapping[str, float]) -> None:
         """The step is done; `seconds` of its stages, as `time/STAGE_s`."""
         self._before_step = None
-        self._longest = {name: max(value, self._longest.get(name, 0.0)) for name, value in seconds.items()}
+        for name, value in seconds.items():
+            self._longest[name] = max(value, self._longest.get(name, 0.0))
 
     def save(self, step: int, *, evaluation_is_due: bool) -> None:
         """Leave a checkpoint of `step`, the last one done, as it was before anything after it; all ranks."""

@@ -53,14 +53,14 @@ run_ranks() {
     code=0; wait "$SRUN_PID" || code=$?
     kill -0 "$SRUN_PID" 2>/dev/null || break
   done
-  SRUN_PID=""
+  IS_FINISHING=yes SRUN_PID=""
   sleep 1; kill "$tail_pid" 2>/dev/null || true
   return "$code"
 }
 
 # Slurm signals this script (--signal=B:USR1@..., preemption); srun hands the signal on to all ranks.
-SRUN_PID=""
-pass_on() { if [ -n "$SRUN_PID" ]; then kill "-$1" "$SRUN_PID" 2>/dev/null || true; else exit "$SAVED"; fi; }
+SRUN_PID="" IS_FINISHING=no
+pass_on() { if [ -n "$SRUN_PID" ]; then kill "-$1" "$SRUN_PID" 2>/dev/null || true; elif [ "$IS_FINISHING" = no ]; then finish "$SAVED"; fi; }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
@@ -114,7 +114,10 @@ train() {
 
 # finish CODE: end with it, or put the job into the queue again.
 finish() {
-  local bad=""
+  IS_FINISHING=yes
+  local bad="" state
+  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)"
+  if [ "$1" != 0 ] && [ "$state" != RUNNING ]; then exit "$1"; fi  # cancelled: it stays so
   case "$1" in
     0 | 2) exit "$1" ;;
     "$SAVED") ;;
@@ -144,7 +147,6 @@ finish() {
     done
     scontrol release "$SLURM_JOB_ID"
   fi
-  sleep 60
   exit "$1"
 }
 

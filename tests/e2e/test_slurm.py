@@ -171,6 +171,34 @@ def test_only_what_was_saved_is_started_again_and_not_for_ever(
     assert done["Restarts"] == ("1" if ends_with == 75 and max_requeues == "1" else "0")
 
 
+def test_a_second_signal_changes_nothing_and_a_cancelled_job_is_not_started_again(cluster, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!/bin/bash\ntrap 'exit 75' TERM USR1\ntouch {tmp_path}/started\nwhile true; do sleep 0.1; done\n"
+    )
+    program.chmod(0o755)
+    started = tmp_path / "started"
+    jobs = []
+    for command in (["--signal=USR1", "--batch"], []):
+        job = cluster.submit(
+            "smoke_cpu",
+            "configs/quickstart.yaml",
+            options=["--nodes=1"],
+            PYTHON=str(program),
+            MAX_REQUEUES="0",
+        )
+        cluster.wait_until(started.exists, job)
+        started.unlink()
+        cluster.run("scancel", *command, job)
+        if command:
+            time.sleep(0.7)
+            cluster.run("scancel", *command, job, check=False)
+        jobs.append((cluster.wait(job), cluster.log(job)))
+    (twice, told), (cancelled, quiet) = jobs
+    assert twice["JobState"] == "FAILED" and "0 requeues, and no step after 0" in told, told
+    assert cancelled["JobState"] == "CANCELLED" and "requeue" not in quiet, quiet
+
+
 def test_arguments_reach_the_program_as_they_are(cluster, tmp_path):
     program = tmp_path / "program"
     program.write_text('#!/bin/sh\nprintf "<%s>\\n" "$@"\n')

@@ -158,7 +158,11 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     run = Run(world, tmp_path)
     evaluation = EvaluationConfig(every=every, at_start=False)
     config = dataclasses.replace(run.config, evaluation=evaluation)
-    parts: Any = SimpleNamespace(**vars(world.parts), config=config, tokenizer=None)
+    no_answers = {
+        "tokenizer": lambda text, **_: {"input_ids": []},
+        "train_prompts": SimpleNamespace(questions=[]),
+    }
+    parts: Any = SimpleNamespace(**{**vars(world.parts), "config": config, **no_answers})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
     trainer = ScriptedTrainer(parts, run.folder.recorder(parts, step=0), run.folder, guards)
     assert not trainer.train() and trainer.step == 4
