@@ -24,6 +24,7 @@ BENCHES = (
     "packing",
     "gain",
     "refit",
+    "train_step",
     "rollout",
 )
 """In the order of the table; each is a script of that name beside this one."""

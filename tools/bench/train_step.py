@@ -1,0 +1,258 @@
+"""One update of SmolLM2-135M, scoring included, against a plain loop of transformers and torch.optim with padding.
+
+    python tools/bench/train_step.py [--json FILE]
+
+Both score the old policy, run forward and backward on the turn-level loss in two micro-batches, clip the gradients
+and take a step of AdamW, in float32 with one thread, on the same trajectories. Ours packs them; the loop pads on the
+right, rows as they come or sorted by length. The loop computes no entropies and no metrics, which ours does.
+
+Each variant runs in a process of its own, from loading the model on, so that its memory is all that training takes;
+an update on one trajectory comes first, uncounted. Loss, mean log-prob and gradient norm of all variants are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from torch import Tensor
+from trajectories import make_trajectories
+from transformers import AutoModelForCausalLM
+
+from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.packing import Alignment, pack, packed_length
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.build import build_policy
+from a2tgpo.parallel.initialize import initialize
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.policy_update import score_minibatches, update_policy
+
+MODEL = "artifacts/models/smollm2-135m"
+ROUNDS = 2
+LENGTHS = (64, 96, 70, 128, 180, 80, 104, 66)
+"""Tokens: a standard deviation of 0.4 of the mean and a long tail, as rollouts have; 20 times shorter than those."""
+NUM_MICROBATCHES = 2
+CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
+
+Update = Callable[[list[Trajectory]], dict[str, float]]
+"""One update on these trajectories -> its loss, mean log-prob, gradient norm, CPU seconds of scoring."""
+
+
+def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
+    return [
+        make_trajectories(1, mean_tokens=length, spread=0.0, max_turns=3, vocab_size=49_000, seed=number)[0]
+        for number, length in enumerate(lengths)
+    ]
+
+
+def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
+    """Advantage and clip scale of each turn, made up."""
+    return [
+        (math.cos(len(trajectory.tokens) + turn), 1 + 0.3 * math.sin(turn))
+        for turn in range(len(trajectory.turns))
+    ]
+
+
+def packed() -> Update:
+    """Ours, as the trainer's stages `score` and `update`."""
+    groups = initialize(ParallelConfig(), seed=0)
+    policy = build_policy(ModelConfig(path=MODEL, dtype="float32"), ParallelConfig(), groups, update=UPDATE)
+    optimizer, schedule = build_optimizer(policy, UPDATE, total_steps=10)
+
+    def update(trajectories: list[Trajectory]) -> dict[str, float]:
+        minibatch = packed_minibatch(trajectories)
+        metrics = MetricSums()
+        start = time.process_time()
+        score_minibatches(policy, [minibatch], metrics)
+        scoring = time.process_time() - start
+        update_policy(policy, optimizer, schedule, [minibatch], CONFIG, metrics)
+        found = metrics.values()
+        return {
+            "loss": found["update/loss"],
+            "logprob": found["likelihood/mean"],
+            "grad_norm": found["update/grad_norm"],
+            "scoring": scoring,
+        }
+
+    return update
+
+
+def packed_minibatch(trajectories: list[Trajectory]) -> Minibatch:
+    minibatch = Minibatch(
+        batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
+    )
+    lengths = [packed_length(t) for t in trajectories]
+    for members in microbatches(lengths, sum(lengths), min_count=min(NUM_MICROBATCHES, len(lengths))):
+        batch = pack(trajectories, members, align=Alignment())
+        rows = [trajectories[i] for i in batch.trajectory_indices]
+        values = torch.tensor([value for t in rows for value in turn_values(t)])  # [U, 2]
+        minibatch.batches.append(batch)
+        minibatch.turn_advantages.append(values[:, 0])
+        minibatch.turn_clip_scales.append(values[:, 1])
+        weights = [1 / (len(trajectories) * t.num_sampled_tokens) for t in rows]
+        minibatch.sequence_weights.append(torch.tensor(weights))
+        minibatch.sequence_is_correct.append(torch.zeros(len(rows), dtype=torch.bool))
+    return minibatch
+
+
+def padded(*, is_sorted: bool) -> Update:
+    """The loop: [rows, longest] tokens, a mask, SDPA, log-probs by logsumexp."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=UPDATE.lr,
+        betas=(UPDATE.adam_beta1, UPDATE.adam_beta2),
+        eps=UPDATE.adam_eps,
+        weight_decay=UPDATE.weight_decay,
+    )
+
+    def logprobs_of(rows: list[Trajectory]) -> Tensor:
+        """[rows, longest - 1] of every token but the first."""
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(t.tokens) for t in rows], batch_first=True)
+        lengths = torch.tensor([len(t.tokens) for t in rows])
+        mask = torch.arange(tokens.size(1)) < lengths[:, None]
+        logits = model(input_ids=tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+        return logits.gather(-1, tokens[:, 1:, None])[..., 0] - logits.logsumexp(-1)
+
+    def update(trajectories: list[Trajectory]) -> dict[str, float]:
+        rows = sorted(trajectories, key=lambda t: len(t.tokens)) if is_sorted else trajectories
+        size = -(-len(rows) // NUM_MICROBATCHES)
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        start = time.process_time()
+        with torch.no_grad():
+            old = [logprobs_of(part) for part in parts]
+        scoring = time.process_time() - start
+        total = 0.0
+        for part, old_logprobs in zip(parts, old, strict=True):
+            loss = turn_level_loss(part, logprobs_of(part), old_logprobs) / len(rows)
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), UPDATE.clip_grad).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        sampled = [
+            logprobs[row, span]
+            for part, logprobs in zip(parts, old, strict=True)
+            for row, t in enumerate(part)
+            for span in sampled_spans(t)
+        ]
+        logprob = torch.cat(sampled).double().mean().item()
+        return {"loss": total, "logprob": logprob, "grad_norm": norm, "scoring": scoring}
+
+    return update
+
+
+def sampled_spans(trajectory: Trajectory) -> list[slice]:
+    """Of each turn, where its tokens are predicted."""
+    spans, at = [], len(trajectory.prompt_tokens) - 1
+    for turn in trajectory.turns:
+        spans.append(slice(at, at + len(turn.tokens)))
+        at += len(turn.tokens) + len(turn.observation_tokens)
+    return spans
+
+
+def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Tensor:
+    """Eq. 10-12 written plainly: sum over rows of the mean over their sampled tokens."""
+    total = logprobs.new_zeros(())
+    for row, trajectory in enumerate(rows):
+        values = turn_values(trajectory)
+        for span, (advantage, scale) in zip(sampled_spans(trajectory), values, strict=True):
+            ratio = (logprobs[row, span] - old[row, span]).mean().exp()
+            bounded = ratio.clamp(1 - scale * CONFIG.clip_low, 1 + scale * CONFIG.clip_high)
+            turn_loss = torch.maximum(-ratio * advantage, -bounded * advantage)
+            total = total + turn_loss * (span.stop - span.start) / trajectory.num_sampled_tokens
+    return total
+
+
+VARIANTS: dict[str, Callable[[], Update]] = {
+    "ours": packed,
+    "padded, as rollouts come": lambda: padded(is_sorted=False),
+    "padded, sorted by length": lambda: padded(is_sorted=True),
+}
+
+
+def measured(build: Callable[[], Update]) -> dict[str, float]:
+    """What the update found, its CPU seconds, and the peak memory in MB of everything since the model's loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "found.json")
+
+        def run() -> None:
+            update = build()
+            update(trajectories_of(LENGTHS[:1]))
+            trajectories = trajectories_of(LENGTHS)
+            start = time.process_time()
+            found = update(trajectories)
+            record.write_text(json.dumps(found | {"seconds": time.process_time() - start}), encoding="utf-8")
+
+        peak = measure.peak_megabytes(run)
+        return json.loads(record.read_text(encoding="utf-8")) | {"peak": peak}
+
+
+def rows() -> list[measure.Row]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for number in range(ROUNDS):
+        for name in list(VARIANTS)[:: -1 if number % 2 else 1]:
+            found[name].append(measured(VARIANTS[name]))
+            print(f"  {name}: {found[name][-1]}", flush=True)
+    ours = found["ours"]
+    share = sum(run["scoring"] for run in ours) / sum(run["seconds"] for run in ours)
+    shape = f"{len(LENGTHS)} trajectories of {min(LENGTHS)} to {max(LENGTHS)} tokens"
+    made = []
+    for name in list(VARIANTS)[1:]:
+        for mine, theirs in zip(ours, found[name], strict=True):
+            for value in ("loss", "logprob", "grad_norm"):
+                assert math.isclose(mine[value], theirs[value], rel_tol=1e-3, abs_tol=1e-5), (
+                    value,
+                    mine,
+                    theirs,
+                )
+        made.append(
+            measure.compared(
+                f"one update of SmolLM2-135M, {shape}",
+                [sum(LENGTHS) / run["seconds"] for run in ours],
+                [sum(LENGTHS) / run["seconds"] for run in found[name]],
+                baseline_is=f"transformers and torch.optim, {name}",
+                unit="tokens/CPU s",
+                ratio_is="ours / baseline",
+                target=">= 1",
+                note=f"float32, one thread; {padded_share(name):.0%} of the loop's positions are tokens, "
+                f"{share:.0%} of our update is the scoring pass",
+            )
+        )
+        made.append(
+            measure.compared(
+                f"peak memory of training, {shape}",
+                [run["peak"] for run in ours],
+                [run["peak"] for run in found[name]],
+                baseline_is=f"transformers and torch.optim, {name}",
+                unit="MB",
+                note="weights, gradients and optimizer state included",
+            )
+        )
+    return made
+
+
+def padded_share(name: str) -> float:
+    """Share of the loop's positions that hold a token."""
+    lengths = sorted(LENGTHS) if "sorted" in name else list(LENGTHS)
+    size = -(-len(lengths) // NUM_MICROBATCHES)
+    parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    return sum(lengths) / sum(max(part) * len(part) for part in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(measure.main(__doc__, rows))
