@@ -1,6 +1,7 @@
 """What a launched program says when it fails: one line, once."""
 
 import os
+import signal
 import sys
 import time
 
@@ -29,8 +30,10 @@ class ToldByRank0(RuntimeError):
     """A failure that rank 0 has printed for all: the ranks end with `BROKEN_RUN`, and say nothing more."""
 
 
-def exit_code(error: ConfigError | RuntimeError | OSError) -> int:
+def exit_code(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
+
+    With `is_ending` this process has been told to end already, and what another rank's end broke is not told again.
 
     A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
     more than its message.
@@ -47,6 +50,9 @@ def exit_code(error: ConfigError | RuntimeError | OSError) -> int:
         message = f"{error.filename or 'a file'}: {error.strerror}"
     else:
         message = str(error)
+    if is_echo and is_ending:
+        return BROKEN_RUN
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
     if rank != "0" or is_echo:
         time.sleep(GRACE_S)
         message = f"rank {rank}: {message}"

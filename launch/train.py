@@ -40,7 +40,7 @@ def main() -> int:
             return dry_run(config, resume=args.resume)
         return run(config, resume=args.resume, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error)
+        return exit_code(error, is_ending=bool(stop_signal.name))
 
 
 def parse_arguments() -> argparse.Namespace:
