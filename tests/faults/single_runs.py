@@ -112,7 +112,7 @@ def slow_rank(config: Path) -> list[Row]:
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     """A tmpfs of 32 MB at `folder`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(folder)], check=True)
     try:
         yield folder
@@ -136,7 +136,9 @@ def full_disk(config: Path) -> list[Row]:
         ]
         kept = sorted(path.name for path in (disk / "once/checkpoints").glob("step_*"))
         counted = sum("checkpoint/failed" in record for record in records_of(disk / "once").values())
-        passed = ended.code == 0 and len(failed) == 1 and counted == 1 and kept == ["step_6", "step_8"]
+        # The two newest besides the best, which is the last, the only one that is evaluated.
+        wanted = ["step_2", "step_6", "step_8"]
+        passed = ended.code == 0 and len(failed) == 1 and counted == 1 and kept == wanted
         rows.append(
             Row("disk full for a while", "save (step 4)", passed, f"warned, went on, later saves: {kept}")
         )
