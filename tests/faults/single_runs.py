@@ -96,7 +96,8 @@ def slow_rank(config: Path) -> list[Row]:
     own = config.with_name("slow_rank.yaml")
     own.write_text(config.read_text())
     faults = [
-        {"point": "rollout", "action": "sleep", "seconds": 8.0, "step": step, "rank": 1} for step in (2, 3, 4)
+        {"point": "rollout", "action": "sleep", "seconds": 8.0, "step": step, "call": 5, "rank": 1}
+        for step in (2, 3, 4)
     ]
     settings = ("run.steps=5", "evaluation.every=0", "watchdog.slow_steps=3")
     ended = start(own, "run.name=slow_rank", *settings, faults=faults)
