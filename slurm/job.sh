@@ -44,7 +44,7 @@ esac
 run_ranks() {
   local log="$LOGS/rank_0.log" code=0
   : >>"$log"
-  tail -n 0 -F "$log" 2>/dev/null & local tail_pid=$!
+  tail -c "+$(($(stat -c %s "$log") + 1))" -F "$log" 2>/dev/null & local tail_pid=$!
   srun --kill-on-bad-exit=0 --wait=60 --output="$LOGS/rank_%t.log" --open-mode=append \
     ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$@" &
   SRUN_PID=$!
