@@ -95,10 +95,10 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 bench: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Unit tests on two cores at once; the others start processes of their own.
+# Two files at a time, long ones first; the tests of faults have deadlines of seconds and the machine to themselves.
 test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
-	$(PY) -m pytest -n 2 --dist loadfile tests/unit
-	$(PY) -m pytest tests/distributed tests/e2e tests/faults
+	$(PY) -m pytest -n 2 --dist loadfile tests/e2e tests/distributed tests/unit
+	$(PY) -m pytest tests/faults
 ifeq ($(PYTHON312),)
 	@echo "second leg skipped: no python3.12 here; make test PYTHON312=PATH names one"
 else
