@@ -36,7 +36,7 @@ class Trainer:
         guards: watches each step's metrics.
         step: steps done already, those of the checkpoint the run goes on from.
         watchdog: told of every stage; None: nobody watches.
-        stop: asked where the run can end so that another start goes on bit by bit; None: nobody stops it.
+        stop: asked where the run can end so that another start goes on bit for bit; None: nobody stops it.
     """
 
     def __init__(

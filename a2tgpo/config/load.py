@@ -142,6 +142,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        # As yaml.safe_load, with the loader above: no tag makes an object.
         content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None

@@ -27,9 +27,9 @@ if not hasattr(moe_utils, "te_general_gemm"):
 def grouped_mlp_modules() -> Any:
     """What `BackendSpecProvider.grouped_mlp_modules` gives: Megatron's grouped experts, made of the twins.
 
-    Up to Megatron-Core 0.16 a class and its parts, later a function that builds the experts.
+    A class and its parts in Megatron-Core 0.16, the last for Python 3.11; a function that builds the experts in 0.19.
+    Both run in the tests, one in each leg.
     """
-    # TODO: the first form goes when Python 3.11, and with it Megatron-Core 0.16, does.
     if hasattr(experts, "GroupedMLP"):
         return experts.TEGroupedMLP, MLPSubmodules(
             linear_fc1=ColumnGroupedLinear, linear_fc2=RowGroupedLinear

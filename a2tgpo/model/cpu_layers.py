@@ -10,7 +10,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
@@ -22,6 +21,7 @@ from torch.nn.parameter import Parameter
 
 from a2tgpo.batch.context_split import context_positions
 from a2tgpo.model.cpu_experts import grouped_mlp_modules
+from a2tgpo.model.plain_attention import attend
 
 
 class CpuSpecProvider(LocalSpecProvider):
@@ -152,29 +152,13 @@ class PackedAttention(MegatronModule):
             own_lengths = [length // self.cp_group.size() for length in lengths]
             masks = _causal_masks(positions[self.cp_group.rank()], cu_seqlens, own_lengths)
         segments = zip(query.split(own_lengths), key.split(lengths), value.split(lengths), masks, strict=True)
-        outputs = [self._attend(*segment) for segment in segments if segment[0].size(0)]
+        outputs = [attend(*segment, self.softmax_scale) for segment in segments if segment[0].size(0)]
         return torch.cat(outputs).flatten(1)
 
     def _gather(self, own: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """[T / cp, ...] -> [T, ...] in the order of the row; backward, gradients are summed over the ranks."""
         by_rank = gather_from_sequence_parallel_region(own, group=self.cp_group)
         return by_rank[positions.flatten().argsort()]
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        # [length, heads, head_dim] -> [1, heads, length, head_dim]
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
-        return output[0].transpose(0, 1)
 
 
 def _causal_masks(

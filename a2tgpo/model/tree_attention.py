@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from a2tgpo.batch.tree import TreeNode
+from a2tgpo.model.plain_attention import attend
 from a2tgpo.model.policy import unwrapped
 
 
@@ -47,18 +47,7 @@ class TreeAttention(nn.Module):
         if num_keys > num_queries:
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
-        # [length, heads, head_dim] -> [1, heads, length, head_dim]
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        result = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self._scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
-        return result[0].transpose(0, 1)
+        return attend(query, key, value, mask, self._scale)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ import torch.distributed as dist
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, repack_tied_head
+from a2tgpo.rollout.engine_arguments import ON_GPU, engine_arguments
 from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, host_state_kept
-from a2tgpo.rollout.engine_limits import cache_bytes_of_one, explain_refusal, quantization_name, read_model
+from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
-
-ON_GPU = torch.cuda.is_available()
 
 
 def _cache_root() -> Path:
@@ -124,7 +123,12 @@ class VllmEngine:
         self._tied = bool(hf_config.tie_word_embeddings)
         self._shapes = checkpoint_shapes(model_path, tied=self._tied)
         self._owns_process_group = not dist.is_initialized()
-        arguments = self._arguments(model_path, hf_config, config, seed)
+        arguments = engine_arguments(
+            model_path, hf_config, config, dtype=self.dtype, max_model_len=self.max_model_len, seed=seed
+        )
+        if self.num_token_ids < self.vocab_size:
+            arguments["logits_processors"] = [MaskUnusedIds]
+            arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
         with host_state_kept():
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -132,53 +136,6 @@ class VllmEngine:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
         core: Any = self._engine.engine_core  # the in-process client
         cap_cache_hits(core.engine_core.scheduler.kv_cache_manager)
-
-    def _arguments(self, model_path: str, hf_config: Any, config: RolloutConfig, seed: int) -> dict[str, Any]:
-        cache_bytes = int(config.kv_cache_gib * 2**30)
-        arguments: dict[str, Any] = dict(
-            model=model_path,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
-            max_num_seqs=config.max_concurrent,
-            tensor_parallel_size=config.tensor_parallel,
-            block_size=config.block_size or (16 if ON_GPU else 32),
-            enable_prefix_caching=True,
-            seed=seed,
-            disable_log_stats=True,
-            use_tqdm_on_load=False,
-        )
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            arguments["distributed_executor_backend"] = "external_launcher"
-        if self.num_token_ids < self.vocab_size:
-            arguments["logits_processors"] = [MaskUnusedIds]
-            arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
-        if config.quantization != "none":
-            arguments["quantization"] = quantization_name(config, self.dtype, hf_config)
-        if ON_GPU:
-            arguments |= dict(
-                enable_sleep_mode=True,
-                enforce_eager=config.enforce_eager,
-                gpu_memory_utilization=config.gpu_memory_fraction,
-            )
-            if cache_bytes:
-                arguments["kv_cache_memory_bytes"] = cache_bytes
-            return arguments
-        block = arguments["block_size"]
-        require(block % 32 == 0, "rollout.block_size", block, "a multiple of 32 where there is no GPU")
-        needed = cache_bytes_of_one(hf_config, self.max_model_len, block, self.dtype, config.tensor_parallel)
-        require(
-            cache_bytes >= needed,
-            "rollout.kv_cache_gib",
-            config.kv_cache_gib,
-            f">= {needed / 2**30 + 0.0005:.3f}, the room of one sequence of {self.max_model_len} tokens",
-        )
-        # A prompt split in chunks would need a generator with an offset, which there is none of on CPU.
-        return arguments | dict(
-            enforce_eager=True,
-            kv_cache_memory_bytes=cache_bytes,
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(self.max_model_len, 4096, config.max_concurrent),
-        )
 
     @property
     def has_unfinished(self) -> bool:

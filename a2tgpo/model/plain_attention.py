@@ -1,0 +1,27 @@
+"""Attention of one segment as PyTorch computes it: what a CPU has, and what takes masks that fused kernels do not."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Scaled dot product attention.
+
+    Args:
+        query: [queries, heads, head_dim].
+        key: [keys, kv_heads, head_dim]; kv_heads divides heads.
+        value: [keys, kv_heads, head_dim].
+        mask: [queries, keys] bool, True where a query sees a key; None: causal.
+        scale: of the products; None: 1 / sqrt(head_dim).
+
+    Returns:
+        [queries, heads, head_dim].
+    """
+    # [length, heads, head_dim] -> [1, heads, length, head_dim]
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    output = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return output[0].transpose(0, 1)

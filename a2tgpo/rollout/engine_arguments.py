@@ -1,0 +1,75 @@
+"""What vLLM is asked for: the `rollout` section in the words of its EngineArgs, on a GPU and on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.config.check import require
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
+
+ON_GPU = torch.cuda.is_available()
+
+
+def engine_arguments(
+    model_path: str, hf_config: Any, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
+) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs.
+
+    Args:
+        model_path: Hugging Face folder.
+        hf_config: its configuration.
+        config: the `rollout` section.
+        dtype: number format of the engine.
+        max_model_len: longest sequence, tokens.
+        seed: of the engine's own generator.
+
+    Raises:
+        ConfigError: one line; a block size or a cache that a CPU engine cannot work with, or a quantisation that the
+            model or the machine does not allow.
+    """
+    cache_bytes = int(config.kv_cache_gib * 2**30)
+    arguments: dict[str, Any] = dict(
+        model=model_path,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_concurrent,
+        tensor_parallel_size=config.tensor_parallel,
+        block_size=config.block_size or (16 if ON_GPU else 32),
+        enable_prefix_caching=True,
+        seed=seed,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if config.quantization != "none":
+        arguments["quantization"] = quantization_name(config, dtype, hf_config)
+    if ON_GPU:
+        arguments |= dict(
+            enable_sleep_mode=True,
+            enforce_eager=config.enforce_eager,
+            gpu_memory_utilization=config.gpu_memory_fraction,
+        )
+        if cache_bytes:
+            arguments["kv_cache_memory_bytes"] = cache_bytes
+        return arguments
+    block = arguments["block_size"]
+    require(block % 32 == 0, "rollout.block_size", block, "a multiple of 32 where there is no GPU")
+    needed = cache_bytes_of_one(hf_config, max_model_len, block, dtype, config.tensor_parallel)
+    require(
+        cache_bytes >= needed,
+        "rollout.kv_cache_gib",
+        config.kv_cache_gib,
+        f">= {needed / 2**30 + 0.0005:.3f}, the room of one sequence of {max_model_len} tokens",
+    )
+    # A prompt split in chunks would need a generator with an offset, which there is none of on CPU.
+    return arguments | dict(
+        enforce_eager=True,
+        kv_cache_memory_bytes=cache_bytes,
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(max_model_len, 4096, config.max_concurrent),
+    )
