@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import secrets
 import sys
 import threading
@@ -25,6 +24,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from launch.failure import BROKEN_RUN, GRACE_S, ToldByRank0
 from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts
+from launch.run_plan import plan_of_run
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -55,7 +55,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str]) -> ParallelGroups:
     store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
     meeting = Meeting(store, rank=rank, world_size=world_size, patience_s=config.parallel.start_timeout_s)
     found = meeting.exchange(config, paths)
-    check_plan(config, found, world_size)
+    check_plan(config, world_size)
     seconds = time.monotonic() - begin
     groups, seconds_joining = join(config, store, rank=rank, world_size=world_size)
     if rank == 0 and world_size > 1:
@@ -269,22 +269,16 @@ def copies_to_come(config: RunConfig) -> int:
     return max(1, min(config.checkpoint.keep + 1 + best, planned) - there)
 
 
-def check_plan(config: RunConfig, found: list[RankFacts], world_size: int) -> None:
+def check_plan(config: RunConfig, world_size: int) -> None:
     """Raise `ConfigError` if the plan of `config` does not fit the cards that are seen; all ranks call this.
 
-    Without a card, or with one that no plan is made for, only the layout is checked, when the ranks are laid out.
+    Without a card only the layout is checked, when the ranks are laid out.
     """
-    from a2tgpo.plan.dimensions import read_dimensions
-    from a2tgpo.plan.hardware import GPUS
-    from a2tgpo.plan.plan import make_plan
+    import torch
 
-    equal = found[0].equal
-    words = re.findall("[a-z0-9]+", equal.get("GPU", "").lower())
-    known = next((card for name, card in GPUS.items() if name.partition("-")[0] in words), None)
-    if known is None:
+    if not torch.cuda.is_available():
         return
-    gpu = dataclasses.replace(known, memory_gib=float(equal["GPU memory, GiB"]))
-    plan = make_plan(config, read_dimensions(config.model.path), gpu, gpus=world_size)
+    plan, _, card = plan_of_run(config, num_gpus=world_size)
     if not plan.holds_a_sequence:
         raise ConfigError(
             f"rollout.gpu_memory_fraction is {config.rollout.gpu_memory_fraction}; allowed: so much that the "
@@ -293,7 +287,8 @@ def check_plan(config: RunConfig, found: list[RankFacts], world_size: int) -> No
     worst = min(plan.phases, key=lambda phase: phase.headroom)
     if worst.headroom < -PLAN_MARGIN:
         raise ConfigError(
-            f"the configuration does not fit {world_size} cards of {gpu.memory_gib:.0f} GiB: {worst.name} takes "
+            f"the configuration does not fit {world_size} x {card} of {plan.gpu.memory_gib:.0f} GiB: "
+            f"{worst.name} takes "
             f"{worst.peak / 2**30:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
         )
 

@@ -11,7 +11,6 @@ Without a launcher it runs as one process.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -25,9 +24,10 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
+from launch.run_plan import plan_of_run
 
 if TYPE_CHECKING:
-    from a2tgpo.plan.hardware import Gpu
+    pass
 
 
 def main() -> int:
@@ -91,8 +91,6 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.model.hf_config import load_hf_config
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.plan.advice import faults
-    from a2tgpo.plan.dimensions import model_dimensions
-    from a2tgpo.plan.plan import make_plan
     from a2tgpo.plan.report import plan_text
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -109,11 +107,9 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         questions = load_questions(getattr(config.data, key), key=f"data.{key}")
         sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
     build_tools(config).close()
-    dimensions, source = model_dimensions(config.model.path)
-    gpu, card = card_to_plan_for(config)
     # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
-    plan = make_plan(config, dimensions, gpu, gpus=gpus)
+    plan, source, card = plan_of_run(config, num_gpus=gpus)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         print(dump_config(config), end="")
@@ -125,22 +121,8 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     if not plan.fits and is_first:
         first, *others = faults(plan)
         more = f" (and {len(others)} more, above)" if others else ""
-        print(f"error: does not fit {gpus} x {gpu.name}: {first}{more}", file=sys.stderr, flush=True)
+        print(f"error: does not fit {gpus} x {plan.gpu.name}: {first}{more}", file=sys.stderr, flush=True)
     return 0 if plan.fits else DOES_NOT_FIT
-
-
-def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """The card that is here, or the one the configuration is meant for; and which of the two, in words."""
-    import torch
-
-    from a2tgpo.plan.hardware import GIB, GPUS
-
-    meant = GPUS[config.cluster.gpu]
-    if not torch.cuda.is_available():
-        return meant, f"{meant.name}, as cluster.gpu says: no GPU is seen here"
-    found = torch.cuda.get_device_properties(0)
-    here = dataclasses.replace(meant, memory_gib=found.total_memory / GIB)
-    return here, f"{found.name} (speed of {meant.name}: cluster.gpu)"
 
 
 def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:

@@ -20,6 +20,9 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.parallel.groups import ParallelGroups
 
+_set_here: list[str] = []
+"""Variables of `_be_alone`, which processes started after `shutdown` must not take for a launcher's."""
+
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
     """Join the other processes and lay them out; every process calls this once, first.
@@ -111,6 +114,9 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name in _set_here:
+        os.environ.pop(name, None)
+    _set_here.clear()
 
 
 def _be_alone() -> None:
@@ -118,9 +124,15 @@ def _be_alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(alone)
+    _set_here.extend(alone)
 
 
 def _local_rank() -> int:

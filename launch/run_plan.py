@@ -1,0 +1,36 @@
+"""The plan of a run on the cards it will have: what the dry run prints, and what the pre-flight holds it to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from a2tgpo.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from a2tgpo.plan.hardware import Gpu
+    from a2tgpo.plan.plan import Plan
+
+
+def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
+    """The plan on `num_gpus` cards like the one here, where the model's dimensions are from, and which card it is."""
+    from a2tgpo.plan.dimensions import model_dimensions
+    from a2tgpo.plan.plan import make_plan
+
+    dimensions, source = model_dimensions(config.model.path)
+    gpu, card = card_to_plan_for(config)
+    return make_plan(config, dimensions, gpu, gpus=num_gpus), source, card
+
+
+def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
+    """The card that is here, or the one the configuration is meant for; and which of the two, in words."""
+    import torch
+
+    from a2tgpo.plan.hardware import GIB, GPUS
+
+    meant = GPUS[config.cluster.gpu]
+    if not torch.cuda.is_available():
+        return meant, f"{meant.name}, as cluster.gpu says: no GPU is seen here"
+    found = torch.cuda.get_device_properties(0)
+    here = dataclasses.replace(meant, memory_gib=found.total_memory / GIB)
+    return here, f"{found.name} (speed of {meant.name}: cluster.gpu)"
