@@ -18,6 +18,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,7 +27,7 @@ from a2tgpo.config.check import ConfigError
 from launch.failure import exit_code
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
+    from mpi4py.MPI import Comm
 
 TRAIN = Path(__file__).with_name("train.py")
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -70,7 +71,7 @@ def meet() -> dict[str, str]:
         mpi.Finalize()
 
 
-def load_mpi() -> type[MPI]:
+def load_mpi() -> ModuleType:
     """mpi4py's MPI, not started yet."""
     import mpi4py
 
@@ -87,7 +88,7 @@ def load_mpi() -> type[MPI]:
     return MPI
 
 
-def agree(world: MPI.Comm, mpi: type[MPI]) -> dict[str, str]:
+def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
     """torchrun's names for this process; every rank calls this."""
     rank, size = world.Get_rank(), world.Get_size()
     started = next((int(os.environ[name]) for name in SIZES if name in os.environ), 1)

@@ -134,15 +134,13 @@ class Meeting:
         try:
             marker.touch()
         except OSError:
-            place = {
-                "clock_s": time.time(),
-                "marker": "",
-            }  # that it cannot be written is told when it is opened
+            seen = ""  # that it cannot be written is told when it is opened
         else:
-            place = {"clock_s": time.time(), "marker": str(marker)}
+            seen = str(marker)
+        clock_s = time.time()
         try:
-            self._set("place", json.dumps(place))
-            mine = gather_facts(config, paths, rank=0, local_rank=_local_rank(), **place)
+            self._set("place", json.dumps({"clock_s": clock_s, "marker": seen}))
+            mine = gather_facts(config, paths, rank=0, local_rank=_local_rank(), clock_s=clock_s, marker=seen)
             silent = self._missing([f"facts/{rank}" for rank in others])
         finally:
             marker.unlink(missing_ok=True)
@@ -312,7 +310,12 @@ def join(
     if store is None:
         return initialize(config.parallel, seed=config.run.seed), 0.0
     store.set(f"ready/{rank}", "")
-    deadline = Deadline(store.clone(), config.parallel.start_timeout_s, rank=rank, world_size=world_size)
+    deadline = Deadline(
+        store.clone(),  # type: ignore[attr-defined]  # torch's stub lacks it
+        config.parallel.start_timeout_s,
+        rank=rank,
+        world_size=world_size,
+    )
     begin = time.monotonic()
     try:
         groups = initialize(config.parallel, seed=config.run.seed, store=store)

@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,9 +24,6 @@ from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
 from launch.run_plan import plan_of_run
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> int:

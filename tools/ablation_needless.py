@@ -14,12 +14,12 @@ from tools.plot_run import MUTED, STYLE
 
 def write_needless(columns: Columns, out: Path, origin: str) -> str:
     """needless.csv and needless.png; returns the caption."""
-    rows = []
+    rows: list[dict] = []
     for outcome, reward in OUTCOMES.items():
-        own = {
+        of_outcome = {
             name: values[columns["reward"] == reward] for name, values in columns.items() if name != "reward"
         }
-        rows += [{"outcome": outcome, **row} for row in distributions(own, "needless")]
+        rows += [{"outcome": outcome, **row} for row in distributions(of_outcome, "needless")]
     write_csv(out / "needless.csv", rows)
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, len(OUTCOMES), figsize=(12, 4.2), layout="constrained", sharey=True)

@@ -58,9 +58,9 @@ def main() -> int:
             continue
         bad = [check for check in checks if not check[1] <= args.tolerance]
         failed += len(bad)
-        for name, error in checks if args.verbose else bad:
-            print(f"  {name}: {error:.3g}")
-        worst = max((error for _, error in checks), default=math.nan)
+        for name, gap in checks if args.verbose else bad:
+            print(f"  {name}: {gap:.3g}")
+        worst = max((gap for _, gap in checks), default=math.nan)
         print(
             f"{path.name}: {len(checks)} checks, max abs error {worst:.3g}, {len(bad)} past {args.tolerance:g}"
         )
@@ -212,6 +212,7 @@ def loss_error(batch: dict, run: dict) -> float:
         algorithm,
     )
     result.loss.backward()
+    assert logprobs.grad is not None
     errors = [
         abs(result.loss.item() - expect["loss"]),
         abs(result.is_clipped.double().mean().item() - expect["clip_fraction"]),

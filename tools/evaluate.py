@@ -143,15 +143,17 @@ def play(player: Player, sets: dict[str, PromptSet], *, num_samples: int, total:
         done_before = 0
         for name, prompt_set in sets.items():
             prompts = prompt_set.prompts(range(len(prompt_set)))
+
+            def show(done: int, _all: int, base: int = done_before) -> None:
+                # Replicas hold equal shares: one's progress stands for all.
+                bar.update(min(base + done * replicas.count, total * max(1, num_samples)) - bar.n)
+
             mine, _ = answer_questions(
                 player.rollout,
                 prompts[replicas.index :: replicas.count],
                 num_samples=num_samples,
                 seed=player.config.run.seed,
-                # Replicas hold equal shares: one's progress stands for all.
-                progress=lambda n, _all, base=done_before: bar.update(
-                    min(base + n * replicas.count, bar.total) - bar.n
-                ),
+                progress=show,
             )
             parts = all_gather_object(mine if replicas.is_first else [], world)
             order = {prompt.id: prompt.index for prompt in prompts}

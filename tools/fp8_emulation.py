@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +45,14 @@ class Recipe:
     """Scales are powers of two, as Transformer Engine has them by default with blocks."""
 
 
-_TENSORWISE = {"input_block": None, "weight_block": None, "power_of_two": False}
-_BLOCKWISE = {"input_block": (1, 128), "weight_block": (128, 128), "power_of_two": True}
+_TENSORWISE = Recipe(E4M3, input_block=None, weight_block=None, power_of_two=False)
+_BLOCKWISE = Recipe(E4M3, input_block=(1, 128), weight_block=(128, 128), power_of_two=True)
 RECIPES = {
-    "e4m3-tensorwise": Recipe(E4M3, **_TENSORWISE),
-    "e4m3-blockwise": Recipe(E4M3, **_BLOCKWISE),
+    "e4m3-tensorwise": _TENSORWISE,
+    "e4m3-blockwise": _BLOCKWISE,
     "e4m3-mxfp8": Recipe(E4M3, input_block=(1, 32), weight_block=(1, 32), power_of_two=True),
-    "e5m2-tensorwise": Recipe(E5M2, **_TENSORWISE),
-    "e5m2-blockwise": Recipe(E5M2, **_BLOCKWISE),
+    "e5m2-tensorwise": replace(_TENSORWISE, format=E5M2),
+    "e5m2-blockwise": replace(_BLOCKWISE, format=E5M2),
 }
 """Those of `model.fp8.recipe` (whose forward pass is e4m3 with either format), and e5m2 to compare."""
 

@@ -119,7 +119,9 @@ def _move_weights(parts: Any, *, target: float) -> float:
         return -logprobs[sampled].mean() / parts.groups.dp_size, {}
 
     def logprobs_of_probe() -> Any:
-        return score(parts.policy, [batch])[0].logprobs[sampled]
+        (scored,) = score(parts.policy, [batch])
+        assert scored is not None, "there is one pipeline stage"
+        return scored.logprobs[sampled]
 
     start, moved_by = logprobs_of_probe(), 0.0
     for _ in range(MAX_UPDATES):

@@ -43,7 +43,7 @@ def write_model(folder: Path, *, vocab_size: int = 480) -> str:
         for parameter in model.parameters():
             # Wider than the default, else every distribution is uniform and errors do not show.
             parameter.mul_(2.0) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     return str(folder)
 
 
@@ -161,7 +161,7 @@ def _run(path: str, groups: Any, *, dtype: str, parallel: Any = None, fp8: Any =
     compute_gradients(policy, [batch], mean_logprob)
     with torch.no_grad():  # gradients travel home by the way that weights do
         for parameter in policy.chunks[0].parameters():
-            parameter.copy_(parameter.main_grad)
+            parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]  # Megatron's, beside torch's grad
     gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}
     return scored.logprobs[sampled].float().cpu(), gradients
 

@@ -54,7 +54,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.suggest:
         plans = suggest(config, dimensions, gpu, gpus=gpus, workload=workload)
         print(suggestion_text(plans))
-        written = [plan_json(made) for made in plans]
+        written: list | dict = [plan_json(made) for made in plans]
         is_possible = bool(plans)
     else:
         made = make_plan(config, dimensions, gpu, gpus=gpus, workload=workload)

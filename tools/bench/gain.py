@@ -182,6 +182,7 @@ class Step:
         batches = [pack(prefixes, row, align=Alignment()) for row in rows]
         found: dict[int, list[float]] = {}
         for row, batch, scores in zip(rows, batches, score(self.policy, batches), strict=True):
+            assert scores is not None, "there is one pipeline stage"
             found |= zip(row, scores.logprobs[batch.loss_mask[0]].view(-1, ANSWER).tolist(), strict=True)
         return [found[number] for number in range(len(prefixes))]
 

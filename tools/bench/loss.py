@@ -90,6 +90,7 @@ def ours(case: Case) -> tuple[Tensor, Tensor]:
     logprobs = case.logprobs.clone().requires_grad_()
     result = policy_loss(logprobs, case.inputs, CONFIG)
     result.loss.backward()
+    assert logprobs.grad is not None
     return result.loss.detach(), logprobs.grad
 
 
@@ -107,6 +108,7 @@ def loop_over_turns(case: Case) -> tuple[Tensor, Tensor]:
         losses.append((token_losses * is_sampled).sum() / is_sampled.sum())
     loss = torch.stack(losses).mean()
     loss.backward()
+    assert logprobs.grad is not None
     return loss.detach(), logprobs.grad[case.is_sampled]
 
 
@@ -115,11 +117,12 @@ def loop_over_tokens(case: Case) -> tuple[Tensor, Tensor]:
     total = torch.zeros(())
     turns_of = case.padded_turns.tolist()
     for row in range(len(logprobs)):
-        sums, counts = {}, {}
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, int] = {}
         for position, turn in enumerate(turns_of[row]):
             if turn >= 0:
                 log_ratio = logprobs[row, position] - case.padded_old[row, position]
-                sums[turn] = sums.get(turn, 0.0) + log_ratio
+                sums[turn] = sums[turn] + log_ratio if turn in sums else log_ratio
                 counts[turn] = counts.get(turn, 0) + 1
         ratios = {turn: (sums[turn] / counts[turn]).clamp(max=10.0).exp() for turn in sums}
         num_sampled = sum(counts.values())
@@ -128,6 +131,7 @@ def loop_over_tokens(case: Case) -> tuple[Tensor, Tensor]:
                 advantage, scale = case.turn_advantages[row][turn], case.turn_clip_scales[row][turn]
                 total = total + clipped(ratios[turn], advantage, scale) / (num_sampled * len(logprobs))
     total.backward()
+    assert logprobs.grad is not None
     return total.detach(), logprobs.grad[case.is_sampled]
 
 
