@@ -90,8 +90,12 @@ def warm_start(config: RunConfig) -> None:
     for step in range(1, settings.steps + 1):
         chosen = [trajectories[index] for index in sampler.next_indices()]
         batches = my_microbatches(chosen, config, groups)
-        loss_function = cross_entropy(batches, chosen, observation_weight=settings.observation_weight)
-        result = train_step(policy, optimizer, batches, loss_function)
+        weights = token_weights(batches, chosen, observation_weight=settings.observation_weight)
+        asked = [
+            dataclasses.replace(batch, loss_mask=weight[None] > 0)
+            for batch, weight in zip(batches, weights, strict=True)
+        ]
+        result = train_step(policy, optimizer, asked, cross_entropy(weights))
         report.add(step, chosen, loss=result.loss, grad_norm=result.grad_norm, lr=schedule.lr)
         if result.update_ok:
             schedule.step()
@@ -147,22 +151,27 @@ def my_microbatches(chosen: list[Trajectory], config: RunConfig, groups: Paralle
     return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
 
 
-def cross_entropy(
+def token_weights(
     batches: list[PackedBatch], chosen: list[Trajectory], *, observation_weight: float
-) -> LossFunction:
-    """Weighted mean of -log p over the step's tokens on all ranks; the policy's own tokens weigh 1."""
+) -> list[Tensor]:
+    """Per micro-batch [T] float32: each target's weight in the step's loss; they add up to 1 over all ranks."""
     from a2tgpo.batch.packing import PADDING, packed_length
 
     num_sampled = sum(trajectory.num_sampled_tokens for trajectory in chosen)
     num_predicted = sum(packed_length(trajectory) for trajectory in chosen)
     total = max(1.0, num_sampled + observation_weight * (num_predicted - num_sampled))
+    weights = []
+    for batch in batches:
+        sampled, real = batch.loss_mask[0].float(), (batch.sequence_ids[0] != PADDING).float()
+        weights.append((sampled + observation_weight * (real - sampled)) / total)
+    return weights
+
+
+def cross_entropy(weights: list[Tensor]) -> LossFunction:
+    """Weighted sum of -log p over the tokens of each micro-batch."""
 
     def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = batches[number].to(logprobs.device)
-        mask = batch.loss_mask[0]
-        real = batch.sequence_ids[0] != PADDING
-        value = -logprobs[mask].sum() - observation_weight * logprobs[real & ~mask].sum()
-        return value / total, {}
+        return -(weights[number].to(logprobs.device) * logprobs).sum(), {}
 
     return loss
 

@@ -43,7 +43,7 @@ class PackedBatch:
     targets: Tensor
     """[1, T] int64, the token that follows; 0 on padding."""
     loss_mask: Tensor
-    """[1, T] bool, True where the policy sampled the target."""
+    """[1, T] bool, True where the target's log-prob is asked for: where the policy sampled it."""
     turn_ids: Tensor
     """[1, T] int64 in [0, U), the turn that the target belongs to; 0 where masked."""
     sequence_ids: Tensor

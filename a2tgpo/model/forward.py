@@ -14,6 +14,7 @@ from megatron.core.utils import get_model_config
 
 from a2tgpo.batch.context_split import context_positions
 from a2tgpo.batch.tree import TreeNode
+from a2tgpo.model.output_head import output_at
 from a2tgpo.model.policy import unwrapped
 from a2tgpo.model.tree_attention import attending_along
 
@@ -25,6 +26,7 @@ def forward_packed(
     cu_seqlens: torch.Tensor,
     *,
     tree: Sequence[TreeNode] | None = None,
+    output_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run this stage's chunk over sequences laid end to end, each attending to itself only.
 
@@ -42,10 +44,12 @@ def forward_packed(
         cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
             cu_seqlens[i] .. cu_seqlens[i + 1].
         tree: the row is one segment of this shape (see `probes`); without gradients or context parallelism only.
+        output_rows: [n] int64, n >= 1: at which of the T / cp positions that this rank runs logits are wanted; equal
+            on all tensor-parallel ranks. None: at all of them.
 
     Returns:
-        Last chunk: logits [T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for the
-        next chunk, [T / cp, 1, hidden], under sequence parallelism padded and / tp.
+        Last chunk: logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for
+        the next chunk, [T / cp, 1, hidden], under sequence parallelism padded and / tp.
     """
     assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
     config = get_model_config(chunk)
@@ -64,7 +68,11 @@ def forward_packed(
     num_tokens = tokens.size(1)
     padding = -num_tokens % multiple
     positions = F.pad(positions, (0, padding)).to(device, non_blocking=True)
-    with attending_along(chunk, tree, positions) if tree is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as adapted:
+        if tree is not None:
+            adapted.enter_context(attending_along(chunk, tree, positions))
+        if output_rows is not None and model.post_process:
+            adapted.enter_context(output_at(model, output_rows.to(device, non_blocking=True)))
         output = chunk(
             input_ids=F.pad(tokens, (0, padding)).to(device, non_blocking=True),
             position_ids=positions,

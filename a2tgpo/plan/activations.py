@@ -129,8 +129,11 @@ class MicrobatchShape:
         return self.layer_bytes + self.gathered_bytes + self.ring_bytes
 
     def logit_bytes(self, *, with_gradient: bool) -> int:
-        """The last stage's logits at all positions in the model's dtype, and their gradient; float32 copies
-        exist of LOGIT_CHUNK_TOKENS tokens at a time."""
+        """The last stage's logits in the model's dtype, and their gradient; float32 copies exist of
+        LOGIT_CHUNK_TOKENS tokens at a time.
+
+        At all positions: a micro-batch may hold next to nothing but sampled tokens, where the policy does not search.
+        """
         width = self.dimensions.padded_vocab(self.parallel.tensor) // self.parallel.tensor
         chunk = min(self.tokens, LOGIT_CHUNK_TOKENS) * LOGIT_CHUNK_COPIES * width * FLOAT32_BYTES
         logits = self.tokens * width * self.element_bytes

@@ -17,15 +17,19 @@ class TokenFlops:
     experts: float
     """The chosen experts of all layers; 0 in a dense model."""
     output: float
-    """The output layer."""
+    """The output layer, in the mean over all tokens."""
 
     @property
     def total(self) -> float:
         return self.linear + self.attention + self.experts + self.output
 
 
-def forward_flops(dimensions: ModelDimensions, *, context: float) -> TokenFlops:
-    """A token's forward pass while it attends to `context` tokens (on average half its sequence)."""
+def forward_flops(dimensions: ModelDimensions, *, context: float, output_share: float = 1.0) -> TokenFlops:
+    """A token's forward pass while it attends to `context` tokens (on average half its sequence).
+
+    Args:
+        output_share: of the tokens, those at which the output layer runs.
+    """
     d = dimensions
     matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width)
     feed_forward = 3 * d.hidden * d.ffn
@@ -40,5 +44,5 @@ def forward_flops(dimensions: ModelDimensions, *, context: float) -> TokenFlops:
         linear=d.layers * 2 * matrices,
         attention=d.layers * attention,
         experts=experts,
-        output=2 * d.hidden * d.vocab,
+        output=output_share * 2 * d.hidden * d.vocab,
     )

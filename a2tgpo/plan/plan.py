@@ -58,8 +58,9 @@ class Plan:
 
     @property
     def token_flops(self) -> float:
-        """Operations of one token's forward pass, in the mean."""
-        return forward_flops(self.dimensions, context=self.workload.tokens / 2).total
+        """Operations of one token's forward pass by the trainer, in the mean."""
+        w = self.workload
+        return forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share).total
 
     @property
     def stage_flops(self) -> dict[str, float]:

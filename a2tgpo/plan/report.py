@@ -288,6 +288,8 @@ def _assumption_lines(plan: Plan) -> str:
         f"samples {w.longest_to_mean:g} times the mean",
         f"  compute: {a.compute_utilisation:.0%} of {gpu.peak_flops(plan.config.model.dtype) / 1e12:.0f} TFLOP/s in "
         f"training, {a.prefill_utilisation:.0%} in the engine's prefill; {a.imbalance:.0%} lost to uneven replicas",
+        f"  output layer: at the {w.output_share:.0%} of a trajectory's tokens that are sampled; room for logits "
+        "at every token of a micro-batch",
         *_fp8_lines(plan),
         *_expert_lines(plan),
         f"  memory: {a.memory_utilisation:.0%} of {gpu.memory_tb_per_s:g} TB/s",

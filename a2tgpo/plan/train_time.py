@@ -223,7 +223,7 @@ def _pass_time(
 ) -> PassTime:
     """All of a step's micro-batches, each running `layer_passes` forward passes' worth of layers."""
     parallel = config.parallel
-    flops = forward_flops(dimensions, context=workload.tokens / 2)
+    flops = forward_flops(dimensions, context=workload.tokens / 2, output_share=workload.output_share)
     by_stage = [
         layer_passes * _stage_operations(config, dimensions, flops, stage, fp8_speed=assumed.fp8_speed)
         for stage in range(parallel.pipeline)

@@ -36,6 +36,11 @@ class Workload:
     def sampled_tokens(self) -> float:
         return self.response_tokens * self.sampled_share
 
+    @property
+    def output_share(self) -> float:
+        """Of the trajectory's tokens, those whose log-prob the trainer asks for: the sampled ones."""
+        return self.sampled_tokens / self.tokens
+
     def limited(self, config: RunConfig) -> Workload:
         """The same within the limits of `config`."""
         return dataclasses.replace(

@@ -17,9 +17,13 @@ from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import token_logprobs
 from a2tgpo.model.policy import Policy, require_weights
 from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.groups import ParallelGroups
 
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate."""
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate.
+
+Both are 0 where `loss_mask` is False: the output layer does not run there.
+"""
 
 
 def run_pipeline(
@@ -50,12 +54,13 @@ def run_pipeline(
         count += -count % groups.pp_size
     filler = [empty_batch(policy.alignment)] * (count - real_count)
     batches = [batch.to(groups.device) for batch in (*microbatches, *filler)]
+    rows = [_output_rows(batch, groups) for batch in batches]
     # Megatron divides the loss by `count` and multiplies it by cp_size (schedules.py, forward_step_calc_loss), and
     # divides the gradients by dp_size * cp_size (distributed_data_parallel.py, gradient_scaling_factor).
     scale = 1.0 if forward_only else float(count * groups.dp_size)
 
     def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = _logprobs(policy, logits, batches[number])
+        logprobs, entropy = _logprobs(policy, logits, batches[number], rows[number])
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
@@ -65,7 +70,14 @@ def run_pipeline(
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         batch = batches[number]
-        output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens, tree=batch.tree)
+        output = forward_packed(
+            chunk,
+            batch.tokens,
+            batch.positions,
+            batch.cu_seqlens,
+            tree=batch.tree,
+            output_rows=rows[number],
+        )
         return output, partial(finish, number)
 
     iterators = [iter(range(count)) for _ in policy.chunks]
@@ -80,13 +92,31 @@ def run_pipeline(
     )
 
 
-def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """log p of all of the batch's targets and the entropies, [T] each, from this rank's logits."""
-    groups, targets = policy.groups, batch.targets[0]
-    at_targets = partial(token_logprobs, vocab_size=policy.vocab_size, tp_group=groups.tp_group)
-    if groups.cp_size == 1:
-        return at_targets(logits, targets)
-    positions = context_positions(batch.cu_seqlens, groups.cp_size)
-    own = torch.stack(at_targets(logits, targets[positions[groups.cp_rank]]))
-    logprobs, entropy = gather_context(own, positions, groups.cp_group)
+def _output_rows(batch: PackedBatch, groups: ParallelGroups) -> Tensor:
+    """[n] int64: at which of the T / cp positions that this rank runs a target is asked for.
+
+    Without any the first, so that the micro-batch still reaches every parameter and every collective.
+    """
+    mask = batch.loss_mask[0]
+    if groups.cp_size > 1:
+        mask = mask[context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank]]
+    rows = mask.nonzero()[:, 0]
+    return rows if rows.numel() else rows.new_zeros(1)
+
+
+def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of `rows`."""
+    groups, targets, mask = policy.groups, batch.targets[0], batch.loss_mask[0]
+    if groups.cp_size > 1:
+        positions = context_positions(batch.cu_seqlens, groups.cp_size)
+        own = positions[groups.cp_rank]
+        targets, mask = targets[own], mask[own]
+    found = torch.stack(
+        token_logprobs(logits, targets[rows], vocab_size=policy.vocab_size, tp_group=groups.tp_group)
+    )  # [2, n]
+    values = found.new_zeros(2, mask.numel()).index_copy(1, rows, found)
+    values = values.where(mask, 0.0)  # also of the one row where none is asked for
+    if groups.cp_size > 1:
+        values = gather_context(values, positions, groups.cp_group)
+    logprobs, entropy = values
     return logprobs, entropy

@@ -17,9 +17,9 @@ class TokenScores(NamedTuple):
     """One micro-batch, aligned on the predicting position."""
 
     logprobs: Tensor
-    """[T] float32, log p(`targets`), nats; also where `loss_mask` is False."""
+    """[T] float32, log p(`targets`), nats; 0 where `loss_mask` is False."""
     entropy: Tensor
-    """[T] float32, entropy of the distribution that predicts `targets`, nats."""
+    """[T] float32, entropy of the distribution that predicts `targets`, nats; 0 where `loss_mask` is False."""
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from a2tgpo.update.forward_step import run_pipeline
 from a2tgpo.update.offload import gradient_tensors
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> (loss, metrics).
+"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32, both 0 where masked) -> (loss, metrics).
 
 The loss is a scalar, normalised globally: its sum over all micro-batches and data-parallel replicas is the
 objective. Metrics are sums (of any shape) which add up over micro-batches.

@@ -5,6 +5,7 @@ A check is a function of a `Bench`; it raises AssertionError on the ranks that s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -47,8 +48,38 @@ def check_gradients(bench: Bench) -> None:
         assert_close(hf_gradients(policy), bench.reference.gradients, 1e-5)
 
 
+def check_output_rows(bench: Bench) -> None:
+    """The output layer runs where a rank's tokens were sampled; gradients are those of it run at every position."""
+    policy, _ = bench.policy()
+    batches, groups, rows = bench.batches(), bench.groups, []
+    loss = bench.loss_function(batches)
+    last = [model.output_layer for model in policy.gpt_models if model.post_process]
+    hooks = [
+        layer.register_forward_hook(lambda _layer, _, output: rows.append(len(output[0]))) for layer in last
+    ]
+    compute_gradients(policy, batches, loss)
+    found = hf_gradients(policy)
+    for hook in hooks:
+        hook.remove()
+    sampled = []
+    for batch in batches:
+        mask = batch.loss_mask[0]
+        if groups.cp_size > 1:
+            mask = mask[context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank]]
+        sampled.append(int(mask.sum()))
+    empty = rows[len(batches) :]  # keep step with replicas that have more
+    assert rows == ([max(count, 1) for count in sampled] + [1] * len(empty) if last else []), (rows, sampled)
+    assert all(layer.sequence_parallel == bench.parallel.sequence for layer in last)
+    whole = [dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)) for batch in batches]
+    compute_gradients(policy, whole, loss)
+    assert_close(found, hf_gradients(policy), 2e-6)
+
+
 def check_scores(bench: Bench) -> None:
-    """Log-probs are those of transformers, on the last stage only; weights and mode are left as they were."""
+    """Log-probs are those of transformers, on the last stage only; weights and mode are left as they were.
+
+    0 where the policy sampled nothing.
+    """
     policy, _ = bench.policy()
     batches = bench.batches()
     scores = score(policy, batches)
@@ -59,9 +90,9 @@ def check_scores(bench: Bench) -> None:
             continue
         assert scored.logprobs.shape == scored.entropy.shape == (batch.num_tokens,)
         for number, index in enumerate(batch.trajectory_indices):
-            found = scored.logprobs[batch.sequence_ids[0] == number]
-            expected = bench.reference.logprobs[index][: found.numel()]
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            at = batch.sequence_ids[0] == number
+            expected = bench.reference.logprobs[index][: int(at.sum())] * batch.loss_mask[0, at]
+            torch.testing.assert_close(scored.logprobs[at], expected, rtol=1e-5, atol=1e-5)
 
 
 def check_probes(bench: Bench) -> None:

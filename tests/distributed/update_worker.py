@@ -28,6 +28,7 @@ import torch.distributed as dist
 from layout_checks import (
     check_correction,
     check_gradients,
+    check_output_rows,
     check_probes,
     check_scores,
     check_turn_ratios,
@@ -317,6 +318,7 @@ def captured_warnings() -> Iterator[list[str]]:
 CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "dp4": [
         check_gradients,
+        check_output_rows,
         check_scores,
         check_probes,
         check_correction,
@@ -328,8 +330,8 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_retention,
         check_one_best,
     ],
-    "tp2": [check_gradients],
-    "tp2_sequence": [check_gradients, check_scores, check_probes],
+    "tp2": [check_gradients, check_output_rows],
+    "tp2_sequence": [check_gradients, check_output_rows, check_scores, check_probes],
     "pp2_vpp2": [
         check_gradients,
         check_probes,
@@ -341,10 +343,11 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_resume,
         check_another_layout,
     ],
-    "pp2": [check_gradients, check_scores, check_nan_is_skipped, check_another_layout],
+    "pp2": [check_gradients, check_output_rows, check_scores, check_nan_is_skipped, check_another_layout],
     "pp2_uneven": [check_gradients, check_scores, check_update],
     "cp2": [
         check_gradients,
+        check_output_rows,
         check_turn_ratios,
         check_scores,
         check_correction,
@@ -354,12 +357,13 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     ],
     "tp2_cp2_sequence": [
         check_gradients,
+        check_output_rows,
         check_turn_ratios,
         check_scores,
         check_update,
         check_another_layout,
     ],
-    "cp2_pp2_vpp2": [check_gradients, check_turn_ratios, check_correction, check_update],
+    "cp2_pp2_vpp2": [check_gradients, check_output_rows, check_turn_ratios, check_correction, check_update],
     "tp2_pp2": [
         check_gradients,
         check_turn_ratios,

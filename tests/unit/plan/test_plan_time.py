@@ -37,8 +37,9 @@ def test_steps_of_systems_like_ours_are_predicted(run):
 
 @pytest.mark.parametrize("run", UNLIKE, ids=lambda run: run.what)
 def test_where_the_model_does_not_reach_it_is_too_fast(run):
-    # Mixtures of experts: 1.2 to 1.8 times slower than predicted; micro-batches that do not fill a card: up to 6.5.
-    assert 1.1 <= run.seconds / run.predicted_seconds <= (1.8 if run.dimensions.experts else 6.5)
+    # Mixtures of experts: 1.2 to 1.8 times slower than predicted; micro-batches that do not fill a card: up to 6.8,
+    # their output layer at every token among it.
+    assert 1.1 <= run.seconds / run.predicted_seconds <= (1.8 if run.dimensions.experts else 6.8)
 
 
 def test_at_least_four_published_runs_are_alike():
@@ -129,7 +130,11 @@ def test_update_time_follows_from_utilisation_alone_on_one_rank():
     )
     assumed = Assumptions(imbalance=0.0)
     plan = make_plan(config, QWEN_8B, H100, gpus=1, assumed=assumed)
-    flops = 3 * forward_flops(QWEN_8B, context=1000).total * plan.geometry.tokens
+    once = forward_flops(QWEN_8B, context=1000)
+    # 300 prompt tokens and 1,700 of response, 40 % of these sampled: what follows the others nobody asks.
+    sampled = once.output * 1700 * 0.4 / 2000
+    flops = 3 * (once.total - once.output + sampled) * plan.geometry.tokens
+    assert plan.stage_flops["update"] == pytest.approx(flops)
     assert plan.update.compute == pytest.approx(flops / (989e12 * assumed.compute_utilisation))
     assert plan.update.tensor == plan.update.pipeline == plan.update.bubble == plan.update.data == 0
     assert plan.update_mfu <= assumed.compute_utilisation
@@ -242,7 +247,7 @@ def test_fp8_makes_linear_layers_faster_and_nothing_else():
         ],
     )
     plain, fast = (make_plan(c, QWEN_8B, H100, gpus=8).update for c in (config, fp8))
-    flops = forward_flops(QWEN_8B, context=1000)
+    flops = forward_flops(QWEN_8B, context=1000, output_share=0.34)
     # 27 of 36 layers at 1.5 times the speed
     rest = flops.attention + flops.output + flops.linear * (9 + 27 / 1.5) / 36
     assert fast.compute / plain.compute == pytest.approx(rest / flops.total)
