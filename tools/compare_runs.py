@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 from tools.plot_run import STAGE_COLORS, STYLE
+from tools.terminal import end_with_reader
 
 METRICS = (
     "evaluation/em",
@@ -187,4 +188,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

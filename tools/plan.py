@@ -25,6 +25,7 @@ from a2tgpo.plan.plan import make_plan
 from a2tgpo.plan.published import PUBLISHED
 from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
 from a2tgpo.plan.workload import Workload
+from tools.terminal import end_with_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,4 +120,5 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

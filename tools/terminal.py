@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
@@ -27,6 +28,11 @@ class Painter:
 def painter_for(stream: TextIO) -> Painter:
     """Colours if `stream` is a terminal whose user has not refused them (NO_COLOR)."""
     return Painter(stream.isatty() and "NO_COLOR" not in os.environ)
+
+
+def end_with_reader() -> None:
+    """Have this process end without a word, as other programs do, when what reads its output (`| head`) has."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def indented(text: str) -> str:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from tools.rollouts_page import Decode, chosen_steps, write_page
-from tools.terminal import Painter, indented, painter_for
+from tools.terminal import Painter, end_with_reader, indented, painter_for
 
 _FILE_NAME = re.compile(r"step_(\d+)\.jsonl\.zst")
 
@@ -194,4 +194,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    end_with_reader()
     sys.exit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,12 @@ def test_a_plan_is_made_without_torch():
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True)
     assert process.returncode == 0
+
+
+def test_a_reader_that_has_ended_ends_it_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "tools/plan.py"), CONFIG_70B, "--suggest"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (-signal.SIGPIPE, "")
