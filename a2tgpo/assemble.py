@@ -16,6 +16,7 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.parallel.groups import ParallelGroups
@@ -61,6 +62,8 @@ class RunParts:
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
+    startup: dict[str, float]
+    """What this process took to start, seconds, `time/startup_STAGE_s`: metrics of its first rollout."""
 
     def close(self) -> None:
         """Stop the tools and the engine; the process group stays."""
@@ -75,23 +78,29 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     Raises:
         ConfigError: one line; anything a person wrote that cannot be run.
     """
+    timers = StageTimers()
     replicas = divide_into_replicas(config, groups)
-    load_hf_config(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    template = PromptTemplate(tokenizer, config.data.instructions)
-    train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
-    test_questions = load_questions(config.data.test, key="data.test")
-    limit = config.evaluation.max_questions or len(test_questions)
-    test_prompts = _prompt_set(test_questions[:limit], template, config)
-    sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
-    toolset = build_tools(config)
-
-    policy = build_policy(config.model, config.parallel, groups, update=config.update)
-    reference = build_reference(config, groups)
-    minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
-    optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
-    phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
-    engine = phases.build_engine(functools.partial(build_engine, config))
+    with timers.stage("startup_data"):
+        load_hf_config(config.model.path)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        template = PromptTemplate(tokenizer, config.data.instructions)
+        train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
+        test_questions = load_questions(config.data.test, key="data.test")
+        limit = config.evaluation.max_questions or len(test_questions)
+        test_prompts = _prompt_set(test_questions[:limit], template, config)
+        sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
+    with timers.stage("startup_tools"):
+        toolset = build_tools(config)
+    with timers.stage("startup_model"):
+        policy = build_policy(config.model, config.parallel, groups, update=config.update)
+        reference = build_reference(config, groups)
+        minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
+        optimizer, schedule = build_optimizer(
+            policy, config.update, total_steps=config.run.steps * minibatches
+        )
+        phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
+    with timers.stage("startup_engine"):
+        engine = phases.build_engine(functools.partial(build_engine, config))
     return RunParts(
         config=config,
         groups=groups,
@@ -108,6 +117,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         engine=engine,
         toolset=toolset,
         rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
+        startup=timers.take(),
     )
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from a2tgpo.metrics.process_age import process_age_s
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.recorder import add_rollout_counts
@@ -45,6 +46,8 @@ class StepRollout:
         self._parts = parts
         self._config = parts.config.rollout
         self._has_warned = False
+        self._startup = dict(parts.startup)
+        """To be reported with the first rollout, and how old the process is when a trajectory is finished first."""
 
     def play(
         self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
@@ -71,6 +74,8 @@ class StepRollout:
         if not self._parts.replicas.is_first:
             return []
         add_rollout_counts(metrics, counts)
+        while self._startup:
+            metrics.add_max(*self._startup.popitem())
         return trajectories
 
     def _play_until_full(
@@ -125,12 +130,20 @@ class StepRollout:
         share = prompts[replicas.index :: replicas.count]
         try:
             trajectories, counted = self._parts.rollout.run(
-                share, seed=self._parts.config.run.seed, step=step, is_cut=is_cut
+                share,
+                seed=self._parts.config.run.seed,
+                step=step,
+                is_cut=is_cut,
+                progress=self._note_first,
             )
         except RolloutCutError:
             return None
         counts.add(counted)
         return trajectories
+
+    def _note_first(self, _finished: int, _all: int) -> None:
+        if self._startup:
+            self._startup.setdefault("time/startup_to_rollout_s", process_age_s())
 
     def _agree_on_informative(
         self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory] | None

@@ -127,6 +127,7 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
 
     from a2tgpo.assemble import assemble
     from a2tgpo.metrics.guards import Guards
+    from a2tgpo.metrics.process_age import process_age_s
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.parallel.stop_request import StopRequest
     from a2tgpo.run_folder import RunFolder
@@ -134,7 +135,9 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     from a2tgpo.watchdog import Watchdog
     from launch.preflight import start_ranks
 
+    imported_s = process_age_s()
     groups = start_ranks(config, inputs(config, resume=resume))
+    joined_s = process_age_s()
     folder = RunFolder(config, groups)
     checkpoint = folder.open(resume)
     parts = assemble(config, groups)
@@ -143,6 +146,13 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     step = folder.restore(checkpoint, parts, guards)
     recorder = folder.recorder(parts, step=step)
     watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)
+    parts.startup.update(
+        {
+            "time/startup_imports_s": imported_s,
+            "time/startup_join_s": joined_s - imported_s,
+            "time/startup_s": process_age_s(),
+        }
+    )
     stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s)
     trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog, stop=stop)
     recorder.writer.print(

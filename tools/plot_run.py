@@ -81,7 +81,7 @@ class History:
     def stages(self) -> dict[str, np.ndarray]:
         """stage -> seconds in each training step [num_steps], the longest stage first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
-        names = {name for record in steps for name in record if re.fullmatch(r"time/\w+_s", name)}
+        names = {name for record in steps for name in record if re.fullmatch(r"time/(?!startup_)\w+_s", name)}
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
         parts = {name: s for name, s in stages.items() if name not in ("step", *BETWEEN_STEPS)}
         return dict(sorted(parts.items(), key=lambda item: -item[1].sum()))

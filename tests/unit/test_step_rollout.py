@@ -140,6 +140,7 @@ class ScriptedParts:
         self.groups = groups
         self.replicas = SimpleNamespace(index=0, count=1, is_first=True)
         self.sampler = PromptSampler(4, 2, seed=0)
+        self.startup = {"time/startup_engine_s": 3.0}
         self.train_prompts = self.rollout = self.engine = self
 
     def prompts(self, asked) -> list[Prompt]:
@@ -148,7 +149,9 @@ class ScriptedParts:
             for index, question in enumerate(asked)
         ]
 
-    def run(self, prompts, *, seed: int, step: int, is_cut: Any) -> tuple[list[Trajectory], RolloutCounts]:
+    def run(
+        self, prompts, *, seed: int, step: int, is_cut: Any, progress: Any
+    ) -> tuple[list[Trajectory], RolloutCounts]:
         played = []
         for prompt in prompts:
             for sample in range(2):
@@ -157,6 +160,7 @@ class ScriptedParts:
                     made.outcome_reward = made.exact_match = float(sample)
                     made.format_ok = True
                 played.append(made)
+                progress(len(played), 2 * len(prompts))
         return played, RolloutCounts()
 
     def sleep(self) -> None:
@@ -166,9 +170,11 @@ class ScriptedParts:
 def test_reward_and_format_are_reported_over_everything_played():
     environment = dict(os.environ)
     parts: Any = ScriptedParts(initialize(ParallelConfig(), seed=0))
-    metrics = MetricSums()
+    metrics, later = MetricSums(), MetricSums()
     try:
-        taken = StepRollout(parts).play(step=0, metrics=metrics)
+        rollout = StepRollout(parts)
+        taken = rollout.play(step=0, metrics=metrics)
+        rollout.play(step=1, metrics=later)
     finally:
         shutdown()
         os.environ.clear()
@@ -177,3 +183,6 @@ def test_reward_and_format_are_reported_over_everything_played():
     assert len(taken) == 4 and all(t.format_ok for t in taken) and found["sampling/groups_played"] == 4
     assert found["sampling/format_error_rate_all"] == 0.5
     assert found["sampling/reward_all_mean"] == -0.25
+    # What the start took is told with the first step's rollout only.
+    assert found["time/startup_engine_s"] == 3.0 and 0 < found["time/startup_to_rollout_s"] < 3600
+    assert not [name for name in later.values() if name.startswith("time/startup")]
