@@ -10,17 +10,18 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu setup-py312 test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
+.PHONY: help setup setup-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
 	@echo "make setup-gpu   the same with CUDA builds and Transformer Engine (Python 3.12)"
 	@echo "make setup-py312 the second leg of the tests in $(VENV312): Python 3.12, Megatron-Core 0.19, no vLLM (needs python3.12)"
+	@echo "make setup-trl   TRL in .venv-trl, an environment of its own: the other trainer of the benches"
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
 	@echo "make ablation    seven methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
-	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
+	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (40 minutes)"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates"
 	@echo "make docs        the documentation as a site, in site/"
@@ -51,6 +52,13 @@ $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r $<
 	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps --upgrade \
 		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
+	@touch $@
+
+setup-trl: .venv-trl/.ready
+
+.venv-trl/.ready: tools/bench/requirements-trl.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip --disable-pip-version-check -q install -r $<
 	@touch $@
 
 artifacts/worldqa/train.jsonl: | setup
@@ -92,7 +100,7 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation_tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
 		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
 
-bench: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
+bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
 # Two files at a time, long ones first; the tests of faults have deadlines of seconds and the machine to themselves.

@@ -2,7 +2,7 @@
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without names all of them, about half an hour on two cores. Lines of benches that were not run stay as they are.
+Without names all of them, about 40 minutes on two cores. Lines of benches that were not run stay as they are.
 Exit code 1 if a bench fails; a target that is missed is a line in the table, not a failure.
 """
 
@@ -26,6 +26,8 @@ BENCHES = (
     "refit",
     "train_step",
     "rollout",
+    "whole_step",
+    "start_up",
 )
 """In the order of the table; each is a script of that name beside this one."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"

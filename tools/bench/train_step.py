@@ -6,12 +6,20 @@ Both score the old policy, run forward and backward on the turn-level loss in tw
 and take a step of AdamW, in float32 with one thread, on the same trajectories. Ours packs them; the loop pads on the
 right, rows as they come or sorted by length. The loop computes no entropies and no metrics, which ours does.
 
+TRL's GRPOTrainer comes along where `make setup-trl` was run: its own training loop, in its own environment, on the
+same tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads
+prompts on the left and completions on the right, each to the longest of the batch, computes the output head for
+completions only, entropies too. Not comparable: it knows ratios of tokens or sequences, not of turns (in the first
+update on a batch both are 1, so loss and gradient are equal, which is checked), and scores no old policy there.
+
 Each variant runs in a process of its own, from loading the model on, so that its memory is all that training takes;
 an update on one trajectory comes first, uncounted. Loss, mean log-prob and gradient norm of all variants are equal.
+Some 5 minutes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -23,6 +31,7 @@ from typing import Any
 
 import measure
 import torch
+import trl_peer
 from torch import Tensor
 from trajectories import make_trajectories
 from transformers import AutoModelForCausalLM
@@ -178,6 +187,35 @@ def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Te
     return total
 
 
+def by_trl() -> dict[str, float]:
+    """What `measured` gives, by TRL's trainer; its loss and gradient norm only."""
+    rows = []
+    for trajectory in trajectories_of(LENGTHS):
+        completion, env_mask, advantages = [], [], []
+        for turn, (advantage, _) in zip(trajectory.turns, turn_values(trajectory), strict=True):
+            for tokens, is_sampled in ((turn.tokens, 1), (turn.observation_tokens, 0)):
+                completion += tokens
+                env_mask += [is_sampled] * len(tokens)
+                advantages += [is_sampled * advantage] * len(tokens)
+        rows.append(
+            {
+                "prompt": trajectory.prompt_tokens,
+                "completion": completion,
+                "env_mask": env_mask,
+                "advantages": advantages,
+            }
+        )
+    return trl_peer.run(
+        "trl_train_step.py",
+        {
+            "model": MODEL,
+            "num_microbatches": NUM_MICROBATCHES,
+            "update": dataclasses.asdict(UPDATE),
+            "rows": rows,
+        },
+    )
+
+
 VARIANTS: dict[str, Callable[[], Update]] = {
     "ours": packed,
     "padded, as rollouts come": lambda: padded(is_sorted=False),
@@ -203,18 +241,21 @@ def measured(build: Callable[[], Update]) -> dict[str, float]:
 
 
 def rows() -> list[measure.Row]:
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    names = [*VARIANTS, *([trl_peer.NAME] if trl_peer.is_there() else [])]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(ROUNDS):
-        for name in list(VARIANTS)[:: -1 if number % 2 else 1]:
-            found[name].append(measured(VARIANTS[name]))
+        for name in names[:: -1 if number % 2 else 1]:
+            found[name].append(by_trl() if name == trl_peer.NAME else measured(VARIANTS[name]))
             print(f"  {name}: {found[name][-1]}", flush=True)
     ours = found["ours"]
     share = sum(run["scoring"] for run in ours) / sum(run["seconds"] for run in ours)
     shape = f"{len(LENGTHS)} trajectories of {min(LENGTHS)} to {max(LENGTHS)} tokens"
     made = []
-    for name in list(VARIANTS)[1:]:
+    for name in names[1:]:
+        is_trl = name == trl_peer.NAME
+        baseline_is = name if is_trl else f"transformers and torch.optim, {name}"
         for mine, theirs in zip(ours, found[name], strict=True):
-            for value in ("loss", "logprob", "grad_norm"):
+            for value in ("loss", "grad_norm") if is_trl else ("loss", "logprob", "grad_norm"):
                 assert math.isclose(mine[value], theirs[value], rel_tol=1e-3, abs_tol=1e-5), (
                     value,
                     mine,
@@ -225,12 +266,13 @@ def rows() -> list[measure.Row]:
                 f"one update of SmolLM2-135M, {shape}",
                 [sum(LENGTHS) / run["seconds"] for run in ours],
                 [sum(LENGTHS) / run["seconds"] for run in found[name]],
-                baseline_is=f"transformers and torch.optim, {name}",
+                baseline_is=baseline_is,
                 unit="tokens/CPU s",
                 ratio_is="ours / baseline",
                 target=">= 1",
-                note=f"float32, one thread; {padded_share(name):.0%} of the loop's positions are tokens, "
-                f"{share:.0%} of our update is the scoring pass",
+                note=f"float32, one thread; {padded_share(name):.0%} of the baseline's positions are tokens, "
+                + ("which scores no old policy; " if is_trl else "")
+                + f"{share:.0%} of our update is the scoring pass",
             )
         )
         made.append(
@@ -238,7 +280,7 @@ def rows() -> list[measure.Row]:
                 f"peak memory of training, {shape}",
                 [run["peak"] for run in ours],
                 [run["peak"] for run in found[name]],
-                baseline_is=f"transformers and torch.optim, {name}",
+                baseline_is=baseline_is,
                 unit="MB",
                 note="weights, gradients and optimizer state included",
             )
@@ -247,7 +289,11 @@ def rows() -> list[measure.Row]:
 
 
 def padded_share(name: str) -> float:
-    """Share of the loop's positions that hold a token."""
+    """Share of the baseline's positions that hold a token."""
+    if name == trl_peer.NAME:
+        prompts = [len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]
+        completions = [len(t.tokens) - len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]
+        return sum(LENGTHS) / (len(LENGTHS) * (max(prompts) + max(completions)))
     lengths = sorted(LENGTHS) if "sorted" in name else list(LENGTHS)
     size = -(-len(lengths) // NUM_MICROBATCHES)
     parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]

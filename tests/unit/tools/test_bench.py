@@ -1,5 +1,7 @@
 """The frame of the benches: rows, their table in a page, memory of a variant."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "bench"))
 
 import measure
 import run
+import trl_peer
 
 
 def row(name: str, ratios=(4.0, 5.0, 6.0), target: str = "") -> measure.Row:
@@ -49,5 +52,32 @@ def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there():
     assert held
 
 
-def test_every_bench_is_a_script():
-    assert all(Path(run.__file__).with_name(f"{name}.py").is_file() for name in run.BENCHES)
+@pytest.mark.parametrize("name", run.BENCHES)
+def test_every_bench_is_a_script_that_says_what_it_measures(name):
+    process = subprocess.run(
+        [sys.executable, str(Path(run.__file__).with_name(f"{name}.py")), "--help"],
+        env={**os.environ, "PYTHONPATH": str(run.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"tools/bench/{name}.py [--json FILE]" in process.stdout
+
+
+def test_rows_of_another_trainer_are_left_out_with_a_line_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trl_peer, "PYTHON", tmp_path / ".venv-trl" / "bin" / "python")
+    assert not trl_peer.is_there()
+    assert "make setup-trl" in capsys.readouterr().out
+
+
+def test_another_trainer_is_asked_and_answers_in_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trl_peer, "PYTHON", Path(sys.executable))
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import sys; from pathlib import Path\nPath(sys.argv[2]).write_text(Path(sys.argv[1]).read_text())"
+    )
+    assert trl_peer.run(str(script), {"rows": [1, 2]}) == {"rows": [1, 2]}
+    script.write_text("raise SystemExit('no such model')")
+    with pytest.raises(RuntimeError, match=r"peer\.py failed"):
+        trl_peer.run(str(script), {})
+    assert "no such model" in capsys.readouterr().err

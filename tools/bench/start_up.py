@@ -1,0 +1,165 @@
+"""How long the product takes from a process's start to the first sampled token, stage by stage.
+
+    python tools/bench/start_up.py [--json FILE]
+
+The product's own command in one process, without a launcher, with SmolLM2-135M in float32 on worldqa; turns of a
+single token, so that the first rollout is finished with its first token. Times are wall seconds, by the run's own
+`time/startup_*` metrics. Beside it transformers and vLLM alone: imports, tokenizer, an engine with the same settings,
+one token. Neither policy, questions, search nor refit are there.
+
+Warm: vLLM's folder of what it found out about the model's class is filled (the product keeps it in .cache/a2tgpo).
+Cold: an empty one. Nothing else is kept between runs: the search index in process is built from its corpus, prompts
+are tokenised, weights are read. What Python compiles (__pycache__) and the system's file cache are warm in both.
+
+Some 3 minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+
+from a2tgpo.metrics.writer import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "artifacts/models/smollm2-135m"
+ROUNDS = 2
+STAGES = {
+    "imports": "imports",
+    "join": "pre-flight and process group",
+    "data": "tokenizer and questions",
+    "tools": "search index",
+    "model": "policy and optimizer",
+    "engine": "engine",
+}
+"""Of `time/startup_STAGE_s`."""
+MAX_MODEL_LEN, KV_CACHE_GIB = 768, 0.5
+"""As configs/smollm2_cpu.yaml has them."""
+
+ALONE = """
+import json, sys
+from pathlib import Path
+from a2tgpo.metrics.process_age import process_age_s
+import transformers
+from vllm import LLM, SamplingParams
+imports = process_age_s()
+engine = LLM(sys.argv[1], dtype="float32", max_model_len=int(sys.argv[2]), kv_cache_memory_bytes=int(sys.argv[3]),
+             enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=4096, max_num_seqs=16,
+             block_size=32, use_tqdm_on_load=False)
+tokens = transformers.AutoTokenizer.from_pretrained(sys.argv[1])("What is the capital of Austria?")["input_ids"]
+made = process_age_s()
+engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
+Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - imports, "total": process_age_s()}))
+"""
+"""A program of its own; arguments: model, longest sequence, bytes of the cache, file of its answer."""
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """What both run in: the variables that the product sets, and the place of vLLM's cache."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(cache),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+
+
+def start(command: list[str], cache: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        print(process.stderr[-4000:], file=sys.stderr)
+        raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+
+
+def product(cache: Path) -> dict[str, float]:
+    """Seconds by stage, `refit` that of the first step, `total` to the first token."""
+    with tempfile.TemporaryDirectory() as root:
+        start(
+            [
+                "launch/train.py",
+                "--config",
+                "configs/smollm2_cpu.yaml",
+                f"run.root={root}",
+                "run.steps=1",
+                f"model.path={MODEL}",
+                "model.dtype=float32",
+                "rollout.max_turn_tokens=1",
+                "rollout.prompts_per_step=1",
+                "update.prompts_per_minibatch=1",
+                "evaluation.at_start=false",
+                "evaluation.max_questions=1",
+                "checkpoint.every=0",
+            ],
+            cache,
+        )
+        (step,) = [r for r in read_metrics(Path(root, "smollm2_cpu", "metrics.jsonl")) if r["step"] == 1]
+    stages = {stage: step[f"time/startup_{stage}_s"] for stage in STAGES}
+    return stages | {"refit": step["time/refit_s"], "total": step["time/startup_to_rollout_s"]}
+
+
+def alone(cache: Path) -> dict[str, float]:
+    """Seconds by stage, `total` to the first token, of transformers and vLLM."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        start(["-c", ALONE, MODEL, str(MAX_MODEL_LEN), str(int(KV_CACHE_GIB * 2**30)), str(answer)], cache)
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def rows() -> list[measure.Row]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for number in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            # Each variant has a cache of its own, empty at first and filled by its own first run.
+            runs = [(name, Path(folder, name)) for name in ("ours", "alone")]
+            for name, cache in runs[:: -1 if number % 2 else 1]:
+                for state in ("cold", "warm"):
+                    taken = product(cache) if name == "ours" else alone(cache)
+                    found.setdefault(f"{name}, {state}", []).append(taken)
+                    print(f"  {name}, {state}: {taken}", flush=True)
+    made = [
+        measure.compared(
+            f"process start to the first sampled token, {state} cache",
+            [run["total"] for run in found[f"ours, {state}"]],
+            [run["total"] for run in found[f"alone, {state}"]],
+            baseline_is="transformers and vLLM alone, without policy, questions, search and refit",
+            unit="s",
+            ratio_is="ours / baseline",
+            note="SmolLM2-135M, float32, one process",
+        )
+        for state in ("cold", "warm")
+    ]
+    warm = found["ours, warm"]
+    for stage, words in (STAGES | {"refit": "first refit, weights compared on a probe"}).items():
+        made.append(
+            measure.compared(
+                f"of it {words}, warm cache",
+                [run[stage] for run in warm],
+                [run["total"] for run in warm],
+                baseline_is="the whole start",
+                unit="s",
+                ratio_is="ours / baseline",
+            )
+        )
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(measure.main(__doc__, rows))

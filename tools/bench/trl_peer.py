@@ -1,0 +1,61 @@
+"""TRL's GRPO trainer as another process, in an environment of its own: .venv-trl, made by `make setup-trl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+NAME = "TRL's GRPOTrainer"
+
+
+def is_there() -> bool:
+    """Whether its environment is; says so once where it is not."""
+    if not PYTHON.exists():
+        print(f"rows of {NAME} are left out: no {PYTHON.parents[1].name} here; make setup-trl makes it")
+    return PYTHON.exists()
+
+
+def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
+    """What `script`, beside this file, answers to `request`: it is called with the files of both, JSON.
+
+    Args:
+        script: its name.
+        request: whatever it takes.
+        ranks: processes, started by torchrun where there are several; the first one answers.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        process = subprocess.run(
+            [
+                PYTHON,
+                *(launcher if ranks > 1 else []),
+                Path(__file__).parent / script,
+                asked,
+                answered,
+            ],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TRL_EXPERIMENTAL_SILENCE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode or not answered.exists():
+            print(process.stdout[-2000:] + process.stderr[-4000:], file=sys.stderr)
+            raise RuntimeError(f"{script} failed in {PYTHON.parents[1].name} with {process.returncode}")
+        return json.loads(answered.read_text(encoding="utf-8"))

@@ -1,0 +1,121 @@
+"""One update by TRL's GRPOTrainer on given trajectories; run by train_step.py in .venv-trl.
+
+    .venv-trl/bin/python tools/bench/trl_train_step.py REQUEST ANSWER
+
+Its own training loop: rollouts are handed to it by `rollout_func`, observations masked by `env_mask`. Advantages
+stand at each token instead of each sequence. Ratios are 1 in the only update on a batch, so loss and gradient are
+those of the turn-level loss, which tells that both train on the same. Gradient checkpointing, on by TRL's default,
+is off as in the other variants.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+Rows = list[dict[str, list]]
+"""Of each trajectory: `prompt`, `completion` (tokens), `env_mask` (1: sampled), `advantages` (of each of them)."""
+
+
+class GivenAdvantages(GRPOTrainer):
+    """Trains with the advantages that the rollouts bring."""
+
+    rows: Rows
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        padded = torch.zeros(batch["completion_ids"].shape)
+        for number, row in enumerate(self.rows):
+            padded[number, : len(row["advantages"])] = torch.tensor(row["advantages"])
+        return batch | {"advantages": padded}
+
+
+class Clock(TrainerCallback):
+    """CPU seconds of each optimizer step, from its first micro-batch on."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+
+
+def train(request: dict[str, Any]) -> dict[str, float]:
+    """Two updates, the first one uncounted on copies of the shortest trajectory."""
+    rows, settings = request["rows"], request["update"]
+    batches = [[rows[0]] * len(rows), rows]
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)
+    clock = Clock()
+
+    def play(prompts: list[str], trainer: GivenAdvantages) -> dict[str, list | None]:
+        trainer.rows = batches[trainer.state.global_step]
+        assert len(prompts) == len(trainer.rows), "a prompt for each trajectory"
+        return {
+            "prompt_ids": [row["prompt"] for row in trainer.rows],
+            "completion_ids": [row["completion"] for row in trainer.rows],
+            "env_mask": [row["env_mask"] for row in trainer.rows],
+            "logprobs": None,
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            max_steps=len(batches),
+            per_device_train_batch_size=len(rows) // request["num_microbatches"],
+            gradient_accumulation_steps=request["num_microbatches"],
+            num_generations=len(rows),
+            loss_type="grpo",
+            learning_rate=settings["lr"],
+            lr_scheduler_type="constant",
+            adam_beta1=settings["adam_beta1"],
+            adam_beta2=settings["adam_beta2"],
+            adam_epsilon=settings["adam_eps"],
+            weight_decay=settings["weight_decay"],
+            max_grad_norm=settings["clip_grad"],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = GivenAdvantages(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": ["?"]}),
+            processing_class=AutoTokenizer.from_pretrained(request["model"], padding_side="left"),
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            rollout_func=play,
+            callbacks=[clock],
+        )
+        trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry][-1]
+    return {"seconds": clock.seconds[-1], "loss": logged["loss"], "grad_norm": logged["grad_norm"]}
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    answer = Path(sys.argv[2])
+    torch.set_num_threads(1)
+    peak = measure.peak_megabytes(lambda: answer.write_text(json.dumps(train(request)), encoding="utf-8"))
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    answer.write_text(json.dumps(found | {"peak": peak}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Whole steps of TRL's GRPOTrainer on a configuration's task; run by whole_step.py in .venv-trl, by torchrun.
+
+    .venv-trl/bin/python -m torch.distributed.run --nproc-per-node 2 tools/bench/trl_whole_step.py REQUEST ANSWER
+
+The questions, prompts, search, observations, budgets and rewards are this project's own; `rollout_func` plays them by
+transformers' generate: all trajectories of a rank generate until the slowest turn is done, then all search, and the
+next turn reads the whole context again. Two updates a step, as the configuration has it: the generation batch is cut
+in two, and TRL scores the policy that played before the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_set import load_questions
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.environment.tool import ToolError, build_tools
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.rollout.observation import ObservationEncoder
+from a2tgpo.rollout.tool_call import CallSyntax
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
+
+
+class TimedTrainer(GRPOTrainer):
+    """Notes the wall time of its stages; `score` is what runs without gradients."""
+
+    seconds: dict[str, float]
+
+    def _timed(self, stage: str, call: Any, *args: Any, **further: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*args, **further)
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        return result
+
+    def _generate(self, prompts: list) -> Any:
+        return self._timed("rollout", super()._generate, prompts)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._timed("prepare", super()._generate_and_score_completions, inputs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **further: Any) -> Any:
+        stage = "forward" if torch.is_grad_enabled() else "score"
+        return self._timed(stage, super()._get_per_token_logps_and_entropies, *args, **further)
+
+
+class Clock(TrainerCallback):
+    """Wall seconds of every whole step, that is of `updates` optimizer steps, and of the stages in it."""
+
+    def __init__(self, trainer: TimedTrainer, player: Player, updates: int):
+        self.steps: list[dict[str, float]] = []
+        self._trainer, self._player, self._updates = trainer, player, updates
+        self._start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._updates == 0:
+            self._trainer.seconds = {}
+            self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._updates:
+            return
+        step, taken = time.perf_counter() - self._start, self._trainer.seconds
+        self.steps.append(
+            {
+                "rollout": taken["rollout"],
+                "score": taken["score"],
+                "update": step - taken["prepare"],
+                "other": taken["prepare"] - taken["rollout"] - taken["score"],
+                "step": step,
+                "sampled_tokens": self._player.num_sampled,
+                "tokens": self._player.num_tokens,
+            }
+        )
+
+
+class Player:
+    """Plays groups of trajectories by transformers' generate, turn by turn."""
+
+    def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
+        self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
+        self._toolset = build_tools(config)
+        self._syntax = CallSyntax(self._toolset.names)
+        self._observations = ObservationEncoder(
+            tokenizer, syntax=self._syntax, max_part_tokens=self._toolset.max_part_tokens
+        )
+        self.num_sampled = self.num_tokens = 0
+
+    def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
+        """TRL's `rollout_func`: a trajectory for each entry, which is the number of its prompt."""
+        played = [
+            Trajectory(
+                prompt_index=0,
+                prompt_id=number,
+                sample_index=sample,
+                prompt_tokens=list(self._prompts[int(number)].tokens),
+                turns=[],
+                stop_reason="",
+            )
+            for sample, number in enumerate(numbers)
+        ]
+        texts: list[list[str]] = [[] for _ in played]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        live = list(range(len(played)))
+        while live:
+            sampled = self._generate(model, [played[i] for i in live])
+            live = [
+                i
+                for i, tokens in zip(live, sampled, strict=True)
+                if self._goes_on(played[i], texts[i], tokens)
+            ]
+        for trajectory, text in zip(played, texts, strict=True):
+            answers = self._prompts[int(trajectory.prompt_id)].answers
+            score_trajectory(trajectory, text, answers, [], measure="probability", tools=self._toolset.names)
+        self.num_sampled = sum(t.num_sampled_tokens for t in played)
+        self.num_tokens = sum(t.num_tokens for t in played)
+        return {
+            "prompt_ids": [t.prompt_tokens for t in played],
+            "completion_ids": [t.tokens[len(t.prompt_tokens) :] for t in played],
+            "env_mask": [
+                [
+                    is_sampled
+                    for turn in t.turns
+                    for is_sampled in [1] * len(turn.tokens) + [0] * len(turn.observation_tokens)
+                ]
+                for t in played
+            ],
+            "logprobs": None,
+            "outcome": [t.outcome_reward for t in played],
+        }
+
+    def _generate(self, model: Any, live: list[Trajectory]) -> list[list[int]]:
+        """One turn of each, end of sequence included where it was sampled."""
+        contexts = [t.tokens for t in live]
+        longest, end = max(map(len, contexts)), self._tokenizer.eos_token_id
+        tokens = torch.tensor([[end] * (longest - len(context)) + context for context in contexts])
+        mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
+        with torch.no_grad():
+            generated = model.generate(
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=min(self._config.rollout.max_turn_tokens, max(map(self._room, live))),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                stop_strings=list(self._syntax.stop_strings),
+                tokenizer=self._tokenizer,
+                pad_token_id=end,
+            )
+        return [
+            self._cut(row[longest:].tolist(), self._room(t)) for row, t in zip(generated, live, strict=True)
+        ]
+
+    def _cut(self, tokens: list[int], room: int) -> list[int]:
+        """Without what pads the row: what ended by a stop string has no end of sequence."""
+        end = self._tokenizer.eos_token_id
+        before = tokens[: tokens.index(end)] if end in tokens else tokens
+        text = self._tokenizer.decode(before)
+        is_stopped = len(before) == len(tokens) or any(stop in text for stop in self._syntax.stop_strings)
+        return (before if is_stopped else [*before, end])[:room]
+
+    def _room(self, trajectory: Trajectory) -> int:
+        response = trajectory.num_tokens - len(trajectory.prompt_tokens)
+        return self._config.rollout.max_response_tokens - response
+
+    def _goes_on(self, trajectory: Trajectory, texts: list[str], tokens: list[int]) -> bool:
+        """Append what was sampled, and the search's answer; whether another turn follows."""
+        text = self._syntax.cut_at_stop(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        texts.append(text)
+        turn = Turn(tokens=tokens, rollout_logprobs=[])
+        trajectory.turns.append(turn)
+        query = self._syntax.find_query(text, "search") if text.endswith("</search>") else ""
+        # An observation leaves room for 32 tokens after it, as in the product.
+        room = self._room(trajectory) - 32
+        if (
+            not query
+            or room < self._observations.min_tokens
+            or trajectory.num_process_turns >= self._config.rollout.max_turns
+        ):
+            return False
+        try:
+            found = self._observations.encode(self._toolset.tools["search"].call(query))
+        except ToolError as error:
+            found = self._observations.encode_failure("search", str(error))
+        turn.tool, turn.query = "search", query
+        turn.observation_tokens = self._observations.fit(found, room)
+        return True
+
+
+def train(request: dict[str, Any]) -> list[dict[str, float]]:
+    """Stages of every whole step on this rank."""
+    config = load_config(request["config"], request["overrides"])
+    rollout, update = config.rollout, config.update
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, padding_side="left")
+    template = PromptTemplate(tokenizer, config.data.instructions)
+    questions = load_questions(config.data.train, key="data.train")
+    sampler = PromptSampler(len(questions), rollout.prompts_per_step, config.run.seed)
+    drawn = [index for _ in range(config.run.steps) for index in sampler.next_indices()]
+    asked = PromptSet(
+        [questions[index] for index in drawn], template, max_prompt_tokens=config.data.max_prompt_tokens
+    )
+    player = Player(config, tokenizer, asked.prompts(range(len(drawn))))
+    updates = rollout.prompts_per_step // update.prompts_per_minibatch
+    size = update.prompts_per_minibatch * rollout.group_size // request["ranks"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TimedTrainer(
+            model=AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32),
+            args=GRPOConfig(
+                output_dir=folder,
+                max_steps=config.run.steps * updates,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=1,
+                steps_per_generation=updates,
+                num_generations=rollout.group_size,
+                shuffle_dataset=False,
+                loss_type="grpo",
+                learning_rate=update.lr,
+                lr_scheduler_type="constant",
+                weight_decay=update.weight_decay,
+                max_grad_norm=update.clip_grad,
+                use_cpu=True,
+                ddp_backend="gloo",
+                bf16=False,
+                gradient_checkpointing=False,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": [str(number) for number in range(len(drawn))]}),
+            processing_class=tokenizer,
+            reward_funcs=lambda outcome, **_: outcome,
+            rollout_func=player.play,
+        )
+        clock = Clock(trainer, player, updates)
+        trainer.add_callback(clock)
+        trainer.train()
+    return clock.steps
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    request, answer = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
+    steps = train(request)
+    # Tokens are of all ranks, times those of the first, which waits for the others in every update.
+    for step in steps:
+        for name in ("sampled_tokens", "tokens"):
+            total = torch.tensor(float(step[name]))
+            torch.distributed.all_reduce(total)
+            step[name] = total.item()
+    if torch.distributed.get_rank() == 0:
+        answer.write_text(json.dumps({"steps": steps}), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
