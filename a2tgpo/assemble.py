@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from a2tgpo.carried_pool import CarriedPool
 from a2tgpo.config.check import require
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
@@ -52,6 +53,8 @@ class RunParts:
     train_prompts: PromptSet
     test_prompts: PromptSet
     sampler: PromptSampler
+    carried: CarriedPool
+    """Groups that go on in the next step; empty without `rollout.partial`."""
     policy: Policy
     reference: Policy | None
     """Only with a KL penalty."""
@@ -89,6 +92,13 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         limit = config.evaluation.max_questions or len(test_questions)
         test_prompts = _prompt_set(test_questions[:limit], template, config)
         sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
+        in_play = config.rollout.prompts_per_step + config.rollout.partial.extra_prompts
+        require(
+            in_play <= len(train_prompts),
+            "rollout.partial.extra_prompts",
+            config.rollout.partial.extra_prompts,
+            f"so many that with rollout.prompts_per_step they are at most the questions ({len(train_prompts)})",
+        )
     with timers.stage("startup_tools"):
         toolset = build_tools(config)
     with timers.stage("startup_model"):
@@ -109,6 +119,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         train_prompts=train_prompts,
         test_prompts=test_prompts,
         sampler=sampler,
+        carried=CarriedPool(),
         policy=policy,
         reference=reference,
         optimizer=optimizer,

@@ -10,6 +10,7 @@ from a2tgpo.parallel.stop_request import StopRequest
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
+    from a2tgpo.carried_pool import Carried
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.run_folder import RunFolder
 
@@ -19,7 +20,7 @@ class EarlyEnd:
 
     Args:
         request: whether the run is to end.
-        parts: what the run is made of; sampler and generators are put back before the last save.
+        parts: what the run is made of; sampler, carried groups and generators are put back before the last save.
         folder: keeps the checkpoints.
         guards: saved with them.
     """
@@ -30,7 +31,7 @@ class EarlyEnd:
         self._folder = folder
         self._guards = guards
         self._longest: dict[str, float] = {}
-        self._before_step: tuple[dict, dict] | None = None
+        self._before_step: tuple[dict, Carried, dict] | None = None
 
     def is_near(self, *stages: str) -> bool:
         """Whether this rank knows of a stop, or the job may end before `stages` and a save are over."""
@@ -43,7 +44,7 @@ class EarlyEnd:
 
     def begin_step(self) -> None:
         """Remember what a step uses up before its update."""
-        self._before_step = self._parts.sampler.state_dict(), get_rng_state()
+        self._before_step = self._parts.sampler.state_dict(), self._parts.carried.state, get_rng_state()
 
     def finish_step(self, seconds: Mapping[str, float]) -> None:
         """The step is done; `seconds` of its stages, as `time/STAGE_s`."""
@@ -54,8 +55,9 @@ class EarlyEnd:
     def save(self, step: int, *, evaluation_is_due: bool) -> None:
         """Leave a checkpoint of `step`, the last one done, as it was before anything after it; all ranks."""
         if self._before_step is not None:
-            sampler, rng = self._before_step
+            sampler, carried, rng = self._before_step
             self._parts.sampler.load_state_dict(sampler)
+            self._parts.carried.state = carried
             set_rng_state(rng)
         self._folder.finish_saving(is_last=False)
         if self._folder.saved_step != step:

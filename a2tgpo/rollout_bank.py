@@ -1,10 +1,11 @@
 """Finished rollouts on disk until a checkpoint covers them, so that a crash after them does not play them again.
 
 `bank/step_N/rank_R.bin` holds what rank R brought out of the rollout of step N (counted from 0): trajectories, the
-metrics so far, and the sampler's state behind them, draws of dynamic sampling included. It is used if and only if it
-belongs to this very step, to these weights bit by bit, and to a configuration that plays the same: on all ranks or
-on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not repeat bit by
-bit: the step that a checkpoint starts with has its weights, later ones may have others, and are then played anew.
+metrics so far, and what lies behind them: the sampler's state, draws of dynamic sampling included, and groups carried
+over. It is used if and only if it belongs to this very step, to these weights bit by bit, and to a configuration that
+plays the same: on all ranks or on none. What a run plays again after a crash has the same weights on CPU. On a GPU an
+update need not repeat bit by bit: the step that a checkpoint starts with has its weights, later ones may have others,
+and are then played anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch.distributed as dist
 
+from a2tgpo.carried_pool import Carried
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import fingerprint
 from a2tgpo.parallel.collectives import all_gather_object
@@ -45,6 +47,7 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
     trajectories: list[Trajectory]
     metrics: MetricSums
     sampler: dict[str, Any]
+    carried: Carried
 
 
 class RolloutBank:
@@ -62,7 +65,7 @@ class RolloutBank:
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
         """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
 
-        Moves the sampler to behind the step. Enters memory phase bank.
+        Moves sampler and carried groups to behind the step. Enters memory phase bank.
         """
         self._parts.phases.enter("bank")
         self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
@@ -76,6 +79,7 @@ class RolloutBank:
             logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
         metrics.merge(banked.metrics)
         self._parts.sampler.load_state_dict(banked.sampler)
+        self._parts.carried.state = banked.carried
         return banked.trajectories
 
     def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
@@ -88,6 +92,7 @@ class RolloutBank:
             trajectories=trajectories,
             metrics=metrics,
             sampler=self._parts.sampler.state_dict(),
+            carried=self._parts.carried.state,
         )
         payload = msgspec.msgpack.encode(banked)
         path = self._path(step)

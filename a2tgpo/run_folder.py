@@ -7,6 +7,7 @@ checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint covers
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from a2tgpo import stop_signal
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
+from a2tgpo.carried_pool import Carried, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
@@ -31,6 +33,9 @@ from a2tgpo.versions import versions
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -100,6 +105,7 @@ class RunFolder:
             # A converted model has seen no question yet.
             if "sampler" in state:
                 parts.sampler.load_state_dict(state["sampler"])
+            parts.carried.state = self._read_carried(path, parts)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
@@ -135,9 +141,32 @@ class RunFolder:
                 "evaluation_is_due": evaluation_is_due,
                 "best": best,
             },
+            own_files=self._carried_file(parts),
             on_complete=functools.partial(self._tidy, step, best),
         )
         self._saving = (step, best)
+
+    def _carried_file(self, parts: RunParts) -> dict[str, bytes]:
+        """What this rank adds to a checkpoint: with `rollout.partial`, what its replica carries to the next step."""
+        if not (self._config.rollout.partial.is_on and parts.replicas.is_first):
+            return {}
+        return {carried_file(parts.replicas.index): encode(parts.carried.state)}
+
+    def _read_carried(self, path: Path, parts: RunParts) -> Carried:
+        """What a checkpoint carries to the next step; dropped, with a warning, where partial rollouts are off now."""
+        try:
+            carried = read(path, replica=parts.replicas.index, num_replicas=parts.replicas.count)
+        except ValueError as error:
+            raise ConfigError(f"--resume: {error}") from error
+        if carried.entries and not self._config.rollout.partial.is_on:
+            if self._groups.rank == 0:
+                logger.warning(
+                    "%d groups that %s carries over are dropped: rollout.partial is off",
+                    len(carried.entries),
+                    path,
+                )
+            return Carried()
+        return carried
 
     @property
     def saved_step(self) -> int:

@@ -1,4 +1,5 @@
-"""The rollout of a step: one draw of prompts, or under dynamic sampling as many as fill it with informative groups.
+"""The rollout of a step: one draw of prompts; as many as fill it with informative groups under dynamic sampling; or
+what is complete of more (`partial_rollout.py`).
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
 arXiv 2503.14476, Eq. 11): where all are right or all are wrong there is nothing to learn but length. Dynamic sampling
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from a2tgpo.metrics.process_age import process_age_s
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.partial_rollout import PartialRollout
 from a2tgpo.recorder import add_rollout_counts
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import RolloutCutError
@@ -45,6 +47,7 @@ class StepRollout:
     def __init__(self, parts: RunParts):
         self._parts = parts
         self._config = parts.config.rollout
+        self._partial = PartialRollout(parts)
         self._has_warned = False
         self._startup = dict(parts.startup)
         """To be reported with the first rollout, and how old the process is when a trajectory is finished first."""
@@ -56,16 +59,19 @@ class StepRollout:
 
         Args:
             step: of the run.
-            metrics: added to, what the engine did and the `sampling/` metrics; to be reduced over the world.
+            metrics: added to, what the engine did and the `sampling/` or `partial/` metrics; to be reduced over the
+                world.
             is_cut: asked now and then whether to break off; ranks may hear it at different times. None: never.
 
         Returns:
             This replica's share of the step's groups, prompt_index in [0, prompts_per_step); nothing on ranks that
-            only follow an engine; None: broken off, on this rank or under dynamic sampling on any.
+            only follow an engine; None: broken off, on this rank, or on any with dynamic or partial rollouts.
         """
         counts = RolloutCounts()
         if self._config.dynamic_sampling:
             trajectories = self._play_until_full(step, counts, metrics, is_cut)
+        elif self._config.partial.is_on:
+            trajectories = self._partial.play(step, counts, metrics, is_cut, progress=self._note_first)
         else:
             prompts = self._parts.train_prompts.prompts(self._parts.sampler.next_indices())
             trajectories = self._play_share(prompts, step, counts, is_cut)

@@ -47,6 +47,8 @@ class Turn:
     """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
     info_gain: float | None = None
     """ig_t = P_t - P_{t-1} (or its log form); None on a final turn and where it could not be computed."""
+    step: int = 0
+    """Of the run, from 0, in whose rollout it was sampled: names the weights that did it."""
 
 
 @dataclass(kw_only=True)
@@ -106,6 +108,10 @@ class Trajectory:
     def context_probs(self) -> list[float | None]:
         """P_0 .. P_n, the answer's probability in each of them by the engine."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.turns if turn.query is not None)]
+
+    def staleness(self, step: int) -> int:
+        """Steps between that in which its oldest tokens were sampled and `step`, which trains on it."""
+        return max(step - turn.step for turn in self.turns)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

@@ -47,6 +47,37 @@ class GainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartialConfig:
+    """Steps that do not wait for their longest trajectories, which go on in the next one (docs/performance.md).
+
+    Needs `algorithm.correction`: tokens of one trajectory then come from several policies.
+    """
+
+    tokens_per_step: int = 0
+    """Sampled tokens after which a trajectory begins no further turn in this step; 0: every rollout ends within its
+    step."""
+    extra_prompts: int = 0
+    """Prompts in play beside the step's, over all ranks: the most that may be carried over; at most
+    prompts_per_step."""
+    max_staleness: int = 1
+    """Steps that may lie between a trajectory's oldest turn and the step that trains on it."""
+
+    def __post_init__(self) -> None:
+        require(self.tokens_per_step >= 0, "rollout.partial.tokens_per_step", self.tokens_per_step, ">= 0")
+        require(
+            self.extra_prompts == 0 if not self.is_on else self.extra_prompts >= 0,
+            "rollout.partial.extra_prompts",
+            self.extra_prompts,
+            ">= 0, and 0 while rollout.partial.tokens_per_step is 0",
+        )
+        require(self.max_staleness >= 1, "rollout.partial.max_staleness", self.max_staleness, ">= 1")
+
+    @property
+    def is_on(self) -> bool:
+        return self.tokens_per_step > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """One step's trajectories."""
 
@@ -86,6 +117,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     """Skip graph capture and compilation; always on where there is no GPU."""
     gain: GainConfig = field(default_factory=GainConfig)
+    partial: PartialConfig = field(default_factory=PartialConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -104,6 +136,18 @@ class RolloutConfig:
             "rollout.group_size",
             self.group_size,
             ">= 2 with rollout.dynamic_sampling",
+        )
+        require(
+            not (self.partial.is_on and self.dynamic_sampling),
+            "rollout.dynamic_sampling",
+            self.dynamic_sampling,
+            "false with rollout.partial.tokens_per_step > 0",
+        )
+        require(
+            self.partial.extra_prompts <= self.prompts_per_step,
+            "rollout.partial.extra_prompts",
+            self.partial.extra_prompts,
+            f"at most rollout.prompts_per_step ({self.prompts_per_step}), or a step could not take all that is due",
         )
         require(0 < self.temperature <= 2, "rollout.temperature", self.temperature, "in (0, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")

@@ -136,7 +136,13 @@ class RunConfig:
             "none without algorithm.correction, since a quantised engine plays another policy than the trainer's; "
             "set algorithm.correction.kind=truncate or mask",
         )
-
+        require(
+            not self.rollout.partial.is_on or self.algorithm.correction.kind != "none",
+            "rollout.partial.tokens_per_step",
+            self.rollout.partial.tokens_per_step,
+            "0 without algorithm.correction, since turns of earlier steps are those of another policy; "
+            "set algorithm.correction.kind=truncate or mask",
+        )
         require(
             self.rollout.gain.verify_every == 0 or self.parallel.context == 1,
             "rollout.gain.verify_every",

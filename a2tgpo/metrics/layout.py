@@ -17,6 +17,7 @@ TENSORBOARD_LAYOUT = {
         "answers by the trainer against the engine": [_MULTILINE, [r"gain/engine_trainer_gap"]],
         "turns": [_MULTILINE, [r"turns/"]],
         "groups drawn and dropped": [_MULTILINE, [r"sampling/"]],
+        "carried over to later steps": [_MULTILINE, [r"partial/"]],
         "failed searches": [_MULTILINE, [r"tools/"]],
         "advantage": [_MULTILINE, [r"advantage/"]],
     },

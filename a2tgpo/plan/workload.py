@@ -72,7 +72,7 @@ class Geometry:
     rank_tokens: float
     """Of these, what one context-parallel rank runs."""
     longest_sampled: float
-    """Sampled tokens of the step's longest trajectory."""
+    """Sampled tokens of the step's longest trajectory; of them those of one step, where partial rollouts carry on."""
     concurrent: int
     """Trajectories of mean length that one engine decodes at once."""
     kv_tokens: int
@@ -100,10 +100,13 @@ def geometry(
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
     concurrent = min(config.rollout.max_concurrent, math.ceil(per_engine), int(kv_tokens / workload.tokens))
-    most_sampled = min(
+    most_sampled: float = min(
         config.rollout.max_response_tokens,
         config.rollout.max_turn_tokens * (config.rollout.max_turns + 1),
     )
+    if config.rollout.partial.is_on:  # the turn in which the budget ends is played to its end
+        turn_tokens = workload.sampled_tokens / (workload.turns + 1)
+        most_sampled = min(most_sampled, config.rollout.partial.tokens_per_step + turn_tokens)
     return Geometry(
         data_parallel=data_parallel,
         engines=engines,

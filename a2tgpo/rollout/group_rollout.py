@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from a2tgpo.environment.tool import Toolset
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
+from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.observation import ObservationEncoder
@@ -110,13 +112,76 @@ class GroupRollout:
             RuntimeError: if the engine failed.
             RolloutCutError: on all ranks of the replica, if it was broken off.
         """
-        counts = RolloutCounts()
-        scorer = AnswerScorer(self._engine, self._answers, counts) if score_gain else None
         live = [
-            _start(group, sample)
+            _live(group, _start(group.prompt, sample))
             for group in self._groups(prompts, score_gain=score_gain)
             for sample in range(group_size or self._config.group_size)
         ]
+        sampling = Sampling(
+            temperature=0.0 if greedy else self._config.temperature,
+            top_p=1.0 if greedy else self._config.top_p,
+            seed=seed,
+            step=step,
+        )
+        counts = self._play(live, sampling, score_gain=score_gain, progress=progress, is_cut=is_cut)
+        return [played.trajectory for played in live], counts
+
+    def play_on(
+        self,
+        groups: Sequence[CarriedGroup],
+        *,
+        budgets: Sequence[int | None],
+        seed: int,
+        step: int,
+        progress: Progress | None = None,
+        is_cut: Callable[[], bool] | None = None,
+    ) -> tuple[list[CarriedGroup], RolloutCounts]:
+        """Play the unfinished trajectories of `groups` on, or begin them; all ranks of the replica call this alike.
+
+        What was played earlier is kept token by token. In a trajectory that is played on, the answer is scored anew
+        in all contexts, so that its gains are differences of one policy's probabilities.
+
+        Args:
+            groups: this replica's; they stay as they are.
+            budgets: per group, tokens after which a trajectory begins no further turn in this call; None: it is
+                played to its end.
+            seed, step, progress, is_cut: as for `run`, whose draws a group makes as long as it is in the step
+                it was begun in.
+
+        Returns:
+            The groups as they are then, and this replica's counts. Rewards and gains are those of `run` where a
+            trajectory has ended, and missing where not.
+
+        Raises:
+            As `run`.
+        """
+        live: list[LiveTrajectory] = []
+        played: list[CarriedGroup] = []
+        prompt_groups = self._groups([group.prompt for group in groups], score_gain=True)
+        for group, shared, budget in zip(groups, prompt_groups, budgets, strict=True):
+            shared.begun = group.begun
+            members = group.trajectories or [
+                _start(group.prompt, sample) for sample in range(self._config.group_size)
+            ]
+            members = [member if member.stop_reason else copied(member) for member in members]
+            live += [_live(shared, member, budget) for member in members if not member.stop_reason]
+            played.append(dataclasses.replace(group, trajectories=members))
+        sampling = Sampling(
+            temperature=self._config.temperature, top_p=self._config.top_p, seed=seed, step=step
+        )
+        return played, self._play(live, sampling, score_gain=True, progress=progress, is_cut=is_cut)
+
+    def _play(
+        self,
+        live: Sequence[LiveTrajectory],
+        sampling: Sampling,
+        *,
+        score_gain: bool,
+        progress: Progress | None = None,
+        is_cut: Callable[[], bool] | None = None,
+    ) -> RolloutCounts:
+        """Play all of `live`, and score those that have ended."""
+        counts = RolloutCounts()
 
         def on_finished() -> None:
             if progress is not None:
@@ -127,27 +192,23 @@ class GroupRollout:
             tools=self._tools,
             syntax=self._syntax,
             observations=self._observations,
-            scorer=scorer,
+            scorer=AnswerScorer(self._engine, self._answers, counts) if score_gain else None,
             limits=Limits(
                 max_turns=self._config.max_turns,
                 max_turn_tokens=self._config.max_turn_tokens,
                 max_response_tokens=self._config.max_response_tokens,
                 max_model_len=self._engine.max_model_len,
             ),
-            sampling=Sampling(
-                temperature=0.0 if greedy else self._config.temperature,
-                top_p=1.0 if greedy else self._config.top_p,
-                seed=seed,
-                step=step,
-            ),
+            sampling=sampling,
             counts=counts,
             on_finished=on_finished,
             is_cut=lambda: is_cut is not None and self._agree(is_cut()),
         )
         loop.run(live)
         for played in live:
-            self._score(played)
-        return [played.trajectory for played in live], counts
+            if played.trajectory.stop_reason:
+                self._score(played)
+        return counts
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
         """What the policy wrote, turn by turn, without observations and end-of-sequence token.
@@ -201,9 +262,8 @@ class GroupRollout:
         )
 
 
-def _start(group: PromptGroup, sample_index: int) -> LiveTrajectory:
-    prompt = group.prompt
-    trajectory = Trajectory(
+def _start(prompt: Prompt, sample_index: int) -> Trajectory:
+    return Trajectory(
         prompt_index=prompt.index,
         prompt_id=prompt.id,
         sample_index=sample_index,
@@ -212,4 +272,13 @@ def _start(group: PromptGroup, sample_index: int) -> LiveTrajectory:
         stop_reason="",
         hops=prompt.hops,
     )
-    return LiveTrajectory(group=group, trajectory=trajectory, tokens=list(prompt.tokens))
+
+
+def _live(group: PromptGroup, trajectory: Trajectory, budget: int | None = None) -> LiveTrajectory:
+    return LiveTrajectory(
+        group=group,
+        trajectory=trajectory,
+        tokens=trajectory.tokens,
+        budget=budget,
+        num_past_turns=len(trajectory.turns),
+    )

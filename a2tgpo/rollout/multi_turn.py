@@ -8,6 +8,9 @@ A trajectory ends with one of these stop reasons:
     max_turns    it called a tool once more than allowed
     empty_query  it called a tool with nothing to ask
 The turn in which that happens is the final one: it has neither query nor observation.
+
+One with a budget may also pause: it has none of these reasons then, and a later call plays it on from the observation
+that it ends with.
 """
 
 from __future__ import annotations
@@ -59,11 +62,14 @@ class Sampling:
     seed: int
     step: int
 
-    def turn_seed(self, prompt: Prompt, sample_index: int, turn_index: int) -> int | None:
+    def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
         """The seed of one generation: equal wherever, whenever and beside whatever it is played."""
         if self.temperature == 0:
             return None
+        prompt = group.prompt
         name = f"{self.seed}|{self.step}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
+        if group.begun not in (None, self.step):  # a prompt of this step may have the same index
+            name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # vLLM takes a signed 64-bit number
 
@@ -77,6 +83,8 @@ class PromptGroup:
     """Token ids of the gold answers that count."""
     baseline: AnswerScore | None = None
     """The answer's score in the prompt alone; None where nothing is scored."""
+    begun: int | None = None
+    """Step in which its prompt was asked; None: this one."""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +101,24 @@ class LiveTrajectory:
     """The tool whose answer it waits for, and what was asked."""
     num_known: int = 0
     """Tokens of the sequence that the engine has computed."""
+    budget: int | None = None
+    """It begins no turn once it has sampled so many tokens in this call; None: no such bound."""
+    num_past_turns: int = 0
+    """Turns that earlier calls have played."""
+
+    @property
+    def new_turns(self) -> list[Turn]:
+        """Those of this call."""
+        return self.trajectory.turns[self.num_past_turns :]
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether its budget is used up."""
+        return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
 
 
 class MultiTurnLoop:
-    """Plays trajectories to their end.
+    """Plays trajectories to their end, or until their budget is used up.
 
     Args:
         engine: idle at start and at the end.
@@ -149,9 +171,8 @@ class MultiTurnLoop:
         waited_before = self._tools.waited_s
         for trajectory in sorted(live, key=lambda trajectory: -trajectory.trajectory.hops):
             self._generate(trajectory)
-            group = trajectory.group
-            if self._scorer is not None and group.baseline is None:
-                group.baseline = self._scorer.submit(group.prompt.tokens, group.aliases)
+            if self._scorer is not None:
+                self._score_prefix(trajectory, self._scorer)
         passes = 0
         while self._engine.has_unfinished or self._calling:
             if passes % CUT_EVERY == 0 and self._is_cut():
@@ -172,6 +193,14 @@ class MultiTurnLoop:
         self._counts.tool_wait_s += self._tools.waited_s - waited_before
         self._counts.wall_s += time.monotonic() - start
 
+    def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
+        """Score the answer in the prompt, once per group, and in each context that earlier calls have played."""
+        group = live.group
+        if group.baseline is None:
+            group.baseline = scorer.submit(group.prompt.tokens, group.aliases)
+        for length in live.trajectory.context_lengths[1:]:
+            live.scores.append(scorer.submit(live.tokens[:length], group.aliases))
+
     def _generate(self, live: LiveTrajectory) -> None:
         room, _ = self._room(live)
         request_id = f"turn-{self._num_requests}"
@@ -182,7 +211,7 @@ class MultiTurnLoop:
             request_id,
             live.tokens,
             max_tokens=min(room, self._limits.max_turn_tokens),
-            seed=self._sampling.turn_seed(live.group.prompt, trajectory.sample_index, len(trajectory.turns)),
+            seed=self._sampling.turn_seed(live.group, trajectory.sample_index, len(trajectory.turns)),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             stop=self._syntax.stop_strings,
@@ -190,7 +219,8 @@ class MultiTurnLoop:
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
         """Append what was sampled; then call a tool, or end."""
-        live.trajectory.turns.append(Turn(tokens=output.tokens, rollout_logprobs=output.logprobs))
+        turn = Turn(tokens=output.tokens, rollout_logprobs=output.logprobs, step=self._sampling.step)
+        live.trajectory.turns.append(turn)
         self._counts.known_prefix_tokens += live.num_known
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
         live.tokens.extend(output.tokens)
@@ -236,6 +266,9 @@ class MultiTurnLoop:
         turn.tool_failed = result.error is not None
         turn.observation_tokens = fitted
         live.tokens.extend(fitted)
+        if live.is_spent:
+            self._count_turns(live)
+            return
         # The generation first: its prefill computes the observation, which the scoring then finds cached and
         # so needs rows of the output head for the scaffold and the answer only.
         self._generate(live)
@@ -254,7 +287,10 @@ class MultiTurnLoop:
         trajectory.stop_reason = reason
         self._counts.trajectories += 1
         self._counts.stop_reasons[reason] += 1
-        self._counts.turns += len(trajectory.turns)
-        self._counts.sampled_tokens += trajectory.num_sampled_tokens
-        self._counts.observation_tokens += sum(len(turn.observation_tokens) for turn in trajectory.turns)
+        self._count_turns(live)
         self._on_finished()
+
+    def _count_turns(self, live: LiveTrajectory) -> None:
+        self._counts.turns += len(live.new_turns)
+        self._counts.sampled_tokens += sum(len(turn.tokens) for turn in live.new_turns)
+        self._counts.observation_tokens += sum(len(turn.observation_tokens) for turn in live.new_turns)

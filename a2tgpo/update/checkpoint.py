@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 `ROOT/step_N/` holds `sharded/`, Megatron's torch_dist checkpoint of model and optimizer, `rng/rank_R.pt` with
-each rank's random state, and `state.json` with the learning rate schedule, the layout and the caller's own
-values. Nothing in it can run code when it is read. It is written (`checkpoint_writer.py`) as `step_N.tmp` and renamed
-once `complete.json`, the list of its files with their sizes and checksums, is in place: a folder without a matching
-list is not a checkpoint.
+each rank's random state, `state.json` with the learning rate schedule, the layout and the caller's own values, and
+files of the caller's. Nothing in it can run code when it is read. It is written (`checkpoint_writer.py`) as
+`step_N.tmp` and renamed once `complete.json`, the list of its files with their sizes and checksums, is in place: a
+folder without a matching list is not a checkpoint.
 
 Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
 otherwise.

@@ -11,9 +11,10 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class CheckpointWriter:
         optimizer: Any,
         schedule: LearningRateSchedule,
         state: dict[str, Any],
+        own_files: Mapping[str, bytes] = MappingProxyType({}),
         on_complete: Callable[[], None],
     ) -> None:
         """Begin to write `root/step_{step}` and return once the state is copied; every rank must call this.
@@ -67,6 +69,7 @@ class CheckpointWriter:
             step: names the checkpoint; an older one of the same step is replaced.
             state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
                 for tuples (lists).
+            own_files: what this rank alone adds, by path within the checkpoint.
             on_complete: called by rank 0's thread once the checkpoint is in place; its OSErrors are faults too.
 
         Raises:
@@ -89,6 +92,7 @@ class CheckpointWriter:
             json.dumps(record),
             copy_sharded(policy, optimizer),
             checkpoint.to_plain(get_rng_state()),
+            dict(own_files),
             on_complete,
         )
         # Not a daemon: a program that fails for another reason still ends with a whole checkpoint.
@@ -122,7 +126,13 @@ class CheckpointWriter:
             self._error = error
 
     def _write(
-        self, step: int, record: str, model: ShardedCopy, rng: Any, on_complete: Callable[[], None]
+        self,
+        step: int,
+        record: str,
+        model: ShardedCopy,
+        rng: Any,
+        own_files: dict[str, bytes],
+        on_complete: Callable[[], None],
     ) -> None:
         group = self._group
         assert group is not None, "start() makes the group"
@@ -135,8 +145,11 @@ class CheckpointWriter:
                 (partial / folder).mkdir(parents=True)
             (partial / checkpoint.STATE).write_text(record)
 
-        def write_rng() -> None:
+        def write_own() -> None:
             torch.save(rng, partial / checkpoint.rng_file(dist.get_rank()))
+            for name, content in own_files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_bytes(content)
 
         def complete() -> None:
             checkpoint.put_in_place(partial, final, files)
@@ -145,7 +158,7 @@ class CheckpointWriter:
         try:
             _together(make_folders if is_first else None, group)
             _together(functools.partial(write_sharded, partial / checkpoint.SHARDED, model, group), group)
-            _together(write_rng, group)
+            _together(write_own, group)
             files: dict[str, tuple[int, int]] = {}
 
             def describe() -> None:

@@ -56,7 +56,9 @@ class GainCheck:
         every = self._config.verify_every
         if every == 0 or step % every:
             return
-        sample = _spread(trajectories, self._config.verify_trajectories)
+        # One that was finished in an earlier step was scored by weights that are no longer there.
+        current = [trajectory for trajectory in trajectories if trajectory.turns[-1].step == step]
+        sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]
         scores = score_probes(self._policy, sequences, max_tokens=self._max_tokens)
         gaps = [

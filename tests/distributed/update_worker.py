@@ -37,6 +37,7 @@ from layout_checks import (
 from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
+from a2tgpo.carried_pool import CarriedPool
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -243,6 +244,8 @@ def check_one_best(bench: Bench) -> None:
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
         sampler=PromptSampler(10, 2, seed=0),
+        carried=CarriedPool(),
+        replicas=SimpleNamespace(index=bench.groups.rank, count=bench.groups.world_size, is_first=True),
     )
     guards = Guards(GuardConfig(), clip_low=0.1, clip_high=0.1)
 

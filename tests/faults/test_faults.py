@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
-from harness import Row, start, write_inputs
+from harness import Row, metrics_of, start, write_inputs
 
 FAULTS = [
     Fault("kill", "rollout", 0, call=5),
@@ -16,6 +17,9 @@ FAULTS = [
     Fault("term", "update", 0, REQUEUED),
     Fault("hang", "exchange", 1, BROKEN, overrides=WATCHED, within_s=HANG_S),
 ]
+
+PARTIAL = [Fault("usr1", "rollout", 1, REQUEUED, call=5), Fault("kill", "after the bank", 0)]
+"""Ends of a run whose rollouts go on from step to step: amid one, and behind one that no checkpoint covers."""
 
 pytestmark = pytest.mark.e2e
 
@@ -31,6 +35,24 @@ def rows(tmp_path_factory) -> list[Row]:
         stacks = (root / "chain" / "stacks" / f"rank_{rank}.txt").read_text()
         assert f"rank {rank} is in exchange" in stacks and "trainer.py" in stacks
     return found
+
+
+def test_rollouts_that_are_carried_over_go_on_bit_for_bit_after_a_stop_and_a_kill(tmp_path):
+    config = write_inputs(tmp_path)
+    settings = yaml.safe_load(config.read_text())
+    settings["rollout"]["partial"] = {"tokens_per_step": 1, "extra_prompts": 2, "max_staleness": 2}
+    settings["algorithm"] = {"correction": {"kind": "truncate"}}
+    settings["rollout"]["gain"] = {"verify_every": 1}
+    config.write_text(yaml.safe_dump(settings))
+    steps = steps_needed(PARTIAL)
+    whole = start(config, "run.name=whole", f"run.steps={steps}")
+    assert whole.code == 0, whole.output[-3000:]
+    records = metrics_of(tmp_path / "whole")
+    assert sum(record["partial/carried_trajectories"] for record in records.values()) > 0
+    assert 1 <= max(record["partial/staleness_max"] for record in records.values()) <= 2
+    assert all(record["gain/engine_trainer_gap_max"] < 1e-3 for record in records.values())
+    for row in run_chain(config, "chain", PARTIAL, tmp_path / "whole", steps=steps):
+        assert row.passed, row
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS) + 1))

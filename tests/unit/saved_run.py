@@ -13,10 +13,14 @@ import pytest
 from tiny_models import build_model
 
 from a2tgpo.best_checkpoint import BEST_FILE
+from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
@@ -56,6 +60,8 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
         sampler=PromptSampler(10, 2, seed=0),
+        carried=CarriedPool(),
+        replicas=SimpleNamespace(index=0, count=1, is_first=True),
     )
     yield SimpleNamespace(groups=groups, parts=parts)
     shutdown()
@@ -75,12 +81,15 @@ class Run:
         name: str = "r",
         keep: int = 1,
         keep_every: int = 0,
+        partial: PartialConfig = PartialConfig(),  # noqa: B008 (frozen)
     ):
         self.config = RunConfig(
             run=RunSettings(name=name, root=str(root)),
             model=ModelConfig(path="unused"),
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),
+            rollout=RolloutConfig(partial=partial),
+            algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
             checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, max_failures=2),
         )
         self.parts: Any = world.parts

@@ -12,11 +12,13 @@ import pytest
 import torch
 from saved_run import Run, world
 
+from a2tgpo.carried_pool import Carried, CarriedPool, Entry
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import CheckpointConfig
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout_bank import RolloutBank, drop_covered
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 __all__ = ["world"]
 
@@ -44,6 +46,7 @@ class Start:
     def __init__(self, world: SimpleNamespace, root: Path, **changes: Any):
         config = dataclasses.replace(Run(world, root).config, **changes)
         self.parts: Any = SimpleNamespace(**vars(world.parts), config=config, groups=world.groups)
+        self.parts.carried = CarriedPool()
         self.parts.sampler.load_state_dict(self.parts.sampler.state_dict() | {"position": 0, "epoch": 0})
         self.bank = RolloutBank(root / "bank", self.parts)
 
@@ -69,6 +72,20 @@ def test_the_same_step_goes_on_with_rollouts_metrics_and_sampler(world, tmp_path
     again = Start(world, tmp_path, checkpoint=CheckpointConfig(every=7))
     assert again.take() == (played(), banked)
     assert again.parts.sampler.state_dict()["position"] == 2
+
+
+def test_what_is_carried_over_is_put_back_with_the_step(world, tmp_path):
+    first = Start(world, tmp_path)
+    assert first.take()[0] is None
+    prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
+    group = CarriedGroup(begun=3, question=7, prompt=prompt, trajectories=played())
+    held = Carried(entries=(Entry(begun=3, index=1, question=7, replica=0),), own=(group,))
+    first.parts.carried.state = held
+    first.bank.put(3, played(), MetricSums())
+    again = Start(world, tmp_path)
+    again.parts.carried.state = Carried()
+    assert again.take()[0] == played()
+    assert again.parts.carried.state == held
 
 
 def test_another_step_or_configuration_plays_anew(world, tmp_path, banked):

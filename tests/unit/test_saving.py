@@ -13,6 +13,10 @@ import pytest
 import torch
 from saved_run import Run, scores, world
 
+from a2tgpo.carried_pool import Carried, Entry
+from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.rollout.carried_group import CarriedGroup
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
 from a2tgpo.update import checkpoint, checkpoint_writer
 
 __all__ = ["world"]
@@ -102,3 +106,35 @@ def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
         finally:
             path.write_bytes(content)
     assert checkpoint.latest(run.checkpoints) == newest
+
+
+def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, tmp_path, caplog):
+    is_on = PartialConfig(tokens_per_step=1, extra_prompts=1)
+    run = Run(world, tmp_path, partial=is_on)
+    prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
+    turn = Turn(tokens=[5], rollout_logprobs=[-1e-17], observation_tokens=[6], query="x", step=3)
+    member = Trajectory(
+        prompt_index=1, prompt_id="q", sample_index=0, prompt_tokens=[1, 2], turns=[turn], stop_reason=""
+    )
+    group = CarriedGroup(begun=3, question=7, prompt=prompt, trajectories=[member])
+    held = Carried(entries=(Entry(begun=3, index=1, question=7, replica=0),), own=(group,))
+    try:
+        run.parts.carried.state = held
+        run.save(4)
+        run.parts.carried.state = Carried()
+        assert Run(world, tmp_path, partial=is_on).parts.carried.state == held
+        assert not Run(world, tmp_path).parts.carried.state.entries
+        assert "1 groups that" in caplog.text and "are dropped: rollout.partial is off" in caplog.text
+        path = run.checkpoints / "step_4" / "carried" / "replica_0.bin"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        assert checkpoint.latest(run.checkpoints) is None
+    finally:
+        run.parts.carried.state = Carried()
+
+
+def test_without_partial_rollouts_a_checkpoint_has_no_such_file(world, tmp_path):
+    run = Run(world, tmp_path)
+    run.save(1)
+    assert not (run.checkpoints / "step_1" / "carried").exists()

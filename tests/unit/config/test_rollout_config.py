@@ -2,11 +2,13 @@
 
 import pytest
 
+from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.config.rollout import GainConfig, RolloutConfig
+from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 
@@ -31,3 +33,34 @@ def test_checks_of_gain_by_the_trainer_are_refused_where_sequences_are_divided()
         ConfigError, match=r"gain\.verify_every is 5; allowed: 0 with parallel\.context \(2\)"
     ):
         RunConfig(**sections, rollout=RolloutConfig(gain=GainConfig(verify_every=5)))
+
+
+def test_partial_rollouts_need_a_correction_and_are_refused_with_dynamic_sampling():
+    sections = dict(
+        run=RunSettings(name="r"),
+        model=ModelConfig(path="unused"),
+        data=DataConfig(train="unused", test="unused"),
+        search=SearchConfig(corpus="unused"),
+    )
+    assert not RunConfig(**sections).rollout.partial.is_on
+    partial = PartialConfig(tokens_per_step=100, extra_prompts=8)
+    rollout = RolloutConfig(prompts_per_step=64, partial=partial)
+    with pytest.raises(
+        ConfigError, match=r"tokens_per_step is 100; allowed: 0 without algorithm\.correction"
+    ):
+        RunConfig(**sections, rollout=rollout)
+    corrected = AlgorithmConfig(correction=CorrectionConfig(kind="mask"))
+    assert RunConfig(**sections, rollout=rollout, algorithm=corrected).rollout.partial.is_on
+    with pytest.raises(ConfigError, match=r"dynamic_sampling is True; allowed: false with rollout\.partial"):
+        RolloutConfig(partial=partial, dynamic_sampling=True)
+
+
+def test_no_more_may_be_carried_over_than_a_step_can_take():
+    with pytest.raises(
+        ConfigError, match=r"extra_prompts is 5; allowed: at most rollout\.prompts_per_step \(4\)"
+    ):
+        RolloutConfig(prompts_per_step=4, partial=PartialConfig(tokens_per_step=1, extra_prompts=5))
+    with pytest.raises(ConfigError, match=r"extra_prompts is 5; allowed: >= 0, and 0 while"):
+        PartialConfig(extra_prompts=5)
+    with pytest.raises(ConfigError, match=r"max_staleness is 0; allowed: >= 1"):
+        PartialConfig(max_staleness=0)

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.load import load_config
+from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.flops import forward_flops
@@ -252,3 +254,17 @@ def test_fp8_makes_linear_layers_faster_and_nothing_else():
     rest = flops.attention + flops.output + flops.linear * (9 + 27 / 1.5) / 36
     assert fast.compute / plain.compute == pytest.approx(rest / flops.total)
     assert fast.data == plain.data
+
+
+def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_that_wait_for_the_next_step():
+    def planned(tokens_per_step):
+        partial = PartialConfig(tokens_per_step=tokens_per_step)
+        algorithm = dataclasses.replace(CONFIG_8B.algorithm, correction=CorrectionConfig(kind="truncate"))
+        rollout = dataclasses.replace(CONFIG_8B.rollout, partial=partial)
+        config = dataclasses.replace(CONFIG_8B, rollout=rollout, algorithm=algorithm)
+        return make_plan(config, QWEN_8B, H100, gpus=8)
+
+    # The longest samples 3 x 680 = 2040 tokens, in turns of 680 / 4 = 170.
+    whole, cut = planned(0), planned(1000)
+    assert (whole.geometry.longest_sampled, cut.geometry.longest_sampled) == (2040, 1170)
+    assert planned(10_000).geometry == whole.geometry

@@ -1,5 +1,6 @@
 """Answers scored along a tree are those of every prefix run in full; the tree runs a trajectory once."""
 
+import copy
 import math
 
 import pytest
@@ -107,6 +108,7 @@ def test_the_gap_is_what_the_engine_was_off(policy):
                 rollout_logprobs=[0.0] * 5,
                 observation_tokens=list(tokens(7, 10 + number)) if number < 2 else [],
                 query="?" if number < 2 else None,
+                step=2,
             )
             for number in range(3)
         ],
@@ -136,7 +138,9 @@ def test_the_gap_is_what_the_engine_was_off(policy):
     metrics = MetricSums()
     check.run(1, [played], metrics)
     assert metrics.values() == {}
-    check.run(2, [played], metrics)
+    finished_before = copy.deepcopy(played)  # by weights that are gone
+    finished_before.turns[-1].step, finished_before.baseline_prob = 1, 0.01
+    check.run(2, [finished_before, played], metrics)
     found = metrics.values()
     assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
     assert found["gain/engine_trainer_gap_max"] == pytest.approx(0.3, abs=1e-4)

@@ -1,0 +1,167 @@
+"""The rollout of a step that does not wait for its longest trajectories (`rollout.partial`).
+
+In play are `prompts_per_step` + `extra_prompts` groups: those carried over, and as many new prompts as are missing. A
+trajectory pauses when it has sampled `tokens_per_step` tokens in the step. The step is made of the oldest complete
+groups; the others are carried over with all that was played of them (Kimi k1.5, arXiv 2501.12599, cuts inside a
+response; here it is where a turn would begin). Where too few are complete, and for groups that a later step would be
+too late for, the oldest are played to their end. Nothing is ever dropped, and what is cut where depends on tokens,
+never on the clock.
+
+    partial/carried_trajectories  unfinished ones that go on in the next step
+    partial/carried_tokens        what was sampled of them so far
+    partial/pool_groups           groups left to later steps, complete ones included
+    partial/unbounded_groups      unfinished ones that were played on without a budget
+    partial/staleness_mean        steps between a trajectory's oldest turn and this one, which trains on it
+    partial/staleness_max         the largest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from a2tgpo.carried_pool import (
+    Carried,
+    Entry,
+    is_due,
+    replicas_for,
+    select,
+    to_finish,
+    trajectories_of,
+    with_complete,
+)
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.rollout.carried_group import CarriedGroup
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.group_rollout import Progress
+from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
+
+
+class PartialRollout:
+    """Plays the steps of a run with `rollout.partial`; each rank holds one and makes the same calls."""
+
+    def __init__(self, parts: RunParts):
+        self._parts = parts
+        self._num_groups = parts.config.rollout.prompts_per_step
+        self._config = parts.config.rollout.partial
+
+    def play(
+        self,
+        step: int,
+        counts: RolloutCounts,
+        metrics: MetricSums,
+        is_cut: Callable[[], bool] | None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Trajectory] | None:
+        """This replica's share of the step's groups, as `StepRollout.play`; moves the pool to behind the step.
+
+        None: broken off, on this rank or on any; the pool is not to be used then until it is put back.
+        """
+        entries, own = self._in_play(step)
+        due = {
+            entry.key for entry in entries if is_due(entry, step, max_staleness=self._config.max_staleness)
+        }
+        num_unbounded = sum(not entry.is_complete for entry in entries if entry.key in due)
+        played = self._play(own, counts, step=step, unbounded=due, is_cut=is_cut, progress=progress)
+        complete = self._agree_on_complete(played)
+        if complete is None or played is None:
+            return None
+        entries = with_complete(entries, complete)
+        late = {entry.key for entry in to_finish(entries, num_groups=self._num_groups)}
+        if late:
+            chosen = [group for group in played if group.key in late]
+            finished = self._play(chosen, counts, step=step, unbounded=late, is_cut=is_cut)
+            if finished is None:
+                return None
+            played = [group for group in played if group.key not in late] + finished
+            entries = with_complete(entries, late)
+        taken, left = select(entries, num_groups=self._num_groups)
+        keys = {entry.key for entry in left}
+        self._parts.carried.state = Carried(
+            entries=tuple(left), own=_by_age(group for group in played if group.key in keys)
+        )
+        trajectories = trajectories_of(played, taken)
+        metrics.add("partial/unbounded_groups", num_unbounded + len(late), 1)
+        metrics.add("partial/pool_groups", len(left), 1)
+        if self._parts.replicas.is_first:
+            _add_metrics(metrics, self._parts.carried.state.own, trajectories, step)
+        return trajectories
+
+    def _in_play(self, step: int) -> tuple[list[Entry], list[CarriedGroup]]:
+        """All groups of the step, and this replica's."""
+        state, replicas = self._parts.carried.state, self._parts.replicas
+        missing = self._num_groups + self._config.extra_prompts - len(state.entries)
+        questions = self._parts.sampler.next_indices(
+            missing, asked=[entry.question for entry in state.entries]
+        )
+        prompts = self._parts.train_prompts.prompts(questions)
+        owners = replicas_for(state.entries, missing, num_replicas=replicas.count)
+        entries, own = list(state.entries), list(state.own)
+        for prompt, question, owner in zip(prompts, questions, owners, strict=True):
+            entries.append(Entry(begun=step, index=prompt.index, question=question, replica=owner))
+            if owner == replicas.index:
+                own.append(CarriedGroup(begun=step, question=question, prompt=prompt))
+        return entries, own
+
+    def _play(
+        self,
+        groups: Sequence[CarriedGroup],
+        counts: RolloutCounts,
+        *,
+        step: int,
+        unbounded: Collection[tuple[int, int]],
+        is_cut: Callable[[], bool] | None,
+        progress: Progress | None = None,
+    ) -> list[CarriedGroup] | None:
+        """`groups`, played on as far as the budget goes, to the end those in `unbounded`; None: broken off."""
+        budget = self._config.tokens_per_step
+        unfinished = [group for group in groups if not group.is_complete]
+        try:
+            played, counted = self._parts.rollout.play_on(
+                unfinished,
+                budgets=[None if group.key in unbounded else budget for group in unfinished],
+                seed=self._parts.config.run.seed,
+                step=step,
+                progress=progress,
+                is_cut=is_cut,
+            )
+        except RolloutCutError:
+            return None
+        counts.add(counted)
+        return [group for group in groups if group.is_complete] + played
+
+    def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
+        """Keys of all complete groups, equal on all ranks; None: the rollout was broken off on some."""
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is not initialised"
+        mine = None if groups is None else [group.key for group in groups if group.is_complete]
+        parts = all_gather_object(mine, world)
+        if any(part is None for part in parts):
+            return None
+        return {key for part in parts for key in part}
+
+
+def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
+    """As `read` gives them, so that a run that goes on plays in the same order."""
+    return tuple(sorted(groups, key=lambda group: group.key))
+
+
+def _add_metrics(
+    metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], step: int
+) -> None:
+    """What one replica carries over, and how old its share of the step is."""
+    paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
+    staleness = [trajectory.staleness(step) for trajectory in trajectories]
+    metrics.add("partial/carried_trajectories", len(paused), 0)
+    metrics.add("partial/carried_tokens", sum(member.num_sampled_tokens for member in paused), 0)
+    metrics.add("partial/staleness_mean", sum(staleness), len(staleness))
+    if staleness:
+        metrics.add_max("partial/staleness_max", max(staleness))

@@ -1,0 +1,303 @@
+"""Trajectories that go on in a later step, played by a real engine on the taught model."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scripted_search import toolset_of
+from tiny_models import CAPITALS, prompt_ids
+from transformers import AutoModelForCausalLM
+
+from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.rollout.carried_group import CarriedGroup
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.multi_turn import PromptGroup, Sampling
+from a2tgpo.step_rollout import StepRollout
+from a2tgpo.trajectory import Prompt
+
+QUESTIONS = [
+    "ruler of Japan?",
+    "capital of Peru?",
+    "loop?",
+    "ruler of Italy?",
+    "babble?",
+    "capital of France?",
+]
+ENDLESS = 10**9
+
+
+@pytest.fixture
+def rollout(engine, engine_config, tokenizer, search):
+    config = dataclasses.replace(
+        engine_config, group_size=2, max_turns=3, max_turn_tokens=48, temperature=1.0
+    )
+    made = GroupRollout(
+        engine,
+        toolset_of(search),
+        tokenizer,
+        rollout=config,
+        score_trajectory=functools.partial(score_trajectory, measure="probability", tools=("search",)),
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def prompts_of(tokenizer):
+    def prompts_of(indices):
+        return [
+            Prompt(
+                index=place,
+                id=f"{index}: {question}",
+                question=question,
+                answers=(CAPITALS.get(question.removesuffix("?").rpartition(" ")[2], "none"),),
+                tokens=tuple(prompt_ids(tokenizer, question)),
+            )
+            for place, index in enumerate(indices)
+            for question in [QUESTIONS[index % len(QUESTIONS)]]
+        ]
+
+    return prompts_of
+
+
+@pytest.fixture
+def begin(prompts_of):
+    def begin(*indices, step=0):
+        return [
+            CarriedGroup(begun=step, question=index, prompt=prompt)
+            for index, prompt in zip(indices, prompts_of(indices), strict=True)
+        ]
+
+    return begin
+
+
+@pytest.fixture
+def other_weights(engine, taught_path):
+    """Puts slightly other weights into the engine and tells their log-probs; afterwards it has the old ones."""
+    model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
+    old = copy.deepcopy(model.state_dict())
+
+    def logprobs(tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+
+    def change():
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.02 * torch.randn(parameter.shape, generator=generator))
+        engine.load_weights(model.state_dict().items(), version=1)
+        return logprobs
+
+    yield change
+    engine.load_weights(old.items(), version=0)
+
+
+def members(groups):
+    return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def bits(groups):
+    return [trajectory.to_dict() for trajectory in members(groups)]
+
+
+def play_out(rollout, groups, *, budget, step=0, calls=9):
+    """The groups after as many calls in one step as they need, and the counts of each."""
+    counted = []
+    while not all(group.is_complete for group in groups):
+        unfinished = [group for group in groups if not group.is_complete]
+        played, counts = rollout.play_on(unfinished, budgets=[budget] * len(unfinished), seed=0, step=step)
+        counted.append(counts)
+        by_key = {group.key: group for group in played}
+        groups = [by_key.get(group.key, group) for group in groups]
+        assert len(counted) <= calls
+    return groups, counted
+
+
+def test_without_a_budget_it_is_the_rollout_of_a_whole_step(rollout, begin, prompts_of):
+    expected, counts = rollout.run(prompts_of(range(6)), seed=0, step=4)
+    for budgets in ([None] * 6, [ENDLESS] * 6):
+        played, counted = rollout.play_on(begin(*range(6), step=4), budgets=budgets, seed=0, step=4)
+        assert bits(played) == [trajectory.to_dict() for trajectory in expected]
+        assert {turn.step for trajectory in members(played) for turn in trajectory.turns} == {4}
+        assert counted.sampled_tokens == counts.sampled_tokens
+        assert counted.stop_reasons == counts.stop_reasons
+
+
+@pytest.mark.parametrize("budget", [1, 10, 20])
+def test_no_turn_begins_once_the_budget_is_used_up(rollout, begin, budget):
+    groups = begin(*range(6))
+    (played, counts) = rollout.play_on(groups, budgets=[budget] * 6, seed=0, step=0)
+    assert any(not trajectory.stop_reason for trajectory in members(played)), "none was cut"
+    for trajectory in members(played):
+        assert sum(len(turn.tokens) for turn in trajectory.turns[:-1]) < budget
+        if not trajectory.stop_reason:
+            assert trajectory.num_sampled_tokens >= budget, "cut before its budget was used up"
+            assert trajectory.turns[-1].query is not None and trajectory.turns[-1].observation_tokens
+            assert trajectory.baseline_prob is None and trajectory.turns[-1].info_gain is None
+    assert groups == begin(*range(6)), "what was handed in has changed"
+    assert counts.trajectories == sum(bool(t.stop_reason) for t in members(played))
+
+
+def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
+    whole, _ = rollout.play_on(begin(*range(6)), budgets=[None] * 6, seed=0, step=0)
+    pieces, counted = play_out(rollout, begin(*range(6)), budget=1)
+    assert len(counted) >= 3
+    for one, other in zip(members(pieces), members(whole), strict=True):
+        assert (one.tokens, one.stop_reason) == (other.tokens, other.stop_reason)
+        assert one.context_probs == pytest.approx(other.context_probs, rel=1e-4)
+    assert sum(counts.sampled_tokens for counts in counted) == sum(
+        t.num_sampled_tokens for t in members(whole)
+    )
+    assert sum(counts.turns for counts in counted) == sum(len(t.turns) for t in members(whole))
+    assert sum(counts.trajectories for counts in counted) == len(members(whole))
+
+
+def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that_finish_it(
+    rollout, begin, tokenizer, reference, other_weights
+):
+    groups = begin(0, 2, 3)
+    first, _ = rollout.play_on(groups, budgets=[1] * 3, seed=0, step=0)
+    second, _ = rollout.play_on(first, budgets=[1] * 3, seed=0, step=1)
+    new_logprobs = other_weights()
+    last, _ = rollout.play_on(second, budgets=[None] * 3, seed=0, step=2)
+    scaffold = tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"]
+    carried = [
+        (group, before, after)
+        for group, earlier in zip(last, second, strict=True)
+        for before, after in zip(earlier.trajectories, group.trajectories, strict=True)
+        if not before.stop_reason
+    ]
+    assert len(carried) >= 2, "too few were carried"
+    for group, before, after in carried:
+        past = len(before.turns)
+        assert [(t.tokens, t.rollout_logprobs, t.observation_tokens, t.query) for t in before.turns] == [
+            (t.tokens, t.rollout_logprobs, t.observation_tokens, t.query) for t in after.turns[:past]
+        ]
+        assert [turn.step for turn in after.turns] == [*range(past), *[2] * (len(after.turns) - past)]
+        assert after.staleness(2) == 2
+        # The engine's log-probs: of old turns by the old weights, of new ones by the new.
+        position = len(after.prompt_tokens)
+        by_old, by_new = reference(after.tokens), new_logprobs(after.tokens)
+        for turn in after.turns:
+            end = position + len(turn.tokens)
+            expected = (by_old if turn.step < 2 else by_new)[position - 1 : end - 1]
+            assert turn.rollout_logprobs == pytest.approx(expected, abs=1e-3)
+            position = end + len(turn.observation_tokens)
+        # The answer's probability: in every context by the new weights.
+        answer = tokenizer(group.prompt.answers[0], add_special_tokens=False)["input_ids"]
+        for length, prob in zip(after.context_lengths, after.context_probs, strict=True):
+            scored = new_logprobs(after.tokens[:length] + scaffold + answer)[-len(answer) :]
+            assert prob == pytest.approx(math.exp(sum(scored) / len(answer)), rel=2e-3)
+        gains = [turn.info_gain for turn in after.turns if turn.query is not None]
+        probs = after.context_probs
+        assert gains == pytest.approx([b - a for a, b in itertools.pairwise(probs)], abs=1e-6)
+
+
+def test_seeds_of_a_carried_group_are_no_other_groups(begin):
+    (prompt,) = (group.prompt for group in begin(0))
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, step=2)
+    groups = [PromptGroup(prompt=prompt, aliases=[], begun=begun) for begun in (None, 2, 1, 0)]
+    plain, fresh, old, older = (sampling.turn_seed(group, 0, 1) for group in groups)
+    assert plain == fresh, "without carrying over, seeds are what they were"
+    assert len({fresh, old, older}) == 3
+
+
+def test_what_goes_on_does_not_depend_on_what_is_played_beside_it(rollout, begin):
+    first, _ = rollout.play_on(begin(0, 2, 3), budgets=[1] * 3, seed=0, step=0)
+    unfinished = [group for group in first if not group.is_complete]
+    assert unfinished
+    fresh = begin(0, 1, 2, step=1)
+    together, _ = rollout.play_on(
+        [*unfinished, *fresh], budgets=[None] * (len(unfinished) + 3), seed=0, step=1
+    )
+    for number, group in enumerate(unfinished):
+        (alone,), _ = rollout.play_on([group], budgets=[None], seed=0, step=1)
+        assert [t.tokens for t in alone.trajectories] == [t.tokens for t in together[number].trajectories]
+
+
+class Parts(SimpleNamespace):
+    """A run of one process on the tests' engine."""
+
+    def __init__(self, rollout, prompts_of, **partial):
+        super().__init__(
+            config=SimpleNamespace(
+                rollout=RolloutConfig(prompts_per_step=3, group_size=2, partial=PartialConfig(**partial)),
+                run=SimpleNamespace(seed=0),
+            ),
+            groups=SimpleNamespace(rank=0),
+            replicas=SimpleNamespace(index=0, count=1, is_first=True),
+            sampler=PromptSampler(3 * len(QUESTIONS), 3, seed=0),
+            carried=CarriedPool(),
+            startup={"time/startup_engine_s": 0.5},
+            train_prompts=SimpleNamespace(prompts=prompts_of),
+            rollout=rollout,
+        )
+
+    def play(self, step):
+        metrics = MetricSums()
+        return StepRollout(self).play(step=step, metrics=metrics), metrics.values()
+
+
+def test_an_endless_budget_and_no_further_prompts_play_the_steps_of_a_run_without(rollout, prompts_of):
+    plain = Parts(rollout, prompts_of)
+    partial = Parts(rollout, prompts_of, tokens_per_step=ENDLESS)
+    for step in range(2):
+        expected, metrics = plain.play(step)
+        found, others = partial.play(step)
+        assert found == expected
+        assert not any(name.startswith("partial/") for name in metrics)
+        ours = {name: value for name, value in others.items() if name.startswith("partial/")}
+        assert set(ours.values()) == {0.0}
+        assert not partial.carried.state.entries
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2])
+def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_of, max_staleness):
+    settings = dict(tokens_per_step=1, extra_prompts=2, max_staleness=max_staleness)
+    runs = [Parts(rollout, prompts_of, **settings) for _ in range(2)]
+    stale, carried = 0, 0
+    for step in range(4):
+        held = runs[0].carried.state
+        (found, metrics), (again, _) = (run.play(step) for run in runs)
+        assert [t.to_dict() for t in found] == [t.to_dict() for t in again], "the same seed, another rollout"
+        assert runs[0].carried.state == runs[1].carried.state
+        assert [(t.prompt_index, t.sample_index) for t in found] == [
+            (p, s) for p in range(3) for s in range(2)
+        ]
+        assert all(t.stop_reason and t.baseline_prob is not None for t in found)
+        staleness = [t.staleness(step) for t in found]
+        assert metrics["partial/staleness_max"] == max(staleness) <= max_staleness
+        assert metrics["partial/staleness_mean"] == pytest.approx(sum(staleness) / 6)
+        left = runs[0].carried.state
+        open_members = [t for t in members(left.own) if not t.stop_reason]
+        assert metrics["partial/pool_groups"] == len(left.entries) == len(left.own) == 2
+        assert metrics["partial/carried_trajectories"] == len(open_members)
+        assert metrics["partial/carried_tokens"] == sum(t.num_sampled_tokens for t in open_members)
+        # What was held before is either trained on now or held still, with all its tokens.
+        now = {(t.prompt_id, t.sample_index): t.tokens for t in [*found, *members(left.own)]}
+        for old in members(held.own):
+            tokens = now[old.prompt_id, old.sample_index]
+            assert tokens[: old.num_tokens] == old.tokens
+        stale += sum(staleness)
+        carried += len(open_members)
+    assert stale and carried, "nothing was carried over"
+
+
+def test_a_rollout_that_is_broken_off_gives_nothing(rollout, prompts_of):
+    parts = Parts(rollout, prompts_of, tokens_per_step=1, extra_prompts=2)
+    parts.play(0)
+    before = parts.carried.state
+    kept = [group.trajectories[0].to_dict() for group in before.own]
+    assert StepRollout(parts).play(step=1, metrics=MetricSums(), is_cut=lambda: True) is None
+    assert [group.trajectories[0].to_dict() for group in before.own] == kept

@@ -1,0 +1,178 @@
+"""Which groups a step takes, which are carried over, and how they survive a checkpoint."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2tgpo.carried_pool import (
+    Carried,
+    Entry,
+    carried_file,
+    encode,
+    is_due,
+    read,
+    replicas_for,
+    select,
+    to_finish,
+    trajectories_of,
+    with_complete,
+)
+from a2tgpo.rollout.carried_group import CarriedGroup, copied
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
+
+
+def entry(begun: int, index: int, *, complete: bool = False, replica: int = 0) -> Entry:
+    return Entry(
+        begun=begun, index=index, question=100 * begun + index, replica=replica, is_complete=complete
+    )
+
+
+def trajectory(index: int, sample: int, reason: str) -> Trajectory:
+    turn = Turn(tokens=[5, 6], rollout_logprobs=[-0.1, -1e-17], observation_tokens=[7], query="x", step=3)
+    return Trajectory(
+        prompt_index=index,
+        prompt_id=f"q{index}",
+        sample_index=sample,
+        prompt_tokens=[1, 2],
+        turns=[turn],
+        stop_reason=reason,
+        baseline_prob=0.1 + 0.2 if reason else None,
+    )
+
+
+def group(begun: int, index: int, *reasons: str) -> CarriedGroup:
+    prompt = Prompt(
+        index=index, id=f"q{index}", question="who?", answers=("a", "b"), tokens=(1, 2), hops=index
+    )
+    members = [trajectory(index, sample, reason) for sample, reason in enumerate(reasons)]
+    return CarriedGroup(begun=begun, question=100 * begun + index, prompt=prompt, trajectories=members)
+
+
+@given(
+    num_groups=st.integers(1, 5),
+    extra_share=st.floats(0, 1),
+    max_staleness=st.integers(1, 4),
+    num_replicas=st.integers(1, 3),
+    num_steps=st.integers(1, 12),
+    luck=st.floats(0, 1),
+    random=st.randoms(use_true_random=False),
+)
+def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
+    num_groups, extra_share, max_staleness, num_replicas, num_steps, luck, random
+):
+    extra = round(extra_share * num_groups)
+    carried: list[Entry] = []
+    begun, trained = set(), []
+    for step in range(num_steps):
+        missing = num_groups + extra - len(carried)
+        assert missing >= num_groups, "no more than extra_prompts groups are carried over"
+        owners = replicas_for(carried, missing, num_replicas=num_replicas)
+        fresh = [entry(step, index, replica=owner) for index, owner in enumerate(owners)]
+        begun.update(new.key for new in fresh)
+        in_play = [*carried, *fresh]
+        due = {old.key for old in in_play if is_due(old, step, max_staleness=max_staleness)}
+        lucky = {e.key for e in in_play if random.random() < luck}
+        in_play = with_complete(in_play, due | lucky)
+        num_complete = sum(e.is_complete for e in in_play)
+        late = to_finish(in_play, num_groups=num_groups)
+        in_play = with_complete(in_play, {e.key for e in late})
+        taken, carried = select(in_play, num_groups=num_groups)
+        assert len(taken) == num_groups and taken == sorted(taken) and carried == sorted(carried)
+        assert all(step - e.begun <= max_staleness for e in taken)
+        assert all(e.is_complete for e in taken)
+        # No complete group that was left is older than one that was taken.
+        assert all(left > taken[-1] for left in carried if left.is_complete)
+        # Only as many are played to the end as are needed, and the oldest.
+        assert len(late) == max(0, num_groups - num_complete)
+        assert all(left > late[-1] for left in carried if late and not left.is_complete)
+        trained += [e.key for e in taken]
+        assert len(set(trained)) == len(trained)
+        assert begun == set(trained) | {left.key for left in carried}
+
+
+@given(st.integers(0, 30), st.integers(1, 5))
+def test_new_prompts_go_round_the_replicas_where_nothing_is_carried(count, num_replicas):
+    assert replicas_for([], count, num_replicas=num_replicas) == [i % num_replicas for i in range(count)]
+
+
+def test_a_replica_that_carries_more_begins_less():
+    held = [entry(0, 0), entry(0, 1), entry(0, 2, complete=True, replica=1), entry(0, 3, replica=2)]
+    assert replicas_for(held, 5, num_replicas=3) == [1, 1, 2, 0, 1]
+
+
+def test_taken_trajectories_are_numbered_by_place_and_the_groups_stay_as_they_are():
+    groups = [group(2, 1, "answer", "eos"), group(1, 4, "answer", "length"), group(2, 0, "answer", "")]
+    taken = [entry(1, 4), entry(1, 5, replica=1), entry(2, 1)]
+    found = trajectories_of(groups, taken)
+    assert [(t.prompt_index, t.prompt_id, t.sample_index) for t in found] == [
+        (0, "q4", 0), (0, "q4", 1), (2, "q1", 0), (2, "q1", 1),
+    ]  # fmt: skip
+    assert groups[0].trajectories[0].prompt_index == 1
+
+
+def test_a_group_is_complete_once_all_its_trajectories_have_ended():
+    assert group(0, 0, "answer", "eos").is_complete
+    assert not group(0, 0, "answer", "").is_complete
+    assert not group(0, 0).is_complete
+
+
+def test_what_is_played_on_is_another_trajectory():
+    old = trajectory(0, 0, "")
+    before = msgspec.msgpack.encode(old)
+    new = copied(old)
+    assert new == old
+    new.turns[0].info_gain = 1.0
+    new.turns.append(new.turns[0])
+    assert msgspec.msgpack.encode(old) == before
+
+
+def test_staleness_is_that_of_the_oldest_turn():
+    old = trajectory(0, 0, "answer")
+    old.turns.append(Turn(tokens=[1], rollout_logprobs=[0.0], step=5))
+    assert (old.staleness(5), old.staleness(6)) == (2, 3)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Two replicas' groups in a checkpoint."""
+    held = {0: (group(1, 3, "answer", "eos"), group(2, 0, "answer", "")), 1: (group(1, 2, "", ""),)}
+    for replica, own in held.items():
+        path = tmp_path / carried_file(replica)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(Carried(own=own)))
+    return tmp_path, held
+
+
+def test_each_replica_reads_its_own_groups_and_all_know_of_all(saved):
+    folder, held = saved
+    for replica in held:
+        state = read(folder, replica=replica, num_replicas=2)
+        assert state.own == held[replica]
+        assert state.entries == (
+            entry(1, 2, replica=1),
+            entry(1, 3, complete=True),
+            entry(2, 0),
+        )
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_another_number_of_replicas_shares_the_groups_out(saved, num_replicas):
+    folder, held = saved
+    states = [read(folder, replica=replica, num_replicas=num_replicas) for replica in range(num_replicas)]
+    expected = sorted((g for own in held.values() for g in own), key=lambda g: g.key)
+    assert sorted((g for state in states for g in state.own), key=lambda g: g.key) == expected
+    assert all(state.entries == states[0].entries for state in states)
+    for replica, state in enumerate(states):
+        assert [e.key for e in state.entries if e.replica == replica] == [g.key for g in state.own]
+
+
+def test_a_checkpoint_without_such_files_carries_nothing(tmp_path):
+    assert read(tmp_path, replica=0, num_replicas=2) == Carried()
+
+
+def test_a_file_of_something_else_is_refused_in_one_line(saved):
+    folder, _ = saved
+    (folder / carried_file(1)).write_bytes(msgspec.msgpack.encode([{"begun": "soon"}]))
+    with pytest.raises(ValueError, match=r"replica_1\.bin is not what this program writes$"):
+        read(folder, replica=0, num_replicas=2)
