@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Sequence
 from typing import Any
+
+from lengths import planned_turn
 
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -42,9 +43,9 @@ class PlannedEngine(EngineWithoutEnd):
         self._calls: dict[str, bool] = {}
 
     def submit(self, request_id: str, tokens: Sequence[int], **options: Any) -> None:
-        rng = random.Random(options["seed"])
-        length = min(self._longest, max(4, round(self._median * rng.lognormvariate(0.0, 0.6))))
-        self._calls[request_id] = rng.random() < self._call_share
+        length, self._calls[request_id] = planned_turn(
+            options["seed"], median=self._median, longest=self._longest, call_share=self._call_share
+        )
         # Looked for at every token as the real ones, and never found.
         options["stop"] = [f"{text} never" for text in options["stop"]]
         super().submit(request_id, tokens, **{**options, "max_tokens": length})

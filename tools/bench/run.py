@@ -26,6 +26,7 @@ BENCHES = (
     "refit",
     "train_step",
     "rollout",
+    "partial",
     "whole_step",
     "start_up",
 )

@@ -1,0 +1,166 @@
+"""How many engine steps a training step takes with partial rollouts, and how many of them with few slots busy.
+
+    python tools/bench/partial.py [--json FILE]
+
+Nothing is measured: a rollout whose trajectories take given numbers of tokens is counted through, one token of every
+busy slot a step; tools answer at once, scoring and prefill count nothing. Which groups are played and taken is the
+product's (`partial_rollout.py`), and so are the seeds, from which the lengths are drawn as for the bench `rollout`.
+One engine plays 16 groups of 16 trajectories in 256 slots, with up to six searches each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import measure
+from lengths import planned_turn
+
+from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import PartialConfig, RolloutConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.partial_rollout import PartialRollout
+from a2tgpo.rollout.carried_group import CarriedGroup, copied
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.multi_turn import PromptGroup, Sampling
+from a2tgpo.trajectory import Prompt, Trajectory, Turn
+
+GROUPS, GROUP_SIZE, SLOTS = 16, 16, 256
+MEDIAN, LONGEST, CALL_SHARE, MAX_TURNS = 110, 400, 0.75, 6
+STEPS = 40
+FEW = SLOTS // 4
+WHOLE = PartialConfig(tokens_per_step=10**9)
+VARIANTS = (
+    PartialConfig(tokens_per_step=600, extra_prompts=16, max_staleness=2),
+    PartialConfig(tokens_per_step=800, extra_prompts=16, max_staleness=2),
+    PartialConfig(tokens_per_step=1000, extra_prompts=8, max_staleness=2),
+    PartialConfig(tokens_per_step=600, extra_prompts=4, max_staleness=2),
+)
+
+
+class CountedRollout:
+    """Stands in for engine and rollout: turns of planned lengths, in slots."""
+
+    def __init__(self) -> None:
+        self.steps_by_busy: Counter[int] = Counter()
+        """Engine steps by the number of busy slots."""
+
+    def play_on(
+        self, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], seed: int, step: int, **_: Any
+    ) -> tuple[list[CarriedGroup], RolloutCounts]:
+        sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed, step=step)
+        played, waiting = [], []
+        for group, budget in zip(groups, budgets, strict=True):
+            members = [copied(member) for member in group.trajectories or _begin(group.prompt)]
+            shared = PromptGroup(prompt=group.prompt, aliases=[], begun=group.begun)
+            waiting += [
+                self._time_of(member, shared, budget, sampling)
+                for member in members
+                if not member.stop_reason
+            ]
+            played.append(dataclasses.replace(group, trajectories=members))
+        self._count(waiting)
+        return played, RolloutCounts()
+
+    def _time_of(
+        self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
+    ) -> int:
+        """Play it on; the engine steps that it takes."""
+        sampled = 0
+        while not trajectory.stop_reason and (budget is None or sampled < budget):
+            turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))
+            assert turn_seed is not None, "this is no greedy rollout"
+            length, calls = planned_turn(turn_seed, median=MEDIAN, longest=LONGEST, call_share=CALL_SHARE)
+            trajectory.turns.append(Turn(tokens=[0] * length, rollout_logprobs=[], step=sampling.step))
+            sampled += length
+            if not calls or len(trajectory.turns) > MAX_TURNS:
+                trajectory.stop_reason = "answer"
+        return sampled
+
+    def _count(self, waiting: list[int]) -> None:
+        running: list[int] = []
+        waiting = waiting[::-1]
+        while running or waiting:
+            while waiting and len(running) < SLOTS:
+                running.append(waiting.pop())
+            until_next = min(running)
+            self.steps_by_busy[len(running)] += until_next
+            running = [left - until_next for left in running if left > until_next]
+
+
+def _begin(prompt: Prompt) -> list[Trajectory]:
+    return [
+        Trajectory(
+            prompt_index=prompt.index,
+            prompt_id=prompt.id,
+            sample_index=sample,
+            prompt_tokens=[],
+            turns=[],
+            stop_reason="",
+        )
+        for sample in range(GROUP_SIZE)
+    ]
+
+
+def _prompts(indices: Sequence[int]) -> list[Prompt]:
+    return [
+        Prompt(index=place, id=str(index), question="", answers=("a",), tokens=())
+        for place, index in enumerate(indices)
+    ]
+
+
+def count(partial: PartialConfig) -> tuple[float, float]:
+    """Engine steps of a training step, and of those that with under a quarter of the slots busy."""
+    rollout = CountedRollout()
+    parts: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            rollout=RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial),
+            run=SimpleNamespace(seed=0),
+        ),
+        replicas=SimpleNamespace(index=0, count=1, is_first=True),
+        sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0),
+        carried=CarriedPool(),
+        train_prompts=SimpleNamespace(prompts=_prompts),
+        rollout=rollout,
+    )
+    played = PartialRollout(parts)
+    for step in range(STEPS):
+        played.play(step, RolloutCounts(), MetricSums(), None)
+    few = sum(steps for busy, steps in rollout.steps_by_busy.items() if busy < FEW)
+    return rollout.steps_by_busy.total() / STEPS, few / STEPS
+
+
+def rows() -> list[measure.Row]:
+    initialize(ParallelConfig(), seed=0)
+    whole, whole_few = count(WHOLE)
+    found = []
+    for partial in VARIANTS:
+        settings = f"tokens_per_step {partial.tokens_per_step}, extra_prompts {partial.extra_prompts}"
+        ours, few = count(partial)
+        for name, value, baseline in (
+            ("engine steps of a training step", ours, whole),
+            ("of them with under a quarter of the slots busy", few, whole_few),
+        ):
+            found.append(
+                measure.compared(
+                    f"{name}, {settings} of {GROUPS} prompts",
+                    [value],
+                    [baseline],
+                    baseline_is="rollouts that end within their step",
+                    unit="steps",
+                    ratio_is="ours / baseline",
+                )
+            )
+    shutdown()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(measure.main(__doc__, rows))
