@@ -41,7 +41,7 @@ TENSORBOARD_LAYOUT = {
         "why rollouts stopped": [_MULTILINE, [r"stop/"]],
     },
     "5 speed": {
-        "seconds by stage": [_MULTILINE, [r"time/"]],
+        "seconds by stage": [_MULTILINE, [r"time/(?!startup_)"]],
         "throughput": [_MULTILINE, [r"speed/"]],
         "lengths": [_MULTILINE, [r"length/"]],
         "host memory": [_MULTILINE, [r"memory/host_gib"]],

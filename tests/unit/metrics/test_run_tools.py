@@ -42,6 +42,7 @@ def evaluation_record(step, em):
 @pytest.fixture
 def run_dir(tmp_path):
     records = [evaluation_record(0, 0.25), *(step_record(step) for step in range(1, 11))]
+    records[1] |= {"time/startup_imports_s": 30.0}  # no part of a step
     records[-1] |= evaluation_record(10, 0.5) | {"time/evaluation_s": 7.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path
@@ -56,6 +57,7 @@ def test_summary_shows_exact_match_gain_and_time_and_leaves_a_picture(run_dir):
     assert ["2", "hops", "0.125", "0.250", "+0.125"] in rows
     assert ["turn", "1", "+0.1500", "+0.9500", "75%"] in rows  # means of the first and of the last two steps
     assert ["rollout", "3.00", "60.0%"] in rows
+    assert "startup" not in out
     assert ["evaluation,", "between", "steps", "7.00", "seconds", "in", "all"] in rows
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
