@@ -32,7 +32,7 @@ class Plan:
     """Of the fullest node's memory, for what leaves its cards."""
     rollout: RolloutTime
     score: PassTime
-    """One pass; the reference, where there is one, takes as long again."""
+    """One pass; `score_passes` tells how many there are."""
     update: PassTime
     refit_s: float
 
@@ -42,15 +42,15 @@ class Plan:
         return {
             "refit": self.refit_s,
             "rollout": self.rollout.seconds,
-            "score": self._score_passes * self.score.seconds,
+            "score": self.score_passes * self.score.seconds,
             "update": self.update.seconds,
             "other": self.assumed.fixed_s,
         }
 
     @property
-    def _score_passes(self) -> int:
-        """By the policy, and by the reference where there is one."""
-        return 2 if self.config.algorithm.kl_coef > 0 else 1
+    def score_passes(self) -> int:
+        """By the policy where a step has several mini-batches, and by the reference where there is one."""
+        return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
     @property
     def step_seconds(self) -> float:
@@ -66,7 +66,7 @@ class Plan:
     def stage_flops(self) -> dict[str, float]:
         """Model operations of a step by stage; recomputation is none of them."""
         once = self.token_flops * self.geometry.tokens
-        return {"score": self._score_passes * once, "update": 3 * once}
+        return {"score": self.score_passes * once, "update": 3 * once}
 
     @property
     def update_mfu(self) -> float:

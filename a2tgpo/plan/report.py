@@ -239,7 +239,9 @@ def _geometry_table(plan: Plan) -> str:
 def _time_table(plan: Plan) -> str:
     details = {
         "rollout": _nonzero(dataclasses.asdict(plan.rollout)),
-        "score": _pass_details(plan.score),
+        "score": _pass_details(plan.score)
+        if plan.score_passes
+        else "by the update, which has one mini-batch",
         "update": f"{_pass_details(plan.update)}; MFU {plan.update_mfu:.0%}",
         "refit": f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB to every rank",
         "other": "exchange, advantages, packing, records",

@@ -1,4 +1,4 @@
-"""Rollout correction of a step's mini-batches: each sampled token's importance weight, and what they look like."""
+"""Rollout correction: each sampled token's importance weight, and what those of a step look like."""
 
 from __future__ import annotations
 
@@ -15,10 +15,24 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.update.minibatch import Minibatch
 
 
-def correct_rollouts(
+def weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> None:
+    """Fill in `importance` of micro-batch `index` from its `old_logprobs`; on the last pipeline stage.
+
+    Leaves all as it is with `kind: none`.
+    """
+    if config.kind == "none":
+        return
+    inputs, batch = minibatch.loss_inputs(index), minibatch.batches[index]
+    rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
+    minibatch.importance[index] = importance_weights(
+        inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config
+    )
+
+
+def record_correction(
     minibatches: Sequence[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
 ) -> None:
-    """Fill in `importance` of scored mini-batches; leaves all as it is with `kind: none`.
+    """Add what the weights of a step's mini-batches look like; nothing with `kind: none`.
 
     Every rank must call this, also without trajectories. The metrics speak of all sampled tokens of the step:
 
@@ -31,26 +45,13 @@ def correct_rollouts(
     """
     if config.kind == "none":
         return
-    of_step: list[ImportanceWeights] = []
-    for minibatch in minibatches:
-        found = [_weigh(minibatch, index, config) for index in range(len(minibatch.batches))]
-        minibatch.importance = [None if result is None else result.weights for result in found]
-        of_step += [result for result in found if result is not None]
-    sums = _sums(of_step)
+    sums = _sums(
+        [weights for minibatch in minibatches for _, weights in sorted(minibatch.importance.items())]
+    )
     if groups.pp_size > 1:
         sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
     totals = torch.tensor([sums["weight"], sums["weight_squared"], sums["tokens"]], dtype=torch.float64)
     _record(metrics, sums, all_reduce_sum(totals, groups.dp_group).tolist())
-
-
-def _weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> ImportanceWeights | None:
-    old = minibatch.old_logprobs[index]
-    if old is None:
-        return None
-    batch = minibatch.batches[index] = minibatch.batches[index].to(old.device)
-    inputs = minibatch.loss_inputs(index)
-    rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
-    return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
 
 
 def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
 from a2tgpo.config.run import RunConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.loss.rollout_correction import ImportanceWeights
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
@@ -31,23 +32,26 @@ class Minibatch:
     """Per micro-batch [S] float32: weight of each sampled token of the sequence in the loss."""
     sequence_is_correct: list[torch.Tensor]
     """Per micro-batch [S] bool: the trajectory's answer matches exactly."""
-    old_logprobs: list[torch.Tensor | None] = field(default_factory=list)
-    """Per micro-batch [T] float32 on the last pipeline stage, None elsewhere; filled by scoring."""
+    is_scored: bool = False
+    """`old_logprobs` are there before the update; equal on all ranks."""
+    old_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By micro-batch [T] float32, on the last pipeline stage: by the policy that played. Filled by scoring, else by
+    the training pass."""
     ref_logprobs: list[torch.Tensor | None] = field(default_factory=list)
-    """As `old_logprobs`, by the reference; empty without one."""
-    importance: list[torch.Tensor | None] = field(default_factory=list)
-    """Per micro-batch [n] over its sampled tokens, on the last pipeline stage, None elsewhere; empty without a
-    rollout correction."""
+    """Per micro-batch [T] float32 on the last pipeline stage, None elsewhere: by the reference; empty without one."""
+    importance: dict[int, ImportanceWeights] = field(default_factory=dict)
+    """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update where a rollout
+    correction is configured."""
     turn_ratios: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch [U] float32, on the last pipeline stage; filled by the update (`policy_update.turn_ratios`)."""
 
     def loss_inputs(self, index: int) -> LossInputs:
-        """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device."""
+        """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device; on the last stage."""
         batch, old = self.batches[index], self.old_logprobs[index]
-        assert old is not None, "loss inputs exist on the last pipeline stage only"
         mask = batch.loss_mask[0]
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
         reference = self.ref_logprobs[index] if self.ref_logprobs else None
+        importance = self.importance.get(index)
         return LossInputs(
             old_logprobs=old[mask],
             advantages=self.turn_advantages[index].to(mask.device)[turn_ids],
@@ -58,7 +62,7 @@ class Minibatch:
             num_turns=batch.num_turns,
             num_sequences=batch.num_sequences,
             ref_logprobs=None if reference is None else reference[mask],
-            importance=self.importance[index] if self.importance else None,
+            importance=None if importance is None else importance.weights,
         )
 
 

@@ -1,4 +1,5 @@
-"""The update stage: score a step's mini-batches before the first update, then one optimizer step on each."""
+"""The update stage: one optimizer step on each of a step's mini-batches, which are scored before the first if there
+are several."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.parallel.collectives import broadcast_object
-from a2tgpo.update.importance import correct_rollouts
+from a2tgpo.update.importance import record_correction, weigh
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.score import TokenScores, score
@@ -31,38 +32,27 @@ def score_minibatches(
 ) -> None:
     """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
 
-    Every rank must call this. Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in
-    trajectories whose answer matches, left out of a step without any) and how far the trainer's log-probs are from
-    the engine's: `gap/train_engine_*` over the tokens where both are finite, left out of a step without any, and
+    Every rank must call this. A single mini-batch is left to `update_policy`: nothing is updated before its training
+    pass, which gives the same log-probs.
+
+    Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in trajectories whose answer
+    matches, left out of a step without any) and how far the trainer's log-probs are from the engine's:
+    `gap/train_engine_*` over the tokens where both are finite, left out of a step without any, and
     `gap/unusable_tokens`, the number of the others.
 
     Args:
         before_each: called before every mini-batch, on all ranks.
     """
+    if len(minibatches) == 1:
+        return
     sums: dict[str, Tensor] = {}
     for minibatch in minibatches:
         before_each()
-        scores = score(policy, minibatch.batches)
-        minibatch.old_logprobs = [None if s is None else s.logprobs for s in scores]
-        for batch, is_correct, scored in zip(
-            minibatch.batches, minibatch.sequence_is_correct, scores, strict=True
-        ):
-            if scored is not None:
-                device = scored.logprobs.device
-                _add_up(sums, _score_sums(batch.to(device), is_correct.to(device), scored))
-    sums = _from_last_stage(policy, sums)
-    if sums:
-        tokens = int(sums["tokens"])
-        metrics.add("entropy/mean", float(sums["entropy"]), tokens)
-        metrics.add("likelihood/mean", float(sums["logprob"]), tokens)
-        if sums["correct_tokens"]:
-            metrics.add("likelihood/correct", float(sums["correct_logprob"]), int(sums["correct_tokens"]))
-        usable = int(sums["gap_tokens"])
-        if usable:
-            metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), usable)
-            metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), usable)
-            metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
-        metrics.add("gap/unusable_tokens", tokens - usable, 0)
+        for index, scores in enumerate(score(policy, minibatch.batches)):
+            if scores is not None:
+                _take_scores(minibatch, index, scores, sums)
+        minibatch.is_scored = True
+    _record_scores(policy, sums, metrics)
 
 
 def score_reference(reference: Policy, minibatches: Sequence[Minibatch]) -> None:
@@ -80,21 +70,28 @@ def update_policy(
     config: AlgorithmConfig,
     metrics: MetricSums,
 ) -> None:
-    """Weigh the rollouts where a correction is configured, then one optimizer step per mini-batch, in order.
+    """One optimizer step per mini-batch, in order; its rollouts are weighed where a correction is configured.
 
     Every rank must call this.
 
-    At the first mini-batch the policy is still the one that was scored, so its ratio is 1: the measured deviation
-    is the noise floor against which the clipping range is to be held.
+    At the first mini-batch the policy is still the one that played, so its ratio is 1: the measured deviation is the
+    noise floor against which the clipping range is to be held. One that has not been scored is the step's only one;
+    its training pass brings `old_logprobs` and the metrics of `score_minibatches`, and ratio 1 without any noise.
     """
-    correct_rollouts(minibatches, config.correction, policy.groups, metrics)
+    are_scored = all(minibatch.is_scored for minibatch in minibatches)
+    assert are_scored or len(minibatches) == 1, "only a step's single mini-batch goes without scoring"
+    score_sums: dict[str, Tensor] = {}
     for number, minibatch in enumerate(minibatches):
 
         def loss_function(
-            index: int, logprobs: Tensor, _entropy: Tensor, minibatch: Minibatch = minibatch
+            index: int, logprobs: Tensor, entropy: Tensor, minibatch: Minibatch = minibatch
         ) -> tuple[Tensor, dict[str, Tensor]]:
             batch = minibatch.batches[index].to(logprobs.device)
             minibatch.batches[index] = batch
+            if not are_scored:
+                scores = TokenScores(logprobs.detach(), entropy.detach())
+                _take_scores(minibatch, index, scores, score_sums)
+            weigh(minibatch, index, config.correction)
             inputs = minibatch.loss_inputs(index)
             sampled = logprobs[batch.loss_mask[0]]
             result = policy_loss(sampled, inputs, config)
@@ -113,6 +110,9 @@ def update_policy(
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
+    if not are_scored:
+        _record_scores(policy, score_sums, metrics)
+    record_correction(minibatches, config.correction, policy.groups, metrics)
 
 
 def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequence[int]) -> Tensor:
@@ -132,6 +132,16 @@ def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequ
             batch = minibatch.batches[index]
             found[batch.turn_trajectory.cpu(), batch.turn_index.cpu()] = ratios.cpu()
     return _from_last_stage(policy, {"ratios": found})["ratios"]
+
+
+def _take_scores(minibatch: Minibatch, index: int, scores: TokenScores, sums: dict[str, Tensor]) -> None:
+    """Those of the policy that played become micro-batch `index`'s; what metrics are made of is added to `sums`."""
+    minibatch.old_logprobs[index] = scores.logprobs
+    device = scores.logprobs.device
+    is_correct = minibatch.sequence_is_correct[index].to(device)
+    for name, value in _score_sums(minibatch.batches[index].to(device), is_correct, scores).items():
+        combine = torch.maximum if name.endswith("_max") else torch.add
+        sums[name] = combine(sums[name], value) if name in sums else value
 
 
 def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> dict[str, Tensor]:
@@ -154,10 +164,20 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> 
     }
 
 
-def _add_up(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        combine = torch.maximum if name.endswith("_max") else torch.add
-        sums[name] = combine(sums[name], value) if name in sums else value
+def _record_scores(policy: Policy, sums: dict[str, Tensor], metrics: MetricSums) -> None:
+    sums = _from_last_stage(policy, sums)
+    if sums:
+        tokens = int(sums["tokens"])
+        metrics.add("entropy/mean", float(sums["entropy"]), tokens)
+        metrics.add("likelihood/mean", float(sums["logprob"]), tokens)
+        if sums["correct_tokens"]:
+            metrics.add("likelihood/correct", float(sums["correct_logprob"]), int(sums["correct_tokens"]))
+        usable = int(sums["gap_tokens"])
+        if usable:
+            metrics.add("gap/train_engine_abs_mean", float(sums["gap_abs"]), usable)
+            metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), usable)
+            metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
+        metrics.add("gap/unusable_tokens", tokens - usable, 0)
 
 
 def _from_last_stage(policy: Policy, sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,16 +15,16 @@ from torch import Tensor
 from update_bench import ALGORITHM, Bench, assert_close, coefficient, hf_gradients, hf_weights, old_logprobs
 
 from a2tgpo.batch.context_split import context_positions
-from a2tgpo.batch.packing import Alignment, pack
+from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.batch.probes import Probe, ProbedSequence
+from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches
+from a2tgpo.update.policy_update import score_minibatches, update_policy
 from a2tgpo.update.probe_scores import score_probes
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import compute_gradients
@@ -135,7 +135,7 @@ def check_turn_ratios(bench: Bench) -> None:
             expected = bench.reference.logprobs[index]
             at = batch.sequence_ids[0] == number
             old[at] = old_logprobs(expected)[: int(at.sum())]
-        minibatch.old_logprobs.append(old)
+        minibatch.old_logprobs[len(minibatch.old_logprobs)] = old
         if cp_size > 1:
             held = [
                 set(batch.turn_ids[0, own][batch.loss_mask[0, own]].tolist())
@@ -155,23 +155,27 @@ def check_turn_ratios(bench: Bench) -> None:
 
 
 def check_correction(bench: Bench) -> None:
-    """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none."""
-    policy, _ = bench.policy()
-    batches = bench.batches(replicas=2 if bench.groups.dp_size > 2 else 1)
-    counts = all_gather_object(len(batches), bench.groups.dp_group)
-    assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
-    minibatch = Minibatch(
-        batches=batches,
-        turn_advantages=[torch.zeros(batch.num_turns) for batch in batches],
-        turn_clip_scales=[torch.ones(batch.num_turns) for batch in batches],
-        sequence_weights=[torch.zeros(batch.num_sequences) for batch in batches],
-        sequence_is_correct=[torch.tensor([i % 2 == 1 for i in b.trajectory_indices]) for b in batches],
-    )
-    metrics = MetricSums()
-    score_minibatches(policy, [minibatch], metrics)
-    correct_rollouts([minibatch], CorrectionConfig(kind="mask", lower=0.01), bench.groups, metrics)
-    assert len(minibatch.importance) == len(batches)
-    found = metrics.reduce(bench.groups.dp_group)
+    """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none.
+
+    The same by a training pass as by a pass of their own before it.
+    """
+    config = AlgorithmConfig(correction=CorrectionConfig(kind="mask", lower=0.01))
+    found = []
+    for is_single in (False, True):
+        policy, update = bench.policy()
+        optimizer, schedule = build_optimizer(policy, update, total_steps=2)
+        batches = bench.batches(replicas=2 if bench.groups.dp_size > 2 else 1)
+        counts = all_gather_object(len(batches), bench.groups.dp_group)
+        assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
+        minibatch = correction_minibatch(batches)
+        metrics, step = MetricSums(), [minibatch] if is_single else [minibatch, correction_minibatch([])]
+        score_minibatches(policy, step, metrics)
+        assert (not metrics.sums) == (is_single or not batches)
+        update_policy(policy, optimizer, schedule, step, config, metrics)
+        assert len(minibatch.importance) == (len(batches) if bench.groups.is_pipeline_last else 0)
+        found.append(metrics.reduce(bench.groups.dp_group))
+    assert found[0].keys() == found[1].keys(), found[0].keys() ^ found[1].keys()
+    assert found[1]["ratio/noise_floor"] == 0.0 and found[1]["ratio/mean"] == 1.0, found[1]
 
     sampled = {}
     for index, logprobs in bench.reference.logprobs.items():
@@ -193,8 +197,20 @@ def check_correction(bench: Bench) -> None:
         "correction/unusable_tokens": 0.0,
         "correction/effective_sample_share": kept.sum() ** 2 / (ratio.numel() * kept.square().sum()),
     }
-    for name, value in expected.items():
-        assert math.isclose(found[name], float(value), rel_tol=1e-4, abs_tol=1e-9), (name, found[name], value)
+    for values in found:
+        for name, value in expected.items():
+            assert math.isclose(values[name], float(value), rel_tol=1e-4, abs_tol=1e-9), (name, values, value)
+
+
+def correction_minibatch(batches: list[PackedBatch]) -> Minibatch:
+    """With a loss of zero."""
+    return Minibatch(
+        batches=batches,
+        turn_advantages=[torch.zeros(batch.num_turns) for batch in batches],
+        turn_clip_scales=[torch.ones(batch.num_turns) for batch in batches],
+        sequence_weights=[torch.zeros(batch.num_sequences) for batch in batches],
+        sequence_is_correct=[torch.tensor([i % 2 == 1 for i in b.trajectory_indices]) for b in batches],
+    )
 
 
 def check_update(bench: Bench) -> None:

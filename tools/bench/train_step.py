@@ -1,16 +1,18 @@
-"""One update of SmolLM2-135M, scoring included, against a plain loop of transformers and torch.optim with padding.
+"""One update of SmolLM2-135M against a plain loop of transformers and torch.optim with padding.
 
     python tools/bench/train_step.py [--json FILE]
 
-Both score the old policy, run forward and backward on the turn-level loss in two micro-batches, clip the gradients
-and take a step of AdamW, in float32 with one thread, on the same trajectories. Ours packs them; the loop pads on the
-right, rows as they come or sorted by length. The loop computes no entropies and no metrics, which ours does.
+Both run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step of
+AdamW, in float32 with one thread, on the same trajectories. In both the old policy's log-probs are those of this
+pass: a step of one mini-batch scores nothing before it. Ours packs trajectories and runs the output layer where a
+token was sampled; the loop pads on the right, rows as they come or sorted by length, and runs it everywhere. The loop
+computes no entropies and no metrics, which ours does.
 
 TRL's GRPOTrainer comes along where `make setup-trl` was run: its own training loop, in its own environment, on the
 same tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads
 prompts on the left and completions on the right, each to the longest of the batch, computes the output head for
 completions only, entropies too. Not comparable: it knows ratios of tokens or sequences, not of turns (in the first
-update on a batch both are 1, so loss and gradient are equal, which is checked), and scores no old policy there.
+update on a batch both are 1, so loss and gradient are equal, which is checked); it scores no old policy there either.
 
 Each variant runs in a process of its own, from loading the model on, so that its memory is all that training takes;
 an update on one trajectory comes first, uncounted. Loss, mean log-prob and gradient norm of all variants are equal.
@@ -58,7 +60,7 @@ NUM_MICROBATCHES = 2
 CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
 
 Update = Callable[[list[Trajectory]], dict[str, float]]
-"""One update on these trajectories -> its loss, mean log-prob, gradient norm, CPU seconds of scoring."""
+"""One update on these trajectories -> its loss, mean log-prob, gradient norm."""
 
 
 def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
@@ -85,16 +87,13 @@ def packed() -> Update:
     def update(trajectories: list[Trajectory]) -> dict[str, float]:
         minibatch = packed_minibatch(trajectories)
         metrics = MetricSums()
-        start = time.process_time()
         score_minibatches(policy, [minibatch], metrics)
-        scoring = time.process_time() - start
         update_policy(policy, optimizer, schedule, [minibatch], CONFIG, metrics)
         found = metrics.values()
         return {
             "loss": found["update/loss"],
             "logprob": found["likelihood/mean"],
             "grad_norm": found["update/grad_norm"],
-            "scoring": scoring,
         }
 
     return update
@@ -141,26 +140,19 @@ def padded(*, is_sorted: bool) -> Update:
         rows = sorted(trajectories, key=lambda t: len(t.tokens)) if is_sorted else trajectories
         size = -(-len(rows) // NUM_MICROBATCHES)
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        start = time.process_time()
-        with torch.no_grad():
-            old = [logprobs_of(part) for part in parts]
-        scoring = time.process_time() - start
-        total = 0.0
-        for part, old_logprobs in zip(parts, old, strict=True):
-            loss = turn_level_loss(part, logprobs_of(part), old_logprobs) / len(rows)
+        total, sampled = 0.0, []
+        for part in parts:
+            logprobs = logprobs_of(part)
+            old = logprobs.detach()
+            loss = turn_level_loss(part, logprobs, old) / len(rows)
             loss.backward()
             total += loss.item()
+            sampled += [old[row, span] for row, t in enumerate(part) for span in sampled_spans(t)]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), UPDATE.clip_grad).item()
         optimizer.step()
         optimizer.zero_grad()
-        sampled = [
-            logprobs[row, span]
-            for part, logprobs in zip(parts, old, strict=True)
-            for row, t in enumerate(part)
-            for span in sampled_spans(t)
-        ]
         logprob = torch.cat(sampled).double().mean().item()
-        return {"loss": total, "logprob": logprob, "grad_norm": norm, "scoring": scoring}
+        return {"loss": total, "logprob": logprob, "grad_norm": norm}
 
     return update
 
@@ -248,7 +240,6 @@ def rows() -> list[measure.Row]:
             found[name].append(by_trl() if name == trl_peer.NAME else measured(VARIANTS[name]))
             print(f"  {name}: {found[name][-1]}", flush=True)
     ours = found["ours"]
-    share = sum(run["scoring"] for run in ours) / sum(run["seconds"] for run in ours)
     shape = f"{len(LENGTHS)} trajectories of {min(LENGTHS)} to {max(LENGTHS)} tokens"
     made = []
     for name in names[1:]:
@@ -271,8 +262,7 @@ def rows() -> list[measure.Row]:
                 ratio_is="ours / baseline",
                 target=">= 1",
                 note=f"float32, one thread; {padded_share(name):.0%} of the baseline's positions are tokens, "
-                + ("which scores no old policy; " if is_trl else "")
-                + f"{share:.0%} of our update is the scoring pass",
+                f"{sampled_share():.0%} of the tokens are sampled",
             )
         )
         made.append(
@@ -286,6 +276,11 @@ def rows() -> list[measure.Row]:
             )
         )
     return made
+
+
+def sampled_share() -> float:
+    """Share of the tokens at which our output layer runs."""
+    return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 
 def padded_share(name: str) -> float:

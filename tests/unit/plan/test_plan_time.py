@@ -157,6 +157,18 @@ def test_longer_trajectories_never_take_less_time(prompt, response, longer):
     assert other.rollout.decode >= one.rollout.decode * (1 - 1e-9)
 
 
+def test_scoring_takes_a_pass_by_the_policy_where_there_are_several_mini_batches_and_one_by_the_reference():
+    def passes(*options: str) -> float:
+        config = load_config(ROOT / "configs/train_8b.yaml", list(options))
+        plan = make_plan(config, QWEN_8B, H100, gpus=8)
+        assert plan.stage_flops["score"] == plan.score_passes * plan.stage_flops["update"] / 3
+        return plan.stage_seconds["score"] / plan.score.seconds
+
+    single = "update.prompts_per_minibatch=64"
+    assert [passes(), passes("algorithm.kl_coef=0.001")] == [1, 2]
+    assert [passes(single), passes(single, "algorithm.kl_coef=0.001")] == [0, 1]
+
+
 def test_full_recomputation_costs_a_third_more_computation_in_the_layers():
     none = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
     full = make_plan(

@@ -6,14 +6,17 @@ import torch
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
 from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
+from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.importance import record_correction, weigh
 from a2tgpo.update.minibatch import Minibatch, build_minibatches
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 4, 2, 3
@@ -21,7 +24,12 @@ NUM_MINIBATCHES = 2
 
 
 def minibatches_of(
-    trajectories: list[Trajectory], groups: ParallelGroups, *, max_tokens: int = 40, **algorithm
+    trajectories: list[Trajectory],
+    groups: ParallelGroups,
+    *,
+    max_tokens: int = 40,
+    num_minibatches: int = NUM_MINIBATCHES,
+    **algorithm,
 ) -> list[Minibatch]:
     """Of micro-batches of at most `max_tokens`; `algorithm`: fields of that section."""
     config = RunConfig(
@@ -31,7 +39,7 @@ def minibatches_of(
         search=SearchConfig(corpus="unused"),
         rollout=RolloutConfig(prompts_per_step=NUM_PROMPTS, group_size=GROUP_SIZE),
         update=UpdateConfig(
-            prompts_per_minibatch=NUM_PROMPTS // NUM_MINIBATCHES, max_microbatch_tokens=max_tokens
+            prompts_per_minibatch=NUM_PROMPTS // num_minibatches, max_microbatch_tokens=max_tokens
         ),
         algorithm=AlgorithmConfig(**algorithm),
     )
@@ -46,3 +54,13 @@ def minibatches_of(
     return build_minibatches(
         trajectories, advantages, 1 + 0.3 * values[1][rows].tanh(), config=config, groups=groups
     )
+
+
+def correct_rollouts(
+    minibatches: list[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
+) -> None:
+    """Weigh what has been scored, as the update does on its way."""
+    for minibatch in minibatches:
+        for index in minibatch.old_logprobs:
+            weigh(minibatch, index, config)
+    record_correction(minibatches, config, groups, metrics)

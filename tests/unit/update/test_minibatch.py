@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from played_step import NUM_MINIBATCHES, minibatches_of
+from played_step import NUM_MINIBATCHES, correct_rollouts, minibatches_of
 
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
@@ -14,7 +14,6 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 
 
@@ -49,7 +48,9 @@ def outcome(
         trajectories, groups, max_tokens=max_tokens, ratio=config.ratio, aggregation=config.aggregation
     )
     for minibatch in minibatches:
-        minibatch.old_logprobs = [made_up_logprobs(batch, 0.0) for batch in minibatch.batches]
+        minibatch.old_logprobs = {
+            i: made_up_logprobs(batch, 0.0) for i, batch in enumerate(minibatch.batches)
+        }
         minibatch.ref_logprobs = [made_up_logprobs(batch, 0.3) for batch in minibatch.batches]
     correct_rollouts(minibatches, config.correction, groups, MetricSums())
     return [loss_and_token_gradients(minibatch, trajectories, config) for minibatch in minibatches]

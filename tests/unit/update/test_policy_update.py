@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from played_step import MAX_TURNS, NUM_MINIBATCHES, minibatches_of
+from played_step import MAX_TURNS, NUM_MINIBATCHES, correct_rollouts, minibatches_of
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.model.build import Policy
+from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.importance import correct_rollouts
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.policy_update import score_minibatches, turn_ratios, update_policy
@@ -33,7 +35,7 @@ def by_trajectory(minibatches: list[Minibatch]) -> dict[int, tuple[torch.Tensor,
     """Per trajectory its tokens' turns, the trainer's log-probs and the engine's, float64."""
     found = {}
     for minibatch in minibatches:
-        for batch, old in zip(minibatch.batches, minibatch.old_logprobs, strict=True):
+        for batch, old in zip(minibatch.batches, minibatch.old_logprobs.values(), strict=True):
             for number, index in enumerate(batch.trajectory_indices):
                 rows = (batch.sequence_ids[0] == number) & batch.loss_mask[0]
                 turns = batch.turn_index[batch.turn_ids[0, rows]]
@@ -110,7 +112,7 @@ def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, traj
         ratio = torch.cat([weights_by_hand(*tokens, level) for tokens in by_trajectory(minibatches).values()])
         usable, num_tokens = ratio[ratio.isfinite()], ratio.numel()
         applied = ratio.nan_to_num(0.0).clamp(max=1.5)
-        found = torch.cat([w for minibatch in minibatches for w in minibatch.importance])
+        found = torch.cat([w.weights for minibatch in minibatches for w in minibatch.importance.values()])
         torch.testing.assert_close(found.double(), applied, rtol=1e-5, atol=1e-7)
         assert metrics.values() == pytest.approx(
             {
@@ -203,7 +205,8 @@ def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(poli
     expected = torch.full(shape, math.nan)
     for batch in minibatches[0].batches:
         expected[batch.turn_trajectory, batch.turn_index] = 1.0
-    for batch, old, new in zip(minibatches[1].batches, minibatches[1].old_logprobs, moved, strict=True):
+    old_logprobs = minibatches[1].old_logprobs.values()
+    for batch, old, new in zip(minibatches[1].batches, old_logprobs, moved, strict=True):
         for turn, place in enumerate(zip(batch.turn_trajectory, batch.turn_index, strict=True)):
             rows = batch.loss_mask[0] & (batch.turn_ids[0] == turn)
             expected[place] = (new - old)[rows].mean().exp()
@@ -212,3 +215,75 @@ def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(poli
     assert float((ratios.nan_to_num(1.0) - 1).abs().max()) > 1e-3, (
         "the second update should see another policy"
     )
+
+
+# -- a step of one mini-batch --------------------------------------------------------------------------------
+
+
+def one_update(
+    policy: Policy, trajectories: list[Trajectory], *, scoring: bool, **algorithm
+) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
+    """Metrics, weights and needless passes over a micro-batch, of a fresh policy's single mini-batch."""
+    update = UpdateConfig(lr=1e-3)
+    model = ModelConfig(path=policy.path, dtype="float32")
+    fresh = build_policy(model, ParallelConfig(), policy.groups, update=update)
+    optimizer, schedule = build_optimizer(fresh, update, total_steps=4)
+    (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1, **algorithm)
+    assert len(minibatch.batches) > 2
+    passes: list[int] = []
+    fresh.gpt_models[0].decoder.register_forward_hook(lambda *_: passes.append(1))
+    metrics, step = MetricSums(), [minibatch]
+    if scoring:  # as in a step that has another one behind it
+        step.append(dataclasses.replace(minibatch, batches=[], old_logprobs={}))
+    score_minibatches(fresh, step, metrics)
+    update_policy(fresh, optimizer, schedule, [minibatch], AlgorithmConfig(**algorithm), metrics)
+    weights = {name: p.detach().clone() for name, p in fresh.gpt_models[0].named_parameters()}
+    return metrics.values(), weights, len(passes) - len(minibatch.batches)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
+    policy, trajectories, level, kind
+) -> None:
+    """The same metrics and the same weights, with no other pass than that of the update."""
+    next(t for t in trajectories if t.turns).turns[0].rollout_logprobs[0] = math.nan
+    config = {"ratio": level, "correction": CorrectionConfig(kind=kind, level=level, upper=1.5)}
+    scored, of_scored, passes = one_update(policy, trajectories, scoring=True, **config)
+    found, weights, no_passes = one_update(policy, trajectories, scoring=False, **config)
+    assert passes > no_passes == 0
+    assert {"entropy/mean", "likelihood/correct", "gap/train_engine_k3", "correction/mean"} < found.keys()
+    assert found.pop("ratio/noise_floor") == 0.0 and scored.pop("ratio/noise_floor") < 1e-5
+    assert found.pop("kl/old_policy") == 0.0 and abs(scored.pop("kl/old_policy")) < 1e-5
+    assert found == pytest.approx(scored, rel=1e-5)
+    for name, weight in weights.items():
+        assert (weight - of_scored[name]).norm() <= 1e-5 * of_scored[name].norm(), name
+
+
+def test_turns_of_a_single_mini_batch_have_ratio_1(policy, trajectories) -> None:
+    (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1)
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
+    update_policy(policy, optimizer, schedule, [minibatch], AlgorithmConfig(), MetricSums())
+    ratios = turn_ratios(policy, [minibatch], shape=(len(trajectories), MAX_TURNS))
+    assert ratios[ratios.isfinite()].tolist() == [1.0] * sum(len(t.turns) for t in trajectories)
+
+
+def test_a_log_prob_of_a_single_mini_batch_that_is_not_finite_skips_the_update(policy, trajectories) -> None:
+    (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1)
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
+    norm = policy.gpt_models[0].decoder.final_layernorm.weight
+    sound = norm.detach().clone()
+    metrics = MetricSums()
+    with torch.no_grad():
+        norm[0] = math.nan
+    update_policy(policy, optimizer, schedule, [minibatch], AlgorithmConfig(), metrics)
+    with torch.no_grad():
+        norm.copy_(sound)
+    assert metrics.values()["update/skipped"] == 1 and math.isnan(metrics.values()["update/loss"])
+
+
+def test_mini_batches_behind_an_update_must_have_been_scored(policy, trajectories) -> None:
+    optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
+    minibatches = minibatches_of(trajectories, policy.groups)
+    with pytest.raises(AssertionError, match="without scoring"):
+        update_policy(policy, optimizer, schedule, minibatches, AlgorithmConfig(), MetricSums())
