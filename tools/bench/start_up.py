@@ -11,7 +11,7 @@ Warm: vLLM's folder of what it found out about the model's class is filled (the 
 Cold: an empty one. Nothing else is kept between runs: the search index in process is built from its corpus, prompts
 are tokenised, weights are read. What Python compiles (__pycache__) and the system's file cache are warm in both.
 
-Some 3 minutes.
+Some 4 minutes.
 """
 
 from __future__ import annotations
