@@ -56,8 +56,12 @@ def read_run(folder: Path) -> Series:
     series: Series = {}
     for record in records:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if name != "step" and value is not None and math.isfinite(value):
                 series.setdefault(name, []).append((record["step"], value))
+    if not series:
+        raise ConfigError(
+            f"{folder}/{METRICS_FILE} holds no finite number yet; give a run that has made a step"
+        )
     return series
 
 

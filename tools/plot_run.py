@@ -274,9 +274,13 @@ def main() -> int:
         if not records:
             raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
         history = History(records)
-        draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps").savefig(out, dpi=110)
-    except (OSError, ValueError) as error:
-        print(f"plot_run: {error}", file=sys.stderr)
+        figure = draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps")
+        figure.savefig(out, dpi=110, format="png")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --out: cannot write {out} ({error.strerror}); choose another file", file=sys.stderr)
         return 2
     print(summary(history))
     print(f"curves: {out}")

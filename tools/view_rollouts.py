@@ -29,6 +29,14 @@ from tools.rollouts_page import Decode, chosen_steps, write_page
 from tools.terminal import Painter, end_with_reader, indented, painter_for
 
 _FILE_NAME = re.compile(r"step_(\d+)\.jsonl\.zst")
+_SHOWN = {
+    *("prompt_index", "prompt_id", "sample_index", "hops", "outcome_reward", "exact_match", "format_ok"),
+    *("stop_reason", "baseline_prob", "prompt_text", "turns"),
+}
+_SHOWN_OF_TURN = {
+    *("tokens", "rollout_logprobs", "query", "observation_tokens", "tool_failed", "info_gain", "answer_prob"),
+    *("advantage", "clip_scale", "text", "observation_text"),
+}
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
@@ -64,10 +72,14 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
             "" if turn["answer_prob"] is None else f" to P {turn['answer_prob']:.4f}"
         )
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
-    weights = [f"advantage {turn['advantage']:+.3f}", f"clip scale {turn['clip_scale']:.3f}"]
-    if turn.get("ratio") is not None:  # rollouts of older versions have none
-        weights.append(f"ratio {turn['ratio']:.5f}")
-    facts.append(", ".join(weights))
+    # One that was not finite is null; rollouts of older versions have no ratio.
+    weights = {"advantage": "+.3f", "clip_scale": ".3f", "ratio": ".5f"}
+    shown_weights = [
+        f"{name.replace('_', ' ')} {turn[name]:{digits}}"
+        for name, digits in weights.items()
+        if turn.get(name) is not None
+    ]
+    facts.append(", ".join(shown_weights) or "no advantage")
     lines = [paint("  ".join(facts), "yellow")]
     lines.append(paint.tags(indented(turn["text"])))
     if turn["observation_text"]:
@@ -82,13 +94,26 @@ def read_records(path: Path) -> list[dict]:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
         complete = decompressor.eof  # a file cut short raises nothing
         records = [json.loads(line) for line in lines if line] if complete else []
+        complete = complete and all(map(_is_trajectory, records))
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from None
-    except (zstandard.ZstdError, ValueError):
+    except (zstandard.ZstdError, ValueError, RecursionError):
         complete = False
     if not complete:
         raise ConfigError(f"{path} is damaged; give another --step")
     return records
+
+
+def _is_trajectory(record: object) -> bool:
+    """Whether `record` has all that is shown of one."""
+    if not isinstance(record, dict) or not record.keys() >= _SHOWN or not isinstance(record["turns"], list):
+        return False
+    return all(
+        isinstance(turn, dict)
+        and turn.keys() >= _SHOWN_OF_TURN
+        and len(turn["tokens"]) == len(turn["rollout_logprobs"])
+        for turn in record["turns"]
+    )
 
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:
@@ -178,7 +203,7 @@ def main() -> int:
             return 0
         step, records = select(options.run, step=options.step, prompt=options.prompt, order=options.order)
     except ConfigError as error:
-        print(f"view_rollouts: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     paint = painter_for(sys.stdout)
     shown = records[: options.limit] if options.limit > 0 else records

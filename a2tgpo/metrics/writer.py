@@ -214,13 +214,26 @@ def read_metrics(path: str | Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            record["step"] = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, RecursionError):
+            record = None
+        if not _is_record(record):
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number}: not a record of a step; remove the line") from None
+            raise ValueError(f"{path} line {number}: not a record of a step; remove the line")
         records.append(record)
     return records
+
+
+def _is_record(record: object) -> bool:
+    """A step, and numbers that a float holds; None stands for one that was not finite."""
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
+    return all(
+        value is None
+        or isinstance(value, float)
+        or (isinstance(value, int) and abs(value) <= sys.float_info.max)
+        for value in record.values()
+    )
 
 
 def _set_aside(run_dir: Path) -> None:

@@ -153,8 +153,22 @@ def test_other_ranks_touch_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_broken_line_inside_the_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "rubbish",
+        "[1]",
+        "[" * 5000,
+        '{"reward/mean": 0.5}',
+        '{"step": "one"}',
+        '{"step": 1' + "0" * 400 + "}",
+        '{"step": 1, "reward/mean": "high"}',
+        '{"step": 1, "reward/mean": {"a": 1}}',
+    ],
+    ids=lambda line: line[:24],
+)
+def test_broken_line_inside_the_file_is_named(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2"):
+    path.write_text(f'{{"step": 1, "a": null}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2: not a record of a step"):
         read_metrics(path)

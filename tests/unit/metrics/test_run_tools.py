@@ -75,6 +75,11 @@ def test_folder_without_metrics_or_rollouts_is_refused_in_one_line(tmp_path):
     assert "has no rollouts" in refusal("view_rollouts.py", tmp_path)
 
 
+def test_a_picture_goes_where_it_is_said_or_not_at_all(run_dir):
+    assert "--out: cannot write" in refusal("plot_run.py", run_dir, "--out", run_dir)
+    assert not run_dir.with_suffix(".png").exists()  # where matplotlib puts one whose name has no ending
+
+
 def rollout(sample, gain, *, prompt="q1"):
     turns = [
         Turn(
@@ -121,3 +126,17 @@ def test_damaged_rollout_file_is_one_line(tmp_path):
     write_records([rollout(0, 0.1)], path)
     path.write_bytes(path.read_bytes()[:20])
     assert "step_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
+    fewer_logprobs = rollout(0, 0.1)
+    fewer_logprobs["turns"][0]["rollout_logprobs"].pop()
+    for record in ([1], {"prompt_id": "q1"}, rollout(0, 0.1) | {"turns": [1]}, fewer_logprobs):
+        write_records([rollout(0, 0.1), record], path)
+        assert "step_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
+
+
+def test_a_rollout_whose_advantage_was_not_finite_can_be_read(tmp_path):
+    record = rollout(0, 0.1)
+    for turn in record["turns"]:
+        turn |= {"advantage": None, "clip_scale": None, "ratio": None}  # what collect_records makes of nan
+    write_records([record], tmp_path / "rollouts" / "step_1.jsonl.zst")
+    code, out, err = run_tool("view_rollouts.py", tmp_path)
+    assert (code, err) == (0, "") and out.count("no advantage") == 2

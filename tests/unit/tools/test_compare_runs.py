@@ -41,11 +41,15 @@ def test_curves_last_and_best_values_and_differing_settings(tmp_path):
     [
         (["RUN", "none"], "none has no metrics.jsonl"),
         (["RUN", "RUN"], "the same run is named twice"),
+        (["RUN", "DIVERGED"], "diverged/metrics.jsonl holds no finite number"),
         (["RUN", "--metrics", "loss"], "--metrics is 'loss'"),
         (["RUN", "--out", "/proc/no"], "--out: cannot write /proc/no"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, message):
     run = make_run(tmp_path / "run", [0.1], lr=1)
-    done = compare(*[run if argument == "RUN" else argument for argument in arguments])
+    (tmp_path / "diverged").mkdir()
+    (tmp_path / "diverged" / "metrics.jsonl").write_text('{"step": 1, "reward/mean": null}\n')
+    places = {"RUN": run, "DIVERGED": tmp_path / "diverged"}
+    done = compare(*[places.get(argument, argument) for argument in arguments])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
