@@ -10,6 +10,7 @@ the configuration or in the arguments.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return plan(args)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -63,7 +64,11 @@ def plan(args: argparse.Namespace) -> int:
         written = plan_json(made)
         is_possible = made.fits
     if args.json:
-        Path(args.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        try:
+            Path(args.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--json: cannot write {args.json} ({reason}); choose another file") from None
     return 0 if is_possible else 1
 
 
@@ -83,13 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mean-prompt-tokens",
-        type=float,
+        type=_tokens,
         default=usual.prompt_tokens,
         help=f"expected prompt, tokens (default {usual.prompt_tokens:.0f})",
     )
     parser.add_argument(
         "--mean-response-tokens",
-        type=float,
+        type=_tokens,
         default=usual.response_tokens,
         help=f"expected response, observations included, tokens (default {usual.response_tokens:.0f})",
     )
@@ -106,17 +111,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not >= 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: an integer >= 1")
+    return int(text)
+
+
+def _tokens(text: str) -> float:
+    if not 1 <= (value := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a finite number >= 1")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in (0, 1]")
+    if not 0 < (value := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number in (0, 1]")
     return value
+
+
+def _number(text: str) -> float:
+    """NaN, which no rule allows, where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 if __name__ == "__main__":

@@ -57,6 +57,32 @@ def test_mistakes_end_in_one_line(capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--gpus", "many", "an integer >= 1"),
+        ("--gpus", "0", "an integer >= 1"),
+        ("--mean-prompt-tokens", "-5", "a finite number >= 1"),
+        ("--mean-prompt-tokens", "nan", "a finite number >= 1"),
+        ("--mean-response-tokens", "inf", "a finite number >= 1"),
+        ("--mean-response-tokens", "0", "a finite number >= 1"),
+        ("--sampled-share", "2", "a number in (0, 1]"),
+        ("--sampled-share", "half", "a number in (0, 1]"),
+    ],
+)
+def test_a_number_that_plans_nothing_is_refused_with_what_is_allowed(option, value, allowed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([CONFIG_70B, option, value])
+    assert f"argument {option}: {value!r}; allowed: {allowed}" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    for place in (tmp_path, tmp_path / "none" / "plan.json", "a\0b"):
+        assert main([CONFIG_70B, "--gpus", "64", "--json", str(place)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --json: cannot write ")
+
+
 def test_overrides_may_be_files_and_stand_behind_options(capsys):
     preset = str(ROOT / "configs/algorithm/grpo.yaml")
     assert main([CONFIG_70B, "--gpus", "64", preset, "model.recompute=full"]) == 0
