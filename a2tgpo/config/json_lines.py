@@ -15,7 +15,7 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
         key: what named the file (a configuration key or an option), for the message when it cannot be read.
 
     Raises:
-        ConfigError: one line; the file cannot be read, a line is not UTF-8, not JSON, or not an object.
+        ConfigError: one line; the file cannot be read, or as `parse_line`.
     """
     try:
         handle = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)
@@ -27,16 +27,21 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
         try:
             for number, raw in enumerate(handle, start=1):
                 where = f"{path} line {number}"
-                record = _parse(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, where)
+                record = parse_line(raw, where)
                 if record is not None:
                     yield where, record
         except OSError as error:
             raise ConfigError(f"{key}: cannot read {path} ({error.strerror})") from None
 
 
-def _parse(raw: bytes, where: str) -> dict | None:
+def parse_line(raw: bytes, where: str) -> dict | None:
+    """The object in one line of a JSONL file, which a byte order mark may start; None for a blank one.
+
+    Raises:
+        ConfigError: one line starting with `where`; not UTF-8, not JSON, no object, or a text in it that is none.
+    """
     try:
-        line = raw.decode("utf-8").strip()
+        line = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
     if not line:
@@ -50,7 +55,18 @@ def _parse(raw: bytes, where: str) -> dict | None:
         raise ConfigError(f"{where}: not JSON ({detail}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
+    if "\\u" in line and not _is_encodable(record):
+        raise ConfigError(f"{where}: holds half a character (a lone \\ud800 to \\udfff); remove it")
     return record
+
+
+def _is_encodable(record: dict) -> bool:
+    """JSON may escape halves of surrogate pairs alone, which no tokenizer and no file takes."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def text_field(record: dict, name: str, where: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,7 @@ from typing import overload
 import numpy as np
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.json_lines import parse_line
 from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
@@ -72,11 +73,10 @@ class CorpusFile(Sequence[Passage]):
         end = self._bytes.find(b"\n", start)
         line = self._bytes[start : end if end >= 0 else None]
         where = f"{self.path} byte {start}"
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise ConfigError(f"{where}: not the line that was indexed; build the index anew") from None
-        return parse_passage(record, where)
+        with contextlib.suppress(ConfigError):
+            if (record := parse_line(line, where)) is not None:
+                return parse_passage(record, where)
+        raise ConfigError(f"{where}: not the line that was indexed; build the index anew")
 
 
 def scan(
@@ -110,12 +110,19 @@ def scan(
         number += 1
         if (number - 1) % part[1] != part[0]:
             continue
-        passage = parse_passage(_parse(line, where), where)
+        record = parse_line(line, where)
+        if record is None:
+            continue
+        passage = parse_passage(record, where)
         name = int.from_bytes(hashlib.blake2b(passage.id.encode(), digest_size=8).digest())
         if name in seen:
             raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
         seen.add(name)
         offsets.append(start)
+    if number and not offsets:
+        raise ConfigError(
+            f"--part is {part[0]}/{part[1]}; allowed: at most as many parts as {path} has passages ({number})"
+        )
     if not offsets:
         raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
     return np.array(offsets, dtype=np.int64)
@@ -132,15 +139,3 @@ def _lines(path: str | Path, key: str) -> Iterator[tuple[str, int, bytes]]:
         raise ConfigError(
             f"{key}: cannot read {path} ({error.strerror}); give an existing JSONL file"
         ) from None
-
-
-def _parse(line: bytes, where: str) -> dict:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where}: not UTF-8; save the file as UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"{where}: not JSON; each line must be one JSON object") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
-    return record

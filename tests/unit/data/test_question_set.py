@@ -30,6 +30,8 @@ def test_questions_keep_file_order_and_all_fields(tmp_path):
         (b'{"id": ', "not JSON"),
         (b"[1]", "list found"),
         (b'{"question": "\xff"}', "not UTF-8"),
+        (b'{"question": "\\ud83d half", "answers": ["x"]}', "half a character"),
+        (b'{"question": "x", "answers": ["\\udfff"]}', "half a character"),
         (b'{"question": "x", "answers": ["' + b"9" * 10 + b'"], "n": ' + b"9" * 5000 + b"}", "not JSON"),
         ({"question": "x"}, "`answers` is missing"),
         ({"question": "x", "answers": []}, "at least one answer"),

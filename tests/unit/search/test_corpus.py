@@ -4,6 +4,7 @@ import pytest
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.corpus_file import CorpusFile, scan
 from a2tgpo.search.passage import Passage, parse_contents
 
 GOOD = {"id": 7, "contents": '"Lima"\nLima is the capital of Peru.'}
@@ -52,6 +53,12 @@ def test_bad_passage_is_refused_with_its_line(tmp_path, bad, says):
     assert "corpus.jsonl line 2: " in str(caught.value)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_passage(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"id": "7", "contents": "one"}\n{"id": "8", "contents": "two"}\n')
+    assert load_corpus(str(path)) == list(CorpusFile(path, scan(path)))  # in memory and on disk alike
 
 
 def test_empty_and_missing_corpora_are_refused(tmp_path):
