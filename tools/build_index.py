@@ -48,7 +48,7 @@ class Bars:
 def parse_part(text: str) -> tuple[int, int]:
     """(0, 4) for 0/4."""
     first, _, second = text.partition("/")
-    good = first.isdigit() and second.isdigit() and int(first) < int(second)
+    good = first.isdecimal() and second.isdecimal() and int(first) < int(second)
     require(good, "--part", text, "I/N with 0 <= I < N")
     return int(first), int(second)
 

@@ -49,10 +49,13 @@ def _listen(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: no address of this machine ({error.strerror})") from None
+    except UnicodeError:
+        raise ConfigError(f"--host {host:.80}: no name of a machine") from None
     except OSError as error:
-        reason = getattr(error, "strerror", None) or str(error)
         where = f"--host {host} --port {port}"
-        raise ConfigError(f"{where}: cannot listen there ({reason}); choose another port") from None
+        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); choose another port") from None
     return bound
 
 

@@ -39,7 +39,7 @@ class Encoder:
     """Unit vectors of texts: mean over the tokens of the encoder's last layer; on the GPU where there is one.
 
     Raises:
-        ConfigError: if the folder holds no encoder.
+        ConfigError: if the folder holds no encoder, or one for shorter texts than `max_tokens`.
     """
 
     def __init__(self, settings: EncoderSettings, *, batch_size: int = 64):
@@ -61,6 +61,13 @@ class Encoder:
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(f"--encoder: {folder} cannot be loaded ({reason:.120})") from None
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        require(
+            positions is None or settings.max_tokens <= positions,
+            "--max-tokens",
+            settings.max_tokens,
+            f"at most the encoder's {positions} positions",
+        )
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
 

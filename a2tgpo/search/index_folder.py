@@ -122,7 +122,7 @@ def load_index(folder: Path, corpus: Path, *, encoder_path: str = "") -> tuple[S
         if description["kind"] == "bm25":
             return Bm25Index.load(folder / BM25_FOLDER, passages), len(passages)
         neighbours = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"--index: {folder} is damaged ({reason:.120}); build it anew") from None
     settings = description["encoder"] | ({"path": encoder_path} if encoder_path else {})
@@ -136,6 +136,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         known = description["format"] == FORMAT and description["kind"] in ("bm25", "dense")
         known = known and {"fingerprint", "name"} <= description["corpus"].keys()
+        if description["kind"] == "dense":
+            EncoderSettings(**description["encoder"])
     except OSError as error:
         raise ConfigError(
             f"--index: cannot read {path} ({error.strerror}); make the index with tools/build_index.py"

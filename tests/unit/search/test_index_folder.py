@@ -163,6 +163,15 @@ def break_offsets(index):
     (index / "offsets.npy").write_bytes(b"no array")
 
 
+def empty_offsets(index):
+    (index / "offsets.npy").write_bytes(b"")
+
+
+def lose_the_encoder(index):
+    description = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps(description | {"kind": "dense", "encoder": {"name": "x"}}))
+
+
 def lose_scores(index):
     (index / "bm25" / "data.csc.index.npy").unlink()
 
@@ -172,6 +181,8 @@ def lose_scores(index):
     [
         (break_description, "is damaged or of another version; build the index anew"),
         (break_offsets, "is damaged .*build it anew"),
+        (empty_offsets, "is damaged .*build it anew"),
+        (lose_the_encoder, "is damaged or of another version; build the index anew"),
         (lose_scores, "is damaged .*build it anew"),
     ],
 )
@@ -205,6 +216,17 @@ MISTAKES = {
     "id twice": (["bm25"], '{"id": 1, "contents": "a"}\n' * 2, "line 2: id '1' stands there a second time"),
     "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "holds a word"),
     "part": (["bm25", "--part", "2/2"], '{"id": 1, "contents": "a"}\n', "--part is '2/2'"),
+    "superscripts": (
+        ["bm25", "--part", "\u00b2/\u00b3"],
+        '{"id": 1, "contents": "a"}\n',
+        "--part is '\u00b2/\u00b3'",
+    ),
+    "more parts than passages": (["bm25", "--part", "3/9"], '{"id": 1, "contents": "a"}\n', "passages (1)"),
+    "texts past the encoder": (
+        ["dense", "--encoder", "MINILM", "--max-tokens", "9999"],
+        '{"id": 1, "contents": "a"}\n',
+        "--max-tokens is 9999; allowed: at most the encoder's 512 positions",
+    ),
     "no encoder": (["dense"], '{"id": 1, "contents": "a"}\n', "--encoder is ''"),
     "folder without encoder": (
         ["dense", "--encoder", "."],

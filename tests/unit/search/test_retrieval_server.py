@@ -186,6 +186,16 @@ def test_a_port_that_is_none_is_refused(corpus, monkeypatch, capsys):
     assert caught.value.code == 2 and "--port is 99999; allowed: 0 to 65535" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300], ids=["unknown", "no name"])
+def test_a_host_that_is_none_is_one_line(corpus, host, monkeypatch, capsys):
+    from tools.retrieval_server import main
+
+    monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--host", host])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"retrieval_server: --host {host[:40]}")
+
+
 @pytest.fixture
 def guarded(corpus, tmp_path):
     """A server that asks for a token and bounds the rate: (its app's client, the token's file)."""
