@@ -12,6 +12,15 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 # What Megatron's RotaryEmbedding._apply_scaling has built in (rotary_pos_embedding.py:90); only `factor` varies.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -33,6 +42,12 @@ def load_hf_config(path: str) -> PretrainedConfig:
         raise ConfigError(
             f"model.path {path!r}: config.json has model_type {model_type!r}; allowed: {' | '.join(ARCHITECTURES)}"
         )
+    for name in _SIZES:
+        size = raw.get(name)  # what is left out, or null, has a default
+        if size is not None and (type(size) is not int or size < 1):
+            raise ConfigError(
+                f"model.path {path!r}: config.json has {name} {size!r}; allowed: an integer >= 1"
+            )
     weight_files(path)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -54,7 +69,10 @@ def weight_files(path: str) -> dict[str, Path]:
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        listed = _read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise ConfigError(f"model.path {path!r}: {index.name} lists no files by weight; fetch it again")
+        names = sorted(set(listed.values()))
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
@@ -134,7 +152,7 @@ def _read_json(file: Path) -> dict:
         raise ConfigError(
             f"model.path {str(file.parent)!r} has no {file.name}; give a checkpoint folder"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds a {type(content).__name__}; allowed: a JSON object")

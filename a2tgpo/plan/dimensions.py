@@ -186,7 +186,7 @@ def read_dimensions(path: str) -> ModelDimensions:
         has_experts = architecture == "qwen3_moe"
         # transformers 5 writes num_local_experts.
         experts = content.get("num_experts", content.get("num_local_experts")) if has_experts else 0
-        return ModelDimensions(
+        dimensions = ModelDimensions(
             architecture=architecture,
             hidden=int(content["hidden_size"]),
             layers=int(content["num_hidden_layers"]),
@@ -199,8 +199,12 @@ def read_dimensions(path: str) -> ModelDimensions:
             experts=int(experts),
             experts_per_token=int(content["num_experts_per_tok"]) if has_experts else 1,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{file} lacks a dimension or has a wrong one: {error!r}") from None
+    for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
+        if getattr(dimensions, name) < 1:
+            raise ConfigError(f"{file} has {getattr(dimensions, name)} for {name}; allowed: >= 1")
+    return dimensions
 
 
 def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:

@@ -44,6 +44,9 @@ def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> Non
     assert "holds no *.safetensors" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     assert "model-1.safetensors is listed in model.safetensors.index.json but missing" in refusal(folder)
+    for weight_map in ("[1]", '{"a": 3}', "null"):
+        (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+        assert "model.safetensors.index.json lists no files by weight" in refusal(folder)
 
 
 def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
@@ -61,7 +64,11 @@ def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; allowed: silu"),
         ({"attention_bias": True}, "attention_bias true; allowed: false"),
         ({"mlp_bias": True}, "mlp_bias true; allowed: false"),
-        ({"hidden_size": "many"}, "config.json is malformed"),
+        ({"hidden_size": "many"}, "hidden_size 'many'; allowed: an integer >= 1"),
+        ({"hidden_size": 64.5}, "hidden_size 64.5; allowed: an integer >= 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0; allowed: an integer >= 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1; allowed: an integer >= 1"),
+        ({"rope_parameters": "none"}, "config.json is malformed"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config; allowed"),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
