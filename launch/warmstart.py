@@ -53,7 +53,7 @@ def main() -> int:
             value = getattr(config.warmstart, field)
             require(bool(value), f"warmstart.{field}", value, "a path, for a warm start")
         warm_start(config)
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
 

@@ -22,6 +22,8 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
+from launch.preflight import meet_ranks
+from launch.rendezvous import join_launcher
 from tools.terminal import Painter, indented, painter_for
 
 if TYPE_CHECKING:
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
 def main() -> int:
     args = parse_arguments()
     try:
+        join_launcher()
         chat(load_config(args.config, args.overrides), args)
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
 
@@ -61,12 +64,12 @@ def chat(config: RunConfig, args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import broadcast_object
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import open_player
     from a2tgpo.saved_model import find_model
 
     model = find_model(args.checkpoint, untrained=config.model.path)
-    groups = initialize(config.parallel, seed=config.run.seed)
+    groups = meet_ranks(config)
     player = open_player(config, groups, model)
     world = dist.group.WORLD
     assert world is not None, "the processes are joined"

@@ -23,6 +23,8 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
+from launch.preflight import meet_ranks
+from launch.rendezvous import join_launcher
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
@@ -30,12 +32,13 @@ DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 def main() -> int:
     args = parse_arguments()
     try:
+        join_launcher()
         config = load_config(args.config or config_beside(args.source), args.overrides)
         if args.direction == "megatron-to-hf":
             export(config, args.source, args.out)
         else:
             import_hf(config, args.source, args.out)
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
 
@@ -69,14 +72,14 @@ def require_new(out: Path) -> None:
 def export(config: RunConfig, source: Path, out: Path) -> None:
     """Checkpoint to Hugging Face folder; every rank calls this."""
     from a2tgpo.model.weights import save_hf
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import load_policy
     from a2tgpo.saved_model import find_model
 
     model = find_model(source, untrained=config.model.path, key="--in")
     require(not model.is_hf, "--in", str(source), "a run's checkpoint, with megatron-to-hf")
     require_new(out)
-    groups = initialize(config.parallel, seed=config.run.seed)
+    groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
@@ -86,7 +89,7 @@ def export(config: RunConfig, source: Path, out: Path) -> None:
 def import_hf(config: RunConfig, source: Path, out: Path) -> None:
     """Hugging Face folder to a checkpoint of step 0; every rank calls this."""
     from a2tgpo.model.build import build_policy
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.saved_model import find_model
     from a2tgpo.update.checkpoint_writer import CheckpointWriter
     from a2tgpo.update.optimizer import build_optimizer
@@ -94,7 +97,7 @@ def import_hf(config: RunConfig, source: Path, out: Path) -> None:
     model = find_model(source, key="--in")
     require(model.is_hf, "--in", str(source), "a Hugging Face folder, with hf-to-megatron")
     require_new(out)
-    groups = initialize(config.parallel, seed=config.run.seed)
+    groups = meet_ranks(config)
     settings = dataclasses.replace(config.model, path=str(source))
     policy = build_policy(settings, config.parallel, groups, update=config.update)
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch

@@ -25,6 +25,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from launch.failure import exit_code
+from launch.preflight import meet_ranks
 from launch.rendezvous import join_launcher
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main() -> int:
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
         sets = load_sets(args.sets, config, limit=args.limit)
         evaluate_sets(config, sets, args)
-    except (ConfigError, RuntimeError) as error:
+    except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
 
@@ -102,12 +103,12 @@ def set_name(file: Path) -> str:
 def evaluate_sets(config: RunConfig, sets: dict[str, list[Question]], args: argparse.Namespace) -> None:
     """Join the other ranks, play every set, write the report; every rank calls this."""
     from a2tgpo.data.template import PromptSet
-    from a2tgpo.parallel.initialize import initialize, shutdown
+    from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import open_player
     from a2tgpo.saved_model import find_model
 
     model = find_model(args.checkpoint, untrained=config.model.path)
-    groups = initialize(config.parallel, seed=config.run.seed)
+    groups = meet_ranks(config)
     player = open_player(config, groups, model)
     limit = config.data.max_prompt_tokens
     prompts = {

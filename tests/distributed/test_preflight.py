@@ -1,6 +1,7 @@
 """The checks before a run, over real processes (see preflight_worker for what is checked)."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -52,3 +53,37 @@ def test_a_first_collective_that_hangs_ends_all_ranks_with_one_line(config):
     assert len(lines) == 1 and "all 2 ranks are there, but their first sum did not end within" in lines[0], (
         lines
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ("0", "preflight: rank 1: not ready to join the others within 3 s"),
+        ("1", "did not reach rank 0 at 127.0.0.1:"),
+    ],
+)
+def test_a_tool_does_not_wait_for_ranks_that_were_never_started(config, tmp_path, rank, message):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    left_over = {
+        "RANK": rank,
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    model = str(Path(config).parent / "model")
+    arguments = ["hf-to-megatron", "--in", model, "--out", str(tmp_path / "out"), "--config", config]
+    done = subprocess.run(
+        [sys.executable, "tools/convert.py", *arguments, "parallel.start_timeout_s=3"],
+        cwd=ROOT,
+        env=os.environ | left_over,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("preflight:", "error:"))]
+    assert done.returncode == 3 and len(lines) == 1 and message in lines[0], done.stderr[-2000:]
+    assert not (tmp_path / "out").exists()

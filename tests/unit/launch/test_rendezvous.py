@@ -1,5 +1,6 @@
 """Which rank this process is, and where the ranks meet, by the variables of each launcher."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -132,3 +133,36 @@ def test_the_program_says_it_in_one_line():
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: SLURM_STEP_NUM_TASKS is set, but not SLURM_LOCALID")
+
+
+PROGRAMS = {
+    "launch/train.py": ["--dry-run"],
+    "launch/warmstart.py": [],
+    "tools/evaluate.py": ["--checkpoint", "none"],
+    "tools/chat.py": ["--checkpoint", "none"],
+    "tools/convert.py": ["hf-to-megatron", "--in", "none", "--out", "none"],
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("left_over", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set, but not WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK is '-1' in the environment"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started this as one of 2 processes"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "SLURM_STEP_NUM_TASKS is set, but not"),
+    ],
+    ids=["RANK alone", "no rank", "mpirun", "half of srun"],
+)
+def test_names_that_a_launcher_left_behind_are_one_line(program, left_over, message, monkeypatch, capsys):
+    for name in (*rendezvous.NAMES, *SRUN, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launch.failure.GRACE_S", 0.0)
+    monkeypatch.setattr(sys, "argv", [program, "--config", "none.yaml", *PROGRAMS[program]])
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    assert module.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
