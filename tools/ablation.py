@@ -209,7 +209,7 @@ def play(
                 result = read_result(job.run, job.process.returncode)
                 progress.end(result)
                 failed += [] if result.is_finished else [result]
-                write_report(job.run.out)
+                report_so_far(job.run.out)
     finally:
         for job in running:
             job.process.terminate()  # torchrun ends its ranks
