@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 
+from a2tgpo.config.check import require
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
 from a2tgpo.rollout.tool_call import CallSyntax
@@ -14,14 +15,18 @@ SYNTAX = CallSyntax(("calculator",))
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
 """What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
+MAX_QUESTIONS = 1_000_000
+"""There are 43.7 million different ones; towards their number drawing a new one would take ever longer."""
 GOOD_SHARE = 0.5
 """Share of demonstrations that calculate; the others guess, so that there is something to learn."""
 
 
 def build_arithmetic(args: argparse.Namespace) -> dict:
     """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; returns the report."""
+    count = args.train_questions + args.test_questions
+    require(count <= MAX_QUESTIONS, "--train-questions + --test-questions", count, f"at most {MAX_QUESTIONS}")
     draw = random.Random(f"arithmetic-{args.seed}")
-    questions = list(distinct_questions(draw, args.train_questions + args.test_questions))
+    questions = list(distinct_questions(draw, count))
     test, train = questions[: args.test_questions], questions[args.test_questions :]
     demonstrations = [demonstrate(train[i % len(train)], draw) for i in range(args.demonstrations)]
     write_lines(args.out / "train.jsonl", (without_sum(question) for question in train))
