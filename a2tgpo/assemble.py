@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.carried_pool import CarriedPool
 from a2tgpo.config.check import require
@@ -15,6 +15,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.timers import StageTimers
@@ -85,7 +86,7 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     replicas = divide_into_replicas(config, groups)
     with timers.stage("startup_data"):
         load_hf_config(config.model.path)
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
         template = PromptTemplate(tokenizer, config.data.instructions)
         train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
         test_questions = load_questions(config.data.test, key="data.test")

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.assemble import Replicas, build_engine, build_rollout, divide_into_replicas
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
@@ -67,7 +68,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
     replicas = divide_into_replicas(config, groups)
     load_hf_config(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     template = PromptTemplate(tokenizer, config.data.instructions)
     toolset = build_tools(config)
     if model.is_hf:

@@ -63,10 +63,9 @@ class RunFolder:
                 NAME.previous_N) | a checkpoint's folder.
 
         Raises:
-            ConfigError: if `resume` is a path that is no folder, or the run's folder cannot be made.
+            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made.
         """
-        if resume not in ("auto", "none") and not Path(resume).is_dir():
-            raise ConfigError(f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder")
+        check_resume(resume)
         fault = [""]
         if self._groups.rank == 0:
             try:
@@ -303,6 +302,14 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.previous_{number}")).exists():
             number += 1
         self.path.rename(aside)
+
+
+def check_resume(resume: str) -> None:
+    """Raise `ConfigError` if `resume` is a path, but not that of a checkpoint that was written to its end."""
+    if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
+        raise ConfigError(
+            f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
+        )
 
 
 def describe_environment() -> str:

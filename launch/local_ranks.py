@@ -20,7 +20,7 @@ from torch.distributed.run import main
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.stop_signal import EXIT_CODE, SIGNALS
-from launch.failure import BROKEN_RUN
+from launch.failure import BAD_CONFIG, BROKEN_RUN
 
 TO_TORCHRUN = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
@@ -50,4 +50,7 @@ def run(num_ranks: str, script: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        print("usage: local_ranks.py NUM_RANKS SCRIPT [ARGUMENT ...], NUM_RANKS >= 1", file=sys.stderr)
+        sys.exit(BAD_CONFIG)
     sys.exit(run(*sys.argv[1:]))

@@ -79,16 +79,18 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     Returns:
         The exit code: 0, or `DOES_NOT_FIT`.
     """
-    from transformers import AutoTokenizer
-
     from a2tgpo.data.question_set import load_questions
+    from a2tgpo.data.sampler import PromptSampler
     from a2tgpo.data.template import PromptSet, PromptTemplate
+    from a2tgpo.data.tokenizer import load_tokenizer
     from a2tgpo.environment.tool import build_tools
     from a2tgpo.model.hf_config import load_hf_config
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.plan.advice import faults
     from a2tgpo.plan.report import plan_text
+    from a2tgpo.run_folder import check_resume
 
+    check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from a2tgpo.parallel.initialize import shutdown
         from launch.preflight import start_ranks
@@ -96,12 +98,13 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         start_ranks(config, inputs(config, resume=resume))
         shutdown()
     check_layout(load_hf_config(config.model.path), config.parallel, config.model.fp8)
-    template = PromptTemplate(AutoTokenizer.from_pretrained(config.model.path), config.data.instructions)
+    template = PromptTemplate(load_tokenizer(config.model.path), config.data.instructions)
     limit = config.data.max_prompt_tokens
     sizes = {}
     for key in ("train", "test"):
         questions = load_questions(getattr(config.data, key), key=f"data.{key}")
         sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
+    PromptSampler(sizes["train"], config.rollout.prompts_per_step, config.run.seed)
     build_tools(config).close()
     # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))

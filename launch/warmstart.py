@@ -106,17 +106,16 @@ def warm_start(config: RunConfig) -> None:
 
 def load_trajectories(config: RunConfig) -> list[Trajectory]:
     """All demonstrations, rendered and tokenised; the same list on every rank."""
-    from transformers import AutoTokenizer
-
     from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
     from a2tgpo.data.template import PromptTemplate
+    from a2tgpo.data.tokenizer import load_tokenizer
     from a2tgpo.model.hf_config import load_hf_config
 
     try:
         load_hf_config(config.warmstart.source)
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
-    tokenizer = AutoTokenizer.from_pretrained(config.warmstart.source)
+    tokenizer = load_tokenizer(config.warmstart.source, key="warmstart.source")
     template = PromptTemplate(tokenizer, config.data.instructions)
     demonstrations = load_demonstrations(config.warmstart.demonstrations)
     return [

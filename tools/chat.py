@@ -94,10 +94,15 @@ def chat(config: RunConfig, args: argparse.Namespace) -> None:
 def read_question(given: str | None, number: int) -> str:
     """The one of the command line, or the next line; empty at the end."""
     if given is not None:
-        return given.strip() if number == 0 else ""
+        return whole(given).strip() if number == 0 else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        return input("question> ").strip()
+        return whole(input("question> ")).strip()
     return ""
+
+
+def whole(text: str) -> str:
+    """`text` with what was no UTF-8 in the terminal or on the command line replaced: no tokenizer takes it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def ask(player: Player, question: str, *, number: int, sample: bool, paint: Painter) -> str:

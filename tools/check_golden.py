@@ -52,7 +52,7 @@ def main() -> int:
     for path in files:
         try:
             checks = list(check_file(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"{path.name}: not a golden file this tool knows: {error!r}", file=sys.stderr)
             failed += 1
             continue

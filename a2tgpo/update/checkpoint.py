@@ -12,6 +12,7 @@ otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,12 +20,14 @@ import pickle
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
@@ -79,7 +82,7 @@ def load(
         The `state` given to `CheckpointWriter.start`.
 
     Raises:
-        ValueError: one line; `path` is not a complete checkpoint of this program.
+        ValueError: one line; `path` is not a complete checkpoint of this program, or one of another model.
     """
     path = Path(path)
     _require_complete(path)
@@ -92,7 +95,8 @@ def load(
             raise ValueError(f"{path / rng_file(policy.groups.rank)} holds no random states") from error
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
-    load_sharded(path / SHARDED, policy, optimizer)
+    with _told_as_another_model(path):
+        load_sharded(path / SHARDED, policy, optimizer)
     schedule.load_state_dict(record["schedule"])
     if rng is not None:
         set_rng_state(_from_plain(rng))
@@ -103,11 +107,22 @@ def load_weights(path: str | Path, policy: Policy) -> None:
     """Put only a checkpoint's weights in place, saved by any layout.
 
     Raises:
-        ValueError: if `path` is not a complete checkpoint.
+        ValueError: one line; `path` is not a complete checkpoint, or one of another model.
     """
     path = Path(path)
     _require_complete(path)
-    load_sharded_weights(path / SHARDED, policy)
+    with _told_as_another_model(path):
+        load_sharded_weights(path / SHARDED, policy)
+
+
+@contextlib.contextmanager
+def _told_as_another_model(path: Path) -> Iterator[None]:
+    """What Megatron says where names or shapes are not the policy's, as one line; the files are whole."""
+    try:
+        yield
+    except CheckpointingException as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path} holds another model than that at model.path ({reason:.200})") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,24 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
+def model_with(folder: Path, good: Path, change: Callable[[Path], object]) -> dict[str, str]:
+    """A copy of the good model, changed."""
+    model = folder / "model"
+    shutil.copytree(good, model)
+    change(model)
+    return {"model.path": str(model)}
+
+
+def lose_the_tokenizer(model: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model / file).unlink()
+
+
+def set_sizes(model: Path, **sizes: object) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+
+
 BROKEN = {
     "unknown key": (lambda f: {"rollout.group_sise": "4"}, ["rollout.group_sise", "rollout.group_size"]),
     "bad value": (lambda f: {"rollout.group_size": "0"}, ["rollout.group_size", ">= 1"]),
@@ -120,21 +140,89 @@ BROKEN = {
         ["127.0.0.1:9"],
     ),
     "layout that the model's heads do not allow": (lambda f: {"parallel.tensor": "3"}, ["parallel.tensor"]),
+    "name of several lines": (lambda f: {"run.name": "a\nb"}, ["run.name", "printable"]),
+    "name too long for a folder": (lambda f: {"run.name": "x" * 300}, ["run.name", "at most 200"]),
+    "NUL in a path": (lambda f: {"data.train": "a\0b"}, ["data.train", "without NUL"]),
+    "half a character": (lambda f: {"data.instructions": "\udcff"}, ["data.instructions", "UTF-8"]),
+    "fewer questions than a step asks": (
+        lambda f: {"rollout.prompts_per_step": "8"},
+        ["rollout.prompts_per_step is 8", "data.train (4)"],
+    ),
+}
+BROKEN_MODELS = {
+    "no tokenizer": (lose_the_tokenizer, "holds no tokenizer.json"),
+    "damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "the tokenizer is damaged"),
+    "tokenizer that is no text": (
+        lambda m: (m / "tokenizer.json").write_bytes(b"\xff"),
+        "the tokenizer is damaged",
+    ),
+    "key-value heads": (
+        lambda m: set_sizes(m, num_key_value_heads=3),
+        "a divisor of num_attention_heads (4)",
+    ),
+    "no heads": (lambda m: set_sizes(m, num_attention_heads=0), "num_attention_heads 0; allowed"),
+    "rotary base": (
+        lambda m: set_sizes(m, rope_parameters={"rope_type": "default", "rope_theta": "x"}),
+        "rope_theta 'x'; allowed: a number",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_one_line_tells_what_is_wrong(good, tmp_path, mistake, monkeypatch, capsys):
     change, expected = BROKEN[mistake]
-    settings = {**good, **change(tmp_path)}
-    arguments = ["--config", settings.pop("config"), "--dry-run", *(f"{k}={v}" for k, v in settings.items())]
+    line = refusal({**good, **change(tmp_path)}, monkeypatch, capsys)
+    for part in expected:
+        assert part in line
+
+
+@pytest.mark.parametrize("mistake", BROKEN_MODELS)
+def test_one_line_tells_what_is_wrong_with_the_model(good, tmp_path, mistake, monkeypatch, capsys):
+    change, expected = BROKEN_MODELS[mistake]
+    model = model_with(tmp_path, Path(good["model.path"]), change)
+    assert expected in refusal({**good, **model}, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("resume", ["", "none-such", "/tmp"])
+def test_a_dry_run_looks_whether_there_is_a_checkpoint_to_go_on_from(good, resume, monkeypatch, capsys):
+    line = refusal(good, monkeypatch, capsys, "--resume", resume)
+    assert f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder" in line
+
+
+def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str:
+    """The one line that a dry run prints; in this process: an uncaught exception would be a traceback."""
+    settings = dict(settings)
+    arguments = ["--config", settings.pop("config"), "--dry-run", *options]
+    arguments += [f"{key}={value}" for key, value in settings.items()]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.delenv("RANK", raising=False)
-    assert main() == 2  # in this process: an uncaught exception would be a traceback
+    assert main() == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    for part in expected:
-        assert part in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "vocab_size"), [("qwen3", 640), ("llama", 512)], ids=["vocabulary", "architecture"]
+)
+def test_a_checkpoint_of_another_model_is_one_line(good, tmp_path, architecture, vocab_size):
+    save_tiny(tmp_path / "other", architecture, vocab_size=vocab_size)
+    imported = convert(good, "hf-to-megatron", good["model.path"], tmp_path / "checkpoints")
+    assert imported.returncode == 0, imported.stderr
+    settings = {**good, "model.path": str(tmp_path / "other")}
+    done = convert(settings, "megatron-to-hf", tmp_path / "checkpoints" / "step_0", tmp_path / "out")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "holds another model" in errors[0], done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def convert(
+    settings: dict[str, str], direction: str, source: str | Path, out: Path
+) -> subprocess.CompletedProcess:
+    settings = dict(settings)
+    command = [sys.executable, "tools/convert.py", direction, "--in", str(source), "--out", str(out)]
+    command += ["--config", settings.pop("config"), *(f"{key}={value}" for key, value in settings.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(

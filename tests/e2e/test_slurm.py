@@ -134,6 +134,7 @@ def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, t
     files = {"data.train": "questions", "data.test": "questions", "search.corpus": "corpus"}
     overrides = [f"{key}={inputs.parent / name}.jsonl" for key, name in files.items()]
     overrides += [f"model.path={model}", "search.backend=bm25"]
+    overrides += ["rollout.prompts_per_step=4", "update.prompts_per_minibatch=4"]  # there are few questions
     job = cluster.submit("train_70b", *overrides, options=SMALL, DRY_RUN="1")
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     assert "tensor: 8" in cluster.log(job) and "dry run" in cluster.log(job)

@@ -322,6 +322,18 @@ def compare(out: Path, *more: str) -> int:
     return main([*arguments, *more], launcher=LAUNCHER)
 
 
+def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, capfd):
+    (tmp_path / "report.md").mkdir(parents=True)
+    assert compare(tmp_path) == 2
+    told = capfd.readouterr().err
+    assert told.count("ablation: no report this time") == 2, told
+    for method in ("grpo", "a2tgpo"):
+        (metrics,) = (tmp_path / "runs").glob(f"{method}*/metrics.jsonl")
+        assert (
+            len(metrics.read_text().splitlines()) == 3
+        )  # steps 0 to 2: the first failure did not end the second
+
+
 def attempts(out: Path, name: str) -> int:
     return (out / "logs" / f"{name}.log").read_text().count("$ ")
 

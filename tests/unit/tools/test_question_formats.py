@@ -308,6 +308,11 @@ def test_a_folder_is_no_file_to_write(tmp_path):
         main(["arithmetic", "--out", str(tmp_path / "raw")])
 
 
+def test_more_sums_than_there_are_soon_enough_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--train-questions .* allowed: at most 1000000"):
+        main(["arithmetic", "--out", str(tmp_path / "a"), "--train-questions", "90000000"])
+
+
 def test_the_program_ends_with_one_line_and_a_code(tmp_path):
     command = [
         sys.executable,
