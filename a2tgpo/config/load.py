@@ -217,7 +217,7 @@ def _typed(value: Any, kind: type, key: str, source: str) -> Any:
         if isinstance(number, int | float) and _is_finite(number):
             return float(number)
     elif type(value) is kind:
-        if kind is str and not _is_whole(value):
+        if isinstance(value, str) and not _is_whole(value):
             raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: a text in UTF-8 without NUL")
         return value
     hint = " (put it in quotes)" if kind is str and not isinstance(value, dict | list | None) else ""
