@@ -94,7 +94,6 @@ def read_records(path: Path) -> list[dict]:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
         complete = decompressor.eof  # a file cut short raises nothing
         records = [json.loads(line) for line in lines if line] if complete else []
-        complete = complete and all(map(_is_trajectory, records))
     except OSError as error:
         raise ConfigError(f"cannot read {path} ({error.strerror})") from None
     except (zstandard.ZstdError, ValueError, RecursionError):
@@ -123,7 +122,10 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
         step = max(files)
     if step not in files:
         raise ConfigError(f"{run_dir} has no rollouts of step {step}; there are {min(files)} to {max(files)}")
-    records = [record for record in read_records(files[step]) if prompt in (None, record["prompt_id"])]
+    found = read_records(files[step])
+    if not all(map(_is_trajectory, found)):
+        raise ConfigError(f"{files[step]} is damaged; give another --step")
+    records = [record for record in found if prompt in (None, record["prompt_id"])]
     if not records:
         asked = f" of prompt {prompt!r}" if prompt is not None else ""
         raise ConfigError(f"step {step} of {run_dir} has no rollouts{asked}")
