@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
@@ -117,12 +117,13 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 
 @contextlib.contextmanager
 def _told_as_another_model(path: Path) -> Iterator[None]:
-    """What Megatron says where names or shapes are not the policy's, as one line; the files are whole."""
+    """What torch says where shapes are not the policy's, as one line; that the files are whole is known."""
     try:
         yield
-    except CheckpointingException as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path} holds another model than that at model.path ({reason:.200})") from error
+    except CheckpointException as error:  # holds what each rank raised
+        cause, _ = next(iter(error.failures.values()))
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise ValueError(f"{path} does not fit the model at model.path ({reason:.200})") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny_models import save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -202,17 +203,21 @@ def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "vocab_size"), [("qwen3", 640), ("llama", 512)], ids=["vocabulary", "architecture"]
-)
-def test_a_checkpoint_of_another_model_is_one_line(good, tmp_path, architecture, vocab_size):
-    save_tiny(tmp_path / "other", architecture, vocab_size=vocab_size)
+def test_a_checkpoint_of_a_model_of_another_size_is_one_line(good, tmp_path):
+    shutil.copytree(good["model.path"], tmp_path / "other")
+    set_sizes(tmp_path / "other", intermediate_size=256)
+    config = AutoConfig.from_pretrained(tmp_path / "other")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     imported = convert(good, "hf-to-megatron", good["model.path"], tmp_path / "checkpoints")
     assert imported.returncode == 0, imported.stderr
     settings = {**good, "model.path": str(tmp_path / "other")}
     done = convert(settings, "megatron-to-hf", tmp_path / "checkpoints" / "step_0", tmp_path / "out")
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "holds another model" in errors[0], done.stderr
+    assert (
+        done.returncode == 2
+        and len(errors) == 1
+        and "does not fit the model at model.path (Global shape mismatch" in errors[0]
+    ), done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
