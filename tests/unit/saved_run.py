@@ -60,6 +60,7 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
         sampler=PromptSampler(10, 2, seed=0),
+        startup={},
         carried=CarriedPool(),
         replicas=SimpleNamespace(index=0, count=1, is_first=True),
     )
