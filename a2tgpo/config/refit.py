@@ -8,7 +8,7 @@ from a2tgpo.config.check import require
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     bucket_mib: int = 256
-    """Largest group of gathered weights alive at once, MiB."""
+    """Largest group of weights gathered at once, MiB; two are alive, one being loaded, the next one in flight."""
     probe_tokens: int = 64
     """Length of the fixed probe whose log-probs are compared after every refit."""
     probe_tolerance: float = 0.0

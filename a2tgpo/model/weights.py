@@ -2,7 +2,7 @@
 
 mbridge supplies the tables (which Hugging Face tensors make up a Megatron parameter, how they are interleaved,
 merged and split). How tensors travel is written here: loading reads each parameter by itself, exporting yields
-one at a time.
+one tensor at a time while the next ones are gathered (`weight_gather`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.model.experts import expert_names, is_expert
 from a2tgpo.model.hf_config import weight_files
 from a2tgpo.model.policy import Policy, gather_weights
+from a2tgpo.model.weight_gather import ParameterRecord, gather_ahead, record_of
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 
 _OUTPUT = "output_layer.weight"
@@ -166,25 +166,18 @@ def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, to
 # -- out -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _ParameterRecord:
-    """What ranks of other stages must know of a parameter to receive it."""
-
-    stage: int
-    name: str
-    shape: tuple[int, ...]
-    split_dim: int | None
-    """Dimension split over tensor-parallel ranks; None: every rank has all of it, or it is an expert."""
-
-
 @torch.no_grad()
-def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights under Hugging Face names, in full, one Megatron parameter's worth alive at a time.
+def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights under Hugging Face names, in full, gathered bucket by bucket, one bucket ahead of the reader.
 
-    Of experts that is one from each expert-parallel rank. Every rank calls this and runs it to its end, since each
-    step is a broadcast over the pipeline and a gather over the tensor- or expert-parallel group; all ranks get the
-    same tensors in the same order. A tensor may share memory with the model: it is to be read, not written, before
-    the next one is asked for.
+    Every rank calls this and runs it to its end, since parameters are broadcast over the pipeline and gathered over
+    the tensor- or expert-parallel group; all ranks get the same tensors in the same order. A tensor may share memory
+    with the model: it is to be read, not written, before the next one is asked for.
+
+    Args:
+        bucket_bytes: largest sum of what is gathered at once; a larger parameter is a bucket of its own, and at 0
+            each is. What is left of one bucket and the next are alive at once, and beside them what is made of one
+            parameter.
 
     Yields:
         (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
@@ -193,71 +186,40 @@ def iterate_hf_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     gather_weights(policy)
     groups, bridge = policy.groups, policy.bridge
     local = {name: p for model in policy.gpt_models for name, p in _named_parameters(policy, model)}
-    records = [_record(groups.pp_rank, name, parameter) for name, parameter in local.items()]
-    for stage_records in all_gather_object(records, groups.pp_group):
-        for record in stage_records:
-            if record.name == _OUTPUT and policy.tied_embeddings:
-                continue
-            shard = _from_stage(policy, record, local)
-            parts = (
-                _experts(policy, record, shard)
-                if is_expert(record.name)
-                else [(record.name, _gather(policy, record, shard))]
-            )
-            del shard
-            while parts:
-                name, full = parts.pop(0)
-                names, tensors = bridge._weight_to_hf_format(name, full)
-                del full
-                while tensors:
-                    yield names.pop(0), tensors.pop(0)
+    own = [record_of(groups.pp_rank, name, parameter) for name, parameter in local.items()]
+    records = [
+        record
+        for of_stage in all_gather_object(own, groups.pp_group)
+        for record in of_stage
+        if not (record.name == _OUTPUT and policy.tied_embeddings)
+    ]
+    for record, parts in gather_ahead(policy, records, local, bucket_bytes=bucket_bytes):
+        named = _named_parts(policy, record, parts)
+        del parts
+        while named:
+            name, full = named.pop(0)
+            names, tensors = bridge._weight_to_hf_format(name, full)
+            del full
+            while tensors:
+                yield names.pop(0), tensors.pop(0)
 
 
-def _record(stage: int, name: str, parameter: torch.nn.Parameter) -> _ParameterRecord:
-    is_split = getattr(parameter, "tensor_model_parallel", False) and not is_expert(name)
-    return _ParameterRecord(
-        stage, name, tuple(parameter.shape), getattr(parameter, "partition_dim", 0) if is_split else None
-    )
-
-
-def _from_stage(
-    policy: Policy, record: _ParameterRecord, local: dict[str, torch.nn.Parameter]
-) -> torch.Tensor:
-    """This tensor-parallel rank's shard, on every stage."""
-    groups = policy.groups
-    if groups.pp_rank == record.stage:
-        shard = local[record.name].data
-    else:
-        shard = torch.empty(record.shape, dtype=policy.dtype, device=groups.device)
-    if groups.pp_size > 1:
-        dist.broadcast(shard, group_src=record.stage, group=groups.pp_group)
-    return shard
-
-
-def _gather(policy: Policy, record: _ParameterRecord, shard: torch.Tensor) -> torch.Tensor:
-    """The whole parameter from its shards, in Megatron's layout."""
-    groups = policy.groups
-    if record.split_dim is None or groups.tp_size == 1:
-        return shard
-    shards = [torch.empty_like(shard) for _ in range(groups.tp_size)]
-    dist.all_gather(shards, shard.contiguous(), group=groups.tp_group)
+def _named_parts(
+    policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
+    """Whole parameters in Megatron's layout, under their names: each part an expert, or all parts together one."""
+    groups, config = policy.groups, policy.transformer_config
+    if is_expert(record.name):
+        assert config.num_moe_experts is not None
+        per_rank = config.num_moe_experts // groups.ep_size
+        names = expert_names(record.name, experts_per_rank=per_rank, num_ranks=groups.ep_size)
+        return list(zip(names, parts, strict=True))
+    if len(parts) == 1:
+        return [(record.name, parts[0])]
     # mbridge reads from the parameter which dimension is split.
     shard_info = torch.empty(0)
     shard_info.tensor_model_parallel, shard_info.partition_dim = True, record.split_dim  # type: ignore[attr-defined]
-    return policy.bridge._weight_merge_across_tp(record.name, shards, shard_info)
-
-
-def _experts(policy: Policy, record: _ParameterRecord, shard: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The expert at this place on every expert-parallel rank, under its Megatron name, in their order."""
-    groups, config = policy.groups, policy.transformer_config
-    assert config.num_moe_experts is not None
-    shards = [shard]
-    if groups.ep_size > 1:
-        shards = [torch.empty_like(shard) for _ in range(groups.ep_size)]
-        dist.all_gather(shards, shard.contiguous(), group=groups.ep_group)
-    per_rank = config.num_moe_experts // groups.ep_size
-    names = expert_names(record.name, experts_per_rank=per_rank, num_ranks=groups.ep_size)
-    return list(zip(names, shards, strict=True))
+    return [(record.name, policy.bridge._weight_merge_across_tp(record.name, parts, shard_info))]
 
 
 # -- to disk -------------------------------------------------------------------------------------------------

@@ -15,7 +15,13 @@ from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
 from a2tgpo.plan.hardware import GIB, Gpu
-from a2tgpo.plan.parameters import largest_tensor, layer_parameters, optimizer_parameters, stage_parameters
+from a2tgpo.plan.parameters import (
+    largest_layer_tensor,
+    largest_tensor,
+    layer_parameters,
+    optimizer_parameters,
+    stage_parameters,
+)
 from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
 from a2tgpo.residency import resident
@@ -228,11 +234,16 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """A bucket, and beside it the parameter that is being gathered: its shards and the whole."""
-    element_bytes = ELEMENT_BYTES[config.model.dtype]
-    largest = largest_tensor(dimensions, config.parallel.tensor) * element_bytes
-    copies = 1 if config.parallel.tensor > 1 else 0
+    """The bucket that the engine loads, the one in flight, and what is made of one parameter's shards."""
+    element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
+    largest = largest_tensor(dimensions, tensor) * element_bytes
+    # The largest, embedding or head, have a bucket of a layer's parameters for a neighbour.
+    in_layer, bucket = largest_layer_tensor(dimensions) * element_bytes, config.refit.bucket_mib * 2**20
+    gathered: float = max(bucket, largest) + max(bucket, in_layer)
+    if tensor > 1 and config.parallel.pipeline > 1:
+        gathered += gathered / tensor  # what the broadcast brought
+    copies = 1 if tensor > 1 else 0
     # The engine keeps a layer's experts until all of them are there, then copies its part of each.
     layer = layer_parameters(dimensions, 1).experts * element_bytes
     collected = layer * (1 + 1 / config.rollout.tensor_parallel)
-    return max(config.refit.bucket_mib * 2**20, largest) + copies * largest + collected
+    return gathered + copies * largest + collected

@@ -92,8 +92,11 @@ def checkpoint_parameters(dimensions: ModelDimensions) -> int:
 
 def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
     """Elements of the largest parameter in full: what refit gathers at once."""
+    return max(dimensions.padded_vocab(tensor) * dimensions.hidden, largest_layer_tensor(dimensions))
+
+
+def largest_layer_tensor(dimensions: ModelDimensions) -> int:
+    """The same inside a layer."""
     d = dimensions
     # Of experts, as many travel at once as there are expert-parallel ranks: still less than these.
-    return max(
-        d.padded_vocab(tensor) * d.hidden, 2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden
-    )
+    return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

@@ -92,9 +92,11 @@ def refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
 def refit_time(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
-    """Broadcast over the stages, gather over tensor-parallel ranks, copy into the engine: one after another."""
+    """Broadcast over the stages and gather over tensor- or expert-parallel ranks, one after the other; the engine's
+    copying of what came before takes place beside them."""
     parallel, size = config.parallel, refit_bytes(config, dimensions)
-    seconds = 2 * size / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
+    copying = 2 * size / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
+    seconds = 0.0
     if parallel.pipeline > 1:
         seconds += size / parallel.tensor / (gpu.link_bytes_per_s(gpus) * assumed.link_utilisation)
     if parallel.tensor > 1:
@@ -103,4 +105,4 @@ def refit_time(
     if parallel.expert > 1:
         link = gpu.link_bytes_per_s(parallel.expert) * assumed.link_utilisation
         seconds += size * (1 - 1 / parallel.expert) / link
-    return seconds
+    return max(seconds, copying)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
+
 from a2tgpo.model.weights import iterate_hf_weights
-from a2tgpo.refit.export import NamedTensor, buckets
+from a2tgpo.parallel.collectives import all_gather_object
 
 if TYPE_CHECKING:
     from a2tgpo.model.policy import Policy
@@ -25,8 +28,6 @@ class RefitReport:
     """The engine held these weights already."""
     num_tensors: int = 0
     num_bytes: int = 0
-    num_buckets: int = 0
-    largest_bucket_bytes: int = 0
     seconds: float = 0.0
 
 
@@ -34,34 +35,56 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     """Give the engine the policy's weights; every rank calls this, with an idle engine whose weights are awake.
 
     Nothing is done where the engine holds `version` already. Each rank hands full tensors to its own engine,
-    which keeps the part that it needs.
+    which keeps the part that it needs; the next bucket is gathered while it does.
 
     Args:
         version: names the policy's weights, equal on all ranks: the number of updates since `policy.path`,
             which is version 0.
-        bucket_mib: largest group of gathered weights alive at once, MiB.
+        bucket_mib: largest group of weights gathered at once, MiB; two are alive.
 
     Raises:
-        RuntimeError: if the export and the engine's weights differ in a name or a shape.
+        RuntimeError: one line, on all ranks, if one rank's engine refused what it was given: its names and shapes
+            are not the export's, for example. By itself on this rank, if the gathering failed.
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)
     start = time.monotonic()
-    report = RefitReport(skipped=False)
-    exported = buckets(iterate_hf_weights(policy), bucket_bytes=bucket_mib * MIB)
-    engine.load_weights(_flattened(exported, report), version=version)
+    export = _Export(iterate_hf_weights(policy, bucket_bytes=bucket_mib * MIB))
+    refusal, problem = None, None
+    try:
+        engine.load_weights(export, version=version)
+    except Exception as error:
+        if export.failed:  # nothing can be agreed on with ranks that wait in a gather
+            raise
+        refusal, problem = error, f"{error or type(error).__name__}".splitlines()[0]
+    for _ in export:  # this rank's part in gathering, should its engine have stopped early
+        pass
+    world = dist.group.WORLD
+    assert world is not None
+    for rank, found in enumerate(all_gather_object(problem, world)):
+        if found is not None:
+            raise RuntimeError(f"{found} (rank {rank})") from refusal
+    report = export.report
     report.seconds = time.monotonic() - start
     return report
 
 
-def _flattened(exported: Iterable[list[NamedTensor]], report: RefitReport) -> Iterator[NamedTensor]:
-    """Tensor by tensor, each dropped here once the next is asked for; counted in `report`."""
-    for bucket in exported:
-        bucket_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-        report.num_tensors += len(bucket)
-        report.num_bytes += bucket_bytes
-        report.num_buckets += 1
-        report.largest_bucket_bytes = max(report.largest_bucket_bytes, bucket_bytes)
-        bucket.reverse()
-        while bucket:
-            yield bucket.pop()
+class _Export(Iterator[tuple[str, torch.Tensor]]):
+    """What goes to the engine, counted in `report`; each tensor is dropped here when it is given out."""
+
+    def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]):
+        self._weights = weights
+        self.report = RefitReport(skipped=False)
+        self.failed = False
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        try:
+            name, tensor = next(self._weights)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.failed = True
+            raise
+        self.report.num_tensors += 1
+        self.report.num_bytes += tensor.numel() * tensor.element_size()
+        return name, tensor

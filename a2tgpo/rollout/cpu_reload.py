@@ -20,11 +20,12 @@ def forget_packed_experts(model: Any) -> None:
             method.moe_kernel = None
 
 
-def repack_tied_head(model: Any) -> None:
-    """Pack an output head that shares the embedding's weight, which the reload does not see; called after it."""
-    head = getattr(model, "lm_head", None)
+def renew_tied_head(model: Any) -> None:
+    """Give an output head that shares the embedding's weight the embedding's pack of it; called after a reload.
+
+    The reload does not see such a head. The embedding, which looks rows up, is packed and has no use for it.
+    """
+    head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens
-    if head is None or head is embedding:
-        return
-    if getattr(head, "weight", None) is embedding.weight:
-        head.quant_method.process_weights_after_loading(head)
+    if head is not embedding and getattr(head, "weight", None) is embedding.weight:
+        head.cpu_linear = embedding.cpu_linear

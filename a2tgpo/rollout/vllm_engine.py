@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.rollout.cpu_reload import forget_packed_experts, repack_tied_head
+from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
 from a2tgpo.rollout.engine_arguments import ON_GPU, engine_arguments
 from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, host_state_kept
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
@@ -355,7 +355,7 @@ def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         forget_packed_experts(model)
     worker.model_runner.reload_weights(weights_iterator=weights)
     if on_cpu:
-        repack_tied_head(model)
+        renew_tied_head(model)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import sys
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,7 +36,9 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.model import weight_gather
 from a2tgpo.model.build import build_policy
+from a2tgpo.model.experts import is_expert
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
@@ -67,35 +74,134 @@ def change_weights(policy, cycle):
                 parameter.mul_(1.0 + 0.2 * math.sin(cycle + zlib.crc32(name.encode()) % 97))
 
 
-def check_what_a_refit_moves(policy, engine, path, version):
-    """Bytes handed over against those of the weights, and the memory that the export takes while it does so."""
-    tally, handed, load = StorageTally(), [], engine.load_weights
+class Events:
+    """What happens in a refit, in order: a collective issued, waited for, a tensor handed to the engine."""
 
-    def watched(weights):
+    def __init__(self, engine):
+        self.log, self.buckets, self.tensors, self.tally = [], [], {}, StorageTally()
+        self._engine = engine
+
+    def __enter__(self):
+        patch = self._patches = ExitStack()
+        for issue in (dist.broadcast, dist.all_gather_into_tensor):
+            patch.enter_context(mock.patch.object(dist, issue.__name__, self._logged(issue)))
+        grouped, load = weight_gather.buckets, self._engine.load_weights
+
+        def logged_buckets(*args, **settings):
+            self.buckets = grouped(*args, **settings)
+            return self.buckets
+
+        patch.enter_context(mock.patch.object(weight_gather, "buckets", logged_buckets))
+        self._engine.load_weights = lambda weights, version: load(self._watched(weights), version=version)
+        patch.callback(delattr, self._engine, "load_weights")
+        return self
+
+    def __exit__(self, *_):
+        self._patches.close()
+
+    def of(self, kind):
+        return [rest for event, *rest in self.log if event == kind]
+
+    def _logged(self, issue):
+        def call(tensor, *args, **settings):
+            number = len(self.of("issued"))
+            self.log.append(("issued", issue.__name__, tuple(tensor.shape)))
+            work = issue(tensor, *args, **settings)
+            return SimpleNamespace(wait=lambda: (self.log.append(("waited", number)), work.wait()))
+
+        return call
+
+    def _watched(self, weights):
         weights = iter(weights)
         while True:
-            with tally:  # the export runs in here, the engine outside
+            with self.tally:  # the export runs in here, the engine outside
                 named = next(weights, None)
             if named is None:
                 return
-            handed.append(named[1].numel() * named[1].element_size())
+            self.log.append(("handed", named[0]))
+            self.tensors[named[0]] = named[1].clone()
             yield named
+            del named
 
-    engine.load_weights = lambda weights, version: load(watched(weights), version=version)
+
+def check_what_a_refit_moves(policy, engine, path, version):
+    """Of the checkpoint's own weights: every bit of them, no more bytes, in which order, in how much memory."""
     bucket_bytes = 2**16
-    report = refit(policy, engine, version=version, bucket_mib=bucket_bytes / 2**20)
+    with Events(engine) as events:
+        report = refit(policy, engine, version=version, bucket_mib=bucket_bytes / 2**20)
+    expected = load_file(Path(path, "model.safetensors"))
+    assert events.tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in events.tensors.items())
     tied = policy.tied_embeddings
     minimum = 4 * sum(math.prod(shape) for shape in checkpoint_shapes(path, tied=tied).values())
-    assert minimum <= sum(handed) <= 1.05 * minimum, (sum(handed), minimum)
-    assert report.num_bytes == sum(handed) and report.num_buckets > 5
+    assert report.num_bytes == minimum and report.num_tensors == len(events.of("handed"))
+    check_order_of_collectives(policy, events)
     # A parameter in full, as Megatron fuses it, is the least that can be gathered and taken apart.
-    parameter = 4 * max(policy.groups.tp_size * p.numel() for m in policy.gpt_models for p in m.parameters())
+    sizes = [record.num_bytes(policy.groups, torch.float32) for bucket in events.buckets for record in bucket]
+    (second, parameter), tally = sorted(sizes)[-2:], events.tally
     assert 0 < tally.largest_bytes <= max(bucket_bytes, parameter), (tally.largest_bytes, parameter)
-    # Its shards, the parts gathered and the whole, beside the bucket before: far from a copy of the model.
-    assert tally.peak_bytes <= bucket_bytes + 3 * parameter < 0.7 * minimum, (tally.peak_bytes, minimum)
+    # The bucket being loaded and the one in flight, of which one may hold the largest parameter; and what is made of
+    # one parameter: the whole, then its tensors. Far from a copy of the model.
+    bound = max(bucket_bytes, parameter) + max(bucket_bytes, second) + 2 * parameter
+    assert tally.peak_bytes <= bound < 0.7 * minimum, (tally.peak_bytes, bound, minimum)
     assert refit(policy, engine, version=version, bucket_mib=1).skipped
-    assert sum(handed) == report.num_bytes, "weights that the engine holds were moved again"
-    del engine.load_weights
+
+
+def check_order_of_collectives(policy, events):
+    """Whenever the engine is given a tensor, all of the next bucket is under way and nothing of the one after."""
+    groups, mapped = policy.groups, policy.bridge._weight_name_mapping_mcore_to_hf
+    assert len(events.buckets) > 5
+    collectives, tensors = [], []  # of each bucket
+    for bucket in events.buckets:
+        parts = [record.num_parts(groups) for record in bucket]
+        collectives.append(sum((groups.pp_size > 1) + (count > 1) for count in parts))
+        tensors.append(
+            sum(
+                len(mapped(record.name)) * (count if is_expert(record.name) else 1)
+                for record, count in zip(bucket, parts, strict=True)
+            )
+        )
+    assert sum(collectives) > 5, "nothing travels here"
+    reading, issued, left = 0, 0, tensors[0]
+    for kind, *_ in events.log:
+        issued += kind == "issued"
+        if kind == "handed":
+            while left == 0:
+                reading += 1
+                left = tensors[reading]
+            left -= 1
+            assert issued == sum(collectives[: reading + 2]), (reading, issued, collectives)
+    assert (reading, left) == (len(tensors) - 1, 0)
+    assert len(set(map(tuple, events.of("waited")))) == issued == sum(collectives)
+    mine, theirs = all_gather_object(events.of("issued"), dist.group.WORLD)
+    assert mine == theirs, "the ranks issued collectives in different orders"
+
+
+def check_one_engines_refusal_stops_both(policy, engine, rank, version):
+    """Rank 1's engine refuses a tensor in the middle, then misses one at the end; nobody waits for ever."""
+    for name, shape, expected in (
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            (63,),
+            r"refit: weight .*q_proj.weight is .* \[63\] \(rank 1\)",
+        ),
+        ("model.extra", (1,), r"refit: the export lacks model.extra \(rank 1\)"),
+    ):
+        shapes = dict(engine._shapes)
+        if rank == 1:
+            engine._shapes[name] = shape
+        message = "nothing was raised"
+        with Events(engine) as events:
+            try:
+                refit(policy, engine, version=version, bucket_mib=2**-4)
+            except RuntimeError as error:
+                message = str(error)
+        assert re.fullmatch(expected, message), message
+        engine._shapes = shapes
+        assert engine.needs_weights == (rank == 1)
+        assert len(set(map(tuple, events.of("waited")))) == len(events.of("issued")) > 5
+        version += 1
+    assert not refit(policy, engine, version=version, bucket_mib=1).skipped
 
 
 def trainer_logprobs(policy, parallel, trajectories):
@@ -190,9 +296,10 @@ def check_world(groups):
 
 
 def run_replicas(path):
-    data_parallel, tensor_parallel = (
+    data_parallel, tensor_parallel, pipeline_parallel = (
         ParallelConfig(expert=2, timeout_s=WORLD_TIMEOUT_S),
         ParallelConfig(tensor=2, sequence=True, expert=2, timeout_s=WORLD_TIMEOUT_S),
+        ParallelConfig(pipeline=2, timeout_s=WORLD_TIMEOUT_S),
     )
     groups = initialize(data_parallel, seed=3)
     state = torch.get_rng_state()
@@ -200,15 +307,21 @@ def run_replicas(path):
     assert torch.equal(state, torch.get_rng_state()), "the engine reseeded the trainer"
     policy = make_policy(path, data_parallel, groups)
     assert refit(policy, engine, version=0, bucket_mib=1).skipped, "the engine loaded version 0 itself"
+    check_what_a_refit_moves(policy, engine, path, 20)
     check_three_cycles(policy, data_parallel, engine, groups.rank, 1)
     check_training_step(policy, data_parallel, engine, groups.rank, 4)
-    check_what_a_refit_moves(policy, engine, path, 20)
     check_world(groups)
     groups = lay_out(tensor_parallel, seed=3)
     policy = make_policy(path, tensor_parallel, groups)
-    check_three_cycles(policy, tensor_parallel, engine, groups.rank, 5)
     check_what_a_refit_moves(policy, engine, path, 21)
+    check_one_engines_refusal_stops_both(policy, engine, groups.rank, 30)
+    check_three_cycles(policy, tensor_parallel, engine, groups.rank, 5)
     check_one_bad_rank_stops_both(policy, tensor_parallel, engine, groups.rank)
+    check_world(groups)
+    groups = lay_out(pipeline_parallel, seed=3)
+    policy = make_policy(path, pipeline_parallel, groups)
+    check_what_a_refit_moves(policy, engine, path, 22)
+    check_one_engines_refusal_stops_both(policy, engine, groups.rank, 40)
     engine.close()
     check_world(groups)
     shutdown()

@@ -403,3 +403,19 @@ def test_an_engine_too_small_for_one_sequence_is_refused():
 def test_what_no_setting_mends_is_said():
     plan = make_plan(changed(CONFIG_70B, "parallel", tensor=8, pipeline=1), QWEN_72B, H100, gpus=8)
     assert any("no single setting mends it" in fault for fault in faults(plan))
+
+
+def test_a_refit_holds_the_bucket_being_loaded_the_one_in_flight_and_the_parameter_being_made():
+    embedding, gate_up = (
+        152_064 * 8192 * 2,
+        2 * 29_568 * 8192 * 2,
+    )  # bytes; the buckets of 256 MiB are smaller
+    stages_brought = 1 + 1 / 8  # the shard that is broadcast, beside all eight
+
+    def refit_buckets(config):
+        return [phase.parts["refit buckets"] for phase in plan_70b(config).phases if phase.name == "refit"]
+
+    by_hand = (embedding + gate_up) * stages_brought + embedding
+    assert refit_buckets(CONFIG_70B) == [pytest.approx(by_hand)]
+    larger = changed(CONFIG_70B, "refit", bucket_mib=4096)
+    assert refit_buckets(larger) == [pytest.approx(2 * 4 * GIB * stages_brought + embedding)]
