@@ -93,6 +93,27 @@ def weight_files(path: str) -> dict[str, Path]:
     return {name: folder / name for name in names}
 
 
+def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
+    """What decides which parameters the model has and their shapes, by its name in config.json.
+
+    The type stands for what architectures of the same sizes differ in: biases on q, k, v, norms of q and k.
+    """
+    names = [
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "tie_word_embeddings",
+    ]
+    if has_experts(hf_config):
+        names += ["num_experts", "moe_intermediate_size"]
+    return {name: getattr(hf_config, name) for name in names}
+
+
 @dataclass(frozen=True)
 class RopeParameters:
     """Rotary position embedding, in the terms Megatron takes."""

@@ -1,10 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 `ROOT/step_N/` holds `sharded/`, Megatron's torch_dist checkpoint of model and optimizer, `rng/rank_R.pt` with
-each rank's random state, `state.json` with the learning rate schedule, the layout and the caller's own values, and
-files of the caller's. Nothing in it can run code when it is read. It is written (`checkpoint_writer.py`) as
-`step_N.tmp` and renamed once `complete.json`, the list of its files with their sizes and checksums, is in place: a
-folder without a matching list is not a checkpoint.
+each rank's random state, `state.json` with the learning rate schedule, the layout, the model's architecture and the
+caller's own values, and files of the caller's. Nothing in it can run code when it is read. It is written
+(`checkpoint_writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files with their sizes and
+checksums, is in place: a folder without a matching list is not a checkpoint.
 
 Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
 otherwise.
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import set_rng_state
@@ -88,7 +89,8 @@ def load(
     _require_complete(path)
     record = _read_record(path / STATE)
     rng = None
-    if record["layout"] == layout_of(policy)["layout"]:
+    _require_same_model(path, record, policy)
+    if record["layout"] == record_of(policy)["layout"]:
         try:
             rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
@@ -111,8 +113,29 @@ def load_weights(path: str | Path, policy: Policy) -> None:
     """
     path = Path(path)
     _require_complete(path)
+    _require_same_model(path, _read_record(path / STATE), policy)
     with _told_as_another_model(path):
         load_sharded_weights(path / SHARDED, policy)
+
+
+def _require_same_model(path: Path, record: dict[str, Any], policy: Policy) -> None:
+    """ValueError, one line, if the checkpoint was saved from a model of other sizes than the policy's.
+
+    Shapes do not tell: a vocabulary of another size may be padded to fit, a key that only one side has is left out.
+    A checkpoint without the record, from before it was kept, is let through.
+    """
+    mine = record_of(policy)["model"]
+    saved = record.get("model", mine)
+    differing = [
+        f"{name} {saved.get(name)} (here {mine.get(name)})"
+        for name in sorted(mine.keys() | saved.keys())
+        if saved.get(name) != mine.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} does not fit the model at model.path: it was saved from one with {', '.join(differing)}; give "
+            "the model.path of its run"
+        )
 
 
 @contextlib.contextmanager
@@ -133,6 +156,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         is_sound = (
             type(record["schedule"]["steps_done"]) is int
             and isinstance(record["layout"], dict)
+            and isinstance(record.get("model", {}), dict)
             and type(record["state"]["step"]) is int
         )
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -272,11 +296,12 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def layout_of(policy: Policy) -> dict[str, dict[str, int]]:
+def record_of(policy: Policy) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of the model and of the ranks it was saved from."""
     groups = policy.groups
     sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
     sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
-    return {"layout": sizes}
+    return {"layout": sizes, "model": architecture_of(policy.hf_config)}
 
 
 def rng_file(rank: int) -> str:

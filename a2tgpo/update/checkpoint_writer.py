@@ -79,7 +79,7 @@ class CheckpointWriter:
         assert self._thread is None, "one save at a time: wait() for the last one first"
         record = {
             "step": step,
-            **checkpoint.layout_of(policy),
+            **checkpoint.record_of(policy),
             "schedule": schedule.state_dict(),
             "state": state,
         }

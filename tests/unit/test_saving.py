@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import shutil
 import subprocess
 import threading
@@ -12,9 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from saved_run import Run, scores, world
+from tiny_models import build_model
 
 from a2tgpo.carried_pool import Carried, Entry
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.model.build import build_policy
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 from a2tgpo.update import checkpoint, checkpoint_writer
@@ -106,6 +112,42 @@ def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
         finally:
             path.write_bytes(content)
     assert checkpoint.latest(run.checkpoints) == newest
+
+
+@pytest.mark.parametrize(
+    ("architecture", "vocab_size", "told"),
+    [("qwen3", 250, "model_type llama (here qwen3)"), ("llama", 200, "vocab_size 250 (here 200)")],
+)
+def test_a_checkpoint_of_another_model_is_refused_even_where_its_shapes_fit(
+    world, tmp_path, architecture, vocab_size, told
+):
+    """A llama has all but the norms of a qwen3, and both vocabularies are padded to 256."""
+    run = Run(world, tmp_path / "run")
+    run.save(1)
+    path = run.checkpoints / "step_1"
+    build_model(architecture, vocab_size=vocab_size).save_pretrained(tmp_path / "model")
+    model = ModelConfig(path=str(tmp_path / "model"), dtype="float32")
+    policy = build_policy(model, ParallelConfig(), world.groups, update=None, trainable=False)
+    with pytest.raises(
+        ValueError, match=f"it was saved from one with {re.escape(told)}; give the model.path"
+    ):
+        checkpoint.load_weights(path, policy)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        checkpoint.load(path, policy=policy, optimizer=None, schedule=world.parts.schedule)
+
+
+def test_a_checkpoint_from_before_models_were_recorded_is_loaded(world, tmp_path):
+    run = Run(world, tmp_path)
+    run.save(1)
+    path = run.checkpoints / "step_1"
+    record = json.loads((path / checkpoint.STATE).read_text())
+    del record["model"]
+    (path / checkpoint.STATE).write_text(json.dumps(record))
+    (path / checkpoint.MARKER).unlink()
+    files = checkpoint.describe(path, checkpoint.files_of(path), torch.distributed.group.WORLD)
+    (path / checkpoint.MARKER).write_text(json.dumps({"files": files}))
+    assert Run(world, tmp_path).step == 1
+    checkpoint.load_weights(path, world.parts.policy)
 
 
 def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, tmp_path, caplog):
