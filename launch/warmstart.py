@@ -52,6 +52,8 @@ def main() -> int:
         for field in ("source", "demonstrations"):
             value = getattr(config.warmstart, field)
             require(bool(value), f"warmstart.{field}", value, "a path, for a warm start")
+        out = config.model.path
+        require(not Path(out).is_file(), "model.path", out, "a folder, which a warm start writes")
         warm_start(config)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
