@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import signal
@@ -122,10 +123,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in args.checks:
         if name not in CHECKS:
             parser.error(f"--checks names {name!r}; allowed: {names}")
-    if args.ranks < 0 or args.timeout_s <= 0:
+    if args.ranks < 0 or not 0 < args.timeout_s < math.inf:
         parser.error("--ranks and --timeout-s must be positive")
+    if args.min_bus_gb_s is not None and not 0 <= args.min_bus_gb_s < math.inf:
+        parser.error(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
+    if args.keep_logs:
+        try:
+            args.keep_logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--keep-logs: {args.keep_logs} cannot be made a folder ({error.strerror})")
     try:
         args.launched = launched_environment()
     except ValueError as error:
@@ -134,7 +142,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def keep_logs(folder: Path, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     for log in folder.glob("*/*.log"):
         (out / log.name).write_bytes(log.read_bytes())
 

@@ -143,7 +143,10 @@ def test_a_nan_fails(tmp_path):
     [
         (["--checks", "all_reduce,fp9"], "--checks names 'fp9'; allowed: all_reduce,"),
         (["--timeout-s", "0"], "--ranks and --timeout-s must be positive"),
+        (["--timeout-s", "nan"], "--ranks and --timeout-s must be positive"),
+        (["--min-bus-gb-s", "-1"], "--min-bus-gb-s is -1.0; allowed: 0 or more"),
         (["--json", "/nowhere/found.json"], "--json: there is no folder /nowhere"),
+        (["--keep-logs", __file__], "--keep-logs: "),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line_and_exit_code_2(arguments, message):
