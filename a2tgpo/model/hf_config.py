@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
@@ -67,10 +68,10 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
 
 def weight_files(path: str) -> dict[str, Path]:
-    """Safetensors files of a checkpoint by name, those its index lists if it has one.
+    """Safetensors files of a checkpoint by name, those its index lists if it has one; only headers are read.
 
     Raises:
-        ConfigError: if there are none, or one that the index lists is missing.
+        ConfigError: if there are none, one that the index lists is missing, or one is damaged or cut short.
     """
     folder = Path(path)
     index = folder / "model.safetensors.index.json"
@@ -90,6 +91,13 @@ def weight_files(path: str) -> dict[str, Path]:
             raise ConfigError(
                 f"model.path {path!r}: {name} is listed in {index.name} but missing; fetch it again"
             )
+        try:
+            with safe_open(
+                folder / name, framework="np"
+            ):  # compares the file's size with what its header lists
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"model.path {path!r}: {name} is damaged: {error}; fetch it again") from error
     return {name: folder / name for name in names}
 
 

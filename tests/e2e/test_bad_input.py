@@ -151,6 +151,10 @@ BROKEN = {
     ),
 }
 BROKEN_MODELS = {
+    "weights cut short": (
+        lambda m: os.truncate(m / "model.safetensors", 100_000),
+        "model.safetensors is damaged",
+    ),
     "no tokenizer": (lose_the_tokenizer, "holds no tokenizer.json"),
     "damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "the tokenizer is damaged"),
     "tokenizer that is no text": (

@@ -40,6 +40,10 @@ def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> Non
     assert "is not a folder" in refusal(tmp_path / "nowhere")
     assert "has no config.json" in refusal(tmp_path)
     folder = checkpoint()
+    whole = (folder / "model.safetensors").read_bytes()
+    for length in (0, 9, len(whole) // 2, len(whole) - 1):
+        (folder / "model.safetensors").write_bytes(whole[:length])
+        assert "model.safetensors is damaged: " in refusal(folder), length
     (folder / "model.safetensors").unlink()
     assert "holds no *.safetensors" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
