@@ -69,7 +69,7 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
         return open_shards([url.strip() for url in options.shards.split(",")], token)
     if options.index != "bm25":
         return load_index(Path(options.index), Path(options.corpus), encoder_path=options.encoder)
-    index = Bm25Index(load_corpus(options.corpus, key="--corpus"))
+    index = Bm25Index(load_corpus(options.corpus, key="--corpus"), key="--corpus")
     return index, len(index.passages)
 
 

@@ -28,6 +28,7 @@ class Bm25Index:
     Args:
         passages: the corpus, at least one.
         scores: a matrix made earlier over the same passages, see `save`; None: made now.
+        key: what names the corpus in messages.
 
     Raises:
         ConfigError: if no passage holds a word.
@@ -35,9 +36,9 @@ class Bm25Index:
 
     kind = "bm25"
 
-    def __init__(self, passages: Sequence[Passage], *, scores: Any = None):
+    def __init__(self, passages: Sequence[Passage], *, scores: Any = None, key: str = "search.corpus"):
         self.passages = passages
-        self._bm25 = scores or score_matrix(passages)
+        self._bm25 = scores or score_matrix(passages, key=key)
 
     @classmethod
     def load(cls, folder: Path, passages: Sequence[Passage]) -> Bm25Index:
@@ -75,15 +76,19 @@ class Bm25Index:
         return [self.search(query, top_k) for query in queries]
 
 
-def score_matrix(passages: Iterable[Passage]) -> Any:
-    """Scores of every word in every passage, as bm25s keeps them; words are numbered while they are read."""
+def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
+    """Scores of every word in every passage, as bm25s keeps them; words are numbered while they are read.
+
+    Args:
+        key: what names the corpus in messages.
+    """
     vocabulary: dict[str, int] = {}
     ids = [
         array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in _tokenize(_text_of(passage))])
         for passage in passages
     ]
     if not vocabulary:
-        raise ConfigError(f"search.corpus: none of the {len(ids)} passages holds a word; give another corpus")
+        raise ConfigError(f"{key}: none of the {len(ids)} passages holds a word; give another corpus")
     scores = bm25s.BM25(method="lucene", backend="numpy")
     scores.index((ids, vocabulary), show_progress=False)
     return scores

@@ -76,7 +76,7 @@ def build_index(
     try:
         if embedder is None:
             total = len(passages)
-            scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)))
+            scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)), key="--corpus")
             Bm25Index(passages, scores=scores).save(partial / BM25_FOLDER)
         else:
             description |= {"encoder": dataclasses.asdict(embedder.settings), "factory": factory}

@@ -214,7 +214,7 @@ MISTAKES = {
     "broken line": (["bm25"], '{"id": 1, "contents": "a"}\n{"id": 2\n', "line 2: not JSON"),
     "no contents": (["bm25"], '{"id": 1}\n', "line 1: `contents` is missing"),
     "id twice": (["bm25"], '{"id": 1, "contents": "a"}\n' * 2, "line 2: id '1' stands there a second time"),
-    "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "holds a word"),
+    "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "--corpus: none of the 1 passages holds a word"),
     "part": (["bm25", "--part", "2/2"], '{"id": 1, "contents": "a"}\n', "--part is '2/2'"),
     "superscripts": (
         ["bm25", "--part", "\u00b2/\u00b3"],
