@@ -76,28 +76,6 @@ class PackedBatch:
     def num_turns(self) -> int:
         return self.turn_index.numel()
 
-    @property
-    def max_seqlen(self) -> int:
-        """Length of the longest segment, tokens."""
-        return int(self.cu_seqlens.diff().max())
-
-    def expand_turns(self, values: Tensor) -> Tensor:
-        """Per-turn values put on the positions that predict the turn's tokens.
-
-        Args:
-            values: [U, ...] on the batch's device.
-
-        Returns:
-            [T, ...] of the same dtype; 0 where `loss_mask` is False.
-        """
-        assert values.size(0) == self.num_turns, (
-            f"{values.size(0)} values for {self.num_turns} turns: one value per turn of this micro-batch"
-        )
-        mask = self.loss_mask[0]
-        out = values.new_zeros(self.num_tokens, *values.shape[1:])
-        out[mask] = values[self.turn_ids[0, mask]]
-        return out
-
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with all tensors on `device`; itself where they are there already."""
         if self.tokens.device == device:

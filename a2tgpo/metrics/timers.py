@@ -39,11 +39,6 @@ class StageTimers:
             if self._enter is not None and not self._open:
                 self._enter("")
 
-    @property
-    def current(self) -> str:
-        """The stages under way, outermost first, joined by /; empty outside of any."""
-        return "/".join(self._open)
-
     def take(self) -> dict[str, float]:
         """Seconds by stage since the last call, as metrics `time/STAGE_s`, and start anew."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,13 +29,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state["tracker"].items()})
-
-
-@contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Leave all generators as they were, whatever the body seeds or draws."""
-    state = get_rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)

@@ -141,10 +141,6 @@ class VllmEngine:
     def has_unfinished(self) -> bool:
         return self._engine.has_unfinished_requests()
 
-    @property
-    def is_awake(self) -> bool:
-        return not self._asleep
-
     def submit(
         self,
         request_id: str,

@@ -202,8 +202,9 @@ class Bench:
         def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             batch = batches[number]
             turns = zip(batch.turn_trajectory.tolist(), batch.turn_index.tolist(), strict=True)
-            weights = batch.expand_turns(torch.tensor([coefficient(*turn) for turn in turns]))
             mask = batch.loss_mask[0]
+            weights = torch.zeros(batch.num_tokens)
+            weights[mask] = torch.tensor([coefficient(*turn) for turn in turns])[batch.turn_ids[0, mask]]
             metrics = {"tokens": mask.sum(), "entropy": entropy[mask].sum()}
             return -(logprobs * weights).sum() / self.total_tokens, metrics
 

@@ -33,8 +33,6 @@ COUNT, TOKENS, TURNS = 1024, 2000, 6
 CONFIG = AlgorithmConfig()
 VARIANCE_FLOOR, EPS = 1e-8, 1e-6
 
-PerToken = list[list[float]] | list[torch.Tensor]
-
 
 def rows() -> list[measure.Row]:
     trajectories = make(COUNT)

@@ -158,17 +158,6 @@ def test_a_batch_of_nothing_can_be_run_and_trains_nothing(batch) -> None:
     assert batch.cu_seqlens.tolist() == [0, 2]
     assert not batch.loss_mask.any()
     assert batch.num_turns == 0 and batch.num_sequences == 0
-    assert batch.expand_turns(torch.zeros(0)).tolist() == [0, 0]
-
-
-def test_turn_values_land_on_the_positions_that_predict_the_turn() -> None:
-    rollouts = [trajectory([1, 2], ([10, 11], [20]), ([12], [])), trajectory([3], ([13], []))]
-    batch = pack(rollouts, [1, 0], align=Alignment())
-    out = batch.expand_turns(torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64))
-    assert out.tolist() == [0.5, 0.0, -1.0, -1.0, 0.0, 2.0]
-    assert out.dtype == torch.float64
-    with pytest.raises(AssertionError, match="one value per turn"):
-        batch.expand_turns(torch.zeros(2))
 
 
 def test_an_empty_prompt_is_refused() -> None:

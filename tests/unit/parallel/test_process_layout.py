@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -119,34 +117,6 @@ def test_objects_and_bytes_come_back(groups: ParallelGroups) -> None:
     assert exchange_bytes([b"\x00\xff"], dist.group.WORLD) == [b"\x00\xff"]
     with pytest.raises(ValueError, match="2 payloads for a group of 1 ranks"):
         exchange_bytes([b"", b""], dist.group.WORLD)
-
-
-def test_preserved_rng_undoes_whatever_a_guest_seeds_and_draws(groups: ParallelGroups) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    from a2tgpo.parallel.rng import preserved_rng
-
-    def draw() -> tuple:
-        with get_cuda_rng_tracker().fork():
-            tracked = torch.rand(2).tolist()
-        return random.random(), np.random.rand(), torch.rand(2).tolist(), tracked
-
-    def guest() -> None:
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-        draw()
-
-    with preserved_rng():
-        expected = draw()
-    with preserved_rng():
-        guest()
-    assert draw() == expected
-    with pytest.raises(ZeroDivisionError), preserved_rng():
-        before = torch.get_rng_state()
-        guest()
-        raise ZeroDivisionError
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_rng_states_restore_on_a_later_draw(groups: ParallelGroups) -> None:
