@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
         failed = compare(experiment, plan, options.out, jobs=options.jobs)
         print(write_report(options.out))
     except (OSError, ValueError) as error:
-        print(f"ablation: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ablation: interrupted; the same command goes on from here", file=sys.stderr)

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
             require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), ">= 1")
         tune(args, launcher)
     except (OSError, ValueError) as error:
-        print(f"ablation_tune: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

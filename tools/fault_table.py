@@ -132,7 +132,7 @@ def main() -> int:
     try:
         config = prepare(folder)
     except RuntimeError as error:
-        print(f"fault_table: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     work = parts(config, folder / "whole")
     waiting = iter(chosen)

@@ -138,7 +138,7 @@ def main() -> int:
         bound = _listen(options.host, options.port)
         index, num_passages = open_index(options, token)
     except ConfigError as error:
-        print(f"retrieval_server: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     host, port = bound.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host

@@ -193,7 +193,7 @@ def test_a_host_that_is_none_is_one_line(corpus, host, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--host", host])
     assert main() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"retrieval_server: --host {host[:40]}")
+    assert line.startswith(f"error: --host {host[:40]}")
 
 
 @pytest.fixture
