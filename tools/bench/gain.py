@@ -2,16 +2,16 @@
 
     python tools/bench/gain.py [--json FILE]
 
-A step of SmolLM2-135M in bfloat16: four trajectories of 2,000 tokens, six process turns and a final one, played by
-the engine, scored and trained on by the trainer. After the prompt and after every process turn the gold answer is
+A step of SmolLM2-135M in float32, which every CPU computes in: four trajectories of 2,000 tokens, six process turns and
+a final one, played by the engine, scored and trained on by the trainer. After the prompt and after every process turn the gold answer is
 scored,
 
     engine   as requests on the cached prefix: what the product does
     tree     by the trainer, a trajectory once with all its answers as branches: what checks it
     in full  by the trainer, one row per (trajectory, turn): what the paper's authors do
 
-Share of step time: CPU seconds of the scoring over those of generation, scoring of the old policy, update, and that
-scoring. Tokens that the model runs are counted. Here the engine scores all contexts after the rollout, from its
+Share of step time: CPU seconds of the scoring over those of generation, scoring of the old policy (a step of several
+mini-batches needs it), update, and that scoring. Tokens that the model runs are counted. Here the engine scores all contexts after the rollout, from its
 cache; in a training step they come along with generation, in passes that are made anyway.
 """
 
@@ -112,7 +112,7 @@ class Step:
         by_tree = self._timed("tree", self._by_tree)
         in_full = self._timed("in full", self._in_full)
         self._timed("update", self._update)
-        assert torch.tensor(by_tree).sub(torch.tensor(in_full)).abs().mean() < 0.1, "the tree is wrong"
+        assert torch.tensor(by_tree).sub(torch.tensor(in_full)).abs().mean() < 1e-3, "the tree is wrong"
         self.answer_gap = torch.tensor(by_engine).sub(torch.tensor(by_tree)).abs().mean().item()
         differences = [
             (scores.logprobs[batch.loss_mask[0]] - batch.rollout_logprobs[batch.loss_mask]).abs()
@@ -198,10 +198,10 @@ class Step:
 def rows() -> list[measure.Row]:
     groups = initialize(ParallelConfig(), seed=0)
     update = UpdateConfig(lr=1e-6)
-    policy = build_policy(ModelConfig(path=MODEL, dtype="bfloat16"), ParallelConfig(), groups, update=update)
+    policy = build_policy(ModelConfig(path=MODEL, dtype="float32"), ParallelConfig(), groups, update=update)
     optimizer, _ = build_optimizer(policy, update, total_steps=10)
     config = RolloutConfig(kv_cache_gib=1.0, max_concurrent=64)
-    engine = EngineWithoutEnd(MODEL, config=config, model_dtype="bfloat16", max_model_len=2100, seed=0)
+    engine = EngineWithoutEnd(MODEL, config=config, model_dtype="float32", max_model_len=2100, seed=0)
     engine.submit_score("warm-up", [5] * 40, [6])
     drain(engine)
     steps = []
@@ -248,7 +248,7 @@ def rows() -> list[measure.Row]:
             baseline_is="of a sampled token's",
             unit="nats",
             ratio_is="ours / baseline",
-            note="bfloat16; answers of random tokens",
+            note="float32; answers of random tokens",
         )
     )
     return found

@@ -100,7 +100,6 @@ def product(cache: Path) -> dict[str, float]:
                 f"run.root={root}",
                 "run.steps=1",
                 f"model.path={MODEL}",
-                "model.dtype=float32",
                 "rollout.max_turn_tokens=1",
                 "rollout.prompts_per_step=1",
                 "update.prompts_per_minibatch=1",

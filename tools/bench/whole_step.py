@@ -2,7 +2,7 @@
 
     python tools/bench/whole_step.py [--json FILE]
 
-The product's own command on two processes with configs/smollm2_cpu.yaml, in float32 and with two prompts a step, from
+The product's own command on two processes with configs/smollm2_cpu.yaml, two prompts a step, from
 the model that its warm start leaves (made first where it is missing). Stages by the run's own `time/*` metrics; the
 first step is not counted. The scoring of information gain is part of the rollout, along with generation.
 
@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG, RANKS, STEPS = "configs/smollm2_cpu.yaml", 2, 3
 OVERRIDES = [
     f"run.steps={STEPS}",
-    "model.dtype=float32",
     "rollout.prompts_per_step=2",
     "update.prompts_per_minibatch=1",
     "evaluation.at_start=false",
@@ -81,7 +80,7 @@ def ours() -> list[dict[str, float]]:
 def rows() -> list[measure.Row]:
     if not Path(ROOT, load_config(CONFIG).model.path, "config.json").exists():
         print("warm start", flush=True)
-        command("--script", "launch/warmstart.py", CONFIG, "model.dtype=float32")
+        command("--script", "launch/warmstart.py", CONFIG)
     mine = ours()[1:]
     print(f"  ours: {mine}", flush=True)
     made = [
