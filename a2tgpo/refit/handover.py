@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from a2tgpo.error_line import first_line
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.collectives import all_gather_object
 
@@ -56,7 +57,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     except Exception as error:
         if export.failed:  # nothing can be agreed on with ranks that wait in a gather
             raise
-        refusal, problem = error, f"{error or type(error).__name__}".splitlines()[0]
+        refusal, problem = error, first_line(error)
     for _ in export:  # this rank's part in gathering, should its engine have stopped early
         pass
     world = dist.group.WORLD

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from a2tgpo.error_line import first_line
 from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
@@ -145,8 +146,7 @@ def _told_as_another_model(path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:  # holds what each rank raised
         cause, _ = next(iter(error.failures.values()))
-        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-        raise ValueError(f"{path} does not fit the model at model.path ({reason:.200})") from error
+        raise ValueError(f"{path} does not fit the model at model.path ({first_line(cause):.200})") from error
 
 
 def _read_record(path: Path) -> dict[str, Any]:

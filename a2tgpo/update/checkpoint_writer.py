@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from a2tgpo.error_line import first_line
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import get_rng_state
@@ -183,16 +184,16 @@ def _together(action: Callable[[], None] | None, group: dist.ProcessGroup) -> No
         if action is not None:
             action()
     except CheckpointException as error:
-        fault = describe_fault(next(iter(error.failures.values()))[0])
+        fault = _describe_fault(next(iter(error.failures.values()))[0])
     except (OSError, RuntimeError) as error:
-        fault = describe_fault(error)
+        fault = _describe_fault(error)
     faults = [text for text in all_gather_object(fault, group) if text]
     if faults:
         raise _SaveFailedError(faults[0])
 
 
-def describe_fault(error: BaseException) -> str:
+def _describe_fault(error: BaseException) -> str:
     """An error of writing files in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}" + (f" ({error.filename})" if error.filename else "")
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return first_line(error)[:200]

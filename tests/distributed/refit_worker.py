@@ -7,12 +7,13 @@ torchrun --nproc-per-node 2 refit_worker.py shared MODEL       one engine over b
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
 import sys
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -178,26 +179,34 @@ def check_order_of_collectives(policy, events):
 
 
 def check_one_engines_refusal_stops_both(policy, engine, rank, version):
-    """Rank 1's engine refuses a tensor in the middle, then misses one at the end; nobody waits for ever."""
-    for name, shape, expected in (
+    """Rank 1's engine refuses a tensor, misses one at the end, fails without a word; nobody waits for ever."""
+
+    def mute(weights, shapes, *, tied):
+        yield from itertools.islice(weights, 5)
+        raise AssertionError
+
+    query = "model.layers.0.self_attn.q_proj.weight"
+    for change, expected in (
         (
-            "model.layers.0.self_attn.q_proj.weight",
-            (63,),
+            mock.patch.dict(engine._shapes, {query: (63,)}),
             r"refit: weight .*q_proj.weight is .* \[63\] \(rank 1\)",
         ),
-        ("model.extra", (1,), r"refit: the export lacks model.extra \(rank 1\)"),
+        (
+            mock.patch.dict(engine._shapes, {"model.extra": (1,)}),
+            r"refit: the export lacks model.extra \(rank 1\)",
+        ),
+        (
+            mock.patch("a2tgpo.rollout.vllm_engine.checked_weights", mute),
+            r"AssertionError \(rank 1\)",
+        ),
     ):
-        shapes = dict(engine._shapes)
-        if rank == 1:
-            engine._shapes[name] = shape
         message = "nothing was raised"
-        with Events(engine) as events:
+        with Events(engine) as events, change if rank == 1 else nullcontext():
             try:
                 refit(policy, engine, version=version, bucket_mib=2**-4)
             except RuntimeError as error:
                 message = str(error)
         assert re.fullmatch(expected, message), message
-        engine._shapes = shapes
         assert engine.needs_weights == (rank == 1)
         assert len(set(map(tuple, events.of("waited")))) == len(events.of("issued")) > 5
         version += 1
