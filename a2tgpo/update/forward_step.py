@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -54,13 +54,13 @@ def run_pipeline(
         count += -count % groups.pp_size
     filler = [empty_batch(policy.alignment)] * (count - real_count)
     batches = [batch.to(groups.device) for batch in (*microbatches, *filler)]
-    rows = [_output_rows(batch, groups) for batch in batches]
+    asked = [_asked(batch, groups) for batch in batches] if groups.is_pipeline_last else []
     # Megatron divides the loss by `count` and multiplies it by cp_size (schedules.py, forward_step_calc_loss), and
     # divides the gradients by dp_size * cp_size (distributed_data_parallel.py, gradient_scaling_factor).
     scale = 1.0 if forward_only else float(count * groups.dp_size)
 
     def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = _logprobs(policy, logits, batches[number], rows[number])
+        logprobs, entropy = _logprobs(policy, logits, batches[number], asked[number])
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
@@ -76,7 +76,7 @@ def run_pipeline(
             batch.positions,
             batch.cu_seqlens,
             tree=batch.tree,
-            output_rows=rows[number],
+            output_rows=asked[number].rows if groups.is_pipeline_last else None,
         )
         return output, partial(finish, number)
 
@@ -92,31 +92,37 @@ def run_pipeline(
     )
 
 
-def _output_rows(batch: PackedBatch, groups: ParallelGroups) -> Tensor:
-    """[n] int64: at which of the T / cp positions that this rank runs a target is asked for.
+class _Asked(NamedTuple):
+    """Where a micro-batch is cut and asked for log-probs."""
+
+    positions: Tensor
+    """[cp, T / cp] int64, those of the batch that each context-parallel rank runs."""
+    rows: Tensor
+    """[n] int64, n >= 1: at which of those that this rank runs a target is asked for.
 
     Without any the first, so that the micro-batch still reaches every parameter and every collective.
     """
-    mask = batch.loss_mask[0]
-    if groups.cp_size > 1:
-        mask = mask[context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank]]
-    rows = mask.nonzero()[:, 0]
-    return rows if rows.numel() else rows.new_zeros(1)
 
 
-def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of `rows`."""
-    groups, targets, mask = policy.groups, batch.targets[0], batch.loss_mask[0]
+def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
     if groups.cp_size > 1:
         positions = context_positions(batch.cu_seqlens, groups.cp_size)
-        own = positions[groups.cp_rank]
-        targets, mask = targets[own], mask[own]
+    else:
+        positions = torch.arange(batch.num_tokens, device=batch.tokens.device)[None]
+    rows = batch.loss_mask[0, positions[groups.cp_rank]].nonzero()[:, 0]
+    return _Asked(positions, rows if rows.numel() else rows.new_zeros(1))
+
+
+def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked) -> tuple[Tensor, Tensor]:
+    """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of its rows."""
+    groups, own = policy.groups, asked.positions[policy.groups.cp_rank]
     found = torch.stack(
-        token_logprobs(logits, targets[rows], vocab_size=policy.vocab_size, tp_group=groups.tp_group)
+        token_logprobs(
+            logits, batch.targets[0, own[asked.rows]], vocab_size=policy.vocab_size, tp_group=groups.tp_group
+        )
     )  # [2, n]
-    values = found.new_zeros(2, mask.numel()).index_copy(1, rows, found)
-    values = values.where(mask, 0.0)  # also of the one row where none is asked for
+    values = found.new_zeros(2, own.numel()).index_copy(1, asked.rows, found)
     if groups.cp_size > 1:
-        values = gather_context(values, positions, groups.cp_group)
-    logprobs, entropy = values
+        values = gather_context(values, asked.positions, groups.cp_group)
+    logprobs, entropy = values.where(batch.loss_mask[0], 0.0)  # also of the one row where none is asked for
     return logprobs, entropy
