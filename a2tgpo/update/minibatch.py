@@ -37,8 +37,8 @@ class Minibatch:
     old_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch [T] float32, on the last pipeline stage: by the policy that played. Filled by scoring, else by
     the training pass."""
-    ref_logprobs: list[torch.Tensor | None] = field(default_factory=list)
-    """Per micro-batch [T] float32 on the last pipeline stage, None elsewhere: by the reference; empty without one."""
+    ref_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
+    """By micro-batch [T] float32, on the last pipeline stage: by the reference; empty without one."""
     importance: dict[int, ImportanceWeights] = field(default_factory=dict)
     """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update where a rollout
     correction is configured."""
@@ -50,7 +50,7 @@ class Minibatch:
         batch, old = self.batches[index], self.old_logprobs[index]
         mask = batch.loss_mask[0]
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
-        reference = self.ref_logprobs[index] if self.ref_logprobs else None
+        reference = self.ref_logprobs.get(index)
         importance = self.importance.get(index)
         return LossInputs(
             old_logprobs=old[mask],

@@ -58,8 +58,8 @@ def score_minibatches(
 def score_reference(reference: Policy, minibatches: Sequence[Minibatch]) -> None:
     """Fill in `ref_logprobs`; every rank must call this."""
     for minibatch in minibatches:
-        scores = score(reference, minibatch.batches)
-        minibatch.ref_logprobs = [None if s is None else s.logprobs for s in scores]
+        scores = enumerate(score(reference, minibatch.batches))
+        minibatch.ref_logprobs = {index: s.logprobs for index, s in scores if s is not None}
 
 
 def update_policy(
@@ -75,11 +75,10 @@ def update_policy(
     Every rank must call this.
 
     At the first mini-batch the policy is still the one that played, so its ratio is 1: the measured deviation is the
-    noise floor against which the clipping range is to be held. One that has not been scored is the step's only one;
-    its training pass brings `old_logprobs` and the metrics of `score_minibatches`, and ratio 1 without any noise.
+    noise floor against which the clipping range is to be held. If it has not been scored, its training pass brings
+    `old_logprobs` and the metrics of `score_minibatches`, and ratio 1 without any noise.
     """
-    are_scored = all(minibatch.is_scored for minibatch in minibatches)
-    assert are_scored or len(minibatches) == 1, "only a step's single mini-batch goes without scoring"
+    assert all(m.is_scored for m in minibatches[1:]), "only a step's first mini-batch can go without scoring"
     score_sums: dict[str, Tensor] = {}
     for number, minibatch in enumerate(minibatches):
 
@@ -88,7 +87,7 @@ def update_policy(
         ) -> tuple[Tensor, dict[str, Tensor]]:
             batch = minibatch.batches[index].to(logprobs.device)
             minibatch.batches[index] = batch
-            if not are_scored:
+            if not minibatch.is_scored:
                 scores = TokenScores(logprobs.detach(), entropy.detach())
                 _take_scores(minibatch, index, scores, score_sums)
             weigh(minibatch, index, config.correction)
@@ -110,7 +109,7 @@ def update_policy(
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
-    if not are_scored:
+    if not minibatches[0].is_scored:
         _record_scores(policy, score_sums, metrics)
     record_correction(minibatches, config.correction, policy.groups, metrics)
 

@@ -51,7 +51,9 @@ def outcome(
         minibatch.old_logprobs = {
             i: made_up_logprobs(batch, 0.0) for i, batch in enumerate(minibatch.batches)
         }
-        minibatch.ref_logprobs = [made_up_logprobs(batch, 0.3) for batch in minibatch.batches]
+        minibatch.ref_logprobs = {
+            i: made_up_logprobs(batch, 0.3) for i, batch in enumerate(minibatch.batches)
+        }
     correct_rollouts(minibatches, config.correction, groups, MetricSums())
     return [loss_and_token_gradients(minibatch, trajectories, config) for minibatch in minibatches]
 
