@@ -47,9 +47,8 @@ class PromptTemplate:
             texts = self.tokenizer.apply_chat_template(
                 conversations, add_generation_prompt=True, tokenize=False
             )
-        except (
-            Exception
-        ) as error:  # templates are code of the model's author; jinja2 passes on what they raise
+        except Exception as error:
+            # Templates are code of the model's author; jinja2 passes on what they raise.
             raise ConfigError(
                 f"model.path: the chat template of {self.tokenizer.name_or_path} refuses "
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "

@@ -92,9 +92,8 @@ def weight_files(path: str) -> dict[str, Path]:
                 f"model.path {path!r}: {name} is listed in {index.name} but missing; fetch it again"
             )
         try:
-            with safe_open(
-                folder / name, framework="np"
-            ):  # compares the file's size with what its header lists
+            # Compares the file's size with what its header lists.
+            with safe_open(folder / name, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.path {path!r}: {name} is damaged: {error}; fetch it again") from error

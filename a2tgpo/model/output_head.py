@@ -34,9 +34,8 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
         return hidden.index_select(0, rows)  # [n, 1, hidden]
 
     hook = layer.register_forward_pre_hook(at_rows)
-    if (
-        is_split
-    ):  # what it is given is whole already; a backward pass goes by what was set in its forward pass
+    if is_split:
+        # What it is given is whole already; a backward pass goes by what was set in its forward pass.
         layer.sequence_parallel, layer.allreduce_dgrad = False, True
     try:
         yield

@@ -55,9 +55,8 @@ class StopRequest:
         if not self.reason:
             self.reason = self._own_reason(needed_s)
             if self.reason:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # the rank that holds the store is gone: told elsewhere
+                # It fails where the rank that holds the store is gone: told elsewhere.
+                with contextlib.suppress(RuntimeError):
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():
                 self._looked = time.monotonic()

@@ -207,9 +207,8 @@ def _fault_of(path: Path) -> str:
         return f"its {MARKER} is damaged"
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
         return f"its {MARKER} names files elsewhere"
-    missing = [
-        name for name in expected if not os.path.isfile(path / name)
-    ]  # False for a name that none can have
+    # os.path's says False for a name that no file can have, where `Path.is_file` raises.
+    missing = [name for name in expected if not os.path.isfile(path / name)]
     if missing:
         return f"{missing[0]} is missing"
     assert dist.group.WORLD is not None, "checkpoints are read by joined processes"

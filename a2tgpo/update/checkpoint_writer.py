@@ -121,9 +121,8 @@ class CheckpointWriter:
             self._outcome = ""
         except _SaveFailedError as error:
             self._outcome = str(error)
-        except (
-            BaseException
-        ) as error:  # a mistake of ours, or a rank that has died: raised where it is waited for
+        except BaseException as error:
+            # A mistake of ours, or a rank that has died: raised where it is waited for.
             self._error = error
 
     def _write(
