@@ -6,6 +6,7 @@ from pathlib import Path
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import read_json_lines, text_field
+from a2tgpo.error_line import first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,7 @@ def _read_parquet(path: str, *, key: str) -> Iterator[tuple[str, dict]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow raises its own family of errors for each way a file can be broken
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{key}: cannot read {path} as Parquet ({reason:.120})") from None
+        raise ConfigError(f"{key}: cannot read {path} as Parquet ({first_line(error):.120})") from None
     for number, row in enumerate(rows, start=1):
         # Parquet has a value in every column of a row: an absent optional field arrives as None.
         yield f"{path} row {number}", {name: value for name, value in row.items() if value is not None}

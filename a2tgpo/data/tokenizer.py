@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.error_line import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,6 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises whatever a bad file leads to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(
-            f"{key} {path!r}: the tokenizer is damaged ({reason:.120}); fetch its files again"
+            f"{key} {path!r}: the tokenizer is damaged ({first_line(error):.120}); fetch its files again"
         ) from error

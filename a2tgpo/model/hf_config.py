@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.error_line import first_line
 from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -59,8 +60,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises whatever a bad field leads to
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line}") from error
+        raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line(error)}") from error
     _refuse_unsupported(path, hf_config)
     if getattr(hf_config, "head_dim", None) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads

@@ -15,6 +15,7 @@ import faiss
 import numpy as np
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.error_line import first_line
 from a2tgpo.search.passage import Passage
 
 TRAINING_PASSAGES = 1_000_000
@@ -59,8 +60,7 @@ class Encoder:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
             self._model = AutoModel.from_pretrained(folder).eval()
         except (OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ConfigError(f"--encoder: {folder} cannot be loaded ({reason:.120})") from None
+            raise ConfigError(f"--encoder: {folder} cannot be loaded ({first_line(error):.120})") from None
         positions = getattr(self._model.config, "max_position_embeddings", None)
         require(
             positions is None or settings.max_tokens <= positions,

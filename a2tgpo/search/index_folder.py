@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.error_line import first_line
 from a2tgpo.search.bm25 import Bm25Index, score_matrix
 from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
 from a2tgpo.search.dense import DenseIndex, Encoder, EncoderSettings, build_neighbours
@@ -123,8 +124,7 @@ def load_index(folder: Path, corpus: Path, *, encoder_path: str = "") -> tuple[S
             return Bm25Index.load(folder / BM25_FOLDER, passages), len(passages)
         neighbours = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"--index: {folder} is damaged ({reason:.120}); build it anew") from None
+        raise ConfigError(f"--index: {folder} is damaged ({first_line(error):.120}); build it anew") from None
     settings = description["encoder"] | ({"path": encoder_path} if encoder_path else {})
     index = DenseIndex(passages, encoder=Encoder(EncoderSettings(**settings)), neighbours=neighbours)
     return index, len(passages)
