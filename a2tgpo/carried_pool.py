@@ -106,6 +106,19 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
     ]
 
 
+def bounded(state: Carried, step: int, *, max_groups: int, max_staleness: int) -> Carried:
+    """What of `state` step `step` may go on with: the oldest `max_groups` groups that are not too old for it.
+
+    All of it, unless a run goes on with smaller settings than it was saved with.
+    """
+    young = [entry for entry in state.entries if step - entry.begun <= max_staleness]
+    kept = {entry.key for entry in young[:max_groups]}
+    return Carried(
+        entries=tuple(entry for entry in state.entries if entry.key in kept),
+        own=tuple(group for group in state.own if group.key in kept),
+    )
+
+
 def carried_file(replica: int) -> str:
     """Name of a replica's file within a checkpoint."""
     return f"{FOLDER}/replica_{replica}.bin"

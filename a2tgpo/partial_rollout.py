@@ -4,8 +4,8 @@ In play are `prompts_per_step` + `extra_prompts` groups: those carried over, and
 trajectory pauses when it has sampled `tokens_per_step` tokens in the step. The step is made of the oldest complete
 groups; the others are carried over with all that was played of them (Kimi k1.5, arXiv 2501.12599, cuts inside a
 response; here it is where a turn would begin). Where too few are complete, and for groups that a later step would be
-too late for, the oldest are played to their end. Nothing is ever dropped, and what is cut where depends on tokens,
-never on the clock.
+too late for, the oldest are played to their end. Nothing is dropped while the
+settings stay, and what is cut where depends on tokens, never on the clock.
 
     partial/carried_trajectories  unfinished ones that go on in the next step
     partial/carried_tokens        what was sampled of them so far
@@ -99,6 +99,7 @@ class PartialRollout:
         """All groups of the step, and this replica's."""
         state, replicas = self._parts.carried.state, self._parts.replicas
         missing = self._num_groups + self._config.extra_prompts - len(state.entries)
+        assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
         questions = self._parts.sampler.next_indices(
             missing, asked=[entry.question for entry in state.entries]
         )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from a2tgpo import stop_signal
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
-from a2tgpo.carried_pool import Carried, carried_file, encode, read
+from a2tgpo.carried_pool import Carried, bounded, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
@@ -104,7 +104,7 @@ class RunFolder:
             # A converted model has seen no question yet.
             if "sampler" in state:
                 parts.sampler.load_state_dict(state["sampler"])
-            parts.carried.state = self._read_carried(path, parts)
+            parts.carried.state = self._read_carried(path, parts, step)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
@@ -151,21 +151,27 @@ class RunFolder:
             return {}
         return {carried_file(parts.replicas.index): encode(parts.carried.state)}
 
-    def _read_carried(self, path: Path, parts: RunParts) -> Carried:
-        """What a checkpoint carries to the next step; dropped, with a warning, where partial rollouts are off now."""
+    def _read_carried(self, path: Path, parts: RunParts, step: int) -> Carried:
+        """What a checkpoint carries to step `step`; dropped, with a warning, what `rollout.partial` now rules out."""
         try:
             carried = read(path, replica=parts.replicas.index, num_replicas=parts.replicas.count)
         except ValueError as error:
             raise ConfigError(f"--resume: {error}") from error
-        if carried.entries and not self._config.rollout.partial.is_on:
-            if self._groups.rank == 0:
-                logger.warning(
-                    "%d groups that %s carries over are dropped: rollout.partial is off",
-                    len(carried.entries),
-                    path,
-                )
-            return Carried()
-        return carried
+        partial = self._config.rollout.partial
+        kept = bounded(carried, step, max_groups=partial.extra_prompts, max_staleness=partial.max_staleness)
+        num_dropped = len(carried.entries) - len(kept.entries)
+        if num_dropped and self._groups.rank == 0:
+            logger.warning(
+                "%d of %d groups that %s carries over are dropped, with all that was played of them: "
+                "rollout.partial is %s",
+                num_dropped,
+                len(carried.entries),
+                path,
+                f"on with extra_prompts {partial.extra_prompts}, max_staleness {partial.max_staleness}"
+                if partial.is_on
+                else "off",
+            )
+        return kept
 
     @property
     def saved_step(self) -> int:

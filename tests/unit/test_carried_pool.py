@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from a2tgpo.carried_pool import (
     Carried,
     Entry,
+    bounded,
     carried_file,
     encode,
     is_due,
@@ -89,6 +90,29 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
         trained += [e.key for e in taken]
         assert len(set(trained)) == len(trained)
         assert begun == set(trained) | {left.key for left in carried}
+
+
+@given(
+    begun=st.lists(st.integers(0, 9), max_size=20),
+    step=st.integers(10, 12),
+    max_groups=st.integers(0, 20),
+    max_staleness=st.integers(1, 12),
+    num_replicas=st.integers(1, 3),
+)
+def test_smaller_settings_keep_the_oldest_groups_that_a_step_can_still_train_on(
+    begun, step, max_groups, max_staleness, num_replicas
+):
+    entries = [entry(old, i, replica=i % num_replicas) for i, old in enumerate(sorted(begun))]
+    kept = []
+    for replica in range(num_replicas):
+        own = tuple(group(e.begun, e.index, "") for e in entries if e.replica == replica)
+        state = Carried(entries=tuple(entries), own=own)
+        found = bounded(state, step, max_groups=max_groups, max_staleness=max_staleness)
+        assert [g.key for g in found.own] == [e.key for e in found.entries if e.replica == replica]
+        kept.append(found.entries)
+    assert all(other == kept[0] for other in kept)
+    allowed = [e for e in entries if e.begun >= step - max_staleness]
+    assert list(kept[0]) == allowed[:max_groups]
 
 
 @given(st.integers(0, 30), st.integers(1, 5))

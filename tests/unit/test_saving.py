@@ -166,7 +166,10 @@ def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, t
         run.parts.carried.state = Carried()
         assert Run(world, tmp_path, partial=is_on).parts.carried.state == held
         assert not Run(world, tmp_path).parts.carried.state.entries
-        assert "1 groups that" in caplog.text and "are dropped: rollout.partial is off" in caplog.text
+        assert "1 of 1 groups that" in caplog.text and "rollout.partial is off" in caplog.text
+        fewer = PartialConfig(tokens_per_step=1)
+        assert not Run(world, tmp_path, partial=fewer).parts.carried.state.entries
+        assert "rollout.partial is on with extra_prompts 0, max_staleness 1" in caplog.text
         path = run.checkpoints / "step_4" / "carried" / "replica_0.bin"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
