@@ -93,12 +93,8 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
         limit = config.evaluation.max_questions or len(test_questions)
         test_prompts = _prompt_set(test_questions[:limit], template, config)
         sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
-        in_play = config.rollout.prompts_per_step + config.rollout.partial.extra_prompts
-        require(
-            in_play <= len(train_prompts),
-            "rollout.partial.extra_prompts",
-            config.rollout.partial.extra_prompts,
-            f"so many that with rollout.prompts_per_step they are at most the questions ({len(train_prompts)})",
+        config.rollout.partial.check_questions(
+            len(train_prompts), prompts_per_step=config.rollout.prompts_per_step
         )
     with timers.stage("startup_tools"):
         toolset = build_tools(config)

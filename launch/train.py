@@ -104,7 +104,9 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     for key in ("train", "test"):
         questions = load_questions(getattr(config.data, key), key=f"data.{key}")
         sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
-    PromptSampler(sizes["train"], config.rollout.prompts_per_step, config.run.seed)
+    per_step = config.rollout.prompts_per_step
+    PromptSampler(sizes["train"], per_step, config.run.seed)
+    config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
     build_tools(config).close()
     # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))

@@ -76,6 +76,18 @@ class PartialConfig:
     def is_on(self) -> bool:
         return self.tokens_per_step > 0
 
+    def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
+        """Raise `ConfigError` if a set is so small that a question could be dealt again while it is in play."""
+        # The sampler looks at what is in play at an epoch's begin only, when that goes to the end of its order.
+        needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
+        require(
+            self.extra_prompts == 0 or needed <= num_questions,
+            "rollout.partial.extra_prompts",
+            self.extra_prompts,
+            f"0, or extra_prompts + (max_staleness + 1) * rollout.prompts_per_step ({needed}) at most the number of "
+            f"questions in data.train ({num_questions})",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:

@@ -45,7 +45,7 @@ class PromptSampler:
         Args:
             count: None: `per_step`, a whole step.
             asked: what the step was dealt before; none of it is dealt again. With `count` it must not be more
-                than the set.
+                than the set. With partial rollouts what is carried over: see `PartialConfig.check_questions`.
         """
         count = self.per_step if count is None else count
         assert len(asked) + count <= self.num_questions, "a step cannot ask more than all questions"

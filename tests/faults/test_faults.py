@@ -40,6 +40,8 @@ def rows(tmp_path_factory) -> list[Row]:
 def test_rollouts_that_are_carried_over_go_on_bit_for_bit_after_a_stop_and_a_kill(tmp_path):
     config = write_inputs(tmp_path)
     settings = yaml.safe_load(config.read_text())
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(2 * questions.read_text())  # as many as none in play is dealt again
     settings["rollout"]["partial"] = {"tokens_per_step": 1, "extra_prompts": 2, "max_staleness": 2}
     settings["algorithm"] = {"correction": {"kind": "truncate"}}
     settings["rollout"]["gain"] = {"verify_every": 1}

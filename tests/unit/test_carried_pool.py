@@ -19,6 +19,8 @@ from a2tgpo.carried_pool import (
     trajectories_of,
     with_complete,
 )
+from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
@@ -90,6 +92,40 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
         trained += [e.key for e in taken]
         assert len(set(trained)) == len(trained)
         assert begun == set(trained) | {left.key for left in carried}
+
+
+@given(
+    num_groups=st.integers(1, 5),
+    extra_share=st.floats(0, 1),
+    max_staleness=st.integers(1, 3),
+    more=st.integers(0, 3),
+    seed=st.integers(0, 5),
+    luck=st.floats(0, 1),
+    random=st.randoms(use_true_random=False),
+)
+def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
+    num_groups, extra_share, max_staleness, more, seed, luck, random
+):
+    partial = PartialConfig(
+        tokens_per_step=1, extra_prompts=round(extra_share * num_groups), max_staleness=max_staleness
+    )
+    num_questions = partial.extra_prompts + (max_staleness + 1) * num_groups + more
+    partial.check_questions(num_questions, prompts_per_step=num_groups)
+    sampler = PromptSampler(num_questions, num_groups, seed)
+    carried: list[Entry] = []
+    for step in range(25):
+        dealt = sampler.next_indices(
+            num_groups + partial.extra_prompts - len(carried), asked=[e.question for e in carried]
+        )
+        in_play = carried + [
+            Entry(begun=step, index=index, question=question, replica=0)
+            for index, question in enumerate(dealt)
+        ]
+        assert len({e.question for e in in_play}) == len(in_play)
+        due = {e.key for e in in_play if is_due(e, step, max_staleness=max_staleness)}
+        in_play = with_complete(in_play, due | {e.key for e in in_play if random.random() < luck})
+        late = to_finish(in_play, num_groups=num_groups)
+        _, carried = select(with_complete(in_play, {e.key for e in late}), num_groups=num_groups)
 
 
 @given(

@@ -62,5 +62,10 @@ def test_no_more_may_be_carried_over_than_a_step_can_take():
         RolloutConfig(prompts_per_step=4, partial=PartialConfig(tokens_per_step=1, extra_prompts=5))
     with pytest.raises(ConfigError, match=r"extra_prompts is 5; allowed: >= 0, and 0 while"):
         PartialConfig(extra_prompts=5)
+    with pytest.raises(ConfigError, match=r"extra_prompts is 2; .* \(14\) at most the number of .* \(13\)$"):
+        PartialConfig(tokens_per_step=1, extra_prompts=2, max_staleness=2).check_questions(
+            13, prompts_per_step=4
+        )
+    PartialConfig(tokens_per_step=1).check_questions(4, prompts_per_step=4)
     with pytest.raises(ConfigError, match=r"max_staleness is 0; allowed: >= 1"):
         PartialConfig(max_staleness=0)
