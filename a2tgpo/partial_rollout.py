@@ -78,11 +78,12 @@ class PartialRollout:
         late = {entry.key for entry in to_finish(entries, num_groups=self._num_groups)}
         if late:
             chosen = [group for group in played if group.key in late]
-            finished = self._play(chosen, counts, step=step, unbounded=late, is_cut=is_cut)
-            if finished is None:
+            finished = self._play(chosen, counts, step=step, unbounded=late, is_cut=is_cut, progress=progress)
+            complete = self._agree_on_complete(finished)
+            if complete is None or finished is None:
                 return None
             played = [group for group in played if group.key not in late] + finished
-            entries = with_complete(entries, late)
+            entries = with_complete(entries, complete)
         taken, left = select(entries, num_groups=self._num_groups)
         keys = {entry.key for entry in left}
         self._parts.carried.state = Carried(

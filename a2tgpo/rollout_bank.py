@@ -3,9 +3,9 @@
 `bank/step_N/rank_R.bin` holds what rank R brought out of the rollout of step N (counted from 0): trajectories, the
 metrics so far, and what lies behind them: the sampler's state, draws of dynamic sampling included, and groups carried
 over. It is used if and only if it belongs to this very step, to these weights bit by bit, and to a configuration that
-plays the same: on all ranks or on none. What a run plays again after a crash has the same weights on CPU. On a GPU an
-update need not repeat bit by bit: the step that a checkpoint starts with has its weights, later ones may have others,
-and are then played anew.
+plays the same: on all ranks, from one and the same time the step was played, or on none. What a run plays again after
+a crash has the same weights on CPU. On a GPU an update need not repeat bit by bit: the step that a checkpoint starts
+with has its weights, later ones may have others, and are then played anew.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
 
     key: str
     """Step, weights, configuration, rank; see `RolloutBank`."""
+    attempt: str
+    """Names this time the step was played, equal on all ranks; another time other groups may make up the step."""
     trajectories: list[Trajectory]
     metrics: MetricSums
     sampler: dict[str, Any]
@@ -61,6 +64,7 @@ class RolloutBank:
         self._folder = folder
         self._parts = parts
         self._key = ""
+        self._attempt = ""
 
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
         """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
@@ -72,9 +76,10 @@ class RolloutBank:
         banked = self._read(step)
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"
-        if not all(all_gather_object(banked is not None, world)):
+        found = all_gather_object((banked.attempt if banked else None, uuid.uuid4().hex), world)
+        if banked is None or any(attempt != banked.attempt for attempt, _ in found):
+            self._attempt = found[0][1]
             return None
-        assert banked is not None, "gathered from this rank too"
         if self._parts.groups.rank == 0:
             logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
         metrics.merge(banked.metrics)
@@ -89,6 +94,7 @@ class RolloutBank:
         """
         banked = BankedStep(
             key=self._key,
+            attempt=self._attempt,
             trajectories=trajectories,
             metrics=metrics,
             sampler=self._parts.sampler.state_dict(),
