@@ -107,6 +107,15 @@ class LiveTrajectory:
     """Turns that earlier calls have played."""
 
     @property
+    def start_order(self) -> tuple[bool, bool, int]:
+        """Sorts first what should start first, since it may take longest.
+
+        That is what is played to its end, what earlier calls began, and questions that need most searches as far as
+        their set says.
+        """
+        return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
+
+    @property
     def new_turns(self) -> list[Turn]:
         """Those of this call."""
         return self.trajectory.turns[self.num_past_turns :]
@@ -162,14 +171,14 @@ class MultiTurnLoop:
     def run(self, live: Sequence[LiveTrajectory]) -> None:
         """Play all of `live`; the engine works whenever any of them can go on.
 
-        Questions that need most searches start first, as far as their set says: what starts last should be short.
+        What starts last should be short: see `LiveTrajectory.start_order`.
 
         Raises:
             RolloutCutError: if it was broken off; the engine is idle then.
         """
         start = time.monotonic()
         waited_before = self._tools.waited_s
-        for trajectory in sorted(live, key=lambda trajectory: -trajectory.trajectory.hops):
+        for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
             self._generate(trajectory)
             if self._scorer is not None:
                 self._score_prefix(trajectory, self._scorer)

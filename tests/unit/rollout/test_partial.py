@@ -20,9 +20,9 @@ from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.rollout.multi_turn import PromptGroup, Sampling
+from a2tgpo.rollout.multi_turn import LiveTrajectory, PromptGroup, Sampling
 from a2tgpo.step_rollout import StepRollout
-from a2tgpo.trajectory import Prompt
+from a2tgpo.trajectory import Prompt, Trajectory
 
 QUESTIONS = [
     "ruler of Japan?",
@@ -202,6 +202,36 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that
         gains = [turn.info_gain for turn in after.turns if turn.query is not None]
         probs = after.context_probs
         assert gains == pytest.approx([b - a for a, b in itertools.pairwise(probs)], abs=1e-6)
+
+
+def test_what_is_played_to_its_end_starts_first_then_what_was_carried_over_then_most_hops(begin):
+    (prompt,) = (group.prompt for group in begin(0))
+
+    def live(name, *, budget, past, hops):
+        start = Trajectory(
+            prompt_index=0,
+            prompt_id=name,
+            sample_index=0,
+            prompt_tokens=[1],
+            turns=[],
+            stop_reason="",
+            hops=hops,
+        )
+        group = PromptGroup(prompt=prompt, aliases=[])
+        return LiveTrajectory(group=group, trajectory=start, tokens=[1], budget=budget, num_past_turns=past)
+
+    waiting = [
+        live("new", budget=9, past=0, hops=2),
+        live("new, hard", budget=9, past=0, hops=4),
+        live("carried", budget=9, past=3, hops=0),
+        live("to its end", budget=None, past=1, hops=1),
+    ]
+    found = [one.trajectory.prompt_id for one in sorted(waiting, key=lambda one: one.start_order)]
+    assert found == ["to its end", "carried", "new, hard", "new"]
+    # Without budgets, hops alone decide, and in order of prompts among equals.
+    plain = [live(str(place), budget=None, past=0, hops=hops) for place, hops in enumerate([1, 3, 1, 3])]
+    found = [one.trajectory.prompt_id for one in sorted(plain, key=lambda one: one.start_order)]
+    assert found == ["1", "3", "0", "2"]
 
 
 def test_seeds_of_a_carried_group_are_no_other_groups(begin):
