@@ -62,7 +62,7 @@ class Trajectory:
     prompt_tokens: list[int]
     turns: list[Turn]
     stop_reason: str
-    """answer | eos | length | max_turns | empty_query | context; see `rollout.multi_turn`."""
+    """answer | eos | length | max_turns | empty_query | context, or "" while it goes on; see `rollout.multi_turn`."""
     baseline_prob: float | None = None
     """P_0, from the prompt alone."""
     outcome_reward: float = 0.0
