@@ -32,8 +32,13 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
     return bins
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int, *, min_count: int = 0) -> list[list[int]]:
+def microbatches(
+    lengths: Sequence[int], max_tokens: int, *, min_count: int = 0, row: int = 1
+) -> list[list[int]]:
     """Group items into micro-batches of at most `max_tokens`, few and of near-equal size.
+
+    Where rows are padded to a multiple, equal sizes would waste half a multiple each: they are then filled to the
+    limit, one after the other, and the last ones are smaller.
 
     Items of length 0 (see `packing.packed_length`) are left out. An item longer than `max_tokens` gets a
     micro-batch of its own.
@@ -42,20 +47,61 @@ def microbatches(lengths: Sequence[int], max_tokens: int, *, min_count: int = 0)
         lengths: tokens of each item.
         max_tokens: limit of one micro-batch.
         min_count: fewest micro-batches to return; the surplus ones are smaller, or empty past one item each.
+        row: what the length of a micro-batch is padded to a multiple of.
 
     Returns:
         Item numbers of each micro-batch, ascending within it; none at all without items.
     """
     items = [item for item, length in enumerate(lengths) if length > 0]
-    if not items:
-        return [[] for _ in range(min_count)]
     sizes = [lengths[item] for item in items]
+    if not items:
+        groups: list[list[int]] = []
+    elif row > 1:
+        groups = _filled(sizes, max_tokens - max_tokens % row or max_tokens, min_count)
+    else:
+        groups = _even(sizes, max_tokens, min_count)
+    groups += [[] for _ in range(min_count - len(groups))]
+    return [[items[place] for place in group] for group in groups]
+
+
+def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
+    """Of near-equal size, as few as `deal` can make."""
     num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit together
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
-    for count in range(fewest, max(fewest, len(items)) + 1):
+    for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]
-        for item, number in zip(items, deal(sizes, count), strict=True):
-            groups[number].append(item)
-        if all(len(group) <= 1 or sum(lengths[item] for item in group) <= max_tokens for group in groups):
+        for place, number in enumerate(deal(sizes, count)):
+            groups[number].append(place)
+        if all(len(group) <= 1 or sum(sizes[place] for place in group) <= max_tokens for group in groups):
             break
+    return groups
+
+
+def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
+    """The longest that is left, with those of the others that fill up `max_tokens` best; and so on.
+
+    If that makes fewer than `min_count`, the largest are halved.
+    """
+    left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
+    groups = []
+    while left:
+        group, others = [left[0]], left[1:]
+        room = max(0, max_tokens - sizes[left[0]])
+        # Bit n of reachable[k]: some of the first k others have n tokens together (subset sums, at most `room`).
+        reachable = [1]
+        for place in others:
+            longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)
+            reachable.append(reachable[-1] | longer)
+        tokens = reachable[-1].bit_length() - 1
+        for place, without in zip(reversed(others), reversed(reachable[:-1]), strict=True):
+            if not without >> tokens & 1:
+                group.append(place)
+                tokens -= sizes[place]
+        left = [place for place in others if place not in group]
+        groups.append(sorted(group))
+    while len(groups) < min(min_count, len(sizes)):
+        largest = max((group for group in groups if len(group) > 1), key=lambda g: sum(sizes[p] for p in g))
+        halves = deal([sizes[place] for place in largest], 2)
+        groups.remove(largest)
+        groups += [[p for p, dealt in zip(largest, halves, strict=True) if dealt == half] for half in (0, 1)]
     return groups

@@ -101,7 +101,7 @@ def build_minibatches(
             batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
         )
         lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
-        for members in _microbatches(lengths, config.update.max_microbatch_tokens, groups):
+        for members in _microbatches(lengths, config.update.max_microbatch_tokens, align.row, groups):
             batch = pack(trajectories, [rows[i] for i in members], align=align)
             turns = batch.turn_trajectory, batch.turn_index
             minibatch.batches.append(batch)
@@ -113,8 +113,10 @@ def build_minibatches(
     return minibatches
 
 
-def _microbatches(lengths: Sequence[int], max_tokens: int, groups: ParallelGroups) -> list[list[int]]:
-    """As many micro-batches as the replica with most of them needs, so that they are smaller and none is empty."""
-    fewest = torch.tensor(len(microbatches(lengths, max_tokens)))
+def _microbatches(
+    lengths: Sequence[int], max_tokens: int, row: int, groups: ParallelGroups
+) -> list[list[int]]:
+    """As many micro-batches as the replica with most of them needs, so that they are smaller; none is empty."""
+    fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=row)))
     agreed = int(all_reduce_max(fewest, groups.dp_group))
-    return [members for members in microbatches(lengths, max_tokens, min_count=agreed) if members]
+    return [members for members in microbatches(lengths, max_tokens, min_count=agreed, row=row) if members]

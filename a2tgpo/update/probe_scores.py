@@ -25,7 +25,9 @@ def score_probes(
     Returns:
         Per sequence and probe, one value per answer token; equal on all ranks of a replica.
     """
-    rows = microbatches([sequence.packed_length for sequence in sequences], max_tokens)
+    rows = microbatches(
+        [sequence.packed_length for sequence in sequences], max_tokens, row=policy.alignment.row
+    )
     batches = [pack_probes(sequences, row, align=policy.alignment) for row in rows]
     found: list[list[list[float]]] = [[[] for _ in sequence.probes] for sequence in sequences]
     for batch, scores in zip(batches, score(policy, batches), strict=True):

@@ -36,7 +36,7 @@ def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas
     positions = []
     for replica in range(replicas):
         own = [i for i, dealt in enumerate(bins) if dealt == replica]
-        groups = microbatches([align.segment_length(lengths[i]) for i in own], limit)
+        groups = microbatches([align.segment_length(lengths[i]) for i in own], limit, row=align.row)
         batches = [pack(trajectories, [own[i] for i in group], align=align) for group in groups]
         positions.append(sum(batch.num_tokens for batch in batches))
     return sum(lengths) / (replicas * max(positions))

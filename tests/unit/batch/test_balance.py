@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,11 +26,11 @@ def test_no_bin_exceeds_the_average_by_more_than_one_item(lengths, num_bins) -> 
     assert max(loads) <= sum(lengths) / num_bins + max(lengths)
 
 
-@given(lengths_lists, st.integers(1, 60), st.integers(1, 6))
+@given(lengths_lists, st.integers(1, 60), st.integers(1, 6), st.sampled_from([1, 8]))
 def test_every_item_with_tokens_is_in_exactly_one_microbatch_within_the_limit(
-    lengths, max_tokens, min_count
+    lengths, max_tokens, min_count, row
 ) -> None:
-    groups = microbatches(lengths, max_tokens, min_count=min_count)
+    groups = microbatches(lengths, max_tokens, min_count=min_count, row=row)
     assert sorted(item for group in groups for item in group) == [
         item for item, length in enumerate(lengths) if length
     ]
@@ -41,6 +43,28 @@ def test_every_item_with_tokens_is_in_exactly_one_microbatch_within_the_limit(
 def test_microbatches_are_few_and_even() -> None:
     groups = microbatches([10] * 12, 40)
     assert [len(group) for group in groups] == [4, 4, 4]
+
+
+def test_rows_that_are_padded_are_filled() -> None:
+    # 8 with 2, not with 1; then 5 with 3 and 1: nothing is padded but the last row.
+    assert microbatches([8, 5, 1, 3, 2, 1, 4], 10, row=5) == [[0, 4], [1, 2, 6], [3, 5]]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(2, 5))
+def test_a_filled_row_leaves_no_room_that_another_choice_would_use(lengths, row) -> None:
+    limit = 3 * row
+    left = list(range(len(lengths)))
+    for group in microbatches(lengths, limit, row=row):
+        longest = max(left, key=lambda item: (lengths[item], -item))
+        assert longest in group
+        others = [lengths[item] for item in left if item != longest]
+        sums = {sum(chosen) for n in range(len(others) + 1) for chosen in combinations(others, n)}
+        room = limit - lengths[longest]
+        assert sum(lengths[item] for item in group) - lengths[longest] == max(
+            (total for total in sums if total <= room), default=0
+        )
+        left = [item for item in left if item not in group]
+    assert not left
 
 
 def test_an_item_past_the_limit_gets_a_microbatch_of_its_own() -> None:
