@@ -126,7 +126,7 @@ def _base_chain(path: Path) -> list[Path]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, which plain YAML resolves silently."""
+    """As `yaml.safe_load`, no tag makes an object; and a key that stands twice in a mapping is refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys: set[str] = set()
@@ -142,8 +142,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        # As yaml.safe_load, with the loader above: no tag makes an object.
-        content = yaml.load(path.read_bytes(), Loader=_StrictLoader)
+        content = _StrictLoader(path.read_bytes()).get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

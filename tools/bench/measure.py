@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 Variant = Callable[[], object]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,25 @@ def interleaved(
             variants[name]()
             seconds[name].append(clock() - start)
     return seconds
+
+
+def run_program(name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
+    """Run `command` in the checkout, with `environment` besides this one; quietly, unless it fails.
+
+    Raises:
+        RuntimeError: one line that begins with `name`, behind the end of its output; it failed.
+    """
+    process = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        print(process.stdout[-2000:] + process.stderr[-4000:], file=sys.stderr)
+        raise RuntimeError(f"{name} failed with {process.returncode}")
 
 
 def peak_megabytes(variant: Variant) -> float:

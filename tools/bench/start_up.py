@@ -17,8 +17,6 @@ Some 4 minutes.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +25,6 @@ import measure
 
 from a2tgpo.metrics.writer import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 STAGES = {
@@ -63,10 +60,7 @@ Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - im
 def environment(cache: Path) -> dict[str, str]:
     """What both run in: the variables that the product sets, and the place of vLLM's cache."""
     return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(measure.ROOT),
         "VLLM_CACHE_ROOT": str(cache),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
@@ -76,17 +70,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def start(command: list[str], cache: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(cache),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if process.returncode:
-        print(process.stderr[-4000:], file=sys.stderr)
-        raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+    measure.run_program(command[0], [sys.executable, *command], environment(cache))
 
 
 def product(cache: Path) -> dict[str, float]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-trl" / "bin" / "python"
+import measure
+
+PYTHON = measure.ROOT / ".venv-trl" / "bin" / "python"
 NAME = "TRL's GRPOTrainer"
 
 
@@ -34,7 +32,8 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(request), encoding="utf-8")
-        process = subprocess.run(
+        measure.run_program(
+            script,
             [
                 PYTHON,
                 *(launcher if ranks > 1 else []),
@@ -42,20 +41,10 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
                 asked,
                 answered,
             ],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
+            {
+                "PYTHONPATH": str(measure.ROOT),
                 "TRL_EXPERIMENTAL_SILENCE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
             },
-            capture_output=True,
-            text=True,
-            check=False,
         )
-        if process.returncode or not answered.exists():
-            print(process.stdout[-2000:] + process.stderr[-4000:], file=sys.stderr)
-            raise RuntimeError(f"{script} failed in {PYTHON.parents[1].name} with {process.returncode}")
         return json.loads(answered.read_text(encoding="utf-8"))

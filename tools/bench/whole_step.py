@@ -18,8 +18,6 @@ Some 6 minutes, and 4 for the warm start.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +28,6 @@ import trl_peer
 from a2tgpo.config.load import load_config
 from a2tgpo.metrics.writer import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG, RANKS, STEPS = "configs/smollm2_cpu.yaml", 2, 3
 OVERRIDES = [
     f"run.steps={STEPS}",
@@ -44,18 +41,12 @@ STAGES = ("refit", "rollout", "score", "update", "other")
 
 
 def command(*arguments: str) -> None:
-    """launch/local.sh with these, its output shown if it fails."""
-    process = subprocess.run(
+    """launch/local.sh with these."""
+    measure.run_program(
+        f"launch/local.sh {' '.join(arguments)}",
         ["launch/local.sh", "-n", str(RANKS), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+        {"PYTHON": sys.executable},
     )
-    if process.returncode:
-        print(process.stderr[-4000:], file=sys.stderr)
-        raise RuntimeError(f"launch/local.sh {' '.join(arguments)} ended with {process.returncode}")
 
 
 def ours() -> list[dict[str, float]]:
@@ -78,7 +69,7 @@ def ours() -> list[dict[str, float]]:
 
 
 def rows() -> list[measure.Row]:
-    if not Path(ROOT, load_config(CONFIG).model.path, "config.json").exists():
+    if not Path(measure.ROOT, load_config(CONFIG).model.path, "config.json").exists():
         print("warm start", flush=True)
         command("--script", "launch/warmstart.py", CONFIG)
     mine = ours()[1:]
