@@ -104,9 +104,10 @@ bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-13
 	$(PY) tools/bench/run.py
 
 # Two files at a time, long ones first; the tests of faults have deadlines of seconds and the machine to themselves.
+# A failure is shown when it happens. A worker that dies ends the run: pytest-xdist can wait forever for its successor.
 test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
-	$(PY) -m pytest -n 2 --dist loadfile tests/e2e tests/distributed tests/unit
-	$(PY) -m pytest tests/faults
+	$(PY) -m pytest --instafail -n 2 --dist loadfile --max-worker-restart 0 tests/e2e tests/distributed tests/unit
+	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)
 	@echo "second leg skipped: no python3.12 here; make test PYTHON312=PATH names one"
 else

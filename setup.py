@@ -62,6 +62,7 @@ setup(
         ],
         "dev": [
             "pytest>=9,<10",
+            "pytest-instafail>=0.5",
             "pytest-timeout",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import pickle
+import pickletools
 import warnings
 from collections.abc import Iterator
 from copy import deepcopy
@@ -189,8 +191,9 @@ def _check_index(path: Path) -> None:
         ValueError: naming what it holds.
     """
     try:
-        with path.open("rb") as stream:
-            index = _IndexUnpickler(stream).load()
+        content = path.read_bytes()
+        _check_memo(content)
+        index = _IndexUnpickler(io.BytesIO(content)).load()
         entries = dict(index.state_dict_metadata)
     except ValueError:
         raise
@@ -199,6 +202,16 @@ def _check_index(path: Path) -> None:
     for name, entry in entries.items():
         if type(entry) is not TensorStorageMetadata:
             raise ValueError(f"the checkpoint's index has no tensor for {name!r:.80}")
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse a pickle that numbers a memo entry past its own length, which no pickler does.
+
+    The unpickler makes its memo twice as long as the number, 64 GiB for one flipped bit, before anything else is read.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") and argument > len(content):
+            raise ValueError(f"the checkpoint's index is damaged (memo entry {argument})")
 
 
 class _IndexUnpickler(pickle.Unpickler):

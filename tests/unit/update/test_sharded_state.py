@@ -61,3 +61,13 @@ def test_an_index_that_has_bytes_for_a_tensor_is_refused(tmp_path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match=r"no tensor for 'model.weight'"):
         _check_index(tmp_path / ".metadata")
+
+
+def test_one_changed_byte_of_an_index_does_not_take_all_memory(tmp_path) -> None:
+    """Unpickling this one would fill a table of 32 GiB, and end the process where there is less."""
+    index = tmp_path / ".metadata"
+    index.write_bytes(
+        pickle.PROTO + b"\x04" + pickle.NONE + pickle.LONG_BINPUT + b"\x00\x00\x00\x80" + pickle.STOP
+    )
+    with pytest.raises(ValueError, match="memo entry 2147483648"):
+        _check_index(index)
