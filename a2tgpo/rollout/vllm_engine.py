@@ -349,7 +349,8 @@ def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         forget_packed_experts(model)
-    worker.model_runner.reload_weights(weights_iterator=weights)
+    # The worker's, not its model runner's: kernels that are built anew look for vLLM's configuration.
+    worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         renew_tied_head(model)
 

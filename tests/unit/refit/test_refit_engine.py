@@ -67,6 +67,20 @@ def test_three_refits_in_a_row_give_the_new_weights_each_time(engine, model_of):
         assert engine.weight_version == version
 
 
+def test_layers_are_built_anew_under_the_engines_configuration(engine, model_of):
+    from vllm.config import get_current_vllm_config_or_none
+
+    seen = []
+
+    def weights():
+        for item in named_weights(model_of(3)).items():
+            seen.append(get_current_vllm_config_or_none())
+            yield item
+
+    engine.load_weights(weights(), version=3)
+    assert seen and None not in seen
+
+
 def test_the_engine_keeps_no_hold_of_the_trainers_tensors(engine, model_of):
     weights = {name: tensor.clone() for name, tensor in named_weights(model_of(4)).items()}
     engine.load_weights(weights.items(), version=4)
