@@ -216,6 +216,5 @@ def described(row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    digits = f"{value:.3g}"
-    return f"{value:,.0f}" if "e" in digits or abs(value) >= 1000 else digits
+    """Three significant digits; with an exponent below 0.0001 only."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

@@ -46,6 +46,12 @@ def test_a_benchs_lines_are_replaced_and_the_others_stay_in_order(tmp_path):
     assert "≥ 9: **not met**" in table[2]
 
 
+def test_numbers_have_three_digits_however_small_or_large():
+    shown = [measure.number(value) for value in (1.448e-5, 0.000999, 0.0102, 31.25, 999.4, 999.6, 8_184_000)]
+    assert shown == ["1.45e-05", "0.000999", "0.0102", "31.2", "999", "1,000", "8,184,000"]
+    assert measure.number(0) == "0"
+
+
 def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there():
     held = bytearray(b"1") * 50_000_000
     assert 25 < measure.peak_megabytes(lambda: bytearray(b"1") * 30_000_000) < 45
