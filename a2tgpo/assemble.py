@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -190,10 +191,11 @@ def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
         size,
         f"a divisor of the {groups.world_size} processes",
     )
-    group = None
+    group, timeout = None, timedelta(seconds=config.parallel.timeout_s)
     for first in range(0, groups.world_size, size):
         ranks = list(range(first, first + size))
-        made = dist.new_group(ranks) if size > 1 else None
+        # Over the CPU: on the card a tool's answer would wait for the engine's step that runs there.
+        made = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
         if groups.rank in ranks:
             group = made
     return Replicas(
