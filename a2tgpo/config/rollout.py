@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
 
+GPU_STEP_TOKENS = 8192
+"""Tokens that an engine on a GPU runs in one step at most, prefill and decoding together. vLLM takes as many or more
+for offline generation, but 2,048 if nothing is said (vllm/engine/arg_utils.py, get_batch_defaults)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from a2tgpo.config.rollout import GPU_STEP_TOKENS
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES
 from a2tgpo.plan.dimensions import ModelDimensions
@@ -13,8 +14,6 @@ from a2tgpo.plan.precision import ENGINE_WEIGHT_BYTES
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
-PREFILL_TOKENS = 8192
-"""Tokens that an engine step is taken to run at most; more than vLLM's default for an engine of this kind, 2048."""
 SAMPLER_COPIES = 3
 """float32 tensors [max_concurrent, vocabulary] alive at once while sampling: logits, log-probs, a sorted copy."""
 GRAPH_GIB = 1.0
@@ -84,7 +83,7 @@ def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> E
     feed_forward = 3 * dimensions.ffn * dimensions.experts_per_token // rollout.tensor_parallel
     if dimensions.experts:
         feed_forward += 2 * dimensions.hidden * dimensions.experts_per_token  # sent to experts, and back
-    width = (2 * dimensions.hidden + feed_forward) * PREFILL_TOKENS
+    width = (2 * dimensions.hidden + feed_forward) * GPU_STEP_TOKENS
     workspace = (
         width * ELEMENT_BYTES[engine_dtype(config)]
         + SAMPLER_COPIES * rollout.max_concurrent * dimensions.vocab * FLOAT32_BYTES

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.config.check import require
-from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.rollout import GPU_STEP_TOKENS, RolloutConfig
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
 ON_GPU = torch.cuda.is_available()
@@ -53,6 +53,7 @@ def engine_arguments(
             enable_sleep_mode=True,
             enforce_eager=config.enforce_eager,
             gpu_memory_utilization=config.gpu_memory_fraction,
+            max_num_batched_tokens=max(GPU_STEP_TOKENS, config.max_concurrent),
         )
         if cache_bytes:
             arguments["kv_cache_memory_bytes"] = cache_bytes
