@@ -207,10 +207,10 @@ def _check_index(path: Path) -> None:
 def _check_memo(content: bytes) -> None:
     """Refuse a pickle that numbers a memo entry past its own length, which no pickler does.
 
-    The unpickler makes its memo twice as long as the number, 64 GiB for one flipped bit, before anything else is read.
+    The unpickler makes its memo twice as long as the number, 64 GiB for one flipped bit, before it reads any more.
     """
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name.endswith("PUT") and argument > len(content):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
             raise ValueError(f"the checkpoint's index is damaged (memo entry {argument})")
 
 
