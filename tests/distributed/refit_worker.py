@@ -1,7 +1,7 @@
 """What each of the 2 ranks of test_refit.py runs.
 
 torchrun --nproc-per-node 2 refit_worker.py replicas MODEL     one engine per rank beside Megatron
-torchrun --nproc-per-node 2 refit_worker.py shared MODEL       one engine over both ranks
+torchrun --nproc-per-node 2 refit_worker.py shared MODEL ROOT  one engine over both ranks, then one per rank
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from carried_checks import (
+    SETTINGS,
+    Run,
+    check_an_engine_per_rank_plays_what_the_one_carried,
+    check_one_engine_over_both_ranks_carries_groups_on,
+    trainer_parts,
+)
 from scripted_search import ScriptedSearch, toolset_of
 from storage_tally import StorageTally
 from tiny_models import prompt_ids
@@ -336,10 +343,12 @@ def run_replicas(path):
     shutdown()
 
 
-def run_shared(path):
+def run_shared(path, root):
     """Both ranks hold half of one engine: rank 0 searches, both play the same."""
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
     groups = initialize(ParallelConfig(tensor=2, timeout_s=WORLD_TIMEOUT_S), seed=3)
-    config, engine = make_engine(path, tensor_parallel=2)
+    config, engine = make_engine(path, tensor_parallel=2, **SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(path)
     search = ScriptedSearch(delays={"capital of France": 0.3}, failing=["capital of Peru"])
     rollout = GroupRollout(
@@ -355,7 +364,7 @@ def run_shared(path):
         Prompt(index=i, id=q, question=q, answers=(a,), hops=1, tokens=tuple(prompt_ids(tokenizer, q)))
         for i, (q, a) in enumerate(questions.items())
     ]
-    trajectories, counts = rollout.run(prompts, seed=1, step=2, group_size=2)
+    trajectories, counts = rollout.run(prompts, seed=1, step=2)
     mine, theirs = all_gather_object([t.to_dict() for t in trajectories], groups.tp_group)
     assert mine == theirs, "the ranks of one engine played different rollouts"
     assert counts.tool_calls >= 6 and counts.failed_calls >= 1
@@ -366,9 +375,20 @@ def run_shared(path):
     )
     assert metrics["num_questions"] == 3
     assert all_gather_object(metrics, groups.tp_group) == [metrics, metrics]
-    policy = make_policy(path, ParallelConfig(tensor=2), groups)
-    check_three_cycles(policy, ParallelConfig(tensor=2), engine, groups.rank, 1)
     rollout.close()
+    policy = make_policy(path, ParallelConfig(tensor=2), groups)
+    trainer = trainer_parts(policy)
+    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
+    played = check_one_engine_over_both_ranks_carries_groups_on(run)
+    check_logprobs_against_transformers(path, [member for trained, _ in played for member in trained])
+    run.close()
+    check_three_cycles(policy, ParallelConfig(tensor=2), engine, groups.rank, engine.weight_version + 1)
+    engine.close()
+    destroy_model_parallel()  # vLLM holds one layout per process
+    config, engine = make_engine(path, **SETTINGS)
+    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
+    check_an_engine_per_rank_plays_what_the_one_carried(run, played)
+    run.close()
     engine.close()
     check_world(groups)
     shutdown()
@@ -388,5 +408,5 @@ def check_logprobs_against_transformers(path, trajectories):
 
 
 if __name__ == "__main__":
-    {"replicas": run_replicas, "shared": run_shared}[sys.argv[1]](sys.argv[2])
+    {"replicas": run_replicas, "shared": run_shared}[sys.argv[1]](*sys.argv[2:])
     print("ALL CHECKS PASSED", flush=True)

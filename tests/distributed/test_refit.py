@@ -11,11 +11,11 @@ WORKER = Path(__file__).with_name("refit_worker.py")
 NUM_RANKS = 2
 
 
-def passed_ranks(mode, model_path):
+def passed_ranks(mode, *arguments):
     """How many ranks say that all their checks passed, after an exit code of 0."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
     result = subprocess.run(
-        [*command, str(WORKER), mode, model_path], capture_output=True, text=True, timeout=300
+        [*command, str(WORKER), mode, *arguments], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout.count("ALL CHECKS PASSED")
@@ -28,5 +28,5 @@ def test_one_engine_per_rank_follows_the_trainer_at_dp2_and_tp2(tmp_path):
 
 
 @pytest.mark.distributed
-def test_one_engine_over_both_ranks_plays_alike_and_follows_the_trainer():
-    assert passed_ranks("shared", taught_folder().name) == NUM_RANKS
+def test_one_engine_over_both_ranks_plays_alike_follows_the_trainer_and_hands_on_what_it_carries(tmp_path):
+    assert passed_ranks("shared", taught_folder().name, str(tmp_path)) == NUM_RANKS

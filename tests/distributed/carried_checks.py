@@ -1,0 +1,191 @@
+"""Partial rollouts on real engines: what refit_worker checks of them on its 2 ranks.
+
+One engine over both ranks plays four steps. The last two are played again from the run's checkpoint between them: by
+that engine, and by one on each rank, which share what the one carried over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from scripted_search import ScriptedSearch, toolset_of
+from tiny_models import CAPITALS
+
+from a2tgpo.assemble import build_rollout, divide_into_replicas
+from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.data.question_set import Question
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.metrics.guards import Guards
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.refit.handover import refit
+from a2tgpo.run_folder import RunFolder
+from a2tgpo.step_rollout import StepRollout
+from a2tgpo.update.memory_phases import MemoryPhases
+from a2tgpo.update.optimizer import build_optimizer
+
+SETTINGS = dict(
+    prompts_per_step=3,
+    group_size=2,
+    max_turns=3,
+    max_turn_tokens=48,
+    partial=PartialConfig(tokens_per_step=1, extra_prompts=3, max_staleness=2),
+)
+"""Of the `rollout` section: a trajectory pauses after each turn, and three groups are carried over."""
+NUM_STEPS, SAVED_STEP = 4, 2
+TOLERANCE = 2e-5
+"""Between engines over one rank and over two, of log-probs (nats) and probabilities; they are some 1e-6 apart."""
+
+
+def trainer_parts(policy):
+    """What of a trainer is saved and restored."""
+    update = UpdateConfig(prompts_per_minibatch=SETTINGS["prompts_per_step"])
+    optimizer, schedule = build_optimizer(policy, update, total_steps=NUM_STEPS)
+    phases = MemoryPhases(policy, optimizer=optimizer)
+    return dict(policy=policy, optimizer=optimizer, schedule=schedule, phases=phases)
+
+
+class Run:
+    """The parts of a run that play, save and restore; both ranks make it and make the same calls."""
+
+    def __init__(self, root, path, rollout, groups, *, trainer, engine, tokenizer):
+        config = RunConfig(
+            run=RunSettings(name="run", root=root),
+            model=ModelConfig(path=path, dtype="float32"),
+            data=DataConfig(train="unused", test="unused"),
+            search=SearchConfig(corpus="unused"),
+            rollout=rollout,
+            update=UpdateConfig(prompts_per_minibatch=rollout.prompts_per_step),
+            parallel=ParallelConfig(tensor=2),
+            algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="truncate")),
+        )
+        asked = ["ruler of Japan?", "capital of Peru?", "loop?", "ruler of Italy?", "capital of France?"]
+        questions = [
+            Question(id=str(number), question=question, answers=(CAPITALS.get(question[11:-1], "none"),))
+            for number, question in enumerate(3 * asked)
+        ]
+        replicas = divide_into_replicas(config, groups)
+        self.parts = SimpleNamespace(
+            config=config,
+            groups=groups,
+            replicas=replicas,
+            sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
+            carried=CarriedPool(),
+            train_prompts=PromptSet(questions, PromptTemplate(tokenizer, ""), max_prompt_tokens=64),
+            **trainer,
+            engine=engine,
+            rollout=build_rollout(
+                config, replicas, engine=engine, toolset=toolset_of(ScriptedSearch()), tokenizer=tokenizer
+            ),
+            startup={},
+        )
+        self._folder = RunFolder(config, groups)
+        self._guards = Guards(GuardConfig(), clip_low=0.2, clip_high=0.2)
+        self._steps = StepRollout(self.parts)
+
+    def play(self, step, is_cut=None):
+        """What all replicas together train on in `step` and carry over from it; None: broken off on both ranks."""
+        parts = self.parts
+        # As between the steps of a run: nothing of one is in the cache in the next.
+        version = parts.engine.weight_version + 1
+        assert not refit(parts.policy, parts.engine, version=version, bucket_mib=1).skipped
+        share = self._steps.play(step=step, metrics=MetricSums(), is_cut=is_cut)
+        state, replicas = parts.carried.state, parts.replicas
+        ranks = all_gather_object((replicas.index, replicas.is_first, share, state), dist.group.WORLD)
+        if any(theirs is None for _, _, theirs, _ in ranks):
+            assert all(theirs is None for _, _, theirs, _ in ranks), "one rank was broken off, the other not"
+            return None
+        for index, is_first, theirs, other in ranks:
+            assert other.entries == state.entries, "the ranks differ in what is carried over"
+            assert index != replicas.index or other == state, "the ranks of an engine hold other groups"
+            assert is_first or not theirs, "the step holds trajectories twice"
+        first = [(theirs, other.own) for _, is_first, theirs, other in ranks if is_first]
+        trained = sorted(
+            (member for theirs, _ in first for member in theirs),
+            key=lambda member: (member.prompt_index, member.sample_index),
+        )
+        return trained, sorted((group for _, own in first for group in own), key=lambda group: group.key)
+
+    def save(self, step):
+        self._folder.save(step, self.parts, self._guards)
+        self._folder.finish_saving()
+
+    def restore(self):
+        """Everything as the checkpoint has it, from however many engines that is."""
+        assert self._folder.restore(self._folder.open("auto"), self.parts, self._guards) == SAVED_STEP
+
+    def close(self):
+        self.parts.rollout.close()
+
+
+def check_one_engine_over_both_ranks_carries_groups_on(run):
+    """They go on bit for bit from a checkpoint; returns what each step came to."""
+    played = []
+    for step in range(NUM_STEPS):
+        if step == SAVED_STEP:
+            run.save(step)
+        played.append(run.play(step))
+    for step, (trained, carried) in enumerate(played):
+        places = [(member.prompt_index, member.sample_index) for member in trained]
+        assert places == list(itertools.product(range(3), range(2))), places
+        assert all(member.stop_reason for member in trained) and len(carried) == 3
+        assert any(not group.is_complete for group in carried), "nothing was stopped by the budget"
+        assert step == 0 or max(member.staleness(step) for member in trained) >= 1, "nothing went on"
+    run.restore()
+    assert [run.play(step) for step in range(SAVED_STEP, NUM_STEPS)] == played[SAVED_STEP:]
+    looks = itertools.count()
+    is_second_rank = run.parts.groups.rank == 1
+    assert run.play(NUM_STEPS, is_cut=lambda: is_second_rank and next(looks) > 0) is None
+    return played
+
+
+def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
+    """From the checkpoint of the one engine: both play of its groups, and the steps come to the same."""
+    run.restore()
+    shares = all_gather_object(run.parts.carried.state.own, dist.group.WORLD)
+    assert all(any(not group.is_complete for group in share) for share in shares), "not shared out"
+    for step in range(SAVED_STEP, NUM_STEPS):
+        found, expected = members(run.play(step)), members(played[step])
+        assert list(map(course, found)) == list(map(course, expected))
+        torch.testing.assert_close(
+            measures(found), measures(expected), atol=TOLERANCE, rtol=0, equal_nan=True
+        )
+
+
+def members(step):
+    """Trajectories that a step trained on, then those that it carried over."""
+    trained, carried = step
+    return [*trained, *(member for group in carried for member in group.trajectories)]
+
+
+def course(member):
+    """All that does not depend on an engine's rounding."""
+    turns = [(turn.step, turn.tokens, turn.observation_tokens, turn.query) for turn in member.turns]
+    return member.prompt_index, member.prompt_id, member.sample_index, member.stop_reason, turns
+
+
+def measures(trajectories):
+    """Log-probs of all sampled tokens, and the answers' probabilities; nan where there is none yet."""
+    values = [
+        value
+        for member in trajectories
+        for value in (
+            *(logprob for turn in member.turns for logprob in turn.rollout_logprobs),
+            *member.context_probs,
+        )
+    ]
+    return torch.tensor([float("nan") if value is None else value for value in values])
