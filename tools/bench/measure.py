@@ -38,7 +38,7 @@ class Row:
     unit: str
     """Of both: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s", "bytes", ..."""
     ratio: float
-    """Of medians of the rounds, as `ratio_is` says."""
+    """Median of the rounds' ratios, each as `ratio_is` says."""
     ratio_is: str
     """baseline / ours | ours / baseline"""
     noise: float
