@@ -3,7 +3,8 @@
     python tools/check_golden.py DIR [--tolerance 1e-9] [-v]
 
 DIR holds *.json files with `schema` a2tgpo-golden/{advantage,loss,ig,em}/1. Prints the largest absolute error of
-each file (with -v: of each case) and exits with 1 if one is past the tolerance. All in float64.
+each file (with -v: of each case). Exits with 1 if one is past the tolerance, with 2 if a file cannot be checked. All
+in float64.
 """
 
 import argparse
@@ -46,15 +47,15 @@ def main() -> int:
     args = parser.parse_args()
     files = sorted(args.directory.glob("*.json"))
     if not files:
-        print(f"check_golden: no *.json in {args.directory}", file=sys.stderr)
-        return 1
-    failed = 0
+        print(f"error: {args.directory} holds no *.json; give a folder of golden files", file=sys.stderr)
+        return 2
+    failed = unreadable = 0
     for path in files:
         try:
             checks = list(check_file(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"{path.name}: not a golden file this tool knows: {error!r}", file=sys.stderr)
-            failed += 1
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"error: {path} is not a golden file this tool knows: {error!r}", file=sys.stderr)
+            unreadable += 1
             continue
         bad = [check for check in checks if not check[1] <= args.tolerance]
         failed += len(bad)
@@ -64,7 +65,7 @@ def main() -> int:
         print(
             f"{path.name}: {len(checks)} checks, max abs error {worst:.3g}, {len(bad)} past {args.tolerance:g}"
         )
-    return 1 if failed else 0
+    return 2 if unreadable else int(failed > 0)
 
 
 def check_file(golden: dict) -> Iterator[Check]:

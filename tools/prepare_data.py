@@ -148,7 +148,8 @@ def check_worldqa(args: argparse.Namespace) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def prepare(argv: Sequence[str] | None = None) -> None:
+    """Write what `argv` asks for; ConfigError, one line, if that cannot be."""
     args = parse_args(argv)
     builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic}
     report = builders.get(args.set, build_questions)(args)
@@ -156,10 +157,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {args.out}")
 
 
-if __name__ == "__main__":
+def main() -> int:
     try:
-        main()
+        prepare()
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); choose another --out")
+        print(
+            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

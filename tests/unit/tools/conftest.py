@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from tools.prepare_data import main
+from tools.prepare_data import prepare
 
 SMALL = ["--train-questions", "900", "--test-questions", "240", "--demonstrations", "900"]
 
@@ -15,5 +15,5 @@ SMALL = ["--train-questions", "900", "--test-questions", "240", "--demonstration
 @pytest.fixture(scope="session")
 def worldqa(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("worldqa")
-    main(["worldqa", "--out", str(out), *SMALL])
+    prepare(["worldqa", "--out", str(out), *SMALL])
     return out

