@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from a2tgpo import stop_signal
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
@@ -316,6 +317,24 @@ def check_resume(resume: str) -> None:
         raise ConfigError(
             f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
         )
+
+
+def check_saved_model(config: RunConfig, resume: str, hf_config: PretrainedConfig) -> None:
+    """Raise `ConfigError` if the checkpoint to go on from was saved from another model; one process may call this.
+
+    Of the checkpoint, with `auto` the newest, only `state.json` is read.
+    """
+    paths = [] if resume == "none" else [Path(resume)]
+    if resume == "auto":
+        root = Path(config.run.root) / config.run.name / "checkpoints"
+        paths = [root / f"step_{step}" for step in checkpoint.steps_in(root)]
+    for path in paths:
+        if (path / checkpoint.MARKER).is_file():
+            try:
+                checkpoint.require_same_model(path, checkpoint.read_record(path), hf_config)
+            except ValueError as error:
+                raise ConfigError(f"--resume: {error}") from error
+            break
 
 
 def describe_environment() -> str:

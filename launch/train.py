@@ -88,7 +88,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.plan.advice import faults
     from a2tgpo.plan.report import plan_text
-    from a2tgpo.run_folder import check_resume
+    from a2tgpo.run_folder import check_resume, check_saved_model
 
     check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -97,7 +97,9 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
 
         start_ranks(config, inputs(config, resume=resume))
         shutdown()
-    check_layout(load_hf_config(config.model.path), config.parallel, config.model.fp8)
+    hf_config = load_hf_config(config.model.path)
+    check_layout(hf_config, config.parallel, config.model.fp8)
+    check_saved_model(config, resume, hf_config)
     template = PromptTemplate(load_tokenizer(config.model.path), config.data.instructions)
     limit = config.data.max_prompt_tokens
     sizes = {}

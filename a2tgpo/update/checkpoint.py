@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PretrainedConfig
 
 from a2tgpo.error_line import first_line
 from a2tgpo.model.hf_config import architecture_of
@@ -88,9 +89,9 @@ def load(
     """
     path = Path(path)
     _require_complete(path)
-    record = _read_record(path / STATE)
+    record = read_record(path)
     rng = None
-    _require_same_model(path, record, policy)
+    require_same_model(path, record, policy.hf_config)
     if record["layout"] == record_of(policy)["layout"]:
         try:
             rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
@@ -114,18 +115,18 @@ def load_weights(path: str | Path, policy: Policy) -> None:
     """
     path = Path(path)
     _require_complete(path)
-    _require_same_model(path, _read_record(path / STATE), policy)
+    require_same_model(path, read_record(path), policy.hf_config)
     with _told_as_another_model(path):
         load_sharded_weights(path / SHARDED, policy)
 
 
-def _require_same_model(path: Path, record: dict[str, Any], policy: Policy) -> None:
-    """ValueError, one line, if the checkpoint was saved from a model of other sizes than the policy's.
+def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
+    """ValueError, one line, if the checkpoint with this record comes from another model; one process may call this.
 
     Shapes do not tell: a vocabulary of another size may be padded to fit, a key that only one side has is left out.
     A checkpoint without the record, from before it was kept, is let through.
     """
-    mine = record_of(policy)["model"]
+    mine = architecture_of(hf_config)
     saved = record.get("model", mine)
     differing = [
         f"{name} {saved.get(name)} (here {mine.get(name)})"
@@ -149,10 +150,14 @@ def _told_as_another_model(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} does not fit the model at model.path ({first_line(cause):.200})") from error
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """What `state.json` holds; ValueError if it is not what this program writes."""
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` holds; one process may call this.
+
+    Raises:
+        ValueError: one line; it is not what this program writes.
+    """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads((path / STATE).read_text())
         is_sound = (
             type(record["schedule"]["steps_done"]) is int
             and isinstance(record["layout"], dict)
@@ -162,7 +167,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         is_sound = False
     if not is_sound:
-        raise ValueError(f"{path} is not what this program writes")
+        raise ValueError(f"{path / STATE} is not what this program writes")
     return record
 
 

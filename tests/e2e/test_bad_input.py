@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from a2tgpo.model.hf_config import architecture_of, load_hf_config
+from a2tgpo.update.checkpoint import MARKER, STATE
 from launch.train import main
 
 pytestmark = pytest.mark.e2e
@@ -79,12 +81,7 @@ def test_a_dry_run_of_a_sound_configuration_prints_it(good):
 
 
 def test_a_dry_run_of_what_does_not_fit_says_so_in_one_line(good, monkeypatch, capsys):
-    settings = {**good, "rollout.kv_cache_gib": "90"}
-    arguments = ["--config", settings.pop("config"), "--dry-run", *(f"{k}={v}" for k, v in settings.items())]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert main() == 1
+    assert dry_run({**good, "rollout.kv_cache_gib": "90"}, monkeypatch) == 1
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: does not fit 8 x h100-80gb: ") and "rollout.kv_cache_gib=" in line
@@ -194,17 +191,45 @@ def test_a_dry_run_looks_whether_there_is_a_checkpoint_to_go_on_from(good, resum
     assert f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder" in line
 
 
+@pytest.mark.parametrize("resume", ["auto", "named"])
+def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
+    good, tmp_path, resume, monkeypatch, capsys
+):
+    checkpoint = tmp_path / "bad-input" / "checkpoints" / "step_12"
+    for folder in (checkpoint, checkpoint.with_name("step_9")):  # an older one is not looked at
+        folder.mkdir(parents=True)
+        (folder / MARKER).write_text("{}")
+    model = architecture_of(load_hf_config(good["model.path"]))
+    record = {"schedule": {"steps_done": 12}, "layout": {"tp": 8}, "state": {"step": 12}, "model": model}
+    (checkpoint / STATE).write_text(json.dumps(record))
+    settings = {**good, "run.root": str(tmp_path)}
+    options = ("--resume", resume if resume == "auto" else str(checkpoint))
+    assert dry_run(settings, monkeypatch, *options) == 0  # another layout can be loaded
+    record["model"] = {**model, "num_hidden_layers": 7}
+    (checkpoint / STATE).write_text(json.dumps(record))
+    capsys.readouterr()
+    line = refusal(settings, monkeypatch, capsys, *options)
+    assert line.startswith(f"error: --resume: {checkpoint} does not fit the model at model.path")
+    assert f"num_hidden_layers 7 (here {model['num_hidden_layers']})" in line
+
+
 def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str:
-    """The one line that a dry run prints; in this process: an uncaught exception would be a traceback."""
+    """The one line that a dry run prints."""
+    assert dry_run(settings, monkeypatch, *options) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def dry_run(settings: dict[str, str], monkeypatch, *options: str) -> int:
+    """The exit code of a dry run in this process: an uncaught exception would be a traceback."""
     settings = dict(settings)
     arguments = ["--config", settings.pop("config"), "--dry-run", *options]
     arguments += [f"{key}={value}" for key, value in settings.items()]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.delenv("RANK", raising=False)
-    assert main() == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return main()
 
 
 def test_a_checkpoint_of_a_model_of_another_size_is_one_line(good, tmp_path):

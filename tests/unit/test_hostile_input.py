@@ -175,7 +175,7 @@ def test_what_a_policy_writes():
 def test_checkpoint_metadata(tmp_path):
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from a2tgpo.update.checkpoint import MARKER, _fault_of, _read_record
+    from a2tgpo.update.checkpoint import MARKER, STATE, _fault_of, read_record
     from a2tgpo.update.sharded_state import _check_index
 
     index = pickle.dumps(Metadata(state_dict_metadata={}))
@@ -185,17 +185,17 @@ def test_checkpoint_metadata(tmp_path):
         "schedule": {"steps_done": 3},
         "state": {"step": 1, "best": None},
     }
-    path = tmp_path / "file"
 
-    def of(reader: Callable[[Path], object]) -> Callable[[bytes], object]:
-        def read(content: bytes) -> object:
-            path.write_bytes(content)
-            return reader(path)
+    def read_index(content: bytes) -> None:
+        (tmp_path / "index").write_bytes(content)
+        _check_index(tmp_path / "index")
 
-        return read
+    def read_state(content: bytes) -> None:
+        (tmp_path / STATE).write_bytes(content)
+        read_record(tmp_path)
 
-    assert survives(of(_check_index), [index], ValueError) > CASES / 4
-    assert survives(of(_read_record), [json.dumps(record).encode()], ValueError) > CASES / 4
+    assert survives(read_index, [index], ValueError) > CASES / 4
+    assert survives(read_state, [json.dumps(record).encode()], ValueError) > CASES / 4
     marker = json.dumps({"files": {"absent": [3, 4], "rng/rank_0.pt": [1, 2]}}).encode()
 
     def judge(content: bytes) -> None:
