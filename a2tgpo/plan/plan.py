@@ -11,22 +11,18 @@ from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory
 from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import GIB, Gpu
+from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.memory import Phase, host_bytes, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
-from a2tgpo.plan.workload import Geometry, Workload, geometry
+from a2tgpo.plan.workload import Workload, geometry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    config: RunConfig
-    dimensions: ModelDimensions
-    gpu: Gpu
-    gpus: int
-    workload: Workload
-    assumed: Assumptions
-    geometry: Geometry
+class Plan(PlanInputs):
+    """What is predicted, beside what from."""
+
     phases: list[Phase]
     host_bytes: float
     """Of the fullest node's memory, for what leaves its cards."""
@@ -117,7 +113,7 @@ def make_plan(
     workload = (workload or Workload()).limited(config)
     cache = engine_memory(config, dimensions, gpu).kv_cache
     divided = geometry(config, dimensions, workload, gpus=gpus, kv_cache_bytes=cache)
-    return Plan(
+    given = PlanInputs(
         config=config,
         dimensions=dimensions,
         gpu=gpu,
@@ -125,10 +121,13 @@ def make_plan(
         workload=workload,
         assumed=assumed,
         geometry=divided,
+    )
+    return Plan(
+        **vars(given),
         phases=memory_phases(config, dimensions, gpu, divided),
         host_bytes=host_bytes(config, dimensions, gpu, divided),
-        rollout=rollout_time(config, dimensions, gpu, divided, workload, assumed),
-        score=score_time(config, dimensions, gpu, divided, workload, assumed),
-        update=update_time(config, dimensions, gpu, divided, workload, assumed),
-        refit_s=refit_time(config, dimensions, gpu, gpus, assumed),
+        rollout=rollout_time(given),
+        score=score_time(given),
+        update=update_time(given),
+        refit_s=refit_time(given),
     )

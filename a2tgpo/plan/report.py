@@ -243,7 +243,7 @@ def _time_table(plan: Plan) -> str:
         if plan.score_passes
         else "by the update, which has one mini-batch",
         "update": f"{_pass_details(plan.update)}; MFU {plan.update_mfu:.0%}",
-        "refit": f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB to every rank",
+        "refit": f"{refit_bytes(plan) / 1e9:.1f} GB to every rank",
         "other": "exchange, advantages, packing, records",
     }
     step = plan.step_seconds
@@ -269,14 +269,14 @@ def _nonzero(seconds: dict[str, float]) -> str:
 
 
 def _volume_table(plan: Plan) -> str:
-    volume = update_volume(plan.config, plan.dimensions, plan.geometry)
+    volume = update_volume(plan)
     rows = [
         ["update, tensor parallel", f"{volume.tensor / 1e9:.1f} GB"],
         *([["update, context parallel", f"{volume.context / 1e9:.1f} GB"]] if volume.context else []),
         ["update, pipeline", f"{volume.pipeline / 1e9:.1f} GB"],
         ["update, data parallel", f"{volume.data / 1e9:.1f} GB"],
         *([["update, expert parallel", f"{volume.expert / 1e9:.1f} GB"]] if plan.dimensions.experts else []),
-        ["refit, received", f"{refit_bytes(plan.config, plan.dimensions) / 1e9:.1f} GB"],
+        ["refit, received", f"{refit_bytes(plan) / 1e9:.1f} GB"],
     ]
     return table(["sent by a rank in one step", ""], rows)
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from a2tgpo.config.run import RunConfig
-from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
-from a2tgpo.plan.engine import ELEMENT_BYTES, engine_dtype, engine_weight_bytes, kv_bytes_per_token
+from a2tgpo.plan.engine import engine_dtype, engine_weight_bytes, kv_bytes_per_token
 from a2tgpo.plan.flops import forward_flops
-from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import checkpoint_parameters
-from a2tgpo.plan.workload import Geometry, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,28 +29,22 @@ class RolloutTime:
         return self.prefill + self.decode + self.tail + self.gain
 
 
-def rollout_time(
-    config: RunConfig,
-    dimensions: ModelDimensions,
-    gpu: Gpu,
-    geometry: Geometry,
-    workload: Workload,
-    assumed: Assumptions,
-) -> RolloutTime:
+def rollout_time(given: PlanInputs) -> RolloutTime:
     """What an engine takes to play its share."""
+    config, dimensions, assumed = given.config, given.dimensions, given.assumed
+    geometry, workload = given.geometry, given.workload
     tensor = config.rollout.tensor_parallel
-    peak = gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
+    peak = given.gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     flops = forward_flops(dimensions, context=workload.tokens / 2)
     # Operations in FP8 count as the bfloat16 ones that take as long.
     linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
     forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
-    bandwidth = 1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation
     per_token = kv_bytes_per_token(config, dimensions)
 
     def step_seconds(running: float, context: float) -> float:
         """One decoding step with `running` trajectories of `context` tokens."""
         weights = engine_weight_bytes(config, dimensions, experts_share=_experts_read(dimensions, running))
-        memory = (weights + running * context * per_token) / bandwidth
+        memory = (weights + running * context * per_token) / given.memory_bytes_per_s
         latency = 2 * dimensions.layers * assumed.collective_latency_s if tensor > 1 else 0.0
         host = assumed.decode_step_s + running * assumed.decode_sequence_s
         return max(memory, running * forward / peak) + latency + host
@@ -84,25 +75,19 @@ def _experts_read(dimensions: ModelDimensions, running: float) -> float:
     return 1 - (1 - dimensions.experts_per_token / dimensions.experts) ** running
 
 
-def refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
+def refit_bytes(given: PlanInputs) -> float:
     """Weights that every rank is given in full."""
-    return checkpoint_parameters(dimensions) * ELEMENT_BYTES[config.model.dtype]
+    return checkpoint_parameters(given.dimensions) * given.element_bytes
 
 
-def refit_time(
-    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
-) -> float:
+def refit_time(given: PlanInputs) -> float:
     """Broadcast over the stages and gather over tensor- or expert-parallel ranks, one after the other; the engine's
     copying of what came before takes place beside them."""
-    parallel, size = config.parallel, refit_bytes(config, dimensions)
-    copying = 2 * size / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
+    parallel, size = given.config.parallel, refit_bytes(given)
     seconds = 0.0
     if parallel.pipeline > 1:
-        seconds += size / parallel.tensor / (gpu.link_bytes_per_s(gpus) * assumed.link_utilisation)
-    if parallel.tensor > 1:
-        link = gpu.link_bytes_per_s(parallel.tensor) * assumed.link_utilisation
-        seconds += size * (1 - 1 / parallel.tensor) / link
-    if parallel.expert > 1:
-        link = gpu.link_bytes_per_s(parallel.expert) * assumed.link_utilisation
-        seconds += size * (1 - 1 / parallel.expert) / link
-    return max(seconds, copying)
+        seconds += size / parallel.tensor / given.link_bytes_per_s(given.gpus)
+    for ranks in (parallel.tensor, parallel.expert):
+        if ranks > 1:
+            seconds += size * (1 - 1 / ranks) / given.link_bytes_per_s(ranks)
+    return max(seconds, 2 * size / given.memory_bytes_per_s)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import EXPERT_CROWDING, FLOAT32_BYTES
-from a2tgpo.plan.assumptions import Assumptions
-from a2tgpo.plan.dimensions import ModelDimensions
-from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.flops import TokenFlops, forward_flops
-from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
-from a2tgpo.plan.workload import Geometry, Workload
 
 OPTIMIZER_BYTES = 30
 """Read and written per parameter of the optimizer's shard in one step: gradient, master weight and two moments, twice
@@ -60,148 +57,122 @@ class Volume:
     """All-to-all to and from experts."""
 
 
-def score_time(
-    config: RunConfig,
-    dimensions: ModelDimensions,
-    gpu: Gpu,
-    geometry: Geometry,
-    workload: Workload,
-    assumed: Assumptions,
-) -> PassTime:
+def score_time(given: PlanInputs) -> PassTime:
     """One forward pass over the step's tokens."""
-    return _pass_time(
-        config, dimensions, gpu, geometry, workload, assumed, layer_passes=1, output_passes=1, collectives=2
-    )
+    return _pass_time(given, layer_passes=1, output_passes=1, collectives=2)
 
 
-def update_time(
-    config: RunConfig,
-    dimensions: ModelDimensions,
-    gpu: Gpu,
-    geometry: Geometry,
-    workload: Workload,
-    assumed: Assumptions,
-) -> PassTime:
+def update_time(given: PlanInputs) -> PassTime:
     """Forward, backward and optimizer steps over the step's tokens."""
-    recomputes = config.model.recompute == "full"
+    parallel, geometry = given.config.parallel, given.geometry
     passes = _pass_time(
-        config,
-        dimensions,
-        gpu,
-        geometry,
-        workload,
-        assumed,
-        layer_passes=4 if recomputes else 3,
+        given,
+        layer_passes=_update_passes(given.config),
         output_passes=3,
-        # Forward two, backward two; sequence parallelism gathers two inputs once more, half a collective each.
-        collectives=4 + (2 if recomputes else 0) + (1 if config.parallel.sequence else 0),
+        collectives=_update_collectives(given.config),
     )
-    fullest = stage_parameters(dimensions, config.parallel, 0)
+    fullest = stage_parameters(given.dimensions, parallel, 0)
     shard = float(fullest.total)
-    if config.update.distributed_optimizer:
-        shard = optimizer_parameters(fullest, config.parallel, geometry.data_parallel)
-    optimizer = shard * OPTIMIZER_BYTES / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
-    span = config.parallel.tensor * config.parallel.context * geometry.data_parallel
-    rate = gpu.link_bytes_per_s(span) * assumed.link_utilisation
-    return PassTime(
-        compute=passes.compute,
-        bubble=passes.bubble,
-        tensor=passes.tensor,
-        pipeline=passes.pipeline,
-        context=passes.context,
-        dispatch=passes.dispatch,
-        data=update_volume(config, dimensions, geometry).data / rate,
-        optimizer=optimizer * geometry.optimizer_steps,
+    if given.config.update.distributed_optimizer:
+        shard = optimizer_parameters(fullest, parallel, geometry.data_parallel)
+    rate = given.link_bytes_per_s(parallel.tensor * parallel.context * geometry.data_parallel)
+    return dataclasses.replace(
+        passes,
+        data=update_volume(given).data / rate,
+        optimizer=shard * OPTIMIZER_BYTES / given.memory_bytes_per_s * geometry.optimizer_steps,
     )
 
 
-def update_volume(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> Volume:
+def update_volume(given: PlanInputs) -> Volume:
     """What one rank of the first stage sends in one step's update."""
-    recomputes = config.model.recompute == "full"
-    collectives = 4 + (2 if recomputes else 0) + (1 if config.parallel.sequence else 0)
+    config, geometry, parallel = given.config, given.geometry, given.config.parallel
     count = geometry.microbatches * geometry.optimizer_steps
-    parameters = stage_parameters(dimensions, config.parallel, 0)
-    replicas = config.parallel.context * geometry.data_parallel
-    expert_replicas = config.parallel.tensor * replicas / config.parallel.expert
+    parameters = stage_parameters(given.dimensions, parallel, 0)
+    replicas = parallel.context * geometry.data_parallel
+    expert_replicas = parallel.tensor * replicas / parallel.expert
     reduced = parameters.dense * (1 - 1 / replicas)
     reduced += parameters.experts * (1 - 1 / expert_replicas)
-    passes = 4 if recomputes else 3
-    gradient_and_weight = FLOAT32_BYTES + ELEMENT_BYTES[config.model.dtype]
+    passes = _update_passes(config)
+    gradient_and_weight = FLOAT32_BYTES + given.element_bytes
     if not config.update.distributed_optimizer:
         gradient_and_weight = 2 * FLOAT32_BYTES  # an all-reduce of gradients
     return Volume(
-        tensor=count * collectives * _tensor_bytes(config, dimensions, geometry),
-        context=count * passes * _ring_bytes(config, dimensions, geometry),
-        pipeline=count * 2 * _boundary_bytes(config, dimensions, geometry),
+        tensor=count * _update_collectives(config) * _tensor_bytes(given),
+        context=count * passes * _ring_bytes(given),
+        pipeline=count * 2 * _boundary_bytes(given),
         data=geometry.optimizer_steps * reduced * gradient_and_weight,
-        expert=count * passes * _dispatch_bytes(config, dimensions, geometry),
+        expert=count * passes * _dispatch_bytes(given),
     )
 
 
-def _tensor_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+def _update_passes(config: RunConfig) -> int:
+    """Of layers, in forward passes' worth: the backward pass takes two, recomputation one more."""
+    return 4 if config.model.recompute == "full" else 3
+
+
+def _update_collectives(config: RunConfig) -> int:
+    """Of a layer: forward two, backward two; sequence parallelism gathers two inputs once more, half of one each."""
+    return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
+
+
+def _tensor_bytes(given: PlanInputs) -> float:
     """Sent by a rank in one all-reduce (or reduce-scatter and all-gather) per layer of its stage."""
-    layers = _most_layers(config, dimensions)
-    hidden_states = geometry.rank_tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
-    return layers * 2 * (1 - 1 / config.parallel.tensor) * hidden_states
+    hidden_states = given.geometry.rank_tokens * given.dimensions.hidden * given.element_bytes
+    return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.tensor) * hidden_states
 
 
-def _most_layers(config: RunConfig, dimensions: ModelDimensions) -> int:
+def _most_layers(given: PlanInputs) -> int:
     """Layers of the stage that has most."""
-    return max(config.parallel.stage_layers(dimensions.layers))
+    return max(given.config.parallel.stage_layers(given.dimensions.layers))
 
 
-def _ring_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+def _ring_bytes(given: PlanInputs) -> float:
     """Sent by a rank in one pass over a micro-batch: keys and values of all other context-parallel ranks, passed on.
 
     The backward pass sends them again, and their gradients: it counts as two.
     """
-    width = 2 * dimensions.kv_width / config.parallel.tensor
-    element_bytes = ELEMENT_BYTES[config.model.dtype]
-    others = config.parallel.context - 1
-    return _most_layers(config, dimensions) * others * geometry.rank_tokens * width * element_bytes
+    width = 2 * given.dimensions.kv_width / given.config.parallel.tensor
+    others = given.config.parallel.context - 1
+    return _most_layers(given) * others * given.geometry.rank_tokens * width * given.element_bytes
 
 
-def _boundary_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+def _boundary_bytes(given: PlanInputs) -> float:
     """Hidden states of one micro-batch, sent by a rank to the next stage, once from each of its chunks."""
-    if config.parallel.pipeline == 1:
+    parallel = given.config.parallel
+    if parallel.pipeline == 1:
         return 0.0
-    cut = config.parallel.tensor if config.parallel.sequence else 1
-    sent = geometry.rank_tokens * config.parallel.virtual / cut
-    return sent * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
+    cut = parallel.tensor if parallel.sequence else 1
+    sent = given.geometry.rank_tokens * parallel.virtual / cut
+    return sent * given.dimensions.hidden * given.element_bytes
 
 
-def _dispatch_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+def _dispatch_bytes(given: PlanInputs) -> float:
     """Sent by a rank in one pass over a micro-batch, all layers of its stage: to the chosen experts, and back.
 
     A token goes once for each of them, also where a rank holds several; in the backward pass gradients go the same
     ways.
     """
-    layers = _most_layers(config, dimensions)
-    return layers * 2 * (1 - 1 / config.parallel.expert) * _routed_bytes(config, dimensions, geometry)
+    return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.expert) * _routed_bytes(given)
 
 
-def _routed_bytes(config: RunConfig, dimensions: ModelDimensions, geometry: Geometry) -> float:
+def _routed_bytes(given: PlanInputs) -> float:
     """A rank's tokens of a micro-batch, once for each of the experts chosen; 0 in a dense model."""
-    if not dimensions.experts:
+    if not given.dimensions.experts:
         return 0.0
-    tokens = geometry.rank_tokens / config.parallel.tensor * dimensions.experts_per_token
-    return tokens * dimensions.hidden * ELEMENT_BYTES[config.model.dtype]
+    tokens = given.geometry.rank_tokens / given.config.parallel.tensor * given.dimensions.experts_per_token
+    return tokens * given.dimensions.hidden * given.element_bytes
 
 
-def _dispatch_seconds(
-    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
-) -> float:
+def _dispatch_seconds(given: PlanInputs) -> float:
     """One pass over a micro-batch: permuting tokens in the card's memory, and the all-to-all."""
-    if not dimensions.experts:
+    if not given.dimensions.experts:
         return 0.0
-    layers = _most_layers(config, dimensions)
-    routed = layers * PERMUTATIONS * _routed_bytes(config, dimensions, geometry)
-    seconds = routed / (1e12 * gpu.memory_tb_per_s * assumed.memory_utilisation)
-    if config.parallel.expert > 1:
+    expert = given.config.parallel.expert
+    seconds = _most_layers(given) * PERMUTATIONS * _routed_bytes(given) / given.memory_bytes_per_s
+    if expert > 1:
         # Neighbouring ranks: inside a node as long as there are no more of them than cards.
-        link = gpu.link_bytes_per_s(config.parallel.expert) * assumed.link_utilisation
-        seconds += _dispatch_bytes(config, dimensions, geometry) / link
-    return seconds * _expert_wait(config)
+        seconds += _dispatch_bytes(given) / given.link_bytes_per_s(expert)
+    return seconds * _expert_wait(given.config)
 
 
 def _expert_wait(config: RunConfig) -> float:
@@ -209,41 +180,25 @@ def _expert_wait(config: RunConfig) -> float:
     return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
 
 
-def _pass_time(
-    config: RunConfig,
-    dimensions: ModelDimensions,
-    gpu: Gpu,
-    geometry: Geometry,
-    workload: Workload,
-    assumed: Assumptions,
-    *,
-    layer_passes: int,
-    output_passes: int,
-    collectives: int,
-) -> PassTime:
+def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, collectives: int) -> PassTime:
     """All of a step's micro-batches, each running `layer_passes` forward passes' worth of layers."""
-    parallel = config.parallel
-    flops = forward_flops(dimensions, context=workload.tokens / 2, output_share=workload.output_share)
-    by_stage = [
-        layer_passes * _stage_operations(config, dimensions, flops, stage, fp8_speed=assumed.fp8_speed)
-        for stage in range(parallel.pipeline)
-    ]
+    parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
+    flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)
+    by_stage = [layer_passes * _stage_operations(given, flops, stage) for stage in range(parallel.pipeline)]
     by_stage[-1] += output_passes * flops.output
     slowest = max(by_stage)
-    rate = gpu.peak_flops(config.model.dtype) * assumed.compute_utilisation * parallel.tensor
-    one_compute = geometry.rank_tokens * slowest / rate * (1 + assumed.imbalance)
+    peak = given.gpu.peak_flops(given.config.model.dtype)
+    rate = peak * given.assumed.compute_utilisation * parallel.tensor
+    one_compute = geometry.rank_tokens * slowest / rate * (1 + given.assumed.imbalance)
     one_tensor = 0.0
     if parallel.tensor > 1:
-        link = gpu.link_bytes_per_s(parallel.tensor) * assumed.link_utilisation
-        one_tensor = collectives * _tensor_bytes(config, dimensions, geometry) / link
-    # Stages are furthest apart in the order of ranks: a boundary lies between nodes unless one node holds all.
-    world = parallel.model_ranks * geometry.data_parallel
-    boundary_link = gpu.link_bytes_per_s(world) * assumed.link_utilisation
-    one_dispatch = layer_passes * _dispatch_seconds(config, dimensions, gpu, geometry, assumed)
-    ring_link = gpu.link_bytes_per_s(parallel.tensor * parallel.context) * assumed.link_utilisation
-    one_ring = layer_passes * _ring_bytes(config, dimensions, geometry) / ring_link
+        one_tensor = collectives * _tensor_bytes(given) / given.link_bytes_per_s(parallel.tensor)
+    one_dispatch = layer_passes * _dispatch_seconds(given)
+    ring_rate = given.link_bytes_per_s(parallel.tensor * parallel.context)
+    one_ring = layer_passes * _ring_bytes(given) / ring_rate
     directions = 2 if layer_passes > 1 else 1
-    one_boundary = directions * _boundary_bytes(config, dimensions, geometry) / boundary_link
+    # Stages are furthest apart in the order of ranks: a boundary lies between nodes unless one node holds all.
+    one_boundary = directions * _boundary_bytes(given) / given.link_bytes_per_s(given.gpus)
     count, steps = geometry.microbatches, geometry.optimizer_steps
     # Interleaved stages wait for a chunk of the stage before, not for all of it.
     waits = (parallel.pipeline - 1) / parallel.virtual
@@ -257,13 +212,11 @@ def _pass_time(
     )
 
 
-def _stage_operations(
-    config: RunConfig, dimensions: ModelDimensions, flops: TokenFlops, stage: int, *, fp8_speed: float
-) -> float:
+def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
     """A token's forward pass through a stage's layers; those in FP8 count as the bfloat16 ones that take as long."""
-    parallel, fp8 = config.parallel, config.model.fp8
-    layers = parallel.stage_layers(dimensions.layers)[stage]
+    parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
+    layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0
-    linear = flops.linear + flops.experts * _expert_wait(config)
-    operations = layers * flops.attention + (layers - in_fp8 + in_fp8 / fp8_speed) * linear
-    return operations / dimensions.layers
+    linear = flops.linear + flops.experts * _expert_wait(given.config)
+    operations = layers * flops.attention + (layers - in_fp8 + in_fp8 / given.assumed.fp8_speed) * linear
+    return operations / all_layers

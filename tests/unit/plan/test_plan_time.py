@@ -74,7 +74,7 @@ def test_operations_of_llama_8b_by_hand():
 
 def test_communication_of_a_step_by_hand():
     plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
-    volume = update_volume(CONFIG_8B, QWEN_8B, plan.geometry)
+    volume = update_volume(plan)
     # 64 micro-batches, 36 layers, forward 2 + backward 2 + gathered again 1; half of twice the hidden states is sent
     assert volume.tensor == 64 * 36 * 5 * (8000 * 4096 * 2)
     assert volume.pipeline == 0
@@ -87,7 +87,7 @@ def test_bubble_and_context_communication_by_hand():
     def update(*layout):
         config = load_config(ROOT / "configs/train_70b.yaml", list(layout))
         plan = make_plan(config, KNOWN_MODELS["qwen2.5-72b"], H100, gpus=64)
-        return plan.update, update_volume(config, plan.dimensions, plan.geometry)
+        return plan.update, update_volume(plan)
 
     (plain, sent), (interleaved, more) = update(), update("parallel.virtual=4")
     # Three stages' wait for one micro-batch of the sixteen, divided by four; the boundaries are crossed four times.
@@ -116,12 +116,13 @@ def test_operations_and_dispatch_of_a_mixture_of_experts_by_hand():
     # Eight copies of a token's 2,048 channels there and back, three passes of 48 layers; one in eight stays.
     tokens = plan.geometry.tokens / 16
     sent = tokens * 8 * 2048 * 2 * 2 * 3 * 48 * 7 / 8
-    assert update_volume(config, dimensions, plan.geometry).expert == pytest.approx(sent)
-    assert update_volume(alone, dimensions, plan.geometry).expert == 0
+    assert update_volume(plan).expert == pytest.approx(sent)
+    plan_alone = make_plan(alone, dimensions, H100, gpus=16)
+    assert update_volume(plan_alone).expert == 0
     # Experts and their two replicas of 16 ranks; float32 gradients scattered, bfloat16 weights gathered.
     held = 48 * 16 * 3 * 2048 * 768 / 2 + (48 * (layer + 2 * 2048 + 256) + 2 * 2048 * 151936 + 2048) * 15 / 16
-    assert update_volume(config, dimensions, plan.geometry).data == pytest.approx(8 * 6 * held)
-    assert plan.update.dispatch > make_plan(alone, dimensions, H100, gpus=16).update.dispatch > 0
+    assert update_volume(plan).data == pytest.approx(8 * 6 * held)
+    assert plan.update.dispatch > plan_alone.update.dispatch > 0
 
 
 def test_update_time_follows_from_utilisation_alone_on_one_rank():

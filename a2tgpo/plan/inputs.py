@@ -1,0 +1,39 @@
+"""What every prediction of a plan is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.assumptions import Assumptions
+from a2tgpo.plan.dimensions import ModelDimensions
+from a2tgpo.plan.engine import ELEMENT_BYTES
+from a2tgpo.plan.hardware import Gpu
+from a2tgpo.plan.workload import Geometry, Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """One step of one configuration, laid out on one cluster."""
+
+    config: RunConfig
+    dimensions: ModelDimensions
+    gpu: Gpu
+    gpus: int
+    workload: Workload
+    assumed: Assumptions
+    geometry: Geometry
+
+    @property
+    def element_bytes(self) -> int:
+        """Of the trainer's weights and activations."""
+        return ELEMENT_BYTES[self.config.model.dtype]
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """Of a card's memory, as far as it is used."""
+        return 1e12 * self.gpu.memory_tb_per_s * self.assumed.memory_utilisation
+
+    def link_bytes_per_s(self, ranks: int) -> float:
+        """Of a rank's links to as many neighbouring ranks, as far as they are used."""
+        return self.gpu.link_bytes_per_s(ranks) * self.assumed.link_utilisation
