@@ -9,8 +9,8 @@ from a2tgpo.config.check import require
 class WatchdogConfig:
     """Deadlines in seconds, on each rank from when it enters the stage; 0: none.
 
-    A rank that waits for another is itself in a stage, so the shortest deadline finds a rank that hangs. They should
-    be below parallel.timeout_s, or the collectives' time-out comes first, which cannot tell the cause.
+    A rank that waits for another is itself in a stage, so the shortest deadline finds a rank that hangs. None should
+    be above parallel.timeout_s, or the collectives' time-out comes first, which cannot tell the cause.
     """
 
     rollout_s: float = 7200.0
