@@ -43,7 +43,7 @@ class PackedBatch:
     positions: Tensor
     """[1, T] int64, 0 at the start of every segment."""
     cu_seqlens: Tensor
-    """[segments + 1] int32, where segments begin and end; the last entry is T."""
+    """[segments + 1] int32, where segments begin and end; the last entry is T. Stays in host memory, see `to`."""
     targets: Tensor
     """[1, T] int64, the token that follows; 0 on padding."""
     loss_mask: Tensor
@@ -77,13 +77,16 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with all tensors on `device`; itself where they are there already."""
+        """The same batch with its tensors on `device`; itself where they are there already.
+
+        But for `cu_seqlens`: the host lays out each pass by them, and would wait for the card to read them back.
+        """
         if self.tokens.device == device:
             return self
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in dataclasses.fields(self)
-            if field.name not in ("trajectory_indices", "tree")
+            if field.name not in ("trajectory_indices", "tree", "cu_seqlens")
         }
         return dataclasses.replace(self, **moved)
 

@@ -39,10 +39,10 @@ def forward_packed(
 
     Args:
         chunk: one of `policy.chunks`.
-        tokens: [1, T] int64, T >= 1; any device, as the others.
+        tokens: [1, T] int64, T >= 1; any device, as `positions`.
         positions: [1, T] int64. With rotary embedding the positions that count are those inside each segment.
         cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
-            cu_seqlens[i] .. cu_seqlens[i + 1].
+            cu_seqlens[i] .. cu_seqlens[i + 1]. Read here, so in host memory: from the card that would wait for it.
         tree: the row is one segment of this shape (see `probes`); without gradients or context parallelism only.
         output_rows: [n] int64, n >= 1: at which of the T / cp positions that this rank runs logits are wanted; equal
             on all tensor-parallel ranks. None: at all of them.
@@ -63,7 +63,7 @@ def forward_packed(
         assert int(cu_seqlens[-1]) == total and total % (cp_group.size() * multiple) == 0, (
             f"context parallelism needs aligned segments that cover the row of {total} tokens"
         )
-        mine = context_positions(cu_seqlens, cp_group.size())[cp_group.rank()]
+        mine = context_positions(cu_seqlens, cp_group.size())[cp_group.rank()].to(tokens.device)
         tokens, positions = tokens[:, mine], positions[:, mine]
     num_tokens = tokens.size(1)
     padding = -num_tokens % multiple

@@ -86,6 +86,8 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         logits, local_targets, is_local, log_normalizer, entropy = ctx.saved_tensors
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_normalizer)
         # Each output is known in full on every rank, and so is its gradient: no communication is needed.
         grad_logits = torch.zeros_like(logits)
         for rows in _chunks(logits.size(0), ctx.chunk_size):
@@ -93,17 +95,15 @@ class _TokenLogprobs(torch.autograd.Function):
                 break
             x = _scaled(logits[rows, : ctx.num_real], log_normalizer.dtype, ctx.temperature)
             log_probs = x.sub_(log_normalizer[rows, None])  # [chunk, num_real]
-            probs = log_probs.exp()
-            grad = torch.zeros_like(probs)
-            if grad_logprobs is not None:
-                # d logprob / dx_j = [j = target] - p_j
-                grad.addcmul_(probs, grad_logprobs[rows, None], value=-1)
-                at_target = (grad_logprobs[rows] * is_local[rows])[:, None]
-                grad.scatter_add_(-1, local_targets[rows, None], at_target)
-            if grad_entropy is not None:
-                # d entropy / dx_j = -p_j (log p_j + entropy)
-                term = probs.mul_(log_probs.add_(entropy[rows, None]))
-                grad.addcmul_(term, grad_entropy[rows, None], value=-1)
+            # d logprob / dx_j = [j = target] - p_j, and d entropy / dx_j = -p_j (log p_j + entropy)
+            weight = -grad_logprobs[rows, None]
+            if grad_entropy is None:  # in one buffer
+                grad = log_probs.exp_().mul_(weight)
+            else:
+                grad = log_probs.exp()
+                grad.mul_(log_probs.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None]).add_(weight))
+            at_target = (grad_logprobs[rows] * is_local[rows])[:, None]
+            grad.scatter_add_(-1, local_targets[rows, None], at_target)
             grad_logits[rows, : ctx.num_real] = grad.div_(ctx.temperature)
         return grad_logits, None, None, None, None, None
 

@@ -106,7 +106,7 @@ class _Asked(NamedTuple):
 
 def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
     if groups.cp_size > 1:
-        positions = context_positions(batch.cu_seqlens, groups.cp_size)
+        positions = context_positions(batch.cu_seqlens, groups.cp_size).to(groups.device, non_blocking=True)
     else:
         positions = torch.arange(batch.num_tokens, device=batch.tokens.device)[None]
     rows = batch.loss_mask[0, positions[groups.cp_rank]].nonzero()[:, 0]
@@ -116,13 +116,14 @@ def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
 def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked) -> tuple[Tensor, Tensor]:
     """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of its rows."""
     groups, own = policy.groups, asked.positions[policy.groups.cp_rank]
-    found = torch.stack(
-        token_logprobs(
-            logits, batch.targets[0, own[asked.rows]], vocab_size=policy.vocab_size, tp_group=groups.tp_group
-        )
-    )  # [2, n]
-    values = found.new_zeros(2, own.numel()).index_copy(1, asked.rows, found)
-    if groups.cp_size > 1:
-        values = gather_context(values, asked.positions, groups.cp_group)
-    logprobs, entropy = values.where(batch.loss_mask[0], 0.0)  # also of the one row where none is asked for
-    return logprobs, entropy
+    targets = batch.targets[0, own[asked.rows]]
+    found = token_logprobs(logits, targets, vocab_size=policy.vocab_size, tp_group=groups.tp_group)
+
+    def in_place(values: Tensor) -> Tensor:
+        values = values.new_zeros(own.numel()).index_copy(0, asked.rows, values)
+        if groups.cp_size > 1:
+            values = gather_context(values, asked.positions, groups.cp_group)
+        return values.where(batch.loss_mask[0], 0.0)  # also of the one row where none is asked for
+
+    # One by one: put together, entropies of which no loss is made would take a backward pass of their own.
+    return in_place(found[0]), in_place(found[1])

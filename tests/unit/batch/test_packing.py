@@ -200,3 +200,10 @@ def test_microbatches_of_the_70b_configuration_are_full_and_as_many_on_every_rep
             for group in groups
         ]
         assert sum(lengths) / sum(total + -total % align.row for total in totals) >= share
+
+
+def test_on_a_card_the_host_keeps_where_segments_begin_and_end() -> None:
+    batch = pack([trajectory([1, 2], ([10, 11], []))], [0], align=Alignment())
+    moved = batch.to(torch.device("meta"))
+    assert moved.tokens.device.type == moved.turn_index.device.type == "meta"
+    assert moved.cu_seqlens is batch.cu_seqlens

@@ -14,6 +14,7 @@ from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch, empty_batch, p
 from a2tgpo.batch.probes import Probe, ProbedSequence
 from a2tgpo.model.build import Policy
 from a2tgpo.model.forward import forward_packed
+from a2tgpo.model.logprobs import _TokenLogprobs
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.probe_scores import score_probes
 from a2tgpo.update.score import score
@@ -83,6 +84,21 @@ def test_gradients_are_those_of_the_whole_layer(policy, trajectories) -> None:
     for name, gradient in found.items():
         error = (gradient - whole[name]).norm() / whole[name].norm()
         assert whole[name].norm() > 0 and error < 1e-6, (name, error)
+
+
+def test_entropies_that_no_loss_is_made_of_have_no_backward_pass(policy, trajectories, monkeypatch) -> None:
+    batches = packed(trajectories)
+    seen: list[tuple[bool, bool]] = []
+    backward = _TokenLogprobs.backward
+
+    def watched(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        seen.append(tuple(gradient is not None for gradient in gradients))
+        return backward(ctx, *gradients)
+
+    monkeypatch.setattr(_TokenLogprobs, "backward", staticmethod(watched))
+    compute_gradients(policy, batches, lambda _number, logprobs, _entropy: (logprobs.sum(), {}))
+    compute_gradients(policy, batches, weighted(batches))
+    assert seen == [(True, False)] * 2 + [(True, True)] * 2
 
 
 def test_scores_are_those_of_the_whole_layer_and_zero_elsewhere(policy, trajectories) -> None:
