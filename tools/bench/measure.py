@@ -6,6 +6,7 @@ A bench is a script here with `rows() -> list[Row]` that ends in `sys.exit(measu
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -135,9 +136,11 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 def peak_megabytes(variant: Variant) -> float:
     """Resident memory that `variant` takes at most beyond what is there before it, MB; by a forked child (Linux).
 
-    A child, since memory that an earlier run freed and the allocator kept would hide the need for it.
+    Memory that an earlier run freed and the allocator kept would hide the need for it: hence a child, which leaves
+    none behind, and glibc gives back what it holds first.
     """
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -52,9 +52,14 @@ def test_numbers_have_three_digits_however_small_or_large():
     assert measure.number(0) == "0"
 
 
-def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there():
-    held = bytearray(b"1") * 50_000_000
-    assert 25 < measure.peak_megabytes(lambda: bytearray(b"1") * 30_000_000) < 45
+def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there_and_was_freed():
+    def small_blocks(megabytes: int) -> list[bytearray]:
+        return [bytearray(b"1") * 100_000 for _ in range(10 * megabytes)]
+
+    freed = small_blocks(100)
+    held = small_blocks(1)  # behind them in the heap, which keeps them there
+    del freed
+    assert 25 < measure.peak_megabytes(lambda: small_blocks(30)) < 45
     assert held
 
 
