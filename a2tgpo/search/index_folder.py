@@ -1,7 +1,7 @@
 """Indices on disk: a folder with index.json, offsets.npy and the index itself, bound to one corpus file.
 
-index.json says the kind, the corpus's fingerprint and what queries need. A folder is written beside its place and
-renamed: it is complete or absent.
+index.json says the kind, the fingerprints of the corpus and of the folder's other files, and what queries need. A
+folder is written beside its place and renamed: it is complete or absent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from a2tgpo.search.dense import DenseIndex, Encoder, EncoderSettings, build_neig
 from a2tgpo.search.passage import Passage
 
 DESCRIPTION, OFFSETS, BM25_FOLDER, FAISS_FILE = "index.json", "offsets.npy", "bm25", "faiss.index"
-FORMAT = 1
+FORMAT = 2
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, done since the last call, all of it)."""
@@ -89,6 +89,7 @@ def build_index(
             )
             faiss.write_index(neighbours, str(partial / FAISS_FILE))
         np.save(partial / OFFSETS, offsets, allow_pickle=False)
+        description["files"] = _fingerprints(partial)
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         partial.rename(out)
     except BaseException:
@@ -118,6 +119,12 @@ def load_index(folder: Path, corpus: Path, *, encoder_path: str = "") -> tuple[S
             f"{corpus} ({found}); give that one, or build anew with tools/build_index.py"
         )
     try:
+        # Before any is opened: FAISS makes room for whatever number it finds as a length, and waits on others.
+        files = _fingerprints(folder)
+        if changed := sorted(
+            name for name in description["files"] if files.get(name) != description["files"][name]
+        ):
+            raise ValueError(f"{changed[0]} is not as it was written")
         offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
         passages = CorpusFile(corpus, offsets)
         if description["kind"] == "bm25":
@@ -136,17 +143,27 @@ def _read_description(folder: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
         known = description["format"] == FORMAT and description["kind"] in ("bm25", "dense")
         known = known and {"fingerprint", "name"} <= description["corpus"].keys()
+        known = known and isinstance(description["files"], dict)
         if description["kind"] == "dense":
             EncoderSettings(**description["encoder"])
     except OSError as error:
         raise ConfigError(
             f"--index: cannot read {path} ({error.strerror}); make the index with tools/build_index.py"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
         raise ConfigError(f"--index: {path} is damaged or of another version; build the index anew")
     return description
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """Of each file in the folder but the description, by name."""
+    return {
+        str(path.relative_to(folder)): fingerprint(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != DESCRIPTION
+    }
 
 
 def _counted(passages: Iterable[Passage], count: Callable[[], None]) -> Iterator[Passage]:

@@ -176,6 +176,12 @@ def lose_scores(index):
     (index / "bm25" / "data.csc.index.npy").unlink()
 
 
+def flip_a_bit_of_a_score(index):
+    content = bytearray((index / "bm25" / "data.csc.index.npy").read_bytes())
+    content[-2] ^= 1
+    (index / "bm25" / "data.csc.index.npy").write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -184,6 +190,10 @@ def lose_scores(index):
         (empty_offsets, "is damaged .*build it anew"),
         (lose_the_encoder, "is damaged or of another version; build the index anew"),
         (lose_scores, "is damaged .*build it anew"),
+        (
+            flip_a_bit_of_a_score,
+            r"is damaged \(bm25/data.csc.index.npy is not as it was written\); build it anew",
+        ),
     ],
 )
 def test_a_damaged_index_is_refused_in_one_line(corpus, tmp_path, damage, message):
@@ -192,6 +202,20 @@ def test_a_damaged_index_is_refused_in_one_line(corpus, tmp_path, damage, messag
     with pytest.raises(ConfigError, match=message) as caught:
         load_index(tmp_path / "index", corpus)
     assert "\n" not in str(caught.value)
+
+
+def test_one_changed_bit_of_a_dense_index_does_not_take_all_memory(minilm, tmp_path):
+    """FAISS would make room for 2^61 numbers, and take whatever there is where the bit is a lower one."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"id": i, "contents": f"row {i}"}) + "\n" for i in range(8)))
+    settings = EncoderSettings(path=minilm)
+    build_index(corpus, tmp_path / "index", encoder=settings, factory="HNSW8", progress=silent)
+    load_index(tmp_path / "index", corpus)
+    content = bytearray((tmp_path / "index" / "faiss.index").read_bytes())
+    content[128] ^= 0x20
+    (tmp_path / "index" / "faiss.index").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"faiss\.index is not as it was written"):
+        load_index(tmp_path / "index", corpus)
 
 
 def test_another_corpus_than_the_indexed_one_is_refused(corpus, tmp_path):
