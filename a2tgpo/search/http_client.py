@@ -73,7 +73,9 @@ class HttpSearch:
             # Retrieval servers are near: a proxy from the environment would only get in the way.
             trust_env=False,
             timeout=timeout_s,
-            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            # Compressed answers would have no bound: one chunk of zstd can hold gigabytes.
+            headers={"Accept-Encoding": "identity"}
+            | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )
 
@@ -145,7 +147,7 @@ class HttpSearch:
 
     def _read(self, response: httpx.Response, deadline: float) -> bytes:
         body = bytearray()
-        for chunk in response.iter_bytes():
+        for chunk in response.iter_raw():
             body += chunk
             if len(body) > MAX_RESPONSE_BYTES:
                 raise SearchError(

@@ -5,6 +5,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import zstandard
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
@@ -78,6 +79,17 @@ def drip(handler):
         handler.wfile.flush()
 
 
+def compress(handler):
+    """What would be 64 MiB, unasked."""
+    body = zstandard.ZstdCompressor().compress(bytes(2**26))
+    assert handler.headers["Accept-Encoding"] == "identity"
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "zstd")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
 def hang_up(handler):
     handler.close_connection = True
 
@@ -137,6 +149,7 @@ def test_answers_without_scores_or_ids_and_too_many_are_read(server, client):
         (answer({"document": {"contents": "x"}, "score": "high"}), "passage 0 has score 'high'"),
         ((500, b"oops"), "HTTP 500 Internal Server Error"),
         ((503, b""), "HTTP 503"),
+        (compress, "not UTF-8"),
         (hang_up, "cannot be reached"),
         (stall, "did not answer within 0.4 s"),
         (drip, "did not answer within 0.4 s"),
