@@ -119,25 +119,52 @@ def _base_chain(path: Path) -> list[Path]:
             return chain
         if not isinstance(base, str):
             raise ConfigError(
-                f"{path}: base is {base!r}; allowed: the path of one YAML file, relative to this one"
+                f"{path}: base is {base!r:.80}; allowed: the path of one YAML file, relative to this one"
             )
         named_by = f"{path}: base: "
         path = path.parent / base
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """As `yaml.safe_load`, no tag makes an object; and a key that stands twice in a mapping is refused."""
+    """As `yaml.safe_load`, no tag makes an object; and what makes more of a file than stands there is refused.
+
+    These are a key that stands twice in a mapping, aliases of lists and mappings (nested ones double each time), and
+    integers too long to be said in a message.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, is_alias = self.peek_event(), self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if is_alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"*{event.anchor} stands for more than one value; write them out",
+                event.start_mark,
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in keys and key_node.value != "<<":
+            if not isinstance(key_node.value, str):
+                continue
+            if key_node.value in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key_node.value!r} stands there a second time", key_node.start_mark
                 )
-            if isinstance(key_node.value, str):
-                keys.add(key_node.value)
+            keys.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > 1024:
+            raise yaml.constructor.ConstructorError(None, None, "integer past 2^1024", node.start_mark)
+        return value
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_YAML_FAULTS = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -145,7 +172,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = _StrictLoader(path.read_bytes()).get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except _YAML_FAULTS as error:
         raise ConfigError(f"{path}{_yaml_fault(error)}") from None
     if content is None:
         return {}
@@ -201,8 +228,8 @@ def _parse_override(override: str, fields: dict[str, type]) -> Iterator[tuple[st
     value: Any = text
     if fields[key] is not str:
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):
+            value = _StrictLoader(text).get_single_data()
+        except _YAML_FAULTS:
             value = text  # a text where none is allowed: refused below, with the key
     yield key, _Entry(_typed(value, fields[key], key, COMMAND_LINE), COMMAND_LINE)
 

@@ -73,7 +73,7 @@ def test_numbers_are_floats_however_they_are_written(tmp_path, text, value):
         ("update.lr=.inf", "update.lr is inf; allowed: a finite number"),
         ("update.lr=.nan", "update.lr is nan; allowed: a finite number"),
         ("update.lr=on", "update.lr is True; allowed: a finite number"),
-        ("update.lr=" + "9" * 400, "update.lr is 999"),
+        ("update.lr=" + "9" * 400, "update.lr is '999"),
         ("parallel.sequence=1", "parallel.sequence is 1; allowed: true or false"),
         ("run.steps=0", "run.steps is 0; allowed: >= 1"),
         (
@@ -117,6 +117,14 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ("\tupdate: 1", "line 6, column 1: not valid YAML"),
         ("update: {lr: 2024-13-45}", "not valid YAML"),
         ("update: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        (
+            "update: {lr: [&a [1], &b [*a, *a]]}",
+            "line 6, column 27: not valid YAML (*a stands for more than one",
+        ),
+        ("update: &a {lr: 1}\nrollout: {<<: *a}", "not valid YAML (*a stands for more than one value"),
+        ("rollout: {group_size: 0x" + "f" * 9000 + "}", "not valid YAML (integer past 2^1024)"),
+        ("update: {lr: 1" + ":59" * 300 + ".5}", "not valid YAML (OverflowError)"),
+        ("update: {? [lr] : 1}", "not valid YAML (found unhashable key)"),
     ],
 )
 def test_bad_file_is_one_line_naming_the_file(tmp_path, text, says):
@@ -124,6 +132,11 @@ def test_bad_file_is_one_line_naming_the_file(tmp_path, text, says):
     message = refusal(path)
     assert message.startswith(path)
     assert says in message
+
+
+def test_one_value_may_have_an_alias(tmp_path):
+    path = write(tmp_path, MINIMAL + "rollout: {max_turns: &n 3, group_size: *n}")
+    assert load_config(path).rollout.group_size == 3
 
 
 def test_broken_files_are_one_line(tmp_path):
