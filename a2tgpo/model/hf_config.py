@@ -22,6 +22,7 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
     "max_position_embeddings",
+    "head_dim",
 )
 
 # What Megatron's RotaryEmbedding._apply_scaling has built in (rotary_pos_embedding.py:90); only `factor` varies.
@@ -56,7 +57,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
             f"model.path {path!r}: config.json has num_key_value_heads {kv_heads}; allowed: a divisor of "
             f"num_attention_heads ({heads})"
         )
-    weight_files(path)
+    _require_sizes_of_weights(path, raw)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises whatever a bad field leads to
@@ -98,6 +99,43 @@ def weight_files(path: str) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"model.path {path!r}: {name} is damaged: {error}; fetch it again") from error
     return {name: folder / name for name in names}
+
+
+def _require_sizes_of_weights(path: str, raw: dict) -> None:
+    """Refuse sizes in config.json that are not those of the weights, as their headers say.
+
+    The model is made before its weights are read: a wrong digit could make one that no machine holds. What `raw`
+    leaves out is not looked at.
+    """
+    hidden = raw.get("hidden_size")
+    last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
+    heads, head_dim = raw.get("num_attention_heads"), raw.get("head_dim")
+    queries = heads * head_dim if heads and head_dim else None
+    expected = {
+        "model.embed_tokens.weight": (raw.get("vocab_size"), hidden),
+        f"{last}self_attn.q_proj.weight": (queries, hidden),
+        f"{last}mlp.gate_proj.weight": (raw.get("intermediate_size"), hidden),
+    }
+    shapes: dict[str, list[int]] = {}
+    for file in weight_files(path).values():
+        with safe_open(file, framework="np") as tensors:
+            for name in expected.keys() & set(tensors.keys()):
+                shapes[name] = tensors.get_slice(name).get_shape()
+    attention = f"{last}self_attn.q_proj.weight"
+    if attention not in shapes:
+        raise ConfigError(
+            f"model.path {path!r}: tensor {attention} is missing from its safetensors; "
+            f"config.json has num_hidden_layers {raw.get('num_hidden_layers')}"
+        )
+    for name, shape in shapes.items():
+        wanted = expected[name]
+        if len(shape) != 2 or any(
+            size not in (None, found) for size, found in zip(wanted, shape, strict=True)
+        ):
+            raise ConfigError(
+                f"model.path {path!r}: config.json and weights disagree: {name} is {shape}, by config.json "
+                f"{list(wanted)}"
+            )
 
 
 def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:

@@ -36,6 +36,24 @@ def refusal(path: Path) -> str:
     return message
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("num_hidden_layers", 10**12, "tensor model.layers.999999999999.self_attn.q_proj.weight is missing"),
+        ("vocab_size", 10**12, "disagree: model.embed_tokens.weight is "),
+        ("intermediate_size", 10**12, "disagree: model.layers.1.mlp.gate_proj.weight is "),
+        ("head_dim", 10**12, "disagree: model.layers.1.self_attn.q_proj.weight is "),
+    ],
+)
+def test_sizes_past_those_of_the_weights_are_refused_before_anything_is_made(
+    checkpoint: Checkpoint, name: str, size: int, says: str
+) -> None:
+    folder = checkpoint("qwen3")
+    load_hf_config(str(folder))
+    edit_config(folder, **{name: size})
+    assert says in refusal(folder)
+
+
 def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> None:
     assert "is not a folder" in refusal(tmp_path / "nowhere")
     assert "has no config.json" in refusal(tmp_path)
@@ -209,8 +227,10 @@ def test_weights_that_do_not_fit_the_config_are_refused(
 
     folder = checkpoint("qwen3", tied=False)
     edit_config(folder, intermediate_size=96)
-    assert "config.json and weights disagree: model.layers.0.mlp." in build(folder)
-    edit_config(folder, intermediate_size=128, num_hidden_layers=1, layer_types=["full_attention"])
+    assert "config.json and weights disagree: model.layers.1.mlp." in build(folder)
+    edit_config(folder, intermediate_size=128, num_key_value_heads=1)
+    assert "config.json and weights disagree: model.layers.0.self_attn." in build(folder)
+    edit_config(folder, num_key_value_heads=2, num_hidden_layers=1, layer_types=["full_attention"])
     assert "holds tensors that a qwen3 model has no place for: model.layers.1." in build(folder)
     edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     assert "tensor model.layers.2." in build(folder)
