@@ -60,7 +60,7 @@ def write_records(records: Sequence[dict], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(path.suffix + ".tmp")
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    unfinished.write_bytes(zstandard.ZstdCompressor(level=3).compress(lines.encode()))
+    unfinished.write_bytes(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
     os.replace(unfinished, path)
 
 

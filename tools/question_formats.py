@@ -17,6 +17,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,7 +276,7 @@ def _read_text(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"--in: cannot read {path} ({error.strerror or error})") from None
-    except (EOFError, UnicodeDecodeError):
+    except (EOFError, zlib.error, UnicodeDecodeError):
         raise ConfigError(f"--in: {path} is damaged or not UTF-8") from None
 
 

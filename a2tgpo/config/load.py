@@ -269,6 +269,7 @@ def _sections(fields: dict[str, type]) -> list[str]:
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
     """The candidate most like `key`, as a whole and in its last part."""
+    key = key[:100]  # comparing takes the square of the length
     leaf = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:

