@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -37,6 +38,17 @@ QWEN_72B = {
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+
+
+def write_hole(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    """A safetensors file of bfloat16 tensors that takes no room on the disk: a header, and a hole."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+    os.truncate(path, 8 + len(content) + end)
 
 
 class Cluster:
@@ -131,6 +143,15 @@ def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, t
     model = tmp_path / "72b"
     shutil.copytree(inputs.parent / "model", model)
     (model / "config.json").write_text(json.dumps(QWEN_72B))
+    hidden, ffn = QWEN_72B["hidden_size"], QWEN_72B["intermediate_size"]
+    write_hole(
+        model / "model.safetensors",
+        {
+            "model.embed_tokens.weight": (QWEN_72B["vocab_size"], hidden),
+            "model.layers.79.self_attn.q_proj.weight": (hidden, hidden),
+            "model.layers.79.mlp.gate_proj.weight": (ffn, hidden),
+        },
+    )
     files = {"data.train": "questions", "data.test": "questions", "search.corpus": "corpus"}
     overrides = [f"{key}={inputs.parent / name}.jsonl" for key, name in files.items()]
     overrides += [f"model.path={model}", "search.backend=bm25"]
