@@ -54,6 +54,11 @@ $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
 	@touch $@
 
+# Beside the environment, not in it: vLLM's CPU build finds Triton's backends wanting. For its interpreter only.
+$(VENV)/triton/.ready:
+	$(PIP) install --no-deps --target $(VENV)/triton triton==3.7.1
+	@touch $@
+
 setup-trl: .venv-trl/.ready
 
 .venv-trl/.ready: tools/bench/requirements-trl.txt
@@ -105,7 +110,7 @@ bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-13
 
 # Two files at a time, long ones first; the tests of faults have deadlines of seconds and the machine to themselves.
 # A failure is shown when it happens. A worker that dies ends the run: pytest-xdist can wait forever for its successor.
-test: setup lint artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
+test: setup lint $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
 	$(PY) -m pytest --instafail -n 2 --dist loadfile --max-worker-restart 0 tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)

@@ -136,6 +136,8 @@ class VllmEngine:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
         core: Any = self._engine.engine_core  # the in-process client
         cap_cache_hits(core.engine_core.scheduler.kv_cache_manager)
+        # vLLM has two model runners; its choice hangs on Triton, so on a GPU, and on VLLM_USE_V2_MODEL_RUNNER.
+        self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
     def has_unfinished(self) -> bool:
@@ -303,16 +305,23 @@ class VllmEngine:
     def _submit_prompt_logprobs(
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
+        if self._has_second_runner:
+            # The first runs the output layer at the answer only, this one at all tokens of a pass unless told where.
+            asked: dict[str, Any] = dict(
+                prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
+                prompt_logprob_start=len(tokens) - num_scored - 1,
+            )
+        else:
+            asked = dict(prompt_logprobs=0, flat_logprobs=True)
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
-            prompt_logprobs=0,
-            flat_logprobs=True,
             # Rows of cached positions hold rubbish, which must not be decoded.
             detokenize=False,
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **asked,
         )
         self._add(request_id, tokens, params)
         self._answers[request_id] = num_scored
@@ -327,8 +336,12 @@ class VllmEngine:
         if num_scored is not None:
             computed_from = counts["num_prompt_tokens"] - num_scored
             assert counts["num_cached_tokens"] < computed_from, "the cache hit covers a scored row"
-            logprobs = output.prompt_logprobs.logprobs[-num_scored:]  # type: ignore[union-attr]
-            return ScoreOutput(request_id=output.request_id, answer_logprobs=logprobs, **counts)
+            if self._has_second_runner:
+                found = output.prompt_token_id_logprobs[:, 0].tolist()  # type: ignore[index]
+            else:
+                found = output.prompt_logprobs.logprobs[-num_scored:]  # type: ignore[union-attr]
+            assert len(found) == num_scored, "one log-prob per token of the answer"
+            return ScoreOutput(request_id=output.request_id, answer_logprobs=found, **counts)
         sampled = output.outputs[0]
         tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)  # type: ignore[union-attr]
         assert len(tokens) == len(logprobs), "one log-prob per sampled token"

@@ -122,3 +122,24 @@ def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokeni
         "the counts are wrong"
     )
     assert all(turn.info_gain is not None for t in trajectories for turn in t.turns[:-1])
+
+
+def test_a_score_takes_the_output_layer_at_the_answer(asking_engine, monkeypatch):
+    """And at the one token that vLLM always generates; one of its two runners adds what of a block was not cached."""
+    (model,) = asking_engine._engine.collective_rpc(lambda worker: worker.model_runner.get_model())
+    compute_logits, rows = model.compute_logits, []
+
+    def counting(hidden_states, *args, **kwargs):
+        rows.append(len(hidden_states))
+        return compute_logits(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(model, "compute_logits", counting)
+    prefix, answer = list(range(5, 5 + 10 * BLOCK)), [7, 8, 9]
+    for _ in range(2):
+        rows.clear()
+        asking_engine.submit_score("score-x", prefix, answer)
+        outputs = []
+        while not outputs:
+            outputs = asking_engine.step()
+    on_gpus = asking_engine._engine.vllm_config.use_v2_model_runner
+    assert len(answer) < sum(rows) <= len(answer) + 1 + (0 if on_gpus else BLOCK)

@@ -1,0 +1,28 @@
+"""The engine on the model runner that vLLM has on GPUs: the same tests, its Triton kernels interpreted."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[2]
+TRITON = Path(sys.prefix) / "triton"
+
+
+@pytest.mark.skipif(not (TRITON / "triton").is_dir(), reason="needs Triton in .venv/triton (make test)")
+def test_generation_scores_and_refit_are_right_on_the_runner_of_gpus():
+    files = [str(Path(__file__).with_name(name)) for name in ("test_vllm_engine.py", "test_engine_work.py")]
+    paths = [str(TESTS.parent), str(TESTS), str(TRITON), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "triton_interpreter", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "F" not in done.stdout and re.search(r"\.{20}", done.stdout), done.stdout
