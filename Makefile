@@ -21,7 +21,7 @@ help:
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
 	@echo "make ablation    seven methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
-	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (40 minutes)"
+	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates"
 	@echo "make docs        the documentation as a site, in site/"

@@ -2,7 +2,7 @@
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without names all of them, about 40 minutes on two cores; the longest is `gain`, where the CPU does not compute in
+Without names all of them, about half an hour on two cores; the longest is `gain`, where the CPU does not compute in
 bfloat16. Lines of benches that were not run stay as they are.
 Exit code 1 if a bench fails; a target that is missed is a line in the table, not a failure.
 """
