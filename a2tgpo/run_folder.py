@@ -21,6 +21,7 @@ from a2tgpo.carried_pool import Carried, bounded, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.error_line import first_line
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
@@ -322,19 +323,26 @@ def check_resume(resume: str) -> None:
 def check_saved_model(config: RunConfig, resume: str, hf_config: PretrainedConfig) -> None:
     """Raise `ConfigError` if the checkpoint to go on from was saved from another model; one process may call this.
 
-    Of the checkpoint, with `auto` the newest, only `state.json` is read.
+    Of the checkpoint only `state.json` is read; with `auto` it is the newest one of which that can be read.
     """
     paths = [] if resume == "none" else [Path(resume)]
     if resume == "auto":
         root = Path(config.run.root) / config.run.name / "checkpoints"
         paths = [root / f"step_{step}" for step in checkpoint.steps_in(root)]
     for path in paths:
-        if (path / checkpoint.MARKER).is_file():
-            try:
-                checkpoint.require_same_model(path, checkpoint.read_record(path), hf_config)
-            except ValueError as error:
-                raise ConfigError(f"--resume: {error}") from error
-            break
+        if not (path / checkpoint.MARKER).is_file():
+            continue
+        try:
+            record = checkpoint.read_record(path)
+        except (OSError, ValueError) as error:
+            if resume == "auto":
+                continue  # the start passes it over, with a warning
+            raise ConfigError(f"--resume: {first_line(error)}") from error
+        try:
+            checkpoint.require_same_model(path, record, hf_config)
+        except ValueError as error:
+            raise ConfigError(f"--resume: {error}") from error
+        return
 
 
 def describe_environment() -> str:

@@ -196,7 +196,10 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
     good, tmp_path, resume, monkeypatch, capsys
 ):
     checkpoint = tmp_path / "bad-input" / "checkpoints" / "step_12"
-    for folder in (checkpoint, checkpoint.with_name("step_9")):  # an older one is not looked at
+    for folder in (
+        checkpoint,
+        checkpoint.with_name("step_9"),
+    ):  # an older one is not looked at where this can be read
         folder.mkdir(parents=True)
         (folder / MARKER).write_text("{}")
     model = architecture_of(load_hf_config(good["model.path"]))
@@ -211,6 +214,13 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
     line = refusal(settings, monkeypatch, capsys, *options)
     assert line.startswith(f"error: --resume: {checkpoint} does not fit the model at model.path")
     assert f"num_hidden_layers 7 (here {model['num_hidden_layers']})" in line
+    (checkpoint / STATE).write_text("{")
+    if resume == "auto":  # the start would go on from an older one
+        assert dry_run(settings, monkeypatch, *options) == 0
+    else:
+        assert "is not what this program writes" in refusal(settings, monkeypatch, capsys, *options)
+    (checkpoint / STATE).unlink()
+    assert dry_run(settings, monkeypatch, *options) == (0 if resume == "auto" else 2)
 
 
 def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str:
