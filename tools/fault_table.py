@@ -2,9 +2,10 @@
 
     python tools/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
-Takes about an hour on two cores. Mounts a small tmpfs for the full disk, which needs root. What has been run is kept
-in FOLDER, and an interrupted table goes on from there; parts that FOLDER has no rows of are named as not run. With
---only and without --work the table is only printed. Exits with 1 if a row fails.
+Takes a quarter of an hour on two cores with nothing else to do, up to an hour on busy ones. Mounts a small tmpfs for
+the full disk, which needs root. What has been run is kept in FOLDER, and an interrupted table goes on from there;
+parts that FOLDER has no rows of are named as not run. With --only and without --work the table is only printed. Exits
+with 1 if a row fails.
 """
 
 from __future__ import annotations
