@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.data.question_set import Question, load_questions
 from tools.arithmetic import build_arithmetic
+from tools.exit_code import exit_code
 from tools.json_lines_file import write_lines
 from tools.question_formats import NO_ANSWER, READERS, read_items
 from tools.question_report import describe_questions
@@ -158,17 +159,7 @@ def prepare(argv: Sequence[str] | None = None) -> None:
 
 
 def main() -> int:
-    try:
-        prepare()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
-        )
-        return 2
-    return 0
+    return exit_code(prepare)
 
 
 if __name__ == "__main__":

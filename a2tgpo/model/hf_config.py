@@ -111,9 +111,10 @@ def _require_sizes_of_weights(path: str, raw: dict) -> None:
     last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
     heads, head_dim = raw.get("num_attention_heads"), raw.get("head_dim")
     queries = heads * head_dim if heads and head_dim else None
+    attention = f"{last}self_attn.q_proj.weight"
     expected = {
         "model.embed_tokens.weight": (raw.get("vocab_size"), hidden),
-        f"{last}self_attn.q_proj.weight": (queries, hidden),
+        attention: (queries, hidden),
         f"{last}mlp.gate_proj.weight": (raw.get("intermediate_size"), hidden),
     }
     shapes: dict[str, list[int]] = {}
@@ -121,7 +122,6 @@ def _require_sizes_of_weights(path: str, raw: dict) -> None:
         with safe_open(file, framework="np") as tensors:
             for name in expected.keys() & set(tensors.keys()):
                 shapes[name] = tensors.get_slice(name).get_shape()
-    attention = f"{last}self_attn.q_proj.weight"
     if attention not in shapes:
         raise ConfigError(
             f"model.path {path!r}: tensor {attention} is missing from its safetensors; "

@@ -119,11 +119,11 @@ def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked)
     targets = batch.targets[0, own[asked.rows]]
     found = token_logprobs(logits, targets, vocab_size=policy.vocab_size, tp_group=groups.tp_group)
 
-    def in_place(values: Tensor) -> Tensor:
+    def over_the_row(values: Tensor) -> Tensor:
         values = values.new_zeros(own.numel()).index_copy(0, asked.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, asked.positions, groups.cp_group)
         return values.where(batch.loss_mask[0], 0.0)  # also of the one row where none is asked for
 
     # One by one: put together, entropies of which no loss is made would take a backward pass of their own.
-    return in_place(found[0]), in_place(found[1])
+    return over_the_row(found[0]), over_the_row(found[1])

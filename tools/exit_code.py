@@ -1,0 +1,23 @@
+"""How the tools that write into an --out folder end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from a2tgpo.config.check import ConfigError
+
+
+def exit_code(write: Callable[[], object]) -> int:
+    """0 once `write` is done; 2, after one line on stderr, for a user's mistake or a place that cannot be written."""
+    try:
+        write()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
+        )
+        return 2
+    return 0
