@@ -132,6 +132,9 @@ class RolloutConfig:
     """Tokens in one KV block; 0: 32 on CPU, 16 on GPU."""
     enforce_eager: bool = False
     """Skip graph capture and compilation; always on where there is no GPU."""
+    async_scheduling: bool = False
+    """Let vLLM schedule the next step while the card computes this one (GPU only). Off until measured on a card:
+    `tools/gpu_check.py --checks engine_speed` compares tokens and speed."""
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
 

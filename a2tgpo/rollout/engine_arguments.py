@@ -28,8 +28,8 @@ def engine_arguments(
         seed: of the engine's own generator.
 
     Raises:
-        ConfigError: one line; a block size or a cache that a CPU engine cannot work with, or a quantisation that the
-            model or the machine does not allow.
+        ConfigError: one line; a block size, a cache or a scheduling that a CPU engine cannot work with, or a
+            quantisation that the model or the machine does not allow.
     """
     cache_bytes = int(config.kv_cache_gib * 2**30)
     arguments: dict[str, Any] = dict(
@@ -52,12 +52,19 @@ def engine_arguments(
         arguments |= dict(
             enable_sleep_mode=True,
             enforce_eager=config.enforce_eager,
+            async_scheduling=config.async_scheduling,  # vLLM's own default on GPUs is True
             gpu_memory_utilization=config.gpu_memory_fraction,
             max_num_batched_tokens=max(GPU_STEP_TOKENS, config.max_concurrent),
         )
         if cache_bytes:
             arguments["kv_cache_memory_bytes"] = cache_bytes
         return arguments
+    require(
+        not config.async_scheduling,
+        "rollout.async_scheduling",
+        config.async_scheduling,
+        "false where no GPU is seen; vLLM schedules synchronously on CPUs",
+    )
     block = arguments["block_size"]
     require(block % 32 == 0, "rollout.block_size", block, "a multiple of 32 where there is no GPU")
     needed = cache_bytes_of_one(hf_config, max_model_len, block, dtype, config.tensor_parallel)
