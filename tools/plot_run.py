@@ -81,7 +81,9 @@ class History:
     def stages(self) -> dict[str, np.ndarray]:
         """stage -> seconds in each training step [num_steps], the longest stage first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
-        names = {name for record in steps for name in record if re.fullmatch(r"time/(?!startup_)\w+_s", name)}
+        # `time/startup_*` is no part of a step; `_min_s` and `_max_s` are the spread of a stage over the ranks.
+        stage = r"time/(?!startup_)\w+(?<!_min)(?<!_max)_s"
+        names = {name for record in steps for name in record if re.fullmatch(stage, name)}
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
         parts = {name: s for name, s in stages.items() if name not in ("step", *BETWEEN_STEPS)}
         return dict(sorted(parts.items(), key=lambda item: -item[1].sum()))
@@ -233,12 +235,23 @@ def ends(values: np.ndarray) -> tuple[float, float]:
 
 def summary(history: History) -> str:
     """The closing table: EM before and after by hops, gain by turn, time by stage."""
+    return "\n".join([*evaluation_lines(history), *gain_lines(history), *time_lines(history)])
+
+
+def evaluation_lines(history: History) -> list[str]:
+    """EM of the first and the last evaluation, all questions and by hops."""
     lines = []
     steps, _ = history.series("evaluation/em")
     if len(steps):
         lines.append(f"held-out EM (greedy)      step {steps[0]:<6.0f} step {steps[-1]:<6.0f}  change")
         for label, before, after in evaluation_rows(history):
             lines.append(f"  {label:<22}  {before:>8.3f}    {after:>8.3f}  {after - before:>+8.3f}")
+    return lines
+
+
+def gain_lines(history: History) -> list[str]:
+    """Mean gain by turn index at both ends of the run, and the share of positive ones at its end."""
+    lines = []
     gains = history.numbered(r"gain/turn_(\d+)_mean")
     if gains:
         lines.append("information gain by turn       early        late   positive")
@@ -249,18 +262,33 @@ def summary(history: History) -> str:
                 early, late = ends(means)
                 share = f"{ends(positive)[1]:>9.0%}" if len(positive) else "        –"
                 lines.append(f"  turn {turn:<17}  {early:>+10.4f}  {late:>+10.4f}  {share}")
-    stages = history.stages()
-    _, seconds = history.series("time/step_s")
-    if len(seconds):
-        lines.append("time by stage             mean s/step      share")
+    return lines
+
+
+def spread_columns(history: History, stage: str) -> str:
+    """Mean seconds of the rank that was fastest in `stage`, and of the slowest; they may be others in each step."""
+    metric = "step" if stage == "whole step" else stage
+    fastest, slowest = (history.series(f"time/{metric}_{end}_s")[1] for end in ("min", "max"))
+    return f"   {fastest.mean():>12.2f}   {slowest.mean():>12.2f}" if len(fastest) else ""
+
+
+def time_lines(history: History) -> list[str]:
+    """Mean seconds of each stage of a step on rank 0, and on the rank that was fastest and slowest in it."""
+    lines = []
+    steps = history.series("time/step_s")[1]
+    stages = history.stages() | {"whole step": steps}
+    if len(steps):
+        header = f"{f'time by stage, {len(steps)} steps':<27}  {'mean s/step':>11}   {'share':>6}"
+        has_spread = bool(len(history.series("time/step_max_s")[0]))
+        lines.append(header + ("   fastest rank   slowest rank" if has_spread else ""))
         for name, spent in stages.items():
-            lines.append(f"  {name:<22}  {spent.mean():>10.2f}  {spent.sum() / seconds.sum():>8.1%}")
-        lines.append(f"  {'whole step':<22}  {seconds.mean():>10.2f}  over {len(seconds)} steps")
+            line = f"  {name:<25}  {spent.mean():>11.2f}   {spent.sum() / steps.sum():>6.1%}"
+            lines.append(line + (spread_columns(history, name) if has_spread else ""))
     for name in BETWEEN_STEPS:
         _, spent = history.series(f"time/{name}_s")
         if len(spent):
-            lines.append(f"  {name + ', between steps':<22}  {spent.sum():>10.2f}  seconds in all")
-    return "\n".join(lines)
+            lines.append(f"  {name + ', between steps':<25}  {spent.sum():>11.2f}   seconds in all")
+    return lines
 
 
 def main() -> int:

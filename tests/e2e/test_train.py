@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_the_trainer_leaves_the_card_for_every_rollout_and_memory_does_not_creep
         first, last = (record[f"memory/{name}_used_gib"] for record in (steps[1], steps[-1]))
         assert last < 1.25 * first, (name, first, last)  # a save under way comes and goes
     assert all(record["memory/moved_gib"] > 0 for record in steps)
+
+
+def test_the_closing_summary_gives_each_stage_of_a_step_one_row(undisturbed):
+    command = [sys.executable, "tools/plot_run.py", str(undisturbed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stdout.splitlines()
+    (start,) = (n for n, line in enumerate(lines) if line.startswith("time by stage"))
+    rows = [re.match(r"  (\S.*?)  +(\S.*)", line) for line in lines[start + 1 :]]
+    values = {row[1]: row[2].split() for row in rows if row}
+    stages = {"bank", "refit", "rollout", "exchange", "advantage", "score", "update", "whole step"}
+    assert values.keys() == stages | {"evaluation, between steps", "checkpoint, between steps"}
+    shares = [float(values[stage][1].rstrip("%")) for stage in stages - {"whole step"}]
+    assert 50 < sum(shares) <= 101, "each share is rounded"
+    for stage in stages:
+        mean, _, fastest, slowest = values[stage]
+        assert float(fastest) <= float(mean) <= float(slowest), stage
 
 
 def test_the_best_evaluation_is_named(undisturbed):

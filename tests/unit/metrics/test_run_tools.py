@@ -43,6 +43,9 @@ def evaluation_record(step, em):
 def run_dir(tmp_path):
     records = [evaluation_record(0, 0.25), *(step_record(step) for step in range(1, 11))]
     records[1] |= {"time/startup_imports_s": 30.0}  # no part of a step
+    for record in records[1:]:
+        record |= {"time/rollout_min_s": 2.0, "time/rollout_max_s": 4.0, "time/rollout_slowest_rank": 1.0}
+        record |= {"time/step_min_s": 5.0, "time/step_max_s": 5.5, "time/step_slowest_rank": 0.0}
     records[-1] |= evaluation_record(10, 0.5) | {"time/evaluation_s": 7.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return tmp_path
@@ -56,8 +59,27 @@ def test_summary_shows_exact_match_gain_and_time_and_leaves_a_picture(run_dir):
     assert ["all", "0.250", "0.500", "+0.250"] in rows
     assert ["2", "hops", "0.125", "0.250", "+0.125"] in rows
     assert ["turn", "1", "+0.1500", "+0.9500", "75%"] in rows  # means of the first and of the last two steps
-    assert ["rollout", "3.00", "60.0%"] in rows
-    assert "startup" not in out
+    header = [
+        "time",
+        "by",
+        "stage,",
+        "10",
+        "steps",
+        "mean",
+        "s/step",
+        "share",
+        "fastest",
+        "rank",
+        "slowest",
+        "rank",
+    ]
+    at = rows.index(header)
+    assert rows[at + 1 : at + 5] == [
+        ["rollout", "3.00", "60.0%", "2.00", "4.00"],
+        ["update", "1.00", "20.0%"],  # no spread was recorded
+        ["refit", "0.01", "0.2%"],
+        ["whole", "step", "5.00", "100.0%", "5.00", "5.50"],
+    ]
     assert ["evaluation,", "between", "steps", "7.00", "seconds", "in", "all"] in rows
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
