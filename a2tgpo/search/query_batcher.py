@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from a2tgpo.search.answer_cache import AnswerCache, Hits
 from a2tgpo.search.index_folder import SearchIndex
-from a2tgpo.search.passage import Passage
 
-Hits = list[tuple[Passage, float]]
+CACHE_BYTES = 2**28
+"""Of answers remembered, unless said otherwise."""
 
 
 class QueryBatcher:
@@ -23,7 +23,7 @@ class QueryBatcher:
         index: what is searched.
         num_threads: batches in work at a time; 1 for an encoder, which uses all cores or the GPU by itself.
         max_batch: queries of one batch.
-        cache_queries: answers remembered, the least recently used forgotten first; 0: none.
+        cache_bytes: of answers remembered, see `AnswerCache`.
         on_batch: called with the size of each batch.
     """
 
@@ -33,18 +33,14 @@ class QueryBatcher:
         *,
         num_threads: int,
         max_batch: int = 64,
-        cache_queries: int = 100_000,
+        cache_bytes: int = CACHE_BYTES,
         on_batch: Callable[[int], None] = lambda size: None,
     ):
         self._index = index
         self._max_batch = max_batch
-        self._cache_queries = cache_queries
         self._on_batch = on_batch
-        self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[str, int], Hits] = OrderedDict()
+        self._cache = AnswerCache(cache_bytes)
         self._waiting: queue.SimpleQueue[tuple[tuple[str, int], Future[Hits]] | None] = queue.SimpleQueue()
-        self.num_hits = 0
-        """Queries answered from memory."""
         self._threads = [
             threading.Thread(target=self._work, name=f"search-{number}", daemon=True)
             for number in range(num_threads)
@@ -52,19 +48,19 @@ class QueryBatcher:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def num_hits(self) -> int:
+        """Queries answered from memory."""
+        return self._cache.num_hits
+
     def submit(self, query: str, top_k: int) -> Future[Hits]:
         """The answer to come; what the search raises is raised by `result()`."""
-        name = (query, top_k)
-        with self._lock:
-            known = self._cache.get(name)
-            if known is not None:
-                self._cache.move_to_end(name)
-                self.num_hits += 1
+        known = self._cache.get(query, top_k)
         future: Future[Hits] = Future()
         if known is not None:
             future.set_result(known)
         else:
-            self._waiting.put((name, future))
+            self._waiting.put(((query, top_k), future))
         return future
 
     def close(self) -> None:
@@ -110,14 +106,6 @@ class QueryBatcher:
                     future.set_exception(error)
             return
         for query, hits in zip(queries, answers, strict=True):
-            self._remember((query, top_k), hits)
+            self._cache.put(query, top_k, hits)
             for future in futures[query]:
                 future.set_result(hits)
-
-    def _remember(self, name: tuple[str, int], hits: Hits) -> None:
-        with self._lock:
-            if self._cache_queries:
-                self._cache[name] = hits
-                self._cache.move_to_end(name)
-            while len(self._cache) > self._cache_queries:
-                self._cache.popitem(last=False)

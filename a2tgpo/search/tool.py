@@ -1,12 +1,12 @@
 """The search tool as a rollout sees it: one call, whatever stands behind it."""
 
-import functools
 import threading
 from dataclasses import dataclass
 from typing import Protocol
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError
@@ -16,8 +16,8 @@ from a2tgpo.search.token import read_token
 
 __all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
 
-CACHE_QUERIES = 65536
-"""Answers remembered, about 100 MB of short passages at top-3; a corpus does not change during a run."""
+CACHE_BYTES = 2**27
+"""Of answers remembered, about 60,000 of short passages at top-3; a corpus does not change during a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class CachedSearch:
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int):
         self._backend = backend
         self._top_k = top_k
-        self._cached = functools.lru_cache(maxsize=CACHE_QUERIES)(self._ask)
+        self._cache = AnswerCache(CACHE_BYTES)
         self._lock = threading.Lock()
         self._queries = 0
         self._failures = 0
@@ -77,7 +77,11 @@ class CachedSearch:
         try:
             # What a policy samples need not be valid Unicode: a lone surrogate could not be sent.
             clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
-            return list(self._cached(clean))
+            hits = self._cache.get(clean, self._top_k)
+            if hits is None:
+                hits = self._backend.search(clean, self._top_k)
+                self._cache.put(clean, self._top_k, hits)
+            return [passage for passage, _ in hits]
         except SearchError:
             with self._lock:
                 self._failures += 1
@@ -86,7 +90,7 @@ class CachedSearch:
     def counts(self) -> SearchCounts:
         return SearchCounts(
             queries=self._queries,
-            cache_hits=self._cached.cache_info().hits,
+            cache_hits=self._cache.num_hits,
             retries=self._backend.num_retries if isinstance(self._backend, HttpSearch) else 0,
             refused=self._backend.num_refused if isinstance(self._backend, HttpSearch) else 0,
             failures=self._failures,
@@ -96,9 +100,6 @@ class CachedSearch:
         """Close the connections of a client; the tool cannot be used afterwards."""
         if isinstance(self._backend, HttpSearch):
             self._backend.close()
-
-    def _ask(self, query: str) -> tuple[Passage, ...]:
-        return tuple(passage for passage, _ in self._backend.search(query, self._top_k))
 
 
 def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:

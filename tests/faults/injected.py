@@ -86,8 +86,8 @@ def poison(fault: dict) -> None:
 
 def forget_searches(fault: dict) -> None:
     """Make every search of this step ask the server."""
-    for cached in FORGETTABLE:
-        cached.cache_clear()
+    for cache in FORGETTABLE:
+        cache.clear()
 
 
 FORGETTABLE: list[Any] = []
@@ -172,7 +172,7 @@ def install() -> None:
 
     def remembered(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        FORGETTABLE.append(self._cached)
+        FORGETTABLE.append(self._cache)
 
     CachedSearch.__init__ = remembered
     policy_loss = policy_update.policy_loss

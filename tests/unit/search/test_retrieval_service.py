@@ -16,11 +16,13 @@ import pytest
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
+from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.http_server import build_app
 from a2tgpo.search.index_folder import build_index
+from a2tgpo.search.passage import Passage
 from a2tgpo.search.query_batcher import QueryBatcher
 from tools.bench.retrieval import load, right_answers
 
@@ -175,24 +177,30 @@ class SlowIndex:
         time.sleep(0.05)
         if "boom" in queries:
             raise SearchError("no answer")
-        return [[(query, float(top_k))] for query in queries]
+        return [self.answer(query, top_k) for query in queries]
+
+    @staticmethod
+    def answer(query, top_k):
+        return [(Passage(query, "", ""), float(top_k))]
 
 
 def test_waiting_queries_are_searched_together_and_equal_ones_once():
     index = SlowIndex()
-    batcher = QueryBatcher(index, num_threads=1, max_batch=4, cache_queries=3)
+    cache = AnswerCache(2**20)
+    cache.put("q0", 2, index.answer("q0", 2))
+    batcher = QueryBatcher(index, num_threads=1, max_batch=4, cache_bytes=3 * cache.num_bytes)
     futures = [batcher.submit(f"q{i % 5}", 2) for i in range(10)]
-    assert [future.result()[0][0] for future in futures] == [f"q{i % 5}" for i in range(10)]
+    assert [future.result()[0][0].id for future in futures] == [f"q{i % 5}" for i in range(10)]
     assert all(len(batch) == len(set(batch)) <= 4 for batch in index.batches) and len(index.batches) <= 4
     # Three are remembered; another top_k is another answer.
-    assert batcher.submit("q4", 2).result() == [("q4", 2.0)] and batcher.num_hits == 1
-    assert batcher.submit("q4", 3).result() == [("q4", 3.0)] and batcher.num_hits == 1
+    assert batcher.submit("q4", 2).result() == index.answer("q4", 2) and batcher.num_hits == 1
+    assert batcher.submit("q4", 3).result() == index.answer("q4", 3) and batcher.num_hits == 1
     with pytest.raises(SearchError, match="no answer"):
         batcher.submit("boom", 2).result()
-    assert batcher.submit("q7", 2).result() == [("q7", 2.0)]
+    assert batcher.submit("q7", 2).result() == index.answer("q7", 2)
     last = [batcher.submit(f"z{i}", 1) for i in range(9)]
     batcher.close()
-    assert [future.result(timeout=0)[0][0] for future in last] == [f"z{i}" for i in range(9)]
+    assert [future.result(timeout=0)[0][0].id for future in last] == [f"z{i}" for i in range(9)]
 
 
 def test_the_interface_is_as_it_describes_itself(corpus):
