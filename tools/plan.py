@@ -1,11 +1,13 @@
 """Whether a configuration fits a cluster, how a step is divided, and how long it should take: arithmetic, no GPU.
 
     python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
+    python tools/plan.py CONFIG --measured found.json
     python tools/plan.py --validate
 
 OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu the plan is for cluster.gpus
-and cluster.gpu, what CONFIG is meant for. Exit code 1: some phase does not fit, or no layout does; 2: a mistake in
-the configuration or in the arguments.
+and cluster.gpu, what CONFIG is meant for. --measured takes a JSON of tools/gpu_check.py: what was measured on such a
+card replaces the assumptions, and each replacement is printed. Exit code 1: some phase does not fit, or no layout
+does; 2: a mistake in the configuration or in the arguments.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import suggest
+from a2tgpo.plan.measured import calibrate, calibration_text
 from a2tgpo.plan.plan import make_plan
 from a2tgpo.plan.published import PUBLISHED
 from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
@@ -53,16 +56,22 @@ def plan(args: argparse.Namespace) -> int:
         response_tokens=args.mean_response_tokens,
         sampled_share=args.sampled_share,
     )
+    calibration = assumed = None
+    if args.measured:
+        calibration = calibrate(args.measured, gpu, fp8_recipe=config.model.fp8.recipe)
+        gpu, assumed = calibration.gpu, calibration.assumed
     if args.suggest:
-        plans = suggest(config, dimensions, gpu, gpus=gpus, workload=workload)
+        plans = suggest(config, dimensions, gpu, gpus=gpus, workload=workload, assumed=assumed)
         print(suggestion_text(plans))
         written: list | dict = [plan_json(made) for made in plans]
         is_possible = bool(plans)
     else:
-        made = make_plan(config, dimensions, gpu, gpus=gpus, workload=workload)
+        made = make_plan(config, dimensions, gpu, gpus=gpus, workload=workload, assumed=assumed)
         print(plan_text(made, source=source))
         written = plan_json(made)
         is_possible = made.fits
+    if calibration:
+        print(f"\n{calibration_text(calibration)}")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -103,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=_share,
         default=usual.sampled_share,
         help=f"share of the response that the policy samples, in (0, 1] (default {usual.sampled_share:g})",
+    )
+    parser.add_argument(
+        "--measured", metavar="FILE", help="JSON of tools/gpu_check.py, measured on such a card"
     )
     parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--validate", action="store_true", help="the time model against published figures")

@@ -1,4 +1,7 @@
-"""What the time model takes for granted: round figures, not fitted. `plan.published` says how far off they are."""
+"""What a plan takes for granted: round figures, not fitted. `plan.published` says how far off the time model is.
+
+Measurements on a card can replace most of them (`plan.measured`).
+"""
 
 from __future__ import annotations
 
@@ -31,3 +34,9 @@ class Assumptions:
     """Scaffold and gold answer that the gain scores after every turn, tokens."""
     fixed_s: float = 5.0
     """Exchange, advantages, packing, records, waking and putting to sleep, seconds a step."""
+    activation_ratio: float = 1.0
+    """What a pass keeps and works with in the layers, against what is counted from their shapes."""
+    context_gib: float = 3.0
+    """Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces of trainer and engine, GiB."""
+    fragmentation: float = 0.03
+    """Reserved for fragmentation, as a share of all else on the card."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
+from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
 from a2tgpo.plan.hardware import GIB, Gpu
@@ -26,11 +27,8 @@ from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
 from a2tgpo.residency import resident
 
-CONTEXT_GIB = 3.0
-"""Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, of trainer and engine, GiB."""
-FRAGMENTATION = 0.03
-"""Reserved for fragmentation, as a share of all else."""
-
+OF_ACTIVATIONS = ("activations", "backward workspace")
+"""Parts that `Assumptions.activation_ratio` applies to."""
 PHASES = ("start", "refit", "rollout", "score", "update")
 """Those of `residency.PHASES` that fill the card most; the others hold a part of what these do."""
 
@@ -117,12 +115,12 @@ def trainer_memory(
 
 
 def memory_phases(
-    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry
+    config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
 ) -> list[Phase]:
     """The phases of a step in order, each on the rank that it fills most."""
     engine = engine_memory(config, dimensions, gpu)
     by_stage = [
-        _phases_of_stage(config, dimensions, gpu, geometry, engine, stage)
+        _phases_of_stage(config, dimensions, gpu, geometry, engine, assumed, stage)
         for stage in range(config.parallel.pipeline)
     ]
     return [max(phases, key=lambda phase: phase.peak) for phases in zip(*by_stage, strict=True)]
@@ -150,6 +148,7 @@ def _phases_of_stage(
     gpu: Gpu,
     geometry: Geometry,
     engine: EngineMemory,
+    assumed: Assumptions,
     stage: int,
 ) -> list[Phase]:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel)
@@ -171,8 +170,12 @@ def _phases_of_stage(
             on_card = resident(name, offload=offload)
             held["engine graphs"] = engine.graphs
             held |= {part: size for part, size in engine_parts.items() if part in on_card}
-        parts = {what: size for what, size in (held | working[name]).items() if size}
-        parts["reserve"] = CONTEXT_GIB * GIB + FRAGMENTATION * sum(parts.values())
+        held |= {
+            part: size * (assumed.activation_ratio if part in OF_ACTIVATIONS else 1.0)
+            for part, size in working[name].items()
+        }
+        parts = {what: size for what, size in held.items() if size}
+        parts["reserve"] = assumed.context_gib * GIB + assumed.fragmentation * sum(parts.values())
         phases.append(Phase(name=name, stage=stage, parts=parts, capacity=capacity))
     return phases
 

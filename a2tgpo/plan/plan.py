@@ -124,7 +124,7 @@ def make_plan(
     )
     return Plan(
         **vars(given),
-        phases=memory_phases(config, dimensions, gpu, divided),
+        phases=memory_phases(config, dimensions, gpu, divided, assumed),
         host_bytes=host_bytes(config, dimensions, gpu, divided),
         rollout=rollout_time(given),
         score=score_time(given),

@@ -10,7 +10,6 @@ from a2tgpo.plan.activations import EXPERT_CROWDING
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.layouts import overrides
-from a2tgpo.plan.memory import CONTEXT_GIB, FRAGMENTATION
 from a2tgpo.plan.parameters import checkpoint_parameters, stage_parameters
 from a2tgpo.plan.plan import Plan
 from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PublishedRun
@@ -302,7 +301,7 @@ def _assumption_lines(plan: Plan) -> str:
         "trajectories in the tail",
         f"  gain: {a.answer_tokens:g} tokens scored after every turn",
         f"  other stages: {a.fixed_s:g} s",
-        f"  reserve: {CONTEXT_GIB:g} GiB for CUDA, NCCL and cuBLAS, and {FRAGMENTATION:.0%} of the rest for "
+        f"  reserve: {a.context_gib:g} GiB for CUDA, NCCL and cuBLAS, and {a.fragmentation:.0%} of the rest for "
         "fragmentation",
     ]
     return "\n".join(lines)
