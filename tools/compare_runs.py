@@ -1,9 +1,11 @@
 """Runs side by side: curves as one picture, the last and the best values as a table, and how their settings differ.
 
     python tools/compare_runs.py RUN RUN ... [--out FOLDER] [--metrics evaluation/em,reward/mean,...]
+    python tools/compare_runs.py RUN RUN --exact
 
 RUN is a run's folder (runs/NAME). Writes curves.png and table.md to FOLDER, runs/comparison unless --out says
-otherwise.
+otherwise. --exact writes nothing: it tells whether two runs computed the same to the bit, as a resumed run and one
+that was never interrupted should, and ends with 1 if they did not.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 from tools.plot_run import STAGE_COLORS, STYLE
+from tools.run_equality import differences as exact_differences
 from tools.terminal import end_with_reader
 
 METRICS = (
@@ -155,6 +158,14 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def compare_exactly(folders: Sequence[Path]) -> int:
+    """Print what two runs computed differently; the exit code."""
+    require(len(folders) == 2, "number of runs with --exact", len(folders), "2")
+    found = exact_differences(*folders)
+    print("\n".join(found) or "equal to the bit in all steps that both have recorded")
+    return 1 if found else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -162,8 +173,11 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER")
     parser.add_argument("--metrics", default=",".join(METRICS), help="names, separated by commas")
+    parser.add_argument("--exact", action="store_true", help="are two runs equal to the bit?")
     args = parser.parse_args()
     try:
+        if args.exact:
+            return compare_exactly(args.runs)
         folders = dict(zip(run_labels(args.runs), args.runs, strict=True))
         runs = {label: read_run(folder) for label, folder in folders.items()}
         wanted = [name.strip() for name in args.metrics.split(",")]

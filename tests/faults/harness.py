@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import CAPITALS, save_taught
 
+from tools.run_equality import NOT_COMPARED
+
 INJECTED = Path(__file__).with_name("injected.py")
 RANKS = 2
-NOT_COMPARED = ("time/", "speed/", "rollout/tool_wait", "checkpoint/failed", "memory/", "refit/")
-"""Metrics of the clock, of the faults themselves, and of what an engine held before: a new one is always refitted."""
 
 
 @dataclass

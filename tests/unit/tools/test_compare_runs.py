@@ -53,3 +53,44 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
     places = {"RUN": run, "DIVERGED": tmp_path / "diverged"}
     done = compare(*[places.get(argument, argument) for argument in arguments])
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path):
+    one = make_run(tmp_path / "one", [0.0, 0.8], lr=1)
+    two = make_run(tmp_path / "two", [0.0, 0.8, 0.9], lr=2)  # a step more, and other times, are no difference
+    lines = (two / "metrics.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"time/step_s": 3.0})
+    (two / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for run, text in ((one, b"a"), (two, b"a")):
+        (run / "rollouts").mkdir()
+        (run / "rollouts" / "step_1.jsonl.zst").write_bytes(text)
+        (run / "checkpoints" / "step_1").mkdir(parents=True)
+        files = {"files": {"model/__0_0.distcp": [5, 1], "state.json": [len(str(run)), 2]}}
+        (run / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
+    same = compare(one, two, "--exact")
+    assert (same.returncode, same.stdout) == (0, "equal to the bit in all steps that both have recorded\n")
+
+    (two / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1].replace("0.8", "0.8000000000000002") + "\n")
+    (two / "rollouts" / "step_1.jsonl.zst").write_bytes(b"b")
+    files["files"]["model/__0_0.distcp"] = [5, 7]
+    (two / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
+    other = compare(one, two, "--exact")
+    assert other.returncode == 1
+    assert other.stdout.splitlines() == [
+        "step 1, reward/mean: 0.8 and 0.8000000000000002",
+        "step 1: the rollouts differ",
+        "step 1: the tensors of the checkpoints differ",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (["one"], "number of runs with --exact is 1; allowed: 2"),
+        (["one", "none"], "none has no metrics.jsonl"),
+    ],
+)
+def test_a_mistake_with_exact_is_one_line(tmp_path, runs, message):
+    make_run(tmp_path / "one", [0.1], lr=1)
+    done = compare(*[tmp_path / run for run in runs], "--exact")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -1,0 +1,75 @@
+"""Whether two runs computed the same, to the bit: metrics, rollouts, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+
+NOT_COMPARED = ("time/", "speed/", "rollout/tool_wait", "checkpoint/failed", "memory/", "refit/")
+"""Metrics of the clock, of failures, and of what an engine held before: a new one always gets all weights."""
+
+
+def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
+    """The metrics of each step that a second run with the same settings must reproduce.
+
+    Raises:
+        ConfigError: one line, if the run has none.
+    """
+    try:
+        records = read_metrics(run / METRICS_FILE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if not records:
+        raise ConfigError(f"{run} has no {METRICS_FILE} with a step in it; give the folder of a run")
+    return {
+        record["step"]: {name: value for name, value in record.items() if not name.startswith(NOT_COMPARED)}
+        for record in records
+    }
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What differs between two runs in the steps that both have recorded, a line each; empty if nothing does.
+
+    Raises:
+        ConfigError: one line, if a run has no metrics, or they have no step in common.
+    """
+    ours, theirs = comparable_metrics(first), comparable_metrics(second)
+    steps = sorted(ours.keys() & theirs.keys())
+    if not steps:
+        raise ConfigError(f"{first} and {second} have no step in common; give two runs of the same steps")
+    found = []
+    for step in steps:
+        for name in sorted(ours[step].keys() | theirs[step].keys()):
+            mine, other = ours[step].get(name), theirs[step].get(name)
+            if mine != other:
+                found.append(f"step {step}, {name}: {_shown(mine)} and {_shown(other)}")
+    return found + _differing_files(first, second, steps)
+
+
+def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
+    """Rollouts and the tensors of checkpoints that both runs have of `steps` and that are not equal byte by byte."""
+    from a2tgpo.update.checkpoint import MARKER  # with Megatron, which takes seconds to import
+
+    found = []
+    for step in steps:
+        rollouts = [run / "rollouts" / f"step_{step}.jsonl.zst" for run in (first, second)]
+        if all(path.is_file() for path in rollouts) and len({path.read_bytes() for path in rollouts}) > 1:
+            found.append(f"step {step}: the rollouts differ")
+        markers = [run / "checkpoints" / f"step_{step}" / MARKER for run in (first, second)]
+        if all(path.is_file() for path in markers) and _tensors(markers[0]) != _tensors(markers[1]):
+            found.append(f"step {step}: the tensors of the checkpoints differ")
+    return found
+
+
+def _tensors(marker: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of a checkpoint's tensor files, by name."""
+    files = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    return {name: value for name, value in files.items() if name.endswith(".distcp")}
+
+
+def _shown(value: Any) -> str:
+    return "not recorded" if value is None else f"{value!r}"
