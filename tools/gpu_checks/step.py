@@ -1,0 +1,226 @@
+"""Whole training steps: refit and probe, rollout with searches and gains, update; in bfloat16 and in FP8."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tools.gpu_checks.bench import Bench
+from tools.gpu_checks.models import CITIES, write_checkpoint
+
+MAX_UPDATES = 50
+STEPS = 2
+"""Before the second one the engine has slept twice."""
+MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
+"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. The CPU is at 1e-6; 0.05 is
+what guard.max_train_engine_gap allows a run, several times the rounding of bfloat16 in this model."""
+MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
+"""The same of gold answers, which the policy does not expect, as of the probe's tokens (refit.verify.TOLERANCES)."""
+MIN_FP8_GAP, MAX_FP8_GAP = 0.01, 0.3
+"""Sampled tokens again, if one side or both compute in FP8. Below the least gap FP8 was not in force: bfloat16 is at
+0.006. Emulated FP8 moves log-probs of such a model by 0.07 (tools/fp8_emulation.py), and by 0.1 if both sides
+round independently; the limit is three times that, since scales of fused matrices and of packed rows are coarser than
+the emulated ones."""
+MAX_FP8_GAIN_GAP = 0.8
+"""As refit.verify.TOLERANCES has it for FP8."""
+
+SAMPLED = "gap/train_engine_abs_mean"
+GAIN = "gain/engine_trainer_gap"
+FP8_TRAINER = {"model": {"dtype": "bfloat16", "fp8": {"format": "e4m3", "recipe": "blockwise"}}}
+FP8_ROLLOUT = {"rollout": {"quantization": "fp8_per_channel"}}
+CORRECTION = {"algorithm": {"correction": {"kind": "truncate"}}}
+
+
+def check_training_step(bench: Bench) -> None:
+    """Refit and probe, two steps of the trainer with searches, and the proof that moved weights arrive."""
+    import torch.distributed as dist
+
+    from a2tgpo.refit.verify import TOLERANCES
+    from a2tgpo.weight_sync import sync_engine
+
+    parts, trainer = _start(bench)
+    dtype = parts.config.model.dtype
+    tolerance = TOLERANCES[dtype]
+    gap = sync_engine(parts, step=0).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
+    bench.at_most("refit, probe of first weights", gap, tolerance, "nats")
+    for step in range(1, STEPS + 1):
+        metrics = _take_step(bench, trainer, f"step {step}")
+        bench.at_most(
+            f"step {step}, sampled tokens, engine - trainer", metrics[SAMPLED], MAX_SAMPLED_GAP[dtype], "nats"
+        )
+        bench.at_most(
+            f"step {step}, gain scores, engine - trainer", metrics[GAIN], MAX_GAIN_GAP[dtype], "nats"
+        )
+    if "memory/update_reserved_gib" in metrics:
+        context = metrics["memory/update_used_gib"] - metrics["memory/update_reserved_gib"]
+        note = "CUDA, NCCL, cuBLAS and the graphs of a tiny model"
+        bench.info("card memory outside torch, engine asleep", context, "GiB", note, "context_gib")
+
+    # As far as four times the tolerance: an engine that kept its weights could not pass.
+    moved_by = _move_weights(parts, target=4 * tolerance)
+    bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
+    gap = sync_engine(parts, step=STEPS + 1).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
+    bench.at_most("refit, probe of moved weights", gap, tolerance, "nats")
+    _end(parts, trainer)
+
+
+def check_fp8_rollout_step(bench: Bench) -> None:
+    """A quantised engine beside a bfloat16 trainer."""
+    _fp8_steps(bench, FP8_ROLLOUT)
+
+
+def check_fp8_trainer_step(bench: Bench) -> None:
+    """A trainer in FP8 beside a bfloat16 engine."""
+    _fp8_steps(bench, FP8_TRAINER)
+
+
+def check_fp8_step(bench: Bench) -> None:
+    """Both in FP8, as configs/train_70b.yaml has it."""
+    _fp8_steps(bench, FP8_ROLLOUT, FP8_TRAINER)
+
+
+def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
+    """Steps whose gaps must be those of FP8: neither as small as in bfloat16 nor larger than its noise.
+
+    The trainer itself fails a step whose probe is off by more than FP8's tolerance.
+    """
+    parts, trainer = _start(bench, CORRECTION, *settings)
+    for step in range(1, STEPS + 1):
+        metrics = _take_step(bench, trainer, f"step {step}")
+        name = f"step {step}, sampled tokens, engine - trainer"
+        bench.at_most(name, metrics[SAMPLED], MAX_FP8_GAP, "nats")
+        bench.at_least(f"{name}, FP8 in force", metrics[SAMPLED], MIN_FP8_GAP, "nats")
+        bench.at_most(f"step {step}, gain scores, engine - trainer", metrics[GAIN], MAX_FP8_GAIN_GAP, "nats")
+        bench.info(f"step {step}, probe after the refit", metrics["refit/probe_gap_mean"], "nats")
+    _end(parts, trainer)
+
+
+def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
+    """All parts of a run, and its trainer."""
+    from a2tgpo.assemble import assemble
+    from a2tgpo.config.load import load_config
+    from a2tgpo.metrics.guards import Guards
+    from a2tgpo.parallel.initialize import initialize
+    from a2tgpo.run_folder import RunFolder
+    from a2tgpo.trainer import Trainer
+
+    config = load_config(str(write_run(bench, *settings)))
+    write_checkpoint(Path(config.model.path))  # transformers writes on the first rank only, once joined
+    groups = initialize(config.parallel, seed=0)
+    folder = RunFolder(config, groups)
+    folder.open("none")
+    parts = assemble(config, groups)
+    algorithm = config.algorithm
+    guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+    return parts, Trainer(parts, folder.recorder(parts, step=0), folder, guards)
+
+
+def _take_step(bench: Bench, trainer: Any, name: str) -> dict[str, float]:
+    metrics = trainer.train_step()
+    broken = [metric for metric, value in metrics.items() if not math.isfinite(value)]
+    note = ", ".join(broken) or f"of {len(metrics)}, {metrics['speed/tokens_per_s']:.4g} sampled tokens/s"
+    bench.at_most(f"{name}, metrics that are not finite", len(broken), 0, note=note)
+    return metrics
+
+
+def _end(parts: Any, trainer: Any) -> None:
+    import torch.distributed as dist
+
+    from a2tgpo.parallel.initialize import shutdown
+
+    trainer.recorder.writer.close()
+    parts.close()
+    dist.barrier()
+    shutdown()
+
+
+def _move_weights(parts: Any, *, target: float) -> float:
+    """Optimizer steps up the likelihood of the probe, by the trainer's own backward pass and update.
+
+    Returns:
+        By how much the probe's log-probs have moved then, nats in the mean: `target`, if `MAX_UPDATES` were enough.
+    """
+    from a2tgpo.batch.packing import alignment, pack
+    from a2tgpo.refit.verify import probe_tokens, probe_trajectory
+    from a2tgpo.update.score import score
+    from a2tgpo.update.train_step import train_step
+
+    probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
+    batch = pack(
+        [probe_trajectory(probe)], [0], align=alignment(parts.config.parallel, parts.config.model.fp8)
+    )
+    sampled = batch.loss_mask[0].to(parts.groups.device)
+
+    def loss(number: int, logprobs: Any, entropy: Any) -> tuple[Any, dict]:
+        return -logprobs[sampled].mean() / parts.groups.dp_size, {}
+
+    def logprobs_of_probe() -> Any:
+        (scored,) = score(parts.policy, [batch])
+        assert scored is not None, "there is one pipeline stage"
+        return scored.logprobs[sampled]
+
+    start, moved_by = logprobs_of_probe(), 0.0
+    for _ in range(MAX_UPDATES):
+        result = train_step(parts.policy, parts.optimizer, [batch], loss)
+        if not (result.update_ok and result.grad_norm > 0):
+            raise RuntimeError(f"the optimizer step was not taken: {result}")
+        moved_by = (logprobs_of_probe() - start).abs().mean().item()
+        if moved_by >= target:
+            break
+    return moved_by
+
+
+def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
+    """Questions, corpus and configuration of a run, equal on all ranks but for the folder; returns the configuration.
+
+    Args:
+        settings: further ones, section by section; later ones win.
+    """
+    import torch
+
+    folder = bench.work / f"run-{bench.rank}"
+    folder.mkdir()
+    prompts_per_step = 2 * bench.world_size
+    capitals = list(CITIES.items())
+    # As many questions as a step has prompts: it must not ask for more than there are.
+    asked = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
+    questions = [
+        {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}
+        for i, (country, city) in enumerate(asked)
+    ]
+    corpus = [
+        {"id": str(i), "contents": f"{country}\nThe capital of {country} is {city}."}
+        for i, (country, city) in enumerate(capitals)
+    ]
+    for name, records in (("questions", questions), ("corpus", corpus)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    on_gpu = torch.cuda.is_available()
+    config: dict[str, Any] = {
+        "run": {"name": "gpu-check", "root": str(folder / "runs"), "steps": STEPS},
+        "model": {"path": str(folder / "agent"), "dtype": "bfloat16" if on_gpu else "float32"},
+        "data": {
+            "train": str(folder / "questions.jsonl"),
+            "test": str(folder / "questions.jsonl"),
+            "instructions": "",
+            "max_prompt_tokens": 128,
+        },
+        "search": {"corpus": str(folder / "corpus.jsonl"), "top_k": 1, "max_passage_tokens": 64},
+        "rollout": {
+            "prompts_per_step": prompts_per_step,
+            "group_size": 4,
+            "max_turns": 2,
+            "max_turn_tokens": 32,
+            "max_response_tokens": 128,
+            "kv_cache_gib": 2.0 if on_gpu else 0.25,
+            "gain": {"verify_every": 1},
+        },
+        "update": {"prompts_per_minibatch": bench.world_size, "lr": 1.0e-4},
+    }
+    for each in settings:
+        for section, values in each.items():
+            config.setdefault(section, {}).update(values)
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
