@@ -220,11 +220,13 @@ def test_the_settings_of_an_fp8_step_are_valid_and_switch_fp8_on(tmp_path):
     assert config.rollout.gain.verify_every == 1 and config.algorithm.correction.kind == "truncate"
 
 
-def test_a_nan_fails(tmp_path):
+def test_a_nan_fails_and_is_null_in_the_file(tmp_path):
     bench = Bench(check="any", work=tmp_path, rank=0, world_size=1)
     bench.at_most("gap", math.nan, 1.0)
     bench.at_least("rate", math.nan, 0.0)
     assert [row.status for row in bench.rows] == ["FAIL", "FAIL"]
+    kept = json.loads((tmp_path / "any.json").read_text(), parse_constant=pytest.fail)
+    assert [row["measured"] for row in kept] == [None, None]
 
 
 def test_a_slice_has_the_shapes_of_one_rank_of_the_large_model():
