@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 MAX_CACHE_HIT = "max_cache_hit"
-_VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS")
+_COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
+_VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE_THREADS)
 
 
 def cap_cache_hits(manager: Any) -> None:
@@ -39,21 +41,52 @@ def cap_cache_hits(manager: Any) -> None:
 
 
 @contextlib.contextmanager
-def host_state_kept() -> Iterator[None]:
-    """Random generators and torchrun's variables as they were, whatever the engine's construction does."""
+def environment_kept() -> Iterator[None]:
+    """The trainer's environment variables as they were, and the number of threads its kernels are compiled with.
+
+    Importing vllm sets that number to 1 for the whole process (vllm/env_override.py).
+    """
     variables = {name: os.environ.get(name) for name in _VARIABLES_KEPT}
+    threads = _inductor_threads()
+    try:
+        yield
+    finally:
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _set_inductor_threads(threads)
+
+
+def _inductor_threads() -> int | None:
+    """How many threads Inductor compiles with; None: it has not been imported, and will read the environment."""
+    inductor: Any = sys.modules.get("torch._inductor.config")
+    return None if inductor is None else inductor.compile_threads
+
+
+def _set_inductor_threads(threads: int | None) -> None:
+    inductor: Any = sys.modules.get("torch._inductor.config")
+    if inductor is not None:
+        inductor.compile_threads = inductor.decide_compile_threads() if threads is None else threads
+
+
+@contextlib.contextmanager
+def host_state_kept() -> Iterator[None]:
+    """Environment and random generators as they were, whatever the engine's construction does.
+
+    What is compiled within is the engine's, with one thread, as vLLM has it.
+    """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        yield
+        with environment_kept():
+            os.environ[_COMPILE_THREADS] = "1"
+            _set_inductor_threads(1)
+            yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda_states)
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -19,7 +19,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
 from a2tgpo.rollout.engine_arguments import ON_GPU, engine_arguments
-from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, host_state_kept
+from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, environment_kept, host_state_kept
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
@@ -47,6 +47,9 @@ if not ON_GPU:
     torch._dynamo.config.disable = True
     # That Triton is absent is no news on CPU.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+with environment_kept():
+    import vllm
 
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402

@@ -2,10 +2,13 @@
 
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from tiny_models import save_tiny
 
 from a2tgpo.config.check import ConfigError
@@ -164,6 +167,8 @@ def test_construction_leaves_generators_and_variables_alone(taught_path, engine_
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 3)
 
     def draws():
         return random.random(), np.random.rand(), torch.rand(1).item()
@@ -174,7 +179,19 @@ def test_construction_leaves_generators_and_variables_alone(taught_path, engine_
     engine = VllmEngine(taught_path, config=engine_config, model_dtype="float32", max_model_len=64, seed=0)
     assert draws() == expected
     assert os.environ["LOCAL_WORLD_SIZE"] == "7"
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
+    assert torch._inductor.config.compile_threads == 3
     engine.close()
+
+
+def test_importing_vllm_leaves_the_trainers_compile_threads_alone():
+    code = (
+        "import os, a2tgpo.rollout.vllm_engine, torch._inductor.config as inductor;"
+        "print(os.environ['TORCHINDUCTOR_COMPILE_THREADS'], inductor.compile_threads)"
+    )
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["3", "3"], found.stdout + found.stderr
 
 
 def test_a_sleeping_engine_takes_no_requests_until_both_parts_are_woken(engine):
