@@ -13,7 +13,8 @@ class ModelConfig:
     path: str
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
     dtype: str = "bfloat16"
-    """Number format of weights and activations in training: bfloat16 | float32. Optimizer state is float32."""
+    """Number format of weights and activations in training: bfloat16 | float32 (refused with Transformer Engine, so
+    on GPUs only with layer_spec cpu). Optimizer state is float32."""
     layer_spec: str = "auto"
     """transformer_engine | cpu | auto (Transformer Engine where a GPU is seen, its CPU twin elsewhere)."""
     recompute: str = "none"

@@ -22,7 +22,8 @@ class GainConfig:
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer: what the policy itself would write to open an answer."""
     verify_every: int = 0
-    """Steps between checks of the engine's scores by the trainer (`gain/engine_trainer_gap`); 0: never."""
+    """Steps between checks of the engine's scores by the trainer (`gain/engine_trainer_gap`); 0: never. A check takes
+    less memory than an update (docs/performance.md)."""
     verify_trajectories: int = 4
     """Trajectories of each data-parallel replica that such a check scores."""
 

@@ -40,7 +40,7 @@ from a2tgpo.model.experts import is_expert
 from a2tgpo.model.hf_config import load_hf_config, rope_parameters
 from a2tgpo.model.layer_spec import decoder_spec
 from a2tgpo.model.policy import Policy
-from a2tgpo.model.precision import check_fp8_support, spec_provider, uses_transformer_engine
+from a2tgpo.model.precision import require_number_formats, spec_provider, uses_transformer_engine
 from a2tgpo.model.transformer_config import DTYPES, check_layout, padded_vocab_size, transformer_config
 from a2tgpo.model.weights import load_hf_weights, make_bridge
 from a2tgpo.parallel.groups import ParallelGroups
@@ -70,10 +70,10 @@ def build_policy(
     assert update is not None or not trainable, "a trainable policy needs an UpdateConfig"
     hf_config = load_hf_config(model.path)
     check_layout(hf_config, parallel, model.fp8)
-    config = transformer_config(
-        hf_config, model, parallel, transformer_engine=uses_transformer_engine(model.layer_spec)
-    )
-    check_fp8_support(model.fp8)
+    transformer_engine = uses_transformer_engine(model.layer_spec)
+    config = transformer_config(hf_config, model, parallel, transformer_engine=transformer_engine)
+    if transformer_engine:
+        require_number_formats(model.dtype, model.fp8)
     gpt_models = _gpt_models(model, hf_config, config, groups)
     policy = Policy(
         chunks=[Float16Module(config, gpt) if config.bf16 else gpt for gpt in gpt_models],

@@ -41,8 +41,17 @@ def uses_transformer_engine(layer_spec: str) -> bool:
     return True
 
 
-def check_fp8_support(fp8: Fp8Config) -> None:
-    """Raise `ConfigError` unless this rank's GPU and software can compute with `fp8`; Transformer Engine is there."""
+def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
+    """Raise `ConfigError` unless Transformer Engine, which is installed, can compute in these formats on this GPU."""
+    if dtype == "float32":
+        # Its fused attention takes 16 bits. In float32 it would unpack a row into [segments, longest, ...] and keep
+        # [segments, heads, longest, longest] scores a layer; across context-parallel ranks it would have none
+        # (dot_product_attention.py, "No dot product attention backend is available").
+        raise ConfigError(
+            "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
+            "in float32 grows with the square of the longest sequence, and parallel.context > 1 has none; "
+            "model.layer_spec=cpu computes in float32 anywhere (slow)"
+        )
     if fp8.enabled:
         require_fp8_needs(
             fp8.recipe,

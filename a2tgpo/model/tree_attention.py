@@ -45,6 +45,9 @@ class TreeAttention(nn.Module):
         num_queries, num_keys = query.size(0), key.size(0)
         mask = None
         if num_keys > num_queries:
+            # On GPUs PyTorch has no fused kernel for a mask with grouped heads: it makes [heads, queries, keys]
+            # scores and copies of keys and values for every head, in float32. A branch has few queries (scaffold
+            # and answer) and keeps nothing, and branches run one by one. A trunk has no mask and is fused.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
         return attend(query, key, value, mask, self._scale)

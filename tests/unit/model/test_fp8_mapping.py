@@ -18,10 +18,11 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.model import build
 from a2tgpo.model import transformer_config as module
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
-from a2tgpo.model.precision import FP8_NEEDS, require_fp8_needs
+from a2tgpo.model.precision import FP8_NEEDS, require_fp8_needs, require_number_formats
 from a2tgpo.model.transformer_config import check_layout, transformer_config
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -112,6 +113,19 @@ def test_fp8_without_transformer_engine_is_refused_not_run_in_bfloat16(
         model = ModelConfig(path=str(checkpoint("qwen3")), fp8=fp8)
         with pytest.raises(ConfigError, match="no GPU is seen"):
             build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
+
+
+def test_float32_under_transformer_engine_is_refused_before_a_model_is_built(
+    checkpoint: Checkpoint, groups: ParallelGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "uses_transformer_engine", lambda layer_spec: True)
+    for parallel in (ParallelConfig(), ParallelConfig(context=2)):
+        model = ModelConfig(path=str(checkpoint("qwen3")), dtype="float32")
+        with pytest.raises(
+            ConfigError, match=r"^model\.dtype is 'float32'; allowed on GPUs: bfloat16, since"
+        ):
+            build_policy(model, parallel, groups, update=None, trainable=False)
+    require_number_formats("bfloat16", Fp8Config())
 
 
 def layout_fault(path: Path, fp8: Fp8Config, parallel: ParallelConfig, **sizes: int) -> str:
