@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A real Slurm with two nodes on this machine, to try the jobs of this folder; needs root.
+# A real Slurm on this machine, to try the jobs of this folder: partition main of two nodes, and partition spare of the same
+# and a third; needs root.
 #   slurm/dev_cluster.sh start|stop|status
 # Its files are in SLURM_DEV_DIR [/tmp/a2tgpo-slurm]; all is bound to 127.0.0.1. Then, in every shell:
 #   export SLURM_CONF=/tmp/a2tgpo-slurm/slurm.conf
@@ -7,7 +8,7 @@ set -euo pipefail
 
 DIR="${SLURM_DEV_DIR:-/tmp/a2tgpo-slurm}"
 export SLURM_CONF="$DIR/slurm.conf"
-NODES=(n1 n2)
+NODES=(n1 n2 n3)
 fail() { echo "slurm/dev_cluster.sh: $*" >&2; exit 1; }
 
 is_running() { [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
@@ -21,12 +22,13 @@ wait_for() {
   fail "$what after 30 s; see $DIR/log"
 }
 
-all_idle() { [ "$(sinfo --noheader --Node --format=%T 2>/dev/null | grep -cE '^(idle|mixed|allocated)$')" = "${#NODES[@]}" ]; }
+all_idle() { [ "$(sinfo --noheader --Node --format="%N %T" 2>/dev/null | sort -u | grep -cE " (idle|mixed|allocated)$")" = "${#NODES[@]}" ]; }
 
 write_config() {
   local memory cores
-  cores="$(nproc)"
-  memory="$(awk '/MemTotal/ {print int($2 / 1024 / 2)}' /proc/meminfo)"
+  cores="$(getconf _NPROCESSORS_ONLN)"  # nproc would obey OMP_NUM_THREADS
+  memory="$(awk '/MemTotal/ {print int($2 / 1024 / 3)}' /proc/meminfo)"
+  # All nodes are this machine: ranks are bound to cores only on request (SLURM_CPU_BIND=cores).
   cat >"$SLURM_CONF" <<CONF
 ClusterName=a2tgpo-dev
 SlurmctldHost=localhost(127.0.0.1)
@@ -37,7 +39,8 @@ AuthType=auth/munge
 AuthInfo=socket=$DIR/munge/socket,cred_expire=5
 MpiDefault=none
 ProctrackType=proctrack/pgid
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+TaskPluginParam=None
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2
 SelectType=select/cons_tres
@@ -53,8 +56,9 @@ KillWait=30
 MinJobAge=3600
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=$cores RealMemory=$memory State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+NodeName=n[1-3] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[17001-17003] CPUs=$cores RealMemory=$memory State=UNKNOWN
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
+PartitionName=spare Nodes=n[1-3] MaxTime=INFINITE State=UP OverSubscribe=YES
 CONF
 }
 
@@ -64,7 +68,7 @@ start() {
     command -v "$program" >/dev/null || fail "there is no $program here; apt-get install slurm-wlm munge"
   done
   if is_running "$DIR/ctld.pid"; then echo "already running: export SLURM_CONF=$SLURM_CONF"; return; fi
-  mkdir -p "$DIR"/{state,log,munge,spool-n1,spool-n2}
+  mkdir -p "$DIR"/{state,log,munge} "${NODES[@]/#/$DIR/spool-}"
   chmod 755 "$DIR" "$DIR/munge"
   head -c 128 /dev/urandom >"$DIR/munge/key"; chmod 400 "$DIR/munge/key"; chmod 700 "$DIR/log"
   write_config
@@ -75,7 +79,7 @@ start() {
     slurmd -c -N "$node" -f "$SLURM_CONF" >"$DIR/log/slurmd-$node.out" 2>&1 || fail "slurmd $node: $(tail -n 1 "$DIR/log/slurmd-$node.out")"
   done
   wait_for "the nodes are not ready" all_idle
-  echo "two nodes are ready: export SLURM_CONF=$SLURM_CONF"
+  echo "the nodes are ready: export SLURM_CONF=$SLURM_CONF"
 }
 
 stop() {
@@ -94,5 +98,5 @@ case "${1:-}" in
   start) start ;;
   stop) stop ;;
   status) is_running "$DIR/ctld.pid" || { echo "not running"; exit 1; }; sinfo; squeue ;;
-  *) sed -n '3p' "$0" | cut -c5- >&2; exit 2 ;;
+  *) sed -n '4p' "$0" | cut -c5- >&2; exit 2 ;;
 esac

@@ -21,12 +21,27 @@ fail() { echo "slurm: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: sbatch slurm/$(basename "$0") [CONFIG] [section.field=value ...]"
 [ -f launch/train.py ] || fail "call sbatch in the project's folder (launch/train.py is not in $PWD)"
+# What a launcher or another job left in the submitting shell would be taken for this job's own.
+for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_) $(compgen -e TORCHELASTIC_); do unset "$name"; done
 . slurm/nccl.sh
+# Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task: every rank would run on one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 PYTHON="${PYTHON:-.venv/bin/python}"
 HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-LOGS="runs/slurm/$SLURM_JOB_ID"
+# How squeue and scontrol call this job. One task of an array has the SLURM_JOB_ID of the whole array, which would mean all its
+# tasks. A job that such a task submits inherits the array's variables, though it is none of its tasks.
+JOB="$SLURM_JOB_ID"
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && ! scontrol show job "$JOB" --oneliner | grep "^JobId=$JOB JobName=" >/dev/null; then
+  JOB="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+fi
+job_field() { scontrol show job "$JOB" --oneliner | sed -n "s/.* $1=\([^ ]*\).*/\1/p" | sed 's/^(null)$//' || true; }
+LOGS="runs/slurm/$JOB"
 mkdir -p "$LOGS"
+# An earlier job may have had this number: its requeues do not count, nor the steps in its part of the log.
+if [ "$(job_field Restarts)" = 0 ]; then rm -f "$LOGS/requeues"; fi
+: >>"$LOGS/rank_0.log"
+FIRST_BYTE=$(($(stat -c %s "$LOGS/rank_0.log") + 1))
 
 # Before and after srun's program: a container, if one is asked for.
 SRUN_CONTAINER=() IN_CONTAINER=()
@@ -42,9 +57,8 @@ esac
 # One program on every rank, its output in a file for each; the first rank's is the job's own as well.
 # A rank that has failed leaves the others a minute to end by themselves: to save, or to say what they saw.
 run_ranks() {
-  local log="$LOGS/rank_0.log" code=0
-  : >>"$log"
-  tail -c "+$(($(stat -c %s "$log") + 1))" -F "$log" 2>/dev/null & local tail_pid=$!
+  local code=0
+  tail -c "+$FIRST_BYTE" -F "$LOGS/rank_0.log" 2>/dev/null & local tail_pid=$!
   srun --kill-on-bad-exit=0 --wait=60 --output="$LOGS/rank_%t.log" --open-mode=append \
     ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$@" &
   SRUN_PID=$!
@@ -115,8 +129,8 @@ train() {
 # finish CODE: end with it, or put the job into the queue again.
 finish() {
   IS_FINISHING=yes
-  local bad="" state
-  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)"
+  local bad="" excluded="" with="" state
+  state="$(squeue --noheader --jobs="$JOB" --format=%T 2>/dev/null || true)"
   if [ "$1" != 0 ] && [ "$state" != RUNNING ]; then exit "$1"; fi  # cancelled: it stays so
   case "$1" in
     0 | 2) exit "$1" ;;
@@ -124,47 +138,70 @@ finish() {
     *) bad="$(failing_nodes)"
        if [ -z "$bad" ]; then echo "slurm: ended with $1; see $LOGS" >&2; exit "$1"; fi ;;
   esac
-  local mark="$LOGS/requeues" newest last=-1 count=0
+  local mark="$LOGS/requeues" newest last=0 count=0
   newest="$(furthest_step)"
   if [ -f "$mark" ]; then read -r last count <"$mark"; fi
-  if [ "$newest" -gt "$last" ]; then count=0; fi
+  if [ "$newest" -gt "$last" ]; then last="$newest" count=0; fi
   count=$((count + 1))
   if [ "$count" -gt "${MAX_REQUEUES:-3}" ]; then
-    echo "slurm: ${MAX_REQUEUES:-3} requeues, and no step after $newest: not put into the queue again" >&2
+    echo "slurm: ${MAX_REQUEUES:-3} requeues without a step after $last: not requeued" >&2
     exit 3
   fi
-  echo "$newest $count" >"$mark"
-  echo "slurm: ended with $1 after step $newest; into the queue again${bad:+ without $bad}"
+  echo "$last $count" >"$mark"
+  if [ -n "$bad" ]; then
+    excluded="$(exclusion "$bad")"
+    with=" without $bad"
+    if [ -z "$excluded" ]; then with="; $bad is not excluded, since the job could not start without it"; fi
+  fi
+  echo "slurm: ended with $1 after step $last; requeued$with"
   trap '' TERM  # the next command ends this script
-  if [ -z "$bad" ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+  if [ -z "$excluded" ]; then
+    scontrol requeue "$JOB"
   else
-    # Only a job that waits can be told which nodes to leave out.
-    scontrol requeuehold "$SLURM_JOB_ID"
+    # Slurm changes the excluded nodes of a waiting job only.
+    scontrol requeuehold "$JOB"
     for _ in 1 2 3 4 5 6 7 8 9 10; do
-      scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad" 2>/dev/null && break
+      scontrol update "JobId=$JOB" "ExcNodeList=$excluded" 2>/dev/null && break
       sleep 1
     done
-    scontrol release "$SLURM_JOB_ID"
+    scontrol release "$JOB"
   fi
   exit "$1"
 }
 
-# The furthest step that this job has told of in all its starts.
+# The furthest step that rank 0 has reported since this start of the job; 0: none.
 furthest_step() {
-  { echo 0; grep -oE 'step [0-9]+(/| of )' "$LOGS/rank_0.log" || true; } | grep -oE '[0-9]+' | sort -n | tail -n 1
+  { echo 0; tail -c "+$FIRST_BYTE" "$LOGS/rank_0.log" | grep -oE 'step [0-9]+(/| of )' || true; } | grep -oE '[0-9]+' | sort -n | tail -n 1
 }
 
-# Nodes of this job that Slurm holds for down, that start nothing, or whose driver does not answer; with commas between.
+# exclusion BAD: the nodes to exclude from now on, comma-separated: BAD and those that the job excludes already.
+# Empty if the job requires one of them by name, or the partition then has too few nodes that are up: Slurm would call that a
+# bad constraint and never start the job.
+exclusion() {
+  local nodes up
+  nodes="$(job_field ExcNodeList)"
+  nodes="${nodes:+$nodes,}$1"
+  if host_names "$(job_field ReqNodeList)" | grep -qxF -f <(host_names "$1"); then return; fi
+  up="$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
+    awk '$2 ~ /^(idle|mixed|allocated|completing|planned)[-+~#]?$/ {print $1}' |
+    grep -vxFc -f <(host_names "$nodes"))" || true
+  if [ "${up:-0}" -ge "$SLURM_JOB_NUM_NODES" ]; then echo "$nodes"; fi
+}
+
+host_names() { if [ -n "$1" ]; then scontrol show hostnames "$1"; fi; }
+
+# The job's nodes, comma-separated, that are down, cannot start a process, or whose GPU driver does not answer.
 failing_nodes() {
-  local node state check="true" bad=()
+  local node check="true" bad=()
+  declare -A attempts
   if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then check="nvidia-smi"; fi
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    state="$(sinfo --noheader --nodes="$node" --format=%T | head -n 1)"
-    case "$state" in
+    case "$(sinfo --noheader --nodes="$node" --format=%T | head -n 1)" in
       down* | drain* | fail* | *'*') bad+=("$node") ;;
-      *) timeout 60 srun --overlap --immediate=30 --nodes=1 --ntasks=1 --nodelist="$node" "$check" >/dev/null 2>&1 || bad+=("$node") ;;
+      *) timeout 60 srun --overlap --immediate=30 --nodes=1 --ntasks=1 --nodelist="$node" "$check" >/dev/null 2>&1 &
+         attempts["$node"]=$! ;;
     esac
   done
+  for node in "${!attempts[@]}"; do wait "${attempts[$node]}" || bad+=("$node"); done
   (IFS=,; echo "${bad[*]-}")
 }

@@ -1,4 +1,4 @@
-"""The jobs of slurm/ on a real Slurm: two nodes on this machine (slurm/dev_cluster.sh)."""
+"""The jobs of slurm/ on a real Slurm: two nodes and a spare one on this machine (slurm/dev_cluster.sh)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -32,6 +33,16 @@ TRAINING = ("train_70b", "train_8b", "train_4b", "smoke_cpu")
 SMALL = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
 """What a node of this machine has, in place of a script's GPUs."""
 STEPS = 8
+LEFT_BY_ANOTHER_JOB = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "9",
+    "PET_NNODES": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+"""What a shell inside of a torchrun job exports."""
 QWEN_72B = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064,
@@ -52,7 +63,7 @@ def write_hole(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 
 class Cluster:
-    """Two nodes, and the jobs in them."""
+    """Partition main of nodes n1 and n2, partition spare of these and n3; and the jobs in them."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -170,27 +181,150 @@ def test_slurm_would_take_the_script(cluster, script):
     assert "to start at" in done.stderr
 
 
+class Ended(NamedTuple):
+    record: dict[str, str]
+    """Of `scontrol show job`."""
+    log: str
+
+
+def write_program(path: Path, body: str) -> str:
+    """What each rank runs in place of Python."""
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+ENDINGS = {"saves, 0": "exit 75", "saves, 1": "exit 75", "fails, 1": "exit 3", "is done, 1": "exit 0"}
+"""By what the ranks do and MAX_REQUEUES: what each rank runs."""
+ONE_STEP_A_START = """started=${SLURM_RESTART_COUNT:-0}
+echo "step $((started + 1))/3"
+if [ "$started" -lt 2 ]; then exit 75; fi"""
+TELLS = (
+    'grep Cpus_allowed_list /proc/self/status\nenv\nif [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exit 75; fi'
+)
+
+
+@pytest.fixture(scope="module")
+def stub_jobs(cluster, tmp_path_factory) -> dict[str, Ended]:
+    """Jobs whose ranks are shell scripts, submitted together; by name, how each ended."""
+    folder = tmp_path_factory.mktemp("programs")
+    one_node = ["--nodes=1", "--oversubscribe"]
+    jobs = {}
+    for name, body in ENDINGS.items():
+        program = write_program(folder / name.replace(", ", "-"), body)
+        jobs[name] = cluster.submit(
+            "smoke_cpu", options=one_node, PYTHON=program, MAX_REQUEUES=name.rpartition(" ")[2]
+        )
+    program = write_program(folder / "one_step", ONE_STEP_A_START)
+    number = cluster.submit("smoke_cpu", options=[*one_node, "--hold"], PYTHON=program, MAX_REQUEUES="1")
+    earlier = ROOT / "runs" / "slurm" / number
+    earlier.mkdir(parents=True, exist_ok=True)
+    (earlier / "rank_0.log").write_text("step 500/500\n")
+    (earlier / "requeues").write_text("500 1\n")
+    cluster.run("scontrol", "release", number)
+    jobs["has an earlier job's number"] = number
+    tells = {"PYTHON": write_program(folder / "tells", TELLS), **LEFT_BY_ANOTHER_JOB}
+    two_cores = [*one_node, "--cpus-per-task=2", "--array=0-1"]
+    array = cluster.submit("smoke_cpu", options=two_cores, SLURM_CPU_BIND="cores", **tells)
+    jobs |= {f"task {task} of an array": f"{array}_{task}" for task in range(2)}
+    inherited = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": "0"}
+    jobs["submitted by a task of an array"] = cluster.submit(
+        "smoke_cpu", options=one_node, **tells, **inherited
+    )
+    return {
+        name: Ended(cluster.wait(number), cluster.log(cluster.job(number)["JobId"]))
+        for name, number in jobs.items()
+    }
+
+
 @pytest.mark.parametrize(
-    ("ends_with", "max_requeues", "state", "said"),
+    ("name", "state", "said", "restarts"),
     [
-        (75, "0", "FAILED", "0 requeues, and no step after 0: not put into the queue again"),
-        (75, "1", "FAILED", "1 requeues, and no step after 0: not put into the queue again"),
-        (3, "1", "FAILED", "slurm: ended with 3; see runs/slurm/"),
-        (0, "1", "COMPLETED", ""),
+        ("saves, 0", "FAILED", "0 requeues without a step after 0: not requeued", "0"),
+        ("saves, 1", "FAILED", "1 requeues without a step after 0: not requeued", "1"),
+        ("fails, 1", "FAILED", "slurm: ended with 3; see runs/slurm/", "0"),
+        ("is done, 1", "COMPLETED", "", "0"),
     ],
 )
-def test_only_what_was_saved_is_started_again_and_not_for_ever(
-    cluster, tmp_path, ends_with, max_requeues, state, said
-):
-    program = tmp_path / "program"
-    program.write_text(f"#!/bin/sh\nexit {ends_with}\n")
-    program.chmod(0o755)
-    job = cluster.submit(
-        "smoke_cpu", "configs/quickstart.yaml", PYTHON=str(program), MAX_REQUEUES=max_requeues
-    )
-    done = cluster.wait(job)
-    assert done["JobState"] == state and said in cluster.log(job), cluster.log(job)
-    assert done["Restarts"] == ("1" if ends_with == 75 and max_requeues == "1" else "0")
+def test_only_what_was_saved_is_started_again_and_not_for_ever(stub_jobs, name, state, said, restarts):
+    record, log = stub_jobs[name]
+    assert (record["JobState"], record["Restarts"]) == (state, restarts) and said in log, log
+
+
+def test_steps_and_requeues_of_an_earlier_job_of_the_same_number_do_not_count(stub_jobs):
+    record, log = stub_jobs["has an earlier job's number"]
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "2"), log
+
+
+@pytest.mark.parametrize(
+    "name", ["task 0 of an array", "task 1 of an array", "submitted by a task of an array"]
+)
+def test_a_job_that_belongs_to_an_array_or_comes_from_one_requeues_itself_alone(stub_jobs, name):
+    record, log = stub_jobs[name]
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), log
+
+
+def test_each_rank_has_the_cores_that_the_job_asked_for(stub_jobs):
+    _, log = stub_jobs["task 0 of an array"]
+    assert re.findall(r"^Cpus_allowed_list:\s+(\S+)", log, re.MULTILINE) == ["0-1", "0-1"], log
+
+
+def test_variables_of_another_jobs_launcher_do_not_reach_the_ranks(stub_jobs):
+    _, log = stub_jobs["submitted by a task of an array"]
+    assert "\nSLURM_PROCID=0" in log
+    assert [name for name in LEFT_BY_ANOTHER_JOB if f"\n{name}=" in log] == []
+
+
+LOST = """if [ "${{SLURM_RESTART_COUNT:-0}}" != 0 ]; then exit 0; fi
+touch {folder}/started-$SLURM_JOB_ID-$SLURM_PROCID
+until [ -e {folder}/lost ]; do sleep 0.1; done
+exit 9"""
+"""A rank that fails once a node is lost, and is done when it is started again."""
+
+
+def test_a_lost_node_is_excluded_only_where_the_partition_has_another(cluster, tmp_path):
+    program = write_program(tmp_path / "program", LOST.format(folder=tmp_path))
+    two_of_three = ["--oversubscribe", "--partition=spare"]
+    jobs = {
+        "no spare": cluster.submit("smoke_cpu", options=["--oversubscribe"], PYTHON=program),
+        "spare": cluster.submit("smoke_cpu", options=two_of_three, PYTHON=program),
+        "spare excluded": cluster.submit(
+            "smoke_cpu", options=[*two_of_three, "--exclude=n3"], PYTHON=program
+        ),
+        "required by name": cluster.submit(
+            "smoke_cpu", options=[*two_of_three, "--nodelist=n1,n2"], PYTHON=program
+        ),
+    }
+    first, *_ = jobs.values()
+
+    def records() -> dict[str, dict[str, str]]:
+        return {name: cluster.job(number) for name, number in jobs.items()}
+
+    def until(condition: Callable[[], bool]) -> None:
+        cluster.wait_until(condition, first, 120)
+
+    until(lambda: len(list(tmp_path.glob("started-*"))) == 8)
+    assert {record["NodeList"] for record in records().values()} == {"n[1-2]"}
+    cluster.run("bash", "-c", "kill $(cat $SLURM_DEV_DIR/slurmd-n2.pid)")
+    (tmp_path / "lost").touch()
+    until(lambda: all("requeued" in cluster.log(number) for number in jobs.values()))
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    spare = cluster.wait(jobs["spare"])
+    assert (spare["JobState"], spare["NodeList"], spare["ExcNodeList"]) == ("COMPLETED", "n[1,3]", "n2")
+    assert "slurm: ended with 9 after step 0; requeued without n2" in cluster.log(jobs["spare"])
+    waiting = {name: record for name, record in records().items() if name != "spare"}
+    for name, record in waiting.items():
+        assert record["JobState"] == "PENDING" and record["Priority"] != "0", (name, record)
+        assert "n2 is not excluded, since the job could not start without it" in cluster.log(jobs[name])
+    cluster.run("bash", "-c", "slurmd -c -N n2 -f $SLURM_CONF")  # the node comes back
+    for name, excluded in {
+        "no spare": "(null)",
+        "spare excluded": "n3",
+        "required by name": "(null)",
+    }.items():
+        done = cluster.wait(jobs[name], timeout_s=120)
+        assert (done["JobState"], done["NodeList"], done["Restarts"]) == ("COMPLETED", "n[1-2]", "1"), done
+        assert done["ExcNodeList"] == excluded
 
 
 def test_a_second_signal_changes_nothing_and_a_cancelled_job_is_not_started_again(cluster, tmp_path):
@@ -217,7 +351,7 @@ def test_a_second_signal_changes_nothing_and_a_cancelled_job_is_not_started_agai
             cluster.run("scancel", *command, job, check=False)
         jobs.append((cluster.wait(job), cluster.log(job)))
     (twice, told), (cancelled, quiet) = jobs
-    assert twice["JobState"] == "FAILED" and "0 requeues, and no step after 0" in told, told
+    assert twice["JobState"] == "FAILED" and "0 requeues without a step after 0" in told, told
     assert cancelled["JobState"] == "CANCELLED" and "requeue" not in quiet, quiet
 
 
