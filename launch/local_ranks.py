@@ -21,8 +21,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.stop_signal import EXIT_CODE, SIGNALS
 from launch.failure import BAD_CONFIG, BROKEN_RUN
+from launch.rendezvous import forget_torchrun
 
-TO_TORCHRUN = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+OPTIONS = (
+    "--standalone",
+    *("--local-addr", "127.0.0.1"),  # the machine's own name may have no address
+    # Not SIGTERM: torchrun would end the ranks itself, with half a minute for whatever they have to save.
+    *("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"),
+)
+"""Of torchrun."""
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -35,12 +42,11 @@ def pass_on(number: int, _frame: FrameType | None) -> None:
 
 def run(num_ranks: str, script: str, *arguments: str) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    # torchrun would end the ranks itself, with half a minute for whatever they have to save.
-    os.environ[TO_TORCHRUN] = "SIGINT,SIGHUP,SIGQUIT"
+    forget_torchrun(os.environ)
     for number in SIGNALS:
         signal.signal(number, pass_on)
     try:
-        main(["--standalone", "--nproc-per-node", num_ranks, script, *arguments])
+        main([*OPTIONS, "--nproc-per-node", num_ranks, script, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if not 0 <= failure.exitcode <= BROKEN_RUN and failure.exitcode != EXIT_CODE:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from launch.failure import exit_code
+from launch.rendezvous import forget_torchrun
 
 if TYPE_CHECKING:
     from mpi4py.MPI import Comm
@@ -49,6 +50,7 @@ def main() -> int:
         found = meet()
     except (ConfigError, RuntimeError) as error:
         return exit_code(error)
+    forget_torchrun(os.environ)
     os.environ.update(found)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     os.execv(sys.executable, [sys.executable, args.script, *arguments])

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 MAX_LINES = 20
 """Ranks whose causes are told one by one."""
+SELF_CONNECT_S = 15.0
+"""Longest wait of rank 0 for a connection to the store that it serves itself."""
 BYTES_PER_PARAMETER = {"bfloat16": 14, "float32": 12}
 """Of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
 PLAN_MARGIN = 0.1
@@ -94,20 +96,22 @@ def open_store(timeout_s: float) -> Store:
             address,
             port,
             is_master=is_server,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=min(timeout_s, SELF_CONNECT_S) if is_server else timeout_s),
             wait_for_workers=False,
         )
     except DistError as error:
         where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
         if is_server:
-            reason = "is in use" if "EADDRINUSE" in str(error) else "cannot be listened at"
+            reason = "is in use" if "EADDRINUSE" in str(error) else "does not lead to this machine"
             raise RuntimeError(
-                f"preflight: {where} {reason} on {platform.node()}; export another one"
+                f"preflight: {where} {reason}, {platform.node()}, where rank 0 runs; export an address and a free "
+                "port of this machine, or unset both if another job left them in the environment"
             ) from None
         raise RuntimeError(
             f"preflight: {platform.node()} did not reach rank 0 at {where} within {timeout_s:g} s: rank 0 did not "
             "start, or a firewall or a name that means another machine is between them"
         ) from None
+    store.set_timeout(timedelta(seconds=timeout_s))
     # torchrun's store outlives a restart of its ranks.
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -172,6 +176,9 @@ class Meeting:
             self._refuse(
                 {rank: [f"on {found[rank].host}: {'; '.join(told)}"] for rank, told in causes.items()}
             )
+        first_of = {text: facts for facts in reversed(found) for text in facts.warnings}
+        for text, first in first_of.items():
+            say(f"warning: rank {first.rank} on {first.host}: {text}")
         self._set("verdict", "go")
         return found
 

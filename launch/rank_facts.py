@@ -16,6 +16,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.versions import versions
+from launch.cuda_versions import check_toolkit, unusable_gpus
 
 MAX_CLOCK_SKEW_S = 5.0
 """Between rank 0 and another machine. Two machines that keep time differ by milliseconds; the rest is how long a
@@ -42,6 +43,8 @@ class RankFacts:
     """Of rank 0's clock."""
     faults: list[str] = field(default_factory=list)
     """What is wrong whatever other ranks see."""
+    warnings: list[str] = field(default_factory=list)
+    """What may go wrong later."""
 
 
 def gather_facts(
@@ -55,7 +58,7 @@ def gather_facts(
         marker: a file that rank 0 has just written where the run's folder will be; empty: it could not.
     """
     ahead_s = time.time() - clock_s
-    gpus, faults = see_gpus(local_rank)
+    gpus, faults, warnings = see_gpus(local_rank)
     if marker and not Path(marker).exists():
         faults.append(
             f"run.root: {Path(marker).parent} is not the folder that rank 0 sees there; all machines need one on a "
@@ -73,6 +76,7 @@ def gather_facts(
         gpu=gpus.uuid,
         clock_ahead_s=ahead_s,
         faults=faults,
+        warnings=warnings,
     )
 
 
@@ -82,26 +86,24 @@ class Gpus:
     uuid: str = ""
 
 
-def see_gpus(local_rank: int) -> tuple[Gpus, list[str]]:
-    """The cards that torch sees here, and what is wrong with them."""
+def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
+    """The cards that torch sees here, what is wrong with them, and what may go wrong with them later."""
     import torch
 
+    if not torch.cuda.is_available():
+        return Gpus({"GPUs seen": "0"}), unusable_gpus(), []
     count = torch.cuda.device_count()
-    if count == 0:
-        # A torch for CPUs on a GPU machine would train, at a hundredth of the speed.
-        cards = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
-        fault = [f"torch sees no GPU, but there is {', '.join(cards)}: make setup-gpu"] if cards else []
-        return Gpus({"GPUs seen": "0"}), fault
     if local_rank >= count:
-        return Gpus({"GPUs seen": str(count)}), [
+        fault = (
             f"sees {count} GPU(s) and is rank {local_rank} of this machine: start one rank a GPU, and without "
             "--gpus-per-task or --gpu-bind, so that each sees all of them"
-        ]
+        )
+        return Gpus({"GPUs seen": str(count)}), [fault], []
     card = torch.cuda.get_device_properties(local_rank)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     memory = f"{card.total_memory / 2**30:.1f}"
     equal = {"GPUs seen": str(count), "GPU": card.name, "GPU memory, GiB": memory, "NCCL": nccl}
-    return Gpus(equal, str(getattr(card, "uuid", ""))), []
+    return Gpus(equal, str(getattr(card, "uuid", ""))), [], check_toolkit(torch.version.cuda)
 
 
 def ask_search_server(config: RunConfig) -> list[str]:

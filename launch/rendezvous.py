@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from a2tgpo.config.check import ConfigError
 
@@ -14,6 +14,12 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets, and what torch.distributed, Megatron and vLLM read."""
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 """What srun calls three of them. A batch script outside of srun has no number of tasks of a step."""
+LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE"),
+}
+"""What each launcher but torchrun calls a process's rank and the number of processes."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Above the ports of services, below those that Linux hands out by itself (32768 and up)."""
 PORTS_PER_JOB = 32
@@ -28,9 +34,21 @@ def join_launcher() -> None:
     found = launched(os.environ)
     if found is None:
         return
+    if "RANK" not in os.environ:
+        forget_torchrun(os.environ)
     os.environ.update(found)
     # Spinning thread pools of several processes on few cores slow each other down many times over.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def forget_torchrun(environment: MutableMapping[str, str]) -> None:
+    """Remove another job's torchrun variables: its options (PET_*) and what it tells its ranks (TORCHELASTIC_*).
+
+    A shell, a pod or a job hands them on to everything it starts. PET_NNODES=2 makes torchrun wait for a second node,
+    TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that nobody serves.
+    """
+    for name in [name for name in environment if name.startswith(("PET_", "TORCHELASTIC_"))]:
+        del environment[name]
 
 
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
@@ -43,7 +61,9 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
         ConfigError: one line; see `join_launcher`.
     """
     if "RANK" in environment:
-        return _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
+        found = _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
+        _refuse_left_over(environment)
+        return found
     # srun sets MPICH's name too; Open MPI's mpirun starts its processes from a step of srun.
     _refuse_mpirun(environment, "OMPI_COMM_WORLD_SIZE")
     if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -86,6 +106,24 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if not text.isdecimal():
         raise ConfigError(f"{name} is {text!r} in the environment; allowed: a whole number, 0 or more")
     return int(text)
+
+
+def _refuse_left_over(environment: Mapping[str, str]) -> None:
+    """Raise `ConfigError` if RANK and WORLD_SIZE are not torchrun's and contradict the launcher of this process."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return
+    mine = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    told = {
+        launcher: (_number(environment, rank, 0), _number(environment, size, 1))
+        for launcher, (rank, size) in LAUNCHERS.items()
+    }
+    several = {launcher: names for launcher, names in told.items() if names[1] > 1}
+    if several and mine not in several.values():
+        launcher, (rank, size) = next(iter(several.items()))
+        raise ConfigError(
+            f"RANK is {mine[0]} and WORLD_SIZE {mine[1]} in the environment, but {launcher} started this process as "
+            f"{rank} of {size}: unset {' '.join(NAMES)}, which another job has left there"
+        )
 
 
 def _refuse_mpirun(environment: Mapping[str, str], name: str) -> None:

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PET_LOCAL_ADDR", "127.0.0.1")  # torchrun's: the machine's own name may have no address
 
 from hypothesis import settings
 

@@ -73,12 +73,17 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
     return index, len(index.passages)
 
 
+def health_url(url: str) -> httpx.URL:
+    """Where the server that answers searches at `url` tells its health: the last part of the path is replaced."""
+    return httpx.URL(url.rstrip("/")).join("health")
+
+
 def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
     """The servers at `urls`, all of which must answer; and the sum of their passages."""
     num_passages = 0
     for url in urls:
         try:
-            answer = httpx.get(url.replace("/retrieve", "/health"), trust_env=False, timeout=10).json()
+            answer = httpx.get(health_url(url), trust_env=False, timeout=10).json()
             num_passages += int(answer["passages"])
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

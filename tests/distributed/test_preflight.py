@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,39 @@ def config(tmp_path_factory) -> str:
     return str(write_inputs(tmp_path_factory.mktemp("preflight")))
 
 
-def start(config: str, what: str) -> subprocess.CompletedProcess:
+LEFT_BY_ANOTHER_JOB = {
+    "RANK": "0",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "another-job.invalid",
+    "MASTER_PORT": "9",
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "TORCHELASTIC_USE_AGENT_STORE": "False",
+    "TORCHELASTIC_RUN_ID": "another",
+}
+"""What a shell inside of a torchrun job exports."""
+UNKNOWN_HOST = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--uts",
+    "bash",
+    "-c",
+    'hostname gpu-07.invalid; exec "$@"',
+    "-",
+]
+"""Runs a command on this machine under a name that has no address."""
+
+
+def start(
+    config: str, what: str, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess:
     worker = str(Path(__file__).with_name("preflight_worker.py"))
     return subprocess.run(
-        ["launch/local.sh", "-n", "2", "--script", worker, config, what],
+        [*prefix, "launch/local.sh", "-n", "2", "--script", worker, config, what],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable},
+        env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
         timeout=240,
@@ -35,8 +63,20 @@ def start(config: str, what: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_each_fault_of_one_rank_is_told_once_by_rank_0_and_ends_all(config):
-    done = start(config, "faults")
+@pytest.fixture(scope="module")
+def faults(config) -> subprocess.CompletedProcess:
+    """Starts with a fault each, and one without; launched from another job's shell on a host without an address."""
+    can_rename = subprocess.run([*UNKNOWN_HOST, "true"], capture_output=True, check=False).returncode == 0
+    return start(config, "faults", UNKNOWN_HOST if can_rename else (), **LEFT_BY_ANOTHER_JOB)
+
+
+def test_neither_another_jobs_variables_nor_a_host_without_an_address_mislead_a_launch(faults):
+    assert faults.returncode == 0, faults.stderr[-3000:]
+    assert all(f"rank {rank}: all checks passed" in faults.stdout for rank in range(2))
+
+
+def test_each_fault_of_one_rank_is_told_once_by_rank_0_and_ends_all(faults):
+    done = faults
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("all checks passed") == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("preflight:")]

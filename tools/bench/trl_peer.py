@@ -28,7 +28,8 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
         request: whatever it takes.
         ranks: processes, started by torchrun where there are several; the first one answers.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(request), encoding="utf-8")

@@ -8,6 +8,7 @@ import subprocess
 import time
 from typing import Any
 
+from launch.cuda_versions import check_toolkit, unusable_gpus
 from tools.gpu_checks.bench import Row
 
 PACKAGES = (
@@ -24,11 +25,12 @@ def describe_machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    from torch.cuda import device_count, get_device_properties
+    import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    seen = device_count()
-    first = get_device_properties(0) if seen else None
+    # device_count alone counts cards that an old driver cannot use.
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    first = torch.cuda.get_device_properties(0) if seen else None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "host": platform.node(),
@@ -36,6 +38,8 @@ def describe_machine() -> dict[str, Any]:
         "versions": versions,
         "gpus": output_of(query).splitlines(),
         "gpus_seen_by_torch": seen,
+        "unusable": [] if seen else unusable_gpus(),
+        "warnings": check_toolkit(torch.version.cuda) if seen else [],
         "gpu_name": first.name if first else None,
         "gpu_memory_gib": first.total_memory / 2**30 if first else None,
         "topology": output_of(["nvidia-smi", "topo", "-m"]),
@@ -52,7 +56,7 @@ def see_gpus(machine: dict[str, Any]) -> Row:
         measured=seen,
         limit=1,
         relation=">=",
-        note=f"the driver lists {len(machine['gpus'])}",
+        note="; ".join([f"the driver lists {len(machine['gpus'])}", *machine["unusable"]]),
     )
 
 
@@ -68,6 +72,6 @@ def output_of(command: list[str]) -> str:
 def machine_text(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     cards = "\n".join(machine["gpus"]) or "No GPU is seen: checks that mean something on a CPU run on gloo"
-    return "\n".join(
-        part for part in (f"Python {machine['python']}, {versions}", cards, machine["topology"]) if part
-    )
+    warnings = [f"warning: {text}" for text in machine["warnings"]]
+    parts = [f"Python {machine['python']}, {versions}", cards, machine["topology"], *warnings]
+    return "\n".join(part for part in parts if part)

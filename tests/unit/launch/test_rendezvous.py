@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from a2tgpo.config.check import ConfigError
-from launch import rendezvous
+from launch import preflight, rendezvous
 from launch.rendezvous import first_host, launched
 
 SRUN = {
@@ -48,8 +48,64 @@ def test_an_address_and_a_port_that_are_set_are_kept():
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.7", "29500")
 
 
-def test_torchrun_inside_of_srun_is_what_counts():
-    assert launched(SRUN | TORCHRUN) == TORCHRUN
+@pytest.mark.parametrize(
+    "started",
+    [
+        TORCHRUN | {"RANK": "3", "TORCHELASTIC_RUN_ID": "none"},
+        TORCHRUN | {"RANK": "3", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "16"},
+        TORCHRUN | {"RANK": "3", "PMI_RANK": "3", "PMI_SIZE": "16"},
+        TORCHRUN,
+    ],
+    ids=["torchrun", "Open MPI", "MPICH", "srun itself"],
+)
+def test_a_launcher_inside_of_srun_is_what_counts(started):
+    names = {name: started[name] for name in rendezvous.NAMES}
+    assert launched(SRUN | started) == names
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        (SRUN, "srun started this process as 9 of 16"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            r"Open MPI\) started this process as 1 of 2",
+        ),
+    ],
+    ids=["srun", "mpirun"],
+)
+def test_a_rank_that_another_job_left_in_the_environment_is_one_line(launcher, said):
+    left_over = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "8"}
+    with pytest.raises(ConfigError, match=f"RANK is 0 and WORLD_SIZE 8 .*{said}: unset RANK WORLD_SIZE"):
+        launched(left_over | launcher)
+
+
+def test_what_another_jobs_torchrun_told_its_ranks_is_forgotten_under_srun(monkeypatch):
+    for name in [name for name in os.environ if name in rendezvous.NAMES or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    left_over = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "PET_NNODES": "2",
+    }
+    for name, value in (SRUN | left_over).items():
+        monkeypatch.setenv(name, value)
+    for name in rendezvous.NAMES:  # so that what join_launcher sets is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    rendezvous.join_launcher()
+    assert os.environ["RANK"] == "9" and left_over.keys() & os.environ.keys() == set()
+
+
+def test_rank_0_tells_soon_that_it_is_not_at_the_address_that_another_job_left(monkeypatch):
+    monkeypatch.setattr(preflight, "SELF_CONNECT_S", 0.5)
+    left_over = {"RANK": "0", "MASTER_ADDR": "another-job.invalid", "MASTER_PORT": "29817"}
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        RuntimeError, match=r"another-job\.invalid:29817 .* does not lead to this machine, .* unset both"
+    ):
+        preflight.open_store(300)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import load_questions
 from tools import gpu_check, hardware_table, plan
+from tools.gpu_checks import machine, step
 from tools.gpu_checks import run as gpu_checks_run
-from tools.gpu_checks import step
 from tools.gpu_checks.bench import Bench, Settings
 from tools.gpu_checks.launch import launched_environment, rank_environments
 from tools.gpu_checks.models import slice_dimensions
@@ -293,3 +293,19 @@ def test_what_srun_started_checks_as_one_rank_at_ports_of_its_own(monkeypatch):
     # 29500 may be the launcher's own, the next one is where the copies meet.
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node-0", "29505")
     assert rank_environments(launched, num_ranks=0, alone=True, index=0) == []
+
+
+def test_a_driver_that_is_too_old_is_the_failed_rows_note_and_another_toolkit_a_warning():
+    too_old = "torch sees no GPU, but there is nvidia0: the driver is 570.1, and CUDA 13.0 needs 580 or newer"
+    found = {
+        "python": "3.12.3",
+        "versions": {},
+        "gpus": ["NVIDIA H100"],
+        "gpus_seen_by_torch": 0,
+        "unusable": [too_old],
+        "warnings": ["CUDA_HOME leads to /usr/local/cuda-12.4/bin/nvcc"],
+        "topology": "",
+    }
+    row = machine.see_gpus(found)
+    assert row.status == "FAIL" and row.note == f"the driver lists 1; {too_old}"
+    assert "warning: CUDA_HOME leads to /usr/local/cuda-12.4" in machine.machine_text(found)

@@ -1,0 +1,95 @@
+"""Whether the GPU driver and the CUDA toolkit of this machine fit the CUDA version that torch is built for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LEAST_DRIVERS = {12: 525, 13: 580}
+"""By CUDA's major version: the first driver branch that runs it, on which all its minor versions run."""
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+"""Written by the loaded kernel module."""
+
+
+def driver_version() -> str:
+    """Version of the loaded NVIDIA driver, e.g. 580.95.05; empty without one."""
+    try:
+        text = DRIVER_FILE.read_text()
+    except OSError:
+        text = _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", text)
+    return found.group() if found else ""
+
+
+def unusable_gpus() -> list[str]:
+    """Why torch sees no GPU though this machine has some; empty if it has none.
+
+    A run would train on the CPUs, at a hundredth of the speed.
+    """
+    import torch
+
+    cards = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    if not cards:
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [explain_unusable(cards, cuda=torch.version.cuda, driver=driver_version(), visible=visible)]
+
+
+def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
+    """Why CUDA does not start though there are `cards`, and what to do.
+
+    Args:
+        cards: device files, e.g. nvidia0.
+        cuda: of `torch.version.cuda`; None: torch is built for CPUs.
+        driver: of `driver_version`; empty: unknown.
+        visible: the variable CUDA_VISIBLE_DEVICES; None: not set.
+    """
+    start = f"torch sees no GPU, but there is {', '.join(cards)}: "
+    if cuda is None:
+        return start + "torch is built for CPUs; make setup-gpu"
+    least = LEAST_DRIVERS.get(_numbers(cuda)[0], 0)
+    if driver and _numbers(driver)[0] < least:
+        return start + f"the driver is {driver}, and CUDA {cuda} needs {least} or newer; update the driver"
+    if visible is not None:
+        return start + f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    return start + f"CUDA {cuda} does not start with driver {driver or 'of unknown version'}; see nvidia-smi"
+
+
+def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
+    """The compiler of kernels that are compiled at run time, empty without one; and its source, CUDA_HOME or PATH."""
+    if home := environment.get("CUDA_HOME"):
+        return str(Path(home) / "bin" / "nvcc"), "CUDA_HOME"
+    return shutil.which("nvcc", path=environment.get("PATH")) or "", "PATH"
+
+
+def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A warning if kernels would be compiled at run time with another CUDA than torch's, `cuda`; else nothing."""
+    nvcc, source = find_nvcc(environment)
+    if cuda is None or not nvcc:
+        return []
+    release = re.search(r"release (\d+\.\d+)", _output_of([nvcc, "--version"]))
+    if release is None:
+        return [
+            f"{source} leads to {nvcc}, which does not tell its version; set CUDA_HOME to a CUDA {cuda} toolkit"
+        ]
+    if _numbers(release.group(1)) == _numbers(cuda)[:2]:
+        return []
+    return [
+        f"{source} leads to {nvcc} of CUDA {release.group(1)}, torch is built for CUDA {cuda}: kernels compiled at "
+        f"run time would mix both; set CUDA_HOME to a CUDA {cuda} toolkit"
+    ]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def _output_of(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
