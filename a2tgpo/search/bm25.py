@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,13 +13,13 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.words import words_of
 
 _STOPWORDS = frozenset(STOPWORDS_EN)
-_WORD = re.compile(r"\w+")
 
 
 class Bm25Index:
-    """Lucene-style BM25 (k1 1.5, b 0.75) over titles and texts; accents and case do not matter.
+    """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts, in any script (`words.py`).
 
     Immutable after construction, so any number of threads may search it.
 
@@ -56,7 +54,7 @@ class Bm25Index:
         A passage that shares no word with the query is never returned. Equal scores keep the corpus's
         order. Stop words count only where the query has nothing else.
         """
-        words = _tokenize(query)
+        words = words_of(query)
         words = [word for word in words if word not in _STOPWORDS] or words
         word_ids = self._bm25.get_tokens_ids(words)
         if not word_ids:
@@ -84,7 +82,7 @@ def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
     """
     vocabulary: dict[str, int] = {}
     ids = [
-        array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in _tokenize(_text_of(passage))])
+        array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(_text_of(passage))])
         for passage in passages
     ]
     if not vocabulary:
@@ -96,12 +94,3 @@ def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
 
 def _text_of(passage: Passage) -> str:
     return f"{passage.title} {passage.text}"
-
-
-def _tokenize(text: str) -> list[str]:
-    """The words of a text, without case and accents."""
-    folded = text.casefold()
-    if not folded.isascii():  # most passages are: going through their characters would double the time
-        normal = unicodedata.normalize("NFKD", folded)
-        folded = "".join(c for c in normal if not unicodedata.combining(c))
-    return _WORD.findall(folded)

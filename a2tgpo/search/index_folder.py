@@ -22,6 +22,7 @@ from a2tgpo.search.bm25 import Bm25Index, score_matrix
 from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
 from a2tgpo.search.dense import DenseIndex, Encoder, EncoderSettings, build_neighbours
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.words import SPLITTING
 
 DESCRIPTION, OFFSETS, BM25_FOLDER, FAISS_FILE = "index.json", "offsets.npy", "bm25", "faiss.index"
 FORMAT = 2
@@ -79,6 +80,7 @@ def build_index(
             total = len(passages)
             scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)), key="--corpus")
             Bm25Index(passages, scores=scores).save(partial / BM25_FOLDER)
+            description["words"] = SPLITTING
         else:
             description |= {"encoder": dataclasses.asdict(embedder.settings), "factory": factory}
             neighbours = build_neighbours(
@@ -146,6 +148,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         known = known and isinstance(description["files"], dict)
         if description["kind"] == "dense":
             EncoderSettings(**description["encoder"])
+        else:
+            known = known and description.get("words") == SPLITTING
     except OSError as error:
         raise ConfigError(
             f"--index: cannot read {path} ({error.strerror}); make the index with tools/build_index.py"

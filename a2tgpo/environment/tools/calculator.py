@@ -21,6 +21,8 @@ MAX_CHARACTERS = 500
 MAX_NODES = 200
 _BITS_PER_DIGIT = Fraction(10, 3)
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"})
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
+"""Digits and signs as they are typed among Chinese and Japanese characters."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -51,7 +53,7 @@ class Calculator:
     def _value(self, text: str) -> Fraction:
         if len(text) > MAX_CHARACTERS:
             raise _Refusal(f"an expression has at most {MAX_CHARACTERS} characters")
-        source = text.strip().removesuffix("=").translate(_SIGNS).strip()
+        source = text.translate(_FULL_WIDTH).strip().removesuffix("=").translate(_SIGNS).strip()
         if not re.search(r"[a-z]", source):  # in a function's arguments a comma separates
             source = _THOUSANDS.sub("", source)
         try:
