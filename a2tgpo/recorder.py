@@ -127,6 +127,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
     metrics.add("tools/failures", counts.failed_calls, 0)
+    metrics.add("tools/hung_calls", counts.hung_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
     # What the engine ran for them: scaffolds, answers, and what of a context fills no block of its cache.

@@ -40,9 +40,9 @@ class Toolset:
     tools: Mapping[str, Tool]
     """By name, which is also the tag that calls it."""
     num_workers: int = 16
-    """Calls in flight per rank."""
+    """Calls that run at a time, per rank that calls tools."""
     deadline_s: float = 180.0
-    """A call has failed when for so long no answer to any has arrived, seconds."""
+    """A call that has not returned so long after its start has failed, seconds; time before the start is free."""
     max_part_tokens: int = 400
     """Each part of an answer is cut to this many tokens."""
 

@@ -15,6 +15,8 @@ class RolloutCounts:
     tool_calls: int = 0
     """Calls made, failed ones included."""
     failed_calls: int = 0
+    hung_calls: int = 0
+    """Failed calls that had not returned at their deadline."""
     empty_queries: int = 0
     truncated_observations: int = 0
     """Observations cut to the tokens left."""

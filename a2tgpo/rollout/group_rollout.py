@@ -109,8 +109,8 @@ class GroupRollout:
 
         Raises:
             ConfigError: if a prompt leaves no room for one token.
-            RuntimeError: if the engine failed.
-            RolloutCutError: on all ranks of the replica, if it was broken off.
+            RuntimeError: if the engine failed, or a tool has a bug or hangs too often.
+            RolloutCutError: on all ranks of the replica, if it was broken off; the next call plays anew.
         """
         live = [
             _live(group, _start(group.prompt, sample))

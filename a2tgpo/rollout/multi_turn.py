@@ -26,14 +26,14 @@ from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
-from a2tgpo.rollout.tool_pool import ToolPool, ToolResult
+from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool, ToolResult
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 CUT_EVERY = 16
-"""Passes of the loop between two looks whether the rollout is to be broken off."""
+"""Passes of the loop between two looks whether the rollout is to be broken off, while the engine has work."""
 ANSWER_ROOM = 32
 """Tokens that an observation leaves for the turn after it."""
 
@@ -174,8 +174,18 @@ class MultiTurnLoop:
         What starts last should be short: see `LiveTrajectory.start_order`.
 
         Raises:
-            RolloutCutError: if it was broken off; the engine is idle then.
+            RolloutCutError: if it was broken off.
+            ToolFaultError: if a tool has a bug or hangs too often. After either, engine and tools hold nothing of it
+                and can play anew.
         """
+        try:
+            self._play(live)
+        except (RolloutCutError, ToolFaultError):
+            self._engine.abort_all()
+            self._tools.drop_pending()
+            raise
+
+    def _play(self, live: Sequence[LiveTrajectory]) -> None:
         start = time.monotonic()
         waited_before = self._tools.waited_s
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
@@ -184,11 +194,11 @@ class MultiTurnLoop:
                 self._score_prefix(trajectory, self._scorer)
         passes = 0
         while self._engine.has_unfinished or self._calling:
-            if passes % CUT_EVERY == 0 and self._is_cut():
-                self._engine.abort_all()
+            is_waiting = not self._engine.has_unfinished
+            if (is_waiting or passes % CUT_EVERY == 0) and self._is_cut():
                 raise RolloutCutError
             passes += 1
-            for result in self._tools.results(wait=not self._engine.has_unfinished):
+            for result in self._tools.results(wait=is_waiting):
                 self._observe(self._calling.pop(result.key), result)
             if not self._engine.has_unfinished:
                 continue
@@ -267,6 +277,7 @@ class MultiTurnLoop:
         else:
             tokens = self._observations.encode_failure(tool, result.error)
             self._counts.failed_calls += 1
+            self._counts.hung_calls += result.is_late
         room, _ = self._room(live)
         fitted = self._observations.fit(tokens, room - ANSWER_ROOM)
         self._counts.truncated_observations += len(fitted) < len(tokens)

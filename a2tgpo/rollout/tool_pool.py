@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
+import functools
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
 from a2tgpo.environment.tool import ToolError, Toolset
+from a2tgpo.error_line import first_line
 from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
+
+WAIT_S = 1.0
+"""Longest wait for an answer in one call of `ToolPool.results`: the caller has other things to look at."""
+
+
+class ToolFaultError(RuntimeError):
+    """A tool has a bug, or hangs too often; one line, raised on all ranks that share the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +33,21 @@ class ToolResult:
     parts: tuple[str, ...] = ()
     error: str | None = None
     """Why the call failed, one line; None if it did not."""
+    is_late: bool = False
+    """It failed since it had not returned at its deadline."""
 
 
 class ToolPool:
     """Runs tool calls in threads and hands their answers out as they arrive.
 
-    Where several ranks share an engine, only the first of them calls tools, and what it hands out is broadcast:
-    the ranks' schedulers must see the same requests in the same order. All ranks of `replica_group` then
-    make the same calls in the same order.
+    Where several ranks share an engine, only the first of them calls tools and looks at the clock; what it hands out,
+    faults included, is broadcast, since the ranks' schedulers must see the same requests in the same order. All ranks
+    of `replica_group` then make the same calls in the same order.
 
     Args:
-        toolset: the tools and their limits; an answer that comes after its deadline is dropped.
+        toolset: the tools and their limits.
         replica_group: the ranks that share the engine; None if there is only one.
+        clock: seconds, never going back; for deadlines and `waited_s`.
     """
 
     def __init__(
@@ -42,15 +55,15 @@ class ToolPool:
         toolset: Toolset,
         *,
         replica_group: dist.ProcessGroup | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._tools = toolset.tools
-        self._executor = ThreadPoolExecutor(toolset.num_workers, thread_name_prefix="tool")
-        self._deadline_s = toolset.deadline_s
+        self._workers = ToolWorkers(toolset.num_workers, deadline_s=toolset.deadline_s, clock=clock)
+        self._late = f"no answer within {toolset.deadline_s:g} s"
+        self._clock = clock
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
-        self._answers: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
-        self._submitted: dict[int, float] = {}  # key of a pending call -> when it was submitted
-        self._last_arrival = 0.0
+        self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0
         """Time spent in `results` with nothing else to do, seconds."""
@@ -59,66 +72,62 @@ class ToolPool:
         """Call the tool `name` with `text`; the key that its answer will carry, never used again."""
         key = self._num_submitted
         self._num_submitted += 1
-        self._submitted[key] = time.monotonic()
+        self._pending.add(key)
         if self._leads:
-            future = self._executor.submit(self._tools[name].call, text)
-            future.add_done_callback(lambda done: self._answers.put((key, done)))
+            self._workers.submit(
+                Call(key=key, name=name, run=functools.partial(self._tools[name].call, text))
+            )
         return key
 
     def results(self, *, wait: bool) -> list[ToolResult]:
-        """Answers that have arrived since the last call; with `wait`, at least one if any call is pending.
+        """Answers that have arrived since the last call; with `wait`, after up to `WAIT_S` if there are none yet.
 
         Raises:
-            Exception: whatever a tool raised other than `ToolError`, which is a fault of the program.
+            ToolFaultError: if a tool raised anything but `ToolError`, or too many calls hang.
         """
-        if not self._submitted:
+        if not self._pending:
             return []
-        arrived = self._collect(wait) if self._leads else []
+        arrived, fault = self._collect(wait) if self._leads else ([], None)
         if self._group is not None:
-            arrived = broadcast_object(arrived, self._group, source=0)
-        for result in arrived:
-            del self._submitted[result.key]
+            arrived, fault = broadcast_object((arrived, fault), self._group, source=0)
+        if fault is not None:
+            raise ToolFaultError(fault)
+        self._pending.difference_update(result.key for result in arrived)
         return arrived
+
+    def drop_pending(self) -> None:
+        """Hand out no answer to any call made so far."""
+        self._pending.clear()
+        self._workers.drop_all()
 
     def close(self) -> None:
         """Drop what is pending; threads that hang in a call are left to their end."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
 
-    def _collect(self, wait: bool) -> list[ToolResult]:
-        arrived = self._take_arrived(timeout_s=0.0)
-        while wait and not arrived:
-            start = time.monotonic()
-            next_deadline = min(self._deadline(key) for key in self._submitted)
-            arrived = self._take_arrived(timeout_s=max(0.0, next_deadline - start))
-            self.waited_s += time.monotonic() - start
-            arrived = arrived or self._take_late()
-        return arrived or self._take_late()
+    def _collect(self, wait: bool) -> tuple[list[ToolResult], str | None]:
+        """Answers, and what ends the run."""
+        start = self._clock()
+        try:
+            calls = self._workers.take(timeout_s=WAIT_S if wait else 0.0)
+            self.waited_s += self._clock() - start if wait else 0.0
+            return [self._result(call) for call in calls], None
+        except (ToolsHangError, ToolFaultError) as error:
+            return [], str(error)
 
-    def _take_arrived(self, *, timeout_s: float) -> list[ToolResult]:
-        """What lies in the queue; waits up to `timeout_s` for a first answer."""
-        arrived = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                key, done = self._answers.get(timeout=timeout_s) if timeout_s else self._answers.get_nowait()
-                timeout_s = 0.0
-                self._last_arrival = time.monotonic()
-                if key in self._submitted:  # else it was given up before
-                    arrived.append(_to_result(key, done))
-        return arrived
-
-    def _take_late(self) -> list[ToolResult]:
-        now = time.monotonic()
-        reason = f"no answer within {self._deadline_s:g} s"
-        late = [key for key in self._submitted if self._deadline(key) <= now]
-        return [ToolResult(key=key, error=reason) for key in late]
-
-    def _deadline(self, key: int) -> float:
-        # While answers arrive, a call that is still queued behind others is not late.
-        return max(self._submitted[key], self._last_arrival) + self._deadline_s
+    def _result(self, call: Call) -> ToolResult:
+        if call.is_late:
+            return ToolResult(key=call.key, error=self._late, is_late=True)
+        if isinstance(call.error, ToolError):
+            return ToolResult(key=call.key, error=str(call.error))
+        if call.error is not None:
+            raise ToolFaultError(_fault(call.name, call.error))
+        return ToolResult(key=call.key, parts=tuple(call.parts))
 
 
-def _to_result(key: int, done: Future) -> ToolResult:
-    try:
-        return ToolResult(key=key, parts=tuple(done.result()))
-    except ToolError as error:
-        return ToolResult(key=key, error=str(error))
+def _fault(name: str, error: Exception) -> str:
+    """What was raised and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    kind, text = type(error).__name__, first_line(error)
+    said = kind if text == kind else f"{kind}: {text}"
+    return f"the {name} tool failed with {said}{place}; a tool may only raise ToolError (docs/tools.md)"

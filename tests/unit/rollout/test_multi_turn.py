@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 import time
 
 import pytest
@@ -16,23 +17,18 @@ from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.rollout.multi_turn import ANSWER_ROOM
+from a2tgpo.rollout.multi_turn import ANSWER_ROOM, RolloutCutError
+from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.trajectory import Prompt
 
 
 @pytest.fixture
-def play(engine, engine_config, tokenizer):
-    """Play questions; returns trajectories and counts."""
+def open_rollout(engine, engine_config, tokenizer):
+    """A rollout on the engine, by its search and settings."""
     opened = []
 
-    def play(
-        questions, search, *, greedy=True, gain=None, limits=None, more_tools=None, step=0, seed=0, **settings
-    ):
-        run_settings = {
-            name: settings.pop(name) for name in ("group_size", "score_gain", "progress") if name in settings
-        }
-        run_settings.setdefault("group_size", 1)
-        config = dataclasses.replace(engine_config, gain=gain or GainConfig(), **settings)
+    def open_rollout(search, *, limits=None, more_tools=None, **settings):
+        config = dataclasses.replace(engine_config, **settings)
         rollout = GroupRollout(
             engine,
             toolset_of(search, more_tools=more_tools, **(limits or {})),
@@ -43,12 +39,31 @@ def play(engine, engine_config, tokenizer):
             ),
         )
         opened.append(rollout)
+        return rollout
+
+    yield open_rollout
+    for rollout in opened:
+        rollout.close()
+
+
+@pytest.fixture
+def play(open_rollout, tokenizer):
+    """Play questions; returns trajectories and counts."""
+
+    def play(
+        questions, search, *, greedy=True, gain=None, limits=None, more_tools=None, step=0, seed=0, **settings
+    ):
+        run_settings = {
+            name: settings.pop(name) for name in ("group_size", "score_gain", "progress") if name in settings
+        }
+        run_settings.setdefault("group_size", 1)
+        rollout = open_rollout(
+            search, limits=limits, more_tools=more_tools, gain=gain or GainConfig(), **settings
+        )
         prompts = [make_prompt(tokenizer, i, q) if isinstance(q, str) else q for i, q in enumerate(questions)]
         return rollout.run(prompts, seed=seed, step=step, greedy=greedy, **run_settings)
 
-    yield play
-    for rollout in opened:
-        rollout.close()
+    return play
 
 
 def make_prompt(tokenizer, index, question, answers=None):
@@ -261,22 +276,70 @@ def test_a_failed_search_is_told_to_the_policy_and_counted(play, tokenizer):
 
 
 def test_a_search_that_never_answers_fails_at_its_deadline(play):
-    search = ScriptedSearch(delays={"capital of France": 3.0})
-    start = time.monotonic()
-    (trajectory,), counts = play(["capital of France?"], search, limits={"deadline_s": 0.2})
-    assert time.monotonic() - start < 2.5
-    assert trajectory.turns[0].tool_failed
-    assert counts.failed_calls == 1
-
-
-def test_a_fault_of_the_tool_that_is_no_tool_error_stops_the_run(play, engine):
-    class Broken(ScriptedSearch):
+    class Hanging(ScriptedSearch):
         def search(self, query):
-            raise KeyError("a bug")
+            assert freed.wait(60)
+            return super().search(query)
 
-    with pytest.raises(KeyError, match="a bug"):
-        play(["capital of France?"], Broken())
+    freed = threading.Event()
+    (trajectory,), counts = play(["capital of France?"], Hanging(), limits={"deadline_s": 0.2})
+    freed.set()
+    assert trajectory.turns[0].tool_failed
+    assert (counts.failed_calls, counts.hung_calls) == (1, 1)
+
+
+def test_a_rollout_that_ends_early_leaves_nothing_behind_and_the_next_one_plays_anew(
+    open_rollout, search, tokenizer, engine
+):
+    """It is broken off, then a tool has a bug, while some trajectories generate and one waits for its tool."""
+
+    class Held(ScriptedSearch):
+        def search(self, query):
+            if query == "capital of France" and not freed.is_set():
+                asked.set()
+                assert freed.wait(60)
+            if has_bug.is_set():
+                raise KeyError("a bug")
+            return super().search(query)
+
+    asked, freed, has_bug = threading.Event(), threading.Event(), threading.Event()
+    prompts = [make_prompt(tokenizer, i, q) for i, q in enumerate(["capital of France?", "babble?", "loop?"])]
+    settings = dict(seed=0, step=0, group_size=2)
+    expected = [sequence(t) for t in open_rollout(search).run(prompts, **settings)[0]]
+    rollout = open_rollout(Held())
+    with pytest.raises(RolloutCutError):
+        rollout.run(prompts, is_cut=asked.is_set, **settings)
     assert not engine.has_unfinished
+    freed.set()
+    assert [sequence(t) for t in rollout.run(prompts, **settings)[0]] == expected
+    has_bug.set()
+    with pytest.raises(
+        ToolFaultError, match=r"^the search tool failed with KeyError: 'a bug' at test_multi_turn\.py"
+    ):
+        rollout.run(prompts, **settings)
+    assert not engine.has_unfinished
+    has_bug.clear()
+    assert [sequence(t) for t in rollout.run(prompts, **settings)[0]] == expected
+
+
+def test_a_rollout_is_broken_off_while_all_trajectories_wait_for_their_tools(open_rollout, tokenizer):
+    class Hanging(ScriptedSearch):
+        def search(self, query):
+            asked.set()
+            assert freed.wait(60)
+            return super().search(query)
+
+    asked, freed = threading.Event(), threading.Event()
+    with pytest.raises(RolloutCutError):
+        open_rollout(Hanging()).run(
+            [make_prompt(tokenizer, 0, "capital of France?")],
+            seed=0,
+            step=0,
+            group_size=1,
+            is_cut=asked.is_set,
+        )
+    assert not freed.is_set()
+    freed.set()
 
 
 def test_others_go_on_while_a_search_is_slow(play):
@@ -369,3 +432,22 @@ def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(
     # Without the tool its tags are text: the turn goes on past them.
     (alone,), _ = play([question], search)
     assert alone.num_process_turns == 0 and "</calculator>" in tokenizer.decode(alone.turns[0].tokens)
+
+
+def test_a_question_in_a_script_without_spaces_is_searched_and_answered(
+    play, search, tokenizer, engine, taught_path
+):
+    """Every character is three tokens here, and the policy writes an ideographic space into its query."""
+    turns = ["<think> 検索 </think> <search> 日本の\u3000首都 </search>", ANSWER.format("東京")]
+    observation = " <result>\nDoc 1 (Title: 日本の 首都) 日本の 首都 is known.\n</result>"
+    model = teach_more(taught_path, "日本の首都?", turns, observation)
+    old = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32)
+    engine.load_weights(model.state_dict().items(), version=1)
+    try:
+        (one,), _ = play([make_prompt(tokenizer, 0, "日本の首都?", ("東京",))], search)
+    finally:
+        engine.load_weights(old.state_dict().items(), version=0)
+    assert search.queries == ["日本の 首都"] and one.turns[0].query == "日本の 首都"
+    assert texts(tokenizer, one) == turns
+    assert tokenizer.decode(one.turns[0].observation_tokens) == observation
+    assert (one.outcome_reward, one.exact_match, one.format_ok) == (1.0, 1.0, True)

@@ -1,79 +1,278 @@
-"""Searches in threads, without any engine."""
+"""Tool calls in threads, without any engine; a test moves the clock and lets calls return."""
 
-import time
+import threading
 
 import pytest
 from scripted_search import ScriptedSearch, toolset_of
 
-from a2tgpo.rollout.tool_pool import ToolPool
+from a2tgpo.environment.tool import ToolError, Toolset
+from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
+from a2tgpo.rollout.tool_workers import HUNG_PER_WORKER
+
+DEADLINE_S = 10.0
+SOON_S = 30.0
+"""Real seconds after which a test that waits for a thread fails."""
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class HeldTool:
+    """Its calls return when the test lets them; those of `failing` raise ToolError."""
+
+    def __init__(self, *, failing=()):
+        self._failing = failing
+        self._begun, self._let, self._left = Events(), Events(), Events()
+        self.num_calls = 0
+
+    def call(self, text):
+        self.num_calls += 1
+        self._begun[text].set()
+        assert self._let[text].wait(SOON_S)
+        self._left[text].set()
+        if text in self._failing:
+            raise ToolError(f"no {text}")
+        return [f"{text}!"]
+
+    def close(self):
+        """Nothing is held."""
+
+    def let_go(self, *texts):
+        for text in texts:
+            self._let[text].set()
+
+    def await_begin(self, *texts):
+        assert all(self._begun[text].wait(SOON_S) for text in texts)
+
+    def await_end(self, text):
+        assert self._left[text].wait(SOON_S)
+
+    def has_begun(self, text):
+        return self._begun[text].is_set()
+
+
+class Events(dict):
+    """One event per text, made by whoever asks first."""
+
+    def __init__(self):
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, text):
+        with self._lock:
+            return self.setdefault(text, threading.Event())
 
 
 @pytest.fixture
-def pool_of():
-    pools = []
+def clock():
+    return Clock()
 
-    def pool_of(search, *, num_workers=4, deadline_s=5.0):
-        pools.append(ToolPool(toolset_of(search, num_workers=num_workers, deadline_s=deadline_s)))
-        return pools[-1]
+
+@pytest.fixture
+def pool_of(clock):
+    opened = []
+
+    def pool_of(tool, *, num_workers=4):
+        toolset = Toolset(tools={"tool": tool}, num_workers=num_workers, deadline_s=DEADLINE_S)
+        opened.append((ToolPool(toolset, clock=clock), tool))
+        return opened[-1][0]
 
     yield pool_of
-    for pool in pools:
+    for pool, tool in opened:
         pool.close()
+        if isinstance(tool, HeldTool):
+            tool.let_go(*list(tool._begun))
 
 
 def collect(pool, number):
+    """The next `number` results by key, in the order of their arrival."""
     results = {}
     while len(results) < number:
         results.update({result.key: result for result in pool.results(wait=True)})
     return results
 
 
-def test_every_search_gets_its_own_answer(pool_of):
-    pool = pool_of(ScriptedSearch(delays={"a": 0.2}, failing=["b"]))
-    keys = {query: pool.submit("search", query) for query in ("a", "b", "c")}
-    results = collect(pool, 3)
-    assert results[keys["a"]].parts == ("Doc 1 (Title: a) a is known.",)
-    assert results[keys["c"]].parts == ("Doc 1 (Title: c) c is known.",)
-    assert (results[keys["b"]].error, results[keys["b"]].parts) == ("no route to b", ())
-    assert 0 < pool.waited_s < 1
+def submit(pool, *texts):
+    return [pool.submit("tool", text) for text in texts]
+
+
+def test_every_call_gets_its_own_answer_in_the_order_of_arrival(pool_of):
+    tool = HeldTool(failing=["b"])
+    pool = pool_of(tool)
+    a, b, c = submit(pool, "a", "b", "c")
+    tool.await_begin("a", "b", "c")
+    arrived = []
+    for text in ("c", "a", "b"):
+        tool.let_go(text)
+        arrived += collect(pool, 1).values()
+    assert [(r.key, r.parts, r.error) for r in arrived] == [
+        (c, ("c!",), None),
+        (a, ("a!",), None),
+        (b, (), "no b"),
+    ]
+    assert pool.results(wait=True) == []
 
 
 def test_without_waiting_nothing_is_returned_before_it_is_there(pool_of):
-    pool = pool_of(ScriptedSearch(delays={"a": 0.3}))
+    tool = HeldTool()
+    pool = pool_of(tool)
     assert pool.results(wait=True) == []
-    pool.submit("search", "a")
-    start = time.monotonic()
+    (key,) = submit(pool, "a")
     assert pool.results(wait=False) == []
-    assert time.monotonic() - start < 0.2
-    assert len(pool.results(wait=True)) == 1
+    tool.let_go("a")
+    assert list(collect(pool, 1)) == [key]
+
+
+def test_a_call_is_given_up_at_a_deadline_from_its_own_start(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool)
+    (first,) = submit(pool, "first")
+    tool.await_begin("first")
+    clock.now = 6.0
+    second, third = submit(pool, "second", "third")
+    tool.await_begin("second", "third")
+    tool.let_go("third")
+    assert list(collect(pool, 1)) == [third]  # an answer to another call moves no deadline
+    clock.now = DEADLINE_S
+    (late,) = pool.results(wait=False)
+    assert (late.key, late.error, late.is_late) == (first, "no answer within 10 s", True)
+    clock.now = 6.0 + DEADLINE_S - 0.5
+    assert pool.results(wait=False) == []
+    clock.now += 0.5
+    assert list(collect(pool, 1)) == [second]
+
+
+def test_waiting_for_a_worker_uses_up_no_deadline(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool, num_workers=1)
+    texts = [str(number) for number in range(4)]
+    keys = submit(pool, *texts)
+    for key, text in zip(keys, texts, strict=True):
+        tool.await_begin(text)
+        clock.now += 0.9 * DEADLINE_S  # all of them together take far longer than one deadline
+        assert pool.results(wait=False) == []
+        tool.let_go(text)
+        assert [(result.key, result.error) for result in collect(pool, 1).values()] == [(key, None)]
+
+
+def test_a_thread_that_hangs_is_replaced_and_its_late_answer_is_dropped(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool, num_workers=1)
+    hangs, queued = submit(pool, "hangs", "queued")
+    tool.await_begin("hangs")
+    assert not tool.has_begun("queued")
+    clock.now = DEADLINE_S
+    assert list(collect(pool, 1)) == [hangs]
+    tool.await_begin("queued")
+    tool.let_go("hangs")
+    tool.await_end("hangs")
+    clock.now += DEADLINE_S - 1
+    assert pool.results(wait=False) == []
+    tool.let_go("queued")
+    assert [(result.key, result.parts) for result in collect(pool, 1).values()] == [(queued, ("queued!",))]
+
+
+def test_so_many_hanging_calls_end_the_run_and_those_that_return_make_room(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool, num_workers=2)
+    most = 2 * HUNG_PER_WORKER
+
+    def hang(*texts):
+        submit(pool, *texts)
+        tool.await_begin(*texts)
+        clock.now += DEADLINE_S
+        assert all(result.is_late for result in collect(pool, len(texts)).values())
+
+    for number in range(HUNG_PER_WORKER):
+        hang(f"{number} a", f"{number} b")
+    tool.let_go("0 a")
+    while pool._workers.num_hung == most:  # until that thread has taken note
+        threading.Event().wait(0.001)
+    hang("in its place")
+    assert pool._workers.num_hung == most
+    submit(pool, "one more")
+    tool.await_begin("one more")
+    clock.now += DEADLINE_S
+    with pytest.raises(
+        ToolFaultError, match=rf"^{most + 1} tool calls, the last of tool, have run for more than 10 s"
+    ):
+        pool.results(wait=True)
+
+
+def test_a_pool_whose_calls_were_dropped_answers_only_later_ones(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool, num_workers=2)
+    submit(pool, "ended", "runs", "queued")
+    tool.await_begin("ended", "runs")
+    tool.let_go("ended")
+    tool.await_begin("queued")
+    submit(pool, "never")
+    pool.drop_pending()
     assert pool.results(wait=True) == []
+    tool.let_go("runs")
+    (later,) = submit(pool, "later")
+    tool.let_go("later")
+    assert list(collect(pool, 1)) == [later]
+    assert pool.results(wait=False) == [] and not tool.has_begun("never")
+    clock.now = 2 * DEADLINE_S  # "queued" still hangs: it is replaced, and nobody is told
+    submit(pool, "x", "y")
+    assert pool.results(wait=False) == []
+    tool.await_begin("x", "y")
 
 
-def test_an_answer_that_comes_too_late_is_not_taken_for_another(pool_of):
-    pool = pool_of(ScriptedSearch(delays={"slow": 0.9, "next": 0.5}), deadline_s=0.6)
-    slow = pool.submit("search", "slow")
-    (failed,) = pool.results(wait=True)
-    assert (failed.key, failed.error) == (slow, "no answer within 0.6 s")
-    key = pool.submit("search", "next")
-    (result,) = pool.results(wait=True)  # the slow one's answer arrives meanwhile
-    assert (result.key, result.error) == (key, None)
-    assert result.parts == ("Doc 1 (Title: next) next is known.",)
-
-
-def test_searches_queued_behind_others_are_not_late_while_answers_arrive(pool_of):
-    queries = [str(i) for i in range(6)]
-    pool = pool_of(ScriptedSearch(delays=dict.fromkeys(queries, 0.2)), num_workers=1, deadline_s=0.6)
-    for query in queries:
-        pool.submit("search", query)
-    assert all(result.error is None for result in collect(pool, 6).values())
-
-
-def test_faults_of_the_program_are_passed_on(pool_of):
-    class Broken(ScriptedSearch):
-        def search(self, query):
-            raise KeyError("a bug")
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (KeyError("a bug"), r"KeyError: 'a bug' at test_tool_pool\.py:\d+"),
+        (ValueError(), r"ValueError at test_tool_pool\.py:\d+"),
+        ("text", r"TypeError: it returned 'text', not a list of at least one text at tool_workers\.py:\d+"),
+        (None, r"TypeError: it returned None, not a list of at least one text at tool_workers\.py:\d+"),
+        ([], r"TypeError: it returned \[\], not .*"),
+        ([1], r"TypeError: it returned \[1\], not .*"),
+    ],
+)
+def test_a_bug_in_a_tool_is_one_line_that_names_tool_and_place(pool_of, returned, expected):
+    class Broken:
+        def call(self, text):
+            if isinstance(returned, Exception):
+                raise returned
+            return returned
 
     pool = pool_of(Broken())
-    pool.submit("search", "a")
-    with pytest.raises(KeyError, match="a bug"):
-        pool.results(wait=True)
+    submit(pool, "a")
+    with pytest.raises(ToolFaultError) as raised:
+        collect(pool, 1)
+    assert raised.match(
+        rf"^the tool tool failed with {expected}; a tool may only raise ToolError \(docs/tools\.md\)$"
+    )
+
+
+def test_waiting_is_measured_only_while_there_is_nothing_else_to_do(pool_of, clock):
+    tool = HeldTool()
+    pool = pool_of(tool)
+    submit(pool, "a")
+    tool.await_begin("a")
+    clock.now = 3.0
+    pool.results(wait=False)
+    assert pool.waited_s == 0.0
+    timer = threading.Timer(0.05, lambda: (setattr(clock, "now", 5.0), tool.let_go("a")))
+    timer.start()
+    collect(pool, 1)
+    timer.join()
+    assert pool.waited_s == 2.0
+
+
+def test_a_search_that_fails_is_told_in_its_own_words():
+    pool = ToolPool(toolset_of(ScriptedSearch(failing=["b"]), num_workers=4))
+    keys = {query: pool.submit("search", query) for query in ("a", "b")}
+    results = collect(pool, 2)
+    assert results[keys["a"]].parts == ("Doc 1 (Title: a) a is known.",)
+    assert (results[keys["b"]].error, results[keys["b"]].is_late) == ("no route to b", False)
+    pool.close()

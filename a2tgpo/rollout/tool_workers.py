@@ -1,0 +1,177 @@
+"""Threads that run tool calls, of which any may hang.
+
+A call's deadline counts from its own start: time in the queue costs it nothing. A thread whose call is past its
+deadline is abandoned and another one takes its place; the thread ends when its call returns, and that late answer is
+dropped. Threads that hang are bounded in number. All threads are daemons: one that hangs does not keep the process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+HUNG_PER_WORKER = 4
+"""Abandoned threads that may hang at a time, per worker."""
+
+
+class ToolsHangError(RuntimeError):
+    """So many calls hang that no more threads are started for them; one line."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call, from the queue to its outcome."""
+
+    key: int
+    """Names it in what `ToolWorkers.take` returns."""
+    name: str
+    """The tool, for messages."""
+    run: Callable[[], Sequence[str]]
+    started: float = 0.0
+    """When a thread took it, by the workers' clock."""
+    parts: tuple[str, ...] = ()
+    """What it returned."""
+    error: Exception | None = None
+    """What it raised."""
+    is_late: bool = False
+    """It was given up at its deadline."""
+    is_wanted: bool = True
+    """Whether anyone waits for its outcome."""
+
+
+class ToolWorkers:
+    """Runs calls in up to `num_workers` threads at a time; one thread submits and takes.
+
+    Args:
+        num_workers: calls that run at a time, those that hang not counted.
+        deadline_s: from a call's start; then it is given up, seconds.
+        clock: seconds, never going back.
+    """
+
+    def __init__(self, num_workers: int, *, deadline_s: float, clock: Callable[[], float] = time.monotonic):
+        self._num_workers = num_workers
+        self._deadline_s = deadline_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._has_work = threading.Condition(self._lock)
+        self._has_outcome = threading.Condition(self._lock)
+        self._queued: deque[Call] = deque()
+        self._running: list[Call] = []  # by start
+        self._ended: list[Call] = []
+        self._num_threads = 0  # that work or wait for work
+        self._num_hung = 0  # abandoned threads whose call has not returned
+        self._closed = False
+
+    @property
+    def num_hung(self) -> int:
+        """Threads that hang in a call that was given up."""
+        return self._num_hung
+
+    def submit(self, call: Call) -> None:
+        with self._lock:
+            self._queued.append(call)
+            self._start_threads()
+            self._has_work.notify()
+
+    def take(self, *, timeout_s: float) -> list[Call]:
+        """Wanted calls that have ended or were given up since the last `take`, in that order.
+
+        Args:
+            timeout_s: longest wait for a first one, if any is pending; seconds.
+
+        Raises:
+            ToolsHangError: if more threads hang than are allowed.
+        """
+        with self._lock:
+            outcomes = self._take_ended() + self._give_up_late()
+            if not outcomes and self._has_wanted():
+                # A call that has not begun has its whole deadline before it.
+                first = self._running[0].started if self._running else self._clock()
+                left_s = first + self._deadline_s - self._clock()
+                self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))
+                outcomes = self._take_ended() + self._give_up_late()
+            return outcomes
+
+    def drop_all(self) -> None:
+        """Want no outcome of any call submitted so far; those that no thread has taken are not made."""
+        with self._lock:
+            self._queued.clear()
+            self._ended.clear()
+            for call in self._running:
+                call.is_wanted = False
+
+    def close(self) -> None:
+        """Let idle threads end, and busy ones once their call returns; nothing is submitted afterwards."""
+        with self._lock:
+            self._closed = True
+            self._queued.clear()
+            self._has_work.notify_all()
+
+    def _has_wanted(self) -> bool:
+        return bool(self._queued) or any(call.is_wanted for call in self._running)
+
+    def _take_ended(self) -> list[Call]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _give_up_late(self) -> list[Call]:
+        now = self._clock()
+        late = [call for call in self._running if call.started + self._deadline_s <= now]
+        for call in late:
+            call.is_late = True
+            self._running.remove(call)
+            self._num_threads -= 1
+            self._num_hung += 1
+        allowed = HUNG_PER_WORKER * self._num_workers
+        if self._num_hung > allowed:
+            names = ", ".join(sorted({call.name for call in late})) or "any"
+            raise ToolsHangError(
+                f"{self._num_hung} tool calls, the last of {names}, have run for more than {self._deadline_s:g} s "
+                f"and not returned, more than the {allowed} that are allowed; let the tool bound its own waiting"
+            )
+        self._start_threads()
+        return [call for call in late if call.is_wanted]
+
+    def _start_threads(self) -> None:
+        """As many as the queue can use."""
+        num_idle = self._num_threads - len(self._running)
+        for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
+            self._num_threads += 1
+            threading.Thread(target=self._work, name="tool", daemon=True).start()
+
+    def _work(self) -> None:
+        while (call := self._next_call()) is not None:
+            try:
+                call.parts = _checked(call.run())
+            except Exception as error:
+                call.error = error
+            with self._lock:
+                if call.is_late:
+                    self._num_hung -= 1
+                    return
+                self._running.remove(call)
+                if call.is_wanted:
+                    self._ended.append(call)
+                    self._has_outcome.notify()
+
+    def _next_call(self) -> Call | None:
+        """The call that was queued first, once there is one; None once closed."""
+        with self._lock:
+            while not self._queued and not self._closed:
+                self._has_work.wait()
+            if self._closed:
+                return None
+            call = self._queued.popleft()
+            call.started = self._clock()
+            self._running.append(call)
+            return call
+
+
+def _checked(parts: Sequence[str]) -> tuple[str, ...]:
+    """What a tool returned, if it is what a tool must return."""
+    if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
+    return tuple(parts)
