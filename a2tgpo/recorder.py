@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
-from a2tgpo.metrics.host_memory import host_memory_gib
+from a2tgpo.metrics.host_memory import resident_bytes, return_free_memory
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.rollout_metrics import add_rollout_metrics
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -75,7 +75,8 @@ class Recorder:
         """
         add_rollout_metrics(learning_metrics, trajectories)
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
-        engine_metrics.add_max("memory/host_gib", host_memory_gib())
+        return_free_memory()
+        engine_metrics.add_max("memory/host_gib", resident_bytes() / 2**30)
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)

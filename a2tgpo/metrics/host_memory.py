@@ -1,10 +1,22 @@
-"""How much of the machine's memory this process holds."""
+"""The machine's memory that this process holds."""
 
+import ctypes
 import os
 from pathlib import Path
 
+_C_LIBRARY = ctypes.CDLL(None)
 
-def host_memory_gib() -> float:
-    """Resident memory of this process, GiB."""
+
+def resident_bytes() -> int:
+    """Resident memory of this process, shared pages included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_free_memory() -> None:
+    """Give the system back what this process has freed and glibc's allocator keeps for later allocations.
+
+    By itself glibc returns what is free at the end of its heap only. A step's tensors come and go among blocks that
+    stay, so that the pages between those remain resident, more of them with every step.
+    """
+    _C_LIBRARY.malloc_trim(0)

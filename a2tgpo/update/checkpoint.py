@@ -244,10 +244,13 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 
 def _size_and_crc(path: Path) -> tuple[int, int]:
     size = crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
+    # Every save has a thread of its own, and glibc keeps what a thread has used for the next one that it gives the
+    # same arena: a buffer of megabytes would stay in all of a process's arenas.
+    block = memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            size += count
+            crc = zlib.crc32(block[:count], crc)
     return size, crc
 
 

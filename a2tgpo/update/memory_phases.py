@@ -16,15 +16,14 @@ and over a step, the mean of the ranks: `memory/moved_gib` to and from the host,
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from a2tgpo.metrics.host_memory import resident_bytes
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.policy import Policy
 from a2tgpo.residency import ENGINE, TRAINER, resident
@@ -197,8 +196,7 @@ class MemoryPhases:
 def memory_in_use() -> dict[str, int]:
     """Bytes in use: on the card, and of that what torch's allocator knows of; without a GPU, of this process."""
     if not ON_GPU:
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return {"used": resident_pages * os.sysconf("SC_PAGE_SIZE")}
+        return {"used": resident_bytes()}
     free, total = torch.cuda.mem_get_info()
     return {
         "used": total - free,

@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 methods_worker.py CONFIG RUNS.json
 
-RUNS.json: {run name: overrides of CONFIG}. Leaves the folder of each run, as launch/train.py would, and weights.json
-beside them.
+RUNS.json: {run name: overrides of CONFIG}. Leaves the folder of each run, as launch/train.py would, and trained.json
+beside them: what became of the weights, and what each rank held after each step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from held_memory import held
 
 from a2tgpo.assemble import RunParts, assemble, build_reference, build_rollout
 from a2tgpo.config.load import load_config
@@ -64,16 +68,18 @@ def weights(parts: RunParts) -> list[torch.Tensor]:
     return [p.detach() for model in parts.policy.gpt_models for p in model.parameters()]
 
 
-def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, float | bool]:
-    """The run's steps, in its folder; what became of the weights."""
+def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
+    """The run's steps, in its folder; what became of the weights, and what the ranks held, [rank][step]."""
     config = parts.config
     folder = RunFolder(config, parts.groups)
     folder.open("none")
     recorder = folder.recorder(parts, step=0)
     guards = Guards(config.guard, clip_low=config.algorithm.clip_low, clip_high=config.algorithm.clip_high)
     trainer = Trainer(parts, recorder, folder, guards)
+    held_after = []
     for _ in range(config.run.steps):
         trainer.train_step()
+        held_after.append(held())
     recorder.writer.close()
     parts.phases.enter("build")
     trained = weights(parts)
@@ -86,6 +92,7 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, float | bool]
             for others in everyones
             for mine, other in zip(trained, others, strict=True)
         ),
+        "held": all_gather_object(held_after, dist.group.WORLD),
     }
 
 
@@ -107,7 +114,7 @@ def main() -> None:
         if groups.rank == 0:
             print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
     if groups.rank == 0:
-        (Path(base.run.root) / "weights.json").write_text(json.dumps(results))
+        (Path(base.run.root) / "trained.json").write_text(json.dumps(results))
     parts.close()
     shutdown()
 

@@ -1,6 +1,7 @@
 """Every preset of configs/algorithm/ trains two steps on 2 real processes with a real engine (see methods_worker.py).
 
-All runs start from the same weights, questions and seeds: what differs between them is the method.
+All runs start from the same weights, questions and seeds: what differs between them is the method. One more run takes
+enough steps to show that none of them leaves anything behind.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 import pytest
 import yaml
 import zstandard
+from held_memory import held
 from tiny_models import CAPITALS, taught_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,44 +45,52 @@ RUNS = {name: [name] for name in PRESETS} | {"dapo": ["dapo", SHORT_BUFFER]} | V
 DYNAMIC = ("dapo", "dapo_one_draw")
 WITH_REFERENCE = ("grpo", "grpo_k1", "grpo_k2", "grpo_tight", "masked")
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "truncated")
+LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
 
 pytestmark = pytest.mark.distributed
 
 
 class Run:
-    """What a run left: the metrics of its steps, their rollouts, and what became of its weights."""
+    """What a run left: the metrics of its steps, their rollouts, its weights, and what its ranks held."""
 
-    def __init__(self, folder: Path, weights: dict):
+    def __init__(self, folder: Path, trained: dict):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         self.steps: list[dict[str, float]] = [json.loads(line) for line in lines]
-        self.rollouts = [self._rollouts(folder / f"rollouts/step_{record['step']}") for record in self.steps]
-        self.weights = weights
+        self.folder = folder
+        self.rollouts = [read_rollouts(folder, step=record["step"]) for record in self.steps]
+        self.trained = trained
 
-    @staticmethod
-    def _rollouts(path: Path) -> list[dict]:
-        packed = path.with_suffix(".jsonl.zst").read_bytes()
-        lines = zstandard.ZstdDecompressor().decompressobj().decompress(packed).splitlines()
-        return [msgspec.json.decode(line) for line in lines]
+
+def read_rollouts(folder: Path, *, step: int) -> list[dict]:
+    packed = (folder / f"rollouts/step_{step}.jsonl.zst").read_bytes()
+    lines = zstandard.ZstdDecompressor().decompressobj().decompress(packed).splitlines()
+    return [msgspec.json.decode(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Run]:
+def runs(launched) -> dict[str, Run]:
+    return {name: launched[name] for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("methods")
     config = write_inputs(root)
     overrides = {name: [str(PRESETS[preset]), *settings] for name, (preset, *settings) in RUNS.items()}
+    overrides[LONG] = [str(PRESETS["a2tgpo"]), f"run.steps={LONG_STEPS}"]
     (root / "overrides.json").write_text(json.dumps(overrides))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*command, str(WORKER), str(config), str(root / "overrides.json")],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     # dapo_one_draw leaves places unfilled in both of its steps.
     assert result.stderr.count("after 1 draws (rollout.max_draws=1)") == 1
-    weights = json.loads((root / "runs/weights.json").read_text())
-    return {name: Run(root / "runs" / name, weights[name]) for name in RUNS}
+    trained = json.loads((root / "runs/trained.json").read_text())
+    return {name: Run(root / "runs" / name, trained[name]) for name in overrides}
 
 
 def write_inputs(root: Path) -> Path:
@@ -149,8 +159,8 @@ def test_two_steps_update_all_ranks_alike(runs, name):
         assert record["advantage/max"] > record["advantage/min"]
         assert record["gap/train_engine_abs_mean"] < 1e-4, "the engine plays with other weights"
         assert record["ratio/noise_floor"] < 1e-6
-    assert run.weights["equal_on_all_ranks"]
-    assert run.weights["largest_change"] > 1e-4
+    assert run.trained["equal_on_all_ranks"]
+    assert run.trained["largest_change"] > 1e-4
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -286,3 +296,19 @@ def test_corrections_act_only_where_they_are_asked_for(runs, name):
         # The weights that are left are all 1 but for the last digits.
         used = 1.0 if kind == "truncated" else 1 - share
         assert record["correction/effective_sample_share"] == pytest.approx(used, abs=1e-4)
+
+
+def test_steps_leave_nothing_behind_in_memory(launched):
+    """Caches and TensorBoard keep a little more for a while; a step's rollouts, batches or graphs are far more."""
+    run = launched[LONG]
+    before = held()
+    kept = read_rollouts(run.folder, step=1)
+    blocks_of_rollouts = held()["python_blocks"] - before["python_blocks"]
+    assert len(kept) == GROUPS_PER_STEP * GROUP_SIZE and blocks_of_rollouts > 1000
+    for after_step in run.trained["held"]:
+        first, last = after_step[WARM_STEPS - 1], after_step[-1]
+        grown = {name: (last[name] - first[name]) / (LONG_STEPS - WARM_STEPS) for name in first}
+        assert grown["python_blocks"] < blocks_of_rollouts / 20, grown
+        assert grown["tensors"] < 4, grown
+        assert grown["bytes"] < 2**20, grown
+        assert grown["files"] == 0, grown
