@@ -14,6 +14,7 @@ CORE = [
     "tensorboard>=2.20",
     "msgspec>=0.20",  # trajectories between ranks and on disk
     "zstandard>=0.25",
+    "pyarrow>=20",  # question sets that are published as Parquet
     "bm25s>=0.3.9,<0.4",
     "faiss-cpu>=1.15,<2",  # dense retrieval
     "fastapi>=0.133,<0.137",  # the retrieval server: what vLLM takes too

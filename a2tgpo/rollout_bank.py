@@ -10,12 +10,10 @@ with has its weights, later ones may have others, and are then played anew.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import uuid
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch.distributed as dist
 
+from a2tgpo.atomic_file import atomic_file
 from a2tgpo.carried_pool import Carried
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import fingerprint
@@ -102,19 +101,12 @@ class RolloutBank:
         )
         payload = msgspec.msgpack.encode(banked)
         path = self._path(step)
-        fresh = path.with_suffix(".new")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with fresh.open("wb") as stream:
+            with atomic_file(path) as stream:
                 stream.write(_digest(payload) + payload)
-                stream.flush()
-                os.fsync(stream.fileno())
-            fresh.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
             metrics.add("rollout/not_banked", 1, 0)
-            logger.warning("the rollouts of step %d are not kept: %s", step + 1, error.strerror)
+            logger.warning("the rollouts of step %d are not kept: %s (%s)", step + 1, error.strerror, path)
 
     def _read(self, step: int) -> BankedStep | None:
         try:
@@ -153,5 +145,8 @@ def _config_key(parts: RunParts) -> str:
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]
     groups = parts.groups
-    text = json.dumps([sections, parts.config.run.seed, groups.rank, groups.world_size], sort_keys=True)
+    questions = parts.sampler.fingerprint
+    text = json.dumps(
+        [sections, parts.config.run.seed, questions, groups.rank, groups.world_size], sort_keys=True
+    )
     return f"config {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 import zstandard
 from transformers import PreTrainedTokenizerBase
 
+from a2tgpo.atomic_file import atomic_file
 from a2tgpo.parallel.collectives import exchange_bytes
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
@@ -56,12 +56,10 @@ def collect_records(
 
 
 def write_records(records: Sequence[dict], path: Path) -> None:
-    """One JSON object a line, zstd-compressed; complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(path.suffix + ".tmp")
+    """One JSON object a line, zstd-compressed; complete or absent. An OSError names `path`."""
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    unfinished.write_bytes(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
-    os.replace(unfinished, path)
+    with atomic_file(path) as stream:
+        stream.write(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(lines.encode()))
 
 
 def gains_by_turn(records: Sequence[dict]) -> dict[int, list[float]]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import text_argument
 from launch.failure import exit_code
 from launch.rendezvous import forget_torchrun
 
@@ -42,7 +43,12 @@ def main() -> int:
         epilog="All but --script goes to the script.",
         allow_abbrev=False,
     )
-    parser.add_argument("--script", default=str(TRAIN), help="what each rank runs (default: launch/train.py)")
+    parser.add_argument(
+        "--script",
+        type=text_argument,
+        default=str(TRAIN),
+        help="what each rank runs (default: launch/train.py)",
+    )
     args, arguments = parser.parse_known_args()
     try:
         if not Path(args.script).is_file():

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from tools.ablation_report import write_report
@@ -255,17 +256,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--methods", help="names from configs/algorithm, comma-separated; the first is the base"
     )
     parser.add_argument("--seeds", default="0", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder of the comparison")
+    parser.add_argument("--out", type=path_argument, help="folder of the comparison")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
     parser.add_argument(
-        "--tuned", type=Path, help="folder with NAME.yaml for methods that need other values here"
+        "--tuned", type=path_argument, help="folder with NAME.yaml for methods that need other values here"
     )
     parser.add_argument(
-        "--presets", type=Path, default=PRESETS, help="folder of the methods (default: %(default)s)"
+        "--presets", type=path_argument, default=PRESETS, help="folder of the methods (default: %(default)s)"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="only write tables and figures of DIR anew"
+        "--report", type=path_argument, metavar="DIR", help="only write tables and figures of DIR anew"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     # Values may stand behind options: the plain parser would hand all positionals out at the first of them.

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from a2tgpo.atomic_file import write_text
 from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 from tools.ablation_figures import write_figures
 from tools.ablation_runs import RunResult, read_results
@@ -44,7 +45,7 @@ def write_report(out: Path) -> str:
     figures = write_figures(finished, out)
     write_boards(finished, out / "tensorboard")
     text = report_text(plan.methods, results, rows) + figure_text(figures)
-    (out / "report.md").write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     return f"{len(finished)} of {len(results)} runs finished; report: {out / 'report.md'}"
 
 

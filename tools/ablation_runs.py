@@ -8,11 +8,11 @@ DIR/logs/NAME-seedS.log   what it printed, attempt after attempt
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
@@ -80,10 +80,7 @@ class Plan:
         self.exit_codes = earlier.exit_codes | self.exit_codes
 
     def save(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        unfinished = out / f"{PLAN_FILE}.tmp"
-        unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, out / PLAN_FILE)
+        write_json(out / PLAN_FILE, asdict(self))
 
 
 def load_plan(out: Path) -> Plan:

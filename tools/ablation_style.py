@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from a2tgpo.atomic_file import atomic_file
 from tools.plot_run import INK, MUTED
 
 # Okabe and Ito's palette, told apart with any colour vision; grey for its yellow, which is lost on white.
@@ -50,5 +51,6 @@ def finish(figure: Figure, labelled: Axes | None, title: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI)
+    with atomic_file(path) as stream:
+        figure.savefig(stream, dpi=DPI, format="png")
     plt.close(figure)

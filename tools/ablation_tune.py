@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import math
 import os
 import subprocess
@@ -28,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
+from a2tgpo.atomic_file import write_text
 from a2tgpo.config.check import require
+from a2tgpo.config.expand import text_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 from tools.ablation import LAUNCHER, refuse_other_config
@@ -177,7 +180,7 @@ def write_choice(trial: Trial, folder: Path) -> None:
         section, name = key.split(".")
         sections.setdefault(section, {})[name] = value
     text = f"# Chosen by tools/ablation_tune.py; its trials are in tuning.csv.\n{yaml.safe_dump(sections)}"
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def write_table(scores: dict[Trial, float], path: Path) -> None:
@@ -189,18 +192,21 @@ def write_table(scores: dict[Trial, float], path: Path) -> None:
     for trial, score in scores.items():
         row = [trial.method, f"{trial.lr:g}", f"{trial.clip_low:g}", f"{trial.clip_high:g}", f"{score:.4f}"]
         rows[tuple(row[:3])] = row
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(["method", "lr", "clip_low", "clip_high", "train_reward"])
-        writer.writerows(rows[key] for key in sorted(rows))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["method", "lr", "clip_low", "clip_high", "train_reward"])
+    writer.writerows(rows[key] for key in sorted(rows))
+    write_text(path, table.getvalue())
 
 
 def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("config", help="YAML file of the experiment")
     parser.add_argument("--methods", required=True, type=lambda text: text.split(","))
-    parser.add_argument("--out", required=True, help="folder of the trials' runs")
-    parser.add_argument("--write", required=True, help="folder that receives METHOD.yaml and tuning.csv")
+    parser.add_argument("--out", type=text_argument, required=True, help="folder of the trials' runs")
+    parser.add_argument(
+        "--write", type=text_argument, required=True, help="folder that receives METHOD.yaml and tuning.csv"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")

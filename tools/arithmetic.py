@@ -1,10 +1,10 @@
 """The arithmetic data set: sums too long for the head, and demonstrations of working them out with the calculator."""
 
 import argparse
-import json
 import random
 from collections.abc import Iterator, Sequence
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import require
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
@@ -39,7 +39,7 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
             for quality in ("good", "guess")
         },
     }
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(args.out / "report.json", report)
     return report
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.search.dense import EncoderSettings
 from a2tgpo.search.index_folder import build_index
 
@@ -58,10 +59,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", choices=["bm25", "dense"])
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the index; must not exist")
+    parser.add_argument("--corpus", type=path_argument, required=True)
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder of the index; must not exist"
+    )
     parser.add_argument("--part", default="0/1", metavar="I/N", help="only part I of N")
-    parser.add_argument("--encoder", default="", help="dense: Hugging Face folder, such as e5-base-v2")
+    parser.add_argument(
+        "--encoder", type=text_argument, default="", help="dense: Hugging Face folder, such as e5-base-v2"
+    )
     parser.add_argument("--factory", default="Flat", help="dense: FAISS's name of the index")
     parser.add_argument("--query-prefix", default="", help='dense: e5 wants "query: "')
     parser.add_argument("--passage-prefix", default="", help='dense: e5 wants "passage: "')
@@ -93,7 +98,7 @@ def main() -> int:
         return 2
     except OSError as error:
         bars.close()
-        print(f"error: --out: cannot write {args.out} ({error.strerror})", file=sys.stderr)
+        print(f"error: --out: cannot write {args.out} ({error.strerror or error})", file=sys.stderr)
         return 2
     bars.close()
     print(f"wrote {args.out}: {args.kind} over {num_passages} passages")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import text_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
@@ -47,7 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="run's checkpoint or Hugging Face folder"
+        "--checkpoint",
+        type=text_argument,
+        required=True,
+        metavar="PATH",
+        help="run's checkpoint or Hugging Face folder",
     )
     parser.add_argument("--question", help="answer this one and end")
     parser.add_argument(

@@ -25,7 +25,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import atomic_file, write_text
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import path_argument
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 from tools.plot_run import STAGE_COLORS, STYLE
 from tools.run_equality import differences as exact_differences
@@ -103,7 +105,8 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
             axis.set_visible(False)
         handles, labels = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
-        figure.savefig(out, dpi=130)
+        with atomic_file(out) as stream:
+            figure.savefig(stream, dpi=130, format="png")
         plt.close(figure)
 
 
@@ -136,7 +139,7 @@ def differences(folders: Mapping[str, Path]) -> list[str]:
     for label, folder in folders.items():
         try:
             configs[label] = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):
             return []
     keys = sorted(set().union(*configs.values()))
     different = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
@@ -170,8 +173,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/comparison"), metavar="FOLDER")
+    parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", type=path_argument, default=Path("runs/comparison"), metavar="FOLDER")
     parser.add_argument("--metrics", default=",".join(METRICS), help="names, separated by commas")
     parser.add_argument("--exact", action="store_true", help="are two runs equal to the bit?")
     args = parser.parse_args()
@@ -191,9 +194,8 @@ def main() -> int:
         )
         lines = [*table(runs, metrics), "", "## Settings that differ", "", *differences(folders)]
         page = "# " + ", ".join(runs) + "\n\n![Curves](curves.png)\n\n" + "\n".join(lines) + "\n"
-        args.out.mkdir(parents=True, exist_ok=True)
         draw(runs, metrics, args.out / "curves.png")
-        (args.out / "table.md").write_text(page, encoding="utf-8")
+        write_text(args.out / "table.md", page)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

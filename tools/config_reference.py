@@ -19,6 +19,7 @@ from typing import get_type_hints
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from a2tgpo.atomic_file import write_text
 from a2tgpo.config.run import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,14 @@ is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prin
 and checks it.
 
 Paths are relative to the folder the program is started in. Keys without a default must be given.
+
+In paths, `run.name` and `search.url`, a leading `~` or `~USER` and every `${NAME}` or `$NAME` of an environment
+variable are replaced, and `$$` stands for `$`; a variable that is not set or empty is an error. The same holds for
+`base:` and for the paths among the arguments of every program. `runs/NAME/config.yaml` holds the result.
+
+Numbers are in base 10: YAML would read `012` in base 8 and `1:30` in base 60, so both are refused. `1e-5` is a
+number here though YAML reads a text, `1_000` is 1000, and `0x1f` is 31. `yes`, `no`, `on` and `off` are true and
+false, as in YAML; where a text is meant, put them in quotes. Files are in UTF-8.
 """
 
 
@@ -59,7 +68,7 @@ def main() -> int:
             return 0
         print(f"{args.out} is out of date; run python tools/config_reference.py", file=sys.stderr)
         return 1
-    args.out.write_text(page, encoding="utf-8")
+    write_text(args.out, page)
     print(f"wrote {args.out}")
     return 0
 

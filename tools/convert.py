@@ -13,6 +13,7 @@ from with `--resume CHECKPOINTS/step_0`. Weights are read and written in parts, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
@@ -48,8 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("direction", choices=DIRECTIONS)
-    parser.add_argument("--in", dest="source", type=Path, required=True, help="what to read")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--in", dest="source", type=path_argument, required=True, help="what to read")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write; must not exist")
     parser.add_argument("--config", help="YAML file of the run; default: the one beside the checkpoint")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
@@ -113,6 +115,9 @@ def import_hf(config: RunConfig, source: Path, out: Path) -> None:
     )
     fault = writer.wait()
     if fault:
+        if groups.rank == 0:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # what was written in it is removed
         raise RuntimeError(f"--out: {out} could not be written: {fault}")
     path = out / "step_0"
     if groups.rank == 0:

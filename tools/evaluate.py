@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import expand, path_argument, text_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from launch.failure import exit_code
 from launch.preflight import meet_ranks
 from launch.rendezvous import join_launcher
+from tools.json_lines_file import write_lines
 
 if TYPE_CHECKING:
     from a2tgpo.data.template import PromptSet
@@ -58,7 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="run's checkpoint or Hugging Face folder"
+        "--checkpoint",
+        type=text_argument,
+        required=True,
+        metavar="PATH",
+        help="run's checkpoint or Hugging Face folder",
     )
     parser.add_argument(
         "--sets",
@@ -71,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--samples", type=int, default=0, help="answers drawn per question for pass@k, besides the greedy one"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder of the report; default: ROOT/NAME/evaluation/CHECKPOINT"
+        "--out", type=path_argument, help="folder of the report; default: ROOT/NAME/evaluation/CHECKPOINT"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
@@ -90,7 +95,7 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
         require(
             name not in sets, "--sets", part, f"a name other than {name!r}, which is taken; say NAME=FILE"
         )
-        questions = load_questions(file, key="--sets" if text else "data.test")
+        questions = load_questions(expand(file, "--sets"), key="--sets" if text else "data.test")
         sets[name] = questions[:limit] if limit else questions
     return sets
 
@@ -177,24 +182,18 @@ def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answer
     if sampled:
         notes.append(f"samples drawn at temperature {config.rollout.temperature:g}")
     page = to_markdown(summary, title=f"Evaluation of {config.run.name}, {model.label}", notes=notes)
-    partial = out.with_name(f".{out.name}.partial")
+    record = {"checkpoint": str(model.path), "step": model.step, "run": config.run.name, **summary}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "report.md").write_text(page, encoding="utf-8")
-        record = {"checkpoint": str(model.path), "step": model.step, "run": config.run.name, **summary}
-        (partial / "report.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with open(partial / "answers.jsonl", "w", encoding="utf-8") as handle:
-            for line in answer_lines(greedy, "greedy") + answer_lines(sampled, "sample"):
-                handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-        with SummaryWriter(str(partial / "tensorboard")) as board:
-            for name, value in to_scalars(summary).items():
-                board.add_scalar(f"evaluation/{name}", value, model.step)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with atomic_folder(out) as folder:
+            write_text(folder / "report.md", page)
+            write_json(folder / "report.json", record)
+            write_lines(
+                folder / "answers.jsonl", answer_lines(greedy, "greedy") + answer_lines(sampled, "sample")
+            )
+            with SummaryWriter(str(folder / "tensorboard")) as board:
+                for name, value in to_scalars(summary).items():
+                    board.add_scalar(f"evaluation/{name}", value, model.step)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise ConfigError(f"--out: cannot write {out} ({error.strerror}); choose another folder") from None
     print(page)
     print(f"wrote {out}", flush=True)

@@ -16,8 +16,9 @@ def exit_code(write: Callable[[], object]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        place = error.filename or "to --out"
         print(
-            f"error: cannot write {error.filename} ({error.strerror}); choose another --out", file=sys.stderr
+            f"error: cannot write {place} ({error.strerror or error}); choose another --out", file=sys.stderr
         )
         return 2
     return 0

@@ -21,7 +21,6 @@ Writes DIR/noise.csv, noise.json and noise.png. epsilon is the paper's clipping 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,8 +33,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import atomic_file, write_json
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.data import SEARCH_INSTRUCTIONS
+from a2tgpo.config.expand import text_argument
 from a2tgpo.config.json_lines import read_json_lines
 from tools.ablation_tables import write_csv
 from tools.fp8_emulation import RECIPES, emulated
@@ -74,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("texts", help="JSONL of demonstrations, rollouts or texts")
-    parser.add_argument("--out", required=True, help="folder for the table and the figure")
+    parser.add_argument("model", type=text_argument, help="Hugging Face folder")
+    parser.add_argument("texts", type=text_argument, help="JSONL of demonstrations, rollouts or texts")
+    parser.add_argument(
+        "--out", type=text_argument, required=True, help="folder for the table and the figure"
+    )
     parser.add_argument("--sequences", type=int, default=16, help="lines of TEXTS used, the first ones")
     parser.add_argument(
         "--sample", type=int, default=0, metavar="TOKENS", help="let the model write turns this long"
@@ -127,7 +130,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
         "num_tokens": sum(end - first for sequence in sequences for first, end in sequence.turns),
         "cpu_seconds": round(time.process_time() - begun, 1),
     }
-    (out / "noise.json").write_text(json.dumps({"study": about, "rows": rows}, indent=1) + "\n")
+    write_json(out / "noise.json", {"study": about, "rows": rows})
     draw(rows, out / "noise.png")
     return rows
 
@@ -349,7 +352,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.minorticks_off()
         panels[0].set_ylabel("95th percentile of |turn-mean log-ratio|, nats")
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right upper")
-        figure.savefig(path, dpi=120)
+        with atomic_file(path) as stream:
+            figure.savefig(stream, dpi=120, format="png")
         plt.close(figure)
 
 

@@ -25,8 +25,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import ConfigError
-from tools.gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict, write_json
+from a2tgpo.config.expand import path_argument
+from tools.gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict
 from tools.gpu_checks.catalogue import CHECKS
 from tools.gpu_checks.launch import Meeting, launched_environment, rank_environments
 from tools.gpu_checks.machine import describe_machine, machine_text, see_gpus
@@ -168,15 +170,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel ranks that the slice is of")
     parser.add_argument("--layers", type=int, default=4, help="layers of the slice")
     parser.add_argument("--min-bus-gb-s", type=float, help="least bus bandwidth of the largest all-reduce")
-    parser.add_argument("--json", type=Path, help="write machine and results to this file, check by check")
-    parser.add_argument("--keep-logs", type=Path, help="copy the processes' output to this folder")
+    parser.add_argument(
+        "--json", type=path_argument, help="write machine and results to this file, check by check"
+    )
+    parser.add_argument("--keep-logs", type=path_argument, help="copy the processes' output to this folder")
     parser.add_argument(
         "--vllm-logging",
         choices=("INFO", "DEBUG"),
         help="what the engines choose (model runner, attention, all-reduce), in --keep-logs",
     )
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=path_argument, help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser
 

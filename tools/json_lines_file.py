@@ -1,16 +1,14 @@
 """Writing JSONL files, complete or not at all."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from a2tgpo.atomic_file import atomic_file
+
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Write JSONL, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "w", encoding="utf-8") as handle:
+    """Write JSONL, complete or not at all; OSError that names `path` where it cannot be written."""
+    with atomic_file(path) as stream:
         for record in records:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -11,7 +11,6 @@ does; 2: a mistake in the configuration or in the arguments.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.hardware import GPUS
@@ -74,7 +75,7 @@ def plan(args: argparse.Namespace) -> int:
         print(f"\n{calibration_text(calibration)}")
     if args.json:
         try:
-            Path(args.json).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+            write_json(args.json, written)
         except (OSError, ValueError) as error:  # ValueError: a NUL in its name
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--json: cannot write {args.json} ({reason}); choose another file") from None
@@ -118,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--validate", action="store_true", help="the time model against published figures")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the numbers there too")
     return parser
 
 

@@ -11,7 +11,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -24,7 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from a2tgpo.atomic_file import atomic_file
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import path_argument
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e7e9ec"
@@ -293,8 +294,8 @@ def time_lines(history: History) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Curves of a run as one PNG, and its closing summary.")
-    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
-    parser.add_argument("--out", type=Path, help="the picture; default: RUN/curves.png")
+    parser.add_argument("run", type=path_argument, help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("--out", type=path_argument, help="the picture; default: RUN/curves.png")
     options = parser.parse_args()
     out = options.out or options.run / "curves.png"
     try:
@@ -303,7 +304,8 @@ def main() -> int:
             raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
         history = History(records)
         figure = draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps")
-        figure.savefig(out, dpi=110, format="png")
+        with atomic_file(out) as stream:
+            figure.savefig(stream, dpi=110, format="png")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,12 +8,14 @@ worldqa: questions of 1, 2 and 3 hops about countries and cities, with the corpu
 demonstrations of mixed quality for a warm start. arithmetic: sums to be worked out with the calculator, with
 demonstrations. Both write a folder, and equal seeds give equal files.
 
-SET is hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa (RAW as published) or jsonl (any JSONL with `question`
-and `answers`). Writes FILE, what data.train and data.test read, and FILE.report.json: counts, doubles, lengths, and
-the overlap with the questions of --against.
+SET is hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa (RAW as published) or jsonl (any JSONL or Parquet with
+`question` and `answers`, or as search agents' training sets are published). RAW may be packed. Writes FILE, what
+data.train and data.test read, and FILE.report.json: counts, doubles, lengths, and the overlap with the questions of
+--against.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -22,8 +24,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import ConfigError, require
-from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.config.expand import path_argument
+from a2tgpo.data.question_set import Question, load_questions, unique_ids
 from tools.arithmetic import build_arithmetic
 from tools.exit_code import exit_code
 from tools.json_lines_file import write_lines
@@ -39,7 +43,8 @@ def build_questions(args: argparse.Namespace) -> dict:
         ConfigError: one line; bad source, or no question in it.
     """
     others = load_questions(str(args.against), key="--against") if args.against else None
-    questions: dict[str, Question] = {}
+    questions: list[Question] = []
+    sources: list[str] = []
     left_out: Counter[str] = Counter()
     for number, item in enumerate(read_items(args.set, args.source, aliases=args.aliases)):
         if args.limit and len(questions) == args.limit:
@@ -56,18 +61,20 @@ def build_questions(args: argparse.Namespace) -> dict:
         )
         if not question.question:
             raise ConfigError(f"{item.where}: the question is empty")
-        if question.id in questions:
-            raise ConfigError(f"{item.where}: id {question.id!r} stands there a second time; make it unique")
-        questions[question.id] = question
+        questions.append(question)
+        sources.append(item.source)
     if not questions:
         found = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "no item"
         raise ConfigError(
             f"--in: {args.source} holds no question with an answer ({found}); is it the right split?"
         )
-    report = describe_questions(list(questions.values()), left_out, others)
-    write_lines(args.out, (to_record(question) for question in questions.values()))
+    ids = unique_ids([question.id for question in questions], sources)
+    repeated = sum(question.id != identity for question, identity in zip(questions, ids, strict=True))
+    questions = [dataclasses.replace(question, id=id) for question, id in zip(questions, ids, strict=True)]
+    report = describe_questions(questions, left_out, others) | {"ids_made_unique": repeated}
+    write_lines(args.out, (to_record(question) for question in questions))
     path = args.out.with_name(args.out.name + ".report.json")
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(path, report)
     return report
 
 
@@ -83,7 +90,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sets = parser.add_subparsers(dest="set", required=True)
     add_worldqa(sets.add_parser("worldqa", help="countries and cities, from PyPI packages"))
     arithmetic = sets.add_parser("arithmetic", help="sums for the calculator")
-    arithmetic.add_argument("--out", type=Path, required=True, help="folder that receives the files")
+    arithmetic.add_argument("--out", type=path_argument, required=True, help="folder that receives the files")
     arithmetic.add_argument("--seed", type=int, default=0)
     arithmetic.add_argument("--train-questions", type=int, default=2000)
     arithmetic.add_argument("--test-questions", type=int, default=200)
@@ -92,14 +99,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         published = sets.add_parser(
             name, help="question set as published" if name != "jsonl" else "any JSONL"
         )
-        published.add_argument("--in", dest="source", type=Path, required=True, metavar="RAW")
-        published.add_argument("--out", type=Path, required=True, metavar="FILE")
+        published.add_argument("--in", dest="source", type=path_argument, required=True, metavar="RAW")
+        published.add_argument("--out", type=path_argument, required=True, metavar="FILE")
         published.add_argument(
-            "--against", type=Path, metavar="FILE", help="prepared set to report the overlap with"
+            "--against", type=path_argument, metavar="FILE", help="prepared set to report the overlap with"
         )
         published.add_argument("--limit", type=int, default=0, help="only the first N questions; 0: all")
         published.add_argument(
-            "--aliases", type=Path, help="2wiki: id_aliases.json, for other names of the answers"
+            "--aliases", type=path_argument, help="2wiki: id_aliases.json, for other names of the answers"
         )
     args = parser.parse_args(argv)
     if args.set == "worldqa":
@@ -117,7 +124,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def add_worldqa(worldqa: argparse.ArgumentParser) -> None:
-    worldqa.add_argument("--out", type=Path, required=True, help="folder that receives the files")
+    worldqa.add_argument("--out", type=path_argument, required=True, help="folder that receives the files")
     worldqa.add_argument(
         "--seed", type=int, default=0, help="seeds the split, the choice and the demonstrations"
     )

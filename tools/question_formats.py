@@ -4,20 +4,20 @@ hotpotqa    hotpot_*_v1*.json                         a JSON list; yes/no answer
 2wiki       {train,dev}.json, with id_aliases.json    a JSON list; aliases by the answer's Wikidata id
 musique     musique_{ans,full}_v1.0_*.jsonl           JSONL; aliases; unanswerable items in `full`
 bamboogle   *.csv                                     columns Question, Answer
-nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items
+nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items. The
+            development file of that name is in the format before simplification, which is read too
 triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
 popqa       *.tsv                                     possible_answers is a JSON list inside a column
-jsonl       any JSONL with `question` and `answers` (or `golden_answers`, or one `answer`)
+jsonl       any JSONL or Parquet with what data.train takes: `question` and `answers`, or search agents' training sets
+
+All but Parquet may be packed by gzip, bzip2, xz or zstd. JSONL and tables are read line by line, packed or not.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,13 @@ from typing import Any
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import read_json_lines
+from a2tgpo.config.text_file import decode, decode_line, open_unpacked
+from a2tgpo.data.question_set import answers_of, question_of, source_of
+from a2tgpo.data.records import read_records
 
 UNANSWERABLE = "unanswerable"
 NO_ANSWER = "no answer"
+IN = "--in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Item:
     id: str | None = None
     """None: the set has no ids."""
     hops: int = 0
+    source: str = ""
+    """The set that an item of a joined set is from."""
     left_out: str = ""
     """Why it makes no question; empty: it does."""
 
@@ -92,14 +98,14 @@ def _read_2wiki(path: Path, aliases: Path | None) -> Iterator[Item]:
 def _load_aliases(path: Path) -> dict[str, list[str]]:
     """Names and demonyms by Wikidata id, from id_aliases.json (one object a line)."""
     known: dict[str, list[str]] = {}
-    for where, record in _lines(path, key="--aliases"):
+    for where, record in read_json_lines(path, key="--aliases"):
         names = [*(record.get("aliases") or ()), *(record.get("demonyms") or ())]
         known[_text(record, "Q_id", where)] = _texts(names, where, "aliases")
     return known
 
 
 def _read_musique(path: Path) -> Iterator[Item]:
-    for where, record in _lines(path):
+    for where, record in read_json_lines(path, key=IN):
         identity = _text(record, "id", where)
         hops = re.match(r"(\d)hop", identity)
         answerable = record.get("answerable", True)
@@ -122,9 +128,9 @@ def _read_bamboogle(path: Path) -> Iterator[Item]:
 
 
 def _read_nq(path: Path) -> Iterator[Item]:
-    for where, record in _lines(path):
+    for where, record in read_json_lines(path, key=IN):
         if "annotations" in record:
-            yield _simplified_nq(where, record)
+            yield _annotated_nq(where, record)
         else:
             yield Item(
                 where=where,
@@ -133,13 +139,13 @@ def _read_nq(path: Path) -> Iterator[Item]:
             )
 
 
-def _simplified_nq(where: str, record: dict) -> Item:
-    """Natural Questions with its document: short answers are spans of space-separated tokens."""
-    tokens = _text(record, "document_text", where).split(" ")
+def _annotated_nq(where: str, record: dict) -> Item:
+    """Natural Questions with its document, simplified or not: short answers are spans of the document's tokens."""
+    tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:
         for span in annotation.get("short_answers") or ():
-            answers.append(" ".join(tokens[span["start_token"] : span["end_token"]]))
+            answers.append(" ".join(filter(None, tokens[span["start_token"] : span["end_token"]])))
         if annotation.get("yes_no_answer", "NONE") != "NONE":
             answers.append(annotation["yes_no_answer"].lower())
     return Item(
@@ -150,6 +156,21 @@ def _simplified_nq(where: str, record: dict) -> Item:
         # Most have a long answer or none, which exact match cannot judge.
         left_out="" if answers else UNANSWERABLE,
     )
+
+
+def _nq_tokens(where: str, record: dict) -> list[str]:
+    """The document's tokens, HTML tags as empty texts where the format tells them apart.
+
+    Simplified: `document_text`, separated by spaces. Not simplified: `document_tokens`, a list of objects.
+    """
+    if "document_tokens" not in record:
+        return _text(record, "document_text", where).split(" ")
+    try:
+        return ["" if token["html_token"] else str(token["token"]) for token in record["document_tokens"]]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"{where}: `document_tokens` is not a list of objects with token and html_token"
+        ) from None
 
 
 def _read_triviaqa(path: Path) -> Iterator[Item]:
@@ -187,19 +208,16 @@ def _read_popqa(path: Path) -> Iterator[Item]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
-    for where, record in _lines(path):
-        named = [name for name in ("answers", "golden_answers", "answer") if name in record]
-        if not named:
-            raise ConfigError(
-                f"{where}: no `answers`; give a list of texts as answers (or golden_answers, answer)"
-            )
+    for where, record in read_records(path, key=IN):
+        name, answers = answers_of(record, where)
         identity, hops = record.get("id"), record.get("hops", 0)
         yield Item(
             where=where,
             id=None if identity is None else str(identity),
-            question=_text(record, "question", where),
-            answers=_texts(record[named[0]], where, named[0]),
+            question=question_of(record, where),
+            answers=_texts(answers, where, name),
             hops=hops if isinstance(hops, int) and hops > 0 else 0,
+            source=source_of(record),
         )
 
 
@@ -217,7 +235,8 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 def _json_items(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     """The records of one JSON document: a list, or TriviaQA's {"Data": list}."""
-    text = _read_text(path)
+    with open_unpacked(path, key=IN) as stream:
+        text = decode(stream.read(), str(path))
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -237,47 +256,24 @@ def _json_items(path: Path, name: str) -> Iterator[tuple[str, dict]]:
         yield f"{path} item {number}", record
 
 
-def _lines(path: Path, *, key: str = "--in") -> Iterator[tuple[str, dict]]:
-    if path.suffix != ".gz":
-        yield from read_json_lines(path, key=key)
-        return
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path} line {number}: not JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ConfigError(f"{path} line {number}: each line must be one JSON object")
-            yield f"{path} line {number}", record
-
-
 def _table(path: Path, *, delimiter: str, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
     csv.field_size_limit(2**24)
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter)
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
-    if missing:
-        raise ConfigError(
-            f"{path} line 1: no column {missing[0]!r}; the columns are {list(reader.fieldnames or ())!r:.120}"
-        )
-    try:
-        for row in reader:
-            where = f"{path} line {reader.line_num}"
-            if any(row[column] is None for column in columns):
-                raise ConfigError(f"{where}: fewer fields than columns")
-            yield where, row
-    except csv.Error as error:
-        raise ConfigError(f"{path} line {reader.line_num}: {error}") from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"--in: cannot read {path} ({error.strerror or error})") from None
-    except (EOFError, zlib.error, UnicodeDecodeError):
-        raise ConfigError(f"--in: {path} is damaged or not UTF-8") from None
+    with open_unpacked(path, key=IN) as stream:
+        lines = (decode_line(raw, f"{path} line {number}") for number, raw in enumerate(stream, start=1))
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ConfigError(
+                f"{path} line 1: no column {missing[0]!r}; the columns are {list(reader.fieldnames or ())!r:.120}"
+            )
+        try:
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                if any(row[column] is None for column in columns):
+                    raise ConfigError(f"{where}: fewer fields than columns")
+                yield where, row
+        except csv.Error as error:
+            raise ConfigError(f"{path} line {reader.line_num}: {error}") from None
 
 
 def _text(record: dict, name: str, where: str) -> str:

@@ -27,6 +27,7 @@ import uvicorn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import text_argument
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.http_client import HttpSearch
@@ -106,13 +107,22 @@ def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Retrieval server over one corpus, Search-R1's wire format.")
     parser.add_argument(
-        "--corpus", default="", help='JSONL of passages: id, contents ("title", newline, text)'
+        "--corpus",
+        type=text_argument,
+        default="",
+        help='JSONL of passages: id, contents ("title", newline, text)',
     )
     parser.add_argument(
-        "--index", default="bm25", help="bm25: built in memory; or a folder made by tools/build_index.py"
+        "--index",
+        type=text_argument,
+        default="bm25",
+        help="bm25: built in memory; or a folder made by tools/build_index.py",
     )
     parser.add_argument(
-        "--encoder", default="", help="where a dense index's encoder lies, if not where it lay"
+        "--encoder",
+        type=text_argument,
+        default="",
+        help="where a dense index's encoder lies, if not where it lay",
     )
     parser.add_argument(
         "--shards", default="", metavar="URL,URL", help="servers to ask, in place of --corpus"
@@ -120,7 +130,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (printed)")
     parser.add_argument("--top-k", type=int, default=3, help="passages where the request does not say")
-    parser.add_argument("--token-file", default="", help="file with a bearer token that clients must send")
+    parser.add_argument(
+        "--token-file", type=text_argument, default="", help="file with a bearer token that clients must send"
+    )
     parser.add_argument(
         "--max-requests-per-s", type=float, default=0.0, help="of one client address; 0: no limit"
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from a2tgpo.atomic_file import write_text
 
 MAX_TRAJECTORIES = 4096
 """Of one page: more steps than that holds are thinned out evenly."""
@@ -52,10 +53,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
     }
     packed = base64.b64encode(gzip.compress(json.dumps(content, ensure_ascii=False).encode(), mtime=0))
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".unfinished")
-    unfinished.write_text(before + packed.decode("ascii") + after, encoding="utf-8")
-    os.replace(unfinished, out)
+    write_text(out, before + packed.decode("ascii") + after)
 
 
 def _slim(record: dict, decode: Decode | None) -> dict:

@@ -25,6 +25,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import path_argument
 from tools.rollouts_page import Decode, chosen_steps, write_page
 from tools.terminal import Painter, end_with_reader, indented, painter_for
 
@@ -190,14 +191,16 @@ ORDERS: dict[str, Callable[[dict], tuple]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Read a run's rollouts in the terminal, or as a page.")
-    parser.add_argument("run", type=Path, help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("run", type=path_argument, help="folder of the run, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--prompt", help="only rollouts of the question with this id")
     parser.add_argument("--limit", type=int, default=5, help="trajectories shown; 0: all")
     parser.add_argument(
         "--order", choices=sorted(ORDERS), default="index", help="reward and gain: highest first"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page for the browser instead")
+    parser.add_argument(
+        "--html", type=path_argument, metavar="FILE", help="write a page for the browser instead"
+    )
     options = parser.parse_args()
     try:
         if options.html is not None:

@@ -2,11 +2,11 @@
 
 import argparse
 import functools
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.config.check import ConfigError
 from a2tgpo.environment.tools.search import NOTHING_FOUND
 from a2tgpo.rollout.tool_call import SEARCH_CALLS
@@ -68,7 +68,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
     write_lines(args.out / "demonstrations.jsonl", mixed)
     write_lines(args.out / "demonstrations_good.jsonl", good)
     report = describe(corpus, train, test, mixed)
-    (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.out / "report.json", report)
     return report
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from a2tgpo.config.check import require
+from a2tgpo.config.expand import Expanded
 
 SEARCH_INSTRUCTIONS = (
     "Answer the question. Think inside <think> and </think>. When you lack a fact, call the search engine with "
@@ -15,9 +16,9 @@ SEARCH_INSTRUCTIONS = (
 class DataConfig:
     """Question files and the prompt."""
 
-    train: str
-    """JSONL or Parquet file with `question` and `answers`; made by tools/prepare_data.py."""
-    test: str
+    train: Expanded
+    """JSONL or Parquet file of questions and answers, packed or not: docs/data.md says which fields."""
+    test: Expanded
     """Held-out questions, same format; used by evaluation."""
     instructions: str = SEARCH_INSTRUCTIONS
     """Put before the question as the system message; empty: the question alone."""

@@ -5,33 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.text_file import decode_line, open_unpacked
 
 
 def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield (`"FILE line N"`, object) for every line that is not blank.
+    """Yield (`"FILE line N"`, object) for every line that is not blank; one line is in memory at a time.
 
     Args:
-        path: UTF-8 file with one JSON object a line.
+        path: UTF-8 file with one JSON object a line; may be packed, see `open_unpacked`.
         key: what named the file (a configuration key or an option), for the message when it cannot be read.
 
     Raises:
-        ConfigError: one line; the file cannot be read, or as `parse_line`.
+        ConfigError: one line; as `open_unpacked` and `parse_line`.
     """
-    try:
-        handle = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: cannot read {path} ({error.strerror}); give an existing JSONL file"
-        ) from None
-    with handle:
-        try:
-            for number, raw in enumerate(handle, start=1):
-                where = f"{path} line {number}"
-                record = parse_line(raw, where)
-                if record is not None:
-                    yield where, record
-        except OSError as error:
-            raise ConfigError(f"{key}: cannot read {path} ({error.strerror})") from None
+    with open_unpacked(path, key=key) as stream:
+        for number, raw in enumerate(stream, start=1):
+            where = f"{path} line {number}"
+            record = parse_line(raw, where)
+            if record is not None:
+                yield where, record
 
 
 def parse_line(raw: bytes, where: str) -> dict | None:
@@ -40,10 +32,7 @@ def parse_line(raw: bytes, where: str) -> dict | None:
     Raises:
         ConfigError: one line starting with `where`; not UTF-8, not JSON, no object, or a text in it that is none.
     """
-    try:
-        line = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8") from None
+    line = decode_line(raw, where).strip()
     if not line:
         return None
     try:

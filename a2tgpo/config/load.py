@@ -2,14 +2,16 @@
 
 A file may name another with `base:` (relative to itself); what it sets itself wins, arguments win over
 files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative paths in
-a configuration are relative to the folder the program is started in.
+a configuration are relative to the folder the program is started in. In paths ~ and ${NAME} are replaced.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from typing import Any, get_type_hints
 import yaml
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import escape, expand, is_expanded
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.text_file import decode
 
 BASE_KEY = "base"
 COMMAND_LINE = "command line"
@@ -27,6 +31,8 @@ FILE_SUFFIXES = (".yaml", ".yml")
 
 # YAML 1.1 reads 1e-6 as a text, for want of a dot; as a number it is meant.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# 012 is 10 in YAML 1.1. (0x1f and 0b11 say that they are in another base.)
+_OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
 
@@ -49,13 +55,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: one line naming the file (or the command line), the key, its value and what is allowed.
     """
     fields = dict(_leaf_types(RunConfig))
-    entries = dict(_file_entries(Path(path), fields))
+    entries = dict(_file_entries(Path(expand(str(path), "the configuration file")), fields))
     for override in overrides:
         if override.endswith(FILE_SUFFIXES) and "=" not in override:
-            entries.update(_file_entries(Path(override), fields))
+            entries.update(_file_entries(Path(expand(override, COMMAND_LINE)), fields))
         else:
             entries.update(_parse_override(override, fields))
     _require_all(RunConfig, entries, str(path))
+    for key in _expanded_keys(RunConfig):
+        if key in entries:
+            value, source = entries[key].value, entries[key].source
+            entries[key] = _Entry(expand(value, f"{source}: {key}"), source)
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
@@ -83,7 +93,12 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML with every key; `load_config` on it gives an equal one."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=10**6)
+    sections = config_to_dict(config)
+    for key in _expanded_keys(RunConfig):
+        *path, name = key.split(".")
+        section = functools.reduce(operator.getitem, path, sections)
+        section[name] = escape(section[name])
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -95,6 +110,16 @@ def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         else:
             assert kind in _TYPE_NAMES, f"{prefix}{name}: configuration fields cannot be of type {kind}"
             yield prefix + name, kind
+
+
+def _expanded_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the fields of type `Expanded` below `section`."""
+    for name, kind in get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from _expanded_keys(kind, f"{prefix}{name}.")
+        elif is_expanded(kind):
+            yield prefix + name
 
 
 def _file_entries(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
@@ -122,14 +147,14 @@ def _base_chain(path: Path) -> list[Path]:
                 f"{path}: base is {base!r:.80}; allowed: the path of one YAML file, relative to this one"
             )
         named_by = f"{path}: base: "
-        path = path.parent / base
+        path = path.parent / expand(base, f"{path}: base")
 
 
 class _StrictLoader(yaml.SafeLoader):
     """As `yaml.safe_load`, no tag makes an object; and what makes more of a file than stands there is refused.
 
-    These are a key that stands twice in a mapping, aliases of lists and mappings (nested ones double each time), and
-    integers too long to be said in a message.
+    These are a key that stands twice in a mapping, aliases of lists and mappings (nested ones double each time),
+    integers too long to be said in a message, and numbers that YAML 1.1 reads in base 8 or 60.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -157,21 +182,39 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        self._refuse_other_bases(node)
         value = super().construct_yaml_int(node)
         if value.bit_length() > 1024:
             raise yaml.constructor.ConstructorError(None, None, "integer past 2^1024", node.start_mark)
         return value
 
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        self._refuse_other_bases(node)
+        return super().construct_yaml_float(node)
+
+    def _refuse_other_bases(self, node: yaml.ScalarNode) -> None:
+        if ":" in node.value or _OCTAL.fullmatch(node.value):
+            base = 60 if ":" in node.value else 8
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{node.value:.40} is a number in base {base} there; write it in base 10, or a text in quotes",
+                node.start_mark,
+            )
+
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
 _YAML_FAULTS = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = _StrictLoader(path.read_bytes()).get_single_data()
+        content = _StrictLoader(decode(path.read_bytes(), str(path))).get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ConfigError:
+        raise
     except _YAML_FAULTS as error:
         raise ConfigError(f"{path}{_yaml_fault(error)}") from None
     if content is None:
@@ -247,6 +290,8 @@ def _typed(value: Any, kind: type, key: str, source: str) -> Any:
             raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: a text in UTF-8 without NUL")
         return value
     hint = " (put it in quotes)" if kind is str and not isinstance(value, dict | list | None) else ""
+    if value is None:
+        hint = " (YAML reads a lone ~ and an empty value as null)"
     raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: {_TYPE_NAMES[kind]}{hint}")
 
 

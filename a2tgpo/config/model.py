@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
+from a2tgpo.config.expand import Expanded
 from a2tgpo.config.fp8 import Fp8Config
 
 
@@ -10,7 +11,7 @@ from a2tgpo.config.fp8 import Fp8Config
 class ModelConfig:
     """The policy (and the reference, which starts from the same weights)."""
 
-    path: str
+    path: Expanded
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
     dtype: str = "bfloat16"
     """Number format of weights and activations in training: bfloat16 | float32 (refused with Transformer Engine, so

@@ -6,6 +6,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import require
 from a2tgpo.config.cluster import ClusterConfig
 from a2tgpo.config.data import DataConfig
+from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -18,15 +19,16 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 from a2tgpo.config.watchdog import WatchdogConfig
 
+MAX_NAME_BYTES = 200
 ANSWER_ROOM_TOKENS = 64
 """For the scaffold and the gold answer behind a response of full length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    name: str
-    """Names the run's folder, `root`/`name`."""
-    root: str = "runs"
+    name: Expanded
+    """Names the run's folder, `root`/`name`: at most 200 bytes in UTF-8."""
+    root: Expanded = "runs"
     """Folder that holds the runs."""
     steps: int = 240
     """Training steps (paper: about 240)."""
@@ -37,13 +39,14 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(
-            0 < len(self.name) <= 200
+            # File systems count bytes, 255 of them; "name.previous_12" and "name-warmstart" need some.
+            0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name
             and self.name not in (".", ".."),
             "run.name",
             self.name,
-            "a folder name without /, of at most 200 printable characters",
+            f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
         require(self.seed >= 0, "run.seed", self.seed, ">= 0")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import Expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,9 +12,9 @@ class SearchConfig:
 
     backend: str = "bm25"
     """bm25 (index built in process over `corpus`) | http (Search-R1 compatible server at `url`)."""
-    corpus: str = ""
+    corpus: Expanded = ""
     """JSONL file of passages, each with `id` and `contents` ("title"\\ntext); used by bm25."""
-    url: str = ""
+    url: Expanded = ""
     """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
@@ -27,7 +28,7 @@ class SearchConfig:
     """Queries in a row without an answer after which the server is spared for a while: searches fail at once."""
     break_s: float = 15.0
     """How long it is spared before one query is sent to see whether it is back, seconds; and so on."""
-    token_file: str = ""
+    token_file: Expanded = ""
     """File with the bearer token the server asks for; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
     num_workers: int = 16
     """Tool calls in flight per rank."""

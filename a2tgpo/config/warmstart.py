@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from a2tgpo.config.check import require
+from a2tgpo.config.expand import Expanded
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmstartConfig:
-    source: str = ""
+    source: Expanded = ""
     """Hugging Face folder of the cold model; the warm-started one is written to model.path."""
-    demonstrations: str = ""
+    demonstrations: Expanded = ""
     """JSONL of demonstrations, made by tools/prepare_data.py."""
     steps: int = 200
     """Optimizer steps."""

@@ -1,12 +1,15 @@
 """Question sets: what the policy is asked, and what counts as right."""
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import read_json_lines, text_field
-from a2tgpo.error_line import first_line
+from a2tgpo.config.json_lines import text_field
+from a2tgpo.data.records import read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,41 +24,43 @@ class Question:
 
 
 def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
-    """Every question of a JSONL or Parquet (`.parquet`) file, in file order.
+    """Every question of a JSONL or Parquet file, in file order.
 
-    A record has `question` and `answers` (a list of texts), and may have `id` (text or integer; the
-    record's position stands in for it) and `hops` (integer >= 0).
+    A record has a question (see `question_of`) and answers (see `answers_of`), and may have `id` (text or integer;
+    the record's position stands in for it), `data_source` and `hops` (integer >= 0). Ids that repeat, as in sets
+    that were joined, are made unique (see `unique_ids`).
 
     Args:
-        path: the file.
+        path: the file; JSONL may be packed.
         key: the configuration key that names it, for error messages.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line or row), repeated id, no question
-            at all.
+        ConfigError: one line; unreadable file, bad record (with its line or row), no question at all.
     """
-    records = (
-        _read_parquet(path, key=key) if Path(path).suffix == ".parquet" else read_json_lines(path, key=key)
-    )
-    questions = [
-        parse_question(record, where, default_id=str(index)) for index, (where, record) in enumerate(records)
-    ]
+    questions: list[Question] = []
+    sources: list[str] = []
+    for index, (where, record) in enumerate(read_records(Path(path), key=key)):
+        questions.append(parse_question(record, where, default_id=str(index)))
+        sources.append(source_of(record))
     if not questions:
         raise ConfigError(f"{key}: {path} holds no question; give a file with at least one")
-    _check_unique(questions, path, key)
-    return questions
+    ids = unique_ids([question.id for question in questions], sources)
+    return [
+        question if question.id == identity else dataclasses.replace(question, id=identity)
+        for question, identity in zip(questions, ids, strict=True)
+    ]
 
 
 def parse_question(record: dict, where: str, *, default_id: str) -> Question:
     """The `Question` in one record; ConfigError starting with `where` if it is not one."""
-    answers = record.get("answers")
-    if isinstance(answers, str) or not isinstance(answers, Iterable):
-        found = "missing" if "answers" not in record else f"{answers!r:.60}"
-        raise ConfigError(f"{where}: `answers` is {found}; allowed: a list with at least one answer")
-    gold = tuple(answers)
-    if not gold or any(not isinstance(answer, str) or not answer.strip() for answer in gold):
+    name, answers = answers_of(record, where)
+    if isinstance(answers, str) and name in _ONE_OR_MANY:
+        answers = [answers]
+    if not isinstance(answers, list | tuple):
+        raise ConfigError(f"{where}: `{name}` is {answers!r:.60}; allowed: a list with at least one answer")
+    if not answers or any(not isinstance(answer, str) or not answer.strip() for answer in answers):
         raise ConfigError(
-            f"{where}: `answers` is {list(gold)!r:.60}; allowed: at least one answer, none of them empty"
+            f"{where}: `{name}` is {list(answers)!r:.60}; allowed: at least one answer, none of them empty"
         )
     identity = record.get("id", default_id)
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
@@ -63,30 +68,83 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
     hops = record.get("hops", 0)
     if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
         raise ConfigError(f"{where}: `hops` is {hops!r:.60}; allowed: an integer >= 0")
-    return Question(id=str(identity), question=text_field(record, "question", where), answers=gold, hops=hops)
+    return Question(id=str(identity), question=question_of(record, where), answers=tuple(answers), hops=hops)
 
 
-def _check_unique(questions: list[Question], path: str, key: str) -> None:
-    seen: dict[str, int] = {}
-    for position, question in enumerate(questions, start=1):
-        first = seen.setdefault(question.id, position)
-        if first != position:
-            raise ConfigError(
-                f"{key}: {path} has id {question.id!r} at questions {first} and {position}; make it unique"
-            )
+_GROUND_TRUTH = "reward_model.ground_truth"
+_ONE_OR_MANY = ("answer", _GROUND_TRUTH, f"{_GROUND_TRUTH}.target")
+"""Fields that hold a single text in some sets, a list in others."""
 
 
-def _read_parquet(path: str, *, key: str) -> Iterator[tuple[str, dict]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
+def answers_of(record: dict, where: str) -> tuple[str, Any]:
+    """Name and value of the field that holds the answers.
+
+    The first there is of `answers`, `golden_answers`, `answer`, and `reward_model.ground_truth` or its `target`, as
+    search agents' training sets for verl have it.
+
+    Raises:
+        ConfigError: starting with `where`; there is none.
+    """
+    for name in ("answers", "golden_answers", "answer"):
+        if name in record:
+            return name, record[name]
+    rule = record.get("reward_model")
+    truth = rule.get("ground_truth") if isinstance(rule, dict) else None
+    if isinstance(truth, dict):
+        truth, name = truth.get("target"), f"{_GROUND_TRUTH}.target"
+    else:
+        name = _GROUND_TRUTH
+    if truth is None:
         raise ConfigError(
-            f"{key}: {path} is Parquet, which needs pyarrow; pip install pyarrow, or give JSONL"
-        ) from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow raises its own family of errors for each way a file can be broken
-        raise ConfigError(f"{key}: cannot read {path} as Parquet ({first_line(error):.120})") from None
-    for number, row in enumerate(rows, start=1):
-        # Parquet has a value in every column of a row: an absent optional field arrives as None.
-        yield f"{path} row {number}", {name: value for name, value in row.items() if value is not None}
+            f"{where}: `answers` is missing; give a list of texts as answers (or golden_answers, answer, "
+            f"{_GROUND_TRUTH}.target); the fields are {', '.join(map(str, record)):.200}"
+        )
+    return name, truth
+
+
+def question_of(record: dict, where: str) -> str:
+    """The text of `question`; without it that of the last user message in `prompt`, a list of messages.
+
+    Raises:
+        ConfigError: starting with `where`; there is neither, or it is no text.
+    """
+    messages = record.get("prompt")
+    if "question" in record or not isinstance(messages, list):
+        return text_field(record, "question", where)
+    asked = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+    if not asked:
+        raise ConfigError(f"{where}: `question` is missing, and `prompt` has no message of role user")
+    return text_field(asked[-1], "content", f"{where}, `prompt`")
+
+
+def source_of(record: dict) -> str:
+    """The name of the set that a record of a joined set is from; empty: it does not say."""
+    source = record.get("data_source")
+    return source if isinstance(source, str) else ""
+
+
+def unique_ids(ids: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """`ids` as they are where each is there once; those that repeat as SOURCE/ID, and where that repeats with #2, ...
+
+    Args:
+        sources: by record, see `source_of`.
+    """
+    counts = Counter(ids)
+    if len(counts) == len(ids):
+        return list(ids)
+    named = [
+        f"{source}/{identity}" if source and counts[identity] > 1 else identity
+        for identity, source in zip(ids, sources, strict=True)
+    ]
+    taken, unique = set(named), []
+    seen: Counter[str] = Counter()
+    for identity in named:
+        seen[identity] += 1
+        if seen[identity] == 1:
+            unique.append(identity)
+            continue
+        while (renamed := f"{identity}#{seen[identity]}") in taken:
+            seen[identity] += 1
+        taken.add(renamed)
+        unique.append(renamed)
+    return unique

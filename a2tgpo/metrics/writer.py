@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from a2tgpo.atomic_file import naming, write_text
 from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class MetricWriter:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._jsonl = _MetricsFile(run_dir, resume_step)
-        self._board = _open_board(run_dir / TENSORBOARD_FOLDER, resume_step)
+        self._board_folder = run_dir / TENSORBOARD_FOLDER
+        self._board = _open_board(self._board_folder, resume_step)
         self._bar = self._open_bar(resume_step or 0)
         self._first_step, self._start = resume_step or 0, time.monotonic()
 
@@ -70,9 +72,10 @@ class MetricWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         self._jsonl.write(step, values)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        with naming(self._board_folder):
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
         self._show(step, values)
 
     def log_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
@@ -84,7 +87,8 @@ class MetricWriter:
             # numpy arrays only: torch's writer takes no lists
             import numpy as np
 
-            self._board.add_histogram(name, np.asarray(finite, dtype=np.float64), step)
+            with naming(self._board_folder):
+                self._board.add_histogram(name, np.asarray(finite, dtype=np.float64), step)
 
     def log_hyperparameters(
         self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
@@ -102,7 +106,9 @@ class MetricWriter:
         if self.enabled:
             # Indentation makes a code block whatever the text contains; a fence could be closed by the
             # text itself.
-            self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+            indented = "\n".join("    " + line for line in text.splitlines())
+            with naming(self._board_folder):
+                self._board.add_text(name, indented, step)
 
     def print(self, text: str) -> None:
         """Print above the progress line without tearing it."""
@@ -164,20 +170,18 @@ class _MetricsFile:
     """metrics.jsonl: one object a step, ascending."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
-        path = run_dir / METRICS_FILE
+        self._path = path = run_dir / METRICS_FILE
         if resume_step is None:
             _set_aside(run_dir)
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
         # A crash while the kept lines are written back must not lose them.
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(_line(record) for record in kept[:-1]), encoding="utf-8")
+        write_text(path, "".join(_line(record) for record in kept))
         self._last: dict = kept[-1] if kept else {}
-        self._handle = fresh.open("r+", encoding="utf-8", newline="\n")
-        self._last_start = self._handle.seek(0, os.SEEK_END)
-        if self._last:
-            self._handle.write(_line(self._last))
-            self._handle.flush()
-        os.replace(fresh, path)
+        # Unbuffered: a line that could not be written must not come up again when the file is closed.
+        self._handle = path.open("r+b", buffering=0)
+        self._last_start = self._handle.seek(0, os.SEEK_END) - len(
+            _line(self._last).encode() if kept else b""
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         last_step = self._last.get("step")
@@ -191,8 +195,17 @@ class _MetricsFile:
         else:
             self._last_start = self._handle.seek(0, os.SEEK_END)
             self._last = {"step": step, **cleaned}
-        self._handle.write(_line(self._last))
-        self._handle.flush()
+        with naming(self._path):
+            self._append(_line(self._last).encode())
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line or none of it."""
+        try:
+            while line:
+                line = line[self._handle.write(line) :]
+        except OSError:
+            self._handle.truncate(self._last_start)
+            raise
 
     def close(self) -> None:
         self._handle.close()

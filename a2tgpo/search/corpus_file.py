@@ -14,6 +14,7 @@ import numpy as np
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import parse_line
+from a2tgpo.config.text_file import is_packed
 from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
@@ -97,7 +98,8 @@ def scan(
         [num_passages] int64.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line), repeated id in the part, no passage.
+        ConfigError: one line; unreadable or packed file, bad record (with its line), repeated id in the part, no
+            passage.
     """
     offsets: list[int] = []
     # Hashes: 21 million ids as texts would take more memory than the index.
@@ -130,6 +132,11 @@ def scan(
 
 def _lines(path: str | Path, key: str) -> Iterator[tuple[str, int, bytes]]:
     try:
+        if is_packed(path):
+            raise ConfigError(
+                f"{key}: {path} is packed, and passages are read from it by their place; unpack it first (gunzip, "
+                "bunzip2, unxz or unzstd)"
+            )
         with open(path, "rb") as stream:
             start = 0
             for number, line in enumerate(stream, start=1):

@@ -7,8 +7,8 @@ folder is written beside its place and renamed: it is complete or absent.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import faiss
 import numpy as np
 
+from a2tgpo.atomic_file import atomic_folder, write_json
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.error_line import first_line
 from a2tgpo.search.bm25 import Bm25Index, score_matrix
@@ -72,10 +73,7 @@ def build_index(
         "part": list(part),
         "passages": len(passages),
     }
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as partial:
         if embedder is None:
             total = len(passages)
             scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)), key="--corpus")
@@ -89,14 +87,13 @@ def build_index(
                 factory=factory,
                 progress=lambda n: progress("embedding", n, len(passages)),
             )
-            faiss.write_index(neighbours, str(partial / FAISS_FILE))
+            try:
+                faiss.write_index(neighbours, str(partial / FAISS_FILE))
+            except RuntimeError as error:  # for want of space, say
+                raise OSError(errno.EIO, first_line(error), str(out)) from error
         np.save(partial / OFFSETS, offsets, allow_pickle=False)
         description["files"] = _fingerprints(partial)
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(partial / DESCRIPTION, description)
     return len(passages)
 
 

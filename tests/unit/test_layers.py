@@ -10,6 +10,7 @@ PACKAGE = ROOT / "a2tgpo"
 
 # Lower numbers are further down; a module imports its own package and what lies below.
 LAYER = {
+    "atomic_file": 0,
     "error_line": 0,
     "trajectory": 0,
     "residency": 0,

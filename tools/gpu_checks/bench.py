@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from a2tgpo.atomic_file import write_json
 from a2tgpo.plan.measured import QUANTITIES
 
 STATUSES = ("PASS", "FAIL", "SKIP", "INFO")
@@ -123,13 +124,6 @@ class Bench:
         self.rows.append(row)
         if self.rank == 0:  # at once: what was measured before a hang or a crash is kept
             write_json(self.work / f"{self.check}.json", as_json(self.rows))
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Replace `file` in one step, so that a reader never sees half of it."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -123,7 +123,24 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ),
         ("update: &a {lr: 1}\nrollout: {<<: *a}", "not valid YAML (*a stands for more than one value"),
         ("rollout: {group_size: 0x" + "f" * 9000 + "}", "not valid YAML (integer past 2^1024)"),
-        ("update: {lr: 1" + ":59" * 300 + ".5}", "not valid YAML (OverflowError)"),
+        ("update: {lr: 1" + ":59" * 300 + ".5}", "is a number in base 60 there"),
+        (
+            "rollout: {max_turns: 012}",
+            "line 6, column 22: not valid YAML (012 is a number in base 8 there; write it in",
+        ),
+        (
+            "algorithm: {ratio: 007}",
+            "(007 is a number in base 8 there; write it in base 10, or a text in quotes)",
+        ),
+        ("rollout: {max_turns: 1:30}", "(1:30 is a number in base 60 there; write it in base 10"),
+        ("update: {lr: 1:30.5}", "(1:30.5 is a number in base 60 there"),
+        ("rollout: {max_turns: 1e3}", "rollout.max_turns is '1e3'; allowed: an integer"),
+        ("algorithm: {ratio: on}", "algorithm.ratio is True; allowed: a text (put it in quotes)"),
+        ("algorithm: {ratio: 2026-11-28}", "allowed: a text (put it in quotes)"),
+        (
+            "warmstart: {source: ~}",
+            "warmstart.source is None; allowed: a text (YAML reads a lone ~ and an empty value as null)",
+        ),
         ("update: {? [lr] : 1}", "not valid YAML (found unhashable key)"),
     ],
 )
@@ -141,7 +158,11 @@ def test_one_value_may_have_an_alias(tmp_path):
 
 def test_broken_files_are_one_line(tmp_path):
     assert "list found; a configuration is a mapping" in refusal(write(tmp_path, "- a"))
-    assert "not valid YAML" in refusal(write(tmp_path, b"run: \xff\xfe"))
+    assert (
+        f"{tmp_path}/run.yaml line 2: not UTF-8 (byte 9 of the line is 0xe9); save the file as UTF-8"
+        in refusal(write(tmp_path, "run:\n  name: été".encode("latin-1")))
+    )
+    assert "not UTF-8 but UTF-16" in refusal(write(tmp_path, MINIMAL.encode("utf-16")))
     assert "not valid YAML" in refusal(write(tmp_path, "[" * 3000))
     assert refusal(str(tmp_path / "nowhere.yaml")).startswith("no configuration file")
     assert refusal(str(tmp_path)).startswith("no configuration file")
@@ -214,6 +235,61 @@ def test_dump_writes_every_key_out(tmp_path):
         assert node == expected, key
 
 
+def test_numbers_with_underscores_or_in_a_base_that_they_name_are_what_they_say(tmp_path):
+    path = write(tmp_path, "run: {steps: 1_000, seed: 0x10}\nrollout: {max_turns: 0b11, temperature: 0_1.5}")
+    config = load_config(write(tmp_path, f"base: {path}" + MINIMAL, "b.yaml"))
+    assert (config.run.steps, config.run.seed, config.rollout.max_turns) == (1000, 16, 3)
+    assert config.rollout.temperature == 1.5
+
+
+def test_home_and_variables_in_paths_are_replaced_wherever_they_are_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    write(tmp_path, "data: {train: ~/q.jsonl, test: '${SCRATCH}/q.jsonl'}", "sets.yaml")
+    monkeypatch.setenv("SETS", str(tmp_path))
+    path = write(
+        tmp_path, MINIMAL.replace("data: {train: train.jsonl, test: test.jsonl}", "base: $SETS/sets.yaml")
+    )
+    config = load_config(
+        "$SETS/run.yaml",
+        # What a later argument overrides need not be set.
+        ["run.root=~/runs", "model.path=$SCRATCH/m", "run.name=a-${NOT_SET}", "run.name=b$$c"],
+    )
+    assert (config.data.train, config.data.test) == ("/home/me/q.jsonl", "/scratch/me/q.jsonl")
+    assert (config.run.root, config.model.path, config.run.name) == ("/home/me/runs", "/scratch/me/m", "b$c")
+    assert config.data.instructions == load_config(path).data.instructions
+    assert load_config(write(tmp_path, dump_config(config), "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "run.root=${NOT_SET}/runs",
+            "run.root is '${NOT_SET}/runs', but $NOT_SET is not set or empty; export NOT_SET=",
+        ),
+        ("data.train=$EMPTY/q", "data.train is '$EMPTY/q', but $EMPTY is not set or empty"),
+        ("model.path=${oc.env:HOME}/m", "allowed in ${...}: the name of an environment variable"),
+        ("model.path=${HOME:-/x}/m", "allowed in ${...}: the name of an environment variable"),
+        ("model.path=${HOME", "allowed in ${...}: the name of an environment variable"),
+        ("search.corpus=~nobody-here/c", "but ~nobody-here is no user with a home folder"),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_is_one_line(tmp_path, monkeypatch, override, says):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    message = refusal(write(tmp_path, MINIMAL), override)
+    assert message.startswith(f"command line: {override.partition('=')[0]} is ") and says in message
+
+
+@pytest.mark.parametrize(("letter", "fits"), [("x", 200), ("模", 66), ("😀", 50)])
+def test_the_length_of_a_runs_name_is_counted_in_bytes(tmp_path, letter, fits):
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, [f"run.name={letter * fits}"]).run.name == letter * fits
+    (tmp_path / f"{letter * fits}.previous_1000-warmstart").mkdir()  # the file system agrees
+    assert "at most 200 bytes in UTF-8" in refusal(path, f"run.name={letter * (fits + 1)}")
+
+
 positive = st.floats(min_value=1e-300, max_value=1e300)
 
 
@@ -224,9 +300,12 @@ letters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 @given(
     texts=st.tuples(
         st.text(letters.filter(str.isprintable), min_size=1, max_size=200).filter(
-            lambda text: "/" not in text and text not in (".", "..")
+            # An expanded path does not begin with ~.
+            lambda text: (
+                "/" not in text and text not in (".", "..") and text[0] != "~" and len(text.encode()) <= 200
+            )
         ),
-        *[st.text(letters, min_size=1)] * 2,
+        *[st.text(letters, min_size=1).filter(lambda text: text[0] != "~")] * 2,
     ),
     free=st.tuples(st.text(letters), st.text(letters, min_size=1)),
     numbers=st.tuples(positive, positive, st.floats(0, 1), st.integers(1, 10**20), st.booleans()),

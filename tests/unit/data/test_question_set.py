@@ -1,9 +1,16 @@
+import bz2
+import gzip
 import json
+import lzma
+from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.data.question_set import Question, load_questions, unique_ids
 
 GOOD = {"id": "q1", "question": "Capital of France?", "answers": ["Paris", "Paris, France"], "hops": 1}
 
@@ -29,7 +36,14 @@ def test_questions_keep_file_order_and_all_fields(tmp_path):
     [
         (b'{"id": ', "not JSON"),
         (b"[1]", "list found"),
-        (b'{"question": "\xff"}', "not UTF-8"),
+        (b'{"question": "\xff"}', "not UTF-8 (byte 15 of the line is 0xff)"),
+        (
+            '{"question": "été"}'.encode("latin-1"),
+            "not UTF-8 (byte 15 of the line is 0xe9); save the file as UTF-8",
+        ),
+        (b"\xef\xbb\xbf{\xff", "not UTF-8 (byte 5 of the line is 0xff)"),
+        ('{"question": "x"}'.encode("utf-16"), "not UTF-8 but UTF-16; save the file as UTF-8"),
+        ('{"question": "x"}'.encode("utf-16-le"), "not UTF-8 but UTF-16 (byte 2 is NUL)"),
         (b'{"question": "\\ud83d half", "answers": ["x"]}', "half a character"),
         (b'{"question": "x", "answers": ["\\udfff"]}', "half a character"),
         (b'{"question": "x", "answers": ["' + b"9" * 10 + b'"], "n": ' + b"9" * 5000 + b"}", "not JSON"),
@@ -39,6 +53,10 @@ def test_questions_keep_file_order_and_all_fields(tmp_path):
         ({"question": "x", "answers": "Paris"}, "a list with"),
         ({"question": " ", "answers": ["a"]}, "`question` is ' '"),
         ({"answers": ["a"]}, "`question` is missing"),
+        ({"answers": ["a"], "prompt": [{"role": "system", "content": "x"}]}, "has no message of role user"),
+        ({"answers": ["a"], "prompt": [{"role": "user"}]}, "`prompt`: `content` is missing"),
+        ({"question": "x", "reward_model": {"style": "rule"}}, "the fields are question, reward_model"),
+        ({"question": "x", "golden_answers": "Paris"}, "`golden_answers` is 'Paris'; allowed: a list with"),
         ({"question": "x", "answers": ["a"], "hops": True}, "`hops` is True"),
         ({"question": "x", "answers": ["a"], "hops": -1}, "`hops` is -1"),
         ({"question": "x", "answers": ["a"], "id": [1]}, "`id` is [1]"),
@@ -54,15 +72,13 @@ def test_bad_record_is_one_line_with_its_line_number(tmp_path, bad, says):
     assert "\n" not in message
 
 
-def test_empty_missing_and_repeated_are_refused(tmp_path):
+def test_empty_and_missing_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.test: .* holds no question"):
         load_questions(write(tmp_path, b"", b"  "), key="data.test")
     with pytest.raises(ConfigError, match=r"data\.train: cannot read .*nowhere\.jsonl \(No such file"):
         load_questions(str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(ConfigError, match=r"data\.train: cannot read .* \(Is a directory\)"):
         load_questions(str(tmp_path))
-    with pytest.raises(ConfigError, match="id 'q1' at questions 1 and 2"):
-        load_questions(write(tmp_path, GOOD, GOOD))
 
 
 def test_utf8_mark_of_windows_editors_is_skipped(tmp_path):
@@ -70,18 +86,84 @@ def test_utf8_mark_of_windows_editors_is_skipped(tmp_path):
     assert load_questions(path)[0].id == "q1"
 
 
-def test_parquet_reads_the_same_or_says_what_it_needs(tmp_path):
+def test_packed_files_read_as_the_plain_one(tmp_path):
+    path = write(tmp_path, GOOD)
+    plain = Path(path).read_bytes()
+    expected = load_questions(path)
+    for name, pack in {
+        "gz": gzip.compress,
+        "bz2": bz2.compress,
+        "xz": lzma.compress,
+        "zst": zstandard.compress,
+        "jsonl": gzip.compress,  # whatever it is called
+    }.items():
+        packed = tmp_path / f"packed.{name}"
+        packed.write_bytes(pack(plain))
+        assert load_questions(str(packed)) == expected
+
+
+def test_parquet_reads_the_same_as_jsonl(tmp_path):
     path = tmp_path / "questions.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        path.write_bytes(b"PAR1")
-        with pytest.raises(ConfigError, match="needs pyarrow; pip install pyarrow"):
-            load_questions(str(path))
-        return
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD]), path)
+    parquet.write_table(pyarrow.Table.from_pylist([GOOD]), path)
     assert load_questions(str(path)) == load_questions(write(tmp_path, GOOD))
+    path.rename(tmp_path / "questions")
+    assert load_questions(str(tmp_path / "questions")) == load_questions(write(tmp_path, GOOD))
     path.write_bytes(b"PAR1 rubbish")
     with pytest.raises(ConfigError, match="as Parquet"):
         load_questions(str(path))
+    with pytest.raises(ConfigError, match=r"data\.train: cannot read .*none\.parquet"):
+        load_questions(str(tmp_path / "none.parquet"))
+
+
+def published(source, identity, question, answers, **others):
+    """A row of a search agent's training set as it is published for verl."""
+    return {
+        "id": identity,
+        "question": question,
+        "golden_answers": answers,
+        "data_source": source,
+        "prompt": [{"content": f"Answer the given question. Question: {question}\n", "role": "user"}],
+        "ability": "fact-reasoning",
+        "reward_model": {"ground_truth": {"target": answers}, "style": "rule"},
+        "extra_info": {"index": 0, "split": "train"},
+        **others,
+    }
+
+
+def test_a_training_set_joined_of_two_is_read_as_published(tmp_path):
+    path = tmp_path / "train.parquet"
+    rows = [
+        published("nq", "train_0", "who sings in the end", ["Chester"], metadata=None),
+        published("hotpotqa", "train_0", "Which came first?", ["Arthur's", "Arthur's Magazine"]),
+        published("hotpotqa", "train_1", "Where?", ["Berlin"]),
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [(q.id, q.question, q.answers) for q in load_questions(str(path))] == [
+        ("nq/train_0", "who sings in the end", ("Chester",)),
+        ("hotpotqa/train_0", "Which came first?", ("Arthur's", "Arthur's Magazine")),
+        ("train_1", "Where?", ("Berlin",)),
+    ]
+    for row in rows:
+        del row["golden_answers"], row["question"]
+    rows[2]["reward_model"]["ground_truth"] = {"target": ["Rome"]}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    questions = load_questions(str(path))
+    assert questions[0].question == "Answer the given question. Question: who sings in the end\n"
+    assert [q.answers for q in questions] == [("Chester",), ("Arthur's", "Arthur's Magazine"), ("Rome",)]
+
+
+@pytest.mark.parametrize("truth", ["Paris", ["Paris"], {"target": "Paris"}, {"target": ["Paris"]}])
+def test_a_ground_truth_may_be_one_text_or_a_list(tmp_path, truth):
+    record = {
+        "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "Capital?"}],
+        "reward_model": {"ground_truth": truth},
+    }
+    (question,) = load_questions(write(tmp_path, record))
+    assert (question.question, question.answers) == ("Capital?", ("Paris",))
+
+
+def test_ids_that_repeat_are_made_unique_and_no_other_changes():
+    assert unique_ids(["a", "b"], ["s", "t"]) == ["a", "b"]
+    assert unique_ids(["a", "a", "b"], ["s", "t", "t"]) == ["s/a", "t/a", "b"]
+    assert unique_ids(["a", "a", "a#2", "a"], [""] * 4) == ["a", "a#3", "a#2", "a#4"]
+    assert unique_ids(["a", "a"], ["s", "s"]) == ["s/a", "s/a#2"]

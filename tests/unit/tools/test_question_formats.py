@@ -1,12 +1,17 @@
 """Small files in exactly the formats that question sets are published in."""
 
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.data.question_set import load_questions
@@ -247,15 +252,87 @@ def test_natural_questions_with_documents_give_spans_and_leave_out_what_has_none
     assert report["left_out"] == {"unanswerable": 1}
 
 
-def test_a_damaged_gzip_file_is_one_line(tmp_path):
-    raw = tmp_path / "v1.0-simplified_nq-dev.jsonl.gz"
-    for place in (10, 40, -5):
-        content = bytearray(gzip.compress(NQ_SIMPLIFIED.encode()))
-        content[place] ^= 0xFF
+NQ_ORIGINAL = {
+    "annotations": [
+        {
+            "yes_no_answer": "NONE",
+            "long_answer": {"start_token": 0, "end_token": 7},
+            "short_answers": [{"start_token": 1, "end_token": 4, "start_byte": 3, "end_byte": 30}],
+        }
+    ],
+    "document_html": "<P>Lake <B>Superior</B> is it</P>",
+    "document_tokens": [
+        {"token": token, "html_token": token.startswith("<"), "start_byte": 0, "end_byte": 1}
+        for token in ("<P>", "Lake", "<B>", "Superior", "</B>", "is", "it", "</P>")
+    ],
+    "question_text": "which is the largest lake",
+    "example_id": 797803103760793766,
+}
+
+
+def test_natural_questions_before_simplification_give_spans_without_tags(tmp_path):
+    raw = tmp_path / "v1.0-simplified_nq-dev-all.jsonl.gz"
+    raw.write_bytes(gzip.compress(json.dumps(NQ_ORIGINAL).encode()))
+    prepare(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
+    (question,) = load_questions(str(tmp_path / "o.jsonl"))
+    assert (question.id, question.answers) == ("797803103760793766", ("Lake Superior",))
+    assert question.question == "which is the largest lake"
+
+
+PACKERS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_damaged_packed_file_is_one_line(packer, tmp_path):
+    raw, out = tmp_path / "v1.0-simplified_nq-dev.jsonl.packed", tmp_path / "o.jsonl"
+    whole = PACKERS[packer](NQ_SIMPLIFIED.encode())
+    raw.write_bytes(whole)
+    prepare(["nq", "--in", str(raw), "--out", str(out)])
+    out.unlink()
+    middle = len(whole) // 2
+    changed = bytes([whole[middle] ^ 0xFF])
+    for content in (whole[:-9], whole[:middle], whole[:middle] + changed + whole[middle + 1 :]):
         raw.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"--in: .*(damaged|cannot read)") as caught:
-            prepare(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
-        assert "\n" not in str(caught.value)
+        with pytest.raises(ConfigError, match=r"--in: .*(is damaged or cut short|cannot read)") as caught:
+            prepare(["nq", "--in", str(raw), "--out", str(out)])
+        assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_several_packed_parts_in_one_file_are_all_read(tmp_path):
+    first, second, third = NQ_SIMPLIFIED.splitlines(keepends=True)
+    raw = tmp_path / "raw"
+    for pack in PACKERS.values():
+        raw.write_bytes(pack((first + second[:9]).encode()) + pack((second[9:] + third).encode()))
+        prepare(["nq", "--in", str(raw), "--out", str(tmp_path / "o.jsonl")])
+        assert len(load_questions(str(tmp_path / "o.jsonl"))) == 2
+
+
+def test_ids_that_repeat_are_made_unique_and_counted(tmp_path):
+    raw, out = tmp_path / "raw.parquet", tmp_path / "o.jsonl"
+    rows = [
+        {"id": "train_0", "question": f"{source}?", "golden_answers": ["a"], "data_source": source}
+        for source in ("nq", "hotpotqa")
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
+    prepare(["jsonl", "--in", str(raw), "--out", str(out)])
+    assert [question.id for question in load_questions(str(out))] == ["nq/train_0", "hotpotqa/train_0"]
+    assert json.loads((tmp_path / "o.jsonl.report.json").read_text())["ids_made_unique"] == 2
+
+
+def test_a_disk_that_is_full_names_the_file_and_keeps_what_was_there(tmp_path):
+    raw, out = tmp_path / "in.jsonl", tmp_path / "q.jsonl"
+    raw.write_text("".join(f'{{"question": "what is {i}?", "answers": ["{i}"]}}\n' for i in range(2000)))
+    out.write_text("before\n")
+    command = f"ulimit -f 16; {sys.executable} tools/prepare_data.py jsonl --in {raw} --out {out}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot write {out} (File too large); choose another --out\n"
+    assert out.read_text() == "before\n" and sorted(tmp_path.iterdir()) == [raw, out]
 
 
 def test_the_report_counts_doubles_empty_answers_and_overlap(tmp_path):
@@ -279,7 +356,6 @@ MISTAKES = {
     "item that is none": ("2wiki", '[{"_id": "1", "question": "q", "answer": "a"}, 3]', "item 2: int found"),
     "item without question": ("hotpotqa", '[{"_id": "1", "answer": "a"}]', "item 1: `question` is missing"),
     "broken line": ("musique", MUSIQUE + "{\n", "line 3: not JSON"),
-    "id twice": ("musique", MUSIQUE.splitlines()[0] + "\n" + MUSIQUE, "line 2: id '3hop1__13548_13529_7713'"),
     "wrong columns": ("popqa", "question\tanswer\nq\ta\n", "line 1: no column 'id'"),
     "short row": ("popqa", POPQA + "1\tx\n", "line 3: fewer fields than columns"),
     "answers that are no list": (
@@ -287,9 +363,25 @@ MISTAKES = {
         "id\tquestion\tpossible_answers\n1\tq\tpolitician\n",
         "line 2: `possible_answers` is no JSON list",
     ),
-    "no answers field": ("jsonl", '{"question": "q"}\n', "line 1: no `answers`"),
+    "no answers field": ("jsonl", '{"question": "q"}\n', "line 1: `answers` is missing; give a list"),
     "answer of a wrong kind": ("jsonl", '{"question": "q", "answers": [{}]}\n', "line 1: `answers` holds {}"),
-    "not UTF-8": ("bamboogle", b"Question,Answer\n\xff,a\n", "damaged or not UTF-8"),
+    "latin-1 in a table": (
+        "bamboogle",
+        "Question,Answer\nO\u00f9?,a\n".encode("latin-1"),
+        "raw line 2: not UTF-8 (byte 2 of the line is 0xf9); save the file as UTF-8",
+    ),
+    "latin-1 in a document": (
+        "hotpotqa",
+        b'[\n{"q": "\xe9"}]',
+        "raw line 2: not UTF-8 (byte 8 of the line is 0xe9)",
+    ),
+    "UTF-16": ("hotpotqa", "[]".encode("utf-16"), "not UTF-8 but UTF-16"),
+    "ZIP archive": ("jsonl", b"PK\x03\x04rest", "is a ZIP archive; unpack it"),
+    "document tokens that are none": (
+        "nq",
+        '{"annotations": [{"short_answers": []}], "document_tokens": ["a"], "question_text": "q"}\n',
+        "line 1: `document_tokens` is not a list of objects with token and html_token",
+    ),
     "empty file": ("jsonl", "", "holds no question with an answer (no item)"),
     "test split without answers": (
         "hotpotqa",

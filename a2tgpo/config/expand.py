@@ -1,0 +1,75 @@
+"""`~` and `${NAME}` in paths: replaced alike in YAML files, in overrides and in the arguments of every program."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from a2tgpo.config.check import ConfigError
+
+_MARK = "expanded"
+Expanded = Annotated[str, _MARK]
+"""Type of a configuration field in which a leading ~ and environment variables are replaced."""
+
+_VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def is_expanded(kind: object) -> bool:
+    """Whether a type, as `get_type_hints(..., include_extras=True)` gives it, is `Expanded`."""
+    return _MARK in getattr(kind, "__metadata__", ())
+
+
+def expand(text: str, key: str) -> str:
+    """`text` with a leading ~ or ~USER, and every ${NAME} or $NAME, replaced; $$ stands for $.
+
+    Args:
+        text: a path, or another text that names a place.
+        key: what holds it, for error messages.
+
+    Raises:
+        ConfigError: one line; a variable that is not set or empty, another use of ${, or a user without a home.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        if match[0] == "$$":
+            return "$"
+        name = match[2] or match[1]
+        if not _NAME.fullmatch(name) or (match[2] is None and not match[0].endswith("}")):
+            raise ConfigError(f"{key} is {text!r}; allowed in ${{...}}: the name of an environment variable")
+        value = os.environ.get(name, "")
+        if not value:
+            raise ConfigError(f"{key} is {text!r}, but ${name} is not set or empty; export {name}=...")
+        return value
+
+    expanded = _VARIABLE.sub(value_of, text)
+    if not expanded.startswith("~"):
+        return expanded
+    try:
+        home = os.path.expanduser(expanded)
+    except ValueError:  # a NUL, or half a character
+        home = expanded
+    if home.startswith("~"):
+        raise ConfigError(f"{key} is {text!r}, but {expanded.split('/')[0]} is no user with a home folder")
+    return home
+
+
+def escape(text: str) -> str:
+    """A text that `expand` makes `text` of."""
+    return text.replace("$", "$$")
+
+
+def path_argument(text: str) -> Path:
+    """Type of a path among a program's arguments, for argparse."""
+    return Path(text_argument(text))
+
+
+def text_argument(text: str) -> str:
+    """Type of an argument that may be a path, for argparse."""
+    try:
+        return expand(text, "the path")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
