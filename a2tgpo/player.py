@@ -17,6 +17,7 @@ from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.policy import Policy
+from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -67,7 +68,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     if model.is_hf:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
     replicas = divide_into_replicas(config, groups)
-    load_hf_config(config.model.path)
+    check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
     tokenizer = load_tokenizer(config.model.path)
     template = PromptTemplate(tokenizer, config.data.instructions)
     toolset = build_tools(config)

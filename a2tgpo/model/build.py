@@ -37,10 +37,11 @@ from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.experts import is_expert
-from a2tgpo.model.hf_config import load_hf_config, rope_parameters
+from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.layer_spec import decoder_spec
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.precision import require_number_formats, spec_provider, uses_transformer_engine
+from a2tgpo.model.rope import rope_of
 from a2tgpo.model.transformer_config import DTYPES, check_layout, padded_vocab_size, transformer_config
 from a2tgpo.model.weights import load_hf_weights, make_bridge
 from a2tgpo.parallel.groups import ParallelGroups
@@ -117,10 +118,7 @@ def _gpt_model(
     vp_stage: int | None,
 ) -> GPTModel:
     """One chunk of this rank's pipeline stage; `vp_stage` is its number, None where it is the only one."""
-    rope = rope_parameters(model.path, hf_config)
-    scaling: dict[str, Any] = {}
-    if rope.llama3_factor is not None:
-        scaling = {"rope_scaling": True, "rope_scaling_factor": rope.llama3_factor}
+    rope = rope_of(model.path, hf_config)
     chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(
         config,
@@ -132,10 +130,9 @@ def _gpt_model(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=rope.base,
-        seq_len_interpolation_factor=rope.interpolation,
         vp_stage=vp_stage,
-        **scaling,
     ).to(groups.device)
+    rope.apply_to(gpt_model)
     for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter; layers set them on split ones only.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)

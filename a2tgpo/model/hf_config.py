@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.data.weight_files import weight_files, weight_shapes
 from a2tgpo.error_line import first_line
 from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
+from a2tgpo.model.rope import rope_of
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _SIZES = (
@@ -24,9 +27,9 @@ _SIZES = (
     "max_position_embeddings",
     "head_dim",
 )
-
-# What Megatron's RotaryEmbedding._apply_scaling has built in (rotary_pos_embedding.py:90); only `factor` varies.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 8192
+"""Of two tensors on disk at a time."""
 
 
 def load_hf_config(path: str) -> PretrainedConfig:
@@ -57,51 +60,20 @@ def load_hf_config(path: str) -> PretrainedConfig:
             f"model.path {path!r}: config.json has num_key_value_heads {kv_heads}; allowed: a divisor of "
             f"num_attention_heads ({heads})"
         )
-    _require_sizes_of_weights(path, raw)
+    shapes = weight_shapes(path)
+    _require_sizes_of_weights(path, raw, shapes)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers raises whatever a bad field leads to
         raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line(error)}") from error
-    _refuse_unsupported(path, hf_config)
     if getattr(hf_config, "head_dim", None) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+    _refuse_unsupported(path, hf_config)
+    _require_the_stated_head(path, hf_config, shapes)
     return hf_config
 
 
-def weight_files(path: str) -> dict[str, Path]:
-    """Safetensors files of a checkpoint by name, those its index lists if it has one; only headers are read.
-
-    Raises:
-        ConfigError: if there are none, one that the index lists is missing, or one is damaged or cut short.
-    """
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        listed = _read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise ConfigError(f"model.path {path!r}: {index.name} lists no files by weight; fetch it again")
-        names = sorted(set(listed.values()))
-    else:
-        names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise ConfigError(
-            f"model.path {path!r} holds no *.safetensors; convert the checkpoint to safetensors"
-        )
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"model.path {path!r}: {name} is listed in {index.name} but missing; fetch it again"
-            )
-        try:
-            # Compares the file's size with what its header lists.
-            with safe_open(folder / name, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"model.path {path!r}: {name} is damaged: {error}; fetch it again") from error
-    return {name: folder / name for name in names}
-
-
-def _require_sizes_of_weights(path: str, raw: dict) -> None:
+def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuse sizes in config.json that are not those of the weights, as their headers say.
 
     The model is made before its weights are read: a wrong digit could make one that no machine holds. What `raw`
@@ -113,29 +85,65 @@ def _require_sizes_of_weights(path: str, raw: dict) -> None:
     queries = heads * head_dim if heads and head_dim else None
     attention = f"{last}self_attn.q_proj.weight"
     expected = {
-        "model.embed_tokens.weight": (raw.get("vocab_size"), hidden),
+        _EMBEDDING: (raw.get("vocab_size"), hidden),
         attention: (queries, hidden),
         f"{last}mlp.gate_proj.weight": (raw.get("intermediate_size"), hidden),
     }
-    shapes: dict[str, list[int]] = {}
-    for file in weight_files(path).values():
-        with safe_open(file, framework="np") as tensors:
-            for name in expected.keys() & set(tensors.keys()):
-                shapes[name] = tensors.get_slice(name).get_shape()
     if attention not in shapes:
         raise ConfigError(
             f"model.path {path!r}: tensor {attention} is missing from its safetensors; "
             f"config.json has num_hidden_layers {raw.get('num_hidden_layers')}"
         )
-    for name, shape in shapes.items():
-        wanted = expected[name]
+    for name, wanted in expected.items():
+        if name not in shapes:
+            continue
+        shape = shapes[name]
         if len(shape) != 2 or any(
             size not in (None, found) for size, found in zip(wanted, shape, strict=True)
         ):
             raise ConfigError(
-                f"model.path {path!r}: config.json and weights disagree: {name} is {shape}, by config.json "
+                f"model.path {path!r}: config.json and weights disagree: {name} is {list(shape)}, by config.json "
                 f"{list(wanted)}"
             )
+
+
+def _require_the_stated_head(
+    path: str, hf_config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Refuse weights whose output head is not the one that tie_word_embeddings says.
+
+    Trainer and engine would take the embedding for the head where config.json ties them, transformers the head on
+    disk. A stored head that equals the embedding passes.
+    """
+    if not hf_config.tie_word_embeddings:
+        if _HEAD not in shapes:
+            raise ConfigError(
+                f"model.path {path!r}: tensor {_HEAD} is missing from its safetensors, and config.json has "
+                "tie_word_embeddings false; fetch the weights again, or set tie_word_embeddings to true if the model "
+                "has no head of its own"
+            )
+    elif _HEAD in shapes and _EMBEDDING in shapes and not _are_equal_on_disk(path, shapes, _HEAD, _EMBEDDING):
+        raise ConfigError(
+            f"model.path {path!r}: config.json has tie_word_embeddings true, but {_HEAD} differs from {_EMBEDDING}; "
+            f"set tie_word_embeddings to false to use that head, or remove {_HEAD} from the safetensors"
+        )
+
+
+def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same values; a few thousand rows are in memory at a time."""
+    if shapes[one] != shapes[other]:
+        return False
+    held: dict[str, Any] = {}
+    for file in weight_files(path).values():
+        tensors = safe_open(file, framework="pt")
+        held.update({name: tensors.get_slice(name) for name in {one, other} & set(tensors.keys())})
+    rows = range(0, shapes[one][0], _COMPARED_ROWS)
+    return all(
+        torch.equal(
+            held[one][row : row + _COMPARED_ROWS].float(), held[other][row : row + _COMPARED_ROWS].float()
+        )
+        for row in rows
+    )
 
 
 def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
@@ -159,48 +167,6 @@ def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
     return {name: getattr(hf_config, name) for name in names}
 
 
-@dataclass(frozen=True)
-class RopeParameters:
-    """Rotary position embedding, in the terms Megatron takes."""
-
-    base: float
-    interpolation: float | None
-    """Positions are divided by this ("linear" scaling); None: they are not."""
-    llama3_factor: float | None
-    """Scale factor of Llama 3's frequency-dependent scaling; None: no scaling."""
-
-
-def rope_parameters(path: str, hf_config: PretrainedConfig) -> RopeParameters:
-    """The checkpoint's rotary embedding.
-
-    Raises:
-        ConfigError: for a scaling that Megatron's GPT model does not compute the same way.
-    """
-    # transformers 5 keeps theta and scaling in one dictionary; there is no `rope_theta` attribute any more.
-    rope = dict(hf_config.rope_parameters)
-    kind = rope.get("rope_type", "default")
-    try:
-        base = float(rope["rope_theta"])
-    except (KeyError, TypeError, ValueError):
-        raise ConfigError(
-            f"model.path {path!r}: config.json has rope_theta {rope.get('rope_theta')!r}; allowed: a number"
-        ) from None
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"model.path {path!r}: partial_rotary_factor {rope['partial_rotary_factor']}; allowed: 1"
-        )
-    if kind == "default":
-        return RopeParameters(base=base, interpolation=None, llama3_factor=None)
-    if kind == "linear":
-        return RopeParameters(base=base, interpolation=float(rope["factor"]), llama3_factor=None)
-    if kind == "llama3" and all(float(rope.get(key, 0)) == value for key, value in _LLAMA3_ROPE.items()):
-        return RopeParameters(base=base, interpolation=None, llama3_factor=float(rope["factor"]))
-    raise ConfigError(
-        f"model.path {path!r}: rope scaling {rope} is not supported; allowed: default | linear | llama3 with "
-        f"{_LLAMA3_ROPE}"
-    )
-
-
 def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
     """Raise `ConfigError` for options of these architectures that would be ignored, and so be silently wrong."""
     where = f"model.path {path!r}: config.json has"
@@ -220,7 +186,7 @@ def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
         )
     if has_experts(hf_config):
         refuse_unsupported_experts(where, hf_config)
-    rope_parameters(path, hf_config)
+    rope_of(path, hf_config)
 
 
 def _read_json(file: Path) -> dict:

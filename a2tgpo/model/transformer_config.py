@@ -16,6 +16,7 @@ from a2tgpo.config.fp8 import Fp8Config, LinearSizes, fp8_layout_fault
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.model.experts import check_expert_layout, expert_settings, has_experts
+from a2tgpo.model.rope import rope_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -77,6 +78,7 @@ def transformer_config(
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
         kv_channels=hf_config.head_dim,
+        softmax_scale=rope_of(model.path, hf_config).softmax_scale(hf_config.head_dim),
         layernorm_epsilon=hf_config.rms_norm_eps,
         normalization="RMSNorm",
         activation_func=F.silu,

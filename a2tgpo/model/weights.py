@@ -8,7 +8,6 @@ one tensor at a time while the next ones are gathered (`weight_gather`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,13 +18,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from a2tgpo.atomic_file import atomic_folder, write_json
 from a2tgpo.config.check import ConfigError
+from a2tgpo.data.weight_files import weight_files
+from a2tgpo.error_line import first_line
 from a2tgpo.model.experts import expert_names, is_expert
-from a2tgpo.model.hf_config import weight_files
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.model.weight_gather import ParameterRecord, gather_ahead, record_of
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
@@ -235,17 +236,14 @@ def save_hf(policy: Policy, out_dir: str, tokenizer_from: str | None = None) -> 
         RuntimeError: on every rank, if rank 0 could not write.
     """
     out, failure = Path(out_dir), None
-    partial = out.with_name(f".{out.name}.partial")
     weights = iterate_hf_weights(policy)
     if policy.groups.rank == 0:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _write_weights(weights, partial)
-            _write_companions(policy, Path(tokenizer_from or policy.path), partial)
-            _put_in_place(partial, out)
-        except OSError as error:
-            failure = f"could not write {out}: {error}"
+            with atomic_folder(out) as folder:
+                _write_weights(weights, folder)
+                _write_companions(policy, Path(tokenizer_from or policy.path), folder)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+            failure = f"could not write {out}: {first_line(error)}"
     for _ in weights:  # the other ranks' part in gathering, and rank 0's should it have stopped early
         pass
     world = dist.group.WORLD
@@ -285,31 +283,17 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         weight_map.update(dict.fromkeys(names, final))
     if count > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path) -> None:
     config = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # older spelling of the same
     config["dtype"] = str(policy.dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     for pattern in _COMPANIONS:
         for file in tokenizer_folder.glob(pattern):
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)
             else:
                 shutil.copy2(file, folder / file.name)
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename `partial` to `out`; a reader never sees half of either."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        os.replace(out, replaced)
-    os.replace(partial, out)
-    shutil.rmtree(replaced, ignore_errors=True)

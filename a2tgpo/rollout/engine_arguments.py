@@ -11,6 +11,8 @@ from a2tgpo.config.check import require
 from a2tgpo.config.rollout import GPU_STEP_TOKENS, RolloutConfig
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
+LOAD_FORMAT = "a2tgpo"
+"""Names the loader of `vllm_engine.py`, which reads the files that the trainer reads."""
 ON_GPU = torch.cuda.is_available()
 
 
@@ -34,6 +36,9 @@ def engine_arguments(
     cache_bytes = int(config.kv_cache_gib * 2**30)
     arguments: dict[str, Any] = dict(
         model=model_path,
+        # Not "auto": files in Mistral's format beside them would be taken for the model.
+        config_format="hf",
+        load_format=LOAD_FORMAT,
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=config.max_concurrent,

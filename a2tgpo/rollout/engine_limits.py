@@ -10,6 +10,7 @@ import torch
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.fp8 import ENGINE_CAPABILITY, LinearSizes, quantization_fault
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.tokenizer import load_tokenizer, num_token_ids
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
 """`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
@@ -17,18 +18,20 @@ their weights come in, at a refit as at the first load (vllm/model_executor/mode
 
 
 def read_model(model_path: str) -> tuple[Any, int]:
-    """The model's configuration and the number of ids its tokenizer knows."""
-    from transformers import AutoConfig, AutoTokenizer
+    """The model's configuration and one more than the largest id that its tokenizer gives.
 
-    folder = Path(model_path)
-    for pattern in ("config.json", "*.safetensors", "tokenizer.json"):
-        require(
-            any(folder.glob(pattern)),
-            "model.path",
-            model_path,
-            f"a folder with config.json, *.safetensors and tokenizer.json; {pattern} is not there",
-        )
-    return AutoConfig.from_pretrained(folder), len(AutoTokenizer.from_pretrained(folder))
+    Raises:
+        ConfigError: one line; no folder, no configuration, or as `load_tokenizer`.
+    """
+    from transformers import AutoConfig
+
+    require(
+        (Path(model_path) / "config.json").is_file(),
+        "model.path",
+        model_path,
+        "a folder with config.json, *.safetensors and tokenizer.json; config.json is not there",
+    )
+    return AutoConfig.from_pretrained(model_path), num_token_ids(load_tokenizer(model_path))
 
 
 def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: str, tp_size: int) -> int:

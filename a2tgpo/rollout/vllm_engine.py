@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.weight_files import INDEX_FILE, weight_files
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
-from a2tgpo.rollout.engine_arguments import ON_GPU, engine_arguments
+from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments
 from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, environment_kept, host_state_kept
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
@@ -54,6 +55,8 @@ with environment_kept():
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402
 from vllm.device_allocator.cumem import CuMemAllocator  # noqa: E402
+from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.outputs import RequestOutput  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
@@ -69,6 +72,17 @@ vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 PARTS = ("weights", "kv_cache")
 """What sleeps and wakes, by vLLM's names."""
 _NUM_TOKEN_IDS = "num_token_ids"
+
+
+@register_model_loader(LOAD_FORMAT)
+class WeightFilesLoader(DefaultModelLoader):
+    """Reads a checkpoint's `weight_files` and nothing else; vLLM's own choice may take what lies beside them."""
+
+    def _prepare_weights(
+        self, model_name_or_path: str, *_: Any, **__: Any
+    ) -> tuple[str, list[str], bool, str]:
+        files = [str(file) for file in weight_files(model_name_or_path).values()]
+        return model_name_or_path, files, True, INDEX_FILE
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from a2tgpo.data.weight_files import weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -16,20 +17,13 @@ def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ..
     """Name and shape of every weight in a Hugging Face folder, read from the safetensors headers.
 
     Args:
-        model_path: folder with *.safetensors.
+        model_path: the folder.
         tied: the output head shares the embedding's weight; it is then left out.
     """
-    from safetensors import safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(Path(model_path).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
     # Rotary tables are computed, though old checkpoints carry them.
     return {
         name: shape
-        for name, shape in shapes.items()
+        for name, shape in weight_shapes(model_path).items()
         if not name.endswith("rotary_emb.inv_freq") and not (tied and name == OUTPUT_HEAD)
     }
 

@@ -1,5 +1,6 @@
 """What a user gets wrong is answered by one line that says what, where, what is allowed; never a traceback."""
 
+import gzip
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -45,6 +47,7 @@ def good(tmp_path_factory) -> dict[str, str]:
         "data.train": str(folder / "train.jsonl"),
         "data.test": str(folder / "test.jsonl"),
         "data.max_prompt_tokens": "2000",
+        "rollout.max_response_tokens": "1000",
         "search.corpus": str(folder / "corpus.jsonl"),
         "rollout.prompts_per_step": "2",
         "update.prompts_per_minibatch": "2",
@@ -88,9 +91,9 @@ def test_a_dry_run_of_what_does_not_fit_says_so_in_one_line(good, monkeypatch, c
     assert "# planned for 8 x h100-80gb, as cluster.gpu says: no GPU is seen here" in captured.out
 
 
-def write(folder: Path, text: str) -> str:
+def write(folder: Path, content: str | bytes, *, encoding: str = "utf-8") -> str:
     path = folder / "written"
-    path.write_text(text)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
     return str(path)
 
 
@@ -110,6 +113,19 @@ def lose_the_tokenizer(model: Path) -> None:
 def set_sizes(model: Path, **sizes: object) -> None:
     file = model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+
+
+def add_tokens(model: Path, count: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<|more_{i}|>" for i in range(count)])
+    tokenizer.save_pretrained(model)
+
+
+def add_head(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    set_sizes(model, tie_word_embeddings=True)
 
 
 BROKEN = {
@@ -140,6 +156,26 @@ BROKEN = {
     "layout that the model's heads do not allow": (lambda f: {"parallel.tensor": "3"}, ["parallel.tensor"]),
     "name of several lines": (lambda f: {"run.name": "a\nb"}, ["run.name", "printable"]),
     "name too long for a folder": (lambda f: {"run.name": "x" * 300}, ["run.name", "at most 200"]),
+    "name of too many bytes": (
+        lambda f: {"run.name": "模" * 100},
+        ["run.name", "at most 200 bytes in UTF-8"],
+    ),
+    "variable that is not set": (
+        lambda f: {"run.root": "${A2TGPO_NOT_SET}/runs"},
+        ["run.root is '${A2TGPO_NOT_SET}/runs', but $A2TGPO_NOT_SET is not set or empty"],
+    ),
+    "questions in UTF-16": (
+        lambda f: {"data.train": write(f, '{"question": "q"}\n', encoding="utf-16")},
+        ["written line 1: not UTF-8 but UTF-16"],
+    ),
+    "packed corpus cut short": (
+        lambda f: {"search.corpus": write(f, gzip.compress(b'{"id": 1, "contents": "c"}\n')[:-4])},
+        ["search.corpus", "damaged or cut short"],
+    ),
+    "more tokens than the model has positions": (
+        lambda f: {"rollout.max_response_tokens": "3000"},
+        ["is 5064; allowed: at most the 4096 positions of model.path"],
+    ),
     "NUL in a path": (lambda f: {"data.train": "a\0b"}, ["data.train", "without NUL"]),
     "half a character": (lambda f: {"data.instructions": "\udcff"}, ["data.instructions", "UTF-8"]),
     "fewer questions than a step asks": (
@@ -157,6 +193,22 @@ BROKEN_MODELS = {
     "tokenizer that is no text": (
         lambda m: (m / "tokenizer.json").write_bytes(b"\xff"),
         "the tokenizer is damaged",
+    ),
+    "tokenizer larger than the embedding": (
+        lambda m: add_tokens(m, 100),
+        "but the model's embedding has 512 rows (vocab_size); call resize_token_embeddings(",
+    ),
+    "head of its own where the config ties it": (
+        add_head,
+        "tie_word_embeddings true, but lm_head.weight differs from model.embed_tokens.weight; set",
+    ),
+    "index beside weights that it does not list": (
+        lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}'),
+        "model.safetensors.index.json, which does not list it; remove the one",
+    ),
+    "rope scaling by the length of the sequence": (
+        lambda m: set_sizes(m, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "rope scaling 'dynamic', whose frequencies change",
     ),
     "key-value heads": (
         lambda m: set_sizes(m, num_key_value_heads=3),

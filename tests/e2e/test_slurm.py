@@ -159,6 +159,7 @@ def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, t
         model / "model.safetensors",
         {
             "model.embed_tokens.weight": (QWEN_72B["vocab_size"], hidden),
+            "lm_head.weight": (QWEN_72B["vocab_size"], hidden),
             "model.layers.79.self_attn.q_proj.weight": (hidden, hidden),
             "model.layers.79.mlp.gate_proj.weight": (ffn, hidden),
         },

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.data.weight_files import weight_files, weight_shapes
 from a2tgpo.model.build import build_policy
-from a2tgpo.model.hf_config import load_hf_config, rope_parameters
+from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.precision import uses_transformer_engine
+from a2tgpo.model.rope import check_positions, rope_of
 from a2tgpo.model.transformer_config import check_layout, padded_vocab_size
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -71,12 +74,60 @@ def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> Non
         assert "model.safetensors.index.json lists no files by weight" in refusal(folder)
 
 
+def test_only_the_files_that_the_index_lists_are_read(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen3", tied=False)
+    whole = load_file(folder / "model.safetensors")
+    save_file({"lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "consolidated.safetensors").write_bytes(b"not a tensor file")
+    assert list(weight_files(str(folder))) == ["model.safetensors"]
+    assert weight_shapes(str(folder)).keys() == whole.keys()
+    names = sorted(whole)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, members in parts.items():
+        save_file({name: whole[name] for name in members}, folder / file)
+    index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json, which does not list it; remove the one" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert list(weight_files(str(folder))) == sorted(parts)
+    assert weight_shapes(str(folder)).keys() == whole.keys()
+    load_hf_config(str(folder))
+    save_file({name: whole[name] for name in names[:1]}, folder / "model-2.safetensors")
+    assert f"{names[0]} is in model-1.safetensors and in model-2.safetensors; remove" in refusal(folder)
+
+
+def test_the_output_head_must_be_the_one_that_the_config_states(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("llama", tied=True)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, file)
+    load_hf_config(str(folder))
+    other = embedding.clone()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, file)
+    assert "tie_word_embeddings true, but lm_head.weight differs from model.embed" in refusal(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    load_hf_config(str(folder))
+    save_file(tensors, file)
+    assert "lm_head.weight is missing from its safetensors, and config.json has tie_word_" in refusal(folder)
+
+
 def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
     folder = checkpoint()
     (folder / "config.json").write_text('{"model_type": "llama",')
     assert "is not valid JSON" in refusal(folder)
     (folder / "config.json").write_text("[1]")
     assert "holds a list; allowed: a JSON object" in refusal(folder)
+
+
+def yarn(**changes: Any) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    } | changes
 
 
 @pytest.mark.parametrize(
@@ -93,22 +144,14 @@ def test_malformed_config_is_named(checkpoint: Checkpoint) -> None:
         ({"rope_parameters": "none"}, "config.json is malformed"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config; allowed"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "is not supported; allowed: default | linear | llama3",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+            "rope scaling 'dynamic', whose frequencies change with the length of the sequence; allowed: default | "
+            "linear | llama3 | yarn. To run without scaling",
         ),
-        (
-            {
-                "rope_parameters": {
-                    "rope_type": "llama3",
-                    "rope_theta": 5e5,
-                    "factor": 8.0,
-                    "low_freq_factor": 2.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                }
-            },
-            "is not supported; allowed: default | linear | llama3",
-        ),
+        ({"rope_parameters": yarn(factor=None)}, "factor None; allowed: a number > 0"),
+        ({"rope_parameters": yarn(factor="4")}, "factor '4'; allowed: a number > 0"),
+        ({"rope_parameters": yarn(beta_fast=None)}, "beta_fast None; allowed: a number > 0"),
+        ({"rope_parameters": yarn(attention_factor=-1.0)}, "attention_factor -1.0; allowed: a number > 0"),
     ],
 )
 def test_unsupported_option_is_named(checkpoint: Checkpoint, changes: dict, fault: str) -> None:
@@ -165,8 +208,34 @@ def test_rope_theta_is_found_in_new_and_old_configs(checkpoint: Checkpoint, spel
     del config["rope_parameters"]
     theta = {"rope_type": "default", "rope_theta": 123456.0} if spelling == "rope_parameters" else 123456.0
     (folder / "config.json").write_text(json.dumps(config | {spelling: theta}))
-    rope = rope_parameters(str(folder), load_hf_config(str(folder)))
-    assert (rope.base, rope.interpolation, rope.llama3_factor) == (123456.0, None, None)
+    rope = rope_of(str(folder), load_hf_config(str(folder)))
+    assert rope.base == 123456.0 and rope.inverse_frequencies is None and rope.softmax_scale(32) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest", "way_out"),
+    [
+        ({}, 4096, "lower data.max_prompt_tokens"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, 8192, "lower data."),
+        (
+            {"rope_parameters": yarn(original_max_position_embeddings=4096)},
+            4096,
+            "set max_position_embeddings to 16384 in config.json, as far as YaRN reaches, or lower",
+        ),
+        ({"max_position_embeddings": 16384, "rope_parameters": yarn()}, 16384, "lower data."),
+    ],
+)
+def test_a_sequence_past_the_models_positions_is_refused(
+    checkpoint: Checkpoint, changes: dict, longest: int, way_out: str
+) -> None:
+    folder = checkpoint()
+    edit_config(folder, **changes)
+    hf_config = load_hf_config(str(folder))
+    check_positions(str(folder), hf_config, longest)
+    with pytest.raises(ConfigError) as caught:
+        check_positions(str(folder), hf_config, longest + 1)
+    assert f"is {longest + 1}; allowed: at most the {longest} positions" in str(caught.value)
+    assert way_out in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

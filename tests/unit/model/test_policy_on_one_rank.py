@@ -84,32 +84,46 @@ def test_what_cu_seqlens_leaves_over_is_a_segment_of_its_own(
     )
 
 
-def test_llama3_and_linear_rope_scaling_equal_transformers(
-    checkpoint: Callable[..., Path], groups: ParallelGroups
-) -> None:
-    folder = checkpoint("llama")
-    file = folder / "config.json"
-    llama3 = {
+ROPES = {
+    "llama3": {
         "factor": 8.0,
-        "low_freq_factor": 1.0,
+        "low_freq_factor": 1.5,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    plain = None
-    for rope in (
-        {"rope_type": "default", "rope_theta": 5e5},
-        {"rope_type": "llama3", "rope_theta": 5e5, **llama3},
-        {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
-    ):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": rope}))
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        policy = build(folder, groups)
-        tokens = random_tokens(200, policy.vocab_size)
-        logits = forward(policy, tokens, 200)
-        with torch.no_grad():
-            assert (logits - reference(tokens).logits[0]).abs().max() <= 1e-4, rope
-        plain = logits if plain is None else plain
-        assert rope["rope_type"] == "default" or (logits - plain).abs().max() > 1e-3, "scaling was not seen"
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn with all its options": {
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.4,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling_gives_the_logits_of_transformers(
+    name: str, architecture: str, checkpoint: Callable[..., Path], groups: ParallelGroups
+) -> None:
+    folder = checkpoint(architecture)
+    file = folder / "config.json"
+    plain_config = json.loads(file.read_text())
+    tokens = random_tokens(200, 250)
+    plain = forward(build(folder, groups), tokens, 200)
+    # Qwen2.5's cards give the older spelling, which leaves the base where it is.
+    rope = {"type": name.split()[0], **ROPES[name]}
+    del plain_config["rope_parameters"]
+    file.write_text(json.dumps(plain_config | {"rope_theta": 1e4, "rope_scaling": rope}))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = forward(build(folder, groups), tokens, 200)
+    with torch.no_grad():
+        expected = reference(tokens).logits[0]
+    assert (logits - expected).abs().max() <= 1e-4
+    assert (logits - plain).abs().max() > 0.1, "the scaling was not seen"
 
 
 @pytest.mark.parametrize("normalised", [True, False])

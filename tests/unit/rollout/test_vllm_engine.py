@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
-from tiny_models import save_tiny
+from safetensors.torch import save_file
+from tiny_models import build_model, build_tokenizer, save_tiny
+from transformers import AutoModelForCausalLM
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import RolloutConfig
@@ -119,6 +121,34 @@ def test_padded_ids_are_never_sampled(tmp_path):
     sampled = [token for output in outputs.values() for token in output.tokens]
     assert len(sampled) > 200
     assert max(sampled) < engine.num_token_ids
+
+
+def test_yarn_is_computed_as_transformers_does_from_the_listed_files_only(tmp_path):
+    from a2tgpo.rollout.vllm_engine import VllmEngine
+
+    model = build_model("qwen2")
+    # Qwen2.5's setting for long contexts, at a size where it matters.
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    model.config.rope_parameters = rope
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    build_tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    save_file({"base.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"in another format")
+    (tmp_path / "params.json").write_text("{}")
+    config = RolloutConfig(kv_cache_gib=0.1, max_concurrent=16, dtype="float32")
+    engine = VllmEngine(str(tmp_path), config=config, model_dtype="float32", max_model_len=256, seed=0)
+    tokens = random_tokens(random.Random(5), 200, engine.num_token_ids)
+    found = engine.sequence_logprobs(tokens)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        expected = logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+    assert found == pytest.approx(expected, abs=1e-4)
+    # A refit waits for exactly the weights of the listed files.
+    engine.load_weights(reference.state_dict().items(), version=1)
+    assert engine.sequence_logprobs(tokens) == pytest.approx(expected, abs=1e-4)
+    engine.close()
 
 
 def test_stop_string_stays_and_all_sampled_tokens_are_kept(engine, tokenizer):

@@ -1,0 +1,87 @@
+"""Which files hold a checkpoint's weights: one list, which the trainer and the engine both read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from a2tgpo.config.check import ConfigError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(path: str) -> dict[str, Path]:
+    """The safetensors files of the checkpoint in folder `path`, by name; only their headers are read.
+
+    These are the files that the index lists; without an index model.safetensors; without that every *.safetensors.
+    What else lies in the folder, such as an adapter or the same weights in another format, is not read.
+
+    Raises:
+        ConfigError: one line; there are none, one is missing, damaged or cut short, the folder has both an index and
+            a model.safetensors that the index does not list, or two files hold the same tensor.
+    """
+    folder = Path(path)
+    index = folder / INDEX_FILE
+    if index.is_file():
+        names = _names_in(index, path)
+        if SINGLE_FILE not in names and (folder / SINGLE_FILE).is_file():
+            raise ConfigError(
+                f"model.path {path!r} holds {SINGLE_FILE} and {INDEX_FILE}, which does not list it; remove the one "
+                "that is not meant"
+            )
+    elif (folder / SINGLE_FILE).is_file():
+        names = [SINGLE_FILE]
+    else:
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise ConfigError(
+            f"model.path {path!r} holds no *.safetensors; convert the checkpoint to safetensors"
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"model.path {path!r}: {name} is listed in {INDEX_FILE} but missing; fetch it again"
+            )
+    return {name: folder / name for name in names}
+
+
+def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the `weight_files` of folder `path`, from their headers.
+
+    Raises:
+        ConfigError: as `weight_files`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    holder: dict[str, str] = {}
+    for file_name, file in weight_files(path).items():
+        try:
+            # Opening compares the file's size with what its header lists.
+            with safe_open(file, framework="np") as tensors:
+                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"model.path {path!r}: {file_name} is damaged: {error}; fetch it again"
+            ) from error
+        for name in found:
+            if name in holder:
+                raise ConfigError(
+                    f"model.path {path!r}: tensor {name} is in {holder[name]} and in {file_name}; remove the file "
+                    "that is not meant"
+                )
+            holder[name] = file_name
+        shapes |= found
+    return shapes
+
+
+def _names_in(index: Path, path: str) -> list[str]:
+    """The file names in an index, each once, sorted."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{index} is not valid JSON: {error}") from error
+    listed = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ConfigError(f"model.path {path!r}: {index.name} lists no files by weight; fetch it again")
+    return sorted(set(listed.values()))

@@ -1,0 +1,121 @@
+"""Rotary position embedding: a checkpoint's own frequencies, computed by transformers, put into Megatron's model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from a2tgpo.config.check import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+KINDS = ("default", "linear", "llama3", "yarn")
+"""What can be computed: the frequencies of the others change with the length of the sequence."""
+
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A checkpoint's rotary embedding."""
+
+    base: float
+    inverse_frequencies: torch.Tensor | None
+    """[head_dim / 2] float32, radians per position; None: base^(-2i / head_dim), not scaled."""
+    attention_factor: float = 1.0
+    """Queries and keys are multiplied by it once rotated (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
+
+    def softmax_scale(self, head_dim: int) -> float | None:
+        """What attention multiplies products of queries and keys by; None: 1 / sqrt(head_dim).
+
+        Megatron's fused rotation takes no factor for queries and keys. Their products carry its square.
+        """
+        if self.attention_factor == 1.0:
+            return None
+        return self.attention_factor**2 / math.sqrt(head_dim)
+
+    def apply_to(self, gpt_model: GPTModel) -> None:
+        """Give the frequencies to `gpt_model`, which was built with `base`; before its first pass."""
+        if self.inverse_frequencies is not None:
+            embedding = gpt_model.rotary_pos_emb
+            embedding.inv_freq = self.inverse_frequencies.to(embedding.inv_freq)
+
+
+def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
+    """The rotary embedding of the checkpoint in folder `path`.
+
+    Raises:
+        ConfigError: one line; a kind that is not computed here, or a number that is missing or none.
+    """
+    # transformers 5 keeps theta and scaling in one dictionary; there is no `rope_theta` attribute any more.
+    rope = dict(hf_config.rope_parameters)
+    kind = rope.get("rope_type", "default")
+    where = f"model.path {path!r}: config.json has"
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{where} rope scaling {kind!r}, whose frequencies change with the length of the sequence; allowed: "
+            f"{' | '.join(KINDS)}. To run without scaling, within the positions the model was trained on, remove "
+            "rope_scaling (and rope_type, factor in rope_parameters) from config.json"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{where} partial_rotary_factor {rope['partial_rotary_factor']}; allowed: 1")
+    for name in ("rope_theta", *_REQUIRED[kind]):
+        _require_positive(where, name, rope.get(name))
+    if kind == "yarn":
+        for name in _OPTIONAL:
+            if name in rope:
+                _require_positive(where, name, rope[name])
+    base = float(rope["rope_theta"])
+    if kind == "default":
+        return Rope(base=base, inverse_frequencies=None)
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    return Rope(base=base, inverse_frequencies=frequencies, attention_factor=float(attention_factor))
+
+
+def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) -> None:
+    """Raise `ConfigError`, one line, if the model has no positions for a sequence of `max_model_len` tokens.
+
+    The engine's rule: max_position_embeddings, times the factor of linear scaling. With YaRN and llama3 it is the
+    longest sequence already.
+    """
+    rope = hf_config.rope_parameters
+    positions = hf_config.max_position_embeddings
+    if rope.get("rope_type") == "linear":
+        positions = int(positions * rope["factor"])
+    if max_model_len <= positions:
+        return
+    way_out = "lower data.max_prompt_tokens or rollout.max_response_tokens"
+    reach = _yarn_reach(rope)
+    if reach >= max_model_len:
+        way_out = (
+            f"set max_position_embeddings to {reach} in config.json, as far as YaRN reaches, or {way_out}"
+        )
+    raise ConfigError(
+        f"data.max_prompt_tokens + rollout.max_response_tokens + room for a scored answer is {max_model_len}; "
+        f"allowed: at most the {positions} positions of model.path {path!r} (max_position_embeddings); {way_out}"
+    )
+
+
+def _yarn_reach(rope: dict[str, Any]) -> int:
+    """Longest sequence that a YaRN setting is made for; 0: there is none."""
+    if rope.get("rope_type") != "yarn":
+        return 0
+    return int(rope["original_max_position_embeddings"] * rope["factor"])
+
+
+def _require_positive(where: str, name: str, value: Any) -> None:
+    # transformers only warns of most wrong values.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where} {name} {value!r}; allowed: a number > 0")
