@@ -5,28 +5,33 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.carried_pool import CarriedPool
-from a2tgpo.config.check import require
+from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
+from a2tgpo.error_line import first_line
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.update.checkpoint import read_record
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
@@ -77,8 +82,11 @@ class RunParts:
         self.engine.close()
 
 
-def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
+def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | None = None) -> RunParts:
     """Build all parts; every rank must call this. What is cheap to check comes before what is slow to build.
+
+    Args:
+        resume_from: the checkpoint that is loaded next; it is refused here if it is of another run.
 
     Raises:
         ConfigError: one line; anything a person wrote that cannot be run.
@@ -86,14 +94,22 @@ def assemble(config: RunConfig, groups: ParallelGroups) -> RunParts:
     timers = StageTimers()
     replicas = divide_into_replicas(config, groups)
     with timers.stage("startup_data"):
-        load_hf_config(config.model.path)
+        hf_config = load_hf_config(config.model.path)
+        check_positions(config.model.path, hf_config, config.max_model_len)
         tokenizer = load_tokenizer(config.model.path)
         template = PromptTemplate(tokenizer, config.data.instructions)
         train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
         test_questions = load_questions(config.data.test, key="data.test")
         limit = config.evaluation.max_questions or len(test_questions)
         test_prompts = _prompt_set(test_questions[:limit], template, config)
-        sampler = PromptSampler(len(train_prompts), config.rollout.prompts_per_step, config.run.seed)
+        sampler = PromptSampler(
+            len(train_prompts),
+            config.rollout.prompts_per_step,
+            config.run.seed,
+            fingerprint=train_prompts.fingerprint,
+        )
+        if resume_from is not None:
+            require_same_run(resume_from, _record_of(resume_from), hf_config, sampler)
         config.rollout.partial.check_questions(
             len(train_prompts), prompts_per_step=config.rollout.prompts_per_step
         )
@@ -176,6 +192,13 @@ def build_rollout(
         ),
         replica_group=replicas.group,
     )
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    try:
+        return read_record(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {first_line(error)}") from error
 
 
 def _prompt_set(questions: list[Question], template: PromptTemplate, config: RunConfig) -> PromptSet:

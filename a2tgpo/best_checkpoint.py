@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from a2tgpo.update.checkpoint import MARKER, replace_file
+from a2tgpo.atomic_file import write_text
+from a2tgpo.update.checkpoint import MARKER
 
 BEST_FILE = "best.json"
 
@@ -93,5 +94,4 @@ def write_best(root: Path, best: dict | None) -> None:
     if best is None:
         path.unlink(missing_ok=True)
         return
-    root.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(best) + "\n")
+    write_text(path, json.dumps(best) + "\n")

@@ -129,31 +129,44 @@ def encode(state: Carried) -> bytes:
     return msgspec.msgpack.encode(state.own)
 
 
-def read(checkpoint: Path, *, replica: int, num_replicas: int) -> Carried:
-    """What a checkpoint carries, for replica `replica` of `num_replicas`; of another number, dealt out in turn.
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A group that a checkpoint carries over, and the replica that is to play it on."""
+
+    replica: int
+    group: CarriedGroup
+
+
+def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
+    """What a checkpoint carries, oldest first; of another number of replicas, dealt out to `num_replicas` in turn.
 
     Raises:
         ValueError: one line; a file does not hold such groups.
     """
     files = sorted((checkpoint / FOLDER).glob("replica_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
-    held: list[tuple[int, CarriedGroup]] = []
+    held: list[Held] = []
     for number, path in enumerate(files):
         try:
             groups = msgspec.msgpack.decode(path.read_bytes(), type=list[CarriedGroup])
         except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not what this program writes") from error
-        held += [(number, group) for group in groups]
-    held.sort(key=lambda item: item[1].key)
-    if len(files) != num_replicas:
-        held = [(place % num_replicas, group) for place, (_, group) in enumerate(held)]
+        held += [Held(replica=number, group=group) for group in groups]
+    held.sort(key=lambda item: item.group.key)
+    if len(files) == num_replicas:
+        return held
+    return [Held(replica=place % num_replicas, group=item.group) for place, item in enumerate(held)]
+
+
+def carried(held: Sequence[Held], *, replica: int) -> Carried:
+    """What is `held`, as the ranks of one replica hold it."""
     entries = (
         Entry(
-            begun=group.begun,
-            index=group.prompt.index,
-            question=group.question,
-            replica=number,
-            is_complete=group.is_complete,
+            begun=item.group.begun,
+            index=item.group.prompt.index,
+            question=item.group.question,
+            replica=item.replica,
+            is_complete=item.group.is_complete,
         )
-        for number, group in held
+        for item in held
     )
-    return Carried(entries=tuple(entries), own=tuple(group for number, group in held if number == replica))
+    return Carried(entries=tuple(entries), own=tuple(item.group for item in held if item.replica == replica))

@@ -1,7 +1,8 @@
 """The folder of a run: what lies where, and going on from it.
 
 `ROOT/NAME/`: config.yaml (resolved), env.txt, metrics.jsonl, tensorboard/, rollouts/step_N.jsonl.zst,
-checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung).
+checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung),
+holder.json (the process that writes here).
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ import functools
 import logging
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from transformers import PretrainedConfig
 
 from a2tgpo import stop_signal
+from a2tgpo.atomic_file import write_text
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
-from a2tgpo.carried_pool import Carried, bounded, carried_file, encode, read
+from a2tgpo.carried_pool import Carried, bounded, carried, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
-from a2tgpo.error_line import first_line
+from a2tgpo.folder_lock import FolderLock
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
+from a2tgpo.resume import changed_settings, check_resume, follow_settings, saved_settings, say_changes
 from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
@@ -65,17 +67,21 @@ class RunFolder:
                 NAME.previous_N) | a checkpoint's folder.
 
         Raises:
-            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made.
+            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made or is another
+                process's.
         """
         check_resume(resume)
         fault = [""]
         if self._groups.rank == 0:
             try:
-                if resume == "none":
+                if resume == "none" and self.path.exists():
                     self._set_aside()
                 self.path.mkdir(parents=True, exist_ok=True)
-                checkpoint.replace_file(self.path / "config.yaml", dump_config(self._config))
-                checkpoint.replace_file(self.path / "env.txt", describe_environment())
+                self._lock = FolderLock(self.path)
+                write_text(self.path / "config.yaml", dump_config(self._config))
+                write_text(self.path / "env.txt", describe_environment())
+            except ConfigError as error:
+                fault = [str(error)]
             except OSError as error:
                 fault = [
                     f"run.root: {self.path} cannot be written ({error.strerror}); choose another run.root"
@@ -106,14 +112,17 @@ class RunFolder:
             # A converted model has seen no question yet.
             if "sampler" in state:
                 parts.sampler.load_state_dict(state["sampler"])
-            parts.carried.state = self._read_carried(path, parts, step)
+            changed = changed_settings(state, self._config)
+            if self._groups.rank == 0:
+                say_changes(changed)
+            parts.carried.state = self._read_carried(path, parts, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])
             is_own = path.resolve() == (self._checkpoints / f"step_{step}").resolve()
             # That of another run speaks of checkpoints which are not here.
-            self.best.load_state_dict(self._if_still_there(state.get("best") if is_own else None))
+            self.best.load_state_dict(self._if_comparable(state, parts) if is_own else None)
         checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
         self._complete = (step, self.best.state_dict())
@@ -137,7 +146,9 @@ class RunFolder:
             schedule=parts.schedule,
             state={
                 "step": step,
+                "settings": saved_settings(self._config),
                 "sampler": parts.sampler.state_dict(),
+                "test_questions": parts.test_prompts.fingerprint,
                 "guards": guards.state_dict(),
                 "evaluation_is_due": evaluation_is_due,
                 "best": best,
@@ -153,27 +164,35 @@ class RunFolder:
             return {}
         return {carried_file(parts.replicas.index): encode(parts.carried.state)}
 
-    def _read_carried(self, path: Path, parts: RunParts, step: int) -> Carried:
-        """What a checkpoint carries to step `step`; dropped, with a warning, what `rollout.partial` now rules out."""
+    def _read_carried(
+        self, path: Path, parts: RunParts, step: int, changed: dict[str, tuple[Any, Any]]
+    ) -> Carried:
+        """What a checkpoint carries to step `step`; dropped, with a warning, what the settings now rule out."""
         try:
-            carried = read(path, replica=parts.replicas.index, num_replicas=parts.replicas.count)
+            held = read(path, num_replicas=parts.replicas.count)
         except ValueError as error:
             raise ConfigError(f"--resume: {error}") from error
         partial = self._config.rollout.partial
-        kept = bounded(carried, step, max_groups=partial.extra_prompts, max_staleness=partial.max_staleness)
-        num_dropped = len(carried.entries) - len(kept.entries)
-        if num_dropped and self._groups.rank == 0:
+        before = carried(held, replica=parts.replicas.index)
+        young = bounded(before, step, max_groups=partial.extra_prompts, max_staleness=partial.max_staleness)
+        keys = {entry.key for entry in young.entries}
+        kept, dropped = follow_settings(
+            [item for item in held if item.group.key in keys],
+            config=self._config,
+            prompts=parts.train_prompts,
+            changed=changed,
+        )
+        if num_dropped := len(before.entries) - len(young.entries):
+            state = f"on with extra_prompts {partial.extra_prompts}, max_staleness {partial.max_staleness}"
+            dropped["since rollout.partial is " + (state if partial.is_on else "off")] = num_dropped
+        if dropped and self._groups.rank == 0:
             logger.warning(
-                "%d of %d groups that %s carries over are dropped, with all that was played of them: "
-                "rollout.partial is %s",
-                num_dropped,
-                len(carried.entries),
+                "of %d groups that %s carries over some are dropped, with all that was played of them: %s",
+                len(held),
                 path,
-                f"on with extra_prompts {partial.extra_prompts}, max_staleness {partial.max_staleness}"
-                if partial.is_on
-                else "off",
+                "; ".join(f"{count} {reason}" for reason, count in dropped.items()),
             )
-        return kept
+        return carried(kept, replica=parts.replicas.index)
 
     @property
     def saved_step(self) -> int:
@@ -281,13 +300,25 @@ class RunFolder:
             f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N"
         )
 
-    def _if_still_there(self, best: dict | None) -> dict | None:
-        """`best`, or None where its checkpoint is gone, as rank 0 sees it.
+    def _if_comparable(self, state: dict, parts: RunParts) -> dict | None:
+        """The best checkpoint so far by `state`, None where there is none that later ones can be compared with.
+
+        Its checkpoint may be gone, or its score be that of other held-out questions.
 
         On a network file system ranks may see different files, but they must agree on which checkpoints to save.
         """
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"
+        best, questions = state.get("best"), parts.test_prompts.fingerprint
+        if best is not None and state.get("test_questions", questions) != questions:
+            if self._groups.rank == 0:
+                logger.warning(
+                    "data.test holds other questions than at step %d: the best checkpoint so far, step %d, is not "
+                    "compared with",
+                    state["step"],
+                    best["step"],
+                )
+            best = None
         is_there = best is not None and self.best.has_weights(best["step"])
         return broadcast_object(best if is_there else None, world, source=0)
 
@@ -304,45 +335,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def _set_aside(self) -> None:
-        if not self.path.exists():
-            return
+        lock = FolderLock(self.path)  # not that of a run which goes on
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.previous_{number}")).exists():
             number += 1
+        lock.release()
         self.path.rename(aside)
-
-
-def check_resume(resume: str) -> None:
-    """Raise `ConfigError` if `resume` is a path, but not that of a checkpoint that was written to its end."""
-    if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
-        raise ConfigError(
-            f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
-        )
-
-
-def check_saved_model(config: RunConfig, resume: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` if the checkpoint to go on from was saved from another model; one process may call this.
-
-    Of the checkpoint only `state.json` is read; with `auto` it is the newest one of which that can be read.
-    """
-    paths = [] if resume == "none" else [Path(resume)]
-    if resume == "auto":
-        root = Path(config.run.root) / config.run.name / "checkpoints"
-        paths = [root / f"step_{step}" for step in checkpoint.steps_in(root)]
-    for path in paths:
-        if not (path / checkpoint.MARKER).is_file():
-            continue
-        try:
-            record = checkpoint.read_record(path)
-        except (OSError, ValueError) as error:
-            if resume == "auto":
-                continue  # the start passes it over, with a warning
-            raise ConfigError(f"--resume: {first_line(error)}") from error
-        try:
-            checkpoint.require_same_model(path, record, hf_config)
-        except ValueError as error:
-            raise ConfigError(f"--resume: {error}") from error
-        return
 
 
 def describe_environment() -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.expand import text_argument
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume",
+        type=text_argument,
         default="auto",
         metavar="auto|PATH|none",
         help="auto: from the run's newest complete checkpoint if there is one; none: anew",
@@ -85,10 +87,11 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.data.tokenizer import load_tokenizer
     from a2tgpo.environment.tool import build_tools
     from a2tgpo.model.hf_config import load_hf_config
+    from a2tgpo.model.rope import check_positions
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.plan.advice import faults
     from a2tgpo.plan.report import plan_text
-    from a2tgpo.run_folder import check_resume, check_saved_model
+    from a2tgpo.resume import check_resume, find_record, require_same_run
 
     check_resume(resume)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -99,15 +102,22 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         shutdown()
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
-    check_saved_model(config, resume, hf_config)
+    check_positions(config.model.path, hf_config, config.max_model_len)
     template = PromptTemplate(load_tokenizer(config.model.path), config.data.instructions)
     limit = config.data.max_prompt_tokens
-    sizes = {}
-    for key in ("train", "test"):
-        questions = load_questions(getattr(config.data, key), key=f"data.{key}")
-        sizes[key] = len(PromptSet(questions, template, max_prompt_tokens=limit))
+    prompts = {
+        key: PromptSet(
+            load_questions(getattr(config.data, key), key=f"data.{key}"), template, max_prompt_tokens=limit
+        )
+        for key in ("train", "test")
+    }
+    sizes = {key: len(of_set) for key, of_set in prompts.items()}
     per_step = config.rollout.prompts_per_step
-    PromptSampler(sizes["train"], per_step, config.run.seed)
+    sampler = PromptSampler(
+        sizes["train"], per_step, config.run.seed, fingerprint=prompts["train"].fingerprint
+    )
+    if (found := find_record(config, resume)) is not None:
+        require_same_run(*found, hf_config, sampler)
     config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
     build_tools(config).close()
     # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
@@ -147,7 +157,7 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     joined_s = process_age_s()
     folder = RunFolder(config, groups)
     checkpoint = folder.open(resume)
-    parts = assemble(config, groups)
+    parts = assemble(config, groups, resume_from=checkpoint)
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     step = folder.restore(checkpoint, parts, guards)

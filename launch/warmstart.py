@@ -77,6 +77,7 @@ def warm_start(config: RunConfig) -> None:
         "warmstart.demonstrations": settings.demonstrations,
     }
     groups = start_ranks(dataclasses.replace(config, model=cold), paths)
+    lock_folder(config, groups)
     trajectories = load_trajectories(config)
     require(
         settings.batch_size <= len(trajectories),
@@ -104,6 +105,27 @@ def warm_start(config: RunConfig) -> None:
     save_hf(policy, config.model.path)
     report.close()
     shutdown()
+
+
+def lock_folder(config: RunConfig, groups: ParallelGroups) -> None:
+    """Hold the folder of the metrics until this program ends; ConfigError on every rank if another one does."""
+    import torch.distributed as dist
+
+    from a2tgpo.folder_lock import FolderLock
+
+    fault = [""]
+    if groups.rank == 0:
+        folder = Path(config.run.root) / f"{config.run.name}-warmstart"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            FolderLock(folder)
+        except ConfigError as error:
+            fault = [str(error)]
+        except OSError as error:
+            fault = [f"run.root: {folder} cannot be written ({error.strerror}); choose another run.root"]
+    dist.broadcast_object_list(fault, src=0)
+    if fault[0]:
+        raise ConfigError(fault[0])
 
 
 def load_trajectories(config: RunConfig) -> list[Trajectory]:

@@ -19,12 +19,13 @@ class PromptSampler:
         num_questions: size of the set.
         per_step: questions a step asks.
         seed: names the sequence of orders.
+        fingerprint: of the questions, see `PromptSet.fingerprint`; empty: not known.
 
     Raises:
         ConfigError: if the set is smaller than one step.
     """
 
-    def __init__(self, num_questions: int, per_step: int, seed: int):
+    def __init__(self, num_questions: int, per_step: int, seed: int, *, fingerprint: str = ""):
         require(
             per_step <= num_questions,
             "rollout.prompts_per_step",
@@ -34,6 +35,7 @@ class PromptSampler:
         self.num_questions = num_questions
         self.per_step = per_step
         self.seed = seed
+        self.fingerprint = fingerprint
         self.epoch = 0
         self._position = 0
         self._deferred: list[int] = []
@@ -63,6 +65,7 @@ class PromptSampler:
         """What `load_state_dict` needs to go on from here; plain JSON values."""
         return {
             "num_questions": self.num_questions,
+            "fingerprint": self.fingerprint,
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self._position,
@@ -75,6 +78,14 @@ class PromptSampler:
         Raises:
             ConfigError: if the question set or the seed is another one.
         """
+        self.require_same_questions(state)
+        self.epoch = state["epoch"]
+        self._position = state["position"]
+        self._deferred = list(state["deferred"])
+        self._order = self._epoch_order()
+
+    def require_same_questions(self, state: dict) -> None:
+        """Raise `ConfigError`, one line, unless `state` was taken with these questions and this seed."""
         for key, name, mine in (
             ("num_questions", "the number of questions in data.train", self.num_questions),
             ("seed", "run.seed", self.seed),
@@ -84,10 +95,13 @@ class PromptSampler:
                     f"{name} is {mine}, the checkpoint was made with {state[key]}; "
                     "resume with the same data and seed, or start a new run"
                 )
-        self.epoch = state["epoch"]
-        self._position = state["position"]
-        self._deferred = list(state["deferred"])
-        self._order = self._epoch_order()
+        # Checkpoints of earlier versions have none.
+        saved = state.get("fingerprint") or self.fingerprint
+        if saved != self.fingerprint:
+            raise ConfigError(
+                "data.train does not hold the questions that the checkpoint was made with: ids, texts or their order "
+                "differ; resume with the same data, or start a new run (from its weights, exported by tools/convert.py)"
+            )
 
     def _epoch_order(self) -> list[int]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_questions).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -85,6 +87,14 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the questions: equal for the same ids and texts in the same order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for question in self.questions:
+            digest.update(json.dumps([question.id, question.question]).encode())
+        return digest.hexdigest()
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """Prompts of the questions at `indices`; their `index` is the position in this list."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+from a2tgpo.rollout.multi_turn import ANSWER_ROOM, Limits
 from a2tgpo.trajectory import Prompt, Trajectory
 
 
@@ -35,3 +36,28 @@ class CarriedGroup:
 def copied(trajectory: Trajectory) -> Trajectory:
     """A trajectory that can be played on while `trajectory` stays as it is."""
     return dataclasses.replace(trajectory, turns=[dataclasses.replace(turn) for turn in trajectory.turns])
+
+
+def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
+    """`group` with every trajectory past `limits` cut back to its last turn that leaves room to go on.
+
+    What is cut back goes on, whether or not it had ended; it may have no turn left.
+    """
+    members = [_shortened(member, limits) for member in group.trajectories]
+    if all(one is other for one, other in zip(members, group.trajectories, strict=True)):
+        return group
+    return dataclasses.replace(group, trajectories=members)
+
+
+def _shortened(trajectory: Trajectory, limits: Limits) -> Trajectory:
+    prompt = len(trajectory.prompt_tokens)
+    room = min(limits.max_response_tokens, limits.max_model_len - prompt)
+    has_ended = bool(trajectory.stop_reason)
+    if trajectory.num_process_turns <= limits.max_turns and trajectory.num_tokens - prompt <= room - (
+        0 if has_ended else ANSWER_ROOM
+    ):
+        return trajectory
+    contexts = trajectory.context_lengths[1 : limits.max_turns + 1]
+    fitting = sum(length - prompt <= room - ANSWER_ROOM for length in contexts)  # they ascend
+    turns = [dataclasses.replace(turn) for turn in trajectory.turns[:fitting]]
+    return dataclasses.replace(trajectory, turns=turns, stop_reason="")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
+from a2tgpo.atomic_file import sync_folder, write_text
 from a2tgpo.error_line import first_line
 from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
@@ -187,14 +188,6 @@ def latest(root: str | Path) -> Path | None:
     return None
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write `path`; a reader, also one after a power cut, finds the old text or the new. One rank calls this."""
-    fresh = path.with_suffix(".new")
-    _write_through(fresh, text)
-    fresh.replace(path)
-    _sync(path.parent)
-
-
 def _require_complete(path: Path) -> None:
     fault = _fault_of(path)
     if fault:
@@ -277,30 +270,13 @@ def remove_leftovers(root: Path) -> None:
 
 def put_in_place(partial: Path, final: Path, files: dict[str, tuple[int, int]]) -> None:
     """Mark `partial` as complete with the list of its `files`, and rename it; one rank calls this."""
-    _write_through(partial / MARKER, json.dumps({"files": files}, indent=0))
+    write_text(partial / MARKER, json.dumps({"files": files}, indent=0))
     old = final.with_suffix(".old")
     if final.exists():
         final.rename(old)
     partial.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_through(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def record_of(policy: Policy) -> dict[str, dict[str, Any]]:

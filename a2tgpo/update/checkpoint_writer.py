@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from a2tgpo.atomic_file import naming
 from a2tgpo.error_line import first_line
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
@@ -143,29 +144,32 @@ class CheckpointWriter:
             checkpoint.remove_leftovers(self._root)
             for folder in (checkpoint.SHARDED, "rng"):
                 (partial / folder).mkdir(parents=True)
-            (partial / checkpoint.STATE).write_text(record)
+            with naming(partial / checkpoint.STATE):
+                (partial / checkpoint.STATE).write_text(record)
 
         def write_own() -> None:
             torch.save(rng, partial / checkpoint.rng_file(dist.get_rank()))
             for name, content in own_files.items():
                 (partial / name).parent.mkdir(exist_ok=True)
-                (partial / name).write_bytes(content)
+                with naming(partial / name):
+                    (partial / name).write_bytes(content)
 
         def complete() -> None:
             checkpoint.put_in_place(partial, final, files)
             on_complete()
 
         try:
-            _together(make_folders if is_first else None, group)
-            _together(functools.partial(write_sharded, partial / checkpoint.SHARDED, model, group), group)
-            _together(write_own, group)
+            _together(make_folders if is_first else None, group, partial)
+            write_tensors = functools.partial(write_sharded, partial / checkpoint.SHARDED, model, group)
+            _together(write_tensors, group, partial / checkpoint.SHARDED)
+            _together(write_own, group, partial)
             files: dict[str, tuple[int, int]] = {}
 
             def describe() -> None:
                 files.update(checkpoint.describe(partial, checkpoint.files_of(partial), group))
 
-            _together(describe, group)
-            _together(complete if is_first else None, group)
+            _together(describe, group, partial)
+            _together(complete if is_first else None, group, final)
         except _SaveFailedError:
             if is_first:
                 shutil.rmtree(partial, ignore_errors=True)  # what failed for want of space should not keep it
@@ -176,23 +180,27 @@ class _SaveFailedError(Exception):
     """A save that failed on some rank; the message is one line with the cause."""
 
 
-def _together(action: Callable[[], None] | None, group: dist.ProcessGroup) -> None:
-    """Run `action` on the ranks that have one; raise `_SaveFailedError` on all if it failed on any."""
+def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place: Path) -> None:
+    """Run `action`, which writes to `place`, on the ranks that have one.
+
+    Raises:
+        _SaveFailedError: on all ranks, if it failed on any.
+    """
     fault = ""
     try:
         if action is not None:
             action()
     except CheckpointException as error:
-        fault = _describe_fault(next(iter(error.failures.values()))[0])
+        fault = _describe_fault(next(iter(error.failures.values()))[0], place)
     except (OSError, RuntimeError) as error:
-        fault = _describe_fault(error)
+        fault = _describe_fault(error, place)
     faults = [text for text in all_gather_object(fault, group) if text]
     if faults:
         raise _SaveFailedError(faults[0])
 
 
-def _describe_fault(error: BaseException) -> str:
-    """An error of writing files in one line."""
+def _describe_fault(error: BaseException, place: Path) -> str:
+    """An error of writing files in one line that names the file, or the folder `place` where it does not say."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}" + (f" ({error.filename})" if error.filename else "")
-    return first_line(error)[:200]
+        return f"{error.strerror} ({error.filename or place})"
+    return f"{first_line(error):.200} ({place})"

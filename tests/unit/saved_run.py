@@ -29,6 +29,7 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
+from a2tgpo.trajectory import Prompt
 from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 
@@ -59,7 +60,9 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
         optimizer=optimizer,
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
-        sampler=PromptSampler(10, 2, seed=0),
+        sampler=PromptSampler(10, 2, seed=0, fingerprint="q"),
+        train_prompts=Questions("q"),
+        test_prompts=Questions("t"),
         startup={},
         carried=CarriedPool(),
         replicas=SimpleNamespace(index=0, count=1, is_first=True),
@@ -68,6 +71,19 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
     shutdown()
     os.environ.clear()
     os.environ.update(environment)
+
+
+class Questions:
+    """A question set as far as a run's folder looks at it: every prompt is [1, 2]."""
+
+    def __init__(self, fingerprint: str):
+        self.fingerprint = fingerprint
+
+    def prompts(self, indices: list[int]) -> list[Prompt]:
+        return [
+            Prompt(index=i, id=f"q{index}", question="who?", answers=("a",), tokens=(1, 2))
+            for i, index in enumerate(indices)
+        ]
 
 
 class Run:
@@ -83,13 +99,14 @@ class Run:
         keep: int = 1,
         keep_every: int = 0,
         partial: PartialConfig = PartialConfig(),  # noqa: B008 (frozen)
+        **rollout: Any,
     ):
         self.config = RunConfig(
             run=RunSettings(name=name, root=str(root)),
             model=ModelConfig(path="unused"),
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),
-            rollout=RolloutConfig(partial=partial),
+            rollout=RolloutConfig(partial=partial, **rollout),
             algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
             checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, max_failures=2),
         )

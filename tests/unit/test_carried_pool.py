@@ -9,6 +9,7 @@ from a2tgpo.carried_pool import (
     Carried,
     Entry,
     bounded,
+    carried,
     carried_file,
     encode,
     is_due,
@@ -21,7 +22,8 @@ from a2tgpo.carried_pool import (
 )
 from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.rollout.carried_group import CarriedGroup, copied
+from a2tgpo.rollout.carried_group import CarriedGroup, copied, shortened
+from a2tgpo.rollout.multi_turn import ANSWER_ROOM, Limits
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 
@@ -207,7 +209,7 @@ def saved(tmp_path):
 def test_each_replica_reads_its_own_groups_and_all_know_of_all(saved):
     folder, held = saved
     for replica in held:
-        state = read(folder, replica=replica, num_replicas=2)
+        state = carried(read(folder, num_replicas=2), replica=replica)
         assert state.own == held[replica]
         assert state.entries == (
             entry(1, 2, replica=1),
@@ -218,9 +220,10 @@ def test_each_replica_reads_its_own_groups_and_all_know_of_all(saved):
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_another_number_of_replicas_shares_the_groups_out(saved, num_replicas):
-    folder, held = saved
-    states = [read(folder, replica=replica, num_replicas=num_replicas) for replica in range(num_replicas)]
-    expected = sorted((g for own in held.values() for g in own), key=lambda g: g.key)
+    folder, own_of = saved
+    held = read(folder, num_replicas=num_replicas)
+    states = [carried(held, replica=replica) for replica in range(num_replicas)]
+    expected = sorted((g for own in own_of.values() for g in own), key=lambda g: g.key)
     assert sorted((g for state in states for g in state.own), key=lambda g: g.key) == expected
     assert all(state.entries == states[0].entries for state in states)
     for replica, state in enumerate(states):
@@ -228,11 +231,60 @@ def test_another_number_of_replicas_shares_the_groups_out(saved, num_replicas):
 
 
 def test_a_checkpoint_without_such_files_carries_nothing(tmp_path):
-    assert read(tmp_path, replica=0, num_replicas=2) == Carried()
+    assert carried(read(tmp_path, num_replicas=2), replica=0) == Carried()
 
 
 def test_a_file_of_something_else_is_refused_in_one_line(saved):
     folder, _ = saved
     (folder / carried_file(1)).write_bytes(msgspec.msgpack.encode([{"begun": "soon"}]))
     with pytest.raises(ValueError, match=r"replica_1\.bin is not what this program writes$"):
-        read(folder, replica=0, num_replicas=2)
+        read(folder, num_replicas=2)
+
+
+def searching(num_turns: int, reason: str) -> Trajectory:
+    """Turns of 10 sampled tokens and 30 of observation; the last has no observation if there is a `reason`."""
+    turns = [
+        Turn(
+            tokens=[5] * 10,
+            rollout_logprobs=[-0.1] * 10,
+            observation_tokens=[7] * 30,
+            query="x",
+            tool="search",
+        )
+        for _ in range(num_turns)
+    ]
+    if reason:
+        turns.append(Turn(tokens=[6] * 10, rollout_logprobs=[-0.1] * 10))
+    return Trajectory(
+        prompt_index=0, prompt_id="q", sample_index=0, prompt_tokens=[1, 2], turns=turns, stop_reason=reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_turns", "reason", "limits", "left"),
+    [
+        (3, "", {}, None),
+        (3, "answer", {}, None),
+        (3, "", {"max_turns": 3}, None),
+        (3, "", {"max_turns": 2}, 2),
+        (3, "answer", {"max_turns": 2}, 2),
+        (3, "", {"max_response_tokens": 120 + ANSWER_ROOM}, None),
+        (3, "", {"max_response_tokens": 119 + ANSWER_ROOM}, 2),
+        (3, "answer", {"max_response_tokens": 130}, None),
+        (3, "answer", {"max_response_tokens": 129}, 2),
+        (3, "", {"max_response_tokens": 71}, 0),
+        (3, "", {"max_model_len": 2 + 80 + ANSWER_ROOM}, 2),
+    ],
+)
+def test_carried_trajectories_past_smaller_budgets_are_cut_back(num_turns, reason, limits, left):
+    whole = dict(max_turns=6, max_turn_tokens=99, max_response_tokens=999, max_model_len=9999)
+    member = searching(num_turns, reason)
+    before = group(1, 0, "")
+    before = CarriedGroup(begun=1, question=0, prompt=before.prompt, trajectories=[member])
+    after = shortened(before, Limits(**{**whole, **limits}))
+    if left is None:
+        assert after is before
+        return
+    (cut,) = after.trajectories
+    assert cut.turns == member.turns[:left] and cut.stop_reason == "" and not after.is_complete
+    assert len(member.turns) == num_turns + bool(reason), "the group that was held has changed"

@@ -152,7 +152,7 @@ def test_a_checkpoint_from_before_models_were_recorded_is_loaded(world, tmp_path
 
 def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, tmp_path, caplog):
     is_on = PartialConfig(tokens_per_step=1, extra_prompts=1)
-    run = Run(world, tmp_path, partial=is_on)
+    run = Run(world, tmp_path, partial=is_on, group_size=1)
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
     turn = Turn(tokens=[5], rollout_logprobs=[-1e-17], observation_tokens=[6], query="x", step=3)
     member = Trajectory(
@@ -164,11 +164,11 @@ def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, t
         run.parts.carried.state = held
         run.save(4)
         run.parts.carried.state = Carried()
-        assert Run(world, tmp_path, partial=is_on).parts.carried.state == held
-        assert not Run(world, tmp_path).parts.carried.state.entries
-        assert "1 of 1 groups that" in caplog.text and "rollout.partial is off" in caplog.text
+        assert Run(world, tmp_path, partial=is_on, group_size=1).parts.carried.state == held
+        assert not Run(world, tmp_path, group_size=1).parts.carried.state.entries
+        assert "of 1 groups that" in caplog.text and "1 since rollout.partial is off" in caplog.text
         fewer = PartialConfig(tokens_per_step=1)
-        assert not Run(world, tmp_path, partial=fewer).parts.carried.state.entries
+        assert not Run(world, tmp_path, partial=fewer, group_size=1).parts.carried.state.entries
         assert "rollout.partial is on with extra_prompts 0, max_staleness 1" in caplog.text
         path = run.checkpoints / "step_4" / "carried" / "replica_0.bin"
         content = bytearray(path.read_bytes())
