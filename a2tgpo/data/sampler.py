@@ -100,7 +100,7 @@ class PromptSampler:
         if saved != self.fingerprint:
             raise ConfigError(
                 "data.train does not hold the questions that the checkpoint was made with: ids, texts or their order "
-                "differ; resume with the same data, or start a new run (from its weights, exported by tools/convert.py)"
+                "differ; resume with the same data, or start a new run (tools/convert.py exports the weights)"
             )
 
     def _epoch_order(self) -> list[int]:

@@ -1,4 +1,6 @@
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,18 @@ def write(tmp_path, *lines):
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     return str(path)
+
+
+def test_a_packed_corpus_is_read_but_not_indexed_by_place(tmp_path):
+    path = write(tmp_path, GOOD)
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert load_corpus(str(packed)) == load_corpus(path)
+    with pytest.raises(
+        ConfigError, match=r"--corpus: .*corpus\.jsonl\.gz is packed, .*; unpack it first"
+    ) as caught:
+        scan(packed)
+    assert "\n" not in str(caught.value)
 
 
 def test_title_and_text_come_apart_and_together_again(tmp_path):

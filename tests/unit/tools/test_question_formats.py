@@ -403,6 +403,21 @@ def test_a_bad_source_is_refused_in_one_line_and_leaves_nothing(mistake, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if path != raw] == []
 
 
+def test_home_and_variables_in_arguments_are_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    (tmp_path / "raw").write_text('{"question": "q", "answers": ["a"]}\n')
+    prepare(["jsonl", "--in=~/raw", "--out=${OUT}/q.jsonl"])
+    assert len(load_questions(str(tmp_path / "out" / "q.jsonl"))) == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        prepare(["jsonl", "--in=~/raw", "--out=$NOT_SET_HERE/q.jsonl"])
+    assert ended.value.code == 2
+    assert (
+        "--out: the path is '$NOT_SET_HERE/q.jsonl', but $NOT_SET_HERE is not set" in capsys.readouterr().err
+    )
+
+
 def test_a_folder_is_no_file_to_write(tmp_path):
     (tmp_path / "raw").write_text('{"question": "q", "answers": ["a"]}\n')
     with pytest.raises(ConfigError, match=r"--out is .*allowed: a file"):
