@@ -37,6 +37,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import set_rng_state
 from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.update.optimizer_shards import is_distributed
 from a2tgpo.update.sharded_state import load_sharded, load_sharded_weights
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def load(
     record = read_record(path)
     rng = None
     require_same_model(path, record, policy.hf_config)
+    _require_same_optimizer(path, record, optimizer)
     if record["layout"] == record_of(policy)["layout"]:
         try:
             rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
@@ -138,6 +140,17 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
         raise ValueError(
             f"{path} does not fit the model at model.path: it was saved from one with {', '.join(differing)}; give "
             "the model.path of its run"
+        )
+
+
+def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
+    """ValueError, one line, if the state on disk is the other kind of optimizer's; older checkpoints do not say."""
+    mine = is_distributed(optimizer)
+    saved = record.get("distributed_optimizer", mine)
+    if saved != mine:
+        raise ValueError(
+            f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, and its optimizer state "
+            "can be loaded so only; set it"
         )
 
 

@@ -28,6 +28,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import get_rng_state
 from a2tgpo.update import checkpoint
 from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.update.optimizer_shards import is_distributed
 from a2tgpo.update.sharded_state import ShardedCopy, copy_sharded, write_sharded
 
 
@@ -82,6 +83,7 @@ class CheckpointWriter:
         record = {
             "step": step,
             **checkpoint.record_of(policy),
+            "distributed_optimizer": is_distributed(optimizer),
             "schedule": schedule.state_dict(),
             "state": state,
         }

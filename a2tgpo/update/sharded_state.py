@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
 import pickletools
 import warnings
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +29,12 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a2tgpo.model.policy import Policy, gather_weights
+from a2tgpo.update.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
 
 _WRAPPED = "module."
 """Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
+_SLICES = "optimizer_slices"
+"""What a distributed optimizer's slices are called in a state dict; not on disk."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
 """Whose classes a checkpoint's index, a pickle, is made of."""
 _INDEX_NAMES = {
@@ -57,14 +58,23 @@ class ShardedCopy:
 def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
     """Copy model and optimizer as they are now; every rank must call this, and gets its part.
 
-    The work of `dist_checkpointing.save` up to the writing, in its order.
+    A rank takes the host memory of what it writes, and no more: its own slice of the optimizer's state, and the
+    weights that fall to it where all data-parallel ranks have the same ones.
     """
     gather_weights(policy)
     # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
-    sharded, common = save_preprocess(_sharded_state(policy, optimizer, is_loading=False))
+    return copy_state(_saved_state(policy, optimizer), policy)
+
+
+def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
+    """Copy what this rank writes of a sharded state dict, which is used up; every rank must call this.
+
+    The work of `dist_checkpointing.save` up to the writing, in its order.
+    """
+    sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
         TorchDistSaveShardedStrategy("torch_dist", 1), policy.groups.dp_cp_group
     )
@@ -119,15 +129,28 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
     """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
 
+    Tensors are read into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in a
+    checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
+
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
     """
-    loaded = _read(folder, _sharded_state(policy, optimizer, is_loading=True))
+    _check_index(folder / ".metadata")
+    models = model_shards(policy)
+    if is_distributed(optimizer):
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        optimizer.load_state_dict(_settings(common["optimizer"]))  # makes the moments where there are none
+        loaded = _read(folder, {**models, _SLICES: owned_shards(optimizer, models, piece_bytes=UNCUT)})
+    else:
+        state = optimizer.sharded_state_dict(
+            dict(models), is_loading=True, metadata=sharding_metadata(policy)
+        )
+        loaded = _read(folder, {**models, "optimizer": state})
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
     for number, chunk in enumerate(policy.chunks):
         # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
         chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
-    with torch.no_grad():
-        optimizer.load_state_dict(loaded["optimizer"])
 
 
 def load_sharded_weights(folder: Path, policy: Policy) -> None:
@@ -136,7 +159,8 @@ def load_sharded_weights(folder: Path, policy: Policy) -> None:
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
     """
-    metadata = _sharding_metadata(policy)
+    _check_index(folder / ".metadata")
+    metadata = sharding_metadata(policy)
     state = {
         _model_key(policy, number): _tensors_of(model.sharded_state_dict(_WRAPPED, metadata=metadata))
         for number, model in enumerate(policy.gpt_models)
@@ -150,29 +174,50 @@ def load_sharded_weights(folder: Path, policy: Policy) -> None:
 
 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    _check_index(folder / ".metadata")
     with warnings.catch_warnings():
         # Megatron reads through functions and attributes that torch has marked for removal.
         warnings.simplefilter("ignore", FutureWarning)
         return dist_checkpointing.load(state, str(folder))
 
 
-def _sharded_state(policy: Policy, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """What is saved, or where a load puts what it reads; every rank calls this.
+def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
+    """What is saved; every rank calls this."""
+    models = model_shards(policy)
+    if not is_distributed(optimizer):
+        metadata = sharding_metadata(policy)
+        return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
+    parts = optimizer.chained_optimizers
+    if len(parts) > 1:
+        optimizer._synchronize_steps()  # of parameter groups that are empty on some ranks
+    settings = [part.state_dict() for part in parts]
+    return {
+        **models,
+        "optimizer": settings[0] if len(parts) == 1 else dict(enumerate(settings)),
+        _SLICES: owned_shards(optimizer, models, piece_bytes=PIECE_BYTES),
+    }
 
-    The optimizer's state is laid out by parameter ("fully_reshardable"), so any layout can load it.
+
+def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
+    """Parameter groups and steps of one or several chained optimizers, as `load_state_dict` takes them.
+
+    Checkpoints from before the optimizer was saved in slices say besides how its tensors were laid out.
     """
-    metadata = _sharding_metadata(policy)
-    models = {
+    if "optimizer" not in saved:
+        return {number: _settings(part) for number, part in saved.items()}
+    return {name: value for name, value in saved.items() if not name.startswith("param_state")}
+
+
+def model_shards(policy: Policy) -> dict[str, Any]:
+    """The sharded state dict of each chunk, under its name in a checkpoint."""
+    metadata = sharding_metadata(policy)
+    return {
         _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
         for number, chunk in enumerate(policy.chunks)
     }
-    with _bucket_padding_kept(optimizer):
-        state = optimizer.sharded_state_dict(dict(models), is_loading=is_loading, metadata=metadata)
-    return {**models, "optimizer": state}
 
 
-def _sharding_metadata(policy: Policy) -> dict[str, Any]:
+def sharding_metadata(policy: Policy) -> dict[str, Any]:
+    """Megatron's settings of how a state dict is divided."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -247,60 +292,3 @@ def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
 
 def _model_key(policy: Policy, number: int) -> str:
     return "model" if len(policy.chunks) == 1 else f"model{number}"
-
-
-@contextlib.contextmanager
-def _bucket_padding_kept(optimizer: Any) -> Iterator[None]:
-    """Mend the "fully_reshardable" layout of a distributed optimizer with several gradient buckets.
-
-    Megatron up to 0.19 gathers the state without the padding between buckets, then cuts parameters out of it at
-    offsets that count it (distrib_optimizer.py, sharded_param_state_fully_reshardable): all but the first bucket
-    would be saved shifted.
-    """
-    parts = [part for part in optimizer.chained_optimizers if hasattr(part, "get_parameter_state_dp_zero")]
-    for part in parts:
-        part.get_parameter_state_dp_zero = _padded(part, part.get_parameter_state_dp_zero)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.get_parameter_state_dp_zero
-
-
-def _padded(part: Any, gather: Any) -> Any:
-    def gather_padded(*args: Any, **kwargs: Any) -> Any:
-        state = gather(*args, **kwargs)
-        if state is None:
-            return None
-        for number, buffer in enumerate(part.buffers):
-            for tensors in state[number].values():
-                for name, value in tensors.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[name] = pad_buckets(value, buffer.buckets)
-        return state
-
-    return gather_padded
-
-
-def pad_buckets(flat: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
-    """Put the padding at the end of each bucket back into a buffer gathered without it.
-
-    Args:
-        flat: [sum of the buckets' `numel_unpadded`]; returned as it is where it already has the full length.
-        buckets: Megatron's, in the order of the buffer.
-
-    Returns:
-        [sum of the buckets' lengths], padding 0.
-    """
-    lengths = [bucket.grad_data.numel() for bucket in buckets]
-    if flat.numel() == sum(lengths):
-        return flat
-    unpadded = sum(bucket.numel_unpadded for bucket in buckets)
-    assert flat.numel() == unpadded, f"{flat.numel()} values for buckets of {unpadded}"
-    padded = flat.new_zeros(sum(lengths))
-    start = 0
-    for bucket in buckets:
-        stop = start + bucket.numel_unpadded
-        padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = flat[start:stop]
-        start = stop
-    return padded

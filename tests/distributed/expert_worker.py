@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from checkpoint_checks import check_resume, check_values_again
 from layout_checks import check_gradients, check_scores, check_turn_ratios
 from model_worker import check_against_transformers, check_groups
 from update_bench import (
@@ -23,7 +24,7 @@ from update_bench import (
     load_reference,
     reference_loss,
 )
-from update_worker import check_nan_is_skipped, check_resume, run_checks
+from update_worker import check_nan_is_skipped, run_checks
 
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.update import checkpoint
@@ -109,7 +110,7 @@ def check_updates(bench: Bench) -> None:
 
 
 def check_from_two_expert_ranks(bench: Bench) -> None:
-    """A checkpoint of two expert-parallel ranks goes on in another layout."""
+    """A checkpoint of two expert-parallel ranks goes on in another layout, and saved there has the same values."""
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
     root = bench.folder / "checkpoints" / "ep2"
@@ -118,6 +119,7 @@ def check_from_two_expert_ranks(bench: Bench) -> None:
         bench.step(policy, optimizer)
         schedule.step()
     assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
+    check_values_again(bench, root / "step_2" / "sharded", dtype="float32")
 
 
 CHECKS = {

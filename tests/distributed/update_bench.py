@@ -171,7 +171,12 @@ class Bench:
         self.total_tokens = sum(t.num_sampled_tokens for t in trajectories)
 
     def policy(
-        self, *, distributed_optimizer: bool = False, bucket_size: int | None = None, **options: Any
+        self,
+        *,
+        distributed_optimizer: bool = False,
+        bucket_size: int | None = None,
+        dtype: str = "float32",
+        **options: Any,
     ) -> tuple[Policy, UpdateConfig]:
         """With `bucket_size`, gradients are reduced in buckets during the backward pass, and weights gathered so
         during the next forward pass, as on GPUs."""
@@ -179,7 +184,7 @@ class Bench:
             distributed_optimizer=distributed_optimizer,
             **{"lr": 1e-2, "weight_decay": 0.1, "lr_schedule": "linear", **options},
         )
-        model = ModelConfig(path=str(self.folder / "model"), dtype="float32")
+        model = ModelConfig(path=str(self.folder / "model"), dtype=dtype)
         if bucket_size is None:
             return build_policy(model, self.parallel, self.groups, update=update), update
         policy = build_policy(model, self.parallel, self.groups, update=None, trainable=False)

@@ -8,23 +8,30 @@ check to its end or to its fault; a rank that is left waiting in a collective is
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import os
-import random
-import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from checkpoint_checks import (
+    check_another_layout,
+    check_earlier_format,
+    check_earlier_format_of_another_layout,
+    check_host_memory,
+    check_resume,
+    check_resume_bfloat16,
+    check_resume_whole_optimizer,
+    check_resume_with_buckets,
+    check_retention,
+    check_values_of_another_layout,
+)
 from layout_checks import (
     check_correction,
     check_gradients,
@@ -49,8 +56,6 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
-from a2tgpo.update import checkpoint
-from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
@@ -83,49 +88,6 @@ def check_nan_is_skipped(bench: Bench) -> None:
     assert_close(results[True], results[False], 0)
 
 
-def save(root: Path, step: int, **what: Any) -> Path:
-    """A complete checkpoint."""
-    writer = CheckpointWriter(root, timeout_s=60)
-    writer.start(step, **what, on_complete=lambda: None)
-    assert writer.wait() == ""
-    return root / f"step_{step}"
-
-
-def check_resume(bench: Bench, **options: Any) -> None:
-    """Saved, loaded into a fresh policy and continued: equal to the bit to never having stopped."""
-    root = bench.folder / "checkpoints" / (bench.name + "".join(options))
-    policy, update = bench.policy(distributed_optimizer=True, **options)
-    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-    for _ in range(2):
-        bench.step(policy, optimizer)
-        schedule.step()
-    state = {"step": 2, "sampler": {"position": 7, "order": [3, 1, 2]}, "best": 0.1 + 0.2}
-    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    path = save(root, 2, **parts, state=state)
-    drawn = (torch.rand(3).tolist(), random.random())
-    rates = []
-    for _ in range(2):
-        rates.append(schedule.lr)
-        bench.step(policy, optimizer)
-        schedule.step()
-    expected = hf_weights(policy)
-
-    policy, update = bench.policy(distributed_optimizer=True, **options)
-    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-    torch.manual_seed(99)
-    assert checkpoint.latest(root) == path
-    assert checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule) == state
-    assert (torch.rand(3).tolist(), random.random()) == drawn
-    for rate in rates:
-        assert schedule.lr == rate
-        bench.step(policy, optimizer)
-        schedule.step()
-    assert_close(hf_weights(policy), expected, 0)
-    if bench.groups.rank == 0:
-        torch.save(expected, root / "after_two_more.pt")
-    dist.barrier()
-
-
 def check_memory_phases(bench: Bench, **options: Any) -> None:
     """Trained with everything leaving the card and coming back between steps: equal to the bit to staying there."""
     results = {}
@@ -151,11 +113,6 @@ def check_memory_phases(bench: Bench, **options: Any) -> None:
 # -- checks on one layout ------------------------------------------------------------------------------------
 
 
-def check_resume_with_buckets(bench: Bench) -> None:
-    """The same with gradients in several buckets, each padded at its end."""
-    check_resume(bench, bucket_size=3000)
-
-
 def check_memory_phases_with_buckets(bench: Bench) -> None:
     """The same with weights gathered bucket by bucket during the forward pass."""
     check_memory_phases(bench, bucket_size=3000)
@@ -177,61 +134,6 @@ def check_data_parallel_updates(bench: Bench) -> None:
     for found, expected in zip(norms, outcomes[1][0], strict=True):
         assert math.isclose(found, expected, rel_tol=1e-4), (norms, outcomes[1][0])
     assert_close(weights, outcomes[1][1], 1e-4)
-
-
-def check_retention(bench: Bench) -> None:
-    """The newest checkpoints are kept, leftovers go, and one that has been damaged is passed over."""
-    root = bench.folder / "checkpoints" / "retention"
-    policy, update = bench.policy(distributed_optimizer=True)
-    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
-    assert checkpoint.latest(root) is None
-    bench.step(policy, optimizer)
-    for step in (1, 2, 10):
-        if bench.groups.rank == 0:
-            (root / "step_7.tmp").mkdir(parents=True)
-        dist.barrier()
-        save(root, step, **parts, state={"step": step})
-        if bench.groups.rank == 0:
-            checkpoint.drop_old(root, keep=2, keep_every=0, spare=None)
-        dist.barrier()
-    assert sorted(p.name for p in root.iterdir()) == ["step_10", "step_2"]
-
-    def newest(damage: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
-        dist.barrier()
-        if bench.groups.rank == 0:
-            shutil.copytree(root / "step_10", root / "step_11")
-            damage(root / "step_11")
-        dist.barrier()
-        with captured_warnings() as lines:
-            found = checkpoint.latest(root)
-        with contextlib.suppress(ValueError):
-            checkpoint.load(root / "step_11", **parts)
-            raise AssertionError("a damaged checkpoint was loaded")
-        dist.barrier()
-        if bench.groups.rank == 0:
-            shutil.rmtree(root / "step_11")
-        return found, lines
-
-    def flip_a_byte(path: Path) -> None:
-        target = max(path.glob("sharded/*.distcp"), key=lambda file: file.stat().st_size)
-        content = bytearray(target.read_bytes())
-        content[len(content) // 2] ^= 1
-        target.write_bytes(content)
-
-    damages = {
-        "damaged": flip_a_byte,
-        "missing": lambda path: next(path.glob("sharded/*.distcp")).unlink(),
-        "not written to the end": lambda path: (path / checkpoint.MARKER).unlink(),
-        "complete.json is damaged": lambda path: (path / checkpoint.MARKER).write_text("{"),
-    }
-    for reason, damage in damages.items():
-        found, lines = newest(damage)
-        assert found == root / "step_10", (reason, found)
-        if bench.groups.rank == 0:
-            assert len(lines) == 1 and "step_11" in lines[0] and reason in lines[0], lines
-        else:
-            assert not lines
 
 
 def check_one_best(bench: Bench) -> None:
@@ -278,46 +180,6 @@ def check_one_best(bench: Bench) -> None:
     assert found == [1, None], found
 
 
-SAVED_ELSEWHERE = {
-    "tp2_pp2": ["dp4", "dp4bucket_size"],
-    "pp2_vpp2": ["dp4"],
-    "pp2": ["pp2_vpp2"],
-    "tp2_cp2_sequence": ["cp2", "pp2_vpp2"],
-}
-
-
-def check_another_layout(bench: Bench) -> None:
-    """A checkpoint of another layout goes on at this one: same optimizer state, so close weights."""
-    for saved in SAVED_ELSEWHERE[bench.name]:
-        policy, update = bench.policy(distributed_optimizer=True)
-        optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-        root = bench.folder / "checkpoints" / saved
-        with captured_warnings() as lines:
-            checkpoint.load(root / "step_2", policy=policy, optimizer=optimizer, schedule=schedule)
-        # With or without virtual stages, the ranks are laid out the same: their random states are restored.
-        expected = 0 if bench.groups.rank > 0 or (saved, bench.name) == ("pp2_vpp2", "pp2") else 1
-        assert sum("another layout" in line for line in lines) == expected, lines
-        for _ in range(2):
-            bench.step(policy, optimizer)
-            schedule.step()
-        # Adam turns rounding into steps of its own: across layouts updated weights are close, not equal.
-        assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
-
-
-@contextlib.contextmanager
-def captured_warnings() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    checkpoint.logger.addHandler(handler)
-    checkpoint.logger.propagate = False
-    try:
-        yield lines
-    finally:
-        checkpoint.logger.removeHandler(handler)
-        checkpoint.logger.propagate = True
-
-
 CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "dp4": [
         check_gradients,
@@ -328,10 +190,14 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_nan_is_skipped,
         check_resume,
         check_resume_with_buckets,
+        check_resume_bfloat16,
+        check_resume_whole_optimizer,
         check_memory_phases_with_buckets,
         check_data_parallel_updates,
         check_retention,
         check_one_best,
+        check_earlier_format,
+        check_host_memory,
     ],
     "tp2": [check_gradients, check_output_rows],
     "tp2_sequence": [check_gradients, check_output_rows, check_scores, check_probes],
@@ -345,6 +211,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_memory_phases,
         check_resume,
         check_another_layout,
+        check_values_of_another_layout,
     ],
     "pp2": [check_gradients, check_output_rows, check_scores, check_nan_is_skipped, check_another_layout],
     "pp2_uneven": [check_gradients, check_scores, check_update],
@@ -365,6 +232,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_scores,
         check_update,
         check_another_layout,
+        check_values_of_another_layout,
     ],
     "cp2_pp2_vpp2": [check_gradients, check_output_rows, check_turn_ratios, check_correction, check_update],
     "tp2_pp2": [
@@ -375,6 +243,8 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_nan_is_skipped,
         check_resume,
         check_another_layout,
+        check_values_of_another_layout,
+        check_earlier_format_of_another_layout,
     ],
 }
 

@@ -2,33 +2,11 @@ from __future__ import annotations
 
 import os
 import pickle
-from types import SimpleNamespace
 
 import pytest
-import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from a2tgpo.update.sharded_state import _check_index, pad_buckets
-
-
-def bucket(offset: int, length: int, padding: int) -> SimpleNamespace:
-    return SimpleNamespace(offset=offset, grad_data=torch.zeros(length + padding), numel_unpadded=length)
-
-
-def test_padding_goes_back_to_the_end_of_each_bucket() -> None:
-    buckets = [bucket(0, 3, 1), bucket(4, 2, 2), bucket(8, 1, 0)]
-    padded = pad_buckets(torch.arange(1.0, 7.0), buckets)
-    assert padded.tolist() == [1, 2, 3, 0, 4, 5, 0, 0, 6]
-
-
-def test_a_buffer_that_has_its_padding_is_left_alone() -> None:
-    flat = torch.arange(4.0)
-    assert pad_buckets(flat, [bucket(0, 3, 1)]) is flat
-
-
-def test_a_buffer_that_does_not_fill_its_buckets_is_refused() -> None:
-    with pytest.raises(AssertionError, match="buckets of 3"):
-        pad_buckets(torch.arange(2.0), [bucket(0, 3, 1)])
+from a2tgpo.update.sharded_state import _check_index
 
 
 class Exploit:

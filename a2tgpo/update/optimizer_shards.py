@@ -1,0 +1,177 @@
+"""A distributed optimizer's state as the slices that each data-parallel rank owns.
+
+The distributed optimizer cuts its buffers into equal parts without regard to parameters, so a rank owns a range
+`start:stop` of a flattened parameter. On disk the state of a parameter is one tensor of the parameter's global shape,
+whatever the layout. A range is described as the few rectangles of that tensor that it covers, each a view of the
+optimizer's own memory: saving gathers nothing, loading reads into place, and any layout can read what another wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+PIECE_BYTES = 2**26
+"""Largest shard that is saved, if a row is not larger: a reader takes a whole one into host memory for any part."""
+UNCUT = 2**62
+"""As few shards as there can be: best for reading, since each saved one is read anew for each that has part of it."""
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a rectangle."""
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Whether the state of `optimizer`, Megatron's chain of them, is cut over data-parallel ranks."""
+    return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
+
+
+def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) -> dict[str, ShardedTensor]:
+    """What this rank owns of the state of a distributed optimizer: views, by a name of this rank's own.
+
+    Float32 parameters are their own master weights: these are saved with the model only.
+
+    Args:
+        optimizer: Megatron's chain of distributed optimizers, with their moments.
+        models: sharded state dicts of the model chunks, with the parameters themselves in them.
+        piece_bytes: largest shard, if a row is not larger.
+
+    Returns:
+        Shards with keys `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`, float32.
+    """
+    described = {id(base.data): base for base in _tensors_and_factories(models)}
+    shards: dict[str, ShardedTensor] = {}
+    for part in optimizer.chained_optimizers:
+        for parameter, start, states in _slices(part):
+            templates = list(_templates(described[id(parameter)]))
+            for name, flat in states.items():
+                for shard in _shards_of(templates, f"optimizer.state.{name}", flat, start, piece_bytes):
+                    shards[str(len(shards))] = shard
+    return shards
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The rectangles that elements `start:stop` of a row-major tensor make up, in the order of the elements.
+
+    At most 2 * len(shape) - 1 of them: part of a row, whole rows, part of a row, for each dimension.
+    """
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:
+        yield from _in_row(shape, last, start - last * row, stop - last * row)
+        return
+    if start < first * row:
+        yield from _in_row(shape, first - 1, start - (first - 1) * row, row)
+    if first < last:
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
+    if last * row < stop:
+        yield from _in_row(shape, last, 0, stop - last * row)
+
+
+def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
+    for offsets, sizes in boxes(shape[1:], start, stop):
+        yield (row, *offsets), (1, *sizes)
+
+
+def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
+    """`start:stop` cut at multiples of as many rows as have `max_elements`, at least one row."""
+    row = math.prod(shape[1:])
+    step = max(1, max_elements // row) * row
+    cuts = [start, *range((start // step + 1) * step, stop, step), stop]
+    yield from itertools.pairwise(cuts)
+
+
+def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
+    """Parameter, first element owned of it, and the flat tensors of what is owned: its master weights and moments."""
+    for ranges_by_dtype in part.gbuf_ranges:
+        for buckets in ranges_by_dtype.values():
+            for bucket in buckets:
+                for parameter, places in bucket["param_map"].items():
+                    states = part._get_main_param_and_optimizer_states(parameter)
+                    own = parameter.untyped_storage()._cdata
+                    yield (
+                        parameter,
+                        places["param"].start,
+                        {
+                            name: value.detach()
+                            for name, value in states.items()
+                            # The step is kept with the parameter groups.
+                            if name != "step" and value.untyped_storage()._cdata != own
+                        },
+                    )
+
+
+def _tensors_and_factories(models: dict[str, Any]) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    found, _ = extract_sharded_tensors_and_factories(models)
+    yield from nested_values(found)
+
+
+def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
+    """The tensors on disk that a parameter is saved as, each with its first element in the flattened parameter.
+
+    There are several where Megatron saves halves by themselves, as it does with gate and up projections.
+    """
+    if isinstance(base, ShardedTensor):
+        yield 0, base
+        return
+    whole = torch.empty(base.data.shape, dtype=base.data.dtype, device="meta")
+    for tensor in nested_values(replace(base, data=whole).build()):
+        assert tensor.data.is_contiguous(), f"{base.key} is saved in parts that are no ranges of it"
+        yield tensor.data.storage_offset(), tensor
+
+
+def _shards_of(
+    templates: list[tuple[int, ShardedTensor]],
+    prefix: str,
+    flat: Tensor,
+    start: int,
+    piece_bytes: int,
+) -> Iterator[ShardedTensor]:
+    """Shards of `flat`, elements `start` and on of a flattened parameter that is saved as `templates`."""
+    for first, template in templates:
+        shape = template.local_shape
+        low = max(start, first) - first
+        high = min(start + flat.numel(), first + math.prod(shape)) - first
+        if low >= high:
+            continue
+        for left, right in pieces(shape, low, high, max_elements=piece_bytes // flat.element_size()):
+            position = left + first - start
+            for offsets, sizes in boxes(shape, left, right):
+                data = flat[position : position + math.prod(sizes)]
+                position += math.prod(sizes)
+                yield _shard(template, prefix, data, offsets, sizes)
+
+
+def _shard(
+    template: ShardedTensor, prefix: str, data: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> ShardedTensor:
+    """The rectangle of `template` with these offsets and sizes, in the template's own coordinates."""
+    ahead = template.prepend_axis_num
+    data = data.view(*(1 for _ in range(ahead)), *sizes)
+    return ShardedTensor(
+        f"{prefix}.{template.key}",
+        data,
+        data.dtype,
+        tuple(data.shape),
+        template.global_shape,
+        (
+            *template.global_offset[:ahead],
+            *(base + offset for base, offset in zip(template.global_offset[ahead:], offsets, strict=True)),
+        ),
+        None,  # not a regular grid
+        # No other data-parallel rank has this rectangle.
+        replica_id=(*template.replica_id[:2], 0),
+        allow_shape_mismatch=template.allow_shape_mismatch,
+    )

@@ -1,0 +1,331 @@
+"""What test_update.py checks of checkpoints: going on from them on any layout, older ones, retention, host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemReader, filesystem
+from update_bench import Bench, assert_close, hf_weights
+
+from a2tgpo.model.policy import Policy
+from a2tgpo.update import checkpoint, sharded_state
+from a2tgpo.update.checkpoint_writer import CheckpointWriter
+from a2tgpo.update.offload import optimizer_tensors, weight_tensors
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.sharded_state import (
+    copy_sharded,
+    copy_state,
+    load_sharded,
+    model_shards,
+    sharding_metadata,
+    write_sharded,
+)
+
+from storage_tally import StorageTally  # isort: skip  (found by what update_bench adds to the path)
+
+
+def save(root: Path, step: int, **what: Any) -> Path:
+    """A complete checkpoint."""
+    writer = CheckpointWriter(root, timeout_s=60)
+    writer.start(step, **what, on_complete=lambda: None)
+    assert writer.wait() == ""
+    return root / f"step_{step}"
+
+
+def check_resume(bench: Bench, **options: Any) -> None:
+    """Saved, loaded into a fresh policy and continued: equal to the bit to never having stopped."""
+    root = bench.folder / "checkpoints" / (bench.name + "".join(options))
+    options = {"distributed_optimizer": True, **options}
+    policy, update = bench.policy(**options)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    for _ in range(2):
+        bench.step(policy, optimizer)
+        schedule.step()
+    state = {"step": 2, "sampler": {"position": 7, "order": [3, 1, 2]}, "best": 0.1 + 0.2}
+    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
+    path = save(root, 2, **parts, state=state)
+    drawn = (torch.rand(3).tolist(), random.random())
+    rates = []
+    for _ in range(2):
+        rates.append(schedule.lr)
+        bench.step(policy, optimizer)
+        schedule.step()
+    expected = hf_weights(policy)
+
+    policy, update = bench.policy(**options)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    torch.manual_seed(99)
+    assert checkpoint.latest(root) == path
+    assert checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule) == state
+    assert (torch.rand(3).tolist(), random.random()) == drawn
+    for rate in rates:
+        assert schedule.lr == rate
+        bench.step(policy, optimizer)
+        schedule.step()
+    assert_close(hf_weights(policy), expected, 0)
+    if bench.groups.rank == 0:
+        torch.save(expected, root / "after_two_more.pt")
+    dist.barrier()
+
+
+def check_resume_with_buckets(bench: Bench) -> None:
+    """The same with gradients in several buckets, each padded at its end."""
+    check_resume(bench, bucket_size=3000)
+
+
+def check_resume_bfloat16(bench: Bench) -> None:
+    """The same in bfloat16, with float32 weights in the optimizer."""
+    check_resume(bench, dtype="bfloat16")
+
+
+def check_resume_whole_optimizer(bench: Bench) -> None:
+    """The same with all of the optimizer's state on every rank; a distributed optimizer refuses it in one line."""
+    check_resume(bench, distributed_optimizer=False)
+    policy, update = bench.policy(distributed_optimizer=True)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    path = bench.folder / "checkpoints" / "dp4distributed_optimizer" / "step_2"
+    try:
+        checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule)
+    except ValueError as error:
+        assert "was saved with update.distributed_optimizer=false" in str(error)
+    else:
+        raise AssertionError("loaded")
+
+
+PIECE = 4096
+"""Bytes; some 20 rows of a matrix of the model here."""
+SAVED_ELSEWHERE = {
+    "tp2_pp2": ["dp4", "dp4bucket_size"],
+    "pp2_vpp2": ["dp4"],
+    "pp2": ["pp2_vpp2"],
+    "tp2_cp2_sequence": ["cp2", "pp2_vpp2"],
+}
+
+
+def check_another_layout(bench: Bench) -> None:
+    """A checkpoint of another layout goes on at this one: same optimizer state, so close weights."""
+    for saved in SAVED_ELSEWHERE[bench.name]:
+        policy, update = bench.policy(distributed_optimizer=True)
+        optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+        root = bench.folder / "checkpoints" / saved
+        with captured_warnings() as lines:
+            checkpoint.load(root / "step_2", policy=policy, optimizer=optimizer, schedule=schedule)
+        # With or without virtual stages, the ranks are laid out the same: their random states are restored.
+        expected = 0 if bench.groups.rank > 0 or (saved, bench.name) == ("pp2_vpp2", "pp2") else 1
+        assert sum("another layout" in line for line in lines) == expected, lines
+        for _ in range(2):
+            bench.step(policy, optimizer)
+            schedule.step()
+        # Adam turns rounding into steps of its own: across layouts updated weights are close, not equal.
+        assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
+
+
+def check_values_of_another_layout(bench: Bench) -> None:
+    """Loaded from four data-parallel ranks and saved again, every saved value is the same, to the bit."""
+    check_values_again(bench, bench.folder / "checkpoints" / "dp4dtype" / "step_2" / "sharded")
+
+
+def check_earlier_format_of_another_layout(bench: Bench) -> None:
+    """The same of a checkpoint whose optimizer was gathered on every rank."""
+    check_values_again(bench, bench.folder / "checkpoints" / "earlier_dp4_bfloat16")
+
+
+def check_values_again(bench: Bench, saved: Path, *, dtype: str = "bfloat16") -> None:
+    policy, optimizer = built(bench, dtype=dtype)
+    load_sharded(saved, policy, optimizer)
+    again = write(bench, f"{saved.parent.name}_{saved.name}_{bench.name}", copy_sharded(policy, optimizer))
+    if bench.groups.rank == 0:
+        assert_same_values(read_all(again), read_all(saved))
+    dist.barrier()
+
+
+def check_earlier_format(bench: Bench) -> None:
+    """A checkpoint whose optimizer was gathered on every rank, as it was once, goes on to the bit."""
+    for dtype in ("float32", "bfloat16"):
+        policy, optimizer = stepped(bench, dtype=dtype)
+        models = model_shards(policy)
+        gathered = optimizer.sharded_state_dict(dict(models), metadata=sharding_metadata(policy))
+        earlier = write(
+            bench, f"earlier_{bench.name}_{dtype}", copy_state({**models, "optimizer": gathered}, policy)
+        )
+        now = write(bench, f"now_{bench.name}_{dtype}", copy_sharded(policy, optimizer))
+        if bench.groups.rank == 0:
+            old, new = read_all(earlier), read_all(now)
+            # Float32 weights were once saved twice.
+            dropped = {key for key in old if key.startswith("optimizer.state.param.")}
+            assert old.keys() - new.keys() == (dropped if dtype == "float32" else set())
+            assert_same_values(new, {key: old[key] for key in new})
+        dist.barrier()
+        resumed, its_optimizer = built(bench, dtype=dtype)
+        load_sharded(earlier, resumed, its_optimizer)
+        for one, its in ((policy, optimizer), (resumed, its_optimizer)):
+            bench.step(one, its)
+        assert_close(hf_weights(resumed), hf_weights(policy), 0)
+
+
+def check_host_memory(bench: Bench) -> None:
+    """A save takes a rank's own share on the host, a load one piece at a time; Megatron's way takes the whole."""
+    policy, optimizer = stepped(bench)
+    own = sum(tensor.nbytes for tensor in optimizer_tensors(policy, optimizer))
+    weights = [tensor.nbytes for tensor in weight_tensors(policy)]
+
+    saving = StorageTally()
+    with mock.patch.object(sharded_state, "PIECE_BYTES", PIECE), saving:
+        copy = copy_sharded(policy, optimizer)
+    kept = held_bytes(copy.tensors)
+    gathering = StorageTally()
+    with gathering:
+        models = model_shards(policy)
+        optimizer.sharded_state_dict(dict(models), metadata=sharding_metadata(policy))
+
+    folder = write(bench, "host_memory", copy)
+    read: dict[torch.dtype, list[int]] = {torch.float32: [], torch.bfloat16: []}
+
+    def load(*arguments: Any, torch_load: Any = torch.load, **options: Any) -> Any:
+        loaded = torch_load(*arguments, **options)
+        if isinstance(loaded, Tensor):
+            read[loaded.dtype].append(loaded.nbytes)
+        return loaded
+
+    loading = StorageTally()
+    with mock.patch.object(filesystem.torch, "load", load), loading:
+        load_sharded(folder, policy, optimizer)
+
+    # Weights are dealt out by whole tensors.
+    share = own + sum(weights) / bench.groups.dp_size + max(weights)
+    assert kept <= saving.peak_bytes <= share, (kept, saving.peak_bytes, share)
+    assert gathering.peak_bytes > 4 * share, "the count is blind"
+    assert max(read[torch.float32]) <= PIECE and sum(read[torch.float32]) == own, read
+    assert max(read[torch.bfloat16]) <= max(weights) and sum(read[torch.bfloat16]) == sum(weights), read
+    # Megatron puts gate and up projections together, where the weights are: on the card.
+    assert loading.peak_bytes < sum(weights), loading.peak_bytes
+
+
+def check_retention(bench: Bench) -> None:
+    """The newest checkpoints are kept, leftovers go, and one that has been damaged is passed over."""
+    root = bench.folder / "checkpoints" / "retention"
+    policy, update = bench.policy(distributed_optimizer=True)
+    optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
+    assert checkpoint.latest(root) is None
+    bench.step(policy, optimizer)
+    for step in (1, 2, 10):
+        if bench.groups.rank == 0:
+            (root / "step_7.tmp").mkdir(parents=True)
+        dist.barrier()
+        save(root, step, **parts, state={"step": step})
+        if bench.groups.rank == 0:
+            checkpoint.drop_old(root, keep=2, keep_every=0, spare=None)
+        dist.barrier()
+    assert sorted(p.name for p in root.iterdir()) == ["step_10", "step_2"]
+
+    def newest(damage: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
+        dist.barrier()
+        if bench.groups.rank == 0:
+            shutil.copytree(root / "step_10", root / "step_11")
+            damage(root / "step_11")
+        dist.barrier()
+        with captured_warnings() as lines:
+            found = checkpoint.latest(root)
+        with contextlib.suppress(ValueError):
+            checkpoint.load(root / "step_11", **parts)
+            raise AssertionError("a damaged checkpoint was loaded")
+        dist.barrier()
+        if bench.groups.rank == 0:
+            shutil.rmtree(root / "step_11")
+        return found, lines
+
+    def flip_a_byte(path: Path) -> None:
+        target = max(path.glob("sharded/*.distcp"), key=lambda file: file.stat().st_size)
+        content = bytearray(target.read_bytes())
+        content[len(content) // 2] ^= 1
+        target.write_bytes(content)
+
+    damages = {
+        "damaged": flip_a_byte,
+        "missing": lambda path: next(path.glob("sharded/*.distcp")).unlink(),
+        "not written to the end": lambda path: (path / checkpoint.MARKER).unlink(),
+        "complete.json is damaged": lambda path: (path / checkpoint.MARKER).write_text("{"),
+    }
+    for reason, damage in damages.items():
+        found, lines = newest(damage)
+        assert found == root / "step_10", (reason, found)
+        if bench.groups.rank == 0:
+            assert len(lines) == 1 and "step_11" in lines[0] and reason in lines[0], lines
+        else:
+            assert not lines
+
+
+def built(bench: Bench, *, dtype: str = "bfloat16") -> tuple[Policy, Any]:
+    """A policy and its distributed optimizer."""
+    policy, update = bench.policy(distributed_optimizer=True, dtype=dtype)
+    return policy, build_optimizer(policy, update, total_steps=6)[0]
+
+
+def stepped(bench: Bench, *, dtype: str = "bfloat16") -> tuple[Policy, Any]:
+    """The same after an update."""
+    policy, optimizer = built(bench, dtype=dtype)
+    bench.step(policy, optimizer)
+    return policy, optimizer
+
+
+def write(bench: Bench, name: str, copy: Any) -> Path:
+    folder = bench.folder / "checkpoints" / name
+    if bench.groups.rank == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    assert dist.group.WORLD is not None
+    write_sharded(folder, copy, dist.group.WORLD)
+    return folder
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, in full."""
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+    torch_checkpoint.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    return state
+
+
+def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal to the bit, but for rows that a layout adds to the vocabulary to divide it."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for key, tensor in found.items():
+        rows = min(len(tensor), len(expected[key]))
+        assert torch.equal(tensor[:rows], expected[key][:rows]), key
+
+
+def held_bytes(tensors: dict[str, Any]) -> int:
+    """Of the tensors that a rank is about to write."""
+    total = 0
+    for value in tensors.values():
+        if hasattr(value, "local_shards"):
+            total += sum(shard.tensor.nbytes for shard in value.local_shards())
+        else:
+            total += sum(shard._sh_ten.data.nbytes for shard in getattr(value, "_local_shards", [value]))
+    return total
+
+
+@contextlib.contextmanager
+def captured_warnings() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    checkpoint.logger.addHandler(handler)
+    checkpoint.logger.propagate = False
+    try:
+        yield lines
+    finally:
+        checkpoint.logger.removeHandler(handler)
+        checkpoint.logger.propagate = True
