@@ -126,9 +126,10 @@ class RolloutConfig:
     max_concurrent: int = 256
     """Trajectories decoded at once by one engine."""
     kv_cache_gib: float = 0.0
-    """Memory for the engine's KV cache, GiB; 0: what `gpu_memory_fraction` leaves (GPU only)."""
+    """Memory for the KV cache on each rank of the engine, GiB; 0: what `gpu_memory_fraction` leaves, as vLLM measures
+    it at the start (GPU only). `tools/plan.py` prints the value that fixes it."""
     gpu_memory_fraction: float = 0.6
-    """Share of the GPU the engine may use while it is awake."""
+    """Share of the GPU that must be free when the engine starts; where `kv_cache_gib` is 0, the engine's share."""
     block_size: int = 0
     """Tokens in one KV block; 0: 32 on CPU, 16 on GPU."""
     enforce_eager: bool = False

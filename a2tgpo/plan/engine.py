@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from a2tgpo.config.rollout import GPU_STEP_TOKENS
@@ -75,6 +76,16 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
     """Keys and values of one token in all layers, on one rank."""
     heads = max(1, dimensions.kv_heads // config.rollout.tensor_parallel)
     return 2 * dimensions.layers * heads * dimensions.head_dim * ELEMENT_BYTES[engine_dtype(config)]
+
+
+def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
+    """What `rollout.gpu_memory_fraction` leaves for the cache by this plan, in whole halves of a GiB, at least 0.
+
+    As `rollout.kv_cache_gib` it fixes the cache, which vLLM else sizes by what it measures at the start: a version
+    that takes more for itself would silently hold fewer trajectories.
+    """
+    by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
+    return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)
 
 
 def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:

@@ -9,7 +9,7 @@ from itertools import product
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
-from a2tgpo.plan.engine import engine_fault
+from a2tgpo.plan.engine import cache_gib_of_share, engine_fault
 from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.plan import Plan, make_plan
 from a2tgpo.plan.precision import precision_fault
@@ -38,8 +38,8 @@ def suggest(
     """Plans with LEAST_HEADROOM in every phase, by predicted step time; the best of each pair of trainer and engine.
 
     What varies: parallel.* but for parallel.context, model.recompute, rollout.tensor_parallel,
-    rollout.gpu_memory_fraction and update.max_microbatch_tokens. Stages get even shares of the layers. The rest is
-    `config`'s.
+    rollout.gpu_memory_fraction with the cache that it leaves, and update.max_microbatch_tokens. Stages get even
+    shares of the layers. The rest is `config`'s.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):
@@ -72,7 +72,7 @@ def overrides(plan: Plan) -> list[str]:
         f"model.recompute={config.model.recompute}",
         f"rollout.tensor_parallel={config.rollout.tensor_parallel}",
         f"rollout.gpu_memory_fraction={config.rollout.gpu_memory_fraction:g}",
-        "rollout.kv_cache_gib=0",
+        f"rollout.kv_cache_gib={config.rollout.kv_cache_gib:g}",
         f"update.max_microbatch_tokens={config.update.max_microbatch_tokens}",
     ]
 
@@ -108,9 +108,12 @@ def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: 
         if engine_fault(laid_out, dimensions, gpus) or precision_fault(laid_out, dimensions, gpu):
             continue
         for recompute, fraction, tokens in product(("none", "full"), ENGINE_FRACTIONS, MICROBATCH_TOKENS):
-            yield dataclasses.replace(
+            candidate = dataclasses.replace(
                 laid_out,
                 model=dataclasses.replace(config.model, recompute=recompute),
                 rollout=dataclasses.replace(rollout, gpu_memory_fraction=fraction),
                 update=dataclasses.replace(config.update, max_microbatch_tokens=tokens),
             )
+            if cache_gib := cache_gib_of_share(candidate, dimensions, gpu):
+                fixed = dataclasses.replace(candidate.rollout, kv_cache_gib=cache_gib)
+                yield dataclasses.replace(candidate, rollout=fixed)
