@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from launch.failure import BROKEN_RUN, GRACE_S, ToldByRank0
-from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts
+from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts, host_memory_faults
 from launch.run_plan import plan_of_run
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from a2tgpo.parallel.groups import ParallelGroups
+    from a2tgpo.plan.host_memory import HostMemory
 
 MAX_LINES = 20
 """Ranks whose causes are told one by one."""
@@ -172,7 +173,8 @@ class Meeting:
         found = [mine] + [RankFacts(**json.loads(self._get(f"facts/{rank}"))) for rank in others]
         if fault := _disk_fault(config, folder):
             mine.faults.append(fault)
-        if causes := compare(found, paths):
+        planned = planned_host_memory(config, self._world_size)
+        if causes := compare(found, paths) or (planned and host_memory_faults(found, planned, config)):
             self._refuse(
                 {rank: [f"on {found[rank].host}: {'; '.join(told)}"] for rank, told in causes.items()}
             )
@@ -286,6 +288,22 @@ def copies_to_come(config: RunConfig) -> int:
     return max(1, min(config.checkpoint.keep + 1 + best, planned) - there)
 
 
+def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
+    """What each rank takes of its machine's memory beside its card; empty without a card.
+
+    Empty as well where there is no plan, for which `check_plan` gives the reason.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    try:
+        plan, _, _ = plan_of_run(config, num_gpus=world_size)
+    except ConfigError:
+        return []
+    return plan.host_by_rank
+
+
 def check_plan(config: RunConfig, world_size: int) -> None:
     """Raise `ConfigError` if the plan of `config` does not fit the cards that are seen; all ranks call this.
 
@@ -297,9 +315,10 @@ def check_plan(config: RunConfig, world_size: int) -> None:
         return
     plan, _, card = plan_of_run(config, num_gpus=world_size)
     if not plan.holds_a_sequence:
+        key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
         raise ConfigError(
-            f"rollout.gpu_memory_fraction is {config.rollout.gpu_memory_fraction}; allowed: so much that the "
-            "engine's cache holds one sequence (tools/plan.py CONFIG shows what takes the memory)"
+            f"rollout.{key} is {getattr(config.rollout, key)}; allowed: so much that the engine's cache holds one "
+            "sequence (tools/plan.py CONFIG shows what takes the memory)"
         )
     worst = min(plan.phases, key=lambda phase: phase.headroom)
     if worst.headroom < -PLAN_MARGIN:

@@ -15,8 +15,12 @@ from pathlib import Path
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.advice import host_change, host_needs
+from a2tgpo.plan.hardware import GIB
+from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.versions import versions
 from launch.cuda_versions import check_toolkit, unusable_gpus
+from launch.host_memory import memory_left
 
 MAX_CLOCK_SKEW_S = 5.0
 """Between rank 0 and another machine. Two machines that keep time differ by milliseconds; the rest is how long a
@@ -41,6 +45,8 @@ class RankFacts:
     """Names the card this rank will use, among all cards of the cluster; empty without one."""
     clock_ahead_s: float = 0.0
     """Of rank 0's clock."""
+    memory_left: tuple[int, str] = (0, "")
+    """Host memory that processes can still take on its machine, bytes, and what says so."""
     faults: list[str] = field(default_factory=list)
     """What is wrong whatever other ranks see."""
     warnings: list[str] = field(default_factory=list)
@@ -75,6 +81,7 @@ def gather_facts(
         paths={key: fingerprint(path) for key, path in paths.items()},
         gpu=gpus.uuid,
         clock_ahead_s=ahead_s,
+        memory_left=memory_left(),
         faults=faults,
         warnings=warnings,
     )
@@ -149,6 +156,30 @@ def disk_fault(folder: Path, *, needed_bytes: float) -> str | None:
         f"run.root: {folder} has {free / 1e9:.3g} GB left, the checkpoints to come take {needed_bytes / 1e9:.3g} GB; "
         "make room, choose another run.root, or lower checkpoint.keep"
     )
+
+
+def host_memory_faults(
+    found: list[RankFacts], planned: list[HostMemory], config: RunConfig
+) -> dict[int, list[str]]:
+    """By the first rank of each machine that has less memory left than all its ranks together take.
+
+    Args:
+        found: of all ranks, by rank.
+        planned: what each rank takes, by rank.
+    """
+    by_host: dict[str, list[RankFacts]] = {}
+    for facts in found:
+        by_host.setdefault(facts.host, []).append(facts)
+    faults = {}
+    for ranks in by_host.values():
+        left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)  # lists, by JSON
+        needed = sum_of([planned[facts.rank] for facts in ranks])
+        if needed.total > left:
+            faults[ranks[0].rank] = [
+                f"{host_needs(needed)}, {left / GIB:.0f} GiB are left ({limit}); give the job the whole node's "
+                f"memory (Slurm: --mem=0), {host_change(config)}"
+            ]
+    return faults
 
 
 def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.hardware import GIB
+from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.plan.plan import Plan, make_plan
 
 
@@ -28,10 +29,26 @@ def faults(plan: Plan) -> list[str]:
         )
     if not plan.fits_on_hosts:
         lines.append(
-            f"host: {plan.host_bytes / GIB:.0f} GiB leave the cards of a node for its "
-            f"{plan.gpu.host_memory_gib:.0f} GiB of memory; set update.offload=false, or use more GPUs"
+            f"host: {host_needs(plan.host)}, for the node's {plan.gpu.host_memory_gib:.0f} GiB; "
+            f"{host_change(plan.config)}"
         )
     return lines
+
+
+def host_needs(memory: HostMemory) -> str:
+    """How much host memory ranks take, and for what."""
+    return (
+        f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
+        f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, {memory.processes / GIB:.0f} for "
+        "processes)"
+    )
+
+
+def host_change(config: RunConfig) -> str:
+    """What lowers the host memory of a node."""
+    offload = "set update.offload=false, " if config.update.offload else ""
+    shard = "" if config.update.distributed_optimizer else "set update.distributed_optimizer=true, "
+    return f"{offload}{shard}raise parallel.tensor, or use more nodes"
 
 
 def _change(plan: Plan, phase_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Peak bytes of the fullest rank, phase by phase, and of a node's host memory.
+"""Peak bytes on the card of the fullest rank, phase by phase.
 
 What of trainer and engine is on the card in a phase is what the run itself goes by (`residency.py`). What the
 trainer's allocator keeps is given back at every change of phase.
@@ -124,22 +124,6 @@ def memory_phases(
         for stage in range(config.parallel.pipeline)
     ]
     return [max(phases, key=lambda phase: phase.peak) for phases in zip(*by_stage, strict=True)]
-
-
-def host_bytes(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry) -> float:
-    """Page-locked host memory of the fullest node, for what leaves its cards; 0 without `update.offload`."""
-    if not config.update.offload:
-        return 0.0
-    parallel = config.parallel
-    by_stage = [
-        trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel).offloaded
-        for stage in range(parallel.pipeline)
-    ]
-    # Neighbouring ranks are of one stage, as many as there are before the next one begins.
-    ranks_of_stage = geometry.data_parallel * parallel.context * parallel.tensor
-    ranks = [size for size in by_stage for _ in range(ranks_of_stage)]
-    nodes = [ranks[first : first + gpu.gpus_per_node] for first in range(0, len(ranks), gpu.gpus_per_node)]
-    return max(sum(node) for node in nodes)
 
 
 def _phases_of_stage(

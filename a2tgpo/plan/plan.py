@@ -11,8 +11,9 @@ from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory
 from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import GIB, Gpu
+from a2tgpo.plan.host_memory import HostMemory, fullest_node, host_memory_by_rank
 from a2tgpo.plan.inputs import PlanInputs
-from a2tgpo.plan.memory import Phase, host_bytes, memory_phases
+from a2tgpo.plan.memory import Phase, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
@@ -24,8 +25,7 @@ class Plan(PlanInputs):
     """What is predicted, beside what from."""
 
     phases: list[Phase]
-    host_bytes: float
-    """Of the fullest node's memory, for what leaves its cards."""
+    host_by_rank: list[HostMemory]
     rollout: RolloutTime
     score: PassTime
     """One pass; `score_passes` tells how many there are."""
@@ -76,9 +76,14 @@ class Plan(PlanInputs):
         return self.geometry.full_sequences >= 1
 
     @property
+    def host(self) -> HostMemory:
+        """Host memory of the fullest node."""
+        return fullest_node(self.host_by_rank, ranks_per_node=self.gpu.gpus_per_node)
+
+    @property
     def fits_on_hosts(self) -> bool:
-        """What leaves the cards has room in the nodes' memory."""
-        return self.host_bytes <= self.gpu.host_memory_gib * GIB
+        """What leaves the cards, and a checkpoint beside it, have room in the nodes' memory."""
+        return self.host.total <= self.gpu.host_memory_gib * GIB
 
     @property
     def fits(self) -> bool:
@@ -125,7 +130,7 @@ def make_plan(
     return Plan(
         **vars(given),
         phases=memory_phases(config, dimensions, gpu, divided, assumed),
-        host_bytes=host_bytes(config, dimensions, gpu, divided),
+        host_by_rank=host_memory_by_rank(config, dimensions, data_parallel=divided.data_parallel),
         rollout=rollout_time(given),
         score=score_time(given),
         update=update_time(given),

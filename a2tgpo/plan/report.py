@@ -8,6 +8,7 @@ from typing import Any
 
 from a2tgpo.plan.activations import EXPERT_CROWDING
 from a2tgpo.plan.advice import faults
+from a2tgpo.plan.engine import cache_gib_of_share
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.layouts import overrides
 from a2tgpo.plan.parameters import checkpoint_parameters, stage_parameters
@@ -64,7 +65,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for phase in plan.phases
         },
         "host_memory_bytes": {
-            "offloaded": round(plan.host_bytes),
+            **{name: round(size) for name, size in dataclasses.asdict(plan.host).items()},
+            "total": round(plan.host.total),
             "capacity": round(plan.gpu.host_memory_gib * GIB),
         },
         "faults": faults(plan),
@@ -199,10 +201,20 @@ def _memory_table(plan: Plan) -> str:
         "memory of the fullest rank",
         *(f"{phase.name} (stage {phase.stage})" for phase in plan.phases),
     ]
-    host = plan.gpu.host_memory_gib * GIB
-    return (
-        f"{table(header, rows)}\n\nhost memory of the fullest node, for what leaves its cards: "
-        f"{_size(plan.host_bytes)} of {_size(host)} ({plan.host_bytes / host:.1%})"
+    return f"{table(header, rows)}\n\n{_host_table(plan)}"
+
+
+def _host_table(plan: Plan) -> str:
+    host, capacity = plan.host, plan.gpu.host_memory_gib * GIB
+    rows = [
+        ["what leaves the cards", _size(host.offloaded)],
+        ["a checkpoint being written", _size(host.saving)],
+        ["processes", _size(host.processes)],
+        ["sum", f"{_size(host.offloaded + host.saving + host.processes)} of {_size(capacity)}"],
+        ["while loading, without the first two", _size(host.loading + host.processes)],
+    ]
+    return table(
+        [f"host memory of the fullest node, {min(plan.gpu.gpus_per_node, plan.gpus)} ranks", ""], rows
     )
 
 
@@ -228,11 +240,18 @@ def _geometry_table(plan: Plan) -> str:
             "micro-batches per optimizer step and replica",
             f"{g.microbatches} of {g.microbatch_tokens:,.0f} tokens on average",
         ],
-        ["KV cache of an engine", f"{g.kv_tokens:,} tokens"],
+        ["KV cache of an engine", f"{g.kv_tokens:,} tokens{_cache_hint(plan)}"],
         [f"sequences of {config.max_model_len:,} tokens in it", f"{g.full_sequences}"],
         ["trajectories decoded at once", f"{g.concurrent}"],
     ]
     return table(["batch", ""], rows)
+
+
+def _cache_hint(plan: Plan) -> str:
+    """How to fix the cache, where it is what the engine's share of the card leaves."""
+    config = plan.config
+    fixed = 0.0 if config.rollout.kv_cache_gib else cache_gib_of_share(config, plan.dimensions, plan.gpu)
+    return f" (fixed by rollout.kv_cache_gib={fixed:g})" if fixed else ""
 
 
 def _time_table(plan: Plan) -> str:

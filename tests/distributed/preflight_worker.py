@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.versions import versions
 from launch import preflight, rank_facts
 from launch.failure import ToldByRank0
@@ -53,6 +54,8 @@ def main(path: str) -> None:
     other_torch = mock.patch.object(rank_facts, "versions", lambda: versions() | {"torch": "2.12.0"})
     ahead = mock.patch.object(rank_facts.time, "time", lambda now=time.time: now() + 60)
     no_room = mock.patch.object(rank_facts.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    huge = HostMemory(offloaded=0, saving=1e15, loading=0, processes=0)
+    too_much = mock.patch.object(preflight, "planned_host_memory", lambda config, ranks: [huge] * ranks)
     elsewhere = mock.patch.object(
         preflight,
         "gather_facts",
@@ -89,16 +92,18 @@ def main(path: str) -> None:
     said = refused(attempt + 1, config, paths, no_room) + refused(
         attempt + 2, change(config, "search", **http), paths
     )
+    said += refused(attempt + 3, config, paths, too_much)
     if rank == 0:
+        assert "rank 0 on" in said and "GiB of a node's memory are needed" in said, said
         assert "rank 0 on" in said and "GB left, the checkpoints to come take" in said, said
         assert "search.url: http://127.0.0.1:9/retrieve cannot be reached" in said, said
     if mine:
         time.sleep(3)
     else:
         impatient = change(config, "parallel", start_timeout_s=1.0)
-        said = refused(attempt + 3, impatient, paths)
+        said = refused(attempt + 4, impatient, paths)
         assert "rank 1 did not come within 1 s (parallel.start_timeout_s)" in said, said
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt + 4)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt + 5)
     groups = preflight.start_ranks(config, paths)
     assert groups.world_size == 2
     print(f"rank {rank}: all checks passed", flush=True)

@@ -1,8 +1,13 @@
 """Which ranks are to blame, by what all of them have told."""
 
+from pathlib import Path
+
 from a2tgpo.config.load import load_config
+from a2tgpo.plan.hardware import GIB
+from a2tgpo.plan.host_memory import HostMemory
 from launch import preflight
-from launch.rank_facts import RankFacts, compare, fingerprint
+from launch.host_memory import memory_left
+from launch.rank_facts import RankFacts, compare, fingerprint, host_memory_faults
 
 PATHS = {"model.path": "/models/m"}
 
@@ -69,3 +74,66 @@ def test_the_checkpoints_to_come_are_counted_with_the_best_and_the_new_one(tmp_p
         folder.mkdir(parents=True)
         (folder / "complete.json").write_text("{}")
     assert copies(**settings) == 2
+
+
+def machine(root: Path, *, available_kb: int, cgroup: str, **files: str) -> Path:
+    """The files of a machine under `root`; `files` under /sys/fs/cgroup, with / for __."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available_kb} kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, content in files.items():
+        file = root / "sys/fs/cgroup" / name.replace("__", "/").replace("_dot_", ".")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    return root
+
+
+def test_memory_is_left_as_the_machine_or_the_tightest_control_group_says(tmp_path):
+    roomy = machine(
+        tmp_path / "a",
+        available_kb=3,
+        cgroup="0::/job/step\n",
+        job__memory_dot_max="max",
+        job__memory_dot_current="0",
+    )
+    assert memory_left(roomy) == (3 * 1024, "MemAvailable")
+    tight = machine(
+        tmp_path / "b",
+        available_kb=3,
+        cgroup="0::/job/step\n",
+        job__memory_dot_max="2000",
+        job__memory_dot_current="900",
+        job__memory_dot_stat="anon 600\ninactive_file 300\n",
+    )
+    assert memory_left(tight) == (2000 - 900 + 300, "memory.max of its control group")
+    old = machine(
+        tmp_path / "c",
+        available_kb=3,
+        cgroup="5:cpu:/x\n4:memory:/slurm/job\n0::/\n",
+        memory__slurm__memory_dot_limit_in_bytes="1500",
+        memory__slurm__memory_dot_usage_in_bytes="1000",
+        memory__slurm__memory_dot_stat="total_inactive_file 0\n",
+    )
+    assert memory_left(old) == (500, "memory.limit_in_bytes of its control group")
+
+
+def test_a_machine_without_room_for_all_its_ranks_is_told_with_what_helps():
+    config = load_config("configs/train_8b.yaml")
+    rank = HostMemory(offloaded=10 * GIB, saving=5 * GIB, loading=GIB, processes=4 * GIB)
+
+    def faults(*left_gib: float) -> dict[int, list[str]]:
+        hosts = ("n1", "n1", "n2", "n2")
+        found = [
+            told(number, host=host, memory_left=(int(left * GIB), "MemAvailable"))
+            for number, (host, left) in enumerate(zip(hosts, left_gib, strict=True))
+        ]
+        return host_memory_faults(found, [rank] * 4, config)
+
+    assert faults(38, 38, 38, 38) == {}
+    assert faults(38, 38, 40, 37) == {
+        2: [
+            "38 GiB of a node's memory are needed (20 for what leaves the cards, 10 for a checkpoint being written, "
+            "8 for processes), 37 GiB are left (MemAvailable); give the job the whole node's memory "
+            "(Slurm: --mem=0), set update.offload=false, raise parallel.tensor, or use more nodes"
+        ]
+    }

@@ -25,8 +25,9 @@ from a2tgpo.model.forward import forward_packed
 from a2tgpo.plan.activations import MicrobatchShape
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
-from a2tgpo.plan.engine import engine_memory, engine_weight_bytes, kv_bytes_per_token
+from a2tgpo.plan.engine import cache_gib_of_share, engine_memory, engine_weight_bytes, kv_bytes_per_token
 from a2tgpo.plan.hardware import GIB, GPUS
+from a2tgpo.plan.host_memory import PROCESS_GIB
 from a2tgpo.plan.layouts import LEAST_HEADROOM
 from a2tgpo.plan.memory import PHASES, chunks_in_flight, trainer_memory
 from a2tgpo.plan.plan import Plan, make_plan
@@ -163,6 +164,7 @@ def test_trainer_state_of_a_data_parallel_rank_by_hand(config_8b):
 
 
 def test_the_engine_takes_the_share_it_is_given(config_8b):
+    config_8b = changed(config_8b, "rollout", kv_cache_gib=0.0)
     engine = engine_memory(config_8b, KNOWN_MODELS["qwen3-8b"], H100)
     assert engine.total == pytest.approx(config_8b.rollout.gpu_memory_fraction * H100.memory_gib * GIB)
     # 36 layers, 4 of 8 key-value heads of 128, keys and values, 2 bytes
@@ -186,15 +188,47 @@ def _cost_of_a_reference(config_8b: RunConfig) -> dict[str, float]:
     return {name: (after[name] - peak) / (1.03 * weights) for name, peak in before.items()}
 
 
-def test_what_leaves_the_cards_must_have_room_on_the_hosts():
+def test_a_node_has_room_for_what_leaves_its_cards_and_a_checkpoint_beside_it():
     held = trainer_memory(CONFIG_70B, QWEN_72B, stage=3, data_parallel=2)
-    # Two nodes of the last stage, the fullest; 2 bytes of weights and 12 of optimizer state over two replicas.
+    # Two nodes of the last stage are the fullest. Over two replicas: 12 bytes of optimizer state; of a checkpoint,
+    # that state and 2 bytes of weights.
     parameters = held.weights / 2
-    assert plan_70b(CONFIG_70B).host_bytes == 8 * parameters * (2 + 12 / 2)
-    assert plan_70b(changed(CONFIG_70B, "update", offload=False)).host_bytes == 0
-    small = make_plan(CONFIG_70B, QWEN_72B, dataclasses.replace(H100, host_memory_gib=100), gpus=64)
+    host = plan_70b(CONFIG_70B).host
+    assert host.offloaded == 8 * parameters * (2 + 12 / 2)
+    assert host.saving == 8 * parameters * (2 + 12) / 2
+    assert host.loading == 8 * 2 * 152_064 * 8192 * 2  # embeddings, as read and cut
+    assert host.total == host.offloaded + host.saving + 8 * PROCESS_GIB * GIB
+    stays = plan_70b(changed(CONFIG_70B, "update", offload=False)).host
+    assert (stays.offloaded, stays.saving) == (0, host.saving)
+    small = make_plan(CONFIG_70B, QWEN_72B, dataclasses.replace(H100, host_memory_gib=290), gpus=64)
     assert not small.fits
-    assert [fault for fault in faults(small) if "140 GiB leave the cards" in fault]
+    assert faults(small) == [
+        "host: 295 GiB of a node's memory are needed (140 for what leaves the cards, 123 for a checkpoint being "
+        "written, 32 for processes), for the node's 290 GiB; set update.offload=false, raise parallel.tensor, or use "
+        "more nodes"
+    ]
+
+
+def test_a_rank_writes_the_state_that_it_owns_whoever_holds_the_rest(config_8b):
+    dimensions = KNOWN_MODELS["qwen3-8b"]
+    sharded, whole = (
+        make_plan(changed(config_8b, "update", distributed_optimizer=how), dimensions, H100, gpus=8).host
+        for how in (True, False)
+    )
+    assert sharded.saving == whole.saving == pytest.approx(14 * 8_190_735_360, rel=1e-3)
+    assert sharded.offloaded < whole.offloaded
+    float32 = make_plan(changed(config_8b, "model", dtype="float32"), dimensions, H100, gpus=8).host
+    assert float32.saving == pytest.approx(12 * 8_190_735_360, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MEANT_FOR)
+def test_the_cache_is_fixed_at_what_the_plan_gives_and_holds_what_is_decoded_at_once(name):
+    config, (model, gpus) = CONFIGS[name], MEANT_FOR[name]
+    dimensions = KNOWN_MODELS[model]
+    assert config.rollout.kv_cache_gib == cache_gib_of_share(config, dimensions, H100) > 0
+    geometry = make_plan(config, dimensions, H100, gpus=gpus).geometry
+    assert geometry.concurrent == min(config.rollout.max_concurrent, geometry.trajectories_per_engine)
+    assert geometry.full_sequences >= 30
 
 
 def test_the_plan_has_on_the_card_what_the_run_has():
@@ -395,7 +429,7 @@ def test_what_does_not_fit_is_named_with_a_change_that_mends_it(section, values,
 
 
 def test_an_engine_too_small_for_one_sequence_is_refused():
-    plan = plan_70b(changed(CONFIG_70B, "rollout", gpu_memory_fraction=0.2))
+    plan = plan_70b(changed(CONFIG_70B, "rollout", kv_cache_gib=0.0, gpu_memory_fraction=0.2))
     assert not plan.fits
     assert any("less than one sequence of 8256" in fault for fault in faults(plan))
 

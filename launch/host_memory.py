@@ -1,0 +1,53 @@
+"""Host memory that is left on this machine: what the kernel has, and what control groups allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = "sys/fs/cgroup"
+"""Under the root of the file system."""
+
+
+def memory_left(root: Path = Path("/")) -> tuple[int, str]:
+    """Bytes that processes started here can still take, and what says so.
+
+    A control group's page cache counts as left, as MemAvailable counts the machine's: it is given up first.
+
+    Args:
+        root: where `proc` and `sys` are mounted.
+    """
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    left = [(int(available) * 1024, "MemAvailable")]
+    left += _left_in_groups(root)
+    return min(left)
+
+
+def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
+    """The same for each control group with a limit that this process is in, of either version."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, names = root / CGROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / CGROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount) and (left := _left_in(folder, *names)) is not None:
+                yield left, f"{names[0]} of its control group"
+
+
+def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """None where the group has no limit, or its files cannot be read."""
+    try:
+        allowed = int((folder / limit).read_text())
+        used = int((folder / usage).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0)
+        return max(0, allowed - used + cached)
+    except (OSError, ValueError):  # ValueError: "max"
+        return None
