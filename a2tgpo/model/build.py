@@ -169,11 +169,26 @@ def wrap_for_training(
         )
         for number, chunk in enumerate(policy.chunks)
     ]
+    for chunk in policy.chunks:
+        accumulate_in_float32(chunk)
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = _one_or_list([chunk.no_sync for chunk in policy.chunks])
     config.grad_sync_func = (
         _one_or_list([chunk.start_grad_sync for chunk in policy.chunks]) if overlap else None
     )
+
+
+def accumulate_in_float32(chunk: Any) -> None:
+    """Have Transformer Engine's linear layers add each micro-batch's weight gradient to the float32 buffer as they
+    multiply; without this they round it to the weights' dtype first, micro-batch by micro-batch.
+
+    For a chunk in DistributedDataParallel, whose buffers they add to. Megatron's switch for it
+    (`gradient_accumulation_fusion`) would include its own output layer, which needs APEX. The first micro-batch of a
+    pass may overwrite instead of adding, so the buffer must be zero before each pass.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _one_or_list(functions: list[Any]) -> Any:

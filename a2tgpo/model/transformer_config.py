@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -143,8 +142,9 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
         "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
-        "gradient_accumulation_fusion": transformer_engine
-        and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        # Megatron's own layers would need APEX for it; Transformer Engine's have it switched on one by one
+        # (build.accumulate_in_float32).
+        "gradient_accumulation_fusion": False,
     }
 
 

@@ -37,6 +37,9 @@ class Assumptions:
     activation_ratio: float = 1.0
     """What a pass keeps and works with in the layers, against what is counted from their shapes."""
     context_gib: float = 3.0
-    """Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces of trainer and engine, GiB."""
+    """Reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces of trainer and engine, GiB.
+
+    Also for placeholders: Transformer Engine keeps a tensor for each shape of a layer's weights, which it returns
+    once it has added a gradient to the buffer (0.2 GiB for 72B on 8 tensor-parallel ranks)."""
     fragmentation: float = 0.03
     """Reserved for fragmentation, as a share of all else on the card."""
