@@ -28,7 +28,7 @@ help:
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
 	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
-	@echo "make test-py312  the second leg by itself: model, layouts, updates"
+	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"
 	@echo "make docs        the documentation as a site, in site/"
 
 # An environment for GPUs stays one: no other target may install the CPU packages over it.
@@ -159,7 +159,7 @@ endif
 # What Megatron-Core 0.19 could change. The folder on PYTHONPATH, for the processes that tests start.
 test-py312: setup-py312
 	PYTHONPATH=$(CURDIR) $(VENV312)/bin/python -m pytest tests/unit/parallel tests/unit/model tests/unit/update \
-		$(addprefix tests/distributed/test_,model_layouts.py update.py advantage_ranks.py exchange.py transformer_engine_names.py)
+		$(addprefix tests/distributed/test_,model_layouts.py update.py advantage_ranks.py exchange.py transformer_engine_names.py transformer_engine.py)
 
 lint: setup
 	$(PY) -m ruff check .

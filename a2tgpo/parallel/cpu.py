@@ -60,7 +60,7 @@ def install() -> None:
     Raises:
         RuntimeError: if megatron was imported before, since what it bound then cannot be rebound.
     """
-    if torch.cuda.is_available() or any(isinstance(finder, _ImportHook) for finder in sys.meta_path):
+    if torch.cuda.is_available() or any(isinstance(finder, ImportHook) for finder in sys.meta_path):
         return
     if SCOPE in sys.modules:
         raise RuntimeError("megatron.core was imported before a2tgpo.parallel; import a2tgpo.parallel first")
@@ -68,17 +68,19 @@ def install() -> None:
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     torch.Tensor.type = _type_with_device_alias(torch.Tensor.type)  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS, category=UserWarning)
-    sys.meta_path.insert(0, _ImportHook(_TorchView()))
+    sys.meta_path.insert(0, ImportHook(SCOPE, TorchView(CudaView()), _ADAPTATIONS))
 
 
-class _ImportHook:
-    """Gives modules of `megatron.core` the adapted `torch` and runs their adaptation, right after import."""
+class ImportHook:
+    """Gives modules of the package `scope` the adapted `torch` and runs their adaptation, right after import."""
 
-    def __init__(self, torch_view: types.ModuleType) -> None:
-        self.torch_view = torch_view
+    def __init__(
+        self, scope: str, torch_view: types.ModuleType, adaptations: dict[str, Callable[[Any], None]]
+    ) -> None:
+        self.scope, self.torch_view, self.adaptations = scope, torch_view, adaptations
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != SCOPE and not name.startswith(SCOPE + "."):
+        if name != self.scope and not name.startswith(self.scope + "."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
@@ -90,20 +92,20 @@ class _ImportHook:
         exec_module(module)
         if module.__dict__.get("torch") is torch:
             module.__dict__["torch"] = self.torch_view
-        adapt = _ADAPTATIONS.get(module.__name__)
+        adapt = self.adaptations.get(module.__name__)
         if adapt is not None:
             adapt(module)
 
 
-# -- torch, as Megatron sees it ------------------------------------------------------------------------------
+# -- torch, as adapted modules see it -------------------------------------------------------------------------
 
 
-class _TorchView(types.ModuleType):
+class TorchView(types.ModuleType):
     """`torch` whose factories make CPU tensors where a CUDA device is asked for, and whose `cuda` is inert."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: types.ModuleType) -> None:
         super().__init__("torch")
-        self.cuda = _CudaView()
+        self.cuda = cuda
         for name in _FACTORIES:
             setattr(self, name, _on_cpu(getattr(torch, name)))
 
@@ -143,7 +145,7 @@ class _NoStream:
         return 0.0
 
 
-class _CudaView(types.ModuleType):
+class CudaView(types.ModuleType):
     """`torch.cuda` with one device, the CPU; what is not named here is the real thing."""
 
     Stream = _NoStream

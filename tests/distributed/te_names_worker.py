@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import te_stub
+import te_reference
 
-import a2tgpo.parallel  # noqa: F401  no GPU must be seen by it, and Transformer Engine's constructors are told of one
-
-te_stub.install()
+te_reference.install()
 
 import torch.distributed as dist
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from te_stub import FOLDER
+from te_reference import FOLDER
+from test_transformer_engine import run_worker
 from tiny_models import ARCHITECTURES, build_model
 
 pytestmark = [
@@ -20,7 +17,6 @@ pytestmark = [
     ),
 ]
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {
     "tensorwise": "Float8CurrentScaling",
     "blockwise": "Float8BlockScaling",
@@ -35,13 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     for number, architecture in enumerate(ARCHITECTURES):
         model = build_model(architecture, vocab_size=250, tied=number == 0)
         model.to(torch.bfloat16).save_pretrained(folder / architecture)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(Path(__file__).with_name("te_names_worker.py")), str(folder), str(folder / "found.json")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    run_worker("te_names_worker.py", str(folder), str(folder / "found.json"))
     return json.loads((folder / "found.json").read_text())
 
 
