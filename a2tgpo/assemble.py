@@ -124,7 +124,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         )
         phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
     with timers.stage("startup_engine"):
-        engine = phases.build_engine(functools.partial(build_engine, config))
+        engine = phases.build_engine(functools.partial(build_engine, config, replicas))
     return RunParts(
         config=config,
         groups=groups,
@@ -153,7 +153,7 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
-def build_engine(config: RunConfig) -> VllmEngine:
+def build_engine(config: RunConfig, replicas: Replicas) -> VllmEngine:
     """The engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
     return VllmEngine(
         config.model.path,
@@ -161,6 +161,7 @@ def build_engine(config: RunConfig) -> VllmEngine:
         model_dtype=config.model.dtype,
         max_model_len=config.max_model_len,
         seed=config.run.seed,
+        replica_group=replicas.group,
     )
 
 

@@ -73,11 +73,11 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     template = PromptTemplate(tokenizer, config.data.instructions)
     toolset = build_tools(config)
     if model.is_hf:
-        engine = build_engine(config)
+        engine = build_engine(config, replicas)
     else:
         policy = load_policy(config, groups, model)
         phases = MemoryPhases(policy)
-        engine = phases.build_engine(functools.partial(build_engine, config))
+        engine = phases.build_engine(functools.partial(build_engine, config, replicas))
         holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
         # Weights of step 0 could be taken for those that the engine has read from model.path.
         sync_engine(holders, step=max(1, model.step))

@@ -117,7 +117,10 @@ class RolloutConfig:
     max_response_tokens: int = 6192
     """Sampled and observation tokens of one trajectory together (paper: 6192)."""
     tensor_parallel: int = 1
-    """Ranks that share one engine; 1 on CPU."""
+    """Ranks that share one engine."""
+    check_lockstep_every: int = 1
+    """Engine passes between two comparisons of what the ranks that share an engine have scheduled, sampled and freed;
+    0: never. At 1 a difference ends the run in one line before it does harm; at more it may break a pass first."""
     dtype: str = "auto"
     """Number format of the engine's weights: auto (the model's) | bfloat16 | float32."""
     quantization: str = "none"
@@ -152,6 +155,12 @@ class RolloutConfig:
             "max_draws",
         ):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+        require(
+            self.check_lockstep_every >= 0,
+            "rollout.check_lockstep_every",
+            self.check_lockstep_every,
+            ">= 0",
+        )
         require(
             self.group_size > 1 or not self.dynamic_sampling,
             "rollout.group_size",

@@ -20,9 +20,16 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
 from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments
-from a2tgpo.rollout.engine_guest import MAX_CACHE_HIT, cap_cache_hits, environment_kept, host_state_kept
+from a2tgpo.rollout.engine_guest import (
+    MAX_CACHE_HIT,
+    abort_in_order,
+    cap_cache_hits,
+    environment_kept,
+    host_state_kept,
+)
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
+from a2tgpo.rollout.lockstep import Lockstep, LockstepError
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
 
@@ -119,13 +126,22 @@ class VllmEngine:
         model_dtype: number format where `config.dtype` is auto.
         max_model_len: longest sequence, tokens.
         seed: of the engine's own generator, which no request uses: they carry their seeds.
+        replica_group: the ranks that share the engine, over the CPU, for `config.check_lockstep_every`; None: there
+            is only this rank, or nothing is compared.
 
     Raises:
         ConfigError: one line; a missing model, a cache too small for one sequence, an unsupported model.
     """
 
     def __init__(
-        self, model_path: str, *, config: RolloutConfig, model_dtype: str, max_model_len: int, seed: int
+        self,
+        model_path: str,
+        *,
+        config: RolloutConfig,
+        model_dtype: str,
+        max_model_len: int,
+        seed: int,
+        replica_group: dist.ProcessGroup | None = None,
     ):
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
@@ -151,8 +167,13 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        core: Any = self._engine.engine_core  # the in-process client
-        cap_cache_hits(core.engine_core.scheduler.kv_cache_manager)
+        client: Any = self._engine.engine_core  # of an engine in this process
+        core = client.engine_core
+        cap_cache_hits(core.scheduler.kv_cache_manager)
+        abort_in_order(core)
+        self._lockstep: Lockstep | None = None
+        if replica_group is not None and config.check_lockstep_every:
+            self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
         # vLLM has two model runners; its choice hangs on Triton, so on a GPU, and on VLLM_USE_V2_MODEL_RUNNER.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
@@ -224,11 +245,17 @@ class VllmEngine:
         """One forward pass over what is scheduled; the requests that it finished.
 
         Raises:
-            RuntimeError: if the engine failed; it cannot be used afterwards.
+            LockstepError: on all ranks of the engine, if they are out of step.
+            RuntimeError: if the engine failed. Either way it cannot be used afterwards.
         """
         self._check_usable()
         try:
             outputs = self._engine.step()
+            if self._lockstep is not None:
+                self._lockstep.compare()
+        except LockstepError as error:
+            self._failure = str(error)
+            raise
         except Exception as error:
             self._failure = f"a step failed with {type(error).__name__}: {_first_line(error)}"
             raise RuntimeError(f"the engine is lost: {self._failure}") from error
@@ -236,7 +263,7 @@ class VllmEngine:
 
     def abort_all(self) -> None:
         """Drop every request in flight; nothing comes out for them."""
-        self._engine.abort_request(list(self._in_flight))
+        self._engine.abort_request(sorted(self._in_flight))  # in the same order on all ranks of the engine
         self._in_flight.clear()
         self._answers.clear()
 

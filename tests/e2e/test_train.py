@@ -46,6 +46,14 @@ def rollouts_of(run: Path, step: int) -> list[dict]:
     return [msgspec.json.decode(line) for line in lines]
 
 
+def played_of(run: Path) -> list:
+    """All tokens of the first step."""
+    return [
+        (record["prompt_id"], [(turn["tokens"], turn["observation_tokens"]) for turn in record["turns"]])
+        for record in rollouts_of(run, 1)
+    ]
+
+
 @pytest.fixture(scope="module")
 def warm_model(tmp_path_factory) -> str:
     """The quickstart's model after a very short warm start: enough for it to call its tool now and then."""
@@ -185,13 +193,21 @@ def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path,
         )
 
 
-@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"])
+SHARED_ENGINE = (
+    "parallel.tensor=2 rollout.tensor_parallel=2 rollout.kv_cache_gib=0.0025 rollout.max_concurrent=16"
+)
+"""One engine over both ranks, with a cache that does not hold all that is played."""
+
+
+@pytest.mark.parametrize("layout", [SHARED_ENGINE, "parallel.context=2", "parallel.pipeline=2"])
 def test_other_layouts_take_the_same_first_step(tmp_path, warm_model, undisturbed, layout):
-    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=1", *SMALL, layout]
+    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=1", *SMALL, *layout.split()]
     if layout == "parallel.context=2":
         settings.append("rollout.gain.verify_every=0")  # the trainer's probes are not divided
     result = start(CONFIG, *settings, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
+    mine, theirs = played_of(tmp_path / "quickstart"), played_of(undisturbed)
+    assert mine == theirs and len(mine) == 16
     mine, theirs = metrics_of(tmp_path / "quickstart")[1], metrics_of(undisturbed)[1]
     for name in ("reward/mean", "turns/process_turns", "length/response_tokens"):
         assert mine.get(name) == theirs.get(name), name

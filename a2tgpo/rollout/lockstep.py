@@ -1,0 +1,150 @@
+"""Ranks that share an engine run one schedule: a guard that compares their schedulers while they run.
+
+Each rank of the engine has a scheduler of its own. Their forward passes meet in collectives, so the schedulers must
+take equal decisions; where they do not, the collectives wait for each other for ever, or mix the activations of
+different tokens. The guard keeps a running hash of all decisions and compares it between the ranks twice in a pass:
+before the pass is computed, and before anything is made of its tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
+
+_HASH_BYTES = 7  # so that the hash and its negative are both int64
+# vLLM appends characters to a request's id that are random on every rank (vllm/v1/engine/input_processor.py).
+_SUFFIX_LENGTH = len("-01234567")
+_UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}
+
+
+class LockstepError(RuntimeError):
+    """The ranks of one engine took different decisions; one line, the same on all of them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a scheduler did with several requests, in its order."""
+
+    number: int
+    """Of the engine's pass, from 1."""
+    kind: str
+    """scheduled | took from the cache | sampled | freed"""
+    names: list[str]
+    """Of the requests."""
+    values: list[Any]
+    """Per request, its number of tokens or its sampled ids; empty where nothing was decided but the order."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.names} {self.values}"
+
+
+class Lockstep:
+    """Compares the decisions of vLLM's schedulers on the ranks of one engine.
+
+    All ranks of `group` make one for their engine and step their engines alike.
+
+    Args:
+        scheduler: vLLM's, of this rank; three of its methods are wrapped.
+        group: the ranks that share the engine, over the CPU.
+        every: passes between two comparisons.
+    """
+
+    def __init__(self, scheduler: Any, group: dist.ProcessGroup, *, every: int):
+        self._group = group
+        self._every = every
+        self._num_passes = 0
+        self._hash = hashlib.blake2b(digest_size=_HASH_BYTES)
+        self._decisions: list[Decision] = []
+        """Since the last comparison."""
+        self._watch(scheduler)
+
+    def compare(self) -> None:
+        """Do nothing if all ranks have decided alike, or if the pass is not one of those that are compared.
+
+        All ranks of the group call this at the same point.
+
+        Raises:
+            LockstepError: on all ranks of the group.
+        """
+        if self._num_passes % self._every:
+            return
+        fingerprint = int.from_bytes(self._hash.digest(), "big")
+        largest, smallest = all_reduce_max(torch.tensor([fingerprint, -fingerprint]), self._group).tolist()
+        if largest != -smallest:
+            parts = all_gather_object(self._decisions, self._group)
+            ranks = dist.get_process_group_ranks(self._group)
+            raise LockstepError(describe_difference(dict(zip(ranks, parts, strict=True))))
+        self._decisions.clear()
+
+    def _watch(self, scheduler: Any) -> None:
+        schedule, update, free = (
+            scheduler.schedule,
+            scheduler.update_from_output,
+            scheduler._free_request,
+        )
+
+        def watched_schedule(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self._num_passes += 1
+            self._note("scheduled", output.num_scheduled_tokens, output.num_scheduled_tokens.values())
+            if new := output.scheduled_new_reqs:
+                found = (request.num_computed_tokens for request in new)
+                self._note("took from the cache", (request.req_id for request in new), found)
+            self.compare()
+            return output
+
+        def watched_update(scheduler_output: Any, model_output: Any) -> Any:
+            if model_output.sampled_token_ids:
+                self._note("sampled", model_output.req_ids, model_output.sampled_token_ids)
+            return update(scheduler_output, model_output)
+
+        def watched_free(request: Any, *args: Any, **kwargs: Any) -> Any:
+            self._note("freed", [request.request_id])
+            return free(request, *args, **kwargs)
+
+        scheduler.schedule = watched_schedule
+        scheduler.update_from_output = watched_update
+        scheduler._free_request = watched_free
+
+    def _note(self, kind: str, request_ids: Iterable[str], values: Iterable[Any] = ()) -> None:
+        names = [request_id[:-_SUFFIX_LENGTH] for request_id in request_ids]
+        decision = Decision(self._num_passes, kind, names, list(values))
+        self._hash.update(str(decision).encode())
+        self._decisions.append(decision)
+
+
+def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
+    """The first decision on which two ranks differ, in one line.
+
+    Args:
+        by_rank: the decisions of each rank since all were last equal.
+    """
+    first, *others = by_rank
+    for other in others:
+        pairs = zip(_told(by_rank[first]), _told(by_rank[other]), strict=False)
+        difference = next((pair for pair in pairs if pair[0] != pair[1]), None)
+        if difference is not None:
+            (number, mine), (other_number, theirs) = difference
+            return (
+                f"the ranks of one engine are out of step at its pass {min(number, other_number)}: "
+                f"rank {first} {mine}, rank {other} {theirs}; start again from the last checkpoint, with "
+                "rollout.tensor_parallel=1 if it happens again, and report it"
+            )
+    counts = ", ".join(f"rank {rank} {len(decisions)}" for rank, decisions in by_rank.items())
+    return f"the ranks of one engine are out of step: one took more decisions than the other ({counts})"
+
+
+def _told(decisions: Iterable[Decision]) -> Iterable[tuple[int, str]]:
+    """Number of the pass and the decision in words, request by request."""
+    for decision in decisions:
+        for name, value in itertools.zip_longest(decision.names, decision.values):
+            detail = "" if value is None else f" ({value}{_UNITS[decision.kind]})"
+            yield decision.number, f"{decision.kind} {name}{detail}"

@@ -1,0 +1,201 @@
+"""One engine over 2 ranks on a small cache, and a record of what its schedulers do (see lockstep_worker)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import threading
+from collections import Counter
+from types import SimpleNamespace
+
+from scripted_search import ScriptedSearch, toolset_of
+from tiny_models import CAPITALS, SCRIPTS
+from transformers import AutoTokenizer
+
+from a2tgpo.assemble import build_rollout, divide_into_replicas
+from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.config.data import DataConfig
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import RunConfig, RunSettings
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.data.question_set import Question
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.rollout.vllm_engine import VllmEngine
+
+BLOCK_TOKENS = 32
+BLOCK_BYTES = BLOCK_TOKENS * 512  # float32, 2 layers, keys and values of one head of 32 on each rank
+MAX_MODEL_LEN = 512
+EVICTING, PREEMPTING = 40, 18
+"""Blocks of the cache: 16 sequences of up to 6 blocks have room while they run, but not between their turns; or not
+even while they run. One sequence of `MAX_MODEL_LEN` takes 17."""
+QUESTIONS = [question for question in SCRIPTS if question.startswith(("capital", "ruler"))]
+
+
+class ShuffledSearch(ScriptedSearch):
+    """Answers come in an order that has nothing to do with that of the calls."""
+
+    def __init__(self, seed):
+        super().__init__(failing=["capital of Peru"])
+        self._draw = random.Random(seed)
+
+    def search(self, query):
+        with self._lock:
+            delay = self._draw.choice((0.0, 0.001, 0.004, 0.01))
+        threading.Event().wait(delay)
+        return super().search(query)
+
+
+class Schedule:
+    """What this rank's scheduler does, compared with the other rank's before each pass is computed."""
+
+    def __init__(self, engine, group):
+        self.seen = Counter()
+        self._group = group
+        self._freed, self._ended = [], 0
+        core = engine._engine.engine_core.engine_core
+        self._scheduler, self._pool = core.scheduler, core.scheduler.kv_cache_manager.block_pool
+        for owner, name, watched in (
+            (self._scheduler, "schedule", self._schedule),
+            (self._scheduler, "_free_request", self._free_request),
+            (self._scheduler, "_preempt_request", self._preempt_request),
+            (self._pool, "free_blocks", self._free_blocks),
+            (self._pool, "_maybe_evict_cached_block", self._evict),
+        ):
+            setattr(owner, name, functools.partial(watched, getattr(owner, name)))
+
+    def _schedule(self, schedule, *args, **kwargs):
+        output = schedule(*args, **kwargs)
+        cached = output.scheduled_cached_reqs
+        decided = {
+            "requests": [named(request_id) for request_id in output.num_scheduled_tokens],
+            "tokens": list(output.num_scheduled_tokens.values()),
+            "cached tokens": [request.num_computed_tokens for request in output.scheduled_new_reqs],
+            "computed tokens": list(cached.num_computed_tokens),
+            "freed blocks": self._freed,
+            "free blocks": [block.block_id for block in self._pool.free_block_queue.get_all_free_blocks()],
+        }
+        self.seen["passes"] += 1
+        self.seen["passes with several ends"] += self._ended > 1
+        mine, theirs = all_gather_object(decided, self._group)
+        for what in decided:
+            assert mine[what] == theirs[what], (
+                f"pass {self.seen['passes']}, {what}: {mine[what]} on rank 0, {theirs[what]} on rank 1"
+            )
+        self._freed, self._ended = [], 0
+        return output
+
+    def _free_request(self, free, request, *args, **kwargs):
+        self._ended += 1
+        return free(request, *args, **kwargs)
+
+    def _preempt_request(self, preempt, *args, **kwargs):
+        self.seen["preemptions"] += 1
+        return preempt(*args, **kwargs)
+
+    def _free_blocks(self, free, blocks):
+        blocks = list(blocks)
+        self._freed += [block.block_id for block in blocks]
+        return free(blocks)
+
+    def _evict(self, evict, *args, **kwargs):
+        evicted = evict(*args, **kwargs)
+        self.seen["evictions"] += bool(evicted)
+        return evicted
+
+
+def named(request_id):
+    return request_id.rpartition("-")[0]
+
+
+class Bench:
+    """What all claims share."""
+
+    def __init__(self, path, groups):
+        self.path, self.rank, self.group = path, groups.rank, groups.tp_group
+        self.groups = groups
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    @contextlib.contextmanager
+    def open(self, *, search, blocks=EVICTING, guarded=False, watched=True, limits=None, **settings):
+        """The parts of a run that plays, with a new engine; `schedule` is None unless `watched`."""
+        rollout = RolloutConfig(
+            tensor_parallel=2,
+            check_lockstep_every=int(guarded),
+            kv_cache_gib=(blocks * BLOCK_BYTES + 1) / 2**30,
+            max_concurrent=16,
+            dtype="float32",
+            group_size=4,
+            max_turns=3,
+            max_turn_tokens=48,
+            max_response_tokens=MAX_MODEL_LEN - 128,
+            prompts_per_step=6,
+            **settings,
+        )
+        is_partial = rollout.partial.is_on
+        config = RunConfig(
+            run=RunSettings(name="run"),
+            model=ModelConfig(path=self.path, dtype="float32"),
+            data=DataConfig(train="unused", test="unused"),
+            search=SearchConfig(corpus="unused"),
+            rollout=rollout,
+            update=UpdateConfig(prompts_per_minibatch=rollout.prompts_per_step),
+            algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="truncate" if is_partial else "none")),
+        )
+        replicas = divide_into_replicas(config, self.groups)
+        engine = VllmEngine(
+            self.path,
+            config=rollout,
+            model_dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+            seed=0,
+            replica_group=replicas.group,
+        )
+        questions = [
+            Question(id=f"{number}", question=question, answers=(CAPITALS.get(question[11:-1], "none"),))
+            for number, question in enumerate(3 * QUESTIONS)
+        ]
+        prompts = PromptSet(questions, PromptTemplate(self.tokenizer, ""), max_prompt_tokens=64)
+        toolset = toolset_of(search, **(limits or {}))
+        parts = SimpleNamespace(
+            config=config,
+            groups=self.groups,
+            replicas=replicas,
+            sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
+            carried=CarriedPool(),
+            train_prompts=prompts,
+            rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=self.tokenizer),
+            startup={},
+        )
+        try:
+            yield parts, Schedule(engine, self.group) if watched else None
+        finally:
+            parts.rollout.close()
+            engine.close()
+
+    def play(self, parts, *, seed, num_prompts=9, **settings):
+        """Trajectories that both ranks played alike."""
+        prompts = parts.train_prompts.prompts(range(num_prompts))
+        trajectories, counts = parts.rollout.run(prompts, seed=seed, step=0, **settings)
+        self.assert_equal([trajectory.to_dict() for trajectory in trajectories])
+        return trajectories, counts
+
+    def assert_equal(self, value):
+        mine, theirs = all_gather_object(value, self.group)
+        assert mine == theirs, "the ranks played different rollouts"
+
+    def raised(self, error_class, play):
+        """What `play` raises on both ranks."""
+        message = "nothing was raised"
+        try:
+            play()
+        except error_class as error:
+            message = str(error)
+        self.assert_equal(message)
+        return message

@@ -1,0 +1,261 @@
+"""What each of the 2 ranks of test_lockstep.py runs: one engine over both, whose schedulers must decide alike.
+
+torchrun --nproc-per-node 2 lockstep_worker.py MODEL OUT [SEEDS [CLAIM ...]]
+
+MODEL is the taught tiny model; OUT gets a JSON file of what each claim came to, empty where it holds. Claims on
+schedules are tried with that many seeds (1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import random
+import re
+import sys
+import threading
+import traceback
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lockstep_bench import PREEMPTING, Bench, ShuffledSearch
+from scripted_search import ScriptedSearch
+
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.rollout.lockstep import LockstepError
+from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.rollout.tool_pool import ToolFaultError
+from a2tgpo.step_rollout import StepRollout
+
+# -- schedules, each with many seeds -------------------------------------------------------------------------
+
+
+def check_turns_that_end_in_one_pass_of_a_small_cache(bench, seed):
+    with bench.open(search=ShuffledSearch(seed)) as (parts, schedule):
+        bench.play(parts, seed=seed)
+        seen = schedule.seen
+        assert seen["evictions"] > 20 and seen["passes with several ends"] > 5, seen
+
+
+def check_preempted_sequences(bench, seed):
+    with bench.open(search=ShuffledSearch(seed), blocks=PREEMPTING) as (parts, schedule):
+        bench.play(parts, seed=seed, num_prompts=4)
+        assert schedule.seen["preemptions"] > 3, schedule.seen
+
+
+def check_dynamic_sampling(bench, seed):
+    with bench.open(search=ShuffledSearch(seed), dynamic_sampling=True, max_draws=2) as (parts, _):
+        metrics = MetricSums()
+        trajectories = StepRollout(parts).play(step=seed, metrics=metrics)
+        mine = metrics.values()["sampling/draws"]
+        bench.assert_equal((mine, bench.rank == 0 or not trajectories))
+        assert mine == 2, mine
+
+
+def check_partial_rollouts(bench, seed):
+    partial = PartialConfig(tokens_per_step=1, extra_prompts=3, max_staleness=2)
+    with bench.open(search=ShuffledSearch(seed), partial=partial) as (parts, _):
+        steps = StepRollout(parts)
+        for step in range(3):
+            steps.play(step=step, metrics=MetricSums())
+            own = parts.carried.state.own
+            bench.assert_equal([member.to_dict() for group in own for member in group.trajectories])
+        assert any(not group.is_complete for group in own), "nothing was carried over"
+
+
+def check_a_rollout_that_is_broken_off_and_played_anew(bench, seed):
+    draw = random.Random(seed)
+    with bench.open(search=ShuffledSearch(seed)) as (parts, schedule):
+        for rank in (0, 1):
+            left = [draw.randrange(1, 5)]
+
+            def is_cut(rank=rank, left=left):
+                left[0] -= 1
+                return bench.rank == rank and left[0] <= 0
+
+            message = bench.raised(
+                RolloutCutError, lambda is_cut=is_cut: bench.play(parts, seed=seed, is_cut=is_cut)
+            )
+            assert message == "", message
+        bench.play(parts, seed=seed)
+        assert schedule.seen["evictions"] > 20, schedule.seen
+
+
+# -- faults, each once -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replaced(owner, name, make):
+    """`owner.name` is what `make` makes of it."""
+    with mock.patch.object(owner, name, make(getattr(owner, name))):
+        yield
+
+
+def reversed_aborts(abort_in_order):
+    """On this rank, what is aborted together is aborted from the last to the first."""
+
+    def abort_in_reverse(core):
+        abort_in_order(core)
+        abort = core.abort_requests
+        core.abort_requests = lambda request_ids: abort(request_ids[::-1])
+
+    return abort_in_reverse
+
+
+def one_token_more(schedule):
+    """From the fifth pass on, the first request is scheduled with one token more than it has."""
+    passes = []
+
+    def scheduled(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        passes.append(1)
+        if len(passes) >= 5:
+            output.num_scheduled_tokens[next(iter(output.num_scheduled_tokens))] += 1
+        return output
+
+    return scheduled
+
+
+def another_token(update):
+    """From the fifth pass on, another token comes out for the first request."""
+    passes = []
+
+    def updated(scheduler, scheduler_output, model_output):
+        passes.append(1)
+        if len(passes) >= 5:
+            model_output.sampled_token_ids[0][0] ^= 1
+        return update(scheduler, scheduler_output, model_output)
+
+    return updated
+
+
+def check_the_guard_stops_ranks_that_free_in_different_orders(bench, seed):
+    from a2tgpo.rollout import vllm_engine
+
+    change = replaced(vllm_engine, "abort_in_order", reversed_aborts)
+    message = stopped_by_guard(bench, change)
+    assert re.match(out_of_step(r"\d+", r"freed turn-\d+", r"freed turn-\d+"), message), message
+
+
+def check_the_guard_stops_ranks_that_schedule_different_tokens(bench, seed):
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    message = stopped_by_guard(bench, replaced(Scheduler, "schedule", one_token_more))
+    what = r"scheduled turn-0 \({} tokens\)"
+    assert re.match(out_of_step("5", what.format(1), what.format(2)), message), message
+
+
+def check_the_guard_stops_ranks_that_sample_different_tokens(bench, seed):
+    """Before anything is decided by them: here a turn could end on one rank only."""
+    from a2tgpo.rollout.lockstep import Lockstep
+
+    watch = Lockstep._watch
+
+    def watch_changed(lockstep, scheduler):
+        watch(lockstep, scheduler)
+        update = scheduler.update_from_output
+        scheduler.update_from_output = functools.partial(another_token(lambda _, *args: update(*args)), None)
+
+    message = stopped_by_guard(bench, mock.patch.object(Lockstep, "_watch", watch_changed))
+    what = r"sampled turn-0 \(\[\d+\]\)"
+    assert re.match(out_of_step("5", what, what), message), message
+
+
+def stopped_by_guard(bench, change):
+    """The line with which both ranks end when `change` is made on rank 1."""
+    with (
+        change if bench.rank == 1 else contextlib.nullcontext(),
+        bench.open(search=ScriptedSearch(), guarded=True, watched=False) as (parts, _),
+    ):
+        return bench.raised(LockstepError, lambda: bench.play(parts, seed=0))
+
+
+def out_of_step(number, first, second):
+    place = f"the ranks of one engine are out of step at its pass {number}"
+    return f"{place}: rank 0 {first}, rank 1 {second}; start again"
+
+
+def check_a_bug_in_a_tool_ends_both_ranks_with_its_line(bench, seed):
+    class Broken(ScriptedSearch):
+        def search(self, query):
+            raise KeyError("a bug")
+
+    with bench.open(search=Broken()) as (parts, _):
+        message = bench.raised(ToolFaultError, lambda: bench.play(parts, seed=0))
+    assert re.match(r"the search tool failed with KeyError: 'a bug' at lockstep_worker\.py:\d+; ", message), (
+        message
+    )
+
+
+def check_a_call_that_hangs_is_given_up_on_both_ranks(bench, seed):
+    freed = threading.Event()
+
+    class Hanging(ScriptedSearch):
+        def search(self, query):
+            if query == "capital of France":
+                freed.wait(120)
+            return super().search(query)
+
+    with bench.open(search=Hanging(), limits={"deadline_s": 0.3, "num_workers": 2}) as (parts, _):
+        _, counts = bench.play(parts, seed=0)
+        bench.assert_equal(counts.hung_calls)
+        assert counts.hung_calls > 4, counts
+        freed.set()
+
+
+def check_the_guard_lets_ranks_in_step_play_on(bench, seed):
+    """And all ways of counting the passes come to the same rollout."""
+    found = []
+    for every in (0, 1, 7):
+        with bench.open(search=ScriptedSearch(), guarded=every, watched=False) as (parts, _):
+            trajectories, _ = bench.play(parts, seed=0)
+            found.append([trajectory.to_dict() for trajectory in trajectories])
+    assert found[0] == found[1] == found[2]
+
+
+CHECKS = {
+    name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
+}
+WITH_SEEDS = ("turns_that_end", "preempted", "dynamic", "partial", "a_rollout_that_is_broken_off")
+
+
+def outcome(check, bench, seed):
+    """Empty where `check` holds on both ranks, else what the first failing rank says."""
+    try:
+        check(bench, seed)
+        fault = ""
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"[:800]
+        if not isinstance(error, AssertionError):
+            traceback.print_exc()
+    faults = all_gather_object(fault, bench.group)
+    return next((f"rank {rank}, seed {seed}: {fault}" for rank, fault in enumerate(faults) if fault), "")
+
+
+def run(path, out, num_seeds="1", *chosen):
+    groups = initialize(ParallelConfig(tensor=2, timeout_s=60), seed=3)
+    bench = Bench(path, groups)
+    results = {}
+    for name in chosen or CHECKS:
+        seeds = range(int(num_seeds) if name.startswith(WITH_SEEDS) else 1)
+        faults = [outcome(CHECKS[name], bench, seed) for seed in seeds]
+        results[name] = next(filter(None, faults), "")
+        if groups.rank == 0:
+            print(
+                f"{name}: {sum(not fault for fault in faults)} of {len(faults)} hold {results[name]}",
+                flush=True,
+            )
+    if groups.rank == 0:
+        Path(out).write_text(json.dumps(results))
+    shutdown()
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
