@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from a2tgpo.data.question_set import Question
-from a2tgpo.reward.answer_match import normalize_answer
+from a2tgpo.reward.answer_match import is_kept_as_written, normalize_answer
 
 PERCENTILES = (0, 5, 50, 95, 100)
 
@@ -24,14 +24,16 @@ def describe_questions(
         others: the set whose overlap is to be known, such as the training set; None: not asked.
     """
     texts = Counter(normalize_answer(question.question) for question in questions)
-    golds = [[normalize_answer(answer) for answer in question.answers] for question in questions]
+    first_golds = [normalize_answer(question.answers[0]) for question in questions]
     report = {
         "questions": len(questions),
         "left_out": dict(sorted(left_out.items())),
         "repeated_questions": sum(count - 1 for count in texts.values()),
-        "yes_no_answers": sum(gold[0] in ("yes", "no") for gold in golds),
-        # "The The" or "?" normalises to nothing, which an empty box would match.
-        "answers_empty_when_normalized": sum("" in gold for gold in golds),
+        "yes_no_answers": sum(gold in ("yes", "no") for gold in first_golds),
+        # "The The" or "?" would normalise to nothing: only the very same text is right.
+        "answers_empty_when_normalized": sum(
+            any(map(is_kept_as_written, question.answers)) for question in questions
+        ),
         "non_ascii_questions": sum(not question.question.isascii() for question in questions),
         "hops": dict(sorted(Counter(question.hops for question in questions).items())),
         "answers_per_question": _percentiles([len(question.answers) for question in questions]),

@@ -5,13 +5,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from a2tgpo.data.protocol import THINK_TAG
 from a2tgpo.reward.answer_match import exact_match, f1_score
 
 BAD_FORMAT_REWARD = -1.0
 SEARCH_ONLY = ("search",)
 """The tools of the paper's experiments."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_THINK_TAG = re.compile(r"</?think>")
 _ANSWER_TAG = re.compile(r"</?answer>")
 
 
@@ -29,15 +29,20 @@ class OutcomeScore:
     """Text inside the last box of the last answer; None if there is none."""
 
 
-def judged_text(turns: Sequence[tuple[str, bool]]) -> str:
+def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None = "") -> str:
     """The text the format is judged on: what the policy wrote, with every tool result emptied.
 
     Retrieved passages may contain tags of their own; they must not count for or against the policy.
 
     Args:
         turns: the decoded text of each turn, and whether the environment answered it with a result.
+        opening_tags: <think> and </think> that the prompt ends with, which belong to the response; None: not known,
+            and a thought that the response closes first counts as opened there.
     """
-    return "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
+    text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
+    if opening_tags is None:
+        opening_tags = "<think>" if THINK_TAG.findall(text)[:1] == ["</think>"] else ""
+    return opening_tags + text
 
 
 def score_response(
@@ -61,22 +66,29 @@ def score_response(
 
 
 def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
-    r"""Balanced thought, exactly one answer with a box in it, every tool call answered by one result."""
+    r"""Balanced thought, exactly one answer with a `\boxed{...}` in it, every tool call answered by one result."""
     return (
-        _is_balanced(_THINK_TAG.findall(response), "<think>")
+        _is_balanced(THINK_TAG.findall(response), "<think>")
         and _ANSWER_TAG.findall(response) == ["<answer>", "</answer>"]
         and _calls_are_answered(_tool_tag(tools).findall(response), tools)
+        and all("\\boxed{" in block and "}" in block for block in _ANSWER.findall(response))
         and extract_answer(response) is not None
     )
 
 
 def extract_answer(response: str) -> str | None:
-    r"""Content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none."""
+    r"""Content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
+
+    A `\boxed` followed by a space boxes the rest of the block up to a `$`, whatever follows, as in the authors' code
+    (and in the MATH data set's, where it comes from).
+    """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None
 
 
 def _last_box(text: str) -> str | None:
+    if "\\boxed " in text:
+        return text.rpartition("\\boxed ")[2].partition("$")[0]
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -57,3 +57,81 @@ def test_every_tool_call_needs_its_own_kind_of_exchange():
     assert not is_well_formed(crossed, tools=both)
     # The calculator is no tool of this run: its result answers no call.
     assert not is_well_formed(judged_text([*calls, (ANSWER, False)]))
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        ("A", ["A", " A "], ["", "the", "!", "an", "{}"]),
+        ("The The", ["The The", "The  The"], ["", "The", "a", "?"]),
+        ("?", ["?"], ["", "!", "the"]),
+        ("...", ["..."], ["", "."]),
+    ],
+)
+def test_a_gold_that_normalises_to_nothing_equals_the_same_text_only(gold, right, wrong):
+    for answer in right:
+        assert exact_match(answer, [gold]) == f1_score(answer, [gold]) == 1.0
+    for answer in wrong:
+        assert exact_match(answer, [gold, "Vitamin A"]) == 0.0
+    assert exact_match("vitamin a", [gold, "Vitamin A"]) == 1.0
+
+
+@pytest.mark.parametrize("box", ["", " ", "\n"])
+def test_an_empty_box_is_never_right(box):
+    for golds in (["A"], ["the"], ["", " "], ["Paris"]):
+        score = score_response(f"<think> x </think> <answer> \\boxed{{{box}}} </answer>", golds)
+        assert (score.exact_match, score.f1, score.reward, score.format_ok) == (0.0, 0.0, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("block", "answer", "is_right"),
+    [
+        ("\\boxed {Paris}", "{Paris}", True),
+        ("\\boxed {Paris} it is", "{Paris} it is", False),
+        ("$\\boxed {Paris}$ it is", "{Paris}", True),
+        ("\\boxed Paris", "Paris", True),
+        ("\\boxed{London} \\boxed Paris", "Paris", True),
+        ("\\boxed Paris \\boxed{London}", "Paris \\boxed{London}", False),
+        ("\\boxed ", "", False),
+    ],
+)
+def test_a_box_behind_a_space_is_read_to_the_end_and_breaks_the_format(block, answer, is_right):
+    """As the authors' code does: its gate looks for `\\boxed{`, its reader takes what follows the space."""
+    score = score_response(f"<think> x </think> <answer> {block}</answer>", ["Paris"])
+    assert (score.answer, score.exact_match) == (answer, float(is_right))
+    assert score.format_ok == ("\\boxed{" in block)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "em", "f1"),
+    [
+        ("北京。", "北京", 1.0, 1.0),
+        ("「北京」", "北京", 1.0, 1.0),
+        ("２０２４年", "2024年", 1.0, 1.0),
+        ("ＮＨＫ", "NHK", 1.0, 1.0),
+        ("ジョン・スミス", "ジョンスミス", 1.0, 1.0),
+        ("北京市", "北京", 0.0, 0.8),
+        ("东京", "京都", 0.0, 0.5),
+        ("«Москва»", "москва", 1.0, 1.0),
+        ("القاهرة؟", "القاهرة", 1.0, 1.0),
+        ("दिल्ली।", "दिल्ली", 1.0, 1.0),
+        ("。", "。", 1.0, 1.0),
+        ("。", "、", 0.0, 0.0),
+        ("", "北京", 0.0, 0.0),
+    ],
+)
+def test_answers_in_other_scripts_lose_their_own_punctuation_and_match_by_characters(answer, gold, em, f1):
+    assert (exact_match(answer, [gold]), f1_score(answer, [gold])) == pytest.approx((em, f1))
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("São Paulo – “Centro”", "são paulo – “centro”"),
+        ("5 µm, 1º", "5 µm 1º"),
+        ("Hawaiʻi…", "hawaiʻi…"),
+        ("½ of Ⅷ 😀", "½ of ⅷ 😀"),
+    ],
+)
+def test_latin_text_is_normalised_by_squads_rules_alone(text, normalized):
+    assert normalize_answer(text) == normalized
