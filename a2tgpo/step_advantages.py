@@ -28,6 +28,7 @@ def step_advantages(
         trajectories,
         num_prompts=config.rollout.prompts_per_step,
         max_turns=config.rollout.max_turns,
+        failed_calls=config.algorithm.failed_calls,
     )
     result = compute_advantages(table, config.algorithm, dp_group=parts.groups.dp_group)
     gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn is neutral

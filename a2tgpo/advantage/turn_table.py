@@ -23,7 +23,7 @@ class TurnTable:
     info_gain: torch.Tensor
     """[N, T] float64: ig_{i,t} in column t-1; 0 where there is none."""
     has_gain: torch.Tensor
-    """[N, T] bool: the turn exists and its gain could be computed."""
+    """[N, T] bool: the turn exists and has a gain that counts: not after a failed call, if such a call is neutral."""
     num_prompts: int
     """Prompts of the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]
@@ -67,13 +67,23 @@ class TurnAdvantages:
     """[N] float64."""
 
 
-def build_turn_table(trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int) -> TurnTable:
+def build_turn_table(
+    trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int, failed_calls: str = "neutral"
+) -> TurnTable:
     """Lay out gains and outcomes of this rank's trajectories.
 
     Args:
         max_turns: columns T; equal on all ranks, at least the largest number of process turns.
+        failed_calls: `algorithm.failed_calls`.
     """
-    rows = [[turn.info_gain for turn in t.turns if turn.query is not None] for t in trajectories]
+    rows = [
+        [
+            None if turn.tool_failed and failed_calls == "neutral" else turn.info_gain
+            for turn in t.turns
+            if turn.query is not None
+        ]
+        for t in trajectories
+    ]
     padded = [row + [None] * (max_turns - len(row)) for row in rows]
     shape = len(rows), max_turns
     has_gain = torch.tensor([[gain is not None for gain in row] for row in padded], dtype=torch.bool)

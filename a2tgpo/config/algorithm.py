@@ -45,6 +45,8 @@ class AlgorithmConfig:
     """Bound on the loss of negative advantages at token level, > 1; 0: none."""
     aggregation: str = "seq-mean-token-mean"
     """How token losses become one number; see loss.policy_loss."""
+    failed_calls: str = "neutral"
+    """neutral (a turn whose tool call failed has no gain: it is left out of its group) | count."""
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference; 0: no reference model is loaded."""
     kl_estimator: str = "k3"
@@ -77,6 +79,12 @@ class AlgorithmConfig:
             "algorithm.aggregation",
             self.aggregation,
             " | ".join(AGGREGATIONS),
+        )
+        require(
+            self.failed_calls in ("neutral", "count"),
+            "algorithm.failed_calls",
+            self.failed_calls,
+            "neutral | count",
         )
         require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, ">= 0")
         require(

@@ -138,6 +138,26 @@ def test_a_missing_gain_is_neutral_and_shifts_no_other_turn():
     assert normalized[0, 1] > 1.0
 
 
+def test_a_failed_call_is_neutral_and_leaves_its_siblings_statistics_alone():
+    """Or counts like any other turn, where it is asked to; outcomes and all other turns are the same."""
+    items = [(0, [-0.9, 0.5], 1.0), (0, [0.2, 0.1], 0.0), (0, [0.4, 0.0], 0.0)]
+    trajectories = [make_trajectory(*item) for item in items]
+    trajectories[0].turns[0].tool_failed = True
+    results = {}
+    for failed_calls in ("neutral", "count"):
+        table = build_turn_table(trajectories, num_prompts=1, max_turns=2, failed_calls=failed_calls)
+        results[failed_calls] = compute_advantages(table, A2TGPO, dp_group=None)
+    missing = [(0, [None, 0.5], 1.0), *items[1:]]
+    for failed_calls, alike in (("neutral", missing), ("count", items)):
+        expected = compute_advantages(table_of(alike, num_prompts=1, max_turns=2), A2TGPO, dp_group=None)
+        assert torch.equal(results[failed_calls].advantages, expected.advantages)
+        assert torch.equal(results[failed_calls].normalized_gain, expected.normalized_gain)
+    assert results["neutral"].normalized_gain[0, 0] == 0 > results["count"].normalized_gain[0, 0]
+    torch.testing.assert_close(
+        results["neutral"].normalized_gain[1:, 0], torch.tensor([-1.0, 1.0]).double(), atol=1e-4, rtol=0
+    )
+
+
 def test_non_finite_gain_is_treated_as_missing():
     table = table_of([(0, [float("nan")], 0.0), (0, [0.3], 0.0)])
     assert table.has_gain[:, 0].tolist() == [False, True]

@@ -24,6 +24,7 @@ GRPO = {
     "algorithm.clip_beta": 0.0,
     "algorithm.aggregation": "seq-mean-token-mean",
     "algorithm.normalize_by_std": True,
+    "algorithm.failed_calls": "neutral",
     "algorithm.kl_coef": 0.0,
     "rollout.dynamic_sampling": False,
     "reward.overlong_buffer_tokens": 0,
@@ -68,7 +69,12 @@ EXPECTED = {
     "igpo_tg": {**A2TGPO, "algorithm.rescale": False, "algorithm.clip_beta": 0.0},
     "igpo_tg_rescaled": {**A2TGPO, "algorithm.clip_beta": 0.0},
     "a2tgpo": A2TGPO,
-    "a2tgpo_released": {**A2TGPO, "algorithm.alpha": 0.3, "rollout.gain.measure": "log_probability"},
+    "a2tgpo_released": {
+        **A2TGPO,
+        "algorithm.alpha": 0.3,
+        "algorithm.failed_calls": "count",
+        "rollout.gain.measure": "log_probability",
+    },
     "gigpo": {
         **GRPO,
         "algorithm.advantage": "gigpo",
