@@ -24,11 +24,11 @@ from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
-from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.update.checkpoint import read_record
@@ -75,6 +75,12 @@ class RunParts:
     startup: dict[str, float]
     """What this process took to start, seconds, `time/startup_STAGE_s`: metrics of its first rollout."""
 
+    @property
+    def distribution(self) -> TokenDistribution:
+        """The one that rollouts are sampled from."""
+        temperature = self.config.rollout.temperature
+        return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
+
     def close(self) -> None:
         """Stop the tools and the engine; the process group stays."""
         self.rollout.close()
@@ -91,6 +97,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     Raises:
         ConfigError: one line; anything a person wrote that cannot be run.
     """
+    config.rollout.check_training()
     timers = StageTimers()
     replicas = divide_into_replicas(config, groups)
     with timers.stage("startup_data"):

@@ -57,8 +57,7 @@ class Trainer:
         self.gain_check = gain_check(parts)
         self.bank = RolloutBank(folder.bank, parts)
         self.folder = folder
-        self.guards = guards
-        self.step = step
+        self.guards, self.step = guards, step
         self.early_end = EarlyEnd(stop or StopRequest(), parts, folder, guards)
         self.timers = StageTimers(
             torch.cuda.synchronize if torch.cuda.is_available() else None,
@@ -143,10 +142,11 @@ class Trainer:
                 self.parts.policy,
                 minibatches,
                 learning_metrics,
+                distribution=self.parts.distribution,
                 before_each=lambda: self.early_end.agree_before("update"),
             )
             if self.parts.reference is not None:
-                score_reference(self.parts.reference, minibatches)
+                score_reference(self.parts.reference, minibatches, distribution=self.parts.distribution)
             self.gain_check.run(self.step, trajectories, learning_metrics)
         with self.timers.stage("update"):
             self.early_end.agree_before("update")
@@ -158,6 +158,7 @@ class Trainer:
                 minibatches,
                 self.config.algorithm,
                 learning_metrics,
+                distribution=self.parts.distribution,
             )
             ratios = turn_ratios(self.parts.policy, minibatches, shape=clip_scales.shape)
         self.step += 1

@@ -94,6 +94,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.resume import check_resume, find_record, require_same_run
 
     check_resume(resume)
+    config.rollout.check_training()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from a2tgpo.parallel.initialize import shutdown
         from launch.preflight import start_ranks

@@ -107,9 +107,10 @@ class RolloutConfig:
     max_draws: int = 10
     """Times a step may draw prompts under dynamic_sampling; what is then missing is filled with dropped groups."""
     temperature: float = 1.0
-    """Sampling temperature (paper: 1.0); log-probs are always those of temperature 1."""
+    """Sampling temperature T (paper: 1.0). Ratios, KL, entropy and likelihood are those of softmax(logits / T), which
+    the tokens were sampled from; information gain is measured at temperature 1."""
     top_p: float = 1.0
-    """Nucleus sampling threshold (paper: 1.0)."""
+    """Nucleus sampling threshold, for evaluation with samples only; 1.0 for training (paper: 1.0)."""
     max_turns: int = 6
     """Tool calls a trajectory may make (paper: 6); a call past that ends it."""
     max_turn_tokens: int = 1024
@@ -179,7 +180,8 @@ class RolloutConfig:
             self.partial.extra_prompts,
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), or a step could not take all that is due",
         )
-        require(0 < self.temperature <= 2, "rollout.temperature", self.temperature, "in (0, 2]")
+        # vLLM samples at 0.01 where less is requested.
+        require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
             self.dtype in ("auto", "bfloat16", "float32"),
@@ -205,4 +207,15 @@ class RolloutConfig:
             "rollout.gpu_memory_fraction",
             self.gpu_memory_fraction,
             "in (0, 0.95]",
+        )
+
+    def check_training(self) -> None:
+        """Raise `ConfigError` if the rollouts could be played but not trained on."""
+        # A token outside the nucleus has probability 0 there, but not for the trainer: the gradient would be biased.
+        require(
+            self.top_p == 1,
+            "rollout.top_p",
+            self.top_p,
+            "1.0 for training, since the trainer's log-probs are those of the whole distribution; "
+            "below 1 in tools/evaluate.py and tools/chat.py",
         )

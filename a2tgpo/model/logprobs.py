@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDistribution:
+    """The distribution of the next token whose log-probs and entropy a pass computes.
+
+    The engine samples from softmax(logits / `rollout.temperature`) over the tokenizer's ids. Policy gradients,
+    importance ratios and the KL to the reference are right for that distribution only: the gradient of log-probs at
+    another temperature is biased, also for decisions that do not matter.
+    """
+
+    temperature: float = 1.0
+    num_ids: int | None = None
+    """Ids that can be sampled, the first of the vocabulary; None: all of it."""
+
+
+MODEL_DISTRIBUTION = TokenDistribution()
+"""The model's own: temperature 1, the whole vocabulary. Supervised training, gold answers and the refit's probe use
+this one, and so does the engine where it scores given tokens."""
 
 
 def token_logprobs(

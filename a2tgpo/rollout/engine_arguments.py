@@ -47,6 +47,9 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
+        # Of sampled tokens: after temperature and masks. Those of given tokens (prompt_logprobs) are the model's own
+        # in either mode.
+        logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -11,7 +11,7 @@ class EngineOutput:
     tokens: list[int]
     """Sampled ids, those of the stop string or end-of-sequence token included."""
     logprobs: list[float]
-    """log p of each sampled token at temperature 1, nats."""
+    """log p of each sampled token in the distribution that it was sampled from, nats; greedy: at temperature 1."""
     text: str
     """The tokens' text, cut right after the stop string."""
     finish_reason: str

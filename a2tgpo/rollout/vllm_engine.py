@@ -199,8 +199,8 @@ class VllmEngine:
             tokens: the context.
             max_tokens: longest generation.
             seed: of this request's own generator; None only with temperature 0.
-            temperature: of sampling, 0 is greedy; log-probs are those of temperature 1 either way.
-            top_p: nucleus threshold.
+            temperature: of sampling and of the log-probs; 0 is greedy, with log-probs at temperature 1.
+            top_p: nucleus threshold; log-probs are those of the truncated distribution.
             stop: texts that end the generation; they stay in it.
 
         Raises:
@@ -224,6 +224,7 @@ class VllmEngine:
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
         """Queue a scoring of log p(answer | prefix); its `ScoreOutput` comes out of a later `step`.
 
+        Log-probs are the model's own: temperature 1, the whole vocabulary.
         The prefix is taken from the cache as far as it is there. Prefix and answer together must leave room
         for one token (vLLM always generates one).
         """
@@ -232,7 +233,7 @@ class VllmEngine:
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """log p of `tokens[1:]`, each given all before it, nothing taken from the cache; idle engines only."""
+        """log p of `tokens[1:]` by the model's own distribution, nothing taken from the cache; idle engines only."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
         outputs: list[EngineOutput | ScoreOutput] = []

@@ -14,7 +14,7 @@ from a2tgpo.batch.context_split import context_positions
 from a2tgpo.batch.packing import PackedBatch, empty_batch
 from a2tgpo.model.context_gather import gather_context
 from a2tgpo.model.forward import forward_packed
-from a2tgpo.model.logprobs import token_logprobs
+from a2tgpo.model.logprobs import TokenDistribution, token_logprobs
 from a2tgpo.model.policy import Policy, require_weights
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
@@ -27,7 +27,12 @@ Both are 0 where `loss_mask` is False: the output layer does not run there.
 
 
 def run_pipeline(
-    policy: Policy, microbatches: Sequence[PackedBatch], token_function: TokenFunction, *, forward_only: bool
+    policy: Policy,
+    microbatches: Sequence[PackedBatch],
+    token_function: TokenFunction,
+    *,
+    distribution: TokenDistribution,
+    forward_only: bool,
 ) -> None:
     """Run the policy over `microbatches` and hand each one's log-probs to `token_function` on the last stage.
 
@@ -41,6 +46,7 @@ def run_pipeline(
     `token_function` returned: Megatron's averaging over both is undone here.
 
     Args:
+        distribution: whose log-probs and entropies `token_function` sees.
         forward_only: no gradients; what `token_function` returns is then ignored.
 
     Raises:
@@ -60,7 +66,7 @@ def run_pipeline(
     scale = 1.0 if forward_only else float(count * groups.dp_size)
 
     def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = _logprobs(policy, logits, batches[number], asked[number])
+        logprobs, entropy = _logprobs(policy, logits, batches[number], asked[number], distribution)
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
@@ -113,11 +119,19 @@ def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
     return _Asked(positions, rows if rows.numel() else rows.new_zeros(1))
 
 
-def _logprobs(policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked) -> tuple[Tensor, Tensor]:
+def _logprobs(
+    policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked, distribution: TokenDistribution
+) -> tuple[Tensor, Tensor]:
     """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of its rows."""
     groups, own = policy.groups, asked.positions[policy.groups.cp_rank]
     targets = batch.targets[0, own[asked.rows]]
-    found = token_logprobs(logits, targets, vocab_size=policy.vocab_size, tp_group=groups.tp_group)
+    found = token_logprobs(
+        logits,
+        targets,
+        vocab_size=min(policy.vocab_size, distribution.num_ids or policy.vocab_size),
+        tp_group=groups.tp_group,
+        temperature=distribution.temperature,
+    )
 
     def over_the_row(values: Tensor) -> Tensor:
         values = values.new_zeros(own.numel()).index_copy(0, asked.rows, values)

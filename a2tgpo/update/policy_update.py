@@ -15,6 +15,7 @@ from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
 from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
+from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.update.importance import record_correction, weigh
 from a2tgpo.update.minibatch import Minibatch
@@ -28,6 +29,7 @@ def score_minibatches(
     minibatches: Sequence[Minibatch],
     metrics: MetricSums,
     *,
+    distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
@@ -41,6 +43,7 @@ def score_minibatches(
     `gap/unusable_tokens`, the number of the others.
 
     Args:
+        distribution: the one that the engine sampled from; all of these metrics refer to it.
         before_each: called before every mini-batch, on all ranks.
     """
     if len(minibatches) == 1:
@@ -48,17 +51,19 @@ def score_minibatches(
     sums: dict[str, Tensor] = {}
     for minibatch in minibatches:
         before_each()
-        for index, scores in enumerate(score(policy, minibatch.batches)):
+        for index, scores in enumerate(score(policy, minibatch.batches, distribution=distribution)):
             if scores is not None:
                 _take_scores(minibatch, index, scores, sums)
         minibatch.is_scored = True
     _record_scores(policy, sums, metrics)
 
 
-def score_reference(reference: Policy, minibatches: Sequence[Minibatch]) -> None:
-    """Fill in `ref_logprobs`; every rank must call this."""
+def score_reference(
+    reference: Policy, minibatches: Sequence[Minibatch], *, distribution: TokenDistribution
+) -> None:
+    """Fill in `ref_logprobs`, of the same `distribution` as the policy's; every rank must call this."""
     for minibatch in minibatches:
-        scores = enumerate(score(reference, minibatch.batches))
+        scores = enumerate(score(reference, minibatch.batches, distribution=distribution))
         minibatch.ref_logprobs = {index: s.logprobs for index, s in scores if s is not None}
 
 
@@ -69,6 +74,8 @@ def update_policy(
     minibatches: Sequence[Minibatch],
     config: AlgorithmConfig,
     metrics: MetricSums,
+    *,
+    distribution: TokenDistribution,
 ) -> None:
     """One optimizer step per mini-batch, in order; its rollouts are weighed where a correction is configured.
 
@@ -100,7 +107,7 @@ def update_policy(
             return result.loss, _loss_sums(result, log_ratio, batch)
 
         metrics.add("update/lr", schedule.lr, 1)
-        result = train_step(policy, optimizer, minibatch.batches, loss_function)
+        result = train_step(policy, optimizer, minibatch.batches, loss_function, distribution=distribution)
         if result.update_ok:
             schedule.step()
         metrics.add("update/loss", result.loss, 1)

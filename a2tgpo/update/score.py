@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.policy import Policy
 from a2tgpo.update.forward_step import run_pipeline
 
@@ -23,7 +24,12 @@ class TokenScores(NamedTuple):
 
 
 @torch.no_grad()
-def score(policy: Policy, microbatches: Sequence[PackedBatch]) -> list[TokenScores | None]:
+def score(
+    policy: Policy,
+    microbatches: Sequence[PackedBatch],
+    *,
+    distribution: TokenDistribution = MODEL_DISTRIBUTION,
+) -> list[TokenScores | None]:
     """Score every micro-batch in one forward-only pipeline pass.
 
     Every rank calls this; see `run_pipeline` for what each passes in.
@@ -41,7 +47,7 @@ def score(policy: Policy, microbatches: Sequence[PackedBatch]) -> list[TokenScor
     for chunk in policy.chunks:
         chunk.eval()
     try:
-        run_pipeline(policy, microbatches, keep, forward_only=True)
+        run_pipeline(policy, microbatches, keep, distribution=distribution, forward_only=True)
     finally:
         for chunk, training in zip(policy.chunks, were_training, strict=True):
             chunk.train(training)

@@ -12,6 +12,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.update.forward_step import run_pipeline
@@ -41,7 +42,12 @@ class StepResult:
 
 
 def train_step(
-    policy: Policy, optimizer: Any, microbatches: Sequence[PackedBatch], loss_function: LossFunction
+    policy: Policy,
+    optimizer: Any,
+    microbatches: Sequence[PackedBatch],
+    loss_function: LossFunction,
+    *,
+    distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> StepResult:
     """Take one optimizer step on the loss of `microbatches`.
 
@@ -51,8 +57,9 @@ def train_step(
 
     Args:
         optimizer: from `optimizer.build_optimizer`.
+        distribution: whose log-probs and entropies `loss_function` sees.
     """
-    metrics = compute_gradients(policy, microbatches, loss_function)
+    metrics = compute_gradients(policy, microbatches, loss_function, distribution=distribution)
     loss = float(metrics.pop(_LOSS))
     grad_norm, update_ok = _apply_gradients(optimizer, loss_is_finite=math.isfinite(loss))
     return StepResult(loss=loss, grad_norm=grad_norm, update_ok=update_ok, metrics=metrics)
@@ -62,7 +69,11 @@ _LOSS = "loss over all replicas"
 
 
 def compute_gradients(
-    policy: Policy, microbatches: Sequence[PackedBatch], loss_function: LossFunction
+    policy: Policy,
+    microbatches: Sequence[PackedBatch],
+    loss_function: LossFunction,
+    *,
+    distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> dict[str, Tensor]:
     """Leave the gradients of the loss in the model's buffers, reduced over all ranks; return the metric sums.
 
@@ -87,7 +98,7 @@ def compute_gradients(
             sums[name] = sums[name] + value if name in sums else value
         return loss
 
-    run_pipeline(policy, microbatches, add_up, forward_only=False)
+    run_pipeline(policy, microbatches, add_up, distribution=distribution, forward_only=False)
     groups = policy.groups
     # On stages before the last the sum is 0, but all ranks must reduce.
     sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)

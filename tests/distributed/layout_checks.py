@@ -21,6 +21,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
@@ -169,9 +170,9 @@ def check_correction(bench: Bench) -> None:
         assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
         minibatch = correction_minibatch(batches)
         metrics, step = MetricSums(), [minibatch] if is_single else [minibatch, correction_minibatch([])]
-        score_minibatches(policy, step, metrics)
+        score_minibatches(policy, step, metrics, distribution=MODEL_DISTRIBUTION)
         assert (not metrics.sums) == (is_single or not batches)
-        update_policy(policy, optimizer, schedule, step, config, metrics)
+        update_policy(policy, optimizer, schedule, step, config, metrics, distribution=MODEL_DISTRIBUTION)
         assert len(minibatch.importance) == (len(batches) if bench.groups.is_pipeline_last else 0)
         found.append(metrics.reduce(bench.groups.dp_group))
     assert found[0].keys() == found[1].keys(), found[0].keys() ^ found[1].keys()

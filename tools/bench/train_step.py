@@ -47,6 +47,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import build_policy
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.parallel.initialize import initialize
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import Minibatch
@@ -88,8 +89,10 @@ def packed() -> Update:
     def update(trajectories: list[Trajectory]) -> dict[str, float]:
         minibatch = packed_minibatch(trajectories)
         metrics = MetricSums()
-        score_minibatches(policy, [minibatch], metrics)
-        update_policy(policy, optimizer, schedule, [minibatch], CONFIG, metrics)
+        score_minibatches(policy, [minibatch], metrics, distribution=MODEL_DISTRIBUTION)
+        update_policy(
+            policy, optimizer, schedule, [minibatch], CONFIG, metrics, distribution=MODEL_DISTRIBUTION
+        )
         found = metrics.values()
         return {
             "loss": found["update/loss"],

@@ -20,6 +20,26 @@ def test_dynamic_sampling_needs_groups_whose_rewards_can_differ():
         RolloutConfig(dynamic_sampling=True, group_size=1)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.009, 2.1])
+def test_temperatures_that_the_engine_would_replace_are_refused(temperature):
+    with pytest.raises(ConfigError, match=r"rollout\.temperature is .*; allowed: in \[0\.01, 2\]"):
+        RolloutConfig(temperature=temperature)
+
+
+def test_a_truncated_distribution_can_be_evaluated_but_not_trained_on():
+    RolloutConfig(temperature=0.7).check_training()
+    with pytest.raises(
+        ConfigError, match=r"rollout\.top_p is 0\.9; allowed: 1\.0 for training, since .*evaluate"
+    ):
+        RolloutConfig(top_p=0.9).check_training()
+
+
+def test_a_scaffold_is_more_than_a_tag_that_may_be_left_out():
+    for scaffold in ("", "<think>", "</think>"):
+        with pytest.raises(ConfigError, match=r"rollout\.gain\.scaffold is .*; allowed: a text besides"):
+            GainConfig(scaffold=scaffold)
+
+
 def test_checks_of_gain_by_the_trainer_are_refused_where_sequences_are_divided():
     sections = dict(
         run=RunSettings(name="r"),

@@ -23,12 +23,16 @@ def tokenizer(taught_path):
 
 @pytest.fixture(scope="package")
 def reference(taught_path):
-    """The same model in transformers: tokens -> log p of each token but the first."""
+    """The same model in transformers: tokens -> log p of each token but the first.
+
+    By the model's own distribution; with `num_ids` and `temperature` by softmax(logits / temperature) over the first
+    ids.
+    """
     model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
 
-    def logprobs(tokens):
+    def logprobs(tokens, *, num_ids=None, temperature=1.0):
         with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            logits = (model(torch.tensor([tokens])).logits[0, :, :num_ids] / temperature).log_softmax(-1)
         return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
     return logprobs

@@ -51,17 +51,23 @@ def test_sampled_logprobs_equal_transformers(engine, reference):
     outputs = drain(engine)
     for i, prompt in enumerate(prompts):
         output = outputs[str(i)]
-        expected = reference(prompt + output.tokens)[-len(output.tokens) :]
+        expected = reference(prompt + output.tokens, num_ids=engine.num_token_ids)[-len(output.tokens) :]
         assert output.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-def test_logprobs_are_those_of_temperature_one(engine, reference):
-    prompt = list(range(5, 25))
-    submit(engine, "hot", prompt, seed=1, temperature=1.7)
-    submit(engine, "greedy", prompt, seed=None, temperature=0.0)
-    for output in drain(engine).values():
-        expected = reference(prompt + output.tokens)[-len(output.tokens) :]
-        assert output.logprobs == pytest.approx(expected, abs=1e-4)
+def test_logprobs_are_those_of_the_temperature_that_was_sampled_at(engine, reference):
+    """Greedy ones of temperature 1, side by side with a scoring, which is always at 1 over the whole vocabulary."""
+    prompt, answer = list(range(5, 25)), [9, 8, 7]
+    temperatures = {"hot": 1.7, "cool": 0.7, "plain": 1.0, "greedy": 0.0}
+    for number, (name, temperature) in enumerate(temperatures.items()):
+        submit(engine, name, prompt, seed=number if temperature else None, temperature=temperature)
+    engine.submit_score("score", prompt, answer)
+    outputs = drain(engine)
+    assert outputs.pop("score").answer_logprobs == pytest.approx(reference(prompt + answer)[-3:], abs=1e-4)
+    for name, output in outputs.items():
+        sampled_at = dict(num_ids=engine.num_token_ids, temperature=temperatures[name] or 1.0)
+        expected = reference(prompt + output.tokens, **sampled_at)[-len(output.tokens) :]
+        assert output.logprobs == pytest.approx(expected, abs=1e-4), name
 
 
 @pytest.mark.parametrize("prefix_length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1])
@@ -92,7 +98,8 @@ def test_scores_submitted_right_behind_the_generation_share_its_prefill(engine, 
         engine.submit_score(str(i), prefix, answer)
     outputs = drain(engine)
     turn = outputs.pop("turn")
-    assert turn.logprobs == pytest.approx(reference(prefix + turn.tokens)[-len(turn.tokens) :], abs=1e-4)
+    expected = reference(prefix + turn.tokens, num_ids=engine.num_token_ids)[-len(turn.tokens) :]
+    assert turn.logprobs == pytest.approx(expected, abs=1e-4)
     for i, answer in enumerate(answers):
         output = outputs[str(i)]
         assert isinstance(output, ScoreOutput)

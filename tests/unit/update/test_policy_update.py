@@ -16,6 +16,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy, build_policy
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
@@ -27,7 +28,7 @@ def scored(
     trajectories: list[Trajectory], policy: Policy, **options
 ) -> tuple[list[Minibatch], dict[str, float]]:
     minibatches, metrics = minibatches_of(trajectories, policy.groups, **options), MetricSums()
-    score_minibatches(policy, minibatches, metrics)
+    score_minibatches(policy, minibatches, metrics, distribution=MODEL_DISTRIBUTION)
     return minibatches, metrics.values()
 
 
@@ -172,7 +173,9 @@ def test_a_trainers_log_prob_that_is_not_finite_skips_the_update_in_spite_of_its
     minibatches[0].old_logprobs[0][minibatches[0].batches[0].loss_mask[0].nonzero()[0]] = math.nan
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
     metrics = MetricSums()
-    update_policy(policy, optimizer, schedule, minibatches[:1], config, metrics)
+    update_policy(
+        policy, optimizer, schedule, minibatches[:1], config, metrics, distribution=MODEL_DISTRIBUTION
+    )
     assert metrics.values()["correction/unusable_tokens"] == 1
     assert math.isnan(metrics.values()["update/loss"]) and metrics.values()["update/skipped"] == 1
 
@@ -184,7 +187,9 @@ def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
     minibatches, _ = scored(trajectories, policy)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
     metrics = MetricSums()
-    update_policy(policy, optimizer, schedule, minibatches[:1], config, metrics)
+    update_policy(
+        policy, optimizer, schedule, minibatches[:1], config, metrics, distribution=MODEL_DISTRIBUTION
+    )
     inputs = [minibatches[0].loss_inputs(index) for index in range(len(minibatches[0].batches))]
     expected = -sum(float((i.weights * i.importance * i.advantages).sum()) for i in inputs)
     plain = -sum(float((i.weights * i.advantages).sum()) for i in inputs)
@@ -197,9 +202,25 @@ def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
 def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(policy, trajectories) -> None:
     minibatches, _ = scored(trajectories, policy)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-2), total_steps=4)
-    update_policy(policy, optimizer, schedule, minibatches[:1], AlgorithmConfig(), MetricSums())
+    update_policy(
+        policy,
+        optimizer,
+        schedule,
+        minibatches[:1],
+        AlgorithmConfig(),
+        MetricSums(),
+        distribution=MODEL_DISTRIBUTION,
+    )
     moved = [scores.logprobs for scores in score(policy, minibatches[1].batches)]
-    update_policy(policy, optimizer, schedule, minibatches[1:], AlgorithmConfig(), MetricSums())
+    update_policy(
+        policy,
+        optimizer,
+        schedule,
+        minibatches[1:],
+        AlgorithmConfig(),
+        MetricSums(),
+        distribution=MODEL_DISTRIBUTION,
+    )
     shape = len(trajectories), MAX_TURNS
     ratios = turn_ratios(policy, minibatches, shape=shape)
     expected = torch.full(shape, math.nan)
@@ -235,8 +256,16 @@ def one_update(
     metrics, step = MetricSums(), [minibatch]
     if scoring:  # as in a step that has another one behind it
         step.append(dataclasses.replace(minibatch, batches=[], old_logprobs={}))
-    score_minibatches(fresh, step, metrics)
-    update_policy(fresh, optimizer, schedule, [minibatch], AlgorithmConfig(**algorithm), metrics)
+    score_minibatches(fresh, step, metrics, distribution=MODEL_DISTRIBUTION)
+    update_policy(
+        fresh,
+        optimizer,
+        schedule,
+        [minibatch],
+        AlgorithmConfig(**algorithm),
+        metrics,
+        distribution=MODEL_DISTRIBUTION,
+    )
     weights = {name: p.detach().clone() for name, p in fresh.gpt_models[0].named_parameters()}
     return metrics.values(), weights, len(passes) - len(minibatch.batches)
 
@@ -263,7 +292,15 @@ def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
 def test_turns_of_a_single_mini_batch_have_ratio_1(policy, trajectories) -> None:
     (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
-    update_policy(policy, optimizer, schedule, [minibatch], AlgorithmConfig(), MetricSums())
+    update_policy(
+        policy,
+        optimizer,
+        schedule,
+        [minibatch],
+        AlgorithmConfig(),
+        MetricSums(),
+        distribution=MODEL_DISTRIBUTION,
+    )
     ratios = turn_ratios(policy, [minibatch], shape=(len(trajectories), MAX_TURNS))
     assert ratios[ratios.isfinite()].tolist() == [1.0] * sum(len(t.turns) for t in trajectories)
 
@@ -276,7 +313,9 @@ def test_a_log_prob_of_a_single_mini_batch_that_is_not_finite_skips_the_update(p
     metrics = MetricSums()
     with torch.no_grad():
         norm[0] = math.nan
-    update_policy(policy, optimizer, schedule, [minibatch], AlgorithmConfig(), metrics)
+    update_policy(
+        policy, optimizer, schedule, [minibatch], AlgorithmConfig(), metrics, distribution=MODEL_DISTRIBUTION
+    )
     with torch.no_grad():
         norm.copy_(sound)
     assert metrics.values()["update/skipped"] == 1 and math.isnan(metrics.values()["update/loss"])
@@ -286,4 +325,12 @@ def test_mini_batches_behind_an_update_must_have_been_scored(policy, trajectorie
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
     minibatches = minibatches_of(trajectories, policy.groups)
     with pytest.raises(AssertionError, match="without scoring"):
-        update_policy(policy, optimizer, schedule, minibatches, AlgorithmConfig(), MetricSums())
+        update_policy(
+            policy,
+            optimizer,
+            schedule,
+            minibatches,
+            AlgorithmConfig(),
+            MetricSums(),
+            distribution=MODEL_DISTRIBUTION,
+        )
