@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from a2tgpo.rollout.tool_call import RESULT_CLOSE, RESULT_OPEN, CallSyntax
+from a2tgpo.data.literal_text import LiteralEncoder
+from a2tgpo.data.protocol import RESULT_CLOSE, RESULT_OPEN
+from a2tgpo.rollout.tool_call import CallSyntax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +21,8 @@ MAX_CHARACTER_TOKENS = 4
 class ObservationEncoder:
     """Turns a tool's answer into the tokens appended to a trajectory.
 
+    Its tags are those of the protocol, and no other token of it is a control token, whatever the tool answers.
+
     Args:
         tokenizer: the policy's.
         syntax: the tags to write and to keep out.
@@ -27,16 +31,16 @@ class ObservationEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, syntax: CallSyntax, max_part_tokens: int):
         self._tokenizer = tokenizer
+        self._literal = LiteralEncoder(tokenizer)
         self._syntax = syntax
         self._max_part_tokens = max_part_tokens
-        self._opening = self._encode(RESULT_OPEN)
-        self._closing = self._encode(RESULT_CLOSE)
+        self._opening, self._closing = self._literal.encode_parts([RESULT_OPEN, RESULT_CLOSE])
 
     def encode(self, parts: Sequence[str]) -> list[int]:
-        return self._encode(self._syntax.format_result([self._cut(part) for part in parts]))
+        return self._encode_result(self._syntax.result_body([self._cut(part) for part in parts]))
 
     def encode_failure(self, name: str, reason: str) -> list[int]:
-        return self._encode(self._syntax.format_failure(name, reason))
+        return self._encode_result(self._syntax.failure_body(name, reason))
 
     @property
     def min_tokens(self) -> int:
@@ -53,7 +57,7 @@ class ObservationEncoder:
         return kept[:whole] + self._closing
 
     def _cut(self, text: str) -> str:
-        tokens = self._encode(text)
+        tokens = self._literal.encode(text)
         if len(tokens) <= self._max_part_tokens:
             return text
         # A cut inside a character of several tokens decodes to replacement characters: drop them.
@@ -67,5 +71,5 @@ class ObservationEncoder:
         # As it was written: some tokenizers would close up spaces before punctuation.
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode_result(self, body: str) -> list[int]:
+        return self._literal.encode_between(RESULT_OPEN, body, RESULT_CLOSE)

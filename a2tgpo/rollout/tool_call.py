@@ -6,11 +6,11 @@ Rules for the policy's text. A turn ends at the first `</NAME>` of a tool; what 
 ends the rollout like any empty query.
 """
 
-import re
 from collections.abc import Sequence
 
+from a2tgpo.data.protocol import RESULT_CLOSE, RESULT_OPEN, tag_pattern, without_tags
+
 ANSWER_CLOSE = "</answer>"
-RESULT_OPEN, RESULT_CLOSE = " <result>\n", "\n</result>"
 MAX_REASON_CHARS = 160
 
 
@@ -25,7 +25,7 @@ class CallSyntax:
         self.names = tuple(names)
         self._by_closing = {f"</{name}>": name for name in names}
         self.stop_strings = (*self._by_closing, ANSWER_CLOSE)
-        self._tag = re.compile(rf"</?(?:{'|'.join(['think', 'result', 'answer', *map(re.escape, names)])})>")
+        self._tag = tag_pattern(names)
 
     def tool_of(self, stop_string: str | None) -> str | None:
         """The tool whose call ends with this; None if it ends no call."""
@@ -43,17 +43,20 @@ class CallSyntax:
         return text[: min(ends)] if ends else text
 
     def format_result(self, parts: Sequence[str]) -> str:
-        """A tool's answer as text: ` <result>`, one part a line, `</result>`.
+        """A tool's answer as text: ` <result>`, one part a line, `</result>`."""
+        return f"{RESULT_OPEN}{self.result_body(parts)}{RESULT_CLOSE}"
+
+    def result_body(self, parts: Sequence[str]) -> str:
+        """What stands between the result's tags.
 
         The protocol's own tags are taken out of the parts, so that what a tool says can neither close the result
         nor look like a call or an answer.
         """
-        body = "\n".join(self._tag.sub("", part) for part in parts)
-        return f"{RESULT_OPEN}{body}{RESULT_CLOSE}"
+        return "\n".join(without_tags(part, self._tag) for part in parts)
 
-    def format_failure(self, name: str, reason: str) -> str:
-        """The observation that states a failed call."""
-        return self.format_result([f"The {name} failed: {' '.join(reason.split())[:MAX_REASON_CHARS]}"])
+    def failure_body(self, name: str, reason: str) -> str:
+        """What stands between the result's tags after a failed call."""
+        return self.result_body([f"The {name} failed: {' '.join(reason.split())[:MAX_REASON_CHARS]}"])
 
 
 SEARCH_CALLS = CallSyntax(("search",))
