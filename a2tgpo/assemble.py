@@ -104,7 +104,12 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
         tokenizer = load_tokenizer(config.model.path)
-        template = PromptTemplate(tokenizer, config.data.instructions)
+        template = PromptTemplate(
+            tokenizer,
+            config.data.instructions,
+            kwargs=config.data.chat_template_kwargs,
+            date=run_date(config, groups),
+        )
         train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
         test_questions = load_questions(config.data.test, key="data.test")
         limit = config.evaluation.max_questions or len(test_questions)
@@ -148,7 +153,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         phases=phases,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
+        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
         startup=timers.take(),
     )
 
@@ -178,7 +183,7 @@ def build_rollout(
     *,
     engine: VllmEngine,
     toolset: Toolset,
-    tokenizer: PreTrainedTokenizerBase,
+    template: PromptTemplate,
 ) -> GroupRollout:
     """The rollout on this rank's engine, with the rewards and gains of `config`."""
     length_penalty = functools.partial(
@@ -190,14 +195,16 @@ def build_rollout(
     return GroupRollout(
         engine,
         toolset,
-        tokenizer,
+        template.tokenizer,
         rollout=config.rollout,
         score_trajectory=functools.partial(
             score_trajectory,
             measure=config.rollout.gain.measure,
             tools=toolset.names,
             length_penalty=length_penalty,
+            opening_tags=template.opening_tags,
         ),
+        opening_tags=template.opening_tags,
         replica_group=replicas.group,
     )
 
@@ -243,7 +250,7 @@ def gain_check(parts: RunParts) -> GainCheck:
     return GainCheck(
         parts.policy,
         config.rollout.gain,
-        answer_tokens=AnswerTokens(parts.tokenizer, config.rollout.gain),
+        answer_tokens=parts.rollout.answer_tokens,
         answers={question.id: question.answers for question in parts.train_prompts.questions},
         max_tokens=config.update.max_microbatch_tokens,
     )

@@ -21,6 +21,7 @@ from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.run_date import run_date
 from a2tgpo.saved_model import SavedModel
 from a2tgpo.update import checkpoint
 from a2tgpo.update.memory_phases import MemoryPhases
@@ -70,7 +71,12 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     replicas = divide_into_replicas(config, groups)
     check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
     tokenizer = load_tokenizer(config.model.path)
-    template = PromptTemplate(tokenizer, config.data.instructions)
+    template = PromptTemplate(
+        tokenizer,
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=run_date(config, groups),
+    )
     toolset = build_tools(config)
     if model.is_hf:
         engine = build_engine(config, replicas)
@@ -88,7 +94,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         template=template,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=tokenizer),
+        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
     )
 
 

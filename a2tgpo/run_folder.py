@@ -1,8 +1,8 @@
 """The folder of a run: what lies where, and going on from it.
 
-`ROOT/NAME/`: config.yaml (resolved), env.txt, metrics.jsonl, tensorboard/, rollouts/step_N.jsonl.zst,
-checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung),
-holder.json (the process that writes here).
+`ROOT/NAME/`: config.yaml (resolved), env.txt, date.txt (today's date, as prompts tell it), metrics.jsonl,
+tensorboard/, rollouts/step_N.jsonl.zst, checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint
+covers yet), stacks/ (when something hung), holder.json (the process that writes here).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from a2tgpo import stop_signal
+from a2tgpo import run_date, stop_signal
 from a2tgpo.atomic_file import write_text
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.carried_pool import Carried, bounded, carried, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, flat_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.data.template import today
 from a2tgpo.folder_lock import FolderLock
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -31,6 +32,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
 from a2tgpo.resume import changed_settings, check_resume, follow_settings, saved_settings, say_changes
 from a2tgpo.rollout_bank import drop_covered
+from a2tgpo.run_date import read_date
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.versions import versions
@@ -80,6 +82,8 @@ class RunFolder:
                 self._lock = FolderLock(self.path)
                 write_text(self.path / "config.yaml", dump_config(self._config))
                 write_text(self.path / "env.txt", describe_environment())
+                if read_date(self.path) is None:
+                    write_text(self.path / run_date.FILE, f"{today()}\n")
             except ConfigError as error:
                 fault = [str(error)]
             except OSError as error:

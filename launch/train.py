@@ -92,6 +92,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.plan.advice import faults
     from a2tgpo.plan.report import plan_text
     from a2tgpo.resume import check_resume, find_record, require_same_run
+    from a2tgpo.run_date import read_date
 
     check_resume(resume)
     config.rollout.check_training()
@@ -104,7 +105,12 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
     check_positions(config.model.path, hf_config, config.max_model_len)
-    template = PromptTemplate(load_tokenizer(config.model.path), config.data.instructions)
+    template = PromptTemplate(
+        load_tokenizer(config.model.path),
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=read_date(Path(config.run.root) / config.run.name),
+    )
     limit = config.data.max_prompt_tokens
     prompts = {
         key: PromptSet(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import io
 import sys
 import time
@@ -66,6 +67,7 @@ def warm_start(config: RunConfig) -> None:
     from a2tgpo.model.build import build_policy
     from a2tgpo.model.weights import save_hf
     from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.run_date import run_date
     from a2tgpo.update.optimizer import build_optimizer
     from a2tgpo.update.train_step import train_step
     from launch.preflight import start_ranks
@@ -78,7 +80,7 @@ def warm_start(config: RunConfig) -> None:
     }
     groups = start_ranks(dataclasses.replace(config, model=cold), paths)
     lock_folder(config, groups)
-    trajectories = load_trajectories(config)
+    trajectories = load_trajectories(config, date=run_date(config, groups))
     require(
         settings.batch_size <= len(trajectories),
         "warmstart.batch_size",
@@ -128,8 +130,12 @@ def lock_folder(config: RunConfig, groups: ParallelGroups) -> None:
         raise ConfigError(fault[0])
 
 
-def load_trajectories(config: RunConfig) -> list[Trajectory]:
-    """All demonstrations, rendered and tokenised; the same list on every rank."""
+def load_trajectories(config: RunConfig, *, date: datetime.date) -> list[Trajectory]:
+    """All demonstrations, rendered and tokenised; the same list on every rank.
+
+    Args:
+        date: what the prompts tell as today's.
+    """
     from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
     from a2tgpo.data.template import PromptTemplate
     from a2tgpo.data.tokenizer import load_tokenizer
@@ -140,10 +146,12 @@ def load_trajectories(config: RunConfig) -> list[Trajectory]:
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
     tokenizer = load_tokenizer(config.warmstart.source, key="warmstart.source")
-    template = PromptTemplate(tokenizer, config.data.instructions)
+    template = PromptTemplate(
+        tokenizer, config.data.instructions, kwargs=config.data.chat_template_kwargs, date=date
+    )
     demonstrations = load_demonstrations(config.warmstart.demonstrations)
     return [
-        to_trajectory(demonstration, template=template, prompt_index=index)
+        to_trajectory(demonstration, template=template, tools=config.tools.selected, prompt_index=index)
         for index, demonstration in enumerate(demonstrations)
     ]
 

@@ -151,7 +151,7 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
         pieces = [
             (trajectory.prompt_tokens, [(turn.tokens, turn.observation_tokens) for turn in trajectory.turns])
             for trajectory in (
-                to_trajectory(demonstration, template=template, prompt_index=index)
+                to_trajectory(demonstration, template=template, tools=("search",), prompt_index=index)
                 for index, demonstration in enumerate(demonstrations)
             )
         ]

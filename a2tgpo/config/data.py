@@ -1,6 +1,7 @@
 """Questions and how they are put to the model."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from a2tgpo.config.check import require
 from a2tgpo.config.expand import Expanded
@@ -22,8 +23,21 @@ class DataConfig:
     """Held-out questions, same format; used by evaluation."""
     instructions: str = SEARCH_INSTRUCTIONS
     """Put before the question as the system message; empty: the question alone."""
+    chat_template_kwargs: dict = field(default_factory=dict)
+    """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
     """Prompts past this length are refused at start, tokens (paper: 2000)."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")
+        require(
+            all(_is_variable(name, value) for name, value in self.chat_template_kwargs.items()),
+            "data.chat_template_kwargs",
+            self.chat_template_kwargs,
+            "names of template variables, each with a text, a number, true or false",
+        )
+
+
+def _is_variable(name: object, value: object) -> bool:
+    is_plain = isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(name, str) and name.isidentifier() and is_plain

@@ -33,7 +33,13 @@ FILE_SUFFIXES = (".yaml", ".yml")
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # 012 is 10 in YAML 1.1. (0x1f and 0b11 say that they are in another base.)
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "a text",
+    dict: "a mapping of names to values, like {name: value}",
+}
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,13 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration by dotted key, every value plain."""
+    """The configuration by dotted key, every value plain: a mapping is its JSON text."""
     flat: dict[str, Any] = {}
     for key, _ in _leaf_types(RunConfig):
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name)
-        flat[key] = value
+        flat[key] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
     return flat
 
 
@@ -286,7 +292,8 @@ def _typed(value: Any, kind: type, key: str, source: str) -> Any:
         if isinstance(number, int | float) and _is_finite(number):
             return float(number)
     elif type(value) is kind:
-        if isinstance(value, str) and not _is_whole(value):
+        texts = [text for pair in value.items() for text in pair] if isinstance(value, dict) else [value]
+        if any(isinstance(text, str) and not _is_whole(text) for text in texts):
             raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: a text in UTF-8 without NUL")
         return value
     hint = " (put it in quotes)" if kind is str and not isinstance(value, dict | list | None) else ""

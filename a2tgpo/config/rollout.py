@@ -18,9 +18,10 @@ class GainConfig:
     answer_reduction: str = "first"
     """first (score the first gold answer) | max (the most probable alias, at every turn)."""
     max_aliases: int = 8
-    """Aliases scored when answer_reduction is max."""
+    """Aliases scored when answer_reduction is max; those too long to be scored in every context are left out."""
     scaffold: str = "</think> <answer> \\boxed{"
-    """Text between a context and the gold answer: what the policy itself would write to open an answer."""
+    """Text between a context and the gold answer: what the policy itself would write to open an answer. A </think> at
+    its begin is left out where no thought is open, a <think> where one is."""
     verify_every: int = 0
     """Steps between checks of the engine's scores by the trainer (`gain/engine_trainer_gap`); 0: never. A check takes
     less memory than an update (docs/performance.md)."""
@@ -41,7 +42,12 @@ class GainConfig:
             "first | max",
         )
         require(self.max_aliases >= 1, "rollout.gain.max_aliases", self.max_aliases, ">= 1")
-        require(bool(self.scaffold), "rollout.gain.scaffold", self.scaffold, "a non-empty text")
+        require(
+            self.scaffold not in ("", "<think>", "</think>"),
+            "rollout.gain.scaffold",
+            self.scaffold,
+            "a text besides <think> or </think>",
+        )
         require(self.verify_every >= 0, "rollout.gain.verify_every", self.verify_every, ">= 0")
         require(
             self.verify_trajectories >= 1,

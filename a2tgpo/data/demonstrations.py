@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import read_json_lines, text_field
+from a2tgpo.data.literal_text import LiteralEncoder
+from a2tgpo.data.protocol import THINK_OPEN, tag_pattern, thought_is_open, without_tags
 from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.trajectory import Trajectory, Turn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+_RESULT = re.compile(r"(\s*<result>)?(.*?)(</result>\s*)?", re.DOTALL)
+"""An observation: the tags around it, and what the tool answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +83,20 @@ def to_trajectory(
     demonstration: Demonstration,
     *,
     template: PromptTemplate,
+    tools: Sequence[str],
     prompt_index: int,
     append_eos: bool = False,
 ) -> Trajectory:
     """The demonstration as the trajectory that a rollout would have recorded; its log-probs are 0.
 
     Every piece (prompt, text, observation) is tokenised on its own, as in a rollout, where a turn is cut at
-    the closing tag before the observation is appended.
+    the closing tag before the observation is appended. No piece holds a control token but the protocol's tags, and
+    an observation only those around it. A <think> that the prompt has opened is not opened once more.
 
     Args:
         demonstration: what to tokenise.
         template: renders the prompt; its tokenizer is used for all pieces.
+        tools: names of those that the policy may call.
         prompt_index: `Trajectory.prompt_index`.
         append_eos: teach the end-of-sequence token after the last turn. Rollouts stop at </answer>, so it
             is not needed for them.
@@ -100,7 +105,14 @@ def to_trajectory(
         ConfigError: if `append_eos` and the tokenizer has no end-of-sequence token.
     """
     tokenizer = template.tokenizer
-    turns = [_to_turn(tokenizer, text, observation) for text, observation in demonstration.turns]
+    tags, encoder = tag_pattern(tools), LiteralEncoder(tokenizer)
+    texts = [text for text, _ in demonstration.turns]
+    if thought_is_open(template.opening_tags):
+        texts[0] = texts[0].lstrip().removeprefix(THINK_OPEN)
+    turns = [
+        _to_turn(encoder, tags, text, observation)
+        for text, (_, observation) in zip(texts, demonstration.turns, strict=True)
+    ]
     if append_eos:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -119,11 +131,12 @@ def to_trajectory(
     )
 
 
-def _to_turn(tokenizer: PreTrainedTokenizerBase, text: str, observation: str | None) -> Turn:
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observation: str | None) -> Turn:
+    tokens = encoder.encode_tagged(text, tags)
     turn = Turn(tokens=tokens, rollout_logprobs=[0.0] * len(tokens))
     if observation is not None:
-        turn.observation_tokens = tokenizer(observation, add_special_tokens=False)["input_ids"]
+        before, body, after = _RESULT.fullmatch(observation).groups(default="")  # type: ignore[union-attr]
+        turn.observation_tokens = encoder.encode_between(before, without_tags(body, tags), after)
         call = _call_at_end(text)
         assert call is not None, "checked when the file was read"
         turn.tool, turn.query = call

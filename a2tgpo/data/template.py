@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.data.literal_text import LiteralEncoder
+from a2tgpo.data.protocol import THINK_TAG
 from a2tgpo.data.question_set import Question
 from a2tgpo.trajectory import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_PROBE = "Which river flows through Vienna?"
+KWARGS_KEY = "data.chat_template_kwargs"
 
 
 class PromptTemplate:
@@ -21,33 +29,65 @@ class PromptTemplate:
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         instructions: the system message; empty: the question alone.
+        kwargs: further variables of the template, such as enable_thinking.
+        date: what the template's `strftime_now` tells; None: today's, UTC.
 
     Raises:
-        ConfigError: if the tokenizer has no chat template or the template refuses the messages.
+        ConfigError: one line; the tokenizer has no chat template, or the template refuses the messages or drops one
+            of them, has no generation header, or does not use one of `kwargs`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, instructions: str):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instructions: str,
+        *,
+        kwargs: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ):
         self.tokenizer = tokenizer
         self.instructions = instructions
+        self._literal = LiteralEncoder(tokenizer)
+        self._date = date or today()
+        self._kwargs = dict(kwargs or {})
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"model.path: the tokenizer of {tokenizer.name_or_path} has no chat template; "
                 "use an instruct model, or put a chat_template into its tokenizer_config.json"
             )
-        self.render("?")
+        self._check_kwargs()
+        (prompt,) = self._texts([_PROBE])
+        self._check_prompt(prompt)
+        self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
+        """The <think> and </think> behind the question, where the model's text begins: empty for most templates,
+        <think> where the template opens the thought, both where thinking is switched off."""
 
     def render(self, question: str) -> tuple[int, ...]:
         """Token ids of the prompt for `question`."""
         return self.render_many([question])[0]
 
     def render_many(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of the prompt for each of `questions`, in order."""
-        conversations = [self._messages(question) for question in questions]
+        """Token ids of the prompt for each of `questions`, in order; nothing in a question is a control token."""
+        return [tuple(ids) for ids in self._literal.encode_framed(questions, self._texts)]
+
+    def _texts(self, questions: Sequence[str]) -> list[str]:
+        return self._apply([self._messages(question) for question in questions])
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        user = {"role": "user", "content": question}
+        return [{"role": "system", "content": self.instructions}, user] if self.instructions else [user]
+
+    def _apply(self, conversations: list[list[dict[str, str]]], *, has_header: bool = True) -> list[str]:
         if not conversations:
             return []
         try:
-            texts = self.tokenizer.apply_chat_template(
-                conversations, add_generation_prompt=True, tokenize=False
+            return self.tokenizer.apply_chat_template(
+                conversations,
+                add_generation_prompt=has_header,
+                tokenize=False,
+                # transformers' own would read the clock of each process, at each start.
+                strftime_now=self._date.strftime,
+                **self._kwargs,
             )
         except Exception as error:
             # Templates are code of the model's author; jinja2 passes on what they raise.
@@ -56,11 +96,63 @@ class PromptTemplate:
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "
                 "try data.instructions='' or another template"
             ) from None
-        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def _messages(self, question: str) -> list[dict[str, str]]:
-        user = {"role": "user", "content": question}
-        return [{"role": "system", "content": self.instructions}, user] if self.instructions else [user]
+    def _check_kwargs(self) -> None:
+        source = self.tokenizer.get_chat_template()
+        taken = {
+            *inspect.signature(self.tokenizer.apply_chat_template).parameters,
+            "messages",
+            "strftime_now",
+        }
+        for name in self._kwargs:
+            require(name not in taken, f"{KWARGS_KEY}.{name}", self._kwargs[name], "left to the program")
+            require(
+                re.search(rf"\b{re.escape(name)}\b", source) is not None,
+                f"{KWARGS_KEY}.{name}",
+                self._kwargs[name],
+                f"a variable of the chat template of {self.tokenizer.name_or_path}, which uses none of that name",
+            )
+
+    def _check_prompt(self, prompt: str) -> None:
+        """Templates of other purposes skip what they do not know, without a word."""
+        name = self.tokenizer.name_or_path
+        for key, content, mend in (
+            (
+                "data.instructions",
+                self.instructions,
+                "set data.instructions='' and tell the format in a warm start",
+            ),
+            ("the question", _PROBE, "use another"),
+        ):
+            if _squeezed(content) not in _squeezed(prompt):
+                raise ConfigError(f"model.path: the chat template of {name} leaves {key} out; {mend}")
+        if not self._has_header(prompt):
+            raise ConfigError(
+                f"model.path: the chat template of {name} has no generation header (add_generation_prompt): the "
+                "model would have to begin its own turn; put one into its tokenizer_config.json"
+            )
+
+    def _has_header(self, prompt: str) -> bool:
+        """Whether nothing but a thought stands between the prompt and where an answer begins in a conversation."""
+        messages = self._messages(_PROBE)
+        if self._apply([messages], has_header=False) != [prompt]:
+            return True
+        answer = "The Danube."
+        try:
+            (whole,) = self._apply([[*messages, {"role": "assistant", "content": answer}]])
+        except ConfigError:  # it knows no answers at all
+            return True
+        between = whole.removeprefix(prompt).partition(answer)[0]
+        return not whole.startswith(prompt) or not THINK_TAG.sub("", between).strip()
+
+
+def today() -> datetime.date:
+    """The date in UTC, which is the same in all time zones."""
+    return datetime.datetime.now(datetime.UTC).date()
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
 
 
 class PromptSet:

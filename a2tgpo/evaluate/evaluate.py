@@ -130,15 +130,23 @@ def answer_questions(
             trajectory,
             rollout.turn_texts(trajectory),
             tools=rollout.tool_names,
+            opening_tags=rollout.opening_tags,
         )
         for trajectory in trajectories
     ]
     return answers, trajectories
 
 
-def _judge(prompt: Prompt, trajectory: Trajectory, texts: Sequence[str], *, tools: tuple[str, ...]) -> Answer:
+def _judge(
+    prompt: Prompt,
+    trajectory: Trajectory,
+    texts: Sequence[str],
+    *,
+    tools: tuple[str, ...],
+    opening_tags: str,
+) -> Answer:
     answered = [turn.query is not None for turn in trajectory.turns]
-    response = judged_text(list(zip(texts, answered, strict=True)))
+    response = judged_text(list(zip(texts, answered, strict=True)), opening_tags=opening_tags)
     outcome = score_response(response, prompt.answers, tools=tools)
     return Answer(
         question_id=prompt.id,

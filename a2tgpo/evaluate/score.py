@@ -18,6 +18,7 @@ def score_trajectory(
     measure: str,
     tools: tuple[str, ...] = SEARCH_ONLY,
     length_penalty: Callable[[int], float] | None = None,
+    opening_tags: str | None = None,
 ) -> None:
     """Fill in reward, exact match, format, answer probabilities and gains.
 
@@ -31,9 +32,11 @@ def score_trajectory(
         tools: names of those the policy may call.
         length_penalty: what a response of so many tokens, observations included, gets on top of the outcome's
             reward; exact match and format stay as they are. None: nothing.
+        opening_tags: those that the prompt ends with (`PromptTemplate.opening_tags`); None: not known, and a response
+            that closes a thought first is taken for one that the prompt has opened.
     """
     answered = [turn.query is not None for turn in trajectory.turns]
-    response = judged_text(list(zip(turn_texts, answered, strict=True)))
+    response = judged_text(list(zip(turn_texts, answered, strict=True)), opening_tags=opening_tags)
     outcome = score_response(response, answers, tools=tools)
     trajectory.outcome_reward = outcome.reward
     if length_penalty is not None:

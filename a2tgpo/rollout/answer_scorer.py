@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import ScoreOutput
+from a2tgpo.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -34,15 +35,19 @@ class AnswerScorer:
     def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
         self._counts = counts
-        self._scaffold = answers.scaffold
+        self._answers = answers
         self._in_flight: dict[str, tuple[AnswerScore, int]] = {}
         self._num_submitted = 0
 
-    def submit(self, context: Sequence[int], aliases: Sequence[Sequence[int]]) -> AnswerScore:
-        """Queue log p(alias | context, scaffold) for each alias; the result fills while the engine steps."""
+    def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
+        """Queue log p(alias | context, scaffold) for each alias; the result fills while the engine steps.
+
+        The context is the prompt and the first `num_turns` turns, which are process turns.
+        """
         score = AnswerScore(aliases=[None] * len(aliases))
         self._counts.scored_contexts += 1
-        prefix = [*context, *self._scaffold]
+        context = trajectory.tokens[: trajectory.context_lengths[num_turns]]
+        prefix = [*context, *self._answers.scaffold(trajectory, num_turns)]
         if not aliases or len(prefix) + max(map(len, aliases)) >= self._engine.max_model_len:
             self._counts.missing_scores += 1
             return score if aliases else AnswerScore(aliases=[None])

@@ -49,6 +49,7 @@ class GroupRollout:
         tokenizer: the policy's.
         rollout: the `rollout` section.
         score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
+        opening_tags: those that a prompt ends with (`PromptTemplate.opening_tags`).
         replica_group: the ranks that share the engine, first one calling tools; None if there is only one.
     """
 
@@ -60,6 +61,7 @@ class GroupRollout:
         *,
         rollout: RolloutConfig,
         score_trajectory: ScoreTrajectory,
+        opening_tags: str = "",
         replica_group: dist.ProcessGroup | None = None,
     ):
         require(
@@ -72,7 +74,8 @@ class GroupRollout:
         self._tokenizer = tokenizer
         self._config = rollout
         self._score_trajectory = score_trajectory
-        self._answers = AnswerTokens(tokenizer, rollout.gain)
+        self.opening_tags = opening_tags
+        self.answer_tokens = AnswerTokens(tokenizer, rollout.gain, opening_tags=opening_tags)
         self._syntax = CallSyntax(toolset.names)
         self._observations = ObservationEncoder(
             tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
@@ -192,7 +195,7 @@ class GroupRollout:
             tools=self._tools,
             syntax=self._syntax,
             observations=self._observations,
-            scorer=AnswerScorer(self._engine, self._answers, counts) if score_gain else None,
+            scorer=AnswerScorer(self._engine, self.answer_tokens, counts) if score_gain else None,
             limits=Limits(
                 max_turns=self._config.max_turns,
                 max_turn_tokens=self._config.max_turn_tokens,
@@ -241,7 +244,9 @@ class GroupRollout:
                 f"< {self._engine.max_model_len} tokens, what the engine holds",
             )
         return [
-            PromptGroup(prompt=prompt, aliases=self._answers.aliases(prompt.answers) if score_gain else [])
+            PromptGroup(
+                prompt=prompt, aliases=self.answer_tokens.aliases(prompt.answers) if score_gain else []
+            )
             for prompt in prompts
         ]
 

@@ -216,9 +216,9 @@ class MultiTurnLoop:
         """Score the answer in the prompt, once per group, and in each context that earlier calls have played."""
         group = live.group
         if group.baseline is None:
-            group.baseline = scorer.submit(group.prompt.tokens, group.aliases)
-        for length in live.trajectory.context_lengths[1:]:
-            live.scores.append(scorer.submit(live.tokens[:length], group.aliases))
+            group.baseline = scorer.submit(live.trajectory, 0, group.aliases)
+        for num_turns in range(1, live.trajectory.num_process_turns + 1):
+            live.scores.append(scorer.submit(live.trajectory, num_turns, group.aliases))
 
     def _generate(self, live: LiveTrajectory) -> None:
         room, _ = self._room(live)
@@ -293,7 +293,8 @@ class MultiTurnLoop:
         # so needs rows of the output head for the scaffold and the answer only.
         self._generate(live)
         if self._scorer is not None:
-            live.scores.append(self._scorer.submit(live.tokens, live.group.aliases))
+            num_turns = live.trajectory.num_process_turns
+            live.scores.append(self._scorer.submit(live.trajectory, num_turns, live.group.aliases))
 
     def _room(self, live: LiveTrajectory) -> tuple[int, str]:
         """Tokens that may still be appended, and the stop reason once there are none."""

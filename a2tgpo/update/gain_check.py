@@ -76,8 +76,12 @@ class GainCheck:
     def _probed(self, trajectory: Trajectory) -> ProbedSequence:
         aliases = self._aliases(trajectory)
         probes = [
-            Probe(prefix_length=length, scaffold=tuple(self._tokens.scaffold), answer=tuple(alias))
-            for length in trajectory.context_lengths
+            Probe(
+                prefix_length=length,
+                scaffold=tuple(self._tokens.scaffold(trajectory, num_turns)),
+                answer=tuple(alias),
+            )
+            for num_turns, length in enumerate(trajectory.context_lengths)
             for alias in aliases
         ]
         return ProbedSequence(tokens=trajectory.tokens, probes=probes)

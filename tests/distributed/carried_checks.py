@@ -79,17 +79,18 @@ class Run:
             for number, question in enumerate(3 * asked)
         ]
         replicas = divide_into_replicas(config, groups)
+        template = PromptTemplate(tokenizer, "")
         self.parts = SimpleNamespace(
             config=config,
             groups=groups,
             replicas=replicas,
             sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
             carried=CarriedPool(),
-            train_prompts=PromptSet(questions, PromptTemplate(tokenizer, ""), max_prompt_tokens=64),
+            train_prompts=PromptSet(questions, template, max_prompt_tokens=64),
             **trainer,
             engine=engine,
             rollout=build_rollout(
-                config, replicas, engine=engine, toolset=toolset_of(ScriptedSearch()), tokenizer=tokenizer
+                config, replicas, engine=engine, toolset=toolset_of(ScriptedSearch()), template=template
             ),
             startup={},
         )

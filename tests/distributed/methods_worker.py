@@ -25,6 +25,7 @@ from a2tgpo.assemble import RunParts, assemble, build_reference, build_rollout
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptTemplate
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
@@ -44,6 +45,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         parts.policy, config.update, total_steps=config.run.steps * minibatches
     )
     reference = build_reference(config, parts.groups)
+    template = PromptTemplate(parts.tokenizer, config.data.instructions)
     return dataclasses.replace(
         parts,
         config=config,
@@ -59,7 +61,11 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         ),
         sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed),
         rollout=build_rollout(
-            config, parts.replicas, engine=parts.engine, toolset=parts.toolset, tokenizer=parts.tokenizer
+            config,
+            parts.replicas,
+            engine=parts.engine,
+            toolset=parts.toolset,
+            template=template,
         ),
     )
 

@@ -196,7 +196,8 @@ def test_a_reader_of_the_runs_settings_never_sees_half_a_file(world, tmp_path):
             assert os.fstat(reader.fileno()).st_ino != (run.folder.path / name).stat().st_ino
             assert reader.read() == old[name]
     assert (run.folder.path / "config.yaml").read_text() != old["config.yaml"]
-    assert sorted(p.name for p in run.folder.path.iterdir()) == ["config.yaml", "env.txt", "holder.json"]
+    left = sorted(p.name for p in run.folder.path.iterdir())
+    assert left == ["config.yaml", "date.txt", "env.txt", "holder.json"]
 
 
 def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_path):

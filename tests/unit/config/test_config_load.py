@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.data import DataConfig
-from a2tgpo.config.load import dump_config, load_config
+from a2tgpo.config.load import dump_config, flat_config, load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.rollout import GainConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
@@ -86,6 +86,16 @@ def test_numbers_are_floats_however_they_are_written(tmp_path, text, value):
         ("group_size=3", "unknown key group_size; nearest valid key: rollout.group_size"),
         ("rollout.measure=x", "unknown key rollout.measure; nearest valid key: rollout.gain.measure"),
         ("=3", "unknown key ; nearest valid key"),
+        ("data.chat_template_kwargs=off", "data.chat_template_kwargs is False; allowed: a mapping of names"),
+        ("data.chat_template_kwargs=[a]", "data.chat_template_kwargs is ['a']; allowed: a mapping of names"),
+        ("data.chat_template_kwargs={a: [1]}", "data.chat_template_kwargs is {'a': [1]}; allowed: names of"),
+        ("data.chat_template_kwargs={a b: 1}", "data.chat_template_kwargs is {'a b': 1}; allowed: names of"),
+        ("data.chat_template_kwargs={a: .inf}", "data.chat_template_kwargs is {'a': inf}; allowed: names of"),
+        ('data.chat_template_kwargs={a: "\\ud800"}', "allowed: a text in UTF-8 without NUL"),
+        (
+            "data.chat_template_kwargs.a=1",
+            "unknown key data.chat_template_kwargs.a; nearest valid key: data.",
+        ),
     ],
 )
 def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, says):
@@ -214,6 +224,15 @@ def test_texts_on_the_command_line_stand_as_they_are(tmp_path):
     config = load_config(path, ["run.name=007", "data.instructions=", "rollout.gain.scaffold=a: [b=c"])
     assert (config.run.name, config.data.instructions) == ("007", "")
     assert config.rollout.gain.scaffold == "a: [b=c"
+
+
+def test_a_mapping_is_taken_whole_from_the_file_and_the_command_line(tmp_path):
+    path = write(tmp_path, MINIMAL.replace("data: {", "data: {chat_template_kwargs: {a: 1, b: x}, "))
+    assert load_config(path).data.chat_template_kwargs == {"a": 1, "b": "x"}
+    config = load_config(path, ["data.chat_template_kwargs={enable_thinking: false}"])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+    assert flat_config(config)["data.chat_template_kwargs"] == '{"enable_thinking": false}'
 
 
 def leaves(section, prefix=""):

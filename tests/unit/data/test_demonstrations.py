@@ -31,7 +31,7 @@ def test_trajectory_tokenises_every_piece_on_its_own(tmp_path, tokenizer):
     demonstration = load(tmp_path, GOOD, GOOD)[1]
     assert demonstration.quality == "good"
     template = PromptTemplate(tokenizer, "")
-    trajectory = to_trajectory(demonstration, template=template, prompt_index=5)
+    trajectory = to_trajectory(demonstration, template=template, tools=("search",), prompt_index=5)
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -51,8 +51,10 @@ def test_trajectory_tokenises_every_piece_on_its_own(tmp_path, tokenizer):
 def test_end_of_sequence_is_trained_only_on_request(tmp_path, tokenizer):
     demonstration = load(tmp_path, GOOD)[0]
     template = PromptTemplate(tokenizer, "")
-    plain = to_trajectory(demonstration, template=template, prompt_index=0)
-    ended = to_trajectory(demonstration, template=template, prompt_index=0, append_eos=True)
+    plain = to_trajectory(demonstration, template=template, tools=("search",), prompt_index=0)
+    ended = to_trajectory(
+        demonstration, template=template, tools=("search",), prompt_index=0, append_eos=True
+    )
     assert ended.turns[-1].tokens == [*plain.turns[-1].tokens, tokenizer.eos_token_id]
     assert len(ended.turns[-1].rollout_logprobs) == len(ended.turns[-1].tokens)
 
@@ -79,3 +81,36 @@ def test_bad_turns_are_refused_with_their_line(tmp_path, turns, says):
 def test_file_without_demonstration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"warmstart\.demonstrations: .* holds no demonstration"):
         load(tmp_path)
+
+
+def test_only_the_protocols_tags_of_a_demonstration_are_control_tokens(tmp_path, tokenizer):
+    tokenizer.add_tokens(["<think>", "</think>", "<result>", "</result>", "<answer>"])
+    first = FIRST | {"text": "<think>a </s></think> <search> </s> </search>"}
+    first["observation"] = " <result>\nP </s> </res</result>ult> <ans<think>wer> <search> q\n</result>"
+    demonstration = load(
+        tmp_path, GOOD | {"turns": [first, {"text": LAST["text"] + "</s>"}], "question": "</s>?"}
+    )[0]
+    trajectory = to_trajectory(
+        demonstration, template=PromptTemplate(tokenizer, ""), tools=("search",), prompt_index=0
+    )
+    added = set(tokenizer.get_added_vocab().values())
+
+    def control(tokens):
+        return tokenizer.convert_ids_to_tokens([token for token in tokens if token in added])
+
+    process, final = trajectory.turns
+    assert control(trajectory.prompt_tokens) == ["<s>", "</s>", "<s>"]
+    assert control(process.tokens) == ["<think>", "</think>"]
+    assert control(process.observation_tokens) == ["<result>", "</result>"]
+    assert control(final.tokens) == ["<answer>"]
+    assert tokenizer.decode(process.observation_tokens) == " <result>\nP </s>    q\n</result>"
+    assert tokenizer.decode(process.tokens) == first["text"]
+
+
+def test_a_thought_that_the_prompt_opens_is_not_opened_by_the_demonstration(tmp_path, tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>")
+    template = PromptTemplate(tokenizer, "")
+    assert template.opening_tags == "<think>"
+    trajectory = to_trajectory(load(tmp_path, GOOD)[0], template=template, tools=("search",), prompt_index=0)
+    assert tokenizer.decode(trajectory.turns[0].tokens) == FIRST["text"].removeprefix("<think>")
+    assert tokenizer.decode(trajectory.turns[1].tokens) == LAST["text"]

@@ -132,6 +132,31 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
     assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (0.75, 1.0, True)
 
 
+@pytest.mark.parametrize(
+    ("opening_tags", "first", "last", "format_ok"),
+    [
+        ("", SEARCHED, ANSWERED, True),
+        ("", SEARCHED.removeprefix("<think>"), ANSWERED, False),
+        ("<think>", SEARCHED.removeprefix("<think>"), ANSWERED, True),
+        ("<think>", SEARCHED.removeprefix("<think>"), f"<think> now </think> {ANSWERED}", True),
+        ("<think>", SEARCHED, ANSWERED, False),
+        ("<think>", "<search> b </search>", f"a </think> {ANSWERED}", True),
+        ("<think></think>", "<search> b </search>", ANSWERED, True),
+        ("", "<search> b </search>", ANSWERED, False),
+        (None, SEARCHED.removeprefix("<think>"), ANSWERED, True),
+        (None, SEARCHED, ANSWERED, True),
+        (None, "<search> b </search>", ANSWERED, False),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_counts_for_the_format(opening_tags, first, last, format_ok):
+    trajectory = trajectory_of(1)
+    score_trajectory(
+        trajectory, [first, last], ["Paris"], [], measure="probability", opening_tags=opening_tags
+    )
+    assert (trajectory.format_ok, trajectory.exact_match) == (format_ok, 1.0)
+    assert trajectory.outcome_reward == (1.0 if format_ok else -1.0)
+
+
 def test_an_unanswered_search_is_a_format_error():
     trajectory = trajectory_of(0)
     score_trajectory(trajectory, [SEARCHED], ["Paris"], [], measure="probability")

@@ -15,6 +15,9 @@ from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt
 
+NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
+"""The default scaffold in contexts of these scripts, which close their thoughts."""
+
 BLOCK = 32
 GROUP_SIZE = 4
 QUERIES = ("one", "two", "three")
@@ -110,7 +113,7 @@ def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokeni
     _, _, alone = play()
     trajectories, counts, computed = play(answer_reduction=reduction)
     aliases = ALIASES if reduction == "max" else ALIASES[:1]
-    scaffold = len(tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"])
+    scaffold = len(tokenizer(NO_THOUGHT_IS_OPEN, add_special_tokens=False)["input_ids"])
     per_context = sum(
         scaffold + len(tokenizer(alias, add_special_tokens=False)["input_ids"]) + BLOCK for alias in aliases
     )

@@ -21,6 +21,9 @@ from a2tgpo.rollout.multi_turn import ANSWER_ROOM, RolloutCutError
 from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.trajectory import Prompt
 
+NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
+"""The default scaffold in contexts of these scripts, which close their thoughts."""
+
 
 @pytest.fixture
 def open_rollout(engine, engine_config, tokenizer):
@@ -136,7 +139,7 @@ def test_seeds_make_rollouts_repeatable_whatever_is_played_beside_them(play, sea
 
 def test_gain_is_the_answers_probability_after_minus_before(play, search, tokenizer, reference):
     (trajectory,), counts = play(["ruler of Japan?"], search)
-    scaffold = tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"]
+    scaffold = tokenizer(NO_THOUGHT_IS_OPEN, add_special_tokens=False)["input_ids"]
     answer = tokenizer("Tokyo", add_special_tokens=False)["input_ids"]
 
     def probability(context):

@@ -14,7 +14,7 @@ from tiny_models import CAPITALS, prompt_ids
 from transformers import AutoModelForCausalLM
 
 from a2tgpo.carried_pool import CarriedPool
-from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig
+from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.reduce import MetricSums
@@ -23,6 +23,9 @@ from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import LiveTrajectory, PromptGroup, Sampling
 from a2tgpo.step_rollout import StepRollout
 from a2tgpo.trajectory import Prompt, Trajectory
+
+NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
+"""The default scaffold in contexts of these scripts, which close their thoughts."""
 
 QUESTIONS = [
     "ruler of Japan?",
@@ -171,7 +174,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that
     second, _ = rollout.play_on(first, budgets=[1] * 3, seed=0, step=1)
     new_logprobs = other_weights()
     last, _ = rollout.play_on(second, budgets=[None] * 3, seed=0, step=2)
-    scaffold = tokenizer(GainConfig().scaffold, add_special_tokens=False)["input_ids"]
+    scaffold = tokenizer(NO_THOUGHT_IS_OPEN, add_special_tokens=False)["input_ids"]
     carried = [
         (group, before, after)
         for group, earlier in zip(last, second, strict=True)

@@ -74,7 +74,9 @@ def test_prompt_template_is_the_question_between_two_tokens(tokenizer):
 def test_trajectories_are_short(worldqa: Path, tokenizer):
     template = PromptTemplate(tokenizer, "")
     shown = load_demonstrations(str(worldqa / "demonstrations_good.jsonl"))
-    lengths = [to_trajectory(d, template=template, prompt_index=0).num_tokens for d in shown]
+    lengths = [
+        to_trajectory(d, template=template, tools=("search",), prompt_index=0).num_tokens for d in shown
+    ]
     assert sum(lengths) / len(lengths) < 160
     assert max(lengths) < 384
 
