@@ -14,8 +14,8 @@ from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.trajectory import Trajectory, Turn
 
-_RESULT = re.compile(r"(\s*<result>)?(.*?)(</result>\s*)?", re.DOTALL)
-"""An observation: the tags around it, and what the tool answered."""
+_RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
+"""An observation: the tags around it with their spaces, which may be one token, and what the tool answered."""
 
 
 @dataclass(frozen=True, kw_only=True)

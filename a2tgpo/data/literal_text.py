@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 BREAK = "\ufdd0"
 """Where a spelling is broken up: a Unicode noncharacter, which is removed from text that holds it."""
 
+_TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
+
 
 class LiteralEncoder:
     """Encodes text that others wrote inside a frame of our own.
 
     Args:
-        tokenizer: the policy's. All tokens added to its vocabulary are control tokens, except for the unknown token,
-            runs of spaces (some families add them for indentation) and single characters.
+        tokenizer: the policy's. Control tokens are those added to its vocabulary that are marked as special or look
+            like a tag, such as <think> or [INST]. Other additions are words of a domain or runs of spaces.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -33,7 +35,9 @@ class LiteralEncoder:
         added = {
             number: str(token)
             for number, token in tokenizer.added_tokens_decoder.items()
-            if number != tokenizer.unk_token_id and len(str(token)) > 1 and not str(token).isspace()
+            if (token.special or _TAG.fullmatch(str(token)))
+            and number != tokenizer.unk_token_id
+            and len(str(token)) > 1  # a single character cannot be broken up
         }
         self._control_ids = frozenset(added)
         spellings = "|".join(map(re.escape, added.values()))

@@ -84,7 +84,8 @@ def test_file_without_demonstration_is_refused(tmp_path):
 
 
 def test_only_the_protocols_tags_of_a_demonstration_are_control_tokens(tmp_path, tokenizer):
-    tokenizer.add_tokens(["<think>", "</think>", "<result>", "</result>", "<answer>"])
+    # As small vocabularies do it, with the spaces that the protocol writes.
+    tokenizer.add_tokens(["<think>", "</think>", " <result>\n", "\n</result>", "<answer>"])
     first = FIRST | {"text": "<think>a </s></think> <search> </s> </search>"}
     first["observation"] = " <result>\nP </s> </res</result>ult> <ans<think>wer> <search> q\n</result>"
     demonstration = load(
@@ -101,7 +102,7 @@ def test_only_the_protocols_tags_of_a_demonstration_are_control_tokens(tmp_path,
     process, final = trajectory.turns
     assert control(trajectory.prompt_tokens) == ["<s>", "</s>", "<s>"]
     assert control(process.tokens) == ["<think>", "</think>"]
-    assert control(process.observation_tokens) == ["<result>", "</result>"]
+    assert control(process.observation_tokens) == [" <result>\n", "\n</result>"]
     assert control(final.tokens) == ["<answer>"]
     assert tokenizer.decode(process.observation_tokens) == " <result>\nP </s>    q\n</result>"
     assert tokenizer.decode(process.tokens) == first["text"]

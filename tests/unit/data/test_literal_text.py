@@ -11,8 +11,10 @@ from a2tgpo.data.protocol import tag_pattern
 
 CONTROL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 """Marked as special."""
-PLAIN = ["<tool_call>", "<think>", "</think>", "<｜User｜>", "<|im", "    "]
-"""Added without that mark, as Qwen3 and the R1 distillates do; the last is no control token."""
+TAGS = ["<tool_call>", "<think>", "</think>", "<｜User｜>", "[INST]", " <result>\n", "<|im|>"]
+"""Added without that mark, as Qwen3 and the R1 distillates do."""
+WORDS = ["    ", "Doc 1 (Title: ", "x < y", "\\boxed{"]
+"""Added to the vocabulary as well, but text."""
 
 
 def byte_level() -> Tokenizer:
@@ -39,7 +41,7 @@ def sentence_piece() -> Tokenizer:
 def build(kind) -> PreTrainedTokenizerFast:
     core = kind()
     core.add_special_tokens(CONTROL)
-    core.add_tokens([AddedToken(spelling, normalized=False) for spelling in PLAIN])
+    core.add_tokens([AddedToken(spelling, normalized=False) for spelling in [*TAGS, *WORDS]])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>" if kind is sentence_piece else None
     )
@@ -51,7 +53,7 @@ def tokenizer(request):
 
 
 def control_tokens(tokenizer, ids):
-    return [token for token in tokenizer.convert_ids_to_tokens(ids) if token in {*CONTROL, *PLAIN} - {"    "}]
+    return [token for token in tokenizer.convert_ids_to_tokens(ids) if token in {*CONTROL, *TAGS}]
 
 
 def compact(text):
@@ -64,21 +66,20 @@ FOREIGN = [
     "<think> nobody </think> thinks <tool_call> {} <｜User｜> <|end|>",
     "<|im<|im_end|>_end|><|im_start<|im_start|>|>",
     "<|im_end|>" * 20,
-    f"<|im_{BREAK}end|>",
-    "<|im_end|>"[:-1] + "\ud800|>",
+    "x <result>\n[INST]<|im<|im|>|>",
+    f"<|im_{BREAK}end|> <{BREAK}tool_call>",
+    "<think> \ud800 <|im_end|>",
 ]
 
 
 @pytest.mark.parametrize("text", FOREIGN)
 def test_foreign_text_holds_no_control_token_and_stays_readable(tokenizer, text):
     encoder = LiteralEncoder(tokenizer)
-    assert control_tokens(
-        tokenizer, tokenizer(text.replace("\ud800", "|"), add_special_tokens=False)["input_ids"]
-    )
+    text_itself = text.replace(BREAK, "").replace("\ud800", "?")
+    assert control_tokens(tokenizer, tokenizer(text_itself, add_special_tokens=False)["input_ids"])
     ids = encoder.encode(text)
     assert control_tokens(tokenizer, ids) == []
-    whole = text.replace(BREAK, "").replace("\ud800", "?")
-    assert compact(tokenizer.decode(ids, skip_special_tokens=False)) == compact(whole)
+    assert compact(tokenizer.decode(ids, skip_special_tokens=False)) == compact(text_itself)
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -92,7 +93,12 @@ def test_a_frame_keeps_its_own_control_tokens_and_gets_no_others(tokenizer, text
 
 def test_text_without_a_spelling_is_encoded_as_the_tokenizer_does(tokenizer):
     encoder = LiteralEncoder(tokenizer)
-    for text in ("", "Vienna is a capital.", "a < b |> c im_end    indented", "<result>\nDoc 1\n</result>"):
+    for text in (
+        "",
+        "Vienna is a capital.",
+        "a < b |> c im_end    indented",
+        "Doc 1 (Title: x < y) \\boxed{z}",
+    ):
         assert encoder.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
         framed = tokenizer(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False)["input_ids"]
         assert encoder.encode_between("<|im_start|>", text, "<|im_end|>") == framed

@@ -107,10 +107,10 @@ def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(pla
     assert counts.stop_reasons == {"answer": 2}
 
 
-def test_tokens_are_those_of_the_engine_and_nothing_is_encoded_again(play, search, reference):
+def test_tokens_are_those_of_the_engine_and_nothing_is_encoded_again(play, search, reference, tokenizer):
     trajectories, _ = play(["capital of Italy?", "ruler of France?"], search, greedy=False, group_size=4)
     for trajectory in trajectories:
-        expected = reference(sequence(trajectory))
+        expected = reference(sequence(trajectory), num_ids=len(tokenizer))
         position = len(trajectory.prompt_tokens)
         for turn in trajectory.turns:
             end = position + len(turn.tokens)

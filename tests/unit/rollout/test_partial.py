@@ -89,9 +89,9 @@ def other_weights(engine, taught_path):
     model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
     old = copy.deepcopy(model.state_dict())
 
-    def logprobs(tokens):
+    def logprobs(tokens, *, num_ids=None):
         with torch.no_grad():
-            logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            logits = model(torch.tensor([tokens])).logits[0, :, :num_ids].log_softmax(-1)
         return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
 
     def change():
@@ -191,7 +191,9 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that
         assert after.staleness(2) == 2
         # The engine's log-probs: of old turns by the old weights, of new ones by the new.
         position = len(after.prompt_tokens)
-        by_old, by_new = reference(after.tokens), new_logprobs(after.tokens)
+        by_old, by_new = (
+            logprobs(after.tokens, num_ids=len(tokenizer)) for logprobs in (reference, new_logprobs)
+        )
         for turn in after.turns:
             end = position + len(turn.tokens)
             expected = (by_old if turn.step < 2 else by_new)[position - 1 : end - 1]
