@@ -81,7 +81,7 @@ class PromptTemplate:
         if not conversations:
             return []
         try:
-            return self.tokenizer.apply_chat_template(
+            texts: Any = self.tokenizer.apply_chat_template(
                 conversations,
                 add_generation_prompt=has_header,
                 tokenize=False,
@@ -96,6 +96,7 @@ class PromptTemplate:
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "
                 "try data.instructions='' or another template"
             ) from None
+        return texts
 
     def _check_kwargs(self) -> None:
         source = self.tokenizer.get_chat_template()
