@@ -31,6 +31,7 @@ from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.run_date import run_date
 from a2tgpo.update.checkpoint import read_record
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.memory_phases import MemoryPhases
