@@ -40,11 +40,11 @@ VARIANTS = {
         "algorithm.correction.upper=1.0",
     ],
     "masked": ["grpo", "algorithm.correction.kind=mask", "algorithm.correction.upper=1.0"],
-    "warm": ["grpo", "rollout.temperature=1.4"],
+    "cool": ["grpo", "rollout.temperature=0.7"],
 }
 RUNS = {name: [name] for name in PRESETS} | {"dapo": ["dapo", SHORT_BUFFER]} | VARIANTS
 DYNAMIC = ("dapo", "dapo_one_draw")
-WITH_REFERENCE = ("grpo", "grpo_k1", "grpo_k2", "grpo_tight", "masked", "warm")
+WITH_REFERENCE = ("grpo", "grpo_k1", "grpo_k2", "grpo_tight", "masked", "cool")
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "truncated")
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
 
@@ -157,7 +157,8 @@ def test_two_steps_update_all_ranks_alike(runs, name):
         assert all(value is not None and math.isfinite(value) for value in record.values())
         assert record["update/skipped"] == 0
         assert record["update/grad_norm"] > 0
-        assert record["advantage/max"] > record["advantage/min"]
+        # At a low temperature all rollouts of a step may be alike.
+        assert record["advantage/max"] > record["advantage/min"] or name == "cool"
         assert record["gap/train_engine_abs_mean"] < 1e-4, (
             "the engine plays with other weights or temperature"
         )
@@ -177,7 +178,7 @@ def test_a_step_holds_whole_groups_numbered_from_0(runs, name):
         assert len({members[0]["prompt_id"] for members in groups.values()}) == GROUPS_PER_STEP
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in (*DYNAMIC, "warm")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in (*DYNAMIC, "cool")])
 def test_without_dynamic_sampling_every_method_plays_the_same_first_step(runs, name):
     """Weights were put back, and one draw is one draw."""
     played, first = runs[name], runs["a2tgpo"]
@@ -262,7 +263,7 @@ def test_only_grpo_clips_twice(runs):
 
 def test_advantages_are_those_of_the_method(runs):
     """On the same first step: methods that share a formula agree, the others do not."""
-    advantages = {name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, "warm")}
+    advantages = {name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, "cool")}
     assert advantages["gspo"] == advantages["grpo"]
     assert advantages["igpo_tg_rescaled"] == advantages["a2tgpo"] == advantages["truncated"]
     methods = ("grpo", "igpo", "igpo_tg", "a2tgpo", "a2tgpo_released", "gigpo")

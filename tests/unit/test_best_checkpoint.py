@@ -159,7 +159,8 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     evaluation = EvaluationConfig(every=every, at_start=False)
     config = dataclasses.replace(run.config, evaluation=evaluation)
     no_answers = {
-        "tokenizer": lambda text, **_: {"input_ids": []},
+        "tokenizer": None,
+        "rollout": SimpleNamespace(answer_tokens=None),
         "train_prompts": SimpleNamespace(questions=[]),
     }
     parts: Any = SimpleNamespace(**{**vars(world.parts), "config": config, **no_answers})
