@@ -6,6 +6,7 @@ torchrun's variables, and ends the process group of the trainer when an engine i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
+from a2tgpo.rollout.cpu_shared_memory import own_segments
 from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments
 from a2tgpo.rollout.engine_guest import (
     MAX_CACHE_HIT,
@@ -62,6 +64,7 @@ with environment_kept():
 import vllm.v1.engine.core  # noqa: E402
 from vllm import EngineArgs, SamplingParams  # noqa: E402
 from vllm.device_allocator.cumem import CuMemAllocator  # noqa: E402
+from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed  # noqa: E402
 from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.outputs import RequestOutput  # noqa: E402
@@ -162,7 +165,8 @@ class VllmEngine:
         if self.num_token_ids < self.vocab_size:
             arguments["logits_processors"] = [MaskUnusedIds]
             arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
-        with host_state_kept():
+        is_alone = ON_GPU or self._owns_process_group
+        with host_state_kept(), contextlib.nullcontext() if is_alone else own_segments(_CPUSHMDistributed):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:

@@ -220,6 +220,12 @@ def check_the_guard_lets_ranks_in_step_play_on(bench, seed):
     assert found[0] == found[1] == found[2]
 
 
+def check_an_engines_shared_memory_has_no_name_that_a_killed_run_would_leave(bench, seed):
+    with bench.open(search=ScriptedSearch()):
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line]
+        assert len(mapped) >= 2 and all(line.endswith("(deleted)") for line in mapped), mapped
+
+
 CHECKS = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }

@@ -22,6 +22,7 @@ CLAIMS = [
     "the_guard_lets_ranks_in_step_play_on",
     "a_bug_in_a_tool_ends_both_ranks_with_its_line",
     "a_call_that_hangs_is_given_up_on_both_ranks",
+    "an_engines_shared_memory_has_no_name_that_a_killed_run_would_leave",
 ]
 
 pytestmark = pytest.mark.distributed
