@@ -33,7 +33,7 @@ def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("lockstep") / "results.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(WORKER), taught_folder().name, str(out), str(NUM_SEEDS)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return json.loads(out.read_text())
 
