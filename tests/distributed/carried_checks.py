@@ -87,6 +87,7 @@ class Run:
             sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
             carried=CarriedPool(),
             train_prompts=PromptSet(questions, template, max_prompt_tokens=64),
+            test_prompts=PromptSet(questions, template, max_prompt_tokens=64),
             **trainer,
             engine=engine,
             rollout=build_rollout(
