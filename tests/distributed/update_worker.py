@@ -146,6 +146,8 @@ def check_one_best(bench: Bench) -> None:
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
         sampler=PromptSampler(10, 2, seed=0),
+        train_prompts=SimpleNamespace(fingerprint="q"),
+        test_prompts=SimpleNamespace(fingerprint="t"),
         carried=CarriedPool(),
         replicas=SimpleNamespace(index=bench.groups.rank, count=bench.groups.world_size, is_first=True),
     )

@@ -40,10 +40,11 @@ def named_weights(model):
     return {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
 
 
-def logprobs_of(model, tokens):
+def logprobs_of(model, tokens, *, num_ids=VOCAB):
+    """Log-probs of all tokens but the first, over the first `num_ids` of the vocabulary: [len(tokens) - 1]."""
     with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    return logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        logprobs = model(torch.tensor([tokens])).logits[0, :, :num_ids].log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
 def verify(engine, model, *, tolerance=1e-3):
@@ -98,7 +99,9 @@ def test_cached_prefixes_of_old_weights_are_not_used(engine, model_of):
     engine.load_weights(named_weights(model).items(), version=6)
     output = greedy(engine, tokens)
     assert output.num_cached_tokens == 0
-    expected = logprobs_of(model, tokens + output.tokens)[-len(output.tokens) :]
+    # Sampled from the tokenizer's ids only, so their log-probs are over those.
+    logprobs = logprobs_of(model, tokens + output.tokens, num_ids=engine.num_token_ids)
+    expected = logprobs[-len(output.tokens) :]
     assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
