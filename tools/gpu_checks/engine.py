@@ -13,7 +13,7 @@ from typing import Any
 
 from a2tgpo.plan.dimensions import ModelDimensions
 from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import VOCAB_SIZE, slice_dimensions, write_checkpoint
+from tools.gpu_checks.models import SMALL, VOCAB_SIZE, slice_dimensions, write_checkpoint
 
 CACHE_GIB = 4.0
 MIN_SHARE = 0.9
@@ -91,7 +91,8 @@ def check_engine_speed(bench: Bench) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    path = write_checkpoint(bench.work / "agent")
+    # No ids past the tokenizer's: log-probs of samples leave those out, log-probs of whole sequences do not.
+    path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     asked = Play(
         path=path,
         dtype="bfloat16" if on_gpu else "float32",
