@@ -79,9 +79,11 @@ def environment_kept() -> Iterator[None]:
 
 
 def _inductor_threads() -> int | None:
-    """How many threads Inductor compiles with; None: it has not been imported, and will read the environment."""
-    inductor: Any = sys.modules.get("torch._inductor.config")
-    return None if inductor is None else inductor.compile_threads
+    """How many threads Inductor compiles with; None: nobody has set it, and the environment says it.
+
+    Inductor's configuration may not be imported yet, or lack the value for a while: `unittest.mock.patch` deletes it.
+    """
+    return getattr(sys.modules.get("torch._inductor.config"), "compile_threads", None)
 
 
 def _set_inductor_threads(threads: int | None) -> None:

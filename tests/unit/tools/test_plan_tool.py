@@ -77,7 +77,8 @@ def test_a_number_that_plans_nothing_is_refused_with_what_is_allowed(option, val
 
 
 def test_a_file_that_cannot_be_written_is_one_line(capsys, tmp_path):
-    for place in (tmp_path, tmp_path / "none" / "plan.json", "a\0b"):
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "plan.json", "a\0b"):
         assert main([CONFIG_70B, "--gpus", "64", "--json", str(place)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --json: cannot write ")
