@@ -47,6 +47,7 @@ from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.model import weight_gather
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.experts import is_expert
+from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
@@ -220,10 +221,10 @@ def check_one_engines_refusal_stops_both(policy, engine, rank, version):
     assert not refit(policy, engine, version=version, bucket_mib=1).skipped
 
 
-def trainer_logprobs(policy, parallel, trajectories):
+def trainer_logprobs(policy, parallel, trajectories, distribution=MODEL_DISTRIBUTION):
     """log p of every sampled token by the trainer, trajectory by trajectory (no observations)."""
     batch = pack(trajectories, range(len(trajectories)), align=alignment(parallel, Fp8Config()))
-    (scores,) = score(policy, [batch])
+    (scores,) = score(policy, [batch], distribution=distribution)
     return scores.logprobs[batch.loss_mask[0]]
 
 
@@ -259,7 +260,8 @@ def check_three_cycles(policy, parallel, engine, rank, first_version):
         if parallel.tensor == 1:  # each rank trains on its own
             played = rank_trajectories(engine, rank, cycle)
             found = [value for t in played for value in t.turns[0].rollout_logprobs]
-            theirs = trainer_logprobs(policy, parallel, played)
+            sampled = TokenDistribution(num_ids=engine.num_token_ids)
+            theirs = trainer_logprobs(policy, parallel, played, sampled)
             assert len(played) == 2 + rank
             torch.testing.assert_close(torch.tensor(found), theirs, atol=2e-4, rtol=0)
     assert max(gaps) < 2e-4, gaps
@@ -395,13 +397,15 @@ def run_shared(path, root):
 
 
 def check_logprobs_against_transformers(path, trajectories):
+    num_token_ids = len(AutoTokenizer.from_pretrained(path))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for trajectory in trajectories:
         tokens = list(trajectory.prompt_tokens)
         for turn in trajectory.turns:
             start, tokens = len(tokens), tokens + turn.tokens
             with torch.no_grad():
-                logits = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+                # The engine never samples ids past the tokenizer's: they have no part in its distribution.
+                logits = model(torch.tensor([tokens])).logits[0, :, :num_token_ids].log_softmax(-1)
             expected = logits[start - 1 : -1].gather(1, torch.tensor(turn.tokens)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(turn.rollout_logprobs), expected, atol=2e-4, rtol=0)
             tokens = tokens + turn.observation_tokens
