@@ -161,7 +161,8 @@ class Bench:
             Question(id=f"{number}", question=question, answers=(CAPITALS.get(question[11:-1], "none"),))
             for number, question in enumerate(3 * QUESTIONS)
         ]
-        prompts = PromptSet(questions, PromptTemplate(self.tokenizer, ""), max_prompt_tokens=64)
+        template = PromptTemplate(self.tokenizer, "")
+        prompts = PromptSet(questions, template, max_prompt_tokens=64)
         toolset = toolset_of(search, **(limits or {}))
         parts = SimpleNamespace(
             config=config,
@@ -170,7 +171,7 @@ class Bench:
             sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
             carried=CarriedPool(),
             train_prompts=prompts,
-            rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, tokenizer=self.tokenizer),
+            rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
             startup={},
         )
         try:
