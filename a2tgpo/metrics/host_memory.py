@@ -16,7 +16,7 @@ def resident_bytes() -> int:
 def return_free_memory() -> None:
     """Give the system back what this process has freed and glibc's allocator keeps for later allocations.
 
-    By itself glibc returns what is free at the end of its heap only. A step's tensors come and go among blocks that
-    stay, so that the pages between those remain resident, more of them with every step.
+    On its own, glibc returns free memory only from the end of its heap. A step's tensors are allocated among blocks
+    that stay, so the freed pages between those blocks would remain resident, and more of them after every step.
     """
     _C_LIBRARY.malloc_trim(0)

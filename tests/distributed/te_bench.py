@@ -105,7 +105,7 @@ class Bench:
     ) -> list[PackedBatch]:
         """`count` micro-batches of random sequences of these lengths, aligned as layout and format need it.
 
-        Each data-parallel replica has its own. Log-probs are asked for everywhere.
+        Each data-parallel replica has its own. Every position has a target, so log-probs are computed everywhere.
         """
         rng = random.Random(f"{seed} {self.groups.dp_rank}")
         align = align or alignment(self.parallel, fp8)

@@ -80,7 +80,9 @@ def test_a_process_may_hold_its_folder_again_and_numbers_of_processes_come_round
     for lock in locks:
         lock.release()
     write_holder(tmp_path, pid=os.getppid(), started=1)  # another one has that number now
-    FolderLock(tmp_path).release()
+    lock = FolderLock(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
 
 
 def test_a_requeued_job_is_not_locked_out_by_its_predecessor(
@@ -137,7 +139,9 @@ def test_a_holder_on_another_machine_is_refused_while_it_shows_that_it_lives(tmp
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 3}'])
 def test_a_file_that_names_nobody_is_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
-    FolderLock(tmp_path).release()
+    lock = FolderLock(tmp_path)
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
 
 
 def test_of_two_starts_that_find_the_same_dead_holder_one_goes_on(tmp_path: Path) -> None:
