@@ -48,6 +48,7 @@ CHECKS: dict[str, list[str]] = {
     "tp2_sequence": [
         "float32_is_the_twin",
         "float32_is_the_twin_with_biases",
+        "float32_is_the_twin_with_experts",
         "fp8_is_near_bfloat16",
         "fp8_blockwise_does_not_depend_on_tensor_parallelism",
         "fp8_tensorwise_depends_on_tensor_parallelism",

@@ -10,7 +10,7 @@ def test_the_same_play_gives_the_same_tokens_though_the_second_finds_more_cached
     assert first.tokens == second.tokens
     assert set(first.tokens) == {"alone", *(f"{number}.{turn}" for number in range(4) for turn in (1, 2))}
     assert all(1 <= len(tokens) <= 12 for tokens in first.tokens.values())
-    # Samples' log-probs leave out the ids past the tokenizer's, a few of which this model has; whole sequences' do not.
+    # Log-probs of samples leave out the ids past the tokenizer's, log-probs of whole sequences do not.
     assert 0 < first.rescored_gap == second.rescored_gap < 0.01
     assert min(first.alone_s, first.together_s, first.tokens_per_s) > 0
 
