@@ -128,6 +128,15 @@ def check_fp8_is_near_bfloat16(bench: Bench) -> None:
         assert 0.01 < logits < 0.12 and gradient < 0.35, (recipe, logits, gradient)
 
 
+def check_fp8_is_near_bfloat16_with_experts(bench: Bench) -> None:
+    """Grouped products in FP8: each expert's rows padded to what the recipe takes, and unpadded again."""
+    fp8 = EVERYWHERE["tensorwise"]  # rows of 16: the interpreter takes a minute for blockwise's 128
+    batches = bench.batches((5, 3), count=1, fp8=fp8)
+    twin = run(bench.policy(model="experts", twin=True), batches)
+    logits, gradient = errors(run(bench.policy(model="experts", fp8=fp8), batches), twin)
+    assert 0.01 < logits < 0.12 and gradient < 0.35, (logits, gradient)
+
+
 def check_fp8_weights_are_quantised_once_a_pass_and_anew_after_updates(bench: Bench) -> None:
     """A policy kept over scores and updates is one built anew with the same weights, to the bit, in both recipes.
 

@@ -39,7 +39,11 @@ CHECKS_OF = {
     ],
     "pp2": ["float32_is_the_twin_with_tied_embeddings", "added_gradients_are_the_same_in_float32"],
     "cp2": ["bfloat16_is_as_exact_as_the_twin"],
-    "ep2": ["float32_is_the_twin_with_experts", "added_gradients_are_the_same_in_float32"],
+    "ep2": [
+        "float32_is_the_twin_with_experts",
+        "fp8_is_near_bfloat16_with_experts",
+        "added_gradients_are_the_same_in_float32",
+    ],
 }
 CHECKS = [f"{check}[{layout}]" for layout, checks in CHECKS_OF.items() for check in checks]
 
