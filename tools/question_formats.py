@@ -26,7 +26,7 @@ from typing import Any
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import read_json_lines
 from a2tgpo.config.text_file import decode, decode_line, open_unpacked
-from a2tgpo.data.question_set import answers_of, question_of, source_of
+from a2tgpo.data.question_set import answers_of, gold_text, question_of, source_of, whole_number
 from a2tgpo.data.records import read_records
 
 UNANSWERABLE = "unanswerable"
@@ -210,7 +210,7 @@ def _read_popqa(path: Path) -> Iterator[Item]:
 def _read_jsonl(path: Path) -> Iterator[Item]:
     for where, record in read_records(path, key=IN):
         name, answers = answers_of(record, where)
-        identity, hops = record.get("id"), record.get("hops", 0)
+        identity, hops = whole_number(record.get("id")), whole_number(record.get("hops", 0))
         yield Item(
             where=where,
             id=None if identity is None else str(identity),
@@ -287,15 +287,16 @@ def _text(record: dict, name: str, where: str) -> str:
 
 
 def _texts(value: Any, where: str, name: str) -> list[str]:
-    """One text, number or truth value, or a list of them, as the non-empty ones, each once and stripped."""
+    """One text, number or truth value, or a list of them, as the non-empty ones, each once, as `gold_text`."""
     values = value if isinstance(value, list) else [value]
     texts: list[str] = []
     for entry in values:
         if isinstance(entry, bool):
             entry = "yes" if entry else "no"
+        entry = whole_number(entry)  # 1912.0 would be 19120 without punctuation
         if isinstance(entry, int | float):
             entry = str(entry)
         if not isinstance(entry, str):
             raise ConfigError(f"{where}: `{name}` holds {entry!r:.40}; allowed: texts")
-        texts.append(entry.strip())
+        texts.append(gold_text(entry))
     return [text for text in dict.fromkeys(texts) if text]

@@ -11,6 +11,7 @@ from a2tgpo.config.json_lines import read_json_lines, text_field
 from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.protocol import THINK_OPEN, tag_pattern, thought_is_open, without_tags
 from a2tgpo.data.question_set import Question, parse_question
+from a2tgpo.data.records import stated
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.trajectory import Trajectory, Turn
 
@@ -40,7 +41,7 @@ def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> 
         ConfigError: one line; unreadable file, bad record (with its line), no demonstration at all.
     """
     demonstrations = [
-        _parse_demonstration(record, where, default_id=str(index))
+        _parse_demonstration(stated(record), where, default_id=str(index))
         for index, (where, record) in enumerate(read_json_lines(path, key=key))
     ]
     if not demonstrations:

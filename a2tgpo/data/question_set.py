@@ -1,6 +1,7 @@
 """Question sets: what the policy is asked, and what counts as right."""
 
 import dataclasses
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,23 +53,56 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
 
 
 def parse_question(record: dict, where: str, *, default_id: str) -> Question:
-    """The `Question` in one record; ConfigError starting with `where` if it is not one."""
+    """The `Question` in one record without nulls; ConfigError starting with `where` if it is not one."""
     name, answers = answers_of(record, where)
     if isinstance(answers, str) and name in _ONE_OR_MANY:
         answers = [answers]
     if not isinstance(answers, list | tuple):
+        _refuse_number(answers, where, name)
         raise ConfigError(f"{where}: `{name}` is {answers!r:.60}; allowed: a list with at least one answer")
-    if not answers or any(not isinstance(answer, str) or not answer.strip() for answer in answers):
+    for answer in answers:
+        _refuse_number(answer, where, name)
+    golds = tuple(gold_text(answer) if isinstance(answer, str) else "" for answer in answers)
+    if not all(golds) or not golds:
         raise ConfigError(
             f"{where}: `{name}` is {list(answers)!r:.60}; allowed: at least one answer, none of them empty"
         )
-    identity = record.get("id", default_id)
+    identity = whole_number(record.get("id", default_id))
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         raise ConfigError(f"{where}: `id` is {identity!r:.60}; allowed: a text or an integer")
-    hops = record.get("hops", 0)
+    hops = whole_number(record.get("hops", 0))
     if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
         raise ConfigError(f"{where}: `hops` is {hops!r:.60}; allowed: an integer >= 0")
-    return Question(id=str(identity), question=question_of(record, where), answers=tuple(answers), hops=hops)
+    return Question(id=str(identity), question=question_of(record, where), answers=golds, hops=hops)
+
+
+def gold_text(text: str) -> str:
+    """A gold answer as a policy would write it, to be scored and compared.
+
+    Characters are composed (Unicode's NFC), invisible marks such as U+200E are taken out, but for the joiners that
+    change how letters look, and spaces are single.
+    """
+    text = unicodedata.normalize("NFC", text)
+    shown = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)
+    return " ".join("".join(shown).split())
+
+
+_JOINERS = "\u200c\u200d"
+
+
+def whole_number(value: Any) -> Any:
+    """2 for 2.0, which pandas makes of an integer beside a missing one; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _refuse_number(value: Any, where: str, name: str) -> None:
+    """Whether true means yes or True, and 3.0 means 3, is not for a reader to guess."""
+    if isinstance(value, bool | int | float):
+        kind = "true or false" if isinstance(value, bool) else "a number"
+        raise ConfigError(
+            f"{where}: `{name}` holds {value!r:.60}, which is {kind}; allowed: texts, in quotes "
+            "(tools/prepare_data.py jsonl writes them: yes or no, and numbers in digits)"
+        )
 
 
 _GROUND_TRUTH = "reward_model.ground_truth"

@@ -16,7 +16,7 @@ _BATCH_ROWS = 1024
 def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
     """Yield (`"FILE line N"` or `"FILE row N"`, record) for every record, in file order.
 
-    Parquet is known by its first bytes or by its name; of a row, columns without a value are left out.
+    Parquet is known by its first bytes or by its name. Fields that are null are left out (see `stated`).
 
     Args:
         key: what named the file (a configuration key or an option), for messages.
@@ -24,9 +24,14 @@ def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
     Raises:
         ConfigError: one line; unreadable file, or as `read_json_lines`.
     """
-    if path.suffix == ".parquet" or _begins_as_parquet(path):
-        return _read_parquet(path, key=key)
-    return read_json_lines(path, key=key)
+    is_parquet = path.suffix == ".parquet" or _begins_as_parquet(path)
+    for where, record in (_read_parquet if is_parquet else read_json_lines)(path, key=key):
+        yield where, stated(record)
+
+
+def stated(record: dict) -> dict:
+    """`record` without fields that are null: sets that were joined, and Parquet, have every field in every record."""
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _begins_as_parquet(path: Path) -> bool:
@@ -47,8 +52,7 @@ def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    # Parquet has a value in every column of a row: an absent optional field arrives as None.
-                    yield f"{path} row {number}", {name: v for name, v in row.items() if v is not None}
+                    yield f"{path} row {number}", row
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise ConfigError(f"{key}: cannot read {path} ({reason:.120}); give an existing file") from None

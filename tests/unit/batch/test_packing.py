@@ -32,7 +32,8 @@ def trajectory(prompt: list[int], *turns: tuple[list[int], list[int]]) -> Trajec
     )
 
 
-token_lists = st.lists(st.integers(1, 999), max_size=6)
+# 0 is what padding is filled with; a sampled token of that id is trained on like any other.
+token_lists = st.lists(st.integers(0, 999), max_size=6)
 trajectories = st.builds(
     lambda prompt, turns: trajectory(prompt, *turns),
     st.lists(st.integers(1, 999), min_size=1, max_size=5),

@@ -59,6 +59,14 @@ def test_questions_keep_file_order_and_all_fields(tmp_path):
         ({"question": "x", "golden_answers": "Paris"}, "`golden_answers` is 'Paris'; allowed: a list with"),
         ({"question": "x", "answers": ["a"], "hops": True}, "`hops` is True"),
         ({"question": "x", "answers": ["a"], "hops": -1}, "`hops` is -1"),
+        ({"question": "x", "answers": ["a"], "hops": 1.5}, "`hops` is 1.5"),
+        (
+            {"question": "x", "answers": ["a", 1912]},
+            "`answers` holds 1912, which is a number; allowed: texts",
+        ),
+        ({"question": "x", "answer": True}, "`answer` holds True, which is true or false; allowed: texts"),
+        ({"question": "x", "answers": ["\u200e"]}, "none of them empty"),
+        ({"question": None, "answers": ["a"]}, "`question` is missing"),
         ({"question": "x", "answers": ["a"], "id": [1]}, "`id` is [1]"),
     ],
 )
@@ -150,6 +158,32 @@ def test_a_training_set_joined_of_two_is_read_as_published(tmp_path):
     questions = load_questions(str(path))
     assert questions[0].question == "Answer the given question. Question: who sings in the end\n"
     assert [q.answers for q in questions] == [("Chester",), ("Arthur's", "Arthur's Magazine"), ("Rome",)]
+
+
+def test_fields_that_are_null_count_as_absent_in_jsonl_as_in_parquet(tmp_path):
+    """Sets that were joined have every field in every record."""
+    rows = [
+        {"id": None, "question": "Capital?", "answers": None, "golden_answers": ["Paris"], "hops": None},
+        {"id": "b", "question": "When?", "answers": ["1912"], "golden_answers": None, "hops": 2},
+    ]
+    expected = [
+        Question(id="0", question="Capital?", answers=("Paris",)),
+        Question(id="b", question="When?", answers=("1912",), hops=2),
+    ]
+    assert load_questions(write(tmp_path, *rows)) == expected
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
+    assert load_questions(str(tmp_path / "questions.parquet")) == expected
+
+
+def test_whole_numbers_that_pandas_made_floats_of_are_read_as_such(tmp_path):
+    (question,) = load_questions(write(tmp_path, GOOD | {"id": 7.0, "hops": 2.0}))
+    assert (question.id, question.hops) == ("7", 2)
+
+
+def test_golds_are_kept_as_a_policy_would_write_them(tmp_path):
+    golds = [" Vienna \n", "New  York", "Beyonce\u0301", "Paris\u200e", "می\u200cخواهم"]
+    (question,) = load_questions(write(tmp_path, GOOD | {"answers": golds}))
+    assert question.answers == ("Vienna", "New York", "Beyonc\u00e9", "Paris", "می\u200cخواهم")
 
 
 @pytest.mark.parametrize("truth", ["Paris", ["Paris"], {"target": "Paris"}, {"target": ["Paris"]}])

@@ -135,3 +135,18 @@ def test_answers_in_other_scripts_lose_their_own_punctuation_and_match_by_charac
 )
 def test_latin_text_is_normalised_by_squads_rules_alone(text, normalized):
     assert normalize_answer(text) == normalized
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("Beyonc\u00e9", "Beyonce\u0301"),  # composed, as Qwen's tokenizer reads and its policies write
+        ("Hi\u1ebfu", "Hie\u0302\u0301u"),
+        ("Paris", "Paris\u200e"),  # Wikidata's aliases hold such marks
+        ("cooperate", "co\u00adoperate"),
+        ("\uac10", "\u1100\u1161\u11b7"),
+    ],
+)
+def test_answers_that_look_the_same_are_the_same(answer, gold):
+    assert exact_match(answer, [gold]) == exact_match(gold, [answer]) == f1_score(answer, [gold]) == 1.0
+    assert exact_match(answer + "x", [gold]) == 0.0

@@ -177,6 +177,7 @@ JSONL = (
     '{"id": 7, "question": "  Two\\n lines? ", "golden_answers": ["a", "b"]}\n'
     '{"question": "One?", "answer": true}\n'
     '{"question": "None?", "answers": ["", " "]}\n'
+    '{"id": null, "question": "When?", "answers": [1912.0, 3.5], "golden_answers": null, "hops": 2.0}\n'
 )
 
 SETS = {
@@ -209,7 +210,11 @@ SETS = {
     ),
     "triviaqa": (TRIVIAQA, [("tc_33", ("Sunset Boulevard", "Sunset Blvd"), 0)], {"no answer": 1}),
     "popqa": (POPQA, [("4222362", ("politician", "political leader", "pol\u00edtico"), 1)], {}),
-    "jsonl": (JSONL, [("7", ("a", "b"), 0), ("jsonl-1", ("yes",), 0)], {"no answer": 1}),
+    "jsonl": (
+        JSONL,
+        [("7", ("a", "b"), 0), ("jsonl-1", ("yes",), 0), ("jsonl-3", ("1912", "3.5"), 2)],
+        {"no answer": 1},
+    ),
 }
 
 
