@@ -95,7 +95,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.run_date import read_date
 
     check_resume(resume)
-    config.rollout.check_training()
+    config.check_training()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from a2tgpo.parallel.initialize import shutdown
         from launch.preflight import start_ranks

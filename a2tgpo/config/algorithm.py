@@ -50,7 +50,7 @@ class AlgorithmConfig:
     kl_coef: float = 0.0
     """Weight of the KL penalty to the reference; 0: no reference model is loaded."""
     kl_estimator: str = "k3"
-    """k1 | k2 | k3."""
+    """k2 | k3; k1, whose gradient is 0 in the mean, is refused for training."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Rollout correction by importance weights."""
 

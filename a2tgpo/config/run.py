@@ -33,7 +33,7 @@ class RunSettings:
     steps: int = 240
     """Training steps (paper: about 240)."""
     seed: int = 0
-    """Seeds sampling of prompts, rollouts and initial state; results do not depend on the layout."""
+    """Seeds sampling of prompts, rollouts and initial state, below 2^32; results do not depend on the layout."""
     log_rollouts: int = 8
     """Trajectories per step shown as text in TensorBoard, the best and the worst; all are kept in rollouts/."""
 
@@ -49,7 +49,8 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        require(self.seed >= 0, "run.seed", self.seed, ">= 0")
+        # NumPy's generator, which vLLM seeds too, takes no more.
+        require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
 
 
@@ -154,6 +155,24 @@ class RunConfig:
             "rollout.gain.verify_every",
             self.rollout.gain.verify_every,
             f"0 with parallel.context ({self.parallel.context}) > 1: a trajectory with its probes is not divided",
+        )
+
+    def check_training(self) -> None:
+        """Raise `ConfigError` if the configuration could be played but would teach nothing, or something wrong."""
+        self.rollout.check_training()
+        require(
+            self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
+            "rollout.group_size",
+            self.rollout.group_size,
+            ">= 2 with algorithm.advantage=turn_group, which compares the rollouts of a prompt: a single one has "
+            "advantage 0",
+        )
+        require(
+            self.algorithm.kl_coef == 0 or self.algorithm.kl_estimator != "k1",
+            "algorithm.kl_estimator",
+            self.algorithm.kl_estimator,
+            "k2 | k3 with algorithm.kl_coef > 0: the gradient of k1 is 0 in the mean, so that it holds the policy to "
+            "nothing",
         )
 
     @property

@@ -75,7 +75,8 @@ def verify_refit(
         group: whose ranks stop together, all of them if one differs; None: this rank alone.
 
     Raises:
-        RuntimeError: one line, on all ranks of `group`, if the mean differs by more or is not a number.
+        RuntimeError: one line, on all ranks of `group`, if the mean differs by more, or if log-probs of the trainer
+            are not numbers: then its weights are broken, and the engine is not to blame.
     """
     engine_logprobs = torch.tensor(engine.sequence_logprobs(probe), dtype=torch.float64)
     expected = trainer_logprobs.detach().to("cpu", torch.float64).flatten()
@@ -83,10 +84,20 @@ def verify_refit(
         f"{len(probe)} probe tokens need {len(probe) - 1} log-probs"
     )
     difference = (engine_logprobs - expected).abs().nan_to_num(nan=torch.inf)
-    worst = torch.stack([difference.mean(), difference.max()])
+    is_broken = (~expected.isfinite()).any().double()
+    worst = torch.stack([difference.mean(), difference.max(), is_broken])
     if group is not None:
         worst = all_reduce_max(worst, group)
     gap = ProbeGap(mean=worst[0].item(), max=worst[1].item())
+    if worst[2]:
+        raise RuntimeError(
+            f"refit at step {step}: the trainer's own log-probs of the probe are not finite, so its weights are "
+            + (
+                "broken; go on from an earlier checkpoint with a lower update.lr"
+                if step
+                else "broken as they were read: NaN or infinity in the safetensors of model.path; save them anew"
+            )
+        )
     if gap.mean > tolerance:
         raise RuntimeError(
             f"refit at step {step}: the engine's log-probs of the probe differ from the trainer's by "

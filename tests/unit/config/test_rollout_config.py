@@ -1,5 +1,6 @@
 """What the `rollout` section refuses."""
 
+import numpy as np
 import pytest
 
 from a2tgpo.config.algorithm import AlgorithmConfig
@@ -32,6 +33,37 @@ def test_a_truncated_distribution_can_be_evaluated_but_not_trained_on():
         ConfigError, match=r"rollout\.top_p is 0\.9; allowed: 1\.0 for training, since .*evaluate"
     ):
         RolloutConfig(top_p=0.9).check_training()
+
+
+def configured(**sections):
+    paths = dict(
+        model=ModelConfig(path="m"), data=DataConfig(train="a", test="b"), search=SearchConfig(corpus="c")
+    )
+    return RunConfig(run=RunSettings(name="r"), **paths, **sections)
+
+
+def test_a_group_of_one_is_refused_where_its_advantage_would_be_nothing():
+    single = RolloutConfig(group_size=1)
+    configured(rollout=single, algorithm=AlgorithmConfig(advantage="grpo")).check_training()
+    with pytest.raises(
+        ConfigError, match=r"rollout\.group_size is 1; allowed: >= 2 with .*=turn_group, which"
+    ):
+        configured(rollout=single).check_training()
+
+
+def test_a_penalty_whose_gradient_is_nothing_in_the_mean_is_refused():
+    configured(algorithm=AlgorithmConfig(kl_estimator="k1")).check_training()
+    for estimator in ("k2", "k3"):
+        configured(algorithm=AlgorithmConfig(kl_coef=1e-3, kl_estimator=estimator)).check_training()
+    with pytest.raises(ConfigError, match=r"algorithm\.kl_estimator is 'k1'; allowed: k2 \| k3 with"):
+        configured(algorithm=AlgorithmConfig(kl_coef=1e-3, kl_estimator="k1")).check_training()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1732790000000])
+def test_seeds_that_not_every_generator_takes_are_refused(seed):
+    np.random.seed(RunSettings(name="r", seed=2**32 - 1).seed)
+    with pytest.raises(ConfigError, match=rf"run\.seed is {seed}; allowed: 0 to 4294967295"):
+        RunSettings(name="r", seed=seed)
 
 
 def test_a_scaffold_is_more_than_a_tag_that_may_be_left_out():

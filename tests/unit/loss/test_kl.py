@@ -63,3 +63,20 @@ def test_the_mean_over_samples_of_the_policy_estimates_the_divergence(estimator)
     divergence = (policy * (policy / reference).log()).sum()
     estimate = (policy * kl_penalty(policy.log(), reference.log(), estimator)).sum()
     torch.testing.assert_close(estimate, divergence)
+
+
+def test_the_mean_gradient_of_k1_is_zero_and_that_of_k2_is_the_divergences() -> None:
+    """So k1 is refused as a penalty. Exactly, over all outcomes of a softmax; no gradient goes through their draw."""
+    logits = torch.tensor([0.3, -1.2, 0.7, 2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.4, 0.1, 0.2, 0.3]).double().log()
+
+    def mean_gradient(estimator):
+        logprobs = logits.log_softmax(0)
+        mean = (logprobs.detach().exp() * kl_penalty(logprobs, reference, estimator)).sum()
+        return torch.autograd.grad(mean, logits)[0]
+
+    logprobs = logits.log_softmax(0)
+    (divergence,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    assert divergence.abs().max() > 0.1
+    torch.testing.assert_close(mean_gradient("k1"), torch.zeros(4).double())
+    torch.testing.assert_close(mean_gradient("k2"), divergence)

@@ -47,9 +47,9 @@ def logprobs_of(model, tokens, *, num_ids=VOCAB):
     return logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
 
 
-def verify(engine, model, *, tolerance=1e-3):
+def verify(engine, model, *, tolerance=1e-3, step=3):
     probe = probe_tokens(engine.num_token_ids, 64)
-    return verify_refit(engine, probe, logprobs_of(model, probe), step=3, tolerance=tolerance, group=None)
+    return verify_refit(engine, probe, logprobs_of(model, probe), step=step, tolerance=tolerance, group=None)
 
 
 def greedy(engine, tokens):
@@ -137,6 +137,14 @@ def test_values_that_are_no_numbers_are_noticed(engine, model_of):
     weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], torch.nan)
     engine.load_weights(weights.items(), version=10)
     with pytest.raises(RuntimeError, match="by inf in the mean"):
+        verify(engine, model)
+    # Where the trainer's are none, the engine is not to blame.
+    model.load_state_dict(weights, strict=False)
+    with pytest.raises(
+        RuntimeError, match=r"^refit at step 0: the trainer's own .* safetensors of model\.path"
+    ):
+        verify(engine, model, step=0)
+    with pytest.raises(RuntimeError, match=r"^refit at step 3: the trainer's own .* earlier checkpoint"):
         verify(engine, model)
 
 
