@@ -145,10 +145,14 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Two files at a time, long ones first; the tests of faults have deadlines of seconds and the machine to themselves.
-# A failure is shown when it happens. A worker that dies ends the run: pytest-xdist can wait forever for its successor.
+# Three files at a time on two cores, since many tests wait; long ones first. A failure is shown when it happens. A worker
+# that dies ends the run: pytest-xdist can wait forever for its successor.
+TEST_JOBS ?= 3
+SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
+
+# The tests of faults have deadlines of seconds, and the machine to themselves.
 test: setup lint $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
-	$(PY) -m pytest --instafail -n 2 --dist loadfile --max-worker-restart 0 tests/e2e tests/distributed tests/unit
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)
 	@echo "second leg skipped: no python3.12 here; make test PYTHON312=PATH names one"
@@ -158,8 +162,9 @@ endif
 
 # What Megatron-Core 0.19 could change. The folder on PYTHONPATH, for the processes that tests start.
 test-py312: setup-py312
-	PYTHONPATH=$(CURDIR) $(VENV312)/bin/python -m pytest tests/unit/parallel tests/unit/model tests/unit/update \
-		$(addprefix tests/distributed/test_,model_layouts.py update.py advantage_ranks.py exchange.py transformer_engine_names.py transformer_engine.py)
+	PYTHONPATH=$(CURDIR) $(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
+		$(addprefix tests/distributed/test_,transformer_engine.py update.py model_layouts.py advantage_ranks.py exchange.py transformer_engine_names.py) \
+		tests/unit/parallel tests/unit/model tests/unit/update
 
 lint: setup
 	$(PY) -m ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum, broadcast_object, exchange_bytes
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.parallel.initialize import check_layout, initialize, shutdown
+from a2tgpo.parallel.initialize import check_layout, initialize, lay_out, shutdown
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,15 @@ def test_rng_states_restore_on_a_later_draw(groups: ParallelGroups) -> None:
     torch.rand(100)
     set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_a_layout_that_is_left_leaves_no_thread(groups: ParallelGroups) -> None:
+    def count_of_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    del groups
+    lay_out(ParallelConfig(), seed=11)
+    before = count_of_threads()
+    for _ in range(3):
+        lay_out(ParallelConfig(), seed=11)
+    assert count_of_threads() <= before + 2, "a layout has dozens"
