@@ -17,13 +17,15 @@ from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.record.rollout_record import as_text, to_record
+from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
+from a2tgpo.record.rollout_writer import RolloutWriter
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout_log import as_text, best_and_worst, collect_records, gains_by_turn, write_records
 from a2tgpo.trajectory import Trajectory
 
 
 class Recorder:
-    """Gathers from all ranks, writes on rank 0.
+    """Gathers metrics from all ranks and writes them on rank 0; each replica's first rank writes its rollouts.
 
     Args:
         writer: enabled on rank 0 only.
@@ -43,7 +45,9 @@ class Recorder:
         slow_ranks: SlowRanks,
     ):
         self.writer = writer
-        self._run_dir = run_dir
+        self._rollouts = RolloutWriter(
+            run_dir, replica=groups.dp_rank, num_replicas=groups.dp_size, tokenizer=tokenizer
+        )
         self._groups = groups
         self._tokenizer = tokenizer
         self._num_texts = num_texts
@@ -77,30 +81,51 @@ class Recorder:
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
         return_free_memory()
         engine_metrics.add_max("memory/host_gib", resident_bytes() / 2**30)
+        if failures := self._rollouts.take_failures():
+            engine_metrics.add("rollout/not_recorded", failures, 0)
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        records = collect_records(
-            trajectories,
-            {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios},
-            groups=self._groups,
-            tokenizer=self._tokenizer,
-        )
         # Model-parallel ranks reduce the same samples, each for itself: what is decided by must not differ in a bit.
         metrics = broadcast_object(metrics, world, source=0)
         spread, line = self._slow_ranks.compare(all_gather_object(seconds, world))
-        if not self.writer.enabled:
-            return metrics
-        write_records(records, self._run_dir / "rollouts" / f"step_{step}.jsonl.zst")
-        for turn_index, gains in gains_by_turn(records).items():
-            self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
-        for name, record in best_and_worst(records, self._num_texts).items():
-            self.writer.log_text(step, f"rollout/{name}", as_text(record))
+        if self._groups.is_replica_first:
+            turn_values = {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios}
+            self._record_rollouts(step, trajectories, turn_values)
         self.writer.log(step, metrics | seconds | spread)
         if line:
             self.writer.print(f"step {step}: {line}")
         return metrics
+
+    def _record_rollouts(
+        self, step: int, trajectories: Sequence[Trajectory], turn_values: dict[str, torch.Tensor]
+    ) -> None:
+        """Begin to write this replica's rollouts; on rank 0 show those of all replicas in TensorBoard."""
+
+        def text_of(row: int) -> str:
+            return as_text(to_record(trajectories[row], turn_values, row, tokenizer=self._tokenizer))
+
+        summaries = gather_summaries(trajectories, self._groups)
+        chosen = best_and_worst(summaries, self._num_texts)
+        texts = gather_texts(chosen, trajectories, text_of, self._groups)
+        self._rollouts.start(step, trajectories, turn_values)
+        if self.writer.enabled:
+            for turn_index, gains in gains_by_turn(summaries).items():
+                self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
+            for name, text in texts.items():
+                self.writer.log_text(step, f"rollout/{name}", text)
+
+    def finish_rollouts(self) -> None:
+        """Return once the rollouts of all steps so far are on disk, or could not be written."""
+        self._rollouts.wait()
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        try:
+            self.finish_rollouts()
+        finally:
+            self.writer.close()
 
     def record_alarms(self, step: int, alarms: dict[str, float], lines: Sequence[str]) -> None:
         """Add a step's `alarm/NAME` metrics, and print a line for each alarm that started or ended."""

@@ -1,8 +1,8 @@
 """The folder of a run: what lies where, and going on from it.
 
 `ROOT/NAME/`: config.yaml (resolved), env.txt, date.txt (today's date, as prompts tell it), metrics.jsonl,
-tensorboard/, rollouts/step_N.jsonl.zst, checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts no checkpoint
-covers yet), stacks/ (when something hung), holder.json (the process that writes here).
+tensorboard/, rollouts/step_N/ (`record.rollout_files`), checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts
+no checkpoint covers yet), stacks/ (when something hung), holder.json (the process that writes here).
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class RunFolder:
         """The evaluation after the last step is still to be done; set by `restore`."""
         self._reported = 0
         self._num_failures = 0
+        self._recorder: Recorder | None = None
 
     def open(self, resume: str) -> Path | None:
         """Make the folder and find the checkpoint to go on from.
@@ -138,9 +139,12 @@ class RunFolder:
         """Begin a checkpoint of `step` steps, after the one before is done; every rank must call this.
 
         With `evaluation_is_due` a run that goes on from it first makes the evaluation after that step.
-        Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay.
+        Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay. The rollouts
+        of the steps before it are on disk by then, since a run that goes on from it does not play them again.
         """
         self.finish_saving(is_last=False)
+        if self._recorder is not None:
+            self._recorder.finish_rollouts()
         parts.phases.enter("checkpoint")
         best = self.best.state_dict()
         self._writer.start(
@@ -262,7 +266,7 @@ class RunFolder:
             resume_step=step or None,
         )
         writer.log_hyperparameters(flat_config(self._config), ["evaluation/em", "reward/mean"])
-        return Recorder(
+        self._recorder = Recorder(
             writer,
             self.path,
             groups=self._groups,
@@ -272,6 +276,7 @@ class RunFolder:
                 ratio=self._config.watchdog.slow_ratio, steps=self._config.watchdog.slow_steps
             ),
         )
+        return self._recorder
 
     def say_where(self, recorder: Recorder) -> None:
         """Tell where the results lie."""

@@ -6,7 +6,6 @@ encoded again, and no turn boundary is ever inferred from a mask or a value.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 
 
@@ -114,4 +113,5 @@ class Trajectory:
         return max(step - turn.step for turn in self.turns)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """Field by field, turns too; lists of tokens and log-probs are shared with this object, not copied."""
+        return {**vars(self), "turns": [dict(vars(turn)) for turn in self.turns]}

@@ -195,7 +195,7 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
             folder.say_why_stopped(recorder, trainer.step, guards)
     finally:
         watchdog.close()
-        recorder.writer.close()
+        recorder.close()
     parts.close()
     # A launcher ends the others as soon as one has left with a code that is not 0.
     dist.barrier()

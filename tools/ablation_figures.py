@@ -103,7 +103,7 @@ def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
 
 
 def signal_steps(result: RunResult) -> list[int]:
-    return spread_out(recorded_steps(result.run.folder), SIGNAL_STEPS)
+    return spread_out(list(recorded_steps(result.run.folder)), SIGNAL_STEPS)
 
 
 def signal_batches(results: Sequence[RunResult]) -> list[list[Trajectory]]:
@@ -113,7 +113,7 @@ def signal_batches(results: Sequence[RunResult]) -> list[list[Trajectory]]:
 
 def last_calls(results: Sequence[RunResult]) -> Columns | None:
     """Tool calls and exact match of the rollouts in the last steps of a method's runs; None without any."""
-    steps = [(r, step) for r in results for step in recorded_steps(r.run.folder)[-LAST_STEPS:]]
+    steps = [(r, step) for r in results for step in list(recorded_steps(r.run.folder))[-LAST_STEPS:]]
     parts = [call_signals(read_step(result.run.folder, step)) for result, step in steps]
     return join(parts) if parts else None
 

@@ -6,7 +6,6 @@ normalise in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.record.rollout_files import recorded_steps
 from a2tgpo.trajectory import Trajectory
 from tools.view_rollouts import read_records
 
@@ -37,14 +37,6 @@ Columns = dict[str, np.ndarray]
 """Equally long columns: int64 for what tells rows apart (turn, remaining or tool_calls), float64 for each signal."""
 
 
-def recorded_steps(run_dir: Path) -> list[int]:
-    """Steps whose rollouts are on disk, ascending."""
-    names = [
-        re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name) for path in (run_dir / "rollouts").glob("step_*")
-    ]
-    return sorted(int(match.group(1)) for match in names if match)
-
-
 def spread_out(steps: Sequence[int], count: int) -> list[int]:
     """At most `count` of `steps`, from the first to the last at even distances."""
     if len(steps) <= count:
@@ -54,7 +46,7 @@ def spread_out(steps: Sequence[int], count: int) -> list[int]:
 
 def read_step(run_dir: Path, step: int) -> list[Trajectory]:
     """The rollouts that `run_dir` trained on in one step."""
-    records = read_records(run_dir / "rollouts" / f"step_{step}.jsonl.zst")
+    records = read_records(recorded_steps(run_dir)[step])
     # advantages and texts, recorded beside the trajectory, are left out
     return [msgspec.convert(record, Trajectory) for record in records]
 

@@ -3,7 +3,7 @@
     python tools/fp8_study.py MODEL TEXTS --out DIR [--sequences 16] [--sample TOKENS] [--drift 8e-6]
 
 MODEL is a Hugging Face folder; TEXTS a JSONL of demonstrations (`question`, `turns` of `text` and `observation`), of
-rollouts (rollouts/step_N.jsonl, unpacked from .zst) or of plain texts (`text`, one turn each). With --sample the
+rollouts (a file of RUN/rollouts/step_N/, unpacked) or of plain texts (`text`, one turn each). With --sample the
 model writes one turn of that many tokens after each prompt, and these turns are measured instead.
 
 Three questions, each for whole turns and for turns cut into pieces of equal length:

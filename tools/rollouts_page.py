@@ -41,7 +41,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
 
     Args:
         name: of the run.
-        steps: records of rollouts/step_N.jsonl.zst by step.
+        steps: recorded rollouts by step.
         decode: token ids to text, for colours token by token; None: the turns' texts without.
     """
     content = {

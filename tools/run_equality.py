@@ -8,6 +8,7 @@ from typing import Any
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+from a2tgpo.record.rollout_files import read_step, recorded_steps
 
 NOT_COMPARED = ("time/", "speed/", "rollout/tool_wait", "checkpoint/failed", "memory/", "refit/")
 """Metrics of the clock, of failures, and of what an engine held before: a new one always gets all weights."""
@@ -54,15 +55,25 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
     """Rollouts and the tensors of checkpoints that both runs have of `steps` and that are not equal byte by byte."""
     from a2tgpo.update.checkpoint import MARKER  # with Megatron, which takes seconds to import
 
+    ours, theirs = recorded_steps(first), recorded_steps(second)
     found = []
     for step in steps:
-        rollouts = [run / "rollouts" / f"step_{step}.jsonl.zst" for run in (first, second)]
-        if all(path.is_file() for path in rollouts) and len({path.read_bytes() for path in rollouts}) > 1:
+        rollouts = [recorded[step] for recorded in (ours, theirs) if step in recorded]
+        if len(rollouts) == 2 and not _hold_the_same(*rollouts):
             found.append(f"step {step}: the rollouts differ")
         markers = [run / "checkpoints" / f"step_{step}" / MARKER for run in (first, second)]
         if all(path.is_file() for path in markers) and _tensors(markers[0]) != _tensors(markers[1]):
             found.append(f"step {step}: the tensors of the checkpoints differ")
     return found
+
+
+def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
+    """Whether two recordings of a step are equal: byte by byte, or record by record if they are divided otherwise."""
+    if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
+        return True
+    return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(
+        theirs
+    )
 
 
 def _tensors(marker: Path) -> dict[str, list[int]]:

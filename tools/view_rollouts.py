@@ -13,23 +13,19 @@ coloured by its log-prob.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
+from a2tgpo.record.rollout_files import read_step, recorded_steps
 from tools.rollouts_page import Decode, chosen_steps, write_page
 from tools.terminal import Painter, end_with_reader, indented, painter_for
 
-_FILE_NAME = re.compile(r"step_(\d+)\.jsonl\.zst")
 _SHOWN = {
     *("prompt_index", "prompt_id", "sample_index", "hops", "outcome_reward", "exact_match", "format_ok"),
     *("stop_reason", "baseline_prob", "prompt_text", "turns"),
@@ -41,7 +37,7 @@ _SHOWN_OF_TURN = {
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
-    """One trajectory (a line of rollouts/step_N.jsonl.zst) as text."""
+    """One trajectory (a line of the recorded rollouts) as text."""
     reward = record["outcome_reward"]
     head = [
         f"{record['prompt_id']} #{record['sample_index']}",
@@ -88,20 +84,14 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
     return lines
 
 
-def read_records(path: Path) -> list[dict]:
-    """The trajectories in one file, in order; ConfigError (one line) if it cannot be read or is damaged."""
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
+def read_records(files: Sequence[Path]) -> list[dict]:
+    """The trajectories in the files of one step; ConfigError (one line) if one cannot be read or is damaged."""
     try:
-        lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        complete = decompressor.eof  # a file cut short raises nothing
-        records = [json.loads(line) for line in lines if line] if complete else []
+        return read_step(files)
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror})") from None
-    except (zstandard.ZstdError, ValueError, RecursionError):
-        complete = False
-    if not complete:
-        raise ConfigError(f"{path} is damaged; give another --step")
-    return records
+        raise ConfigError(f"cannot read {error.filename} ({error.strerror})") from None
+    except ValueError as damaged:
+        raise ConfigError(f"{damaged} is damaged; give another --step") from None
 
 
 def _is_trajectory(record: object) -> bool:
@@ -125,7 +115,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
         raise ConfigError(f"{run_dir} has no rollouts of step {step}; there are {min(files)} to {max(files)}")
     found = read_records(files[step])
     if not all(map(_is_trajectory, found)):
-        raise ConfigError(f"{files[step]} is damaged; give another --step")
+        raise ConfigError(f"{files[step][0]} is damaged; give another --step")
     records = [record for record in found if prompt in (None, record["prompt_id"])]
     if not records:
         asked = f" of prompt {prompt!r}" if prompt is not None else ""
@@ -133,14 +123,12 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
     return step, sorted(records, key=ORDERS[order])
 
 
-def rollout_files(run_dir: Path) -> dict[int, Path]:
+def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
     """The files of rollouts by step, ascending; ConfigError if there are none."""
-    folder = run_dir / "rollouts"
-    names = {path: _FILE_NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
-    files = {int(match.group(1)): path for path, match in names.items() if match}
+    files = recorded_steps(run_dir)
     if not files:
         raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")
-    return dict(sorted(files.items()))
+    return files
 
 
 def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:

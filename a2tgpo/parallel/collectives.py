@@ -39,6 +39,13 @@ def all_gather_object(value: Any, group: ProcessGroup) -> list[Any]:
     return values
 
 
+def gather_object(value: Any, group: ProcessGroup) -> list[Any]:
+    """`value` of every rank of `group`, in its order, on its first rank; [] on the others."""
+    values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values or []
+
+
 def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
     """`value` of the rank at position `source` in `group`; what the others pass is ignored."""
     box = [value]

@@ -13,6 +13,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.record.rollout_summary import RolloutSummary, best_and_worst, gather_summaries, gather_texts
 from a2tgpo.trajectory import Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 5, 6, 4
@@ -91,6 +92,21 @@ def check_advantages(groups, mine: list[Trajectory]) -> None:
             assert error <= 1e-9, (name, error)
 
 
+def check_texts_shown_on_rank_0(groups, mine: list[Trajectory]) -> None:
+    """Rank 0 is shown the rollouts that one process would choose, and every gain; texts come from who holds them."""
+    if groups.is_replica_first:
+        summaries = gather_summaries(mine, groups)
+        everything = all_trajectories(0)
+        assert summaries == [RolloutSummary.of(trajectory) for trajectory in everything]
+        chosen = best_and_worst(summaries, 7)
+        texts = gather_texts(chosen, mine, lambda row: repr(mine[row]), groups)
+        expected = {
+            name: repr(t) for name, s in chosen.items() for t in everything if RolloutSummary.of(t) == s
+        }
+        assert texts == (expected if groups.rank == 0 else {}) and len(expected) == 7
+        assert list(texts) == (list(expected) if groups.rank == 0 else [])
+
+
 def check_small_gains_to_the_last_digits(groups) -> None:
     """With gains of ordinary size the split changes nothing past 1e-12."""
     everything = all_trajectories(1)
@@ -123,6 +139,7 @@ def main() -> None:
     tensor, pipeline = int(sys.argv[1]), int(sys.argv[2])
     groups = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_s=60), seed=0)
     mine = check_exchange(groups)
+    check_texts_shown_on_rank_0(groups, mine)
     check_advantages(groups, mine)
     check_small_gains_to_the_last_digits(groups)
     check_token_weights(groups, mine)

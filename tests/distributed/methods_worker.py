@@ -86,7 +86,7 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
     for _ in range(config.run.steps):
         trainer.train_step()
         held_after.append(held())
-    recorder.writer.close()
+    recorder.close()
     parts.phases.enter("build")
     trained = weights(parts)
     assert dist.group.WORLD is not None

@@ -14,12 +14,12 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import msgspec
 import pytest
 import yaml
-import zstandard
 from held_memory import held
 from tiny_models import CAPITALS, taught_folder
+
+from a2tgpo.record.rollout_files import read_step, recorded_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("methods_worker.py")
@@ -62,9 +62,7 @@ class Run:
 
 
 def read_rollouts(folder: Path, *, step: int) -> list[dict]:
-    packed = (folder / f"rollouts/step_{step}.jsonl.zst").read_bytes()
-    lines = zstandard.ZstdDecompressor().decompressobj().decompress(packed).splitlines()
-    return [msgspec.json.decode(line) for line in lines]
+    return read_step(recorded_steps(folder)[step])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
-import zstandard
+
+from a2tgpo.record.rollout_files import read_step, recorded_steps
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
@@ -41,9 +41,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def rollouts_of(run: Path, step: int) -> list[dict]:
-    packed = (run / "rollouts" / f"step_{step}.jsonl.zst").read_bytes()
-    lines = zstandard.ZstdDecompressor().decompressobj().decompress(packed).splitlines()
-    return [msgspec.json.decode(line) for line in lines]
+    return read_step(recorded_steps(run)[step])
 
 
 def played_of(run: Path) -> list:

@@ -191,8 +191,9 @@ def metrics_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def rollouts_of(run: Path) -> dict[str, bytes]:
-    """The recorded rollouts of each step."""
-    return {path.name: path.read_bytes() for path in sorted((run / "rollouts").iterdir())}
+    """The recorded rollouts of each step, by file."""
+    folder = run / "rollouts"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*"))}
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def install() -> None:
     passing(policy_update, "train_step", "update")
     passing(trainer, "update_policy", "after the update", after=True)
     passing(recorder.Recorder, "record_step", "record")
-    passing(recorder, "write_records", "after the record", after=True)
+    passing(recorder.Recorder, "_record_rollouts", "after the record", after=True)
     passing(Guards, "watch", "between steps")
     passing(trainer, "evaluate", "evaluation")
     passing(checkpoint_writer, "copy_sharded", "save: copy")

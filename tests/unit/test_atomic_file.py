@@ -56,7 +56,7 @@ def test_a_disk_that_is_full_is_named_by_every_writer(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from a2tgpo import rollout_log
+from a2tgpo.record.rollout_files import write_part
 from a2tgpo.metrics.writer import MetricWriter
 from tools.json_lines_file import write_lines
 from tools.rollouts_page import write_page
@@ -68,7 +68,7 @@ import secrets
 record = {{"text": secrets.token_hex(9000)}}
 writes = {{
     "metrics.jsonl": lambda: writer._jsonl.write(2, {{f"m{{i}}": 0.1 for i in range(999)}}),
-    "step_1.jsonl.zst": lambda: rollout_log.write_records([record], folder / "step_1.jsonl.zst"),
+    "replica_0_of_1.jsonl.zst": lambda: write_part([record], folder / "replica_0_of_1.jsonl.zst"),
     "lines.jsonl": lambda: write_lines(folder / "lines.jsonl", [record] * 9),
     "page.html": lambda: write_page(folder / "page.html", "x", {{}}, None),
 }}
@@ -79,7 +79,7 @@ for name, write in writes.items():
         print(name, error.filename == str(folder / name), error.strerror)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = ["metrics.jsonl", "step_1.jsonl.zst", "lines.jsonl", "page.html"]
+    names = ["metrics.jsonl", "replica_0_of_1.jsonl.zst", "lines.jsonl", "page.html"]
     assert done.stdout.splitlines() == [f"{name} True File too large" for name in names], done.stderr
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": 1.0}\n'
     left = {entry.name for entry in tmp_path.iterdir()} - {"metrics.jsonl", "tensorboard"}

@@ -18,6 +18,7 @@ LAYER = {
     "stop_signal": 0,
     "parallel": 1,
     "metrics": 1,
+    "record": 2,
     "data": 2,
     "search": 2,
     "batch": 2,

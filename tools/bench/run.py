@@ -29,6 +29,7 @@ BENCHES = (
     "rollout",
     "partial",
     "whole_step",
+    "record",
     "start_up",
 )
 """In the order of the table; each is a script of that name beside this one."""

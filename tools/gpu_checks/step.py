@@ -130,7 +130,7 @@ def _end(parts: Any, trainer: Any) -> None:
 
     from a2tgpo.parallel.initialize import shutdown
 
-    trainer.recorder.writer.close()
+    trainer.recorder.close()
     parts.close()
     dist.barrier()
     shutdown()

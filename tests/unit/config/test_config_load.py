@@ -344,3 +344,9 @@ def test_dumped_configuration_loads_equal(texts, free, numbers):
     )
     with tempfile.TemporaryDirectory() as folder:
         assert load_config(write(folder, dump_config(config))) == config
+
+
+def test_a_configuration_has_one_value_a_key():
+    flat = flat_config(load_config("configs/quickstart.yaml"))
+    assert flat["rollout.gain.measure"] == "probability" and flat["run.steps"] == 32
+    assert all(isinstance(value, bool | int | float | str) for value in flat.values())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.rollout_log import write_records
+from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.trajectory import Trajectory, Turn
 
 ROOT = Path(__file__).parents[3]
@@ -125,10 +125,10 @@ def rollout(sample, gain, *, prompt="q1"):
 
 
 def test_rollouts_are_shown_in_the_order_asked_for(tmp_path):
-    write_records([rollout(0, 0.1)], tmp_path / "rollouts" / "step_9.jsonl.zst")
-    write_records(
-        [rollout(0, -0.2), rollout(1, 0.3), rollout(2, None)], tmp_path / "rollouts" / "step_10.jsonl.zst"
-    )
+    write_part([rollout(0, 0.1)], part_path(tmp_path, 9, replica=0, num_replicas=1))
+    write_part([rollout(1, 0.3)], part_path(tmp_path, 10, replica=1, num_replicas=2))
+    write_part([rollout(0, -0.2), rollout(2, None)], part_path(tmp_path, 10, replica=0, num_replicas=2))
+    write_part([rollout(0, 0.1)], part_path(tmp_path, 11, replica=1, num_replicas=2))  # not complete
     code, out, err = run_tool("view_rollouts.py", tmp_path, "--order", "gain", "--limit", "2")
     assert (code, err) == (0, "")
     assert out.index("answer 1") < out.index("answer 2")
@@ -144,21 +144,21 @@ def test_rollouts_are_shown_in_the_order_asked_for(tmp_path):
 
 
 def test_damaged_rollout_file_is_one_line(tmp_path):
-    path = tmp_path / "rollouts" / "step_1.jsonl.zst"
-    write_records([rollout(0, 0.1)], path)
+    path = part_path(tmp_path, 1, replica=0, num_replicas=1)
+    write_part([rollout(0, 0.1)], path)
     path.write_bytes(path.read_bytes()[:20])
-    assert "step_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
+    assert "replica_0_of_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
     fewer_logprobs = rollout(0, 0.1)
     fewer_logprobs["turns"][0]["rollout_logprobs"].pop()
     for record in ([1], {"prompt_id": "q1"}, rollout(0, 0.1) | {"turns": [1]}, fewer_logprobs):
-        write_records([rollout(0, 0.1), record], path)
-        assert "step_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
+        write_part([rollout(0, 0.1), record], path)
+        assert "replica_0_of_1.jsonl.zst is damaged" in refusal("view_rollouts.py", tmp_path)
 
 
 def test_a_rollout_whose_advantage_was_not_finite_can_be_read(tmp_path):
     record = rollout(0, 0.1)
     for turn in record["turns"]:
-        turn |= {"advantage": None, "clip_scale": None, "ratio": None}  # what collect_records makes of nan
-    write_records([record], tmp_path / "rollouts" / "step_1.jsonl.zst")
+        turn |= {"advantage": None, "clip_scale": None, "ratio": None}  # what to_record makes of nan
+    write_part([record], part_path(tmp_path, 1, replica=0, num_replicas=1))
     code, out, err = run_tool("view_rollouts.py", tmp_path)
     assert (code, err) == (0, "") and out.count("no advantage") == 2

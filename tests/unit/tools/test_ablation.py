@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from a2tgpo.config.load import dump_config, load_config
-from a2tgpo.rollout_log import write_records
+from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.trajectory import Trajectory, Turn
 from tools.ablation import PRESETS, main
 from tools.ablation_needless import write_needless
@@ -218,7 +218,7 @@ def drawn(tmp_path_factory) -> Path:
         run = Run(method=method, seed=0, out=out)
         write_run(run, {0: 0.25, 1: 0.5}, steps=1, trained={"turns/process_turns": 2.0})
         records = [trajectory.to_dict() | {"prompt_text": "?"} for trajectory in known_rollouts()]
-        write_records(records, run.folder / "rollouts" / "step_1.jsonl.zst")
+        write_part(records, part_path(run.folder, 1, replica=0, num_replicas=1))
     Plan(methods=["a2tgpo", "grpo"], seeds=[0]).save(out)
     write_report(out)
     return out

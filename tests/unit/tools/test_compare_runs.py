@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from a2tgpo.record.rollout_files import part_path
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -62,8 +64,9 @@ def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path)
     lines[1] = json.dumps(json.loads(lines[1]) | {"time/step_s": 3.0})
     (two / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     for run, text in ((one, b"a"), (two, b"a")):
-        (run / "rollouts").mkdir()
-        (run / "rollouts" / "step_1.jsonl.zst").write_bytes(text)
+        part = part_path(run, 1, replica=0, num_replicas=1)
+        part.parent.mkdir(parents=True)
+        part.write_bytes(text)
         (run / "checkpoints" / "step_1").mkdir(parents=True)
         files = {"files": {"model/__0_0.distcp": [5, 1], "state.json": [len(str(run)), 2]}}
         (run / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
@@ -71,7 +74,7 @@ def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path)
     assert (same.returncode, same.stdout) == (0, "equal to the bit in all steps that both have recorded\n")
 
     (two / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1].replace("0.8", "0.8000000000000002") + "\n")
-    (two / "rollouts" / "step_1.jsonl.zst").write_bytes(b"b")
+    part_path(two, 1, replica=0, num_replicas=1).write_bytes(b"b")
     files["files"]["model/__0_0.distcp"] = [5, 7]
     (two / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
     other = compare(one, two, "--exact")

@@ -1,0 +1,52 @@
+"""One trajectory of a step as it is recorded, and as a person reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from a2tgpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def to_record(
+    trajectory: Trajectory,
+    turn_values: Mapping[str, torch.Tensor],
+    row: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict:
+    """JSON types only: the trajectory, its texts, and what its turns were trained with.
+
+    Args:
+        turn_values: [N, T + 1] by name; a value that is not finite becomes None.
+        row: the trajectory's in each of them.
+    """
+    record = trajectory.to_dict()
+    for column, turn in enumerate(record["turns"]):
+        for name, values in turn_values.items():
+            value = values[row, column].item()
+            turn[name] = value if math.isfinite(value) else None
+        turn["text"] = tokenizer.decode(turn["tokens"])
+        turn["observation_text"] = tokenizer.decode(turn["observation_tokens"])
+    record["prompt_text"] = tokenizer.decode(record["prompt_tokens"])
+    return record
+
+
+def as_text(record: dict) -> str:
+    """One rollout for a person to read."""
+    lines = [
+        f"prompt {record['prompt_id']} sample {record['sample_index']}: reward {record['outcome_reward']:g}, "
+        f"EM {record['exact_match']:g}, stopped by {record['stop_reason']}",
+        record["prompt_text"],
+    ]
+    for number, turn in enumerate(record["turns"], start=1):
+        gain = "" if turn["info_gain"] is None else f"gain {turn['info_gain']:+.4f}, "
+        lines.append(f"--- turn {number} ({gain}advantage {turn['advantage']:+.3f})")
+        lines.append(turn["text"] + turn["observation_text"])
+    return "\n".join(lines)

@@ -1,0 +1,94 @@
+"""Writes a step's rollouts beside the training."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from a2tgpo.record.rollout_files import part_path, write_part
+from a2tgpo.record.rollout_record import to_record
+from a2tgpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutWriter:
+    """Writes one replica's part of one step at a time, in a thread; the first rank of every replica uses one.
+
+    Args:
+        run_dir: the run's folder.
+        replica: this data-parallel replica.
+        num_replicas: of the run.
+        tokenizer: the policy's; decoding is safe beside other uses of it.
+    """
+
+    def __init__(self, run_dir: Path, *, replica: int, num_replicas: int, tokenizer: PreTrainedTokenizerBase):
+        self._run_dir = run_dir
+        self._replica = replica
+        self._num_replicas = num_replicas
+        self._tokenizer = tokenizer
+        self._thread: threading.Thread | None = None
+        self._step = 0
+        self._error: BaseException | None = None
+        self._num_failures = 0
+
+    def start(
+        self, step: int, trajectories: Sequence[Trajectory], turn_values: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Begin to write `step`, after the step before is written; nothing passed here may change any more.
+
+        Args:
+            trajectories: this replica's share.
+            turn_values: [N, T + 1] by name, rows as the trajectories; see `to_record`.
+        """
+        self.wait()
+        self._step = step
+        # Not a daemon: a program that fails for another reason still ends with whole files.
+        self._thread = threading.Thread(
+            target=self._write, args=(step, trajectories, turn_values), name="rollouts"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return once what was started is on disk, or has failed, which costs a warning and not the run."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            self._num_failures += 1
+            logger.warning(
+                "the rollouts of step %d are not recorded: %s (%s)",
+                self._step,
+                error.strerror,
+                error.filename,
+            )
+        elif error is not None:
+            raise error
+
+    def take_failures(self) -> int:
+        """Steps that could not be written, as far as is known, since the last call."""
+        failures, self._num_failures = self._num_failures, 0
+        return failures
+
+    def _write(
+        self, step: int, trajectories: Sequence[Trajectory], turn_values: Mapping[str, torch.Tensor]
+    ) -> None:
+        path = part_path(self._run_dir, step, replica=self._replica, num_replicas=self._num_replicas)
+        records = (
+            to_record(trajectory, turn_values, row, tokenizer=self._tokenizer)
+            for row, trajectory in enumerate(trajectories)
+        )
+        try:
+            write_part(records, path)
+        except BaseException as error:  # raised, or told, where it is waited for
+            self._error = error
