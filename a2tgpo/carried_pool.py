@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from a2tgpo.rollout.carried_group import CarriedGroup
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 FOLDER = "carried"
 """Within a checkpoint; a file per replica."""
@@ -126,7 +126,7 @@ def carried_file(replica: int) -> str:
 
 def encode(state: Carried) -> bytes:
     """This replica's groups for its file."""
-    return msgspec.msgpack.encode(state.own)
+    return encode_records(state.own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
     held: list[Held] = []
     for number, path in enumerate(files):
         try:
-            groups = msgspec.msgpack.decode(path.read_bytes(), type=list[CarriedGroup])
+            groups = decode_records(path.read_bytes(), list[CarriedGroup])
         except (msgspec.DecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not what this program writes") from error
         held += [Held(replica=number, group=group) for group in groups]

@@ -28,7 +28,7 @@ from a2tgpo.carried_pool import Carried
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import fingerprint
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
@@ -99,7 +99,7 @@ class RolloutBank:
             sampler=self._parts.sampler.state_dict(),
             carried=self._parts.carried.state,
         )
-        payload = msgspec.msgpack.encode(banked)
+        payload = encode_records(banked)
         path = self._path(step)
         try:
             with atomic_file(path) as stream:
@@ -118,7 +118,7 @@ class RolloutBank:
             logger.warning("%s is damaged and passed over", self._path(step))
             return None
         try:
-            banked = msgspec.msgpack.decode(payload, type=BankedStep)
+            banked = decode_records(payload, BankedStep)
         except (msgspec.DecodeError, RecursionError):  # written by another version
             return None
         return banked if banked.key == self._key else None

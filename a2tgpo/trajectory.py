@@ -2,11 +2,39 @@
 
 Token ids are the truth everywhere: what the engine sampled is what the loss sees. Nothing is decoded and
 encoded again, and no turn boundary is ever inferred from a mask or a value.
+
+Tokens and log-probs are arrays of 4 bytes an element, in memory and between ranks; lists of Python numbers take some
+36. Other sequences are converted where a record is made.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+Record = TypeVar("Record")
+
+
+class TokenIds(array):
+    """Token ids, int32."""
+
+    __slots__ = ()
+
+    def __new__(cls, values: Iterable[int] = ()) -> TokenIds:
+        return super().__new__(cls, "i", values)  # type: ignore[return-value]  # typeshed knows no subclass
+
+
+class LogProbs(array):
+    """Log-probs in nats, float32."""
+
+    __slots__ = ()
+
+    def __new__(cls, values: Iterable[float] = ()) -> LogProbs:
+        return super().__new__(cls, "f", values)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +58,11 @@ class Prompt:
 class Turn:
     """What the policy wrote in one go, and what the environment answered."""
 
-    tokens: list[int]
+    tokens: TokenIds
     """Sampled ids, stop string included."""
-    rollout_logprobs: list[float]
+    rollout_logprobs: LogProbs
     """log p of each sampled token by the engine, nats; same length as `tokens`."""
-    observation_tokens: list[int] = field(default_factory=list)
+    observation_tokens: TokenIds = field(default_factory=TokenIds)
     """The tool's answer, never trained on; empty for the final turn."""
     query: str | None = None
     """What a process turn asked its tool; None for the final turn."""
@@ -49,6 +77,11 @@ class Turn:
     step: int = 0
     """Of the run, from 0, in whose rollout it was sampled: names the weights that did it."""
 
+    def __post_init__(self) -> None:
+        self.tokens = _as(TokenIds, self.tokens)
+        self.rollout_logprobs = _as(LogProbs, self.rollout_logprobs)
+        self.observation_tokens = _as(TokenIds, self.observation_tokens)
+
 
 @dataclass(kw_only=True)
 class Trajectory:
@@ -58,7 +91,7 @@ class Trajectory:
     prompt_id: str
     sample_index: int
     """0..group_size-1 within its prompt."""
-    prompt_tokens: list[int]
+    prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
     """answer | eos | length | max_turns | empty_query | context, or "" while it goes on; see `rollout.multi_turn`."""
@@ -69,6 +102,9 @@ class Trajectory:
     """EM of the extracted answer, whether or not the format holds."""
     format_ok: bool = False
     hops: int = 0
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = _as(TokenIds, self.prompt_tokens)
 
     @property
     def num_process_turns(self) -> int:
@@ -87,11 +123,12 @@ class Trajectory:
         )
 
     @property
-    def tokens(self) -> list[int]:
-        """The whole sequence."""
-        sequence = list(self.prompt_tokens)
+    def tokens(self) -> TokenIds:
+        """The whole sequence, as a new array."""
+        sequence = TokenIds(self.prompt_tokens)
         for turn in self.turns:
-            sequence += turn.tokens + turn.observation_tokens
+            sequence.extend(turn.tokens)
+            sequence.extend(turn.observation_tokens)
         return sequence
 
     @property
@@ -113,5 +150,48 @@ class Trajectory:
         return max(step - turn.step for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Field by field, turns too; lists of tokens and log-probs are shared with this object, not copied."""
-        return {**vars(self), "turns": [dict(vars(turn)) for turn in self.turns]}
+        """Field by field, turns too, with lists in place of arrays."""
+        return {**_plain(vars(self)), "turns": [_plain(vars(turn)) for turn in self.turns]}
+
+
+def encode_records(records: object) -> bytes:
+    """What holds such records (dataclasses, lists, msgspec structs) as msgpack, with arrays as their bytes."""
+    return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
+
+
+def decode_records(content: bytes, kind: type[Record]) -> Record:
+    """What `encode_records` wrote, as a `kind`; lists are taken for arrays too, as earlier versions wrote them.
+
+    Raises:
+        msgspec.DecodeError: `content` is something else.
+    """
+    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_of)
+
+
+def from_dict(record: dict) -> Trajectory:
+    """The trajectory of `Trajectory.to_dict`; keys that it has besides are left out.
+
+    Raises:
+        msgspec.ValidationError: a field is missing or of another type.
+    """
+    return msgspec.convert(record, Trajectory, dec_hook=_array_of)
+
+
+def _array_of(kind: type, content: Any) -> array:
+    """`content`, raw bytes or a list, as an array of `kind`. Raises what msgspec takes for invalid content."""
+    if isinstance(content, bytes):
+        values = kind()
+        values.frombytes(content)
+        return values
+    try:
+        return kind(content)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
+def _as(kind: type, values: Any) -> Any:
+    return values if isinstance(values, kind) else kind(values)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, array) else value for name, value in values.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 
@@ -17,7 +16,7 @@ from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.record.rollout_files import recorded_steps
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.trajectory import Trajectory, from_dict
 from tools.view_rollouts import read_records
 
 RESCALED = AlgorithmConfig(advantage="turn_group", gamma=1.0, alpha=1.0, rescale=True)
@@ -48,7 +47,7 @@ def read_step(run_dir: Path, step: int) -> list[Trajectory]:
     """The rollouts that `run_dir` trained on in one step."""
     records = read_records(recorded_steps(run_dir)[step])
     # advantages and texts, recorded beside the trajectory, are left out
-    return [msgspec.convert(record, Trajectory) for record in records]
+    return [from_dict(record) for record in records]
 
 
 def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:

@@ -143,7 +143,9 @@ def render(player: Player, trajectory: Trajectory, paint: Painter) -> str:
         if turn.query is not None:
             failed = paint(" failed", "red") if turn.tool_failed else ""
             lines.append(paint(f"  {turn.tool} {turn.query!r}", "yellow") + failed)
-            lines.append(paint(indented(str(player.tokenizer.decode(turn.observation_tokens))), "dim"))
+            lines.append(
+                paint(indented(str(player.tokenizer.decode(turn.observation_tokens.tolist()))), "dim")
+            )
     answer = extract_answer("".join(texts))
     if answer is None:
         lines.append(paint(f"no answer (stopped: {trajectory.stop_reason})", "red"))

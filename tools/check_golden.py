@@ -25,7 +25,7 @@ from a2tgpo.loss.kl import kl_penalty
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 from a2tgpo.reward.info_gain import answer_probability, info_gains, mean_logprob
 from a2tgpo.reward.outcome import score_response
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 ADVANTAGE_OF_MODE = {
     "turn-group-v1d": "turn_group",
@@ -263,9 +263,9 @@ def to_trajectory(item: dict) -> Trajectory:
     """A record with the golden turns; token ids are placeholders, their number is what counts."""
     turns = [
         Turn(
-            tokens=[0] * num_gen,
-            rollout_logprobs=[0.0] * num_gen,
-            observation_tokens=[0] * num_obs,
+            tokens=TokenIds([0] * num_gen),
+            rollout_logprobs=LogProbs([0.0] * num_gen),
+            observation_tokens=TokenIds([0] * num_obs),
             query=None if gain is None else "",
             info_gain=gain,
         )
@@ -275,7 +275,7 @@ def to_trajectory(item: dict) -> Trajectory:
         prompt_index=item["prompt_index"],
         prompt_id=item["prompt"],
         sample_index=0,
-        prompt_tokens=[],
+        prompt_tokens=TokenIds(),
         turns=turns,
         stop_reason="answer",
         outcome_reward=item["outcome"],

@@ -51,6 +51,8 @@ WHOLE = 0
 
 Logprobs = list[list[Tensor]]
 """By sequence, by turn: [tokens] float64, log p of each token of the turn, nats."""
+Pieces = tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[int]]]]
+"""Prompt, and by turn what the policy wrote and what it was answered."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
     from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
     from a2tgpo.data.template import PromptTemplate
 
+    pieces: list[Pieces]
     records = list(read_json_lines(path, key="TEXTS"))[:limit]
     if records and "question" in records[0][1]:
         template = PromptTemplate(tokenizer, SEARCH_INSTRUCTIONS)
@@ -164,8 +167,8 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
     return sequences
 
 
-def _pieces(record: dict, where: str, tokenizer: Any) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-    """Prompt, and by turn what the policy wrote and what it was answered, of a rollout or a plain text."""
+def _pieces(record: dict, where: str, tokenizer: Any) -> Pieces:
+    """Those of a rollout or a plain text."""
     if isinstance(record.get("text"), str):
         first, *rest = tokenizer(record["text"], add_special_tokens=False)["input_ids"] or [0]
         return [first], [(rest, [])]
@@ -179,7 +182,7 @@ def _pieces(record: dict, where: str, tokenizer: Any) -> tuple[list[int], list[t
         ) from None
 
 
-def _sequence(prompt: Sequence[int], turns: Sequence[tuple[list[int], list[int]]]) -> Written:
+def _sequence(prompt: Sequence[int], turns: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Written:
     tokens, spans = list(prompt), []
     for written, observed in turns:
         if written:

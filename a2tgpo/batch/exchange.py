@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 import torch.distributed as dist
 
 from a2tgpo.batch.balance import deal
 from a2tgpo.parallel.collectives import all_gather_object, exchange_bytes
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.trajectory import Trajectory
-
-_DECODER = msgspec.msgpack.Decoder(list[Trajectory])
+from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 
 def exchange(
@@ -45,12 +42,12 @@ def exchange(
     outgoing: list[list[Trajectory]] = [[] for _ in range(groups.dp_size)]
     for trajectory in trajectories:
         outgoing[destination[trajectory.prompt_index, trajectory.sample_index]].append(trajectory)
-    encoded = [msgspec.msgpack.encode(part) if part else b"" for part in outgoing]
+    encoded = [encode_records(part) if part else b"" for part in outgoing]
     payloads = [encoded[groups.dp_index_of(rank)] for rank in range(groups.world_size)]
     received = [
         trajectory
         for payload in exchange_bytes(payloads, world)
         if payload
-        for trajectory in _DECODER.decode(payload)
+        for trajectory in decode_records(payload, list[Trajectory])
     ]
     return sorted(received, key=lambda t: (t.prompt_index, t.sample_index))

@@ -13,7 +13,7 @@ from a2tgpo.data.protocol import THINK_OPEN, tag_pattern, thought_is_open, witho
 from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.records import stated
 from a2tgpo.data.template import PromptTemplate
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
 """An observation: the tags around it with their spaces, which may be one token, and what the tool answered."""
@@ -125,7 +125,7 @@ def to_trajectory(
         prompt_index=prompt_index,
         prompt_id=demonstration.question.id,
         sample_index=0,
-        prompt_tokens=list(template.render(demonstration.question.question)),
+        prompt_tokens=TokenIds(template.render(demonstration.question.question)),
         turns=turns,
         stop_reason="answer",
         hops=demonstration.question.hops,
@@ -133,11 +133,11 @@ def to_trajectory(
 
 
 def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observation: str | None) -> Turn:
-    tokens = encoder.encode_tagged(text, tags)
-    turn = Turn(tokens=tokens, rollout_logprobs=[0.0] * len(tokens))
+    tokens = TokenIds(encoder.encode_tagged(text, tags))
+    turn = Turn(tokens=tokens, rollout_logprobs=LogProbs([0.0] * len(tokens)))
     if observation is not None:
         before, body, after = _RESULT.fullmatch(observation).groups(default="")  # type: ignore[union-attr]
-        turn.observation_tokens = encoder.encode_between(before, without_tags(body, tags), after)
+        turn.observation_tokens = TokenIds(encoder.encode_between(before, without_tags(body, tags), after))
         call = _call_at_end(text)
         assert call is not None, "checked when the file was read"
         turn.tool, turn.query = call

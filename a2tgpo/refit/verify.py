@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_reduce_max
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -39,13 +39,13 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
 
 def probe_trajectory(probe: Sequence[int]) -> Trajectory:
     """The probe as a record that the trainer packs and scores like any other; its first token is the prompt."""
-    sampled = list(probe[1:])
+    sampled = TokenIds(probe[1:])
     return Trajectory(
         prompt_index=0,
         prompt_id="probe",
         sample_index=0,
-        prompt_tokens=[probe[0]],
-        turns=[Turn(tokens=sampled, rollout_logprobs=[0.0] * len(sampled))],
+        prompt_tokens=TokenIds(probe[:1]),
+        turns=[Turn(tokens=sampled, rollout_logprobs=LogProbs([0.0] * len(sampled)))],
         stop_reason="probe",
     )
 

@@ -39,7 +39,7 @@ class AnswerTokens:
         Where a thought is open it is continued or closed, and where none is open none is closed.
         """
         written = "".join(
-            str(self._tokenizer.decode(turn.tokens, skip_special_tokens=False))
+            str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))
             for turn in trajectory.turns[:num_turns]
         )
         return self._inside if thought_is_open(written, before=self._starts_in_thought) else self._outside

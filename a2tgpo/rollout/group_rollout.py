@@ -21,7 +21,7 @@ from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, Pro
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolPool
-from a2tgpo.trajectory import Prompt, Trajectory
+from a2tgpo.trajectory import Prompt, TokenIds, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,7 +272,7 @@ def _start(prompt: Prompt, sample_index: int) -> Trajectory:
         prompt_index=prompt.index,
         prompt_id=prompt.id,
         sample_index=sample_index,
-        prompt_tokens=list(prompt.tokens),
+        prompt_tokens=TokenIds(prompt.tokens),
         turns=[],
         stop_reason="",
         hops=prompt.hops,

@@ -27,7 +27,7 @@ from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool, ToolResult
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -93,7 +93,7 @@ class LiveTrajectory:
 
     group: PromptGroup
     trajectory: Trajectory
-    tokens: list[int]
+    tokens: TokenIds
     """The whole sequence so far."""
     scores: list[AnswerScore] = field(default_factory=list)
     """The answer's score after each process turn."""
@@ -238,7 +238,11 @@ class MultiTurnLoop:
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
         """Append what was sampled; then call a tool, or end."""
-        turn = Turn(tokens=output.tokens, rollout_logprobs=output.logprobs, step=self._sampling.step)
+        turn = Turn(
+            tokens=TokenIds(output.tokens),
+            rollout_logprobs=LogProbs(output.logprobs),
+            step=self._sampling.step,
+        )
         live.trajectory.turns.append(turn)
         self._counts.known_prefix_tokens += live.num_known
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
@@ -284,7 +288,7 @@ class MultiTurnLoop:
         turn = live.trajectory.turns[-1]
         turn.tool, turn.query = tool, query
         turn.tool_failed = result.error is not None
-        turn.observation_tokens = fitted
+        turn.observation_tokens = TokenIds(fitted)
         live.tokens.extend(fitted)
         if live.is_spent:
             self._count_turns(live)

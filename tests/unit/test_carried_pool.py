@@ -24,7 +24,7 @@ from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.rollout.carried_group import CarriedGroup, copied, shortened
 from a2tgpo.rollout.multi_turn import ANSWER_ROOM, Limits
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
 
 
 def entry(begun: int, index: int, *, complete: bool = False, replica: int = 0) -> Entry:
@@ -181,12 +181,12 @@ def test_a_group_is_complete_once_all_its_trajectories_have_ended():
 
 def test_what_is_played_on_is_another_trajectory():
     old = trajectory(0, 0, "")
-    before = msgspec.msgpack.encode(old)
+    before = encode_records(old)
     new = copied(old)
     assert new == old
     new.turns[0].info_gain = 1.0
     new.turns.append(new.turns[0])
-    assert msgspec.msgpack.encode(old) == before
+    assert encode_records(old) == before
 
 
 def test_staleness_is_that_of_the_oldest_turn():

@@ -37,7 +37,7 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.probe_scores import score_probes
 from a2tgpo.update.score import score
@@ -66,7 +66,7 @@ def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
             prompt_index=0,
             prompt_id="",
             sample_index=sample,
-            prompt_tokens=prompt,
+            prompt_tokens=TokenIds(prompt),
             turns=[],
             stop_reason="answer",
         )
@@ -81,9 +81,9 @@ def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
             assert isinstance(output, EngineOutput)
             played[int(output.request_id)].turns.append(
                 Turn(
-                    tokens=output.tokens,
-                    rollout_logprobs=output.logprobs,
-                    observation_tokens=[] if is_final else random_tokens(rng, OBSERVED),
+                    tokens=TokenIds(output.tokens),
+                    rollout_logprobs=LogProbs(output.logprobs),
+                    observation_tokens=TokenIds([] if is_final else random_tokens(rng, OBSERVED)),
                     query=None if is_final else "?",
                 )
             )
@@ -164,13 +164,13 @@ class Step:
         return [logprobs for scores in found for logprobs in scores]
 
     def _in_full(self) -> list[list[float]]:
-        turn = Turn(tokens=self.answer, rollout_logprobs=[0.0] * ANSWER)
+        turn = Turn(tokens=TokenIds(self.answer), rollout_logprobs=LogProbs([0.0] * ANSWER))
         prefixes = [
             Trajectory(
                 prompt_index=0,
                 prompt_id="",
                 sample_index=0,
-                prompt_tokens=[*trajectory.tokens[:length], *self.scaffold],
+                prompt_tokens=TokenIds([*trajectory.tokens[:length], *self.scaffold]),
                 turns=[turn],
                 stop_reason="answer",
             )

@@ -30,7 +30,7 @@ from a2tgpo.partial_rollout import PartialRollout
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import PromptGroup, Sampling
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 GROUPS, GROUP_SIZE, SLOTS = 16, 16, 256
 MEDIAN, LONGEST, CALL_SHARE, MAX_TURNS = 110, 400, 0.75, 6
@@ -78,7 +78,9 @@ class CountedRollout:
             turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))
             assert turn_seed is not None, "this is no greedy rollout"
             length, calls = planned_turn(turn_seed, median=MEDIAN, longest=LONGEST, call_share=CALL_SHARE)
-            trajectory.turns.append(Turn(tokens=[0] * length, rollout_logprobs=[], step=sampling.step))
+            trajectory.turns.append(
+                Turn(tokens=TokenIds([0] * length), rollout_logprobs=LogProbs(), step=sampling.step)
+            )
             sampled += length
             if not calls or len(trajectory.turns) > MAX_TURNS:
                 trajectory.stop_reason = "answer"
@@ -101,7 +103,7 @@ def _begin(prompt: Prompt) -> list[Trajectory]:
             prompt_index=prompt.index,
             prompt_id=prompt.id,
             sample_index=sample,
-            prompt_tokens=[],
+            prompt_tokens=TokenIds(),
             turns=[],
             stop_reason="",
         )

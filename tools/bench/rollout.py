@@ -172,7 +172,7 @@ def _played(trajectory: Trajectory) -> Played:
     return Played(
         prompt=list(trajectory.prompt_tokens),
         lengths=[len(turn.tokens) for turn in trajectory.turns],
-        observations=[turn.observation_tokens for turn in trajectory.turns],
+        observations=[turn.observation_tokens.tolist() for turn in trajectory.turns],
     )
 
 

@@ -187,7 +187,8 @@ def by_trl() -> dict[str, float]:
     """What `measured` gives, by TRL's trainer; its loss and gradient norm only."""
     rows = []
     for trajectory in trajectories_of(LENGTHS):
-        completion, env_mask, advantages = [], [], []
+        completion: list[int] = []
+        env_mask, advantages = [], []
         for turn, (advantage, _) in zip(trajectory.turns, turn_values(trajectory), strict=True):
             for tokens, is_sampled in ((turn.tokens, 1), (turn.observation_tokens, 0)):
                 completion += tokens
@@ -195,7 +196,7 @@ def by_trl() -> dict[str, float]:
                 advantages += [is_sampled * advantage] * len(tokens)
         rows.append(
             {
-                "prompt": trajectory.prompt_tokens,
+                "prompt": trajectory.prompt_tokens.tolist(),
                 "completion": completion,
                 "env_mask": env_mask,
                 "advantages": advantages,

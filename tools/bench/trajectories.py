@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 GROUP_SIZE = 16
 
@@ -43,9 +43,11 @@ def make_trajectories(
             written = tokens(response * (1 - observed) / (process_turns + 1))
             turns.append(
                 Turn(
-                    tokens=written,
-                    rollout_logprobs=[-rng.random() for _ in written],
-                    observation_tokens=[] if is_final else tokens(response * observed / process_turns),
+                    tokens=TokenIds(written),
+                    rollout_logprobs=LogProbs([-rng.random() for _ in written]),
+                    observation_tokens=TokenIds(
+                        [] if is_final else tokens(response * observed / process_turns)
+                    ),
                     query=None if is_final else f"query {rng.randrange(5)}",
                     tool=None if is_final else "search",
                     info_gain=None if is_final else rng.gauss(0.1, 0.3),
@@ -56,7 +58,7 @@ def make_trajectories(
                 prompt_index=number // GROUP_SIZE,
                 prompt_id=str(number // GROUP_SIZE),
                 sample_index=number % GROUP_SIZE,
-                prompt_tokens=prompt,
+                prompt_tokens=TokenIds(prompt),
                 turns=turns,
                 stop_reason="answer",
                 outcome_reward=float(rng.choice([-1, 0, 1])),

@@ -31,7 +31,7 @@ from a2tgpo.environment.tool import ToolError, build_tools
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
 class TimedTrainer(GRPOTrainer):
@@ -105,7 +105,7 @@ class Player:
                 prompt_index=0,
                 prompt_id=number,
                 sample_index=sample,
-                prompt_tokens=list(self._prompts[int(number)].tokens),
+                prompt_tokens=TokenIds(self._prompts[int(number)].tokens),
                 turns=[],
                 stop_reason="",
             )
@@ -127,8 +127,8 @@ class Player:
         self.num_sampled = sum(t.num_sampled_tokens for t in played)
         self.num_tokens = sum(t.num_tokens for t in played)
         return {
-            "prompt_ids": [t.prompt_tokens for t in played],
-            "completion_ids": [t.tokens[len(t.prompt_tokens) :] for t in played],
+            "prompt_ids": [t.prompt_tokens.tolist() for t in played],
+            "completion_ids": [t.tokens[len(t.prompt_tokens) :].tolist() for t in played],
             "env_mask": [
                 [
                     is_sampled
@@ -145,7 +145,7 @@ class Player:
         """One turn of each, end of sequence included where it was sampled."""
         contexts = [t.tokens for t in live]
         longest, end = max(map(len, contexts)), self._tokenizer.eos_token_id
-        tokens = torch.tensor([[end] * (longest - len(context)) + context for context in contexts])
+        tokens = torch.tensor([[*[end] * (longest - len(context)), *context] for context in contexts])
         mask = torch.tensor([[0] * (longest - len(context)) + [1] * len(context) for context in contexts])
         with torch.no_grad():
             generated = model.generate(
@@ -180,7 +180,7 @@ class Player:
         """Append what was sampled, and the search's answer; whether another turn follows."""
         text = self._syntax.cut_at_stop(self._tokenizer.decode(tokens, skip_special_tokens=True))
         texts.append(text)
-        turn = Turn(tokens=tokens, rollout_logprobs=[])
+        turn = Turn(tokens=TokenIds(tokens), rollout_logprobs=LogProbs())
         trajectory.turns.append(turn)
         query = self._syntax.find_query(text, "search") if text.endswith("</search>") else ""
         # An observation leaves room for 32 tokens after it, as in the product.
@@ -196,7 +196,7 @@ class Player:
         except ToolError as error:
             found = self._observations.encode_failure("search", str(error))
         turn.tool, turn.query = "search", query
-        turn.observation_tokens = self._observations.fit(found, room)
+        turn.observation_tokens = TokenIds(self._observations.fit(found, room))
         return True
 
 

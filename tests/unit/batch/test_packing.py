@@ -120,9 +120,7 @@ def test_tokens_trained_on_are_exactly_the_tokens_sampled(rollouts, multiple, se
         sequence = int(batch.sequence_ids[0, k])
         assert batch.trajectory_indices[sequence] == key[0]
         rollout = rollouts[key[0]]
-        whole = rollout.prompt_tokens + [
-            t for turn in rollout.turns for t in turn.tokens + turn.observation_tokens
-        ]
+        whole = rollout.tokens.tolist()
         seen = batch.tokens[0, bounds[sequence] : k + 1].tolist()
         assert seen == whole[: len(seen)]
         assert whole[len(seen)] == int(batch.targets[0, k])
@@ -134,7 +132,7 @@ def test_tokens_trained_on_are_exactly_the_tokens_sampled(rollouts, multiple, se
         for number, turn in enumerate(rollout.turns)
         if turn.tokens
     }
-    assert trained == {key: turn.tokens for key, turn in sampled.items()}
+    assert trained == {key: turn.tokens.tolist() for key, turn in sampled.items()}
     for key, turn in sampled.items():
         assert logprobs[key] == pytest.approx(turn.rollout_logprobs, rel=1e-6)
     assert batch.num_turns == len(sampled)

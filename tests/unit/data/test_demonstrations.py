@@ -36,14 +36,14 @@ def test_trajectory_tokenises_every_piece_on_its_own(tmp_path, tokenizer):
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    assert trajectory.prompt_tokens == list(template.render("Capital?"))
+    assert trajectory.prompt_tokens.tolist() == list(template.render("Capital?"))
     first, last = trajectory.turns
-    assert first.tokens == encode(FIRST["text"])
-    assert first.observation_tokens == encode(FIRST["observation"])
+    assert first.tokens.tolist() == encode(FIRST["text"])
+    assert first.observation_tokens.tolist() == encode(FIRST["observation"])
     assert first.query == "France"
     assert len(first.rollout_logprobs) == len(first.tokens)
-    assert last.tokens == encode(LAST["text"])
-    assert (last.query, last.observation_tokens) == (None, [])
+    assert last.tokens.tolist() == encode(LAST["text"])
+    assert (last.query, last.observation_tokens.tolist()) == (None, [])
     assert (trajectory.prompt_index, trajectory.prompt_id, trajectory.hops) == (5, "q1", 1)
     assert (trajectory.num_process_turns, trajectory.stop_reason) == (1, "answer")
 
@@ -55,7 +55,7 @@ def test_end_of_sequence_is_trained_only_on_request(tmp_path, tokenizer):
     ended = to_trajectory(
         demonstration, template=template, tools=("search",), prompt_index=0, append_eos=True
     )
-    assert ended.turns[-1].tokens == [*plain.turns[-1].tokens, tokenizer.eos_token_id]
+    assert ended.turns[-1].tokens.tolist() == [*plain.turns[-1].tokens, tokenizer.eos_token_id]
     assert len(ended.turns[-1].rollout_logprobs) == len(ended.turns[-1].tokens)
 
 

@@ -99,7 +99,7 @@ def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(pla
     assert first.query == "capital of France"
     expected = " <result>\nDoc 1 (Title: capital of France) capital of France is known.\n</result>"
     assert tokenizer.decode(first.observation_tokens) == expected
-    assert first.observation_tokens == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert first.observation_tokens.tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
     assert (one.stop_reason, one.outcome_reward, one.exact_match, one.format_ok) == ("answer", 1.0, 1.0, True)
     assert [turn.query for turn in two.turns] == ["capital of Japan", "ruler of Tokyo", None]
     assert (two.exact_match, two.format_ok, two.outcome_reward) == (0.0, True, 0.0)
@@ -211,7 +211,7 @@ def test_stop_reasons(play, search, question, settings, stop_reason, queries):
     (trajectory,), counts = play([question], search, **settings)
     assert trajectory.stop_reason == stop_reason
     assert [turn.query for turn in trajectory.turns] == queries
-    assert trajectory.turns[-1].observation_tokens == []
+    assert not trajectory.turns[-1].observation_tokens
     assert counts.stop_reasons == {stop_reason: 1}
     assert counts.empty_queries == (stop_reason == "empty_query")
     assert trajectory.outcome_reward == -1.0

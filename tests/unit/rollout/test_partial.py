@@ -202,7 +202,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that
         # The answer's probability: in every context by the new weights.
         answer = tokenizer(group.prompt.answers[0], add_special_tokens=False)["input_ids"]
         for length, prob in zip(after.context_lengths, after.context_probs, strict=True):
-            scored = new_logprobs(after.tokens[:length] + scaffold + answer)[-len(answer) :]
+            scored = new_logprobs([*after.tokens[:length], *scaffold, *answer])[-len(answer) :]
             assert prob == pytest.approx(math.exp(sum(scored) / len(answer)), rel=2e-3)
         gains = [turn.info_gain for turn in after.turns if turn.query is not None]
         probs = after.context_probs
