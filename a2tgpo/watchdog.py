@@ -13,12 +13,10 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
 from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.parallel.side_store import side_store
 
 EXIT_CODE = 3
 """Of a run that failed (launch/failure.py)."""
@@ -56,8 +54,7 @@ class Watchdog:
         self._place = Place(0, BETWEEN, time.monotonic())
         self._told = -1
         self._closed = threading.Event()
-        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
-        self._store.set_timeout(timedelta(seconds=GRACE_S))
+        self._store = side_store("watchdog", timeout_s=GRACE_S)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a")
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)

@@ -12,17 +12,17 @@ import json
 import os
 import platform
 import secrets
-import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
-from launch.failure import BROKEN_RUN, GRACE_S, ToldByRank0
+from launch.failure import GRACE_S, ToldByRank0
+from launch.joining import MAX_LINES, join, open_store, say
+from launch.open_files import limit_fault, raise_limit
 from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts, host_memory_faults
 from launch.run_plan import plan_of_run
 
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
     from a2tgpo.plan.host_memory import HostMemory
 
-MAX_LINES = 20
-"""Ranks whose causes are told one by one."""
-SELF_CONNECT_S = 15.0
-"""Longest wait of rank 0 for a connection to the store that it serves itself."""
 BYTES_PER_PARAMETER = {"bfloat16": 14, "float32": 12}
 """Of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
+NUM_WORDS = 2
+"""That rank 0 says in a meeting: where to look, and whether to go on."""
+END = "end"
+LISTEN_S = 1.0
+"""Of one wait for a word, which no signal interrupts."""
 PLAN_MARGIN = 0.1
 """A plan this share above a card's memory is let through: no plan has been held against a card yet."""
 
@@ -53,6 +54,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str]) -> ParallelGroups:
         ConfigError: the plan does not fit, on all ranks alike.
         RuntimeError: one line; rank 0 cannot be reached from here.
     """
+    raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     begin = time.monotonic()
     store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
@@ -72,49 +74,11 @@ def meet_ranks(config: RunConfig) -> ParallelGroups:
     Raises:
         RuntimeError: one line; rank 0 cannot be reached from here.
     """
+    raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
     groups, _ = join(config, store, rank=rank, world_size=world_size)
     return groups
-
-
-def say(line: str) -> None:
-    print(f"preflight: {line}", file=sys.stderr, flush=True)
-
-
-def open_store(timeout_s: float) -> Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 serves unless torchrun does.
-
-    Raises:
-        RuntimeError: one line; it cannot be served, or not reached within `timeout_s`.
-    """
-    from torch.distributed import DistError, PrefixStore, TCPStore
-
-    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"]
-    is_server = rank == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = TCPStore(
-            address,
-            port,
-            is_master=is_server,
-            timeout=timedelta(seconds=min(timeout_s, SELF_CONNECT_S) if is_server else timeout_s),
-            wait_for_workers=False,
-        )
-    except DistError as error:
-        where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
-        if is_server:
-            reason = "is in use" if "EADDRINUSE" in str(error) else "does not lead to this machine"
-            raise RuntimeError(
-                f"preflight: {where} {reason}, {platform.node()}, where rank 0 runs; export an address and a free "
-                "port of this machine, or unset both if another job left them in the environment"
-            ) from None
-        raise RuntimeError(
-            f"preflight: {platform.node()} did not reach rank 0 at {where} within {timeout_s:g} s: rank 0 did not "
-            "start, or a firewall or a name that means another machine is between them"
-        ) from None
-    store.set_timeout(timedelta(seconds=timeout_s))
-    # torchrun's store outlives a restart of its ranks.
-    return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class Meeting:
@@ -128,17 +92,24 @@ class Meeting:
     def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
+        self._num_words = 0
+        """Of rank 0 so far: said by it, heard by the others."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str]) -> list[RankFacts]:
         """The facts of all ranks on rank 0, and this one's elsewhere, if all is well."""
         if self._rank == 0:
             return self._lead(config, paths)
         self._set(f"here/{self._rank}", platform.node())
-        place = json.loads(self._hear("place"))
-        facts = gather_facts(config, paths, rank=self._rank, local_rank=_local_rank(), **place)
+        facts = self._look(config, paths, json.loads(self._hear()))
         self._set(f"facts/{self._rank}", json.dumps(dataclasses.asdict(facts)))
-        self._verdict()
+        self._hear()
         return [facts]
+
+    def _look(self, config: RunConfig, paths: Mapping[str, str], place: dict[str, Any]) -> RankFacts:
+        facts = gather_facts(config, paths, rank=self._rank, local_rank=_local_rank(), **place)
+        if fault := limit_fault(self._world_size):
+            facts.faults.append(fault)
+        return facts
 
     def _lead(self, config: RunConfig, paths: Mapping[str, str]) -> list[RankFacts]:
         others = range(1, self._world_size)
@@ -154,23 +125,21 @@ class Meeting:
             seen = ""  # that it cannot be written is told when it is opened
         else:
             seen = str(marker)
-        clock_s = time.time()
+        place = {"clock_s": time.time(), "marker": seen}
         try:
-            self._set("place", json.dumps({"clock_s": clock_s, "marker": seen}))
-            mine = gather_facts(config, paths, rank=0, local_rank=_local_rank(), clock_s=clock_s, marker=seen)
+            self._say_word(json.dumps(place))
+            mine = self._look(config, paths, place)
             silent = self._missing([f"facts/{rank}" for rank in others])
         finally:
             marker.unlink(missing_ok=True)
         if silent:
             self._refuse(
                 {
-                    rank: [
-                        f"on {self._get(f'here/{rank}')}: did not look at its machine within {self._patience_s:g} s"
-                    ]
-                    for rank in silent
+                    rank: [f"on {host}: did not look at its machine within {self._patience_s:g} s"]
+                    for rank, host in zip(silent, self._get_all("here", silent), strict=True)
                 }
             )
-        found = [mine] + [RankFacts(**json.loads(self._get(f"facts/{rank}"))) for rank in others]
+        found = [mine] + [RankFacts(**json.loads(told)) for told in self._get_all("facts", others)]
         if fault := _disk_fault(config, folder):
             mine.faults.append(fault)
         planned = planned_host_memory(config, self._world_size)
@@ -181,7 +150,7 @@ class Meeting:
         first_of = {text: facts for facts in reversed(found) for text in facts.warnings}
         for text, first in first_of.items():
             say(f"warning: rank {first.rank} on {first.host}: {text}")
-        self._set("verdict", "go")
+        self._say_word("go")
         return found
 
     def _refuse(self, causes: dict[int, list[str]]) -> None:
@@ -189,7 +158,8 @@ class Meeting:
             say(f"rank {rank} {'; '.join(told)}")
         more = f", of which {MAX_LINES} are named" if len(causes) > MAX_LINES else ""
         say(f"{len(causes)} of {self._world_size} ranks failed{more}; nothing was built")
-        self._set("verdict", "end")
+        while self._num_words < NUM_WORDS:
+            self._say_word(END)
         self._linger()
         raise ToldByRank0
 
@@ -206,36 +176,42 @@ class Meeting:
                 return
             time.sleep(0.02)
 
-    def _verdict(self) -> None:
-        verdict = self._hear("verdict")
-        if verdict != "go":
-            assert self._store is not None
-            self._store.add("left", 1)
-            raise ToldByRank0
-
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
             self._store.set(key, value)
 
-    def _get(self, key: str) -> str:
-        assert self._store is not None
-        return self._store.get(key).decode()
+    def _get_all(self, kind: str, ranks: Iterable[int]) -> list[str]:
+        keys = [f"{kind}/{rank}" for rank in ranks]
+        return [value.decode() for value in self._store.multi_get(keys)] if self._store and keys else []
 
-    def _hear(self, key: str) -> str:
-        """What rank 0 says, which waits for others itself; or the verdict, if it comes to that before."""
-        from torch.distributed import DistError
+    def _say_word(self, word: str) -> None:
+        self._set(f"word/{self._num_words}", word)
+        self._num_words += 1
+
+    def _hear(self) -> str:
+        """The next word of rank 0, which waits for others itself. The store tells when it is there: nobody polls.
+
+        Raises:
+            ToldByRank0: it is `END`.
+        """
+        from torch.distributed import DistError, DistStoreError
 
         assert self._store is not None
+        key = f"word/{self._num_words}"
         deadline = time.monotonic() + 2 * self._patience_s + GRACE_S
         while time.monotonic() < deadline:
             try:
-                if self._store.check([key]):
-                    return self._get(key)
-                if self._store.check(["verdict"]):
-                    self._verdict()
+                self._store.wait([key], timedelta(seconds=LISTEN_S))
+                word = self._store.get(key).decode()
+            except DistStoreError:  # not yet; Python can now see to signals
+                continue
             except DistError:
                 break
-            time.sleep(0.005)
+            self._num_words += 1
+            if word == END:
+                self._store.add("left", 1)
+                raise ToldByRank0
+            return word
         raise RuntimeError("preflight: rank 0 has ended, or does not answer; its own message tells why")
 
     def _missing(self, keys: list[str]) -> list[int]:
@@ -327,76 +303,6 @@ def check_plan(config: RunConfig, world_size: int) -> None:
             f"{worst.name} takes "
             f"{worst.peak / 2**30:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
         )
-
-
-def join(
-    config: RunConfig, store: Store | None, *, rank: int, world_size: int
-) -> tuple[ParallelGroups, float]:
-    """Join the process group and sum one number over it, within `parallel.start_timeout_s`; every rank calls this.
-
-    Returns:
-        The groups, and the seconds it took, without those of importing Megatron.
-
-    Raises:
-        RuntimeError: one line; the backend could not connect this rank.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from a2tgpo.parallel.initialize import initialize
-
-    if store is None:
-        return initialize(config.parallel, seed=config.run.seed), 0.0
-    store.set(f"ready/{rank}", "")
-    deadline = Deadline(
-        store.clone(),  # type: ignore[attr-defined]  # torch's stub lacks it
-        config.parallel.start_timeout_s,
-        rank=rank,
-        world_size=world_size,
-    )
-    begin = time.monotonic()
-    try:
-        groups = initialize(config.parallel, seed=config.run.seed, store=store)
-        total = torch.ones(1, device=groups.device)
-        dist.all_reduce(total)
-        total = total.cpu()
-    except dist.DistError as error:
-        reason = " ".join(str(error).split())
-        raise RuntimeError(
-            f"preflight: {platform.node()} is not connected to all ranks ({reason:.300})"
-        ) from None
-    assert total.item() == world_size, f"{total.item()} of {world_size} ranks in the first sum"
-    deadline.met()
-    return groups, time.monotonic() - begin
-
-
-class Deadline:
-    """Ends the process unless `met` is called in time: a collective that hangs cannot be given up."""
-
-    def __init__(self, store: Store, seconds: float, *, rank: int, world_size: int):
-        self._store, self._seconds, self._rank, self._world_size = store, seconds, rank, world_size
-        # Rank 0 speaks first.
-        self._timer = threading.Timer(seconds + (GRACE_S if rank else 0), self._end)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def met(self) -> None:
-        self._timer.cancel()
-
-    def _end(self) -> None:
-        if self._rank == 0:
-            late = [rank for rank in range(self._world_size) if not self._store.check([f"ready/{rank}"])]
-            for rank in late[:MAX_LINES]:
-                key = f"here/{rank}"  # not told where the machines were not looked at
-                host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
-                say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
-            if not late:
-                say(
-                    f"all {self._world_size} ranks are there, but their first sum did not end within "
-                    f"{self._seconds:g} s: the network between them; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names "
-                    "the interface, NCCL_DEBUG=INFO tells more"
-                )
-        os._exit(BROKEN_RUN)
 
 
 def _summary(found: list[RankFacts], seconds: float) -> str:

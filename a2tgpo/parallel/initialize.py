@@ -58,7 +58,8 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     dist.init_process_group(
         "nccl" if device else "gloo",
         timeout=timeout,
-        device_id=device,
+        # Without a device_id, with which every group would split the communicator of all ranks as it is made: a
+        # communicator is made when its group first talks, and those of one rank never.
         store=store,
         rank=rank,
         world_size=world_size,

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.side_store import side_store
 from a2tgpo.stop_signal import END_TIME, StopSignal, job_deadline
 
 LOOK_S = 1.0
@@ -43,8 +43,7 @@ class StopRequest:
         self._signal = signal
         self._margin_s = margin_s
         self._deadline = job_deadline() if signal else None
-        self._store = dist.PrefixStore("stop", dist.distributed_c10d._get_default_store())
-        self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+        self._store = side_store("stop", timeout_s=STORE_TIMEOUT_S)
         self._looked = -LOOK_S
 
     def is_asked(self, *, needed_s: float = 0.0) -> bool:

@@ -61,6 +61,7 @@ def main(path: str) -> None:
         "gather_facts",
         lambda *a, **place: rank_facts.gather_facts(*a, **place | {"marker": "/x/y"}),
     )
+    few_files = mock.patch.object(preflight, "limit_fault", lambda ranks: f"{ranks} ranks, few files")
     here = contextlib.nullcontext()
     nothing = paths | {"data.train": "/nowhere/train.jsonl"} if mine else paths
     other = paths | {"data.train": paths["model.path"]} if mine else paths
@@ -75,6 +76,7 @@ def main(path: str) -> None:
         f"data.train: {paths['data.train']} is not what most ranks see there": (config, other, here),
         "its clock is 60 s ahead of rank 0's": (config, paths, ahead if mine else here),
         "run.root: /x is not the folder that rank 0 sees there": (config, paths, elsewhere if mine else here),
+        "2 ranks, few files": (config, paths, few_files if mine else here),
         "reads another configuration than most ranks": (
             change(config, "update", lr=1.0) if mine else config,
             paths,
@@ -106,7 +108,21 @@ def main(path: str) -> None:
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt + 5)
     groups = preflight.start_ranks(config, paths)
     assert groups.world_size == 2
+    check_side_store(rank)
     print(f"rank {rank}: all checks passed", flush=True)
+
+
+def check_side_store(rank: int) -> None:
+    """It is heard by the other rank, and its timeout is not that in which communicators are made."""
+    import torch.distributed as dist
+
+    from a2tgpo.parallel.side_store import side_store
+
+    default = dist.distributed_c10d._get_default_store()
+    before, store = default.timeout, side_store("side", timeout_s=7)
+    store.set(f"from {rank}", str(rank))
+    assert store.get(f"from {1 - rank}") == str(1 - rank).encode()
+    assert default.timeout == before != store.timeout
 
 
 def stuck(path: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from a2tgpo.config.check import ConfigError
-from launch import preflight, rendezvous
+from launch import joining, rendezvous
 from launch.rendezvous import first_host, launched
 
 SRUN = {
@@ -98,14 +98,14 @@ def test_what_another_jobs_torchrun_told_its_ranks_is_forgotten_under_srun(monke
 
 
 def test_rank_0_tells_soon_that_it_is_not_at_the_address_that_another_job_left(monkeypatch):
-    monkeypatch.setattr(preflight, "SELF_CONNECT_S", 0.5)
+    monkeypatch.setattr(joining, "SELF_CONNECT_S", 0.5)
     left_over = {"RANK": "0", "MASTER_ADDR": "another-job.invalid", "MASTER_PORT": "29817"}
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
         RuntimeError, match=r"another-job\.invalid:29817 .* does not lead to this machine, .* unset both"
     ):
-        preflight.open_store(300)
+        joining.open_store(300)
 
 
 @pytest.mark.parametrize(
