@@ -26,6 +26,7 @@ from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.model.rope import check_positions
+from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
@@ -111,10 +112,12 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
             kwargs=config.data.chat_template_kwargs,
             date=run_date(config, groups),
         )
-        train_prompts = _prompt_set(load_questions(config.data.train, key="data.train"), template, config)
+        train_prompts = _prompt_set(
+            load_questions(config.data.train, key="data.train"), template, config, groups
+        )
         test_questions = load_questions(config.data.test, key="data.test")
         limit = config.evaluation.max_questions or len(test_questions)
-        test_prompts = _prompt_set(test_questions[:limit], template, config)
+        test_prompts = _prompt_set(test_questions[:limit], template, config, groups)
         sampler = PromptSampler(
             len(train_prompts),
             config.rollout.prompts_per_step,
@@ -217,8 +220,18 @@ def _record_of(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--resume: {first_line(error)}") from error
 
 
-def _prompt_set(questions: list[Question], template: PromptTemplate, config: RunConfig) -> PromptSet:
-    return PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
+def _prompt_set(
+    questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
+) -> PromptSet:
+    """The set, of whose prompts each rank has looked at its share; ConfigError on all if one is too long."""
+    world = dist.group.WORLD
+    assert world is not None, "the processes are joined"
+    prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
+    share = slice(groups.rank, None, groups.world_size)
+    faults = [fault for fault in all_gather_object(prompts.first_too_long(share), world) if fault]
+    if faults:
+        raise ConfigError(min(faults)[1])
+    return prompts
 
 
 def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:

@@ -104,14 +104,20 @@ class PartialRollout:
         questions = self._parts.sampler.next_indices(
             missing, asked=[entry.question for entry in state.entries]
         )
-        prompts = self._parts.train_prompts.prompts(questions)
         owners = replicas_for(state.entries, missing, num_replicas=replicas.count)
-        entries, own = list(state.entries), list(state.own)
-        for prompt, question, owner in zip(prompts, questions, owners, strict=True):
-            entries.append(Entry(begun=step, index=prompt.index, question=question, replica=owner))
-            if owner == replicas.index:
-                own.append(CarriedGroup(begun=step, question=question, prompt=prompt))
-        return entries, own
+        entries = [
+            *state.entries,
+            *(
+                Entry(begun=step, index=index, question=question, replica=owner)
+                for index, (question, owner) in enumerate(zip(questions, owners, strict=True))
+            ),
+        ]
+        mine = [index for index, owner in enumerate(owners) if owner == replicas.index]
+        prompts = self._parts.train_prompts.prompts(questions, mine)
+        begun = [
+            CarriedGroup(begun=step, question=questions[prompt.index], prompt=prompt) for prompt in prompts
+        ]
+        return entries, [*state.own, *begun]
 
     def _play(
         self,

@@ -33,7 +33,7 @@ from a2tgpo.partial_rollout import PartialRollout
 from a2tgpo.recorder import add_rollout_counts
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import RolloutCutError
-from a2tgpo.trajectory import Prompt, Trajectory
+from a2tgpo.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
@@ -73,8 +73,8 @@ class StepRollout:
         elif self._config.partial.is_on:
             trajectories = self._partial.play(step, counts, metrics, is_cut, progress=self._note_first)
         else:
-            prompts = self._parts.train_prompts.prompts(self._parts.sampler.next_indices())
-            trajectories = self._play_share(prompts, step, counts, is_cut)
+            asked = self._parts.sampler.next_indices()
+            trajectories = self._play_share(asked, range(len(asked)), step, counts, is_cut)
         if trajectories is None:
             return None
         if not self._parts.replicas.is_first:
@@ -102,10 +102,10 @@ class StepRollout:
             if size == 0:
                 break
             asked += sampler.next_indices(size, asked=asked)
-            # Indices go on from draw to draw: they name the groups of the step, and the seeds of their rollouts.
-            prompts = self._parts.train_prompts.prompts(asked)[-size:]
-            trajectories = self._play_share(prompts, step, counts, is_cut)
-            found = self._agree_on_informative(prompts, trajectories)
+            # Positions go on from draw to draw: they name the groups of the step, and the seeds of their rollouts.
+            drawn = range(len(asked))[-size:]
+            trajectories = self._play_share(asked, drawn, step, counts, is_cut)
+            found = self._agree_on_informative(drawn, trajectories)
             if found is None or trajectories is None:
                 return None
             informative += found
@@ -126,17 +126,21 @@ class StepRollout:
 
     def _play_share(
         self,
-        prompts: Sequence[Prompt],
+        asked: Sequence[int],
+        drawn: range,
         step: int,
         counts: RolloutCounts,
         is_cut: Callable[[], bool] | None,
     ) -> list[Trajectory] | None:
-        """Trajectories of those prompts that are this replica's; None: broken off."""
+        """Trajectories of those of the questions `asked`, at positions `drawn`, that are this replica's.
+
+        None: broken off.
+        """
         replicas = self._parts.replicas
-        share = prompts[replicas.index :: replicas.count]
+        share = drawn[replicas.index :: replicas.count]
         try:
             trajectories, counted = self._parts.rollout.run(
-                share,
+                self._parts.train_prompts.prompts(asked, share),
                 seed=self._parts.config.run.seed,
                 step=step,
                 is_cut=is_cut,
@@ -152,7 +156,7 @@ class StepRollout:
             self._startup.setdefault("time/startup_to_rollout_s", process_age_s())
 
     def _agree_on_informative(
-        self, prompts: Sequence[Prompt], trajectories: Sequence[Trajectory] | None
+        self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
         """Which of the draw's groups are informative, equal on all ranks: one bit per group is gathered.
 
@@ -167,7 +171,7 @@ class StepRollout:
         if any(part is None for part in parts):
             return None
         merged = {index: bit for part in parts for index, bit in part.items()}
-        return [merged[prompt.index] for prompt in prompts]
+        return [merged[index] for index in drawn]
 
     def _warn_once(self, step: int, draws: int, num_played: int, num_unfilled: int) -> None:
         if self._parts.groups.rank == 0 and not self._has_warned:

@@ -181,13 +181,11 @@ class Trainer:
         """Greedy answers to the held-out questions; True: the best so far, whose checkpoint is to be saved."""
         with self.timers.stage("evaluation"):
             sync_engine(self.parts, step=self.step)
-            prompts = self.parts.test_prompts.prompts(range(len(self.parts.test_prompts)))
+            everything, replicas = range(len(self.parts.test_prompts)), self.parts.replicas
             scores, _ = evaluate(
                 self.parts.rollout,
-                prompts,
-                replica_index=self.parts.replicas.index,
-                num_replicas=self.parts.replicas.count,
-                is_replica_first=self.parts.replicas.is_first,
+                self.parts.test_prompts.prompts(everything, everything[replicas.index :: replicas.count]),
+                is_replica_first=replicas.is_first,
                 group=dist.group.WORLD,
                 stop=self.early_end.request,
             )

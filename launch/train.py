@@ -118,6 +118,8 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         )
         for key in ("train", "test")
     }
+    for of_set in prompts.values():
+        of_set.check_lengths()
     sizes = {key: len(of_set) for key, of_set in prompts.items()}
     per_step = config.rollout.prompts_per_step
     sampler = PromptSampler(

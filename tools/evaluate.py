@@ -120,6 +120,8 @@ def evaluate_sets(config: RunConfig, sets: dict[str, list[Question]], args: argp
         name: PromptSet(questions, player.template, max_prompt_tokens=limit)
         for name, questions in sets.items()
     }
+    for prompt_set in prompts.values():
+        prompt_set.check_lengths()
     total = sum(map(len, prompts.values()))
     greedy = play(player, prompts, num_samples=0, total=total)
     sampled: Answers = {}
@@ -148,7 +150,7 @@ def play(player: Player, sets: dict[str, PromptSet], *, num_samples: int, total:
     with tqdm(total=total * max(1, num_samples), desc=label, unit="answer", disable=world.rank() != 0) as bar:
         done_before = 0
         for name, prompt_set in sets.items():
-            prompts = prompt_set.prompts(range(len(prompt_set)))
+            share = range(len(prompt_set))[replicas.index :: replicas.count]
 
             def show(done: int, _all: int, base: int = done_before) -> None:
                 # Replicas hold equal shares: one's progress stands for all.
@@ -156,18 +158,18 @@ def play(player: Player, sets: dict[str, PromptSet], *, num_samples: int, total:
 
             mine, _ = answer_questions(
                 player.rollout,
-                prompts[replicas.index :: replicas.count],
+                prompt_set.prompts(range(len(prompt_set)), share),
                 num_samples=num_samples,
                 seed=player.config.run.seed,
                 progress=show,
             )
             parts = all_gather_object(mine if replicas.is_first else [], world)
-            order = {prompt.id: prompt.index for prompt in prompts}
+            order = {question.id: index for index, question in enumerate(prompt_set.questions)}
             answers[name] = sorted(
                 (answer for part in parts for answer in part),
                 key=lambda answer: (order[answer.question_id], answer.sample_index),
             )
-            done_before += len(prompts) * max(1, num_samples)
+            done_before += len(prompt_set) * max(1, num_samples)
     return answers
 
 

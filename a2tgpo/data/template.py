@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _PROBE = "Which river flows through Vienna?"
 KWARGS_KEY = "data.chat_template_kwargs"
+CHUNK = 512
+"""Questions tokenised at a time where a whole set is: a tokenizer keeps some 20 kB a text until it returns."""
 
 
 class PromptTemplate:
@@ -157,26 +159,18 @@ def _squeezed(text: str) -> str:
 
 
 class PromptSet:
-    """A question set rendered and tokenised once; prompts of a step are picked from it by index.
+    """A question set whose prompts are rendered and tokenised when a step asks for them.
 
     Args:
         questions: the set.
         template: renders it.
-        max_prompt_tokens: longest prompt allowed, tokens.
-
-    Raises:
-        ConfigError: naming the first question whose prompt is longer.
+        max_prompt_tokens: longest prompt allowed, tokens; see `first_too_long`.
     """
 
     def __init__(self, questions: Sequence[Question], template: PromptTemplate, *, max_prompt_tokens: int):
         self.questions = list(questions)
-        self._tokens = template.render_many([question.question for question in questions])
-        for question, tokens in zip(self.questions, self._tokens, strict=True):
-            if len(tokens) > max_prompt_tokens:
-                raise ConfigError(
-                    f"the prompt of question {question.id!r} has {len(tokens)} tokens; allowed: at most "
-                    f"data.max_prompt_tokens={max_prompt_tokens}; raise that, or take the question out"
-                )
+        self._template = template
+        self._max_prompt_tokens = max_prompt_tokens
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -189,16 +183,45 @@ class PromptSet:
             digest.update(json.dumps([question.id, question.question]).encode())
         return digest.hexdigest()
 
-    def prompts(self, indices: Sequence[int]) -> list[Prompt]:
-        """Prompts of the questions at `indices`; their `index` is the position in this list."""
+    def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
+        """Index of the first question of `share` whose prompt is longer than allowed, and a line that says so."""
+        indices = range(len(self))[share]
+        for first in range(0, len(indices), CHUNK):
+            chunk = indices[first : first + CHUNK]
+            for index, tokens in zip(chunk, self._render(chunk), strict=True):
+                if len(tokens) > self._max_prompt_tokens:
+                    return index, (
+                        f"the prompt of question {self.questions[index].id!r} has {len(tokens)} tokens; allowed: at "
+                        f"most data.max_prompt_tokens={self._max_prompt_tokens}; raise that, or take the question out"
+                    )
+        return None
+
+    def check_lengths(self) -> None:
+        """Raise ConfigError, naming the first question, if a prompt is longer than allowed."""
+        if (fault := self.first_too_long()) is not None:
+            raise ConfigError(fault[1])
+
+    def prompts(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> list[Prompt]:
+        """Prompts of the questions at `indices`, or of those at `positions` in it; the others are not tokenised.
+
+        A prompt's `index` is its question's position in `indices`.
+        """
+        positions = range(len(indices)) if positions is None else positions
+        rendered = self._render([indices[position] for position in positions])
         return [
-            Prompt(
-                index=position,
-                id=self.questions[index].id,
-                question=self.questions[index].question,
-                answers=self.questions[index].answers,
-                tokens=self._tokens[index],
-                hops=self.questions[index].hops,
-            )
-            for position, index in enumerate(indices)
+            self._prompt(position, self.questions[indices[position]], tokens)
+            for position, tokens in zip(positions, rendered, strict=True)
         ]
+
+    def _render(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
+        return self._template.render_many([self.questions[index].question for index in indices])
+
+    def _prompt(self, position: int, question: Question, tokens: tuple[int, ...]) -> Prompt:
+        return Prompt(
+            index=position,
+            id=question.id,
+            question=question.question,
+            answers=question.answers,
+            tokens=tokens,
+            hops=question.hops,
+        )

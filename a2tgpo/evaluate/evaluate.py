@@ -47,20 +47,16 @@ def evaluate(
     rollout: GroupRollout,
     prompts: Sequence[Prompt],
     *,
-    replica_index: int,
-    num_replicas: int,
     is_replica_first: bool = True,
     group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Answer every question once, greedily; every rank of `group` calls this.
+    """Answer every question once, greedily; every rank of `group` calls this with its share.
 
     Args:
         rollout: this rank's.
-        prompts: all questions, the same on all ranks; replica r plays prompts r, r + num_replicas, ...
-        replica_index: which engine replica this rank belongs to.
-        num_replicas: engine replicas in all.
+        prompts: this replica's share of the questions; may be empty.
         is_replica_first: this rank counts for its replica; the others played the same and count nothing.
         group: the ranks of all replicas; None: the world.
         progress: as in `GroupRollout.run`.
@@ -78,7 +74,7 @@ def evaluate(
     try:
         answers, trajectories = answer_questions(
             rollout,
-            prompts[replica_index::num_replicas],
+            prompts,
             progress=progress,
             is_cut=stop.is_asked if stop else None,
         )

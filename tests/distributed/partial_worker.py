@@ -30,10 +30,10 @@ from a2tgpo.rollout_bank import RolloutBank
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 
-def prompts(indices: Sequence[int]) -> list[Prompt]:
+def prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
     return [
-        Prompt(index=place, id=str(index), question="?", answers=("a",), tokens=(1,))
-        for place, index in enumerate(indices)
+        Prompt(index=place, id=str(indices[place]), question="?", answers=("a",), tokens=(1,))
+        for place in positions
     ]
 
 

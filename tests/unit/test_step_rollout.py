@@ -143,10 +143,10 @@ class ScriptedParts:
         self.startup = {"time/startup_engine_s": 3.0}
         self.train_prompts = self.rollout = self.engine = self
 
-    def prompts(self, asked) -> list[Prompt]:
+    def prompts(self, asked, positions) -> list[Prompt]:
         return [
-            Prompt(index=index, id=str(question), question="", answers=("a",), tokens=(1,))
-            for index, question in enumerate(asked)
+            Prompt(index=index, id=str(asked[index]), question="", answers=("a",), tokens=(1,))
+            for index in positions
         ]
 
     def run(

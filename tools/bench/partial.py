@@ -111,10 +111,10 @@ def _begin(prompt: Prompt) -> list[Trajectory]:
     ]
 
 
-def _prompts(indices: Sequence[int]) -> list[Prompt]:
+def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
     return [
-        Prompt(index=place, id=str(index), question="", answers=("a",), tokens=())
-        for place, index in enumerate(indices)
+        Prompt(index=place, id=str(indices[place]), question="", answers=("a",), tokens=())
+        for place in positions
     ]
 
 

@@ -4,6 +4,7 @@ import time
 import pytest
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.data import template as template_module
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.template import PromptSet, PromptTemplate
 
@@ -34,17 +35,29 @@ def test_prompts_of_a_step_are_indexed_by_their_place_in_it(tokenizer):
     assert [(prompt.index, prompt.id, prompt.hops) for prompt in prompts] == [(0, "b", 2), (1, "a", 0)]
     assert prompts[0].tokens == template.render("B?")
     assert prompts[0].answers == ("yes",)
+    assert prompt_set.prompts([1, 0], [1]) == prompts[1:]  # a share of them, under the same indices
 
 
 def test_prompt_past_the_budget_names_question_and_length(tokenizer):
     template = PromptTemplate(tokenizer, "")
     length = len(template.render("long one?"))
     questions = [question("a", "A?"), question("b", "long one?")]
-    assert len(PromptSet(questions, template, max_prompt_tokens=length)) == 2
+    PromptSet(questions, template, max_prompt_tokens=length).check_lengths()
+    prompt_set = PromptSet(questions, template, max_prompt_tokens=length - 1)
     with pytest.raises(
         ConfigError, match=rf"'b' has {length} tokens; allowed: .*max_prompt_tokens={length - 1};"
     ):
-        PromptSet(questions, template, max_prompt_tokens=length - 1)
+        prompt_set.check_lengths()
+
+
+def test_ranks_that_look_at_a_share_each_find_the_first_prompt_past_the_budget(tokenizer, monkeypatch):
+    monkeypatch.setattr(template_module, "CHUNK", 2)
+    template = PromptTemplate(tokenizer, "")
+    short, long = question("a", "A?"), question("b", "long one?")
+    limit = len(template.render("A?"))
+    prompt_set = PromptSet([short] * 4 + [long] + [short] * 6 + [long], template, max_prompt_tokens=limit)
+    found = [prompt_set.first_too_long(slice(rank, None, 3)) for rank in range(3)]
+    assert [fault and fault[0] for fault in found] == [None, 4, 11]
 
 
 def test_missing_or_refusing_chat_template_is_one_line(tokenizer):

@@ -52,7 +52,7 @@ def prompts():
 
 
 def test_metrics_over_all_questions(rollout, prompts):
-    metrics, trajectories = evaluate(rollout, prompts, replica_index=0, num_replicas=1)
+    metrics, trajectories = evaluate(rollout, prompts)
     assert metrics["num_questions"] == 5
     assert metrics["em"] == metrics["em_format_gated"] == pytest.approx(3 / 5)
     assert metrics["em_1_hops"] == pytest.approx(2 / 3)
@@ -64,16 +64,13 @@ def test_metrics_over_all_questions(rollout, prompts):
     assert all(turn.info_gain is None for t in trajectories for turn in t.turns)
 
 
-def test_replicas_play_disjoint_questions_and_empty_replicas_play_none(rollout, prompts):
-    shares = [evaluate(rollout, prompts[:3], replica_index=r, num_replicas=4)[1] for r in range(4)]
-    assert [[t.prompt_id for t in share] for share in shares] == [["0"], ["1"], ["2"], []]
-    assert evaluate(rollout, [], replica_index=0, num_replicas=1)[0] == {"num_questions": 0.0}
+def test_a_replica_plays_its_share_and_none_where_that_is_empty(rollout, prompts):
+    assert [t.prompt_id for t in evaluate(rollout, prompts[1:3])[1]] == ["1", "2"]
+    assert evaluate(rollout, []) == ({"num_questions": 0.0}, [])
 
 
 def test_a_replicas_further_ranks_count_nothing(rollout, prompts):
-    metrics, trajectories = evaluate(
-        rollout, prompts[:2], replica_index=0, num_replicas=1, is_replica_first=False
-    )
+    metrics, trajectories = evaluate(rollout, prompts[:2], is_replica_first=False)
     assert metrics == {"num_questions": 0.0}
     assert len(trajectories) == 2
 

@@ -56,7 +56,7 @@ def rollout(engine, engine_config, tokenizer, search):
 
 @pytest.fixture
 def prompts_of(tokenizer):
-    def prompts_of(indices):
+    def prompts_of(indices, positions=None):
         return [
             Prompt(
                 index=place,
@@ -67,6 +67,7 @@ def prompts_of(tokenizer):
             )
             for place, index in enumerate(indices)
             for question in [QUESTIONS[index % len(QUESTIONS)]]
+            if positions is None or place in positions
         ]
 
     return prompts_of
