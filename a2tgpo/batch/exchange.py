@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
 from a2tgpo.batch.balance import deal
-from a2tgpo.parallel.collectives import all_gather_object, exchange_bytes
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_bytes, send_bytes
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
@@ -18,8 +19,8 @@ def exchange(
     """Deal the step's trajectories to the data-parallel replicas, token-balanced inside each mini-batch.
 
     Every rank of the world must call this, also with none. Only lengths are known everywhere (a few bytes per
-    trajectory, all-gathered); the trajectories themselves travel by one all-to-all, to the tensor x pipeline ranks
-    of their replica and to nobody else. Who gets what depends on lengths and ids alone, not on who played it.
+    trajectory, all-gathered); the trajectories themselves are sent once, to the first rank of their replica, which
+    hands them on to its other ranks. Who gets what depends on lengths and ids alone, not on who played it.
 
     Args:
         trajectories: those this rank's engine played; empty on ranks that only follow an engine.
@@ -34,20 +35,32 @@ def exchange(
     listed = sorted(item for part in all_gather_object(own, world) for item in part)
     assert len({item[:2] for item in listed}) == len(listed), "two engines played the same rollout"
     destination: dict[tuple[int, int], int] = {}
-    for minibatch in sorted({prompt // prompts_per_minibatch for prompt, _, _ in listed}):
-        members = [item for item in listed if item[0] // prompts_per_minibatch == minibatch]
+    for _, group in itertools.groupby(listed, key=lambda item: item[0] // prompts_per_minibatch):
+        members = list(group)
         bins = deal([num_tokens for _, _, num_tokens in members], groups.dp_size)
         destination.update({item[:2]: dp for item, dp in zip(members, bins, strict=True)})
 
     outgoing: list[list[Trajectory]] = [[] for _ in range(groups.dp_size)]
     for trajectory in trajectories:
         outgoing[destination[trajectory.prompt_index, trajectory.sample_index]].append(trajectory)
-    encoded = [encode_records(part) if part else b"" for part in outgoing]
-    payloads = [encoded[groups.dp_index_of(rank)] for rank in range(groups.world_size)]
+    payloads = [encode_records(part) if part else b"" for part in outgoing]
+    firsts = [groups.dp_ranks_of(index)[0] for index in range(groups.dp_size)]
     received = [
         trajectory
-        for payload in exchange_bytes(payloads, world)
-        if payload
+        for payload in _in_replica([part for part in send_bytes(payloads, firsts, world) if part], groups)
         for trajectory in decode_records(payload, list[Trajectory])
     ]
     return sorted(received, key=lambda t: (t.prompt_index, t.sample_index))
+
+
+def _in_replica(payloads: list[bytes], groups: ParallelGroups) -> list[bytes]:
+    """`payloads` of the replica's first rank, on all its ranks: stage by stage, then within each stage."""
+    if len(groups.dp_ranks_of(groups.dp_rank)) == 1:
+        return payloads
+    joined = encode_records(payloads)
+    if groups.tp_rank == groups.cp_rank == 0:
+        joined = broadcast_bytes(joined, groups.pp_group)
+    if groups.tp_rank == 0:
+        joined = broadcast_bytes(joined, groups.cp_group)
+    joined = broadcast_bytes(joined, groups.tp_group)
+    return decode_records(joined, list[bytes])

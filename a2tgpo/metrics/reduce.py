@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import msgspec
 import torch.distributed as dist
 
 
@@ -77,12 +78,11 @@ class MetricSums:
             return self.values()
         # One collective for any mix of names; merging in rank order makes the float64 sums equal on all
         # ranks.
-        parts: list[MetricSums | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, self, group=group)
+        parts: list[bytes] = [b""] * dist.get_world_size(group)
+        dist.all_gather_object(parts, msgspec.msgpack.encode(self), group=group)
         merged = MetricSums()
         for part in parts:
-            assert part is not None, "all_gather_object fills every place"
-            merged.merge(part)
+            merged.merge(msgspec.msgpack.decode(part, type=MetricSums))
         return merged.values()
 
 

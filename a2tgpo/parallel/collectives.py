@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,25 +54,46 @@ def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
     return box[0]
 
 
-def exchange_bytes(payloads: list[bytes], group: ProcessGroup) -> list[bytes]:
-    """Send `payloads[i]` to rank i of `group`; return what each rank sent here, by source.
-
-    Every rank of `group` calls this, also with nothing to send. One all-to-all for the lengths, one for the
-    bytes: no rank sees what is not meant for it.
-    """
-    size = group.size()
-    if len(payloads) != size:
-        raise ValueError(
-            f"{len(payloads)} payloads for a group of {size} ranks; give one per rank, b'' for none"
-        )
+def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
+    """`content` of the first rank of `group`, on all of its ranks; what the others pass is ignored."""
+    if group.size() == 1:
+        return content
     device = device_of(group)
-    sent = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=device)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    received_lengths = received.tolist()
-    # bytearray: torch warns about, and may not write to, memory that Python holds immutable.
-    outgoing = torch.frombuffer(bytearray(b"".join(payloads) or b"\0"), dtype=torch.uint8)
-    outgoing = outgoing[: sum(map(len, payloads))].to(device)
-    incoming = torch.empty(sum(received_lengths), dtype=torch.uint8, device=device)
-    dist.all_to_all_single(incoming, outgoing, received_lengths, sent.tolist(), group=group)
-    return [part.cpu().numpy().tobytes() for part in incoming.split(received_lengths)]
+    length = torch.tensor(len(content), dtype=torch.int64, device=device)
+    dist.broadcast(length, group_src=0, group=group)
+    if not length:
+        return b""
+    sent = _as_tensor([content]) if group.rank() == 0 else torch.empty(int(length), dtype=torch.uint8)
+    sent = sent.to(device)
+    dist.broadcast(sent, group_src=0, group=group)
+    return content if group.rank() == 0 else sent.cpu().numpy().tobytes()
+
+
+def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup) -> list[bytes]:
+    """Send `payloads[i]` to rank `to[i]` of `group`; return what each rank sent here, by source.
+
+    Every rank of `group` calls this, also with nothing to send, and all give the same `to`, which names no rank
+    twice. One all-gather of the lengths, 8 bytes for each sender and receiver, and one all-to-all of the bytes, in
+    which only ranks that have something for each other talk.
+    """
+    if len(payloads) != len(to):
+        raise ValueError(f"{len(payloads)} payloads for {len(to)} ranks; give one for each, b'' for none")
+    size, device = group.size(), device_of(group)
+    own = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=device)
+    lengths = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(lengths, own, group=group)
+    place = to.index(group.rank()) if group.rank() in to else None
+    incoming = [0] * size if place is None else torch.stack(lengths)[:, place].tolist()
+    by_rank = dict(zip(to, payloads, strict=True))
+    outgoing = [by_rank.get(rank, b"") for rank in range(size)]
+    sent = _as_tensor(outgoing).to(device)
+    received = torch.empty(sum(incoming), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, sent, incoming, [len(part) for part in outgoing], group=group)
+    return [part.numpy().tobytes() for part in received.cpu().split(incoming)]
+
+
+def _as_tensor(parts: Sequence[bytes]) -> torch.Tensor:
+    """All parts end to end, [bytes] uint8."""
+    # bytearray: torch warns about, and may not write to, memory that Python holds immutable. It takes no empty one.
+    joined = bytearray().join(parts)
+    return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)

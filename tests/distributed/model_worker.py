@@ -29,7 +29,7 @@ from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import token_logprobs
 from a2tgpo.model.weights import iterate_hf_weights, save_hf
-from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, exchange_bytes
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_bytes, broadcast_object, send_bytes
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 
@@ -249,9 +249,15 @@ def check_exchange(groups: ParallelGroups) -> list[list[list[int]]]:
         return bytes([source, destination]) * (50_000 if (source, destination) == (1, 3) else 1 + destination)
 
     world = dist.group.WORLD
-    received = exchange_bytes([payload(groups.rank, to) for to in range(groups.world_size)], world)
-    assert received == [payload(source, groups.rank) for source in range(groups.world_size)]
-    assert exchange_bytes([b""] * groups.world_size, world) == [b""] * groups.world_size
+    everyone = list(range(groups.world_size))
+    received = send_bytes([payload(groups.rank, to) for to in everyone], everyone, world)
+    assert received == [payload(source, groups.rank) for source in everyone]
+    assert send_bytes([b""] * groups.world_size, everyone, world) == [b""] * groups.world_size
+    to_two = send_bytes([payload(groups.rank, to) for to in (3, 0)], [3, 0], world)
+    expected = [payload(source, groups.rank) if groups.rank in (3, 0) else b"" for source in everyone]
+    assert to_two == expected
+    for content in (b"", b"from rank 0"):
+        assert broadcast_bytes(content if groups.rank == 0 else b"of others", world) == content
     return all_gather_object([[len(part), *part[:2]] for part in received], world)
 
 

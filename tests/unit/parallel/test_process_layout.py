@@ -13,7 +13,14 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum, broadcast_object, exchange_bytes
+from a2tgpo.parallel.collectives import (
+    all_gather_object,
+    all_reduce_sum,
+    broadcast_bytes,
+    broadcast_object,
+    gather_object,
+    send_bytes,
+)
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import check_layout, initialize, lay_out, shutdown
 
@@ -115,9 +122,12 @@ def test_all_reduce_leaves_its_input_alone(groups: ParallelGroups) -> None:
 def test_objects_and_bytes_come_back(groups: ParallelGroups) -> None:
     assert all_gather_object({"a": 1}, groups.dp_group) == [{"a": 1}]
     assert broadcast_object("x", groups.dp_group, source=0) == "x"
-    assert exchange_bytes([b"\x00\xff"], dist.group.WORLD) == [b"\x00\xff"]
-    with pytest.raises(ValueError, match="2 payloads for a group of 1 ranks"):
-        exchange_bytes([b"", b""], dist.group.WORLD)
+    assert gather_object("x", groups.dp_group) == ["x"]
+    assert broadcast_bytes(b"\x00\xff", groups.dp_group) == b"\x00\xff"
+    assert send_bytes([b"\x00\xff"], [0], dist.group.WORLD) == [b"\x00\xff"]
+    assert send_bytes([], [], dist.group.WORLD) == [b""]
+    with pytest.raises(ValueError, match="2 payloads for 1 ranks"):
+        send_bytes([b"", b""], [0], dist.group.WORLD)
 
 
 def test_rng_states_restore_on_a_later_draw(groups: ParallelGroups) -> None:
