@@ -85,6 +85,7 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
     held_after = []
     for _ in range(config.run.steps):
         trainer.train_step()
+        recorder.finish_rollouts()
         held_after.append(held())
     recorder.close()
     parts.phases.enter("build")

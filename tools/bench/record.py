@@ -3,8 +3,8 @@
     python tools/bench/record.py [--json FILE]
 
 1,024 trajectories of 8,192 tokens, on one replica. The step waits for what TensorBoard shows, and for the start of
-a thread that writes the file. The baseline is the way of earlier versions, where the step waited for the file: tokens in
-lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
+a thread that writes the file. The baseline is the way of earlier versions, where the step waited for the file: tokens
+in lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
 """
 
 from __future__ import annotations
