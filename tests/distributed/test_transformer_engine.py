@@ -15,6 +15,7 @@ CHECKS_OF = {
     "dp2": [
         "float32_is_the_twin",
         "float32_is_the_twin_with_tied_embeddings",
+        "bfloat16_is_as_exact_as_the_twin",
         "fp8_weights_are_quantised_once_a_pass_and_anew_after_updates",
         "recomputation_changes_no_bit",
         "weight_gradients_add_up_in_float32",
