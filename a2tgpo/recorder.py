@@ -153,6 +153,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
     metrics.add("tools/failures", counts.failed_calls, 0)
+    metrics.add_max("tools/outage_s", counts.outage_s)
     metrics.add("tools/hung_calls", counts.hung_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)

@@ -3,6 +3,9 @@
 A thread on every rank tells the others, through the store that the ranks met in, which stage its rank is in, and
 looks at the clock. The first to find its stage past the deadline says so in one line, with the ranks that are behind;
 all of them then add their stacks to `stacks/rank_R.txt` and end with `EXIT_CODE`.
+
+While any rank waits for a tool's service (`Outage`), which has a limit of its own, the clock stands still on all
+ranks: those that are done with their rollout wait for it, too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.parallel.outage import Outage
 from a2tgpo.parallel.side_store import side_store
 
 EXIT_CODE = 3
@@ -44,13 +48,29 @@ class Watchdog:
     Args:
         config: the deadlines.
         folder: `stacks/` of the run; each rank writes one file into it, if it comes to that.
+        outage: this rank's.
     """
 
-    def __init__(self, config: WatchdogConfig, folder: Path, *, rank: int, world_size: int):
+    def __init__(
+        self,
+        config: WatchdogConfig,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        outage: Outage | None = None,
+    ):
         self._config = config
         self._path = folder / f"rank_{rank}.txt"
         self._rank = rank
         self._world_size = world_size
+        self._outage = outage
+        self._outages_told = 0
+        """Looks of all ranks that found an outage, as far as this rank knows."""
+        self._looked_at = time.monotonic()
+        self._standing = (0, 0.0)
+        """Number of the place, and seconds in it for which the clock stood still."""
+        self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._told = -1
         self._closed = threading.Event()
@@ -64,12 +84,9 @@ class Watchdog:
     def enter(self, stage: str) -> None:
         """The rank begins `stage`, and has left the one before; "" between two."""
         stage = stage or BETWEEN
-        self._place = Place(self._place.number + 1, stage, time.monotonic())
-        _, deadline_s = self._config.deadline(stage)
-        if deadline_s:
-            faulthandler.dump_traceback_later(deadline_s + BACKSTOP_S, exit=True, file=self._file)
-        else:
-            faulthandler.cancel_dump_traceback_later()
+        with self._arming:
+            self._place = Place(self._place.number + 1, stage, time.monotonic())
+            self._arm(self._place)
 
     def close(self) -> None:
         """Stop watching."""
@@ -90,6 +107,7 @@ class Watchdog:
                     self._end(self._verdict(place, {}))
 
     def _look(self) -> None:
+        self._stand_still_in_outages()
         place = self._place
         if place.number != self._told:
             self._store.set(f"place_{self._rank}", f"{place.number} {place.stage}")
@@ -101,9 +119,41 @@ class Watchdog:
             self._store.set("verdict", verdict)
             self._end(verdict)
 
-    def _overdue(self, place: Place) -> bool:
+    def _stand_still_in_outages(self) -> None:
+        """What has passed since the last look does not count if some rank was then waiting for a service."""
+        if self._outage is not None and self._outage.is_on:
+            self._store.add("outages", 1)
+        now, told = time.monotonic(), self._store.add("outages", 0)
+        elapsed_s, self._looked_at = now - self._looked_at, now
+        if told == self._outages_told:
+            return
+        self._outages_told = told
+        with self._arming:
+            place = self._place
+            self._standing = place.number, self._stood_s(place) + min(elapsed_s, now - place.since)
+            self._arm(place)
+
+    def _arm(self, place: Place) -> None:
+        """Set the C thread's clock to what is left of the place's deadline."""
+        left_s = self._left_s(place)
+        if left_s is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(max(left_s, 0) + BACKSTOP_S, exit=True, file=self._file)
+
+    def _stood_s(self, place: Place) -> float:
+        return self._standing[1] if self._standing[0] == place.number else 0.0
+
+    def _left_s(self, place: Place) -> float | None:
+        """Of the place's deadline; None: it has none."""
         _, deadline_s = self._config.deadline(place.stage)
-        return 0 < deadline_s < time.monotonic() - place.since
+        if not deadline_s:
+            return None
+        return place.since + self._stood_s(place) + deadline_s - time.monotonic()
+
+    def _overdue(self, place: Place) -> bool:
+        left_s = self._left_s(place)
+        return left_s is not None and left_s < 0
 
     def _places(self) -> dict[int, tuple[int, str]]:
         """Number and stage of every rank that has told one."""
@@ -115,6 +165,7 @@ class Watchdog:
         return found
 
     def _verdict(self, place: Place, places: dict[int, tuple[int, str]]) -> str:
+        taken_s = time.monotonic() - place.since - self._stood_s(place)
         behind = {rank: stage for rank, (number, stage) in places.items() if number < place.number}
         key, deadline_s = self._config.deadline(place.stage)
         if behind:
@@ -125,7 +176,7 @@ class Watchdog:
         else:
             cause = "all ranks are in it or past it"
         return (
-            f"watchdog: {place.stage} has taken {time.monotonic() - place.since:.0f} s on rank {self._rank} "
+            f"watchdog: {place.stage} has taken {taken_s:.0f} s on rank {self._rank} "
             f"({key}={deadline_s:g}); {cause}. Stacks of all ranks: {self._path.parent}"
         )
 

@@ -171,7 +171,10 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     step = folder.restore(checkpoint, parts, guards)
     recorder = folder.recorder(parts, step=step)
-    watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)
+    outage = parts.rollout.outage
+    watchdog = Watchdog(
+        config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size, outage=outage
+    )
     parts.startup.update(
         {
             "time/startup_imports_s": imported_s,
@@ -179,7 +182,7 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
             "time/startup_s": process_age_s(),
         }
     )
-    stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s)
+    stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=outage)
     trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog, stop=stop)
     recorder.writer.print(
         f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"

@@ -63,7 +63,7 @@ def parts(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]
             steps=steps_needed(faults),
             damage=name.startswith("kills"),
         )
-    for name in ("search_faults", "poisoned", "slow_rank", "full_disk", "taken_port"):
+    for name in ("search_faults", "outage", "poisoned", "slow_rank", "full_disk", "taken_port"):
         work[name] = functools.partial(getattr(single_runs, name), config)
     work["clock_jumps"] = functools.partial(single_runs.clock_jumps, config, undisturbed)
     return work

@@ -10,7 +10,15 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 from a2tgpo.record.rollout_files import read_step, recorded_steps
 
-NOT_COMPARED = ("time/", "speed/", "rollout/tool_wait", "checkpoint/failed", "memory/", "refit/")
+NOT_COMPARED = (
+    "time/",
+    "speed/",
+    "rollout/tool_wait",
+    "tools/outage",
+    "checkpoint/failed",
+    "memory/",
+    "refit/",
+)
 """Metrics of the clock, of failures, and of what an engine held before: a new one always gets all weights."""
 
 

@@ -24,6 +24,8 @@ class GuardConfig:
     """Alarm when the ratio's noise floor passes this share of the smaller of clip_low and clip_high."""
     max_train_engine_gap: float = 0.05
     """Alarm when trainer and engine differ by more, mean absolute nats per token."""
+    max_failed_calls: float = 0.2
+    """Alarm when a larger share of a step's tool calls has failed."""
     stop_after: int = 0
     """Save and stop, with exit code 3, after so many steps in a row with an alarm; 0: never."""
 
@@ -40,6 +42,7 @@ class GuardConfig:
             "max_format_error_rise",
             "max_noise_share",
             "max_train_engine_gap",
+            "max_failed_calls",
             "stop_after",
             "stop_after_skipped",
         ):

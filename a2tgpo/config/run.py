@@ -124,6 +124,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         if "search" in self.tools.selected:
             self.search.require_source()
+            require(
+                self.search.backend != "http"
+                or self.search.on_outage != "wait"
+                or self.search.outage_limit_s < self.parallel.timeout_s,
+                "search.outage_limit_s",
+                self.search.outage_limit_s,
+                f"below parallel.timeout_s ({self.parallel.timeout_s:g}), after which waiting ranks give up",
+            )
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
             "update.prompts_per_minibatch",

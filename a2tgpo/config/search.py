@@ -23,7 +23,13 @@ class SearchConfig:
     timeout_s: float = 30.0
     """Longest wait for one answer, seconds."""
     max_attempts: int = 3
-    """Tries of one query before the policy is told that the search failed."""
+    """Tries of one query, within seconds of each other, before the server counts as out of service."""
+    on_outage: str = "wait"
+    """What happens when the server is out of service: wait (the rollout pauses, and its searches are made again until
+    the server is back) | continue (the policy is told that the search failed) | stop (the run saves and ends)."""
+    outage_limit_s: float = 1800.0
+    """With on_outage=wait: the run saves and ends, with exit code 75, when the server has not answered for so long,
+    seconds; below parallel.timeout_s, since other ranks may wait in a collective meanwhile."""
     break_after: int = 16
     """Queries in a row without an answer after which the server is spared for a while: searches fail at once."""
     break_s: float = 15.0
@@ -37,11 +43,22 @@ class SearchConfig:
         require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")
         for name in ("top_k", "max_passage_tokens", "max_attempts", "break_after", "num_workers"):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
-        for name in ("timeout_s", "break_s"):
+        require(
+            self.on_outage in ("wait", "continue", "stop"),
+            "search.on_outage",
+            self.on_outage,
+            "wait | continue | stop",
+        )
+        for name in ("timeout_s", "break_s", "outage_limit_s"):
             require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")
         # Not through `require`: the message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError("search.url holds a user name or password; give a token by search.token_file")
+
+    @property
+    def longest_outage_s(self) -> float | None:
+        """Seconds that a rollout waits for its server; None: it does not wait and goes on without an answer."""
+        return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
 
     def require_source(self) -> None:
         """Raise `ConfigError` unless the backend's source is named; only where the search tool is offered."""

@@ -16,6 +16,10 @@ class ToolError(RuntimeError):
     """A call that got no answer; the message is one line with the cause, which the policy is told."""
 
 
+class ToolUnavailableError(ToolError):
+    """What stands behind the tool serves nobody, as far as is known: the same call may have an answer later."""
+
+
 class Tool(Protocol):
     """Safe to call from many threads at once."""
 
@@ -27,6 +31,7 @@ class Tool(Protocol):
 
         Raises:
             ToolError: if there is no answer. What the policy did wrong is an answer that says so.
+            ToolUnavailableError: if no call has an answer now; see `search.on_outage`.
         """
 
     def close(self) -> None:
@@ -41,10 +46,13 @@ class Toolset:
     """By name, which is also the tag that calls it."""
     num_workers: int = 16
     """Calls that run at a time, per rank that calls tools."""
-    deadline_s: float = 180.0
+    deadline_s: float = 240.0
     """A call that has not returned so long after its start has failed, seconds; time before the start is free."""
     max_part_tokens: int = 400
     """Each part of an answer is cut to this many tokens."""
+    outage_limit_s: float | None = None
+    """A call that ends in `ToolUnavailableError` is made again for so long, seconds; 0: the run ends at once; None:
+    the call has failed, and the policy is told."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +75,9 @@ def build_tools(config: RunConfig) -> Toolset:
     return Toolset(
         tools=MappingProxyType(tools),
         num_workers=config.search.num_workers,
-        # A client bounds each try and waits between them; this bounds what a client does not.
-        deadline_s=2 * config.search.timeout_s * config.search.max_attempts,
+        # A client bounds each try, one more to see whether the query is to blame, and waits between them; this bounds
+        # what a client does not.
+        deadline_s=2 * config.search.timeout_s * (config.search.max_attempts + 1),
         max_part_tokens=config.search.max_passage_tokens,
+        outage_limit_s=config.search.longest_outage_s,
     )

@@ -1,8 +1,8 @@
 """Alarms on the measures that move before a run of reinforcement learning collapses, and when to stop for them.
 
-Metrics, 0 or 1 each step: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor` and
-`alarm/engine_gap` (each only where its setting in `guard` is not 0), `alarm/skipped_updates` and
-`alarm/non_finite`.
+Metrics, 0 or 1 each step: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`,
+`alarm/engine_gap` and `alarm/failed_calls` (each only where its setting in `guard` is not 0), `alarm/outage`,
+`alarm/skipped_updates` and `alarm/non_finite`.
 
 Under dynamic sampling entropy and likelihood are over the groups that were kept, so those alarms do not see what
 was dropped; the format errors are those of everything played.
@@ -229,6 +229,21 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             limit=lambda _: config.max_train_engine_gap,
             advice="the engine does not compute with the policy's precision: raise rollout.dtype, "
             "or set algorithm.correction.kind=truncate and raise guard.max_train_engine_gap",
+        ),
+        "failed_calls": Alarm(
+            metrics=("tools/failed_rate",),
+            key="guard.max_failed_calls",
+            threshold=config.max_failed_calls,
+            limit=lambda _: config.max_failed_calls,
+            advice="the policy learns to do without a tool that fails: read the rollouts and the tool's own log",
+        ),
+        "outage": Alarm(
+            metrics=("tools/outage_s",),
+            key="",
+            threshold=0.0,
+            limit=lambda _: 0.0,
+            confirming_steps=1,
+            advice="a tool's server was out of service and the rollout waited: read the server's log",
         ),
         "skipped_updates": Alarm(
             metrics=("update/skipped",),

@@ -1,8 +1,8 @@
 """Ending a run early so that the next start goes on from there: asked for on one rank, agreed on by all.
 
-A rank is asked by a signal, or by the nearing end of the job. It tells the others through the store in which the
-ranks met; long stages look there by themselves and break off. All ranks then meet in `agree`, which is called where
-nothing is half done.
+A rank is asked by a signal, by the nearing end of the job, or by an outage that has lasted too long. It tells the
+others through the store in which the ranks met; long stages look there by themselves and break off. All ranks then
+meet in `agree`, which is called where nothing is half done.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.outage import Outage
 from a2tgpo.parallel.side_store import side_store
 from a2tgpo.stop_signal import END_TIME, StopSignal, job_deadline
 
@@ -33,15 +34,19 @@ class StopRequest:
     Args:
         signal: what this process is told; None: signals are not heard.
         margin_s: kept free before the end of the job, besides what saving takes.
+        outage: of this rank; None: none ends the run.
     """
 
-    def __init__(self, signal: StopSignal | None = None, *, margin_s: float = 0.0):
+    def __init__(
+        self, signal: StopSignal | None = None, *, margin_s: float = 0.0, outage: Outage | None = None
+    ):
         self.reason = ""
         """Why, in a few words; empty: nobody has asked, as far as this rank knows."""
         self.is_agreed = False
         """`agree` has raised."""
         self._signal = signal
         self._margin_s = margin_s
+        self._outage = outage
         self._deadline = job_deadline() if signal else None
         self._store = side_store("stop", timeout_s=STORE_TIMEOUT_S)
         self._looked = -LOOK_S
@@ -74,6 +79,8 @@ class StopRequest:
     def _own_reason(self, needed_s: float) -> str:
         if self._signal is not None and self._signal.name:
             return self._signal.name
+        if self._outage is not None and (verdict := self._outage.verdict):
+            return verdict
         if self._deadline is None:
             return ""
         left_s = self._deadline - time.monotonic()

@@ -39,6 +39,8 @@ class RolloutCounts:
     engine_steps: int = 0
     tool_wait_s: float = 0.0
     """Time in which nothing could be generated because all trajectories waited for the tool, seconds."""
+    outage_s: float = 0.0
+    """Time in which a tool's service answered none of this engine's calls, seconds."""
     wall_s: float = 0.0
     stop_reasons: Counter[str] = field(default_factory=Counter)
 

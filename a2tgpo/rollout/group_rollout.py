@@ -13,6 +13,7 @@ from a2tgpo.config.check import require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
 from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.outage import Outage
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
@@ -20,7 +21,7 @@ from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
-from a2tgpo.rollout.tool_pool import ToolPool
+from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 from a2tgpo.trajectory import Prompt, TokenIds, Trajectory
 
 if TYPE_CHECKING:
@@ -105,14 +106,15 @@ class GroupRollout:
             group_size: trajectories per prompt; None: `rollout.group_size`.
             score_gain: score the gold answer in every context.
             progress: called whenever a trajectory ends.
-            is_cut: asked now and then whether to break off; one rank of the replica is enough. None: never.
+            is_cut: asked now and then whether to break off; one rank of the replica is enough. None: never. It also
+                decides on an `outage` at its limit; without it that is a RuntimeError.
 
         Returns:
             Trajectories, prompt by prompt and by sample within; and this replica's counts.
 
         Raises:
             ConfigError: if a prompt leaves no room for one token.
-            RuntimeError: if the engine failed, or a tool has a bug or hangs too often.
+            RuntimeError: if the engine failed, or a tool has a bug, hangs too often or stays out of service.
             RolloutCutError: on all ranks of the replica, if it was broken off; the next call plays anew.
         """
         live = [
@@ -205,7 +207,7 @@ class GroupRollout:
             sampling=sampling,
             counts=counts,
             on_finished=on_finished,
-            is_cut=lambda: is_cut is not None and self._agree(is_cut()),
+            is_cut=lambda: self._is_cut(is_cut),
         )
         loop.run(live)
         for played in live:
@@ -221,6 +223,11 @@ class GroupRollout:
         return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
 
     @property
+    def outage(self) -> Outage:
+        """This rank's wait for a tool's service; for whoever watches the rollout."""
+        return self._tools.outage
+
+    @property
     def tool_names(self) -> tuple[str, ...]:
         """What the policy may call."""
         return self._syntax.names
@@ -228,6 +235,19 @@ class GroupRollout:
     def close(self) -> None:
         """Stop the tools' threads; engine and tools belong to the caller."""
         self._tools.close()
+
+    def _is_cut(self, is_asked: Callable[[], bool] | None) -> bool:
+        """Whether any rank of the replica is asked to break off.
+
+        Raises:
+            ToolFaultError: on all of them, if nobody is there to ask and an outage is at its limit.
+        """
+        if is_asked is not None:
+            return self._agree(is_asked())
+        verdict = self.outage.verdict
+        if self._agree(bool(verdict)):
+            raise ToolFaultError(verdict or "the first rank of this engine ends; its own message tells why")
+        return False
 
     def _agree(self, is_cut: bool) -> bool:
         """Whether any rank of the replica says so."""

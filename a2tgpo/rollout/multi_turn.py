@@ -187,7 +187,7 @@ class MultiTurnLoop:
 
     def _play(self, live: Sequence[LiveTrajectory]) -> None:
         start = time.monotonic()
-        waited_before = self._tools.waited_s
+        waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
             self._generate(trajectory)
             if self._scorer is not None:
@@ -210,6 +210,7 @@ class MultiTurnLoop:
                 else:
                     self._take_turn(self._generating.pop(output.request_id), output)
         self._counts.tool_wait_s += self._tools.waited_s - waited_before
+        self._counts.outage_s += self._tools.outage.total_s - outage_before
         self._counts.wall_s += time.monotonic() - start
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:

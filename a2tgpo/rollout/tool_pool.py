@@ -14,10 +14,14 @@ import torch.distributed as dist
 from a2tgpo.environment.tool import ToolError, Toolset
 from a2tgpo.error_line import first_line
 from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.outage import Outage
+from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
 WAIT_S = 1.0
 """Longest wait for an answer in one call of `ToolPool.results`: the caller has other things to look at."""
+IDLE_S = 0.1
+"""The same where every call is held, so that no thread can bring one."""
 
 
 class ToolFaultError(RuntimeError):
@@ -44,6 +48,9 @@ class ToolPool:
     faults included, is broadcast, since the ranks' schedulers must see the same requests in the same order. All ranks
     of `replica_group` then make the same calls in the same order.
 
+    A call whose service is out of service is made again until it is served, where the toolset says so: it is then
+    pending for longer, which the other ranks do not notice.
+
     Args:
         toolset: the tools and their limits.
         replica_group: the ranks that share the engine; None if there is only one.
@@ -61,6 +68,9 @@ class ToolPool:
         self._workers = ToolWorkers(toolset.num_workers, deadline_s=toolset.deadline_s, clock=clock)
         self._late = f"no answer within {toolset.deadline_s:g} s"
         self._clock = clock
+        self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
+        """This rank's wait for a service; the pool does not end at its limit, which is for the caller to look at."""
+        self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
         self._pending: set[int] = set()
@@ -99,6 +109,8 @@ class ToolPool:
         """Hand out no answer to any call made so far."""
         self._pending.clear()
         self._workers.drop_all()
+        if self._held is not None:
+            self._held.drop_all()
 
     def close(self) -> None:
         """Drop what is pending; threads that hang in a call are left to their end."""
@@ -108,11 +120,21 @@ class ToolPool:
         """Answers, and what ends the run."""
         start = self._clock()
         try:
-            calls = self._workers.take(timeout_s=WAIT_S if wait else 0.0)
+            calls = self._take(wait)
             self.waited_s += self._clock() - start if wait else 0.0
             return [self._result(call) for call in calls], None
         except (ToolsHangError, ToolFaultError) as error:
             return [], str(error)
+
+    def _take(self, wait: bool) -> list[Call]:
+        """Calls that have ended and are not held, after up to `WAIT_S` if there are none yet."""
+        if self._held is None:
+            return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
+        for call in self._held.take_due():
+            self._workers.submit(call)
+        if wait and len(self._held) == len(self._pending):
+            time.sleep(IDLE_S)
+        return self._held.keep(self._workers.take(timeout_s=WAIT_S if wait else 0.0))
 
     def _result(self, call: Call) -> ToolResult:
         if call.is_late:

@@ -6,6 +6,7 @@ read too.
 """
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Sequence
@@ -20,17 +21,19 @@ from tenacity import (
 )
 
 from a2tgpo.search.circuit_breaker import CircuitBreaker
-from a2tgpo.search.errors import SearchError
+from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.passage import Passage, parse_contents
 from a2tgpo.search.token import TOKEN_VARIABLE
 
 TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _RETRIED_STATUS = frozenset({408, 425, 429})
+_STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
+"""The server refuses this query, and may answer the next one."""
 
 
-class _TransientError(SearchError):
-    """A failure that another try may mend."""
+class _TransientError(SearchUnavailableError):
+    """A failure that another try at once may mend."""
 
 
 class HttpSearch:
@@ -84,7 +87,9 @@ class HttpSearch:
 
         Raises:
             SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
-                that no further try would mend; without a try while the server is being spared.
+                that no further try would mend.
+            SearchUnavailableError: the same where the failure is not known to be the query's own; without a try while
+                the server is being spared.
         """
         return self.search_many([query], top_k)[0]
 
@@ -93,7 +98,7 @@ class HttpSearch:
         if not self._breaker.allows():
             with self._lock:
                 self.num_refused += 1
-            raise SearchError(f"{self.url} has not answered for a while; not asked")
+            raise SearchUnavailableError(f"{self.url} has not answered for a while; not asked")
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=wait_exponential_jitter(initial=self._first_wait_s, max=8, jitter=self._first_wait_s),
@@ -112,6 +117,15 @@ class HttpSearch:
         self._breaker.succeeded()
         return found
 
+    def answers_others(self) -> bool:
+        """Whether the server answers a query that it has not seen before, asked once."""
+        try:
+            self._ask([f"probe {secrets.token_hex(8)}"], 1)
+        except SearchError:
+            return False
+        self._breaker.succeeded()
+        return True
+
     def close(self) -> None:
         self._client.close()
 
@@ -124,7 +138,9 @@ class HttpSearch:
         try:
             return [hits[:top_k] for hits in _parse_answer(body, len(queries))]
         except (ValueError, OverflowError) as error:
-            raise _TransientError(f"{self.url} sent an unusable answer: {error}") from None
+            raise _TransientError(
+                f"{self.url} sent an unusable answer: {error}", may_be_the_query=True
+            ) from None
 
     def _post(self, payload: dict) -> bytes:
         deadline = time.monotonic() + self._timeout_s
@@ -132,15 +148,10 @@ class HttpSearch:
             with self._client.stream("POST", self.url, json=payload) as response:
                 if response.status_code != 200:
                     # Redirects are not followed: they would turn the POST into a GET.
-                    passing = response.status_code >= 500 or response.status_code in _RETRIED_STATUS
-                    kind = _TransientError if passing else SearchError
-                    hint = f"; give its token: {TOKEN_HINT}" if response.status_code == 401 else ""
-                    raise kind(
-                        f"{self.url} answered HTTP {response.status_code} {response.reason_phrase:.60}{hint}"
-                    )
+                    raise self._refusal(response)
                 return self._read(response, deadline)
         except httpx.TimeoutException:
-            raise _TransientError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+            raise self._late() from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise _TransientError(f"{self.url} cannot be reached ({reason:.120})") from None
@@ -155,8 +166,23 @@ class HttpSearch:
                 )
             # httpx bounds each read, not their sum: a server that drips bytes would never time out.
             if time.monotonic() > deadline:
-                raise _TransientError(f"{self.url} did not answer within {self._timeout_s:g} s")
+                raise self._late()
         return bytes(body)
+
+    def _late(self) -> SearchError:
+        return _TransientError(
+            f"{self.url} did not answer within {self._timeout_s:g} s", may_be_the_query=True
+        )
+
+    def _refusal(self, response: httpx.Response) -> SearchError:
+        status = response.status_code
+        hint = f"; give its token: {TOKEN_HINT}" if status == 401 else ""
+        message = f"{self.url} answered HTTP {status} {response.reason_phrase:.60}{hint}"
+        if status in _STATUS_OF_THE_QUERY:
+            return SearchError(message)
+        if status >= 500 or status in _RETRIED_STATUS:
+            return _TransientError(message, may_be_the_query=status == 500)
+        return SearchUnavailableError(message)
 
 
 def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:

@@ -9,7 +9,7 @@ from a2tgpo.config.search import SearchConfig
 from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
-from a2tgpo.search.errors import SearchError
+from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import HttpSearch
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.token import read_token
@@ -48,7 +48,12 @@ class SearchTool(Protocol):
     """Safe to call from many threads at once."""
 
     def search(self, query: str) -> list[Passage]:
-        """The best passages for `query`, best first, maybe none; `SearchError` if there is no answer."""
+        """The best passages for `query`, best first, maybe none.
+
+        Raises:
+            SearchError: there is no answer to this query.
+            SearchUnavailableError: there is none to any, as far as is known.
+        """
 
     def counts(self) -> SearchCounts: ...
 
@@ -61,11 +66,14 @@ class CachedSearch:
     Args:
         backend: the index or client; see `build_search`.
         top_k: passages asked of an index.
+        tells_outages: where a query fails, ask the server another one, to tell an outage from a query that it cannot
+            answer.
     """
 
-    def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int):
+    def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):
         self._backend = backend
         self._top_k = top_k
+        self._tells_outages = tells_outages
         self._cache = AnswerCache(CACHE_BYTES)
         self._lock = threading.Lock()
         self._queries = 0
@@ -82,10 +90,22 @@ class CachedSearch:
                 hits = self._backend.search(clean, self._top_k)
                 self._cache.put(clean, self._top_k, hits)
             return [passage for passage, _ in hits]
-        except SearchError:
+        except SearchError as error:
             with self._lock:
                 self._failures += 1
+            if self._answers_others(error):
+                raise SearchError(f"{error}; it answers other queries") from None
             raise
+
+    def _answers_others(self, error: SearchError) -> bool:
+        """Whether what looks like an outage is a failure at one query."""
+        return (
+            self._tells_outages
+            and isinstance(error, SearchUnavailableError)
+            and error.may_be_the_query
+            and isinstance(self._backend, HttpSearch)
+            and self._backend.answers_others()
+        )
 
     def counts(self) -> SearchCounts:
         return SearchCounts(
@@ -131,4 +151,4 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
             raise ConfigError(
                 f"search.url: {error}; start the server (tools/retrieval_server.py) or correct it"
             ) from None
-    return CachedSearch(client, top_k=config.top_k)
+    return CachedSearch(client, top_k=config.top_k, tells_outages=config.on_outage != "continue")

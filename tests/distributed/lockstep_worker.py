@@ -32,6 +32,7 @@ from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.lockstep import LockstepError
 from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.rollout.tool_pool import ToolFaultError
+from a2tgpo.search.errors import SearchUnavailableError
 from a2tgpo.step_rollout import StepRollout
 
 # -- schedules, each with many seeds -------------------------------------------------------------------------
@@ -208,6 +209,39 @@ def check_a_call_that_hangs_is_given_up_on_both_ranks(bench, seed):
         bench.assert_equal(counts.hung_calls)
         assert counts.hung_calls > 4, counts
         freed.set()
+
+
+class ComingAndGoing(ScriptedSearch):
+    """Out of service for the next `num_refusals` calls."""
+
+    num_refusals = 0
+
+    def search(self, query):
+        with self._lock:
+            self.num_refusals -= 1
+            is_out = self.num_refusals >= 0
+        if is_out:
+            raise SearchUnavailableError("down")
+        return super().search(query)
+
+
+def check_an_outage_holds_both_ranks_and_changes_nothing_that_they_play(bench, seed):
+    def tokens():
+        trajectories, counts = bench.play(parts, seed=0)
+        return [(t.tokens, [turn.tool_failed for turn in t.turns]) for t in trajectories], counts
+
+    search = ComingAndGoing()
+    with bench.open(search=search, limits={"outage_limit_s": 1.5}) as (parts, _):
+        expected, _ = tokens()
+        search.num_refusals = 20
+        found, counts = tokens()
+        assert found == expected and counts.failed_calls == 0
+        assert bench.rank == 1 or counts.outage_s > 0, counts
+        search.num_refusals = 10**6
+        is_cut = lambda: bool(parts.rollout.outage.verdict)  # noqa: E731
+        assert bench.raised(RolloutCutError, lambda: bench.play(parts, seed=0, is_cut=is_cut)) == ""
+        search.num_refusals = 0
+        assert tokens()[0] == expected
 
 
 def check_the_guard_lets_ranks_in_step_play_on(bench, seed):

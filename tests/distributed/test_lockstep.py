@@ -20,6 +20,7 @@ CLAIMS = [
     "the_guard_stops_ranks_that_schedule_different_tokens",
     "the_guard_stops_ranks_that_sample_different_tokens",
     "the_guard_lets_ranks_in_step_play_on",
+    "an_outage_holds_both_ranks_and_changes_nothing_that_they_play",
     "a_bug_in_a_tool_ends_both_ranks_with_its_line",
     "a_call_that_hangs_is_given_up_on_both_ranks",
     "an_engines_shared_memory_has_no_name_that_a_killed_run_would_leave",

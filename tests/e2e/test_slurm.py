@@ -375,6 +375,7 @@ def test_a_retrieval_server_is_started_beside_the_training_and_asked_for_its_hea
         str(inputs),
         "run.name=served",
         "run.steps=1",
+        "search.outage_limit_s=60",  # below this configuration's parallel.timeout_s
         RETRIEVAL_CORPUS=str(inputs.parent / "corpus.jsonl"),
     )
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)[-3000:]

@@ -1,8 +1,15 @@
-"""A search server that misbehaves step by step."""
+"""A search server that misbehaves step by step.
+
+    python scripted_server.py PORT STEP_FILE DEADLY_STEP
+
+As a process of its own it ends, without a word to its clients, at the first request of step DEADLY_STEP.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,14 +32,14 @@ class ScriptedServer(ThreadingHTTPServer):
     """Answers as `script` says for the step in `step_file`; well where it says nothing.
 
     Args:
-        script: step -> a key of BODIES, "slow", "error" (HTTP 500) or "down" (the connection is cut).
+        script: step -> a key of BODIES, "slow", "error" (HTTP 500), "down" (the connection is cut) or "die".
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, step_file: Path, script: dict[int, str]):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, step_file: Path, script: dict[int, str], *, port: int = 0):
+        super().__init__(("127.0.0.1", port), _Handler)
         self.step_file, self.script = step_file, script
         self.asked: dict[int, int] = {}
         """Requests by step."""
@@ -55,6 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
         step = int(self.server.step_file.read_text()) if self.server.step_file.exists() else 0
         self.server.asked[step] = self.server.asked.get(step, 0) + 1
         kind = self.server.script.get(step, "good")
+        if kind == "die":
+            os._exit(9)
         if kind == "slow":
             time.sleep(SLOW_S)
         if kind == "down":
@@ -69,3 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
+
+
+if __name__ == "__main__":
+    port, step_file, deadly_step = sys.argv[1:]
+    ScriptedServer(Path(step_file), {int(deadly_step): "die"}, port=int(port))
+    threading.Event().wait()

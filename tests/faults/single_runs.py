@@ -8,7 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +42,7 @@ def search_faults(config: Path) -> list[Row]:
             f"url={server.url}",
             "break_after=4",
             "break_s=0.2",
+            "on_outage=continue",
         ]
         ended = start(
             own,
@@ -67,6 +70,71 @@ def search_faults(config: Path) -> list[Row]:
         )
         rows.append(Row(f"search server: {kind}", f"rollout (step {step})", passed, outcome))
     return rows
+
+
+def outage(config: Path) -> list[Row]:
+    """The search server dies in the rollout of step 2 and is back some seconds later; in that of step 4 for good."""
+    own, step_file = config.with_name("outage.yaml"), config.with_name("outage_step")
+    own.write_text(config.read_text())
+    step_file.write_text("0")
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+    with ThreadPoolExecutor(1) as keeper:
+        keeping = keeper.submit(keep_server, port, step_file, {2: 3.0, 4: None})
+        settings = ["backend=http", f"url=http://127.0.0.1:{port}/retrieve", "timeout_s=2", "max_attempts=2"]
+        settings += ["break_after=4", "break_s=0.2", "outage_limit_s=5"]
+        ended = start(
+            own,
+            "run.name=outage",
+            "run.steps=9",
+            "evaluation.every=0",
+            "checkpoint.every=0",
+            *(f"search.{setting}" for setting in settings),
+            faults=[
+                {"point": "step begins", "action": "forget searches", "step": step} for step in range(1, 9)
+            ],
+            environment={"STEP_FILE": str(step_file)},
+        )
+        step_file.write_text("-1")  # no step: the keeper ends
+        keeping.result()
+    records = records_of(config.parent / "outage")
+    failed = {step: record["tools/failures"] for step, record in records.items()}
+    alarms = {step: record["alarm/outage"] for step, record in records.items()}
+    waited = records.get(2, {}).get("tools/outage_s", 0.0)
+    went_on = alarms == {1: 0, 2: 1, 3: 0} and not any(failed.values()) and waited > 1
+    said = [
+        line for line in ended.lines if line.startswith("stopped after step 3 of 9: the search tool has been")
+    ]
+    saved = (config.parent / "outage" / "checkpoints" / "step_3" / "complete.json").exists()
+    return [
+        Row(
+            "search server killed, back after 3 s",
+            "rollout (step 2)",
+            went_on,
+            f"waited {waited:.1f} s, no search failed, alarm, went on: {alarms} {failed}",
+        ),
+        Row(
+            "search server killed for good",
+            "rollout (step 4)",
+            ended.code == 75 and len(said) == 1 and saved,
+            f"saved and ended with {ended.code}: {(said or [ended.output[-800:]])[0]}",
+        ),
+    ]
+
+
+def keep_server(port: int, step_file: Path, deaths: dict[int, float | None]) -> None:
+    """Run a search server that dies at the steps of `deaths`, each time started again after so many seconds."""
+    program = [sys.executable, str(Path(__file__).with_name("scripted_server.py")), str(port), str(step_file)]
+    for step, back_after_s in deaths.items():
+        server = subprocess.Popen([*program, str(step)])
+        while server.poll() is None and step_file.read_text() != "-1":
+            time.sleep(0.05)
+        if back_after_s is None or server.poll() is None:
+            server.kill()
+            server.wait()
+            return
+        time.sleep(back_after_s)
 
 
 def poisoned(config: Path) -> list[Row]:

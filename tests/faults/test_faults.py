@@ -8,6 +8,7 @@ import pytest
 import yaml
 from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
 from harness import Row, metrics_of, start, write_inputs
+from single_runs import outage
 
 FAULTS = [
     Fault("kill", "rollout", 0, call=5),
@@ -54,6 +55,11 @@ def test_rollouts_that_are_carried_over_go_on_bit_for_bit_after_a_stop_and_a_kil
     assert 1 <= max(record["partial/staleness_max"] for record in records.values()) <= 2
     assert all(record["gain/engine_trainer_gap_max"] < 1e-3 for record in records.values())
     for row in run_chain(config, "chain", PARTIAL, tmp_path / "whole", steps=steps):
+        assert row.passed, row
+
+
+def test_a_dead_search_server_pauses_the_rollout_and_for_good_it_ends_the_run_saved(tmp_path):
+    for row in outage(write_inputs(tmp_path)):
         assert row.passed, row
 
 

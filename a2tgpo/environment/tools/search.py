@@ -1,8 +1,8 @@
 """The search tool: passages for a query, from the backend that the `search` section names."""
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.environment.tool import ToolError
-from a2tgpo.search.errors import SearchError
+from a2tgpo.environment.tool import ToolError, ToolUnavailableError
+from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.passage import format_passage
 from a2tgpo.search.tool import SearchTool, build_search
 
@@ -18,6 +18,8 @@ class Search:
     def call(self, text: str) -> list[str]:
         try:
             passages = self._search.search(text)
+        except SearchUnavailableError as error:
+            raise ToolUnavailableError(str(error)) from None
         except SearchError as error:
             raise ToolError(str(error)) from None
         formatted = [format_passage(rank, passage) for rank, passage in enumerate(passages, start=1)]

@@ -25,6 +25,7 @@ MEASURED = {
     "format": ("reward/format_error_rate", 0.29, 0.31),
     "noise_floor": ("ratio/noise_floor", 0.00149, 0.00151),
     "engine_gap": ("gap/train_engine_abs_mean", 0.049, 0.051),
+    "failed_calls": ("tools/failed_rate", 0.19, 0.21),
 }
 SETTING = {
     "entropy": "min_entropy_share",
@@ -32,6 +33,7 @@ SETTING = {
     "format": "max_format_error_rise",
     "noise_floor": "max_noise_share",
     "engine_gap": "max_train_engine_gap",
+    "failed_calls": "max_failed_calls",
 }
 
 
@@ -76,6 +78,12 @@ def test_the_clipping_range_that_counts_is_the_narrower_one():
     wide = Guards(GuardConfig(), clip_low=4e-3, clip_high=4e-3)
     assert alarms_of(narrow_above, series, "noise_floor") == [0, 1]
     assert alarms_of(wide, series, "noise_floor") == [0, 0]
+
+
+def test_a_pause_for_a_service_is_an_alarm_of_its_own_at_once_and_for_that_step():
+    played = play(make(), [SOUND | {"tools/outage_s": seconds} for seconds in (0.0, 12.0, 0.0)])
+    assert [alarms["alarm/outage"] for alarms, _ in played] == [0, 1, 0]
+    assert played[1][1][0].startswith("step 2: alarm outage: tools/outage_s is 12, limit 0; a tool's server")
 
 
 def test_a_single_skipped_update_is_an_alarm_at_once_and_for_that_step():

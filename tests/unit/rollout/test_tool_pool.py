@@ -1,11 +1,12 @@
 """Tool calls in threads, without any engine; a test moves the clock and lets calls return."""
 
+import re
 import threading
 
 import pytest
 from scripted_search import ScriptedSearch, toolset_of
 
-from a2tgpo.environment.tool import ToolError, Toolset
+from a2tgpo.environment.tool import ToolError, Toolset, ToolUnavailableError
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 from a2tgpo.rollout.tool_workers import HUNG_PER_WORKER
 
@@ -276,3 +277,91 @@ def test_a_search_that_fails_is_told_in_its_own_words():
     assert results[keys["a"]].parts == ("Doc 1 (Title: a) a is known.",)
     assert (results[keys["b"]].error, results[keys["b"]].is_late) == ("no route to b", False)
     pool.close()
+
+
+class Service:
+    """A tool whose service is out while `is_out`; counts how often it is asked."""
+
+    def __init__(self):
+        self.is_out = False
+        self.asked = []
+
+    def call(self, text):
+        self.asked.append(text)
+        if self.is_out:
+            raise ToolUnavailableError("connection refused")
+        return [f"{text}!"]
+
+    def close(self):
+        """Nothing is held."""
+
+
+@pytest.fixture
+def service_pool(clock):
+    opened = []
+
+    def service_pool(limit_s):
+        toolset = Toolset(tools={"search": Service()}, num_workers=2, outage_limit_s=limit_s)
+        opened.append(ToolPool(toolset, clock=clock))
+        return opened[-1], toolset.tools["search"]
+
+    yield service_pool
+    for pool in opened:
+        pool.close()
+
+
+def pass_time(pool, clock, seconds):
+    """Look for results while the clock moves; what came."""
+    found = []
+    for _ in range(seconds):
+        clock.now += 1.0
+        found += pool.results(wait=True)
+    return found
+
+
+def test_calls_in_an_outage_are_made_again_until_they_are_answered(service_pool, clock, caplog):
+    pool, service = service_pool(1800.0)
+    service.is_out = True
+    keys = [pool.submit("search", text) for text in ("a", "b", "c")]
+    assert pass_time(pool, clock, 30) == [] and pool.outage.is_on and 25 < pool.outage.seconds <= 30
+    assert 9 < len(service.asked) <= 93 and set(service.asked) == {"a", "b", "c"}
+    service.is_out = False
+    clock.now += 1.0
+    found = collect(pool, 3)
+    assert {key: found[key].parts for key in keys} == {keys[0]: ("a!",), keys[1]: ("b!",), keys[2]: ("c!",)}
+    assert not pool.outage.is_on and pool.outage.verdict == "" and pool.outage.total_s >= 25
+    out, back = (record.getMessage() for record in caplog.records)
+    assert out == (
+        "warning: the search tool is out of service (connection refused); the rollout waits for it, for at most "
+        "1800 s (search.outage_limit_s)"
+    )
+    assert back.startswith("the search tool answers again after ")
+
+
+def test_an_outage_at_its_limit_says_why_the_run_is_to_end(service_pool, clock):
+    pool, service = service_pool(60.0)
+    service.is_out = True
+    pool.submit("search", "a")
+    pass_time(pool, clock, 40)
+    assert pool.outage.verdict == ""
+    pass_time(pool, clock, 30)
+    assert re.fullmatch(
+        r"the search tool has been out of service for \d\d s \(search.outage_limit_s\): connection refused",
+        pool.outage.verdict,
+    )
+    pool.drop_pending()
+    assert not pool.outage.is_on and pool.results(wait=True) == []
+
+
+def test_an_outage_ends_the_run_at_once_or_is_told_where_nobody_waits(service_pool, clock):
+    pool, service = service_pool(0.0)
+    service.is_out = True
+    pool.submit("search", "a")
+    pass_time(pool, clock, 2)
+    assert pool.outage.verdict == (
+        "the search tool is out of service (search.on_outage=stop): connection refused"
+    )
+    pool, service = service_pool(None)
+    service.is_out = True
+    key = pool.submit("search", "a")
+    assert collect(pool, 1)[key].error == "connection refused" and not pool.outage.is_on

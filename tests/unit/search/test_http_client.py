@@ -10,7 +10,7 @@ import zstandard
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.search.circuit_breaker import CircuitBreaker
-from a2tgpo.search.errors import SearchError
+from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.tool import CachedSearch, build_search
@@ -181,6 +181,49 @@ def test_what_another_try_cannot_mend_is_not_tried_again(server, client, reply, 
     with pytest.raises(SearchError, match=says):
         client.search("x", 3)
     assert len(server.requests) == 1
+
+
+def fails_at(text, reply):
+    """Answers queries well unless `text` is in them."""
+
+    def play(handler):
+        query = handler.server.requests[-1]["queries"][0]
+        status, body = reply if text in query else (200, GOOD)
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_outage"),
+    [
+        (fails_at("", (500, b"")), True),
+        (fails_at("", (200, b"garbage")), True),
+        (fails_at("", (503, b"")), True),
+        (fails_at("", (404, b"")), True),
+        (fails_at("", (401, b"")), True),
+        (hang_up, True),
+        (stall, True),
+        (fails_at("poison", (500, b"")), False),
+        (fails_at("poison", (200, b"garbage")), False),
+        (fails_at("poison", (422, b"")), False),
+        (fails_at("poison", (503, b"")), True),  # of a proxy before several servers, say
+    ],
+)
+def test_a_server_out_of_service_is_told_from_a_query_that_it_cannot_answer(server, reply, is_outage):
+    client = HttpSearch(
+        server.url, timeout_s=0.3, max_attempts=1, max_connections=4, first_wait_s=0.01, **PATIENT
+    )
+    search = CachedSearch(client, top_k=3, tells_outages=True)
+    server.script = [reply]
+    with pytest.raises(SearchError) as caught:
+        search.search("poison")
+    assert isinstance(caught.value, SearchUnavailableError) == is_outage
+    assert search.counts().failures == 1
+    search.close()
 
 
 def test_server_that_is_down_fails_within_its_tries_and_comes_back():
