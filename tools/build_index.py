@@ -1,18 +1,29 @@
 """Build a retrieval index over a corpus: BM25, or dense with FAISS.
 
     python tools/build_index.py bm25 --corpus FILE --out FOLDER [--part I/N]
-    python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER [--factory Flat]
+    python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER [--factory Flat] [--workers N]
         [--query-prefix "query: " --passage-prefix "passage: "] [--part I/N]
+    python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
 The corpus is JSONL in Search-R1's format (`id`, `contents`) and stays where it is; the index holds the place of every
 passage in it and the corpus's fingerprint, which is checked when the index is loaded. --part builds one of N parts,
 for as many servers (tools/retrieval_server.py --shards).
+
+Embeddings are kept in FOLDER.embeddings until the index is written: started again after an error, a signal or a time
+limit, the build goes on with what is there. --workers N embeds in N processes of this machine, one a GPU in turn.
+--worker I/N is one of N processes of your own, on any machines that see the folder; each ends when all passages are
+embedded, and the same command without it then writes the index. --from-faiss takes a FAISS index over the corpus that
+was made elsewhere, such as Search-R1's e5_Flat.index.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,8 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument, text_argument
-from a2tgpo.search.dense import EncoderSettings
-from a2tgpo.search.index_folder import build_index
+from a2tgpo.search.encoder import DTYPES, EncoderSettings
+from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
+
+POLL_S = 1.0
+"""Between two looks at what other processes have embedded."""
 
 
 class Bars:
@@ -46,52 +60,19 @@ class Bars:
             self._bar.close()
 
 
-def parse_part(text: str) -> tuple[int, int]:
+def parse_part(text: str, option: str = "--part") -> tuple[int, int]:
     """(0, 4) for 0/4."""
     first, _, second = text.partition("/")
     good = first.isdecimal() and second.isdecimal() and int(first) < int(second)
-    require(good, "--part", text, "I/N with 0 <= I < N")
+    require(good, option, text, "I/N with 0 <= I < N")
     return int(first), int(second)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("kind", choices=["bm25", "dense"])
-    parser.add_argument("--corpus", type=path_argument, required=True)
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder of the index; must not exist"
-    )
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="only part I of N")
-    parser.add_argument(
-        "--encoder", type=text_argument, default="", help="dense: Hugging Face folder, such as e5-base-v2"
-    )
-    parser.add_argument("--factory", default="Flat", help="dense: FAISS's name of the index")
-    parser.add_argument("--query-prefix", default="", help='dense: e5 wants "query: "')
-    parser.add_argument("--passage-prefix", default="", help='dense: e5 wants "passage: "')
-    parser.add_argument("--max-tokens", type=int, default=256, help="dense: longer passages are cut")
-    args = parser.parse_args()
+    args = parse_arguments()
     bars = Bars()
     try:
-        encoder = None
-        if args.kind == "dense":
-            require(bool(args.encoder), "--encoder", args.encoder, "a Hugging Face folder, with dense")
-            require(args.max_tokens >= 8, "--max-tokens", args.max_tokens, ">= 8")
-            encoder = EncoderSettings(
-                path=args.encoder,
-                query_prefix=args.query_prefix,
-                passage_prefix=args.passage_prefix,
-                max_tokens=args.max_tokens,
-            )
-        num_passages = build_index(
-            args.corpus,
-            args.out,
-            encoder=encoder,
-            factory=args.factory,
-            part=parse_part(args.part),
-            progress=bars,
-        )
+        text = build(args, bars)
     except ConfigError as error:
         bars.close()
         print(f"error: {error}", file=sys.stderr)
@@ -101,8 +82,129 @@ def main() -> int:
         print(f"error: --out: cannot write {args.out} ({error.strerror or error})", file=sys.stderr)
         return 2
     bars.close()
-    print(f"wrote {args.out}: {args.kind} over {num_passages} passages")
+    print(text)
     return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=["bm25", "dense"])
+    parser.add_argument("--corpus", type=path_argument, required=True)
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder of the index; must not exist"
+    )
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="only part I of N")
+    dense = parser.add_argument_group("dense")
+    dense.add_argument(
+        "--encoder", type=text_argument, default="", help="Hugging Face folder, such as e5-base-v2"
+    )
+    dense.add_argument("--factory", default="Flat", help="FAISS's name of the index")
+    dense.add_argument("--nprobe", type=int, default=0, help="lists searched for a query; 0: a 64th of them")
+    dense.add_argument("--query-prefix", default="", help='e5 wants "query: "')
+    dense.add_argument("--passage-prefix", default="", help='e5 wants "passage: "')
+    dense.add_argument("--max-tokens", type=int, default=256, help="longer passages are cut")
+    dense.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    dense.add_argument("--workers", type=int, default=0, help="processes; 0: one a GPU, or one")
+    dense.add_argument("--worker", default="", metavar="I/N", help="only embed, as one of N processes")
+    dense.add_argument(
+        "--from-faiss", type=path_argument, metavar="FILE", help="a FAISS index over the whole corpus"
+    )
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace, bars: Bars) -> str:
+    """Do what the options ask for; what was done, in one line.
+
+    Raises:
+        ConfigError: one line; an option, the corpus or the encoder cannot be used.
+    """
+    part = parse_part(args.part)
+    if args.kind == "bm25":
+        num_passages = build_bm25(args.corpus, args.out, part=part, progress=bars)
+        return f"wrote {args.out}: bm25 over {num_passages} passages"
+    require(bool(args.encoder), "--encoder", args.encoder, "a Hugging Face folder, with dense")
+    require(args.max_tokens >= 8, "--max-tokens", args.max_tokens, ">= 8")
+    require(args.nprobe >= 0, "--nprobe", args.nprobe, ">= 0")
+    require(args.workers >= 0, "--workers", args.workers, ">= 0")
+    encoder = EncoderSettings(
+        path=args.encoder,
+        query_prefix=args.query_prefix,
+        passage_prefix=args.passage_prefix,
+        max_tokens=args.max_tokens,
+    )
+    recipe = DenseRecipe(encoder=encoder, factory=args.factory, nprobe=args.nprobe, dtype=args.dtype)
+    if args.from_faiss:
+        require(part == (0, 1), "--part", args.part, "0/1 with --from-faiss, which is over the whole corpus")
+        num_passages = import_faiss(args.from_faiss, args.corpus, args.out, recipe, progress=bars)
+        return f"wrote {args.out}: dense over {num_passages} passages, from {args.from_faiss}"
+    if not args.worker:
+        use_all_cpus()
+    dense = DenseBuild(args.corpus, args.out, recipe, part=part, progress=bars)
+    if args.worker:
+        worker, num_workers = parse_part(args.worker, "--worker")
+        dense.embed(worker=worker, num_workers=num_workers)
+        return (
+            f"embedded {dense.blocks.num_passages} passages; without --worker the command writes {args.out}"
+        )
+    num_workers = args.workers or num_gpus()
+    if num_workers > 1:
+        embed_in_processes(dense, num_workers, bars)
+    dense.embed()
+    return f"wrote {args.out}: dense over {dense.finish()} passages"
+
+
+def use_all_cpus() -> None:
+    """Whatever OMP_NUM_THREADS is, which jobs set for their ranks."""
+    import faiss
+    import torch
+
+    cpus = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cpus)
+    faiss.omp_set_num_threads(cpus)
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
+    """Have `num_workers` processes make blocks until all have ended; what one that failed leaves is missing then."""
+    cpus, gpus = len(os.sched_getaffinity(0)), num_gpus()
+    processes = []
+    # By which schedulers end a job: the workers end with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for worker in range(num_workers):
+            variables = os.environ | {"OMP_NUM_THREADS": str(max(1, cpus // num_workers))}
+            if gpus:
+                variables["CUDA_VISIBLE_DEVICES"] = visible_gpu(worker % gpus)
+            command = [sys.executable, *sys.argv, "--worker", f"{worker}/{num_workers}"]
+            processes.append(
+                subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            )
+        total, told = dense.blocks.num_passages, 0
+        while any(process.poll() is None for process in processes):
+            time.sleep(POLL_S)
+            done = dense.blocks.num_done
+            bars("embedding", done - told, total)
+            told = done
+        bars("embedding", -told, total)  # counted again by the embedding of what is missing
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait()
+
+
+def visible_gpu(number: int) -> str:
+    """The name that CUDA_VISIBLE_DEVICES has for the GPU which torch numbers so here."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return names.split(",")[number] if names else str(number)
 
 
 if __name__ == "__main__":

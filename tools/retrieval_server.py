@@ -1,6 +1,7 @@
 """Retrieval server over one corpus, Search-R1's wire format.
 
     python tools/retrieval_server.py --corpus FILE [--index bm25|FOLDER] [--host 127.0.0.1] [--port 8000]
+        [--threads N] [--gpu]
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} answers {"result": [[{"document":
@@ -30,6 +31,8 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import text_argument
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.dense import DenseServing
+from a2tgpo.search.encoder import DTYPES
 from a2tgpo.search.http_client import HttpSearch
 from a2tgpo.search.http_server import MAX_TOP_K, build_app
 from a2tgpo.search.index_folder import SearchIndex, load_index
@@ -69,7 +72,14 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
     if options.shards:
         return open_shards([url.strip() for url in options.shards.split(",")], token)
     if options.index != "bm25":
-        return load_index(Path(options.index), Path(options.corpus), encoder_path=options.encoder)
+        serving = DenseServing(
+            encoder_path=options.encoder,
+            dtype=options.dtype,
+            num_threads=options.threads,
+            on_gpus=options.gpu,
+            nprobe=options.nprobe,
+        )
+        return load_index(Path(options.index), Path(options.corpus), serving=serving)
     index = Bm25Index(load_corpus(options.corpus, key="--corpus"), key="--corpus")
     return index, len(index.passages)
 
@@ -125,6 +135,22 @@ def parse_arguments() -> argparse.Namespace:
         help="where a dense index's encoder lies, if not where it lay",
     )
     parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of that encoder; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument(
+        "--nprobe", type=int, default=0, help="lists of an IVF index to search; 0: as it was built"
+    )
+    parser.add_argument("--gpu", action="store_true", help="search a dense index on all GPUs that FAISS sees")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="that search; default: one for each CPU that this process may use, whatever OMP_NUM_THREADS is",
+    )
+    parser.add_argument(
         "--shards", default="", metavar="URL,URL", help="servers to ask, in place of --corpus"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
@@ -143,6 +169,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--max-requests-per-s is {options.max_requests_per_s}; allowed: 0 or more")
     if not 0 <= options.port < 2**16:  # larger ones would wrap around silently
         parser.error(f"--port is {options.port}; allowed: 0 to 65535")
+    if options.threads < 1:
+        parser.error(f"--threads is {options.threads}; allowed: 1 or more")
+    if options.nprobe < 0:
+        parser.error(f"--nprobe is {options.nprobe}; allowed: 0 or more")
     if not 1 <= options.top_k <= MAX_TOP_K:
         parser.error(f"--top-k is {options.top_k}; allowed: 1 to {MAX_TOP_K}")
     return options
@@ -163,8 +193,8 @@ def main() -> int:
         index,
         num_passages=num_passages,
         default_top_k=options.top_k,
-        # An encoder fills the machine by itself; a shard's answer is waited for.
-        num_threads={"dense": 1, "shards": 16}.get(index.kind, os.cpu_count() or 1),
+        # An encoder and FAISS use all threads for one batch; a shard's answer is waited for.
+        num_threads={"dense": 1, "shards": 16}.get(index.kind, options.threads),
         token=token,
         max_requests_per_s=options.max_requests_per_s,
     )

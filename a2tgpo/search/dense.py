@@ -1,124 +1,67 @@
-"""Dense retrieval: sentence embeddings by a Hugging Face encoder, nearest neighbours by FAISS.
-
-e5-base-v2 wants "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM wants
-nothing. Both average the last layer over the tokens and compare by the cosine.
-"""
+"""Dense retrieval: nearest neighbours of a query's embedding by FAISS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
-import numpy as np
 
-from a2tgpo.config.check import ConfigError, require
-from a2tgpo.error_line import first_line
+from a2tgpo.config.check import ConfigError
+from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
-TRAINING_PASSAGES = 1_000_000
-"""At most so many passages train an index that needs training (IVF, PQ)."""
-BLOCK = 4096
-"""Passages embedded before they go into the index."""
+PROBED_SHARE = 1 / 64
+"""Of an IVF index's lists, searched for a query unless the index or the server says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
-    """How texts become vectors; written into the index, since queries must be treated as the passages were."""
+class DenseServing:
+    """How a dense index is served; nothing here changes what is on disk."""
 
-    path: str
-    """Hugging Face folder of the encoder."""
-    query_prefix: str = ""
-    passage_prefix: str = ""
-    max_tokens: int = 256
-    """Longer texts are cut."""
-
-
-class Encoder:
-    """Unit vectors of texts: mean over the tokens of the encoder's last layer; on the GPU where there is one.
-
-    Raises:
-        ConfigError: if the folder holds no encoder, or one for shorter texts than `max_tokens`.
-    """
-
-    def __init__(self, settings: EncoderSettings, *, batch_size: int = 64):
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        self.settings = settings
-        self._batch_size = batch_size
-        folder = Path(settings.path)
-        require(
-            (folder / "config.json").is_file(),
-            "--encoder",
-            settings.path,
-            "a Hugging Face folder of an encoder",
-        )
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-            self._model = AutoModel.from_pretrained(folder).eval()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--encoder: {folder} cannot be loaded ({first_line(error):.120})") from None
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        require(
-            positions is None or settings.max_tokens <= positions,
-            "--max-tokens",
-            settings.max_tokens,
-            f"at most the encoder's {positions} positions",
-        )
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.to(self._device)
-
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """[len(texts), dim] float32, each of length 1."""
-        return self._embed([self.settings.query_prefix + text for text in texts])
-
-    def passages(self, passages: Sequence[Passage]) -> np.ndarray:
-        """[len(passages), dim] float32, each of length 1; title and text together."""
-        return self._embed([f"{self.settings.passage_prefix}{p.title} {p.text}".strip() for p in passages])
-
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
-        import torch
-
-        vectors = []
-        for start in range(0, len(texts), self._batch_size):
-            batch = self._tokenizer(
-                list(texts[start : start + self._batch_size]),
-                padding=True,
-                truncation=True,
-                max_length=self.settings.max_tokens,
-                return_tensors="pt",
-            ).to(self._device)
-            with torch.no_grad():
-                hidden = self._model(**batch).last_hidden_state  # [batch, tokens, dim]
-            mask = batch["attention_mask"][..., None].to(hidden.dtype)
-            mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
-            vectors.append(torch.nn.functional.normalize(mean, dim=-1).float().cpu().numpy())
-        return np.concatenate(vectors)
+    encoder_path: str = ""
+    """Where the encoder lies on this machine; empty: where it lay at the build."""
+    dtype: str = "auto"
+    """Of the encoder, see `Encoder`."""
+    num_threads: int = 1
+    """Of FAISS and of the encoder on a CPU."""
+    on_gpus: bool = False
+    """Spread the vectors over all GPUs that FAISS sees, in float16."""
+    nprobe: int = 0
+    """Lists of an IVF index that are searched for a query; 0: as the index was built, or `PROBED_SHARE` of them."""
 
 
 class DenseIndex:
-    """Nearest passages by inner product of unit vectors.
+    """Nearest passages by inner product of unit vectors; one thread searches it at a time.
 
     Args:
         passages: the corpus, in the order it was embedded.
         encoder: the one that the passages were embedded with.
         neighbours: FAISS's index over them.
+        num_threads: that a search may use.
     """
 
     kind = "dense"
 
-    def __init__(self, passages: Sequence[Passage], *, encoder: Encoder, neighbours: Any):
+    def __init__(
+        self, passages: Sequence[Passage], *, encoder: Encoder, neighbours: Any, num_threads: int = 1
+    ):
+        import torch
+
         self.passages = passages
         self._encoder = encoder
         self._neighbours = neighbours
+        self._num_threads = num_threads
+        torch.set_num_threads(num_threads)
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
         """The `top_k` nearest passages of each query with their cosines, best first."""
         if not queries:
             return []
+        # OpenMP's number of threads is the calling thread's own; a new one has OMP_NUM_THREADS.
+        faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
         # Where there are fewer than top_k, FAISS fills up with position -1.
         return [
@@ -131,33 +74,32 @@ class DenseIndex:
         ]
 
 
-def build_neighbours(
-    passages: Sequence[Passage],
-    encoder: Encoder,
-    *,
-    factory: str = "Flat",
-    progress: Callable[[int], None] = lambda num_passages: None,
-) -> Any:
-    """FAISS's index over the embeddings of all passages.
-
-    Args:
-        factory: FAISS's name of the index: Flat is exact; IVF4096,PQ64 is small enough for 21 million passages.
-        progress: called with the passages embedded since the last call.
+def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0) -> Any:
+    """FAISS's index in a file, its vectors mapped from there or copied to the GPUs.
 
     Raises:
-        ConfigError: if FAISS knows no such index or there are too few passages to train it.
+        ConfigError: GPUs are wanted, and this FAISS sees none.
+        RuntimeError: the file holds no index.
     """
-    dim = encoder.passages(passages[:1]).shape[1]
+    # IO_FLAG_MMAP maps inverted lists only, and reads the vectors of a Flat index into memory.
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    if (lists := inverted_lists(index)) is not None:
+        lists.nprobe = serving.nprobe or built_nprobe or max(1, round(lists.nlist * PROBED_SHARE))
+    if not serving.on_gpus:
+        return index
+    if not getattr(faiss, "get_num_gpus", lambda: 0)():
+        raise ConfigError(
+            "--gpu: this FAISS sees no GPU; allowed where nvidia-smi shows one and faiss-gpu-cu13-cuvs (or another "
+            "build for GPUs) is installed in place of faiss-cpu"
+        )
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard, options.useFloat16 = True, True
+    return faiss.index_cpu_to_all_gpus(index, co=options)
+
+
+def inverted_lists(index: Any) -> Any | None:
+    """The IVF index in `index`; None if it has none."""
     try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        if not index.is_trained:
-            step = max(1, len(passages) // TRAINING_PASSAGES)
-            index.train(encoder.passages([passages[i] for i in range(0, len(passages), step)]))
-        for start in range(0, len(passages), BLOCK):
-            block = passages[start : start + BLOCK]
-            index.add(encoder.passages(block))
-            progress(len(block))
-    except RuntimeError as error:
-        reason = str(error).rsplit("Error: ", 1)[-1].splitlines()[0]
-        raise ConfigError(f"--factory is {factory!r}, which FAISS refuses here ({reason:.120})") from None
-    return index
+        return faiss.extract_index_ivf(index)
+    except RuntimeError:
+        return None

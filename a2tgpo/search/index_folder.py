@@ -6,30 +6,26 @@ folder is written beside its place and renamed: it is complete or absent.
 
 from __future__ import annotations
 
-import dataclasses
-import errno
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 
 from a2tgpo.atomic_file import atomic_folder, write_json
-from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.check import ConfigError
 from a2tgpo.error_line import first_line
-from a2tgpo.search.bm25 import Bm25Index, score_matrix
-from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
-from a2tgpo.search.dense import DenseIndex, Encoder, EncoderSettings, build_neighbours
+from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.corpus_file import CorpusFile, fingerprint
+from a2tgpo.search.dense import DenseIndex, DenseServing, open_neighbours
+from a2tgpo.search.encoder import Encoder, EncoderSettings
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.words import SPLITTING
 
 DESCRIPTION, OFFSETS, BM25_FOLDER, FAISS_FILE = "index.json", "offsets.npy", "bm25", "faiss.index"
 FORMAT = 2
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, done since the last call, all of it)."""
 
 
 class SearchIndex(Protocol):
@@ -41,67 +37,39 @@ class SearchIndex(Protocol):
         """The best passages of each query with their scores, best first."""
 
 
-def build_index(
-    corpus: Path,
-    out: Path,
-    *,
-    encoder: EncoderSettings | None,
-    factory: str = "Flat",
-    part: tuple[int, int] = (0, 1),
-    progress: Progress,
-) -> int:
-    """Write the index of a corpus, or of one part of it, to the folder `out`; returns its number of passages.
-
-    Args:
-        encoder: of a dense index; None: BM25.
-        factory: FAISS's name of a dense index.
-        part: see `corpus_file.scan`.
-
-    Raises:
-        ConfigError: one line; bad corpus or encoder, or `out` is there already.
-    """
-    require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
-    # Before the corpus: what is wrong with the encoder shall not be found after an hour of reading.
-    embedder = None if encoder is None else Encoder(encoder)
-    size = corpus.stat().st_size if corpus.is_file() else 0
-    offsets = scan(corpus, part=part, progress=lambda n: progress("reading the corpus", n, size))
-    passages = CorpusFile(corpus, offsets)
-    description: dict[str, Any] = {
+def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: int) -> dict[str, Any]:
+    """What index.json says of every index."""
+    return {
         "format": FORMAT,
-        "kind": "bm25" if encoder is None else "dense",
+        "kind": kind,
         "corpus": {"fingerprint": fingerprint(corpus), "name": corpus.name},
         "part": list(part),
-        "passages": len(passages),
+        "passages": num_passages,
     }
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> Iterator[Path]:
+    """The folder `out`, which is there in full after the block, or not at all.
+
+    Args:
+        description: see `describe`, and what the kind adds.
+        offsets: of the passages, see `corpus_file.scan`.
+
+    Yields:
+        A folder for the index's own files.
+    """
     with atomic_folder(out) as partial:
-        if embedder is None:
-            total = len(passages)
-            scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)), key="--corpus")
-            Bm25Index(passages, scores=scores).save(partial / BM25_FOLDER)
-            description["words"] = SPLITTING
-        else:
-            description |= {"encoder": dataclasses.asdict(embedder.settings), "factory": factory}
-            neighbours = build_neighbours(
-                passages,
-                embedder,
-                factory=factory,
-                progress=lambda n: progress("embedding", n, len(passages)),
-            )
-            try:
-                faiss.write_index(neighbours, str(partial / FAISS_FILE))
-            except RuntimeError as error:  # for want of space, say
-                raise OSError(errno.EIO, first_line(error), str(out)) from error
+        yield partial
         np.save(partial / OFFSETS, offsets, allow_pickle=False)
-        description["files"] = _fingerprints(partial)
-        write_json(partial / DESCRIPTION, description)
-    return len(passages)
+        write_json(partial / DESCRIPTION, description | {"files": _fingerprints(partial)})
 
 
-def load_index(folder: Path, corpus: Path, *, encoder_path: str = "") -> tuple[SearchIndex, int]:
+def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = None) -> tuple[SearchIndex, int]:
     """The index in `folder` over the corpus it was built from, memory-mapped; and its number of passages.
 
     Args:
-        encoder_path: where a dense index's encoder lies on this machine; empty: where it lay at the build.
+        serving: how a dense index is served; None: by one thread.
 
     Raises:
         ConfigError: one line; no index, another corpus than the one it was built from, a damaged file.
@@ -128,11 +96,13 @@ def load_index(folder: Path, corpus: Path, *, encoder_path: str = "") -> tuple[S
         passages = CorpusFile(corpus, offsets)
         if description["kind"] == "bm25":
             return Bm25Index.load(folder / BM25_FOLDER, passages), len(passages)
-        neighbours = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP)
+        serving = serving or DenseServing()
+        neighbours = open_neighbours(folder / FAISS_FILE, serving, built_nprobe=description.get("nprobe", 0))
     except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"--index: {folder} is damaged ({first_line(error):.120}); build it anew") from None
-    settings = description["encoder"] | ({"path": encoder_path} if encoder_path else {})
-    index = DenseIndex(passages, encoder=Encoder(EncoderSettings(**settings)), neighbours=neighbours)
+    settings = description["encoder"] | ({"path": serving.encoder_path} if serving.encoder_path else {})
+    encoder = Encoder(EncoderSettings(**settings), dtype=serving.dtype)
+    index = DenseIndex(passages, encoder=encoder, neighbours=neighbours, num_threads=serving.num_threads)
     return index, len(passages)
 
 
@@ -165,9 +135,3 @@ def _fingerprints(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != DESCRIPTION
     }
-
-
-def _counted(passages: Iterable[Passage], count: Callable[[], None]) -> Iterator[Passage]:
-    for passage in passages:
-        yield passage
-        count()

@@ -2,19 +2,23 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from a2tgpo.config.check import ConfigError
+from a2tgpo.search import embedding_blocks
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
-from a2tgpo.search.dense import EncoderSettings
-from a2tgpo.search.index_folder import build_index, load_index
+from a2tgpo.search.encoder import Encoder, EncoderSettings
+from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
+from a2tgpo.search.index_folder import load_index
 
 ROOT = Path(__file__).parents[3]
 WORDS = [
@@ -32,8 +36,10 @@ WORDS = [
 ]
 
 
-def silent(label, done, total):
-    """No progress shown."""
+def build_dense(corpus, out, encoder, **recipe):
+    build = DenseBuild(corpus, out, DenseRecipe(encoder=EncoderSettings(path=encoder), **recipe))
+    build.embed()
+    return build.finish()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_a_mapped_bm25_index_answers_as_the_one_in_memory(corpus, tmp_path):
         seen[label] = seen.get(label, 0) + done
         assert seen[label] <= total
 
-    assert build_index(corpus, tmp_path / "index", encoder=None, progress=progress) == 300
+    assert build_bm25(corpus, tmp_path / "index", progress=progress) == 300
     assert seen == {"reading the corpus": corpus.stat().st_size, "indexing": 300}
     mapped, num_passages = load_index(tmp_path / "index", corpus)
     whole = Bm25Index(load_corpus(str(corpus)))
@@ -84,7 +90,7 @@ def test_parts_hold_every_passage_once(corpus, tmp_path):
     found = []
     for part in range(3):
         out = tmp_path / f"part-{part}"
-        build_index(corpus, out, encoder=None, part=(part, 3), progress=silent)
+        build_bm25(corpus, out, part=(part, 3))
         index, _ = load_index(out, corpus)
         found += [passage.id for passage in index.passages]
     assert sorted(found, key=int) == [str(i) for i in range(300)]
@@ -100,8 +106,7 @@ def test_a_dense_index_finds_what_numpy_finds(minilm, tmp_path, factory):
     } | {f"x{i}": f"Row number {i} of a long table." for i in range(40)}
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"id": k, "contents": v}) + "\n" for k, v in texts.items()))
-    settings = EncoderSettings(path=minilm)
-    build_index(corpus, tmp_path / "index", encoder=settings, factory=factory, progress=silent)
+    build_dense(corpus, tmp_path / "index", minilm, factory=factory)
     index, _ = load_index(tmp_path / "index", corpus)
     queries = ["Which city is France governed from?", "fruit with minerals", "river in Switzerland"]
     answers = index.search_many(queries, 3)
@@ -119,12 +124,122 @@ def test_a_dense_index_finds_what_numpy_finds(minilm, tmp_path, factory):
     assert len(index.search_many(["x"], 100)[0]) == len(texts)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(embedding_blocks, "BLOCK_PASSAGES", 64)
+
+
+class Ended(Exception):
+    """In place of a signal."""
+
+
+def test_a_build_that_is_ended_goes_on_where_it_was_in_any_number_of_processes(
+    corpus, minilm, tmp_path, small_blocks, monkeypatch
+):
+    recipe = DenseRecipe(encoder=EncoderSettings(path=minilm), factory="Flat")
+    build_dense(corpus, tmp_path / "whole", minilm)
+    embedded = []
+    passages = Encoder.passages
+
+    def counted(self, texts):
+        if len(embedded) == 2:
+            raise Ended
+        embedded.append(len(texts))
+        return passages(self, texts)
+
+    monkeypatch.setattr(Encoder, "passages", counted)
+    with pytest.raises(Ended):
+        DenseBuild(corpus, tmp_path / "index", recipe).embed(worker=1, num_workers=2)
+    build = DenseBuild(corpus, tmp_path / "index", recipe)
+    assert build.blocks.num_done == 128 and list(build.blocks.missing()) == [0, 2, 4]
+    embedded[:] = [0, 0, 0]
+    build.embed(worker=0, num_workers=2)
+    assert embedded[3:] == [64, 64, 300 - 4 * 64] and build.finish() == 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "whole"]
+    files = [(tmp_path / name / "faiss.index").read_bytes() for name in ("index", "whole")]
+    assert files[0] == files[1]
+
+
+def test_embeddings_of_something_else_are_not_gone_on_with(corpus, minilm, tmp_path):
+    recipe = DenseRecipe(encoder=EncoderSettings(path=minilm))
+    DenseBuild(corpus, tmp_path / "index", recipe)
+    other = DenseRecipe(encoder=EncoderSettings(path=minilm, passage_prefix="passage: "))
+    with pytest.raises(
+        ConfigError, match=r"index\.embeddings holds embeddings of another corpus, part or encoder"
+    ):
+        DenseBuild(corpus, tmp_path / "index", other)
+
+
+def test_a_published_faiss_index_is_taken_as_it_is_or_refused(corpus, minilm, tmp_path):
+    import faiss
+
+    build_dense(corpus, tmp_path / "built", minilm)
+    published = tmp_path / "e5_Flat.index"
+    shutil.copy(tmp_path / "built" / "faiss.index", published)
+    recipe = DenseRecipe(encoder=EncoderSettings(path=minilm))
+    assert import_faiss(published, corpus, tmp_path / "taken", recipe) == 300
+    queries = ["queen of an island", "bridge"]
+    expected = load_index(tmp_path / "built", corpus)[0].search_many(queries, 3)
+    assert load_index(tmp_path / "taken", corpus)[0].search_many(queries, 3) == expected
+    other = faiss.IndexFlatIP(384)
+    other.add(np.zeros((7, 384), dtype=np.float32))
+    faiss.write_index(other, str(published))
+    with pytest.raises(ConfigError, match=r"has 7 vectors; allowed: 300, as the corpus"):
+        import_faiss(published, corpus, tmp_path / "refused", recipe)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_vectors_of_a_flat_index_stay_in_the_file(tmp_path):
+    import faiss
+
+    from a2tgpo.search.dense import DenseServing, open_neighbours
+
+    def own_mib():
+        (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon")]
+        return int(line.split()[1]) / 1024
+
+    index = faiss.IndexFlatIP(256)
+    index.add(np.zeros((2**16, 256), dtype=np.float32))  # 64 MiB
+    faiss.write_index(index, str(tmp_path / "flat"))
+    del index
+    before = own_mib()
+    mapped = open_neighbours(tmp_path / "flat", DenseServing())
+    mapped.search(np.zeros((1, 256), dtype=np.float32), 1)
+    assert own_mib() - before < 16
+
+
+def test_a_search_has_the_threads_that_it_was_given_whatever_the_environment_says(corpus, minilm, tmp_path):
+    import faiss
+
+    from a2tgpo.search.dense import DenseServing
+
+    build_dense(corpus, tmp_path / "index", minilm)
+    index, _ = load_index(tmp_path / "index", corpus, serving=DenseServing(num_threads=3))
+    found = []
+
+    def search():
+        before = faiss.omp_get_max_threads()  # a new thread's: OMP_NUM_THREADS
+        index.search_many(["bridge"], 1)
+        found.append((before, faiss.omp_get_max_threads()))
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    thread.join()
+    assert found[0][1] == 3, found
+
+
+def test_bfloat16_vectors_are_nearly_those_of_float32(minilm):
+    texts = [f"{first} and {second}" for first in WORDS for second in WORDS]
+    plain, short = (
+        Encoder(EncoderSettings(path=minilm), dtype=dtype).queries(texts) for dtype in ("float32", "bfloat16")
+    )
+    assert (plain * short).sum(1).min() > 0.999
+
+
 def test_embeddings_are_those_of_the_model_itself(minilm, tmp_path):
     """Mean of the last layer over real tokens, one text at a time, without padding."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-
-    from a2tgpo.search.dense import Encoder
 
     texts = ["short", "a rather longer sentence about harbours and bridges"]
     got = Encoder(EncoderSettings(path=minilm, query_prefix="query: ")).queries(texts)
@@ -197,7 +312,7 @@ def flip_a_bit_of_a_score(index):
     ],
 )
 def test_a_damaged_index_is_refused_in_one_line(corpus, tmp_path, damage, message):
-    build_index(corpus, tmp_path / "index", encoder=None, progress=silent)
+    build_bm25(corpus, tmp_path / "index")
     damage(tmp_path / "index")
     with pytest.raises(ConfigError, match=message) as caught:
         load_index(tmp_path / "index", corpus)
@@ -208,8 +323,7 @@ def test_one_changed_bit_of_a_dense_index_does_not_take_all_memory(minilm, tmp_p
     """FAISS would make room for 2^61 numbers, and take whatever there is where the bit is a lower one."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"id": i, "contents": f"row {i}"}) + "\n" for i in range(8)))
-    settings = EncoderSettings(path=minilm)
-    build_index(corpus, tmp_path / "index", encoder=settings, factory="HNSW8", progress=silent)
+    build_dense(corpus, tmp_path / "index", minilm, factory="HNSW8")
     load_index(tmp_path / "index", corpus)
     content = bytearray((tmp_path / "index" / "faiss.index").read_bytes())
     content[128] ^= 0x20
@@ -219,7 +333,7 @@ def test_one_changed_bit_of_a_dense_index_does_not_take_all_memory(minilm, tmp_p
 
 
 def test_another_corpus_than_the_indexed_one_is_refused(corpus, tmp_path):
-    build_index(corpus, tmp_path / "index", encoder=None, progress=silent)
+    build_bm25(corpus, tmp_path / "index")
     other = tmp_path / "other.jsonl"
     other.write_text(corpus.read_text(encoding="utf-8").replace("Title 7", "Titel 7"), encoding="utf-8")
     with pytest.raises(ConfigError, match="was built over another corpus"):

@@ -21,7 +21,7 @@ from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.http_server import build_app
-from a2tgpo.search.index_folder import build_index
+from a2tgpo.search.index_build import build_bm25
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.query_batcher import QueryBatcher
 from tools.bench.retrieval import load, right_answers
@@ -126,11 +126,8 @@ def test_a_stop_lets_requests_under_way_end(corpus):
 
 
 def test_parts_on_several_servers_answer_nearly_as_one_and_a_dead_one_is_told(corpus, tmp_path):
-    def quiet(label, done, total):
-        """No bar."""
-
     for part in range(2):
-        build_index(corpus, tmp_path / f"part-{part}", encoder=None, part=(part, 2), progress=quiet)
+        build_bm25(corpus, tmp_path / f"part-{part}", part=(part, 2))
     first = served("--corpus", corpus, "--index", tmp_path / "part-0")
     second = served("--corpus", corpus, "--index", tmp_path / "part-1")
     with first as (_, one), second as (process, two), served("--shards", f"{one},{two}") as (_, front):
@@ -154,7 +151,7 @@ def test_parts_on_several_servers_answer_nearly_as_one_and_a_dead_one_is_told(co
 
 
 def test_an_index_over_another_corpus_is_refused(corpus, tmp_path):
-    build_index(corpus, tmp_path / "index", encoder=None, progress=lambda *_: None)
+    build_bm25(corpus, tmp_path / "index")
     other = tmp_path / "other.jsonl"
     other.write_text('{"id": 1, "contents": "a"}\n')
     command = [sys.executable, "tools/retrieval_server.py", "--port", "0"]

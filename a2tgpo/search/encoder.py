@@ -1,0 +1,112 @@
+"""Sentence embeddings by a Hugging Face encoder.
+
+e5-base-v2 wants "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM wants
+nothing. Both average the last layer over the tokens and compare by the cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.error_line import first_line
+from a2tgpo.search.passage import Passage
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """How texts become vectors; written into the index, since queries must be treated as the passages were."""
+
+    path: str
+    """Hugging Face folder of the encoder."""
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_tokens: int = 256
+    """Longer texts are cut."""
+
+
+class Encoder:
+    """Unit vectors of texts: mean over the tokens of the encoder's last layer; on the GPU where there is one.
+
+    Args:
+        dtype: of the encoder's weights and layers: auto is bfloat16 on a GPU that has it, float32 elsewhere. Queries
+            and passages may be embedded in different ones: the cosines of one text's two vectors are above 0.999.
+        batch_size: texts that are run together, of like length; None: 256 on a GPU, 64 elsewhere.
+
+    Raises:
+        ConfigError: if the folder holds no encoder, or one for shorter texts than `max_tokens`.
+    """
+
+    def __init__(self, settings: EncoderSettings, *, dtype: str = "auto", batch_size: int | None = None):
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        require(dtype in DTYPES, "--dtype", dtype, " | ".join(DTYPES))
+        self.settings = settings
+        folder = Path(settings.path)
+        require(
+            (folder / "config.json").is_file(),
+            "--encoder",
+            settings.path,
+            "a Hugging Face folder of an encoder",
+        )
+        on_gpu = torch.cuda.is_available()
+        # On CPUs without instructions for it bfloat16 is the slower one.
+        fast = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+        self.dtype = fast if dtype == "auto" else getattr(torch, dtype)
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._model = AutoModel.from_pretrained(folder, dtype=self.dtype).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--encoder: {folder} cannot be loaded ({first_line(error):.120})") from None
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        require(
+            positions is None or settings.max_tokens <= positions,
+            "--max-tokens",
+            settings.max_tokens,
+            f"at most the encoder's {positions} positions",
+        )
+        self._batch_size = batch_size or (256 if on_gpu else 64)
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._model.to(self._device)
+
+    @property
+    def dim(self) -> int:
+        """Numbers of a vector."""
+        return int(self._model.config.hidden_size)
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """[len(texts), dim] float32, each of length 1."""
+        return self._embed([self.settings.query_prefix + text for text in texts])
+
+    def passages(self, passages: Sequence[Passage]) -> np.ndarray:
+        """[len(passages), dim] float32, each of length 1; title and text together."""
+        return self._embed([f"{self.settings.passage_prefix}{p.title} {p.text}".strip() for p in passages])
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        tokens = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
+        # Texts of like length together: what is padded is computed for nothing.
+        order = sorted(range(len(texts)), key=lambda i: len(tokens["input_ids"][i]))
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        for start in range(0, len(order), self._batch_size):
+            chosen = order[start : start + self._batch_size]
+            vectors[chosen] = self._run(
+                {name: [column[i] for i in chosen] for name, column in tokens.items()}
+            )
+        return vectors
+
+    def _run(self, tokens: dict[str, list[list[int]]]) -> np.ndarray:
+        import torch
+
+        batch = self._tokenizer.pad(tokens, return_tensors="pt").to(self._device)
+        with torch.no_grad():
+            hidden = self._model(**batch).last_hidden_state.float()  # [batch, tokens, dim]
+        mask = batch["attention_mask"][..., None].float()
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()

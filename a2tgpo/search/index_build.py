@@ -1,0 +1,192 @@
+"""Building an index folder: BM25 in one go; dense by blocks of embeddings, in one process or many; or from a FAISS
+index that is there already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from a2tgpo.atomic_file import atomic_file
+from a2tgpo.config.check import require
+from a2tgpo.search.bm25 import Bm25Index, score_matrix
+from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
+from a2tgpo.search.embedding_blocks import EmbeddingBlocks, embed_missing
+from a2tgpo.search.encoder import Encoder, EncoderSettings
+from a2tgpo.search.index_folder import BM25_FOLDER, FAISS_FILE, OFFSETS, describe, new_folder
+from a2tgpo.search.neighbours_file import empty_index, import_neighbours, write_neighbours
+from a2tgpo.search.passage import Passage
+from a2tgpo.search.words import SPLITTING
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, done since the last call, all of it)."""
+
+
+def silent(_label: str, _done: int, _total: int) -> None:
+    """A `Progress` that shows none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRecipe:
+    """What a dense index is made with."""
+
+    encoder: EncoderSettings
+    factory: str = "Flat"
+    """FAISS's name of the index: Flat is exact and scans everything; IVF4096,SQ8 scans the nearest lists."""
+    nprobe: int = 0
+    """Lists of an IVF index that are searched for a query; 0: see `dense.PROBED_SHARE`."""
+    dtype: str = "auto"
+    """Of the encoder while it embeds, see `Encoder`."""
+
+
+def build_bm25(
+    corpus: Path, out: Path, *, part: tuple[int, int] = (0, 1), progress: Progress = silent
+) -> int:
+    """Write the BM25 index of a corpus, or of one part of it, to the folder `out`; returns its number of passages.
+
+    Args:
+        part: see `corpus_file.scan`.
+
+    Raises:
+        ConfigError: one line; bad corpus, or `out` is there already.
+    """
+    require_new(out)
+    offsets = _scan(corpus, part, progress)
+    passages = CorpusFile(corpus, offsets)
+    total = len(passages)
+    description = describe("bm25", corpus, part=part, num_passages=total) | {"words": SPLITTING}
+    with new_folder(out, description, offsets) as partial:
+        scores = score_matrix(_counted(passages, lambda: progress("indexing", 1, total)), key="--corpus")
+        Bm25Index(passages, scores=scores).save(partial / BM25_FOLDER)
+    return total
+
+
+class DenseBuild:
+    """The making of one dense index, by one or several processes that each hold one of these.
+
+    Embeddings lie in the folder `OUT.embeddings` until the index is written; a build that was ended goes on with
+    them.
+
+    Args:
+        part: see `corpus_file.scan`.
+
+    Raises:
+        ConfigError: one line; bad corpus, encoder or factory, or `out` is there already.
+    """
+
+    def __init__(
+        self,
+        corpus: Path,
+        out: Path,
+        recipe: DenseRecipe,
+        *,
+        part: tuple[int, int] = (0, 1),
+        progress: Progress = silent,
+    ):
+        require_new(out)
+        # Before the corpus: what is wrong with the encoder shall not be found after an hour of reading.
+        self._encoder = Encoder(recipe.encoder, dtype=recipe.dtype)
+        empty_index(self._encoder.dim, recipe.factory, num_passages=2**62)
+        self._corpus, self._out, self._recipe, self._part = corpus, out, recipe, part
+        self._progress = progress
+        self._offsets = self._read_offsets()
+        self._passages = CorpusFile(corpus, self._offsets)
+        empty_index(self._encoder.dim, recipe.factory, num_passages=len(self._passages))
+        key = {
+            "corpus": fingerprint(corpus),
+            "part": list(part),
+            "encoder": dataclasses.asdict(recipe.encoder),
+            "dtype": str(self._encoder.dtype),
+        }
+        self.blocks = EmbeddingBlocks(self._folder, key=key, num_passages=len(self._passages))
+        self._keep_offsets()
+
+    def embed(self, *, worker: int = 0, num_workers: int = 1) -> None:
+        """Make blocks until all are there, those of this worker's turn first."""
+        total = len(self._passages)
+        self._progress("embedding", self.blocks.num_done, total)
+        embed_missing(
+            self.blocks,
+            self._passages,
+            self._encoder,
+            worker=worker,
+            num_workers=num_workers,
+            progress=lambda n: self._progress("embedding", n, total),
+        )
+
+    def finish(self) -> int:
+        """Write the index, once all blocks are there, and remove them; returns its number of passages."""
+        recipe = self._recipe
+        description = describe("dense", self._corpus, part=self._part, num_passages=len(self._passages))
+        description |= {
+            "encoder": dataclasses.asdict(recipe.encoder),
+            "factory": recipe.factory,
+            "nprobe": recipe.nprobe,
+        }
+        with new_folder(self._out, description, self._offsets) as partial:
+            write_neighbours(partial / FAISS_FILE, self.blocks, dim=self._encoder.dim, factory=recipe.factory)
+        shutil.rmtree(self._folder)
+        return len(self._passages)
+
+    @property
+    def _folder(self) -> Path:
+        return self._out.with_name(f"{self._out.name}.embeddings")
+
+    def _read_offsets(self) -> np.ndarray:
+        """Those that an earlier start or another process has found in this corpus, or found now."""
+        kept = self._folder / f"{fingerprint(self._corpus)}.{OFFSETS}" if self._corpus.is_file() else None
+        if kept is not None and kept.exists():
+            return np.load(kept, allow_pickle=False)
+        return _scan(self._corpus, self._part, self._progress)
+
+    def _keep_offsets(self) -> None:
+        path = self._folder / f"{fingerprint(self._corpus)}.{OFFSETS}"
+        if not path.exists():
+            with atomic_file(path) as stream:
+                np.save(stream, self._offsets, allow_pickle=False)
+
+
+def import_faiss(
+    source: Path, corpus: Path, out: Path, recipe: DenseRecipe, *, progress: Progress = silent
+) -> int:
+    """Make an index folder of a FAISS index over all passages of a corpus, in its order; returns their number.
+
+    Args:
+        source: stays where it is; the folder holds a hard link to it, or a copy.
+        recipe: the encoder that the passages were embedded with; the rest of it is the index's own.
+
+    Raises:
+        ConfigError: one line; bad corpus or encoder, an index of another size, or `out` is there already.
+    """
+    require_new(out)
+    encoder = Encoder(recipe.encoder, dtype=recipe.dtype)
+    offsets = _scan(corpus, (0, 1), progress)
+    description = describe("dense", corpus, part=(0, 1), num_passages=len(offsets))
+    description |= {
+        "encoder": dataclasses.asdict(recipe.encoder),
+        "factory": f"from {source.name}",
+        "nprobe": recipe.nprobe,
+    }
+    with new_folder(out, description, offsets) as partial:
+        import_neighbours(source, partial / FAISS_FILE, dim=encoder.dim, num_passages=len(offsets))
+    return len(offsets)
+
+
+def require_new(out: Path) -> None:
+    require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
+
+
+def _scan(corpus: Path, part: tuple[int, int], progress: Progress) -> np.ndarray:
+    size = corpus.stat().st_size if corpus.is_file() else 0
+    return scan(corpus, part=part, progress=lambda n: progress("reading the corpus", n, size))
+
+
+def _counted(passages: Iterable[Passage], count: Callable[[], None]) -> Iterator[Passage]:
+    for passage in passages:
+        yield passage
+        count()
