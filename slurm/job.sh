@@ -8,7 +8,9 @@
 #   CONTAINER_MOUNTS   what the container sees besides this folder, as a:b,c:d
 #   RETRIEVAL_CORPUS   JSONL of passages: serve it on the job's first node, beside the training
 #   RETRIEVAL_INDEX    folder made by tools/build_index.py, or bm25               [bm25]
-#   RETRIEVAL_PORT     of that server                                             [20000 + job id % 10000]
+#   RETRIEVAL_SHARDS=1 RETRIEVAL_INDEX holds part-0, part-1, ..., one for each of the job's nodes, which serves it
+#   RETRIEVAL_CPUS     of each server, shared with the ranks of its node          [all of the job's on that node]
+#   RETRIEVAL_PORT     of that server, and the next one of the shards'            [20000 + job id % 10000]
 #   RETRIEVAL_WAIT_S   longest time until it answers                              [1800]
 #   DRY_RUN=1          check configuration, files and plan on the job's first node, then end
 #   MAX_REQUEUES       requeues in a row without a step further than before       [3]
@@ -78,31 +80,79 @@ pass_on() { if [ -n "$SRUN_PID" ]; then kill "-$1" "$SRUN_PID" 2>/dev/null || tr
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# The retrieval server on the first node; SEARCH holds the overrides that point the run to it.
-SEARCH=() RETRIEVAL_PID=""
+# The retrieval server on the first node, or one on every node and one on the first that asks them all; SEARCH holds the
+# overrides that point the run to it.
+SEARCH=() RETRIEVAL_PIDS=()
 start_retrieval() {
   [ -n "${RETRIEVAL_CORPUS:-}" ] || return 0
   [ -r "$RETRIEVAL_CORPUS" ] || fail "RETRIEVAL_CORPUS is $RETRIEVAL_CORPUS; allowed: a JSONL file that every node can read"
-  local port="${RETRIEVAL_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" address
+  local port="${RETRIEVAL_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" index="${RETRIEVAL_INDEX:-bm25}" address shards=""
   address="$(node_address "$HEAD_NODE")"
-  srun --overlap --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" --gpus=0 --output="$LOGS/retrieval.log" --open-mode=append \
-    ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" tools/retrieval_server.py \
-    --corpus "$RETRIEVAL_CORPUS" --index "${RETRIEVAL_INDEX:-bm25}" --host "$address" --port "$port" &
-  RETRIEVAL_PID=$!
-  await_health "http://$address:$port/health" "${RETRIEVAL_WAIT_S:-1800}"
+  if [ "${RETRIEVAL_SHARDS:-}" = 1 ]; then
+    start_shards "$index" "$((port + 1))"
+    keep_serving retrieval "$HEAD_NODE" --shards "$shards" --host "$address" --port "$port" &
+  else
+    keep_serving retrieval "$HEAD_NODE" --corpus "$RETRIEVAL_CORPUS" --index "$index" --host "$address" --port "$port" &
+  fi
+  RETRIEVAL_PIDS+=("$!")
+  await_health "http://$address:$port/health" "${RETRIEVAL_WAIT_S:-1800}" retrieval
   SEARCH=(search.backend=http "search.url=http://$address:$port/retrieve")
 }
 
-stop_retrieval() { if [ -n "$RETRIEVAL_PID" ]; then kill "$RETRIEVAL_PID" 2>/dev/null || true; wait "$RETRIEVAL_PID" 2>/dev/null || true; fi; }
+# start_shards FOLDER PORT: a server of FOLDER/part-I on each node; their addresses go to `shards` of the caller.
+start_shards() {
+  local node number=0 address
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    [ -d "$1/part-$number" ] || fail "RETRIEVAL_SHARDS: there is no $1/part-$number; build one part for each of the $SLURM_JOB_NUM_NODES nodes with tools/build_index.py --part I/$SLURM_JOB_NUM_NODES"
+    [ ! -d "$1/part-$SLURM_JOB_NUM_NODES" ] || fail "RETRIEVAL_SHARDS: $1 has more parts than the $SLURM_JOB_NUM_NODES nodes, and all are needed"
+    address="$(node_address "$node")"
+    # Each its own port: on a machine that stands for several nodes they would collide.
+    keep_serving "shard_$number" "$node" --corpus "$RETRIEVAL_CORPUS" --index "$1/part-$number" --host "$address" --port "$(($2 + number))" &
+    RETRIEVAL_PIDS+=("$!")
+    shards="${shards:+$shards,}http://$address:$(($2 + number))/retrieve"
+    number=$((number + 1))
+  done
+  for number in "${!RETRIEVAL_PIDS[@]}"; do
+    address="$(cut -d, -f $((number + 1)) <<<"$shards")"
+    await_health "${address%/retrieve}/health" "${RETRIEVAL_WAIT_S:-1800}" "shard_$number"
+  done
+}
+
+# keep_serving NAME NODE OPTION ...: a retrieval server on NODE, started again when it dies, until this function is ended by
+# TERM. A mistake in its options ends it.
+keep_serving() {
+  local name="$1" node="$2" code pid=""
+  shift 2
+  trap 'kill "$pid" 2>/dev/null; wait "$pid" 2>/dev/null; exit 0' TERM
+  trap '' USR1
+  while true; do
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --gpus=0 --cpus-per-task="${RETRIEVAL_CPUS:-$SLURM_CPUS_ON_NODE}" \
+      --output="$LOGS/$name.log" --open-mode=append ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
+      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" tools/retrieval_server.py "$@" &
+    pid=$!
+    code=0; wait "$pid" || code=$?
+    if [ "$code" = 2 ]; then exit 2; fi
+    echo "slurm: $name on $node ended with $code; started again" >&2
+    sleep 2
+  done
+}
+
+stop_retrieval() {
+  local pid
+  for pid in ${RETRIEVAL_PIDS[@]+"${RETRIEVAL_PIDS[@]}"}; do kill "$pid" 2>/dev/null || true; done
+  for pid in ${RETRIEVAL_PIDS[@]+"${RETRIEVAL_PIDS[@]}"}; do wait "$pid" 2>/dev/null || true; done
+}
 
 node_address() { scontrol show node "$1" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; }
 
+# await_health URL SECONDS NAME: until the server answers; the job ends if it has ended or takes longer.
 await_health() {
-  local url="$1" end=$((SECONDS + $2))
+  local url="$1" end=$((SECONDS + $2)) pid="${RETRIEVAL_PIDS[-1]}"
+  if [[ "$3" == shard_* ]]; then pid="${RETRIEVAL_PIDS[${3#shard_}]}"; fi
   until curl --silent --fail --max-time 5 --output /dev/null "$url"; do
-    kill -0 "$RETRIEVAL_PID" 2>/dev/null || { echo "slurm: the retrieval server has ended; $LOGS/retrieval.log tells why:" >&2
-                                              tail -n 3 "$LOGS/retrieval.log" >&2; exit 3; }
-    [ "$SECONDS" -lt "$end" ] || { kill "$RETRIEVAL_PID"; fail "$url did not answer within $2 s; see $LOGS/retrieval.log"; }
+    kill -0 "$pid" 2>/dev/null || { echo "slurm: the retrieval server has ended; $LOGS/$3.log tells why:" >&2
+                                    tail -n 3 "$LOGS/$3.log" >&2; stop_retrieval; exit 3; }
+    [ "$SECONDS" -lt "$end" ] || { stop_retrieval; fail "$url did not answer within $2 s; see $LOGS/$3.log"; }
     sleep 1
   done
   echo "slurm: retrieval server at $url"

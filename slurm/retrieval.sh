@@ -5,11 +5,18 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --time=7-00:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# A retrieval server for several jobs, until it is cancelled. It listens on the node's own address, and says which.
-#   sbatch slurm/retrieval.sh --corpus FILE [--index DIR] [--port P] [--token-file FILE] ...
+# A retrieval server for several jobs, until it is cancelled: it puts itself into the queue again before its time is over and when
+# it dies. It listens on the node's own address, on any free port, and says where in runs/retrieval.url (search.url_file).
+#   sbatch slurm/retrieval.sh --corpus FILE [--index DIR] [--port P] [--url-file FILE] [--token-file FILE] ...
 set -euo pipefail
 . slurm/job.sh
 [ $# -ge 1 ] || fail "no corpus; sbatch slurm/retrieval.sh --corpus FILE [--index DIR] [--port P]"
-run_ranks tools/retrieval_server.py --host "$(node_address "$HEAD_NODE")" "$@"
+# What counts as progress of such a job, see finish: that it has served.
+furthest_step() { grep -c 'listening on http' "$LOGS/rank_0.log" || true; }
+code=0
+run_ranks tools/retrieval_server.py --host "$(node_address "$HEAD_NODE")" --port 0 --url-file runs/retrieval.url "$@" || code=$?
+case "$code" in 0 | 2) ;; *) echo "slurm: the server ended with $code"; code="$SAVED" ;; esac
+finish "$code"

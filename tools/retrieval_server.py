@@ -1,7 +1,7 @@
 """Retrieval server over one corpus, Search-R1's wire format.
 
     python tools/retrieval_server.py --corpus FILE [--index bm25|FOLDER] [--host 127.0.0.1] [--port 8000]
-        [--threads N] [--gpu]
+        [--threads N] [--gpu] [--url-file FILE]
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} answers {"result": [[{"document":
@@ -10,13 +10,15 @@ documents themselves. GET /health answers {"status": "ok", "passages": n, "index
 /metrics counts for Prometheus, GET /docs describes the interface. FOLDER is an index made by tools/build_index.py,
 BM25 or dense; bm25 builds one in memory. --shards asks other servers, each with a part of the corpus, and merges.
 Anyone who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise, and
-asks for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one. SIGTERM lets requests under way end.
+asks for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one. SIGTERM lets requests under way end;
+SIGUSR1 too, with exit code 75: to be started again. --url-file tells clients where the server is (search.url_file).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import signal
 import socket
 import sys
@@ -28,7 +30,7 @@ import uvicorn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.expand import text_argument
+from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.dense import DenseServing
@@ -36,8 +38,10 @@ from a2tgpo.search.encoder import DTYPES
 from a2tgpo.search.http_client import HttpSearch
 from a2tgpo.search.http_server import MAX_TOP_K, build_app
 from a2tgpo.search.index_folder import SearchIndex, load_index
+from a2tgpo.search.server_address import write_address
 from a2tgpo.search.shards import ShardedIndex
 from a2tgpo.search.token import read_token
+from a2tgpo.stop_signal import EXIT_CODE
 
 LISTEN_BACKLOG = 4096
 """Connections that wait to be accepted: a burst of clients must not be turned away."""
@@ -155,6 +159,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (printed)")
+    parser.add_argument(
+        "--url-file", type=path_argument, help="write the server's address there once it answers"
+    )
     parser.add_argument("--top-k", type=int, default=3, help="passages where the request does not say")
     parser.add_argument(
         "--token-file", type=text_argument, default="", help="file with a bearer token that clients must send"
@@ -187,8 +194,6 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    host, port = bound.getsockname()[:2]
-    address = f"[{host}]" if ":" in host else host
     app = build_app(
         index,
         num_passages=num_passages,
@@ -199,7 +204,10 @@ def main() -> int:
         max_requests_per_s=options.max_requests_per_s,
     )
     bound.listen(LISTEN_BACKLOG)  # before it is said: who connects from now on is answered
-    print(f"{num_passages} passages, listening on http://{address}:{port}/retrieve", flush=True)
+    url = address_of(bound)
+    if options.url_file:
+        write_address(options.url_file, url)
+    print(f"{num_passages} passages, listening on {url}", flush=True)
     # uvicorn raises the signal that ended it once more when it is done: a clean end is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -212,8 +220,23 @@ def main() -> int:
             timeout_graceful_shutdown=GRACE_S,
         )
     )
+    code = 0
+
+    def end_to_start_again(*_: object) -> None:
+        nonlocal code
+        code, server.should_exit = EXIT_CODE, True
+
+    signal.signal(signal.SIGUSR1, end_to_start_again)
     server.run(sockets=[bound])
-    return 0
+    return code
+
+
+def address_of(bound: socket.socket) -> str:
+    """Where clients find a server that listens on `bound`: by the machine's name if it listens on all addresses."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = platform.node()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/retrieve"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ class SearchConfig:
     """JSONL file of passages, each with `id` and `contents` ("title"\\ntext); used by bm25."""
     url: Expanded = ""
     """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
+    url_file: Expanded = ""
+    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it, in place of `url`; read again
+    when the server does not answer, so that the server may move."""
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
     max_passage_tokens: int = 400
@@ -66,8 +69,14 @@ class SearchConfig:
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:
             require(
-                self.url.startswith(("http://", "https://")),
+                not (self.url and self.url_file),
+                "search.url_file",
+                self.url_file,
+                "empty with search.url: one of them says where the server is",
+            )
+            require(
+                bool(self.url_file) or self.url.startswith(("http://", "https://")),
                 "search.url",
                 self.url,
-                "an http:// or https:// address, with search.backend=http",
+                "an http:// or https:// address, with search.backend=http and without search.url_file",
             )

@@ -5,6 +5,7 @@ Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; answer 
 read too.
 """
 
+import functools
 import json
 import secrets
 import threading
@@ -23,6 +24,7 @@ from tenacity import (
 from a2tgpo.search.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.passage import Passage, parse_contents
+from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import TOKEN_VARIABLE
 
 TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
@@ -40,7 +42,7 @@ class HttpSearch:
     """Asks one server, over kept-alive connections, again after a failure; safe to use from many threads.
 
     Args:
-        url: the endpoint, e.g. http://127.0.0.1:8000/retrieve.
+        address: of the endpoint, e.g. http://127.0.0.1:8000/retrieve; looked at again after a failure.
         timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
         max_attempts: tries of one query.
         max_connections: open at once.
@@ -53,7 +55,7 @@ class HttpSearch:
 
     def __init__(
         self,
-        url: str,
+        address: str | ServerAddress,
         *,
         timeout_s: float,
         max_attempts: int,
@@ -63,11 +65,12 @@ class HttpSearch:
         token: str | None = None,
         first_wait_s: float = 0.25,
     ):
-        self.url = url
+        self._address = ServerAddress(address) if isinstance(address, str) else address
         self.num_retries = 0
         self.num_refused = 0
         """Queries that were not sent, since the ones before got no answer."""
-        self._breaker = CircuitBreaker(break_after=break_after, break_s=break_s)
+        self._new_breaker = functools.partial(CircuitBreaker, break_after=break_after, break_s=break_s)
+        self._breaker = self._new_breaker()
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._first_wait_s = first_wait_s
@@ -95,7 +98,7 @@ class HttpSearch:
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
         """`search` for several queries in one request; all have answers, or none."""
-        if not self._breaker.allows():
+        if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
             raise SearchUnavailableError(f"{self.url} has not answered for a while; not asked")
@@ -110,6 +113,7 @@ class HttpSearch:
             found = retrying(self._ask, queries, top_k)
         except _TransientError:
             self._breaker.failed()
+            self._follow()
             raise
         except SearchError:
             self._breaker.succeeded()  # it answered, though not as hoped
@@ -129,9 +133,23 @@ class HttpSearch:
     def close(self) -> None:
         self._client.close()
 
+    @property
+    def url(self) -> str:
+        """Where the server is, as far as is known."""
+        return self._address.url
+
     def _count_retry(self, _: RetryCallState) -> None:
         with self._lock:
             self.num_retries += 1
+        self._follow()
+
+    def _follow(self) -> bool:
+        """Whether the server has moved; it is then asked at its new address, without sparing it."""
+        with self._lock:
+            if not self._address.has_moved():
+                return False
+            self._breaker = self._new_breaker()
+            return True
 
     def _ask(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
         body = self._post({"queries": list(queries), "topk": top_k, "return_scores": True})

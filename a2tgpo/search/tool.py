@@ -12,6 +12,7 @@ from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import HttpSearch
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
 __all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
@@ -135,7 +136,7 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
     if config.backend == "bm25":
         return CachedSearch(Bm25Index(load_corpus(config.corpus)), top_k=config.top_k)
     client = HttpSearch(
-        config.url,
+        ServerAddress(config.url, config.url_file),
         timeout_s=config.timeout_s,
         max_attempts=config.max_attempts,
         max_connections=config.num_workers,
@@ -149,6 +150,6 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
         except SearchError as error:
             client.close()
             raise ConfigError(
-                f"search.url: {error}; start the server (tools/retrieval_server.py) or correct it"
+                f"{'search.url_file' if config.url_file else 'search.url'}: {error}; start the server (tools/retrieval_server.py) or correct it"
             ) from None
     return CachedSearch(client, top_k=config.top_k, tells_outages=config.on_outage != "continue")

@@ -1,0 +1,58 @@
+"""Where a retrieval server is: an address that stays, or a file that the server writes its own into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from a2tgpo.atomic_file import write_text
+from a2tgpo.config.check import ConfigError
+
+
+def write_address(path: Path, url: str) -> None:
+    """Say in a file where the server is; a reader finds the old address or the new one, never a part."""
+    write_text(path, f"{url}\n")
+
+
+class ServerAddress:
+    """The address in `url`, or else the one in the file `url_file`.
+
+    Raises:
+        ConfigError: one line; the file cannot be read, or holds no address.
+    """
+
+    def __init__(self, url: str, url_file: str = ""):
+        self._path = Path(url_file) if url_file else None
+        self.url = url if self._path is None else _read(self._path)
+
+    def has_moved(self) -> bool:
+        """Read the file again; True: the server says another address than before, which is `url` from now on."""
+        if self._path is None:
+            return False
+        try:
+            url = _read(self._path)
+        except ConfigError:  # it is being moved
+            return False
+        moved, self.url = url != self.url, url
+        return moved
+
+
+def _read(path: Path) -> str:
+    try:
+        url = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"search.url_file: cannot read {path} ({error.strerror}); start the server with --url-file {path}"
+        ) from None
+    except UnicodeDecodeError:
+        url = ""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    except ValueError:
+        is_address = False
+    if not is_address or len(url.split()) != 1:
+        raise ConfigError(
+            f"search.url_file: {path} holds {url!r:.80}; allowed: an http:// or https:// address"
+        )
+    return url
