@@ -25,6 +25,7 @@ from launch.joining import MAX_LINES, join, open_store, say
 from launch.open_files import limit_fault, raise_limit
 from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts, host_memory_faults
 from launch.run_plan import plan_of_run
+from launch.search_rate import search_shortfall
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -142,6 +143,7 @@ class Meeting:
         found = [mine] + [RankFacts(**json.loads(told)) for told in self._get_all("facts", others)]
         if fault := _disk_fault(config, folder):
             mine.faults.append(fault)
+        add_search_shortfall(mine, config, self._world_size)
         planned = planned_host_memory(config, self._world_size)
         if causes := compare(found, paths) or (planned and host_memory_faults(found, planned, config)):
             self._refuse(
@@ -262,6 +264,17 @@ def copies_to_come(config: RunConfig) -> int:
     best = config.checkpoint.best_by != "none"
     there = len(list((Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")))
     return max(1, min(config.checkpoint.keep + 1 + best, planned) - there)
+
+
+def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
+    """Say in `facts` if the search server is too slow, measured now; only where there are cards to be kept idle."""
+    import torch
+
+    if not torch.cuda.is_available() or facts.faults:
+        return
+    line, is_refused = search_shortfall(config, num_gpus=world_size)
+    if line:
+        (facts.faults if is_refused else facts.warnings).append(line)
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:

@@ -25,6 +25,7 @@ from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
 from launch.run_plan import plan_of_run
+from launch.search_rate import search_shortfall
 
 
 def main() -> int:
@@ -140,6 +141,8 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         print(
             f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
         )
+        if shortfall := search_shortfall(config, num_gpus=gpus)[0]:
+            print(f"# warning: {shortfall}")
     if not plan.fits and is_first:
         first, *others = faults(plan)
         more = f" (and {len(others)} more, above)" if others else ""

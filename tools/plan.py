@@ -1,6 +1,7 @@
 """Whether a configuration fits a cluster, how a step is divided, and how long it should take: arithmetic, no GPU.
 
     python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
+    python tools/plan.py CONFIG --passages 21015324 [--search-dim 768] [--search-cores 16]
     python tools/plan.py CONFIG --measured found.json
     python tools/plan.py --validate
 
@@ -26,9 +27,10 @@ from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import suggest
 from a2tgpo.plan.measured import calibrate, calibration_text
-from a2tgpo.plan.plan import make_plan
+from a2tgpo.plan.plan import Plan, make_plan
 from a2tgpo.plan.published import PUBLISHED
 from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
+from a2tgpo.plan.search_rate import flat_queries_per_s
 from a2tgpo.plan.workload import Workload
 from tools.terminal import end_with_reader
 
@@ -69,6 +71,8 @@ def plan(args: argparse.Namespace) -> int:
     else:
         made = make_plan(config, dimensions, gpu, gpus=gpus, workload=workload, assumed=assumed)
         print(plan_text(made, source=source))
+        if args.passages:
+            print(f"\n{search_text(made, args)}")
         written = plan_json(made)
         is_possible = made.fits
     if calibration:
@@ -80,6 +84,18 @@ def plan(args: argparse.Namespace) -> int:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--json: cannot write {args.json} ({reason}); choose another file") from None
     return 0 if is_possible else 1
+
+
+def search_text(made: Plan, args: argparse.Namespace) -> str:
+    """What a Flat index would answer on CPUs, against what the plan asks."""
+    needed, cores = made.searches.per_second, args.search_cores
+    found = flat_queries_per_s(passages=args.passages, dim=args.search_dim, cores=cores)
+    verdict = "enough" if found >= needed else f"{needed / found:.1f} times too few"
+    return (
+        f"a Flat index of {args.passages:,} passages x {args.search_dim} on {cores} cores answers about {found:,.1f} "
+        f"queries/s, {needed:,.1f} are asked: {verdict}; {math.ceil(cores * needed / found):,} cores, or GPUs, or an "
+        "IVF index (docs/retrieval.md)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,6 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--measured", metavar="FILE", help="JSON of tools/gpu_check.py, measured on such a card"
+    )
+    parser.add_argument("--passages", type=_count, help="of a dense search index: what it answers a second")
+    parser.add_argument(
+        "--search-dim", type=_count, default=768, help="components of its vectors (default 768)"
+    )
+    parser.add_argument(
+        "--search-cores", type=_count, default=16, help="CPU cores of its servers (default 16)"
     )
     parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
     parser.add_argument("--validate", action="store_true", help="the time model against published figures")

@@ -17,8 +17,8 @@ class SearchConfig:
     url: Expanded = ""
     """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
     url_file: Expanded = ""
-    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it, in place of `url`; read again
-    when the server does not answer, so that the server may move."""
+    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it, in place of `url`; it is
+    read again when the server does not answer, so that the server may move."""
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
     max_passage_tokens: int = 400
@@ -41,6 +41,9 @@ class SearchConfig:
     """File with the bearer token the server asks for; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
     num_workers: int = 16
     """Tool calls in flight per rank."""
+    max_shortfall: float = 8.0
+    """Before a run on GPUs the server is asked for some seconds. One that answers fewer queries a second than the
+    planned rollout asks is a warning; the run is refused if they are fewer by more than this factor; 0: never."""
 
     def __post_init__(self) -> None:
         require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")
@@ -54,6 +57,12 @@ class SearchConfig:
         )
         for name in ("timeout_s", "break_s", "outage_limit_s"):
             require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")
+        require(
+            self.max_shortfall == 0 or self.max_shortfall >= 1,
+            "search.max_shortfall",
+            self.max_shortfall,
+            "0, or >= 1",
+        )
         # Not through `require`: the message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError("search.url holds a user name or password; give a token by search.token_file")

@@ -16,6 +16,7 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.memory import Phase, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
+from a2tgpo.plan.search_rate import SearchDemand, search_demand
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
 from a2tgpo.plan.workload import Workload, geometry
 
@@ -42,6 +43,11 @@ class Plan(PlanInputs):
             "update": self.update.seconds,
             "other": self.assumed.fixed_s,
         }
+
+    @property
+    def searches(self) -> SearchDemand:
+        """What the rollout asks of the search server."""
+        return search_demand(self, self.rollout.seconds)
 
     @property
     def score_passes(self) -> int:

@@ -75,6 +75,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in plan.stage_seconds.items()},
         "step_seconds": round(plan.step_seconds, 2),
         "update_mfu_share": round(plan.update_mfu, 4),
+        "searches": dataclasses.asdict(plan.searches),
         "workload": dataclasses.asdict(plan.workload),
         "assumptions": dataclasses.asdict(plan.assumed),
         "overrides": overrides(plan),
@@ -243,8 +244,14 @@ def _geometry_table(plan: Plan) -> str:
         ["KV cache of an engine", f"{g.kv_tokens:,} tokens{_cache_hint(plan)}"],
         [f"sequences of {config.max_model_len:,} tokens in it", f"{g.full_sequences}"],
         ["trajectories decoded at once", f"{g.concurrent}"],
+        ["tool calls", _calls_text(plan)],
     ]
     return table(["batch", ""], rows)
+
+
+def _calls_text(plan: Plan) -> str:
+    asked = plan.searches
+    return f"{asked.queries:,.0f} a step: {asked.per_second:,.1f}/s, at most {asked.at_once:,} at a time"
 
 
 def _cache_hint(plan: Plan) -> str:

@@ -149,7 +149,8 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
             client.search("probe", config.top_k)
         except SearchError as error:
             client.close()
+            key = "search.url_file" if config.url_file else "search.url"
             raise ConfigError(
-                f"{'search.url_file' if config.url_file else 'search.url'}: {error}; start the server (tools/retrieval_server.py) or correct it"
+                f"{key}: {error}; start the server (tools/retrieval_server.py) or correct it"
             ) from None
     return CachedSearch(client, top_k=config.top_k, tells_outages=config.on_outage != "continue")

@@ -20,6 +20,7 @@ from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import LEAST_HEADROOM, overrides, suggest
 from a2tgpo.plan.plan import make_plan
 from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PUBLISHED
+from a2tgpo.plan.search_rate import CORE_FLOPS, flat_queries_per_s
 from a2tgpo.plan.train_time import update_volume
 from a2tgpo.plan.workload import Workload
 
@@ -281,3 +282,13 @@ def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_that_wait_fo
     whole, cut = planned(0), planned(1000)
     assert (whole.geometry.longest_sampled, cut.geometry.longest_sampled) == (2040, 1170)
     assert planned(10_000).geometry == whole.geometry
+
+
+def test_searches_a_second_by_hand(config_70b):
+    plan = make_plan(config_70b, KNOWN_MODELS["qwen2.5-72b"], H100, gpus=64)
+    asked = plan.searches
+    assert asked.queries == 64 * 16 * 3 and asked.at_once == 8 * 16
+    assert asked.per_second == pytest.approx(3072 / plan.rollout.seconds)
+    # 2 x 21 million x 768 operations a query, on 16 cores.
+    found = flat_queries_per_s(passages=21_000_000, dim=768, cores=16)
+    assert found == pytest.approx(16 * CORE_FLOPS / 32.256e9)

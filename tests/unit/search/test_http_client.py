@@ -13,6 +13,7 @@ from a2tgpo.search.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch
 from a2tgpo.search.passage import Passage
+from a2tgpo.search.server_address import ServerAddress, write_address
 from a2tgpo.search.tool import CachedSearch, build_search
 
 LIMA = Passage("1", "Lima", "Lima is the capital of Peru.")
@@ -224,6 +225,40 @@ def test_a_server_out_of_service_is_told_from_a_query_that_it_cannot_answer(serv
     assert isinstance(caught.value, SearchUnavailableError) == is_outage
     assert search.counts().failures == 1
     search.close()
+
+
+def test_a_server_that_moves_is_found_by_its_file(server, tmp_path):
+    file = tmp_path / "url"
+    write_address(file, f"http://127.0.0.1:{free_port()}/retrieve")
+    client = HttpSearch(
+        ServerAddress("", str(file)),
+        timeout_s=1,
+        max_attempts=1,
+        max_connections=2,
+        break_after=2,
+        break_s=1e6,
+    )
+    for _ in range(3):
+        with pytest.raises(SearchUnavailableError):
+            client.search("x", 3)
+    file.write_text("")  # being written, by another program
+    with pytest.raises(SearchUnavailableError, match="not asked"):
+        client.search("x", 3)
+    write_address(file, server.url)
+    assert client.search("x", 3) == [(LIMA, 2.5)]  # though the old address was being spared
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "ftp://host/x", "http://a b", "http://user:pass@host/x", "http://[", "\0"]
+)
+def test_a_file_without_an_address_is_refused_in_one_line(text, tmp_path):
+    file = tmp_path / "url"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"search.url_file: .* allowed: an http:// or https:// address"):
+        ServerAddress("", str(file))
+    with pytest.raises(ConfigError, match=r"cannot read .*; start the server with --url-file"):
+        ServerAddress("", str(tmp_path / "none"))
 
 
 def test_server_that_is_down_fails_within_its_tries_and_comes_back():

@@ -44,8 +44,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(corpus):
-    command = [sys.executable, str(SERVER), "--corpus", corpus, "--port", "0"]
+def url(corpus, tmp_path_factory):
+    file = tmp_path_factory.mktemp("address") / "url"
+    command = [sys.executable, str(SERVER), "--corpus", corpus, "--port", "0", "--url-file", str(file)]
     environment = os.environ | {"PYTHONPATH": str(SERVER.parents[1])}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
@@ -53,6 +54,7 @@ def url(corpus):
         assert "200 passages, listening on http://127.0.0.1:" in first_line
         address = first_line.split()[-1]
         wait_until_healthy(address.replace("/retrieve", "/health"))
+        assert file.read_text() == f"{address}\n"
         yield address
     finally:
         server.send_signal(signal.SIGINT)

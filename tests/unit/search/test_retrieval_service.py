@@ -65,8 +65,10 @@ def served(*arguments):
 
 @pytest.fixture(scope="module")
 def url(corpus):
-    with served("--corpus", corpus) as (_, url):
+    with served("--corpus", corpus) as (process, url):
         yield url
+        process.send_signal(signal.SIGUSR1)  # as a job's time is over
+        assert process.wait(timeout=30) == 75
 
 
 def test_ten_times_as_many_clients_lose_nothing_and_get_right_answers(url):

@@ -1,0 +1,106 @@
+"""A short burst of searches, to see whether a retrieval server keeps up with a run before the run needs it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.errors import SearchError
+from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.server_address import ServerAddress
+from a2tgpo.search.token import read_token
+
+MAX_CLIENTS = 256
+"""More threads than this measure this process rather than the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Burst:
+    """What a server did with `clients` that each asked again as soon as they were answered."""
+
+    clients: int
+    answered: int
+    failed: int
+    """Queries without an answer within search.timeout_s."""
+    seconds: float
+    """Until the last answer."""
+
+    @property
+    def per_second(self) -> float:
+        return self.answered / self.seconds
+
+
+def measure_burst(
+    config: SearchConfig, queries: Sequence[str], *, clients: int, seconds: float = 3.0
+) -> Burst:
+    """Ask the server of `config` for `seconds`, and wait for what is then under way.
+
+    Args:
+        queries: like those that the run will ask; each is made one that no cache knows.
+        clients: that ask at a time; `MAX_CLIENTS` at most.
+    """
+    clients = min(clients, MAX_CLIENTS)
+    client = HttpSearch(
+        ServerAddress(config.url, config.url_file),
+        timeout_s=config.timeout_s,
+        max_attempts=1,
+        max_connections=clients,
+        break_after=2**31,
+        break_s=1.0,
+        token=read_token(config.token_file, key="search.token_file"),
+    )
+    turns, lock = itertools.cycle(queries), threading.Lock()
+    answered_at: list[float] = []
+    failed: list[float] = []
+    start = time.monotonic()
+
+    def ask() -> None:
+        while time.monotonic() < start + seconds:
+            with lock:
+                query = f"{next(turns)} {secrets.token_hex(3)}"
+            try:
+                client.search(query, config.top_k)
+            except SearchError:
+                failed.append(time.monotonic())
+            else:
+                answered_at.append(time.monotonic())
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    client.close()
+    return Burst(
+        clients=clients,
+        answered=len(answered_at),
+        failed=len(failed),
+        seconds=max([*answered_at, *failed, start + seconds]) - start,
+    )
+
+
+def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> tuple[str, bool]:
+    """What the burst says of a run that asks `needed_per_s`, in one line; and whether it is to be refused.
+
+    Args:
+        max_shortfall: how many times fewer answers than needed are let through; 0: any.
+
+    Returns:
+        An empty line where the server keeps up.
+    """
+    if burst.answered and burst.per_second >= needed_per_s:
+        return "", False
+    times = needed_per_s / burst.per_second if burst.answered else math.inf
+    line = (
+        f"the search server answers {burst.per_second:.3g} queries/s of {burst.clients} clients at a time "
+        f"({burst.failed} of {burst.failed + burst.answered} had no answer in time), the planned rollout asks "
+        f"{needed_per_s:.3g}/s{f', {times:.3g} times as many' if burst.answered else ''}; give the server more cores "
+        "or GPUs, divide its index over more servers, or use an IVF index (docs/retrieval.md)"
+    )
+    return line, 0 < max_shortfall < times

@@ -1,0 +1,32 @@
+"""Whether the search server keeps up with the planned rollout: measured before the run, from here."""
+
+from __future__ import annotations
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from launch.run_plan import plan_of_run
+
+NUM_QUERIES = 500
+"""Training questions that stand for the policy's searches."""
+
+
+def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
+    """What is wrong with the server's speed, in one line, and whether the run is refused for it.
+
+    Returns:
+        An empty line where the server is fast enough, or there is none; or where it does not answer, or no plan can be
+        made, which is told elsewhere.
+    """
+    from a2tgpo.data.question_set import load_questions
+    from a2tgpo.search.burst import judge_burst, measure_burst
+
+    if config.search.backend != "http" or "search" not in config.tools.selected:
+        return "", False
+    try:
+        plan, _, _ = plan_of_run(config, num_gpus=num_gpus)
+        questions = load_questions(config.data.train, key="data.train")[:NUM_QUERIES]
+        demand = plan.searches
+        burst = measure_burst(config.search, [q.question for q in questions], clients=demand.at_once)
+    except ConfigError:
+        return "", False
+    return judge_burst(burst, needed_per_s=demand.per_second, max_shortfall=config.search.max_shortfall)

