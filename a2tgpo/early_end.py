@@ -32,6 +32,7 @@ class EarlyEnd:
         self._guards = guards
         self._longest: dict[str, float] = {}
         self._before_step: tuple[dict, Carried, dict] | None = None
+        self._outage_before_s = 0.0
 
     def is_near(self, *stages: str) -> bool:
         """Whether this rank knows of a stop, or the job may end before `stages` and a save are over."""
@@ -45,12 +46,16 @@ class EarlyEnd:
     def begin_step(self) -> None:
         """Remember what a step uses up before its update."""
         self._before_step = self._parts.sampler.state_dict(), self._parts.carried.state, get_rng_state()
+        self._outage_before_s = self._parts.rollout.outage.total_s
 
     def finish_step(self, seconds: Mapping[str, float]) -> None:
         """The step is done; `seconds` of its stages, as `time/STAGE_s`."""
         self._before_step = None
+        waited_s = self._parts.rollout.outage.total_s - self._outage_before_s
         for name, value in seconds.items():
-            self._longest[name] = max(value, self._longest.get(name, 0.0))
+            # What a rollout waited for a service says nothing of how long the next one takes.
+            own_s = value - waited_s if name == "time/rollout_s" else value
+            self._longest[name] = max(own_s, self._longest.get(name, 0.0))
 
     def save(self, step: int, *, evaluation_is_due: bool) -> None:
         """Leave a checkpoint of `step`, the last one done, as it was before anything after it; all ranks."""

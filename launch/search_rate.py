@@ -14,8 +14,8 @@ def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
     """What is wrong with the server's speed, in one line, and whether the run is refused for it.
 
     Returns:
-        An empty line where the server is fast enough, or there is none; or where it does not answer, or no plan can be
-        made, which is told elsewhere.
+        An empty line where the server is fast enough, or there is none; or where it does not answer, or no plan can
+        be made, which is told elsewhere.
     """
     from a2tgpo.data.question_set import load_questions
     from a2tgpo.search.burst import judge_burst, measure_burst

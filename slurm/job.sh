@@ -119,7 +119,7 @@ start_shards() {
 }
 
 # keep_serving NAME NODE OPTION ...: a retrieval server on NODE, started again when it dies, until this function is ended by
-# TERM. A mistake in its options ends it.
+# TERM. A mistake in its options ends it; once it has served, what it calls one may be a part that is being started again.
 keep_serving() {
   local name="$1" node="$2" code pid=""
   shift 2
@@ -131,7 +131,7 @@ keep_serving() {
       ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" tools/retrieval_server.py "$@" &
     pid=$!
     code=0; wait "$pid" || code=$?
-    if [ "$code" = 2 ]; then exit 2; fi
+    if [ "$code" = 2 ] && ! grep -q 'listening on http' "$LOGS/$name.log"; then exit 2; fi
     echo "slurm: $name on $node ended with $code; started again" >&2
     sleep 2
   done

@@ -101,7 +101,9 @@ def parse_arguments() -> argparse.Namespace:
         "--encoder", type=text_argument, default="", help="Hugging Face folder, such as e5-base-v2"
     )
     dense.add_argument("--factory", default="Flat", help="FAISS's name of the index")
-    dense.add_argument("--nprobe", type=int, default=0, help="lists searched for a query; 0: a 64th of them")
+    dense.add_argument(
+        "--nprobe", type=int, default=0, help="lists searched for a query; 0: a 16th, and at least 16"
+    )
     dense.add_argument("--query-prefix", default="", help='e5 wants "query: "')
     dense.add_argument("--passage-prefix", default="", help='e5 wants "passage: "')
     dense.add_argument("--max-tokens", type=int, default=256, help="longer passages are cut")

@@ -18,13 +18,14 @@ class Outage:
         self.limit_s = limit_s
         self._clock = clock
         self._since: float | None = None
-        self._cause = ("", "")
+        self.cause = ("", "")
+        """The tool, and one line why; of the last wait."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:
         """The rank waits for what is behind the tool `name` from now on, unless it waits already; one line why."""
         if self._since is None:
-            self._since, self._cause = self._clock(), (name, cause)
+            self._since, self.cause = self._clock(), (name, cause)
 
     def end(self) -> None:
         """The service answers, or nobody waits for it any more."""
@@ -50,7 +51,7 @@ class Outage:
         """Why the run is to end, one line; empty: it is not, for this."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
-        name, cause = self._cause
+        name, cause = self.cause
         if not self.limit_s:
             return f"the {name} tool is out of service (search.on_outage=stop): {cause}"
         return f"the {name} tool has been out of service for {self.seconds:.0f} s (search.outage_limit_s): {cause}"

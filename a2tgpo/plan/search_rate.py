@@ -8,6 +8,8 @@ from a2tgpo.plan.inputs import PlanInputs
 
 CORE_FLOPS = 40e9
 """Of one CPU core in the products of a Flat search, float32 operations a second: docs/retrieval.md."""
+ENCODER_FLOPS = 2 * 85e6 * 16
+"""Of one query of 16 tokens in an encoder of e5-base-v2's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,6 @@ def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
 def flat_queries_per_s(*, passages: int, dim: int, cores: int) -> float:
     """What a server answers that compares a query with every passage, in full batches.
 
-    2 passages dim operations a query; the encoder, which takes a few milliseconds of a core, is left out.
+    2 passages dim operations a query, and those of the encoder.
     """
-    return cores * CORE_FLOPS / (2.0 * passages * dim)
+    return cores * CORE_FLOPS / (2.0 * passages * dim + ENCODER_FLOPS)

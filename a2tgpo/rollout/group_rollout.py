@@ -224,7 +224,7 @@ class GroupRollout:
 
     @property
     def outage(self) -> Outage:
-        """This rank's wait for a tool's service; for whoever watches the rollout."""
+        """This engine's wait for a tool's service; for whoever watches the rollout."""
         return self._tools.outage
 
     @property
@@ -244,9 +244,8 @@ class GroupRollout:
         """
         if is_asked is not None:
             return self._agree(is_asked())
-        verdict = self.outage.verdict
-        if self._agree(bool(verdict)):
-            raise ToolFaultError(verdict or "the first rank of this engine ends; its own message tells why")
+        if self._agree(bool(self.outage.verdict)):
+            raise ToolFaultError(self.outage.verdict or "a tool's service does not come back")
         return False
 
     def _agree(self, is_cut: bool) -> bool:

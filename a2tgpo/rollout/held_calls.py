@@ -35,6 +35,8 @@ class HeldCalls:
         self._out_of_service: set[str] = set()
         """Names of tools."""
         self._said_at = -SAY_EVERY_S
+        self._has_said = False
+        """Of the present outage."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -69,7 +71,8 @@ class HeldCalls:
         if self._outage.is_on:
             return
         self._outage.begin(call.name, str(call.error))
-        if self._outage.limit_s and self._clock() >= self._said_at + SAY_EVERY_S:
+        self._has_said = self._outage.limit_s > 0 and self._clock() >= self._said_at + SAY_EVERY_S
+        if self._has_said:
             self._said_at = self._clock()
             logger.warning(
                 "warning: the %s tool is out of service (%s); the rollout waits for it, for at most %g s "
@@ -83,6 +86,6 @@ class HeldCalls:
         self._out_of_service.discard(name)
         if self._out_of_service or not self._outage.is_on:
             return
-        if self._outage.seconds >= SAY_EVERY_S or self._said_at + SAY_EVERY_S > self._clock():
+        if self._has_said:
             logger.warning("the %s tool answers again after %.0f s", name, self._outage.seconds)
         self._outage.end()

@@ -69,7 +69,7 @@ class ToolPool:
         self._late = f"no answer within {toolset.deadline_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """This rank's wait for a service; the pool does not end at its limit, which is for the caller to look at."""
+        """The wait for a service, on all ranks of the engine; its limit is for the caller to look at."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
@@ -99,7 +99,12 @@ class ToolPool:
             return []
         arrived, fault = self._collect(wait) if self._leads else ([], None)
         if self._group is not None:
-            arrived, fault = broadcast_object((arrived, fault), self._group, source=0)
+            cause = self.outage.cause if self.outage.is_on else None
+            arrived, fault, cause = broadcast_object((arrived, fault, cause), self._group, source=0)
+            if cause is None:
+                self.outage.end()
+            else:
+                self.outage.begin(*cause)
         if fault is not None:
             raise ToolFaultError(fault)
         self._pending.difference_update(result.key for result in arrived)

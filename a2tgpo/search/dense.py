@@ -13,8 +13,9 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
-PROBED_SHARE = 1 / 64
-"""Of an IVF index's lists, searched for a query unless the index or the server says otherwise."""
+PROBED_SHARE, LEAST_PROBED = 1 / 16, 16
+"""Of an IVF index's lists, searched for a query unless the index or the server says otherwise: a share, and at least
+so many. Fewer find little in a small corpus (docs/retrieval.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class DenseServing:
     on_gpus: bool = False
     """Spread the vectors over all GPUs that FAISS sees, in float16."""
     nprobe: int = 0
-    """Lists of an IVF index that are searched for a query; 0: as the index was built, or `PROBED_SHARE` of them."""
+    """Lists of an IVF index that are searched for a query; 0: as the index was built, or by `PROBED_SHARE`."""
 
 
 class DenseIndex:
@@ -84,7 +85,8 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
     # IO_FLAG_MMAP maps inverted lists only, and reads the vectors of a Flat index into memory.
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (lists := inverted_lists(index)) is not None:
-        lists.nprobe = serving.nprobe or built_nprobe or max(1, round(lists.nlist * PROBED_SHARE))
+        usual = max(LEAST_PROBED, round(lists.nlist * PROBED_SHARE))
+        lists.nprobe = min(lists.nlist, serving.nprobe or built_nprobe or usual)
     if not serving.on_gpus:
         return index
     if not getattr(faiss, "get_num_gpus", lambda: 0)():

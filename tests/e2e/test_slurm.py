@@ -22,6 +22,8 @@ sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from chain import differences
 from harness import metrics_of, rollouts_of, write_inputs
 
+from a2tgpo.search.index_build import build_bm25
+
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(
@@ -195,6 +197,9 @@ def write_program(path: Path, body: str) -> str:
     return str(path)
 
 
+SERVES_TWICE = """echo "1 passages, listening on http://127.0.0.1:1/retrieve"
+if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exit 75; fi
+if [ "${SLURM_RESTART_COUNT:-0}" = 1 ]; then exit 137; fi"""
 ENDINGS = {"saves, 0": "exit 75", "saves, 1": "exit 75", "fails, 1": "exit 3", "is done, 1": "exit 0"}
 """By what the ranks do and MAX_REQUEUES: what each rank runs."""
 ONE_STEP_A_START = """started=${SLURM_RESTART_COUNT:-0}
@@ -216,6 +221,15 @@ def stub_jobs(cluster, tmp_path_factory) -> dict[str, Ended]:
         jobs[name] = cluster.submit(
             "smoke_cpu", options=one_node, PYTHON=program, MAX_REQUEUES=name.rpartition(" ")[2]
         )
+    program = write_program(folder / "serves", SERVES_TWICE)
+    jobs["serves"] = cluster.submit(
+        "retrieval",
+        "--corpus",
+        "none",
+        options=["--ntasks=1", "--cpus-per-task=1"],
+        PYTHON=program,
+        MAX_REQUEUES="1",
+    )
     program = write_program(folder / "one_step", ONE_STEP_A_START)
     number = cluster.submit("smoke_cpu", options=[*one_node, "--hold"], PYTHON=program, MAX_REQUEUES="1")
     earlier = ROOT / "runs" / "slurm" / number
@@ -236,6 +250,12 @@ def stub_jobs(cluster, tmp_path_factory) -> dict[str, Ended]:
         name: Ended(cluster.wait(number), cluster.log(cluster.job(number)["JobId"]))
         for name, number in jobs.items()
     }
+
+
+def test_a_retrieval_server_is_started_again_at_its_time_limit_and_when_it_dies(stub_jobs):
+    record, log = stub_jobs["serves"]
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "2"), log
+    assert "slurm: the server ended with 137" in log and log.count("requeued") == 2
 
 
 @pytest.mark.parametrize(
@@ -369,20 +389,29 @@ def test_arguments_reach_the_program_as_they_are(cluster, tmp_path):
     assert not list(ROOT.glob("evil*"))
 
 
-def test_a_retrieval_server_is_started_beside_the_training_and_asked_for_its_health(cluster, inputs):
+def test_an_index_in_parts_is_served_by_all_nodes_of_the_training_and_asked_as_one(cluster, inputs):
+    corpus, parts = inputs.parent / "corpus.jsonl", inputs.parent / "parts"
+    for part in range(2):
+        build_bm25(corpus, parts / f"part-{part}", part=(part, 2))
+    settings = {"RETRIEVAL_CORPUS": str(corpus), "RETRIEVAL_INDEX": str(parts), "RETRIEVAL_SHARDS": "1"}
     job = cluster.submit(
         "smoke_cpu",
         str(inputs),
         "run.name=served",
         "run.steps=1",
         "search.outage_limit_s=60",  # below this configuration's parallel.timeout_s
-        RETRIEVAL_CORPUS=str(inputs.parent / "corpus.jsonl"),
+        **settings,
     )
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)[-3000:]
-    assert "slurm: retrieval server at http://127.0.0.1:" in cluster.log(job)
+    assert cluster.log(job).count("slurm: retrieval server at http://127.0.0.1:") == 3
+    logs = ROOT / "runs" / "slurm" / job
+    served = [(logs / f"{name}.log").read_text() for name in ("shard_0", "shard_1", "retrieval")]
+    numbers = [re.findall(r"^(\d+) passages, listening on", log, re.MULTILINE) for log in served]
+    assert numbers == [["3"], ["3"], ["6"]], served
     resolved = (inputs.parent / "served" / "config.yaml").read_text()
     assert "backend: http" in resolved
     missing = cluster.submit("smoke_cpu", str(inputs), RETRIEVAL_CORPUS="/nowhere.jsonl")
-    assert cluster.wait(missing)["ExitCode"] == "2:0" and "RETRIEVAL_CORPUS is /nowhere.jsonl" in cluster.log(
-        missing
-    )
+    assert cluster.wait(missing)["ExitCode"] == "2:0"
+    assert "RETRIEVAL_CORPUS is /nowhere.jsonl" in cluster.log(missing)
+    fewer = cluster.submit("smoke_cpu", str(inputs), options=["--nodes=1"], **settings)
+    assert cluster.wait(fewer)["ExitCode"] == "2:0" and "more parts than the 1 nodes" in cluster.log(fewer)

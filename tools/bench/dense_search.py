@@ -2,10 +2,11 @@
 
     python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--clients 32] [--json FILE]
 
-Vectors and the encoder's weights are random, which costs what real ones cost: the encoder has the shape of e5-base-v2 (12
-layers of 768) unless --layers says otherwise, and the tokenizer of all-MiniLM-L6-v2, which is the same. The server
-runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. Beside queries a second of the wall clock the table has
-those of a second that one core worked, which other load on the machine does not change much.
+Vectors and the encoder's weights are random, which costs what real ones cost: the encoder has the shape of
+e5-base-v2 (12 layers of 768) unless --layers says otherwise, and the tokenizer of all-MiniLM-L6-v2, which is
+the same. The server runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. Beside queries a second
+of the wall clock the table has those of a second that one core worked, which other load on the machine does not
+change much.
 """
 
 from __future__ import annotations

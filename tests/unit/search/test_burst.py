@@ -11,15 +11,15 @@ from a2tgpo.config.search import SearchConfig
 from a2tgpo.search.burst import Burst, judge_burst, measure_burst
 
 SECONDS_A_QUERY = 0.02
+ASKED: list[str] = []
 
 
 class OneAtATime(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     busy = threading.Lock()
-    asked: list[str] = []
 
     def do_POST(self):
-        self.asked.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"])
+        ASKED.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"])
         with self.busy:
             time.sleep(SECONDS_A_QUERY)
         self.send_response(200)
@@ -44,8 +44,8 @@ def url():
 def test_a_burst_counts_what_is_answered_and_asks_nothing_twice(url):
     config = SearchConfig(backend="http", url=url)
     burst = measure_burst(config, ["a", "b"], clients=8, seconds=0.5)
-    assert burst.clients == 8 and burst.failed == 0 and burst.answered == len(OneAtATime.asked) >= 8
-    assert len(set(OneAtATime.asked)) == len(OneAtATime.asked)
+    assert burst.clients == 8 and burst.failed == 0 and burst.answered == len(ASKED) >= 8
+    assert len(set(ASKED)) == len(ASKED)
     assert burst.per_second <= 1 / SECONDS_A_QUERY  # whatever the number of clients
 
 
