@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.update.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
+from a2tgpo.update.shared_read import send_shared, share_reads
 
 _WRAPPED = "module."
 """Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
@@ -129,18 +130,21 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
     """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
 
-    Tensors are read into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in a
-    checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
+    Each rank reads its own slice of the optimizer's state and a share of the weights that data-parallel ranks hold
+    alike (`shared_read`), into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in
+    a checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
 
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
     """
     _check_index(folder / ".metadata")
-    models = model_shards(policy)
+    models, shared = model_shards(policy), []
     if is_distributed(optimizer):
         common = dist_checkpointing.load_common_state_dict(str(folder))
         optimizer.load_state_dict(_settings(common["optimizer"]))  # makes the moments where there are none
-        loaded = _read(folder, {**models, _SLICES: owned_shards(optimizer, models, piece_bytes=UNCUT)})
+        slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
+        shared = share_reads(models, policy.groups)
+        loaded = _read(folder, {**models, _SLICES: slices})
     else:
         state = optimizer.sharded_state_dict(
             dict(models), is_loading=True, metadata=sharding_metadata(policy)
@@ -149,8 +153,9 @@ def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
     for number, chunk in enumerate(policy.chunks):
-        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`.
-        chunk.load_state_dict(loaded[_model_key(policy, number)], strict=False)
+        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`, and other ranks read the rest.
+        chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
+    send_shared(shared)
 
 
 def load_sharded_weights(folder: Path, policy: Policy) -> None:
@@ -165,12 +170,14 @@ def load_sharded_weights(folder: Path, policy: Policy) -> None:
         _model_key(policy, number): _tensors_of(model.sharded_state_dict(_WRAPPED, metadata=metadata))
         for number, model in enumerate(policy.gpt_models)
     }
+    shared = share_reads(state, policy.groups)
     loaded = _read(folder, state)
     for number, model in enumerate(policy.gpt_models):
-        tensors = loaded[_model_key(policy, number)]
+        tensors = loaded.get(_model_key(policy, number), {})
         model.load_state_dict(
             {name.removeprefix(_WRAPPED): value for name, value in tensors.items()}, strict=False
         )
+    send_shared(shared)
 
 
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Weights that several ranks hold alike are read from a checkpoint by one of them, which sends them to the others.
+
+Storage is what all ranks share: read by every data-parallel rank, the weights would be read as often as there are
+replicas, all at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from a2tgpo.parallel.collectives import device_of
+from a2tgpo.parallel.groups import ParallelGroups
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A parameter that all ranks of `group` hold alike, and the one of them that reads it."""
+
+    parameter: Tensor
+    owner: int
+    """Position in `group`."""
+    group: ProcessGroup
+
+
+def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> list[Shared]:
+    """Leave in `models` what this rank is to read, and say which parameters are to be sent; every rank calls this.
+
+    Args:
+        models: sharded state dicts of the model chunks, with the parameters themselves in them; changed in place.
+            What is no parameter, each rank goes on to read by itself.
+    """
+    shared = []
+    loads: dict[ProcessGroup, list[int]] = {}
+    for state in models.values():
+        for name, part in list(state.items()):
+            parameter = part.data
+            if not isinstance(parameter, torch.nn.Parameter):
+                continue
+            # Megatron's mark of parameters whose gradients are not reduced over all data-parallel ranks.
+            is_expert = not getattr(parameter, "allreduce", True)
+            group = groups.edp_group if is_expert else groups.dp_cp_group
+            load = loads.setdefault(group, [0] * group.size())
+            owner = load.index(min(load))
+            load[owner] += parameter.nbytes
+            shared.append(Shared(parameter, owner, group))
+            if group.rank() == owner:
+                part.replica_id = (*part.replica_id[:2], 0)
+            else:
+                del state[name]
+    return shared
+
+
+@torch.no_grad()
+def send_shared(shared: list[Shared]) -> None:
+    """Send each parameter from the rank that has read it to the others of its group; every rank calls this."""
+    for item in shared:
+        if item.group.size() == 1:
+            continue
+        # Bytes: gloo knows fewer number formats than models do.
+        own = item.parameter.detach().view(-1).view(torch.uint8)
+        sent = own.to(device_of(item.group))
+        dist.broadcast(sent, group_src=item.owner, group=item.group)
+        if sent is not own:
+            own.copy_(sent)
