@@ -11,18 +11,17 @@ from transformers import PretrainedConfig
 
 from a2tgpo.carried_pool import Held
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet
 from a2tgpo.error_line import first_line
+from a2tgpo.experiment.rules import Changes, changes, settings_of
 from a2tgpo.rollout.carried_group import CarriedGroup, shortened
 from a2tgpo.rollout.multi_turn import Limits
 from a2tgpo.update import checkpoint
 
 logger = logging.getLogger(__name__)
 
-_PLACES = ("run.name", "run.root")
 _SCORED_BY = (
     *(
         "rollout.gain.measure",
@@ -33,7 +32,6 @@ _SCORED_BY = (
     "reward.",
 )
 """Settings that rewards and gains of trajectories which have ended depend on."""
-_MAX_SAID = 12
 
 
 def check_resume(resume: str) -> None:
@@ -68,6 +66,15 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
     return None
 
 
+def trained_so_far(folder: Path) -> str:
+    """How far the run in `folder` is, in a few words; empty: nothing was trained that a start could go on from."""
+    root = folder / "checkpoints"
+    for step in checkpoint.steps_in(root):
+        if (root / f"step_{step}" / checkpoint.MARKER).is_file():
+            return f"at step {step}"
+    return "without a checkpoint yet" if any((folder / "rollouts").glob("step_*")) else ""
+
+
 def require_same_run(
     path: Path, record: dict[str, Any], hf_config: PretrainedConfig, sampler: PromptSampler
 ) -> None:
@@ -85,26 +92,9 @@ def require_same_run(
         sampler.require_same_questions(record["state"]["sampler"])
 
 
-def saved_settings(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the configuration it was made with: values by dotted key."""
-    return {key: value for key, value in flat_config(config).items() if key not in _PLACES}
-
-
-def changed_settings(state: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose value was another one when `state` was saved: (then, now). Empty where settings were not saved."""
-    before, now = state.get("settings", {}), saved_settings(config)
-    return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
-
-
-def say_changes(changed: dict[str, tuple[Any, Any]]) -> None:
-    """Tell in one line which settings are followed though the checkpoint was made with others."""
-    if not changed:
-        return
-    told = [
-        f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:_MAX_SAID]
-    ]
-    more = f" and {len(changed) - _MAX_SAID} more" if len(changed) > _MAX_SAID else ""
-    logger.warning("the run goes on with settings other than the checkpoint's: %s%s", ", ".join(told), more)
+def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
+    """Settings that were other ones when `state` was saved. Empty where settings were not saved."""
+    return changes(state.get("settings", {}), settings_of(config))
 
 
 def follow_settings(

@@ -1,15 +1,15 @@
 """The folder of a run: what lies where, and going on from it.
 
-`ROOT/NAME/`: config.yaml (resolved), env.txt, date.txt (today's date, as prompts tell it), metrics.jsonl,
-tensorboard/, rollouts/step_N/ (`record.rollout_files`), checkpoints/step_N/, checkpoints/best.json, bank/ (rollouts
-no checkpoint covers yet), stacks/ (when something hung), holder.json (the process that writes here).
+`ROOT/NAME/`: config.yaml (resolved), config.N.yaml and env.N.txt (of the N-th start), date.txt (today's date, as
+prompts tell it), metrics.jsonl, tensorboard/, rollouts/step_N/ (`record.rollout_files`), checkpoints/step_N/,
+checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung), holder.json (the
+process that writes here).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +20,23 @@ from a2tgpo.atomic_file import write_text
 from a2tgpo.best_checkpoint import BestCheckpoint, write_best
 from a2tgpo.carried_pool import Carried, bounded, carried, carried_file, encode, read
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.load import dump_config, flat_config
+from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import today
-from a2tgpo.folder_lock import FolderLock
+from a2tgpo.experiment.claim import claim
+from a2tgpo.experiment.rules import TRAINING, settings_of, told
+from a2tgpo.experiment.starts import ACCEPT
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.recorder import Recorder
-from a2tgpo.resume import changed_settings, check_resume, follow_settings, saved_settings, say_changes
+from a2tgpo.resume import changed_settings, check_resume, follow_settings, trained_so_far
 from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.run_date import read_date
 from a2tgpo.update import checkpoint
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
-from a2tgpo.versions import versions
 
 if TYPE_CHECKING:
     from a2tgpo.assemble import RunParts
@@ -62,35 +63,36 @@ class RunFolder:
         self._num_failures = 0
         self._recorder: Recorder | None = None
 
-    def open(self, resume: str) -> Path | None:
+    def open(self, resume: str, *, accept_changes: bool = False) -> Path | None:
         """Make the folder and find the checkpoint to go on from.
 
         Args:
             resume: auto (the newest complete checkpoint, if any) | none (what is there is set aside as
                 NAME.previous_N) | a checkpoint's folder.
+            accept_changes: go on where the settings, the code or the packages are not those of the last start.
 
         Raises:
-            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made or is another
-                process's.
+            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made, is another
+                process's, or holds another experiment.
         """
         check_resume(resume)
         fault = [""]
         if self._groups.rank == 0:
             try:
-                if resume == "none" and self.path.exists():
-                    self._set_aside()
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = FolderLock(self.path)
-                write_text(self.path / "config.yaml", dump_config(self._config))
-                write_text(self.path / "env.txt", describe_environment())
+                self._lock = claim(
+                    self.path,
+                    self._config,
+                    TRAINING,
+                    begins_anew=resume == "none",
+                    accept=accept_changes,
+                    done=trained_so_far(self.path),
+                )
                 if read_date(self.path) is None:
                     write_text(self.path / run_date.FILE, f"{today()}\n")
             except ConfigError as error:
                 fault = [str(error)]
             except OSError as error:
-                fault = [
-                    f"run.root: {self.path} cannot be written ({error.strerror}); choose another run.root"
-                ]
+                fault = [f"run.root: {error.filename} cannot be written ({error.strerror})"]
         dist.broadcast_object_list(fault, src=0)
         if fault[0]:
             raise ConfigError(fault[0])
@@ -117,15 +119,15 @@ class RunFolder:
             # A converted model has seen no question yet.
             if "sampler" in state:
                 parts.sampler.load_state_dict(state["sampler"])
+            is_own = path.resolve() == (self._checkpoints / f"step_{step}").resolve()
             changed = changed_settings(state, self._config)
-            if self._groups.rank == 0:
-                say_changes(changed)
+            if changed and not is_own and self._groups.rank == 0:
+                logger.warning("the run begins with settings other than those of %s: %s", path, told(changed))
             parts.carried.state = self._read_carried(path, parts, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor best.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])
-            is_own = path.resolve() == (self._checkpoints / f"step_{step}").resolve()
             # That of another run speaks of checkpoints which are not here.
             self.best.load_state_dict(self._if_comparable(state, parts) if is_own else None)
         checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
@@ -154,7 +156,7 @@ class RunFolder:
             schedule=parts.schedule,
             state={
                 "step": step,
-                "settings": saved_settings(self._config),
+                "settings": settings_of(self._config),
                 "sampler": parts.sampler.state_dict(),
                 "test_questions": parts.test_prompts.fingerprint,
                 "guards": guards.state_dict(),
@@ -306,7 +308,7 @@ class RunFolder:
         recorder.writer.print(
             f"stopped after step {step} of {self._config.run.steps}: {guards.reason}. "
             f"best: {self.best.describe()}. {last_good}To go on nevertheless: {guards.stop_setting}; "
-            f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N"
+            f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N {ACCEPT}"
         )
 
     def _if_comparable(self, state: dict, parts: RunParts) -> dict | None:
@@ -342,20 +344,3 @@ class RunFolder:
     @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    def _set_aside(self) -> None:
-        lock = FolderLock(self.path)  # not that of a run which goes on
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.previous_{number}")).exists():
-            number += 1
-        lock.release()
-        self.path.rename(aside)
-
-
-def describe_environment() -> str:
-    """Versions of what computes, and the commit, a line each."""
-    lines = [
-        f"platform {platform.platform()}",
-        *(f"{name} {version}" for name, version in versions().items()),
-    ]
-    return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start a run on this machine: one process per GPU, or RANKS processes on its CPUs.
-#   launch/local.sh -n RANKS [--script launch/warmstart.py] CONFIG [--dry-run] [--resume auto|PATH|none] [FILE.yaml | section.field=value ...]
+#   launch/local.sh -n RANKS [--script launch/warmstart.py] CONFIG [--dry-run] [--resume auto|PATH|none] [--accept-changes] [FILE.yaml | section.field=value ...]
 set -euo pipefail
 usage() { sed -n '3p' "$0" | cut -c3- >&2; exit 2; }
 

@@ -39,7 +39,7 @@ SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        usage="mpi.py [--script FILE] --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]",
+        usage="mpi.py [--script FILE] --config CONFIG [OPTION ...] [OVERRIDE ...]",
         epilog="All but --script goes to the script.",
         allow_abbrev=False,
     )

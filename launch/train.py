@@ -1,9 +1,10 @@
 """What every rank of a training run executes.
 
-    launch/local.sh -n RANKS CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
-    torchrun ... launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
-    srun ... python launch/train.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
+    launch/local.sh -n RANKS CONFIG [OPTION ...] [OVERRIDE ...]
+    torchrun ... launch/train.py --config CONFIG [OPTION ...] [OVERRIDE ...]
+    srun ... python launch/train.py --config CONFIG [OPTION ...] [OVERRIDE ...]
 
+OPTION is --dry-run, --resume auto|PATH|none, --accept-changes, or --as-started FILE (see --help).
 OVERRIDE is section.field=value or a YAML file, such as a method of configs/algorithm/; later ones win.
 Without a launcher it runs as one process.
 """
@@ -18,10 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from a2tgpo.config.check import ConfigError
-from a2tgpo.config.expand import text_argument
-from a2tgpo.config.load import dump_config, load_config
+from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.experiment.job import keep, load_as_started
+from a2tgpo.experiment.rules import TRAINING
+from a2tgpo.experiment.starts import require_same
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
+from launch.arguments import start_parser
 from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
 from launch.run_plan import plan_of_run
@@ -29,38 +33,18 @@ from launch.search_rate import search_shortfall
 
 
 def main() -> int:
-    args = parse_arguments()
+    parser = start_parser(__doc__.splitlines()[0], resume="PATH")
+    args = parser.parse_intermixed_args()  # overrides may stand behind options
     stop_signal = StopSignal()
     try:
         join_launcher()
-        config = load_config(args.config, args.overrides)
+        is_first = os.environ.get("RANK", "0") == "0"
+        config = load_as_started(args.as_started, args.config, args.overrides, tells=is_first)
         if args.dry_run:
-            return dry_run(config, resume=args.resume)
-        return run(config, resume=args.resume, stop_signal=stop_signal)
+            return dry_run(config, resume=args.resume, accept_changes=args.accept_changes)
+        return run(config, args, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error, is_ending=bool(stop_signal.name))
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything that needs no model, then stop"
-    )
-    parser.add_argument(
-        "--resume",
-        type=text_argument,
-        default="auto",
-        metavar="auto|PATH|none",
-        help="auto: from the run's newest complete checkpoint if there is one; none: anew",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="section.field=value, or a YAML file such as configs/algorithm/grpo.yaml; later ones win",
-    )
-    return parser.parse_intermixed_args()  # overrides may stand behind options
 
 
 def inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
@@ -76,7 +60,7 @@ def inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
     return paths
 
 
-def dry_run(config: RunConfig, *, resume: str) -> int:
+def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     """Print the resolved configuration and its plan; check files, layout and ranks, without building a model.
 
     Returns:
@@ -92,11 +76,14 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     from a2tgpo.model.transformer_config import check_layout
     from a2tgpo.plan.advice import faults
     from a2tgpo.plan.report import plan_text
-    from a2tgpo.resume import check_resume, find_record, require_same_run
+    from a2tgpo.resume import check_resume, find_record, require_same_run, trained_so_far
     from a2tgpo.run_date import read_date
 
     check_resume(resume)
     config.check_training()
+    folder = Path(config.run.root) / config.run.name
+    if resume != "none" and (done := trained_so_far(folder)):
+        require_same(folder, config, TRAINING, accept=accept_changes, done=done)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from a2tgpo.parallel.initialize import shutdown
         from launch.preflight import start_ranks
@@ -110,7 +97,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
         load_tokenizer(config.model.path),
         config.data.instructions,
         kwargs=config.data.chat_template_kwargs,
-        date=read_date(Path(config.run.root) / config.run.name),
+        date=read_date(folder),
     )
     limit = config.data.max_prompt_tokens
     prompts = {
@@ -150,7 +137,7 @@ def dry_run(config: RunConfig, *, resume: str) -> int:
     return 0 if plan.fits else DOES_NOT_FIT
 
 
-def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
+def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
     """Join the other ranks, build, resume, train; returns the program's exit code."""
     import torch.distributed as dist
 
@@ -165,10 +152,14 @@ def run(config: RunConfig, *, resume: str, stop_signal: StopSignal) -> int:
     from launch.preflight import start_ranks
 
     imported_s = process_age_s()
-    groups = start_ranks(config, inputs(config, resume=resume))
+    groups = start_ranks(config, inputs(config, resume=args.resume))
     joined_s = process_age_s()
     folder = RunFolder(config, groups)
-    checkpoint = folder.open(resume)
+    # It was said for one start: a job that is started again has the same arguments.
+    is_first_start = args.as_started is None or not args.as_started.exists()
+    checkpoint = folder.open(args.resume, accept_changes=args.accept_changes and is_first_start)
+    if args.as_started is not None and groups.rank == 0:
+        keep(args.as_started, config)
     parts = assemble(config, groups, resume_from=checkpoint)
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)

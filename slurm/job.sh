@@ -14,6 +14,8 @@
 #   RETRIEVAL_WAIT_S   longest time until it answers                              [1800]
 #   DRY_RUN=1          check configuration, files and plan on the job's first node, then end
 #   MAX_REQUEUES       requeues in a row without a step further than before       [3]
+# A job is what it was started as: runs/slurm/JOB/code is a copy of this folder's programs from its first start, and
+# runs/slurm/JOB/config.yaml the configuration; a requeue goes on with both, whatever is edited or checked out meanwhile.
 # Exit codes of the program: 0 done, 2 a mistake in the configuration, 3 the run failed or its guards stopped it,
 # 75 saved because of a signal or the job's end: the job is put into the queue again and goes on by itself.
 set -euo pipefail
@@ -23,14 +25,6 @@ fail() { echo "slurm: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: sbatch slurm/$(basename "$0") [CONFIG] [section.field=value ...]"
 [ -f launch/train.py ] || fail "call sbatch in the project's folder (launch/train.py is not in $PWD)"
-# What a launcher or another job left in the submitting shell would be taken for this job's own.
-for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_) $(compgen -e TORCHELASTIC_); do unset "$name"; done
-. slurm/nccl.sh
-# Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task: every rank would run on one core.
-if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-PYTHON="${PYTHON:-.venv/bin/python}"
-HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 # How squeue and scontrol call this job. One task of an array has the SLURM_JOB_ID of the whole array, which would mean all its
 # tasks. A job that such a task submits inherits the array's variables, though it is none of its tasks.
 JOB="$SLURM_JOB_ID"
@@ -39,9 +33,50 @@ if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && ! scontrol show job "$JOB" --oneliner | g
 fi
 job_field() { scontrol show job "$JOB" --oneliner | sed -n "s/.* $1=\([^ ]*\).*/\1/p" | sed 's/^(null)$//' || true; }
 LOGS="runs/slurm/$JOB"
+CODE="$LOGS/code"
+
+# What a commit is called in a2tgpo/versions.py.
+commit_line() {
+  local commit changed=""
+  commit="$(git -c safe.directory='*' rev-parse HEAD 2>/dev/null)" || { echo unknown; return; }
+  if [ -n "$(git -c safe.directory='*' status --porcelain -- a2tgpo launch)" ]; then changed=" with uncommitted changes"; fi
+  echo "$commit$changed"
+}
+
+# The programs as they are now, whole or not at all, and the batch script.
+copy_code() {
+  rm -rf "$CODE.unfinished"
+  mkdir -p "$CODE.unfinished"
+  cp -Rp a2tgpo launch slurm tools "$CODE.unfinished"
+  cp "$0" "$CODE.unfinished/job_script.sh"
+  commit_line >"$CODE.unfinished/COMMIT"
+  mv "$CODE.unfinished" "$CODE"
+}
+
+if [ "${BASH_SOURCE[0]}" != "$CODE/slurm/job.sh" ]; then
+  # An earlier job may have had this number: its code and configuration are not this one's, its requeues and the steps in
+  # its part of the log do not count.
+  if [ "$(job_field Restarts)" = 0 ]; then rm -rf "$CODE" "$LOGS/config.yaml" "$LOGS/requeues"; fi
+  if [ ! -d "$CODE" ]; then
+    copy_code
+  elif [ "$(commit_line)" != "$(cat "$CODE/COMMIT")" ]; then
+    echo "slurm: this folder is now at $(commit_line); the job goes on with the code of its first start, $CODE: $(cat "$CODE/COMMIT")"
+  fi
+  . "$CODE/slurm/job.sh"
+  return
+fi
+
+# What a launcher or another job left in the submitting shell would be taken for this job's own.
+for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_) $(compgen -e TORCHELASTIC_); do unset "$name"; done
+. "$CODE/slurm/nccl.sh"
+# Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task: every rank would run on one core.
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+# One for all jobs of this folder, not one beside each copy of the code.
+export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$PWD/.cache/a2tgpo/vllm}"
+PYTHON="${PYTHON:-.venv/bin/python}"
+HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 mkdir -p "$LOGS"
-# An earlier job may have had this number: its requeues do not count, nor the steps in its part of the log.
-if [ "$(job_field Restarts)" = 0 ]; then rm -f "$LOGS/requeues"; fi
 : >>"$LOGS/rank_0.log"
 FIRST_BYTE=$(($(stat -c %s "$LOGS/rank_0.log") + 1))
 
@@ -56,13 +91,14 @@ case "${CONTAINER:-}" in
                      "--container-workdir=$PWD") ;;
 esac
 
-# One program on every rank, its output in a file for each; the first rank's is the job's own as well.
+# run_ranks PROGRAM [ARGUMENT ...]: one program on every rank, its output in a file for each; the first rank's is the job's
+# own as well.
 # A rank that has failed leaves the others a minute to end by themselves: to save, or to say what they saw.
 run_ranks() {
   local code=0
   tail -c "+$FIRST_BYTE" -F "$LOGS/rank_0.log" 2>/dev/null & local tail_pid=$!
   srun --kill-on-bad-exit=0 --wait=60 --output="$LOGS/rank_%t.log" --open-mode=append \
-    ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$@" &
+    ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$CODE/$1" "${@:2}" &
   SRUN_PID=$!
   # A trapped signal interrupts wait: ask again until srun has ended.
   while true; do
@@ -128,7 +164,7 @@ keep_serving() {
   while true; do
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --gpus=0 --cpus-per-task="${RETRIEVAL_CPUS:-$SLURM_CPUS_ON_NODE}" \
       --output="$LOGS/$name.log" --open-mode=append ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
-      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" tools/retrieval_server.py "$@" &
+      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$CODE/tools/retrieval_server.py" "$@" &
     pid=$!
     code=0; wait "$pid" || code=$?
     if [ "$code" = 2 ] && ! grep -q 'listening on http' "$LOGS/$name.log"; then exit 2; fi
@@ -158,20 +194,24 @@ await_health() {
   echo "slurm: retrieval server at $url"
 }
 
-# train CONFIG [OVERRIDE ...]: dry run, or training that requeues itself.
-train() {
+# train CONFIG [OVERRIDE ...], warm_start CONFIG [OVERRIDE ...]: dry run, or a program that requeues itself.
+train() { go_on launch/train.py "$@"; }
+warm_start() { go_on launch/warmstart.py "$@"; }
+
+go_on() {
+  local program="$1"; shift
   [ $# -ge 1 ] || fail "no configuration; sbatch slurm/NAME.sh [CONFIG] [section.field=value ...]"
   [ -f "$1" ] || fail "there is no configuration $1 in $PWD"
   if [ "${DRY_RUN:-}" = 1 ]; then
     # The layout is that of the whole job, whatever this allocation is.
     local code=0
     srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
-      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" launch/train.py --config "$1" --dry-run "${@:2}" || code=$?
+      ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$CODE/$program" --config "$1" --dry-run "${@:2}" || code=$?
     exit "$code"
   fi
-  start_retrieval
+  if [ "$program" = launch/train.py ]; then start_retrieval; fi
   local code=0
-  run_ranks launch/train.py --config "$1" --resume auto ${SEARCH[@]+"${SEARCH[@]}"} "${@:2}" || code=$?
+  run_ranks "$program" --config "$1" --as-started "$LOGS/config.yaml" --resume auto "${@:2}" ${SEARCH[@]+"${SEARCH[@]}"} || code=$?
   stop_retrieval
   finish "$code"
 }

@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     fields = dict(_leaf_types(RunConfig))
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file")), fields))
     for override in overrides:
-        if override.endswith(FILE_SUFFIXES) and "=" not in override:
+        if is_file(override):
             entries.update(_file_entries(Path(expand(override, COMMAND_LINE)), fields))
         else:
             entries.update(_parse_override(override, fields))
@@ -80,6 +80,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
+
+
+def is_file(override: str) -> bool:
+    """Whether an override names a YAML file, and sets no field itself."""
+    return override.endswith(FILE_SUFFIXES) and "=" not in override
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

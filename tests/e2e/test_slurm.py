@@ -64,6 +64,12 @@ def write_hole(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
     os.truncate(path, 8 + len(content) + end)
 
 
+class Ended(NamedTuple):
+    record: dict[str, str]
+    """Of `scontrol show job`."""
+    log: str
+
+
 class Cluster:
     """Partition main of nodes n1 and n2, partition spare of these and n3; and the jobs in them."""
 
@@ -74,10 +80,12 @@ class Cluster:
         self.environment |= {"SLURM_DEV_DIR": str(place), "SLURM_CONF": str(place / "slurm.conf")}
         self.environment["PYTHON"] = sys.executable
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, folder: Path = ROOT, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env=self.environment | environment,
             capture_output=True,
             text=True,
@@ -87,10 +95,17 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
-    def submit(self, script: str, *arguments: str, options: Sequence[str] = (), **environment: str) -> str:
+    def submit(
+        self,
+        script: str,
+        *arguments: str,
+        options: Sequence[str] = (),
+        folder: Path = ROOT,
+        **environment: str,
+    ) -> str:
         out = f"--output={self.root}/%j.log"
         command = ["sbatch", "--parsable", out, *options, f"slurm/{script}.sh", *arguments]
-        return self.run(*command, **environment).stdout.strip()
+        return self.run(*command, folder=folder, **environment).stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
         shown = self.run("scontrol", "show", "job", number, "--oneliner").stdout
@@ -134,22 +149,96 @@ def inputs(tmp_path_factory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def test_a_job_of_two_nodes_is_preempted_saves_requeues_and_ends_as_an_undisturbed_one(cluster, inputs):
-    settings = [str(inputs), f"run.steps={STEPS}"]
-    whole = cluster.submit("smoke_cpu", *settings, "run.name=whole")
-    cut = cluster.submit("smoke_cpu", *settings, "run.name=cut")
-    cluster.wait_until(lambda: f"step 2/{STEPS}" in cluster.log(cut), cut)
+def commit_all(checkout: Path) -> str:
+    """Commit what is in `checkout`; its name."""
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "state"]):
+        subprocess.run(["git", *command], cwd=checkout, check=True)
+    shown = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True
+    )
+    return shown.stdout.strip()
+
+
+class Disturbed(NamedTuple):
+    """Two equal jobs: one left alone, one sent back to the queue while its files are changed under it."""
+
+    whole: Ended
+    cut: Ended
+    second: Ended
+    """A job for the run of the first one, while that ran."""
+    runs: Path
+    checkout: Path
+    commits: tuple[str, str]
+    """Of the checkout, before and after."""
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("a2tgpo", "configs", "launch", "slurm", "tools"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / ".gitignore").write_text("runs\n__pycache__\n")
+    before = commit_all(checkout)
+    config = checkout / "run.yaml"
+    config.write_text(inputs.read_text())
+
+    def submit(name: str, *options: str) -> str:
+        settings = [str(config), f"run.steps={STEPS}", f"run.name={name}"]
+        return cluster.submit("smoke_cpu", *settings, options=["--oversubscribe", *options], folder=checkout)
+
+    whole, cut = submit("whole"), submit("cut")
+    cluster.wait_until((inputs.parent / "whole" / "holder.json").exists, whole)
+    second = submit("whole", "--nodes=1")
+    for job, step in ((whole, 1), (cut, 2)):
+        cluster.wait_until(lambda job=job, step=step: f"step {step}/{STEPS}" in cluster.log(job), job)
+    # The experiment that is prepared next, in the same files.
+    config.write_text(
+        inputs.read_text().replace("name: run", "name: next").replace("lr: 0.0001", "lr: 0.001")
+    )
+    with (checkout / "slurm" / "job.sh").open("a") as stream:
+        stream.write('train() { fail "this is the job script of another commit"; }\n')
+    (checkout / "a2tgpo" / "trainer.py").write_text(
+        "raise SystemExit('this is the code of another commit')\n"
+    )
+    after = commit_all(checkout)
     cluster.run("scancel", "--signal=USR1", cut)
-    done = cluster.wait(cut)
-    log = cluster.log(cut)
+    ended = [Ended(cluster.wait(job), cluster.log(job)) for job in (whole, cut, second)]
+    return Disturbed(*ended, inputs.parent, checkout, (before, after))
+
+
+def test_a_job_of_two_nodes_is_preempted_saves_requeues_and_ends_as_an_undisturbed_one(disturbed):
+    done, log = disturbed.cut
     assert (done["JobState"], done["Restarts"], done["NumNodes"]) == ("COMPLETED", "1", "2"), log[-3000:]
     assert re.search(r"stopped after step \d of 8: SIGUSR1; saved as", log), log[-3000:]
     assert "slurm: ended with 75 after step" in log
-    assert cluster.wait(whole)["JobState"] == "COMPLETED", cluster.log(whole)[-3000:]
-    runs = [inputs.parent / name for name in ("whole", "cut")]
+    assert disturbed.whole.record["JobState"] == "COMPLETED", disturbed.whole.log[-3000:]
+    runs = [disturbed.runs / name for name in ("whole", "cut")]
     assert differences(metrics_of(runs[1]), metrics_of(runs[0]), STEPS) == []
     assert rollouts_of(runs[1]) == rollouts_of(runs[0])
-    assert len(list((ROOT / "runs" / "slurm" / cut).glob("rank_?.log"))) == 2
+    job = disturbed.checkout / "runs" / "slurm" / disturbed.cut.record["JobId"]
+    assert len(list(job.glob("rank_?.log"))) == 2
+
+
+def test_a_requeued_job_goes_on_as_it_was_started_and_says_what_has_changed_since(disturbed):
+    log, (before, after) = disturbed.cut.log, disturbed.commits
+    assert f"slurm: this folder is now at {after}; the job goes on with the code of its first start" in log
+    assert "update.lr 0.0001 -> 0.001" in log and "is not followed" in log, log[-3000:]
+    run = disturbed.runs / "cut"
+    assert (run / "config.1.yaml").read_text() == (run / "config.2.yaml").read_text()
+    for number in (1, 2):
+        assert f"\ncommit {before}\n" in (run / f"env.{number}.txt").read_text()
+    assert not (disturbed.runs / "next").exists()
+    script = disturbed.checkout / "runs" / "slurm" / disturbed.cut.record["JobId"] / "code" / "job_script.sh"
+    assert script.read_text() == (ROOT / "slurm" / "smoke_cpu.sh").read_text()
+
+
+def test_a_second_job_in_a_runs_folder_is_refused_with_the_number_of_the_first(disturbed):
+    record, log = disturbed.second
+    assert record["ExitCode"] == "2:0", log[-3000:]
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert "whole is in use by process " in line
+    assert f"(Slurm job {disturbed.whole.record['JobId']})" in line
 
 
 def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, tmp_path):
@@ -178,16 +267,10 @@ def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, t
     assert "parallel.tensor" in cluster.log(broken) and "Traceback" not in cluster.log(broken)
 
 
-@pytest.mark.parametrize("script", [*TRAINING, "retrieval", "evaluate"])
+@pytest.mark.parametrize("script", [*TRAINING, "warmstart", "retrieval", "evaluate"])
 def test_slurm_would_take_the_script(cluster, script):
     done = cluster.run("sbatch", "--test-only", *SMALL, f"slurm/{script}.sh")
     assert "to start at" in done.stderr
-
-
-class Ended(NamedTuple):
-    record: dict[str, str]
-    """Of `scontrol show job`."""
-    log: str
 
 
 def write_program(path: Path, body: str) -> str:

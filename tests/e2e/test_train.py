@@ -78,7 +78,7 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
     records = metrics_of(undisturbed)
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert all(value is not None and math.isfinite(value) for r in records for value in r.values())
-    for name in ("config.yaml", "env.txt", "tensorboard", "checkpoints/step_3/complete.json"):
+    for name in ("config.1.yaml", "env.1.txt", "tensorboard", "checkpoints/step_3/complete.json"):
         assert (undisturbed / name).exists(), name
     for record in records[1:]:
         assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"

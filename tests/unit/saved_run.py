@@ -95,6 +95,7 @@ class Run:
         root: Path,
         *,
         resume: str = "auto",
+        accept_changes: bool = False,
         name: str = "r",
         keep: int = 1,
         keep_every: int = 0,
@@ -113,7 +114,8 @@ class Run:
         self.parts: Any = world.parts
         self.folder = RunFolder(self.config, world.groups)
         self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
-        self.step = self.folder.restore(self.folder.open(resume), self.parts, self.guards)
+        checkpoint = self.folder.open(resume, accept_changes=accept_changes)
+        self.step = self.folder.restore(checkpoint, self.parts, self.guards)
         self.checkpoints = self.folder.path / "checkpoints"
 
     def save(self, step: int, em: float | None = None) -> None:

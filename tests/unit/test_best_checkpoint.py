@@ -189,16 +189,19 @@ def test_resuming_from_elsewhere_sets_aside_the_own_checkpoint_of_the_same_step(
 
 def test_a_reader_of_the_runs_settings_never_sees_half_a_file(world, tmp_path):
     run = Run(world, tmp_path, keep=1)
-    old = {name: (run.folder.path / name).read_text() for name in ("config.yaml", "env.txt")}
+    old = {name: (run.folder.path / name).read_text() for name in ("config.yaml", "env.1.txt")}
     readers = {name: (run.folder.path / name).open() for name in old}
     Run(world, tmp_path, keep=2)
     for name, reader in readers.items():
         with reader:
-            assert os.fstat(reader.fileno()).st_ino != (run.folder.path / name).stat().st_ino
-            assert reader.read() == old[name]
+            is_replaced = os.fstat(reader.fileno()).st_ino != (run.folder.path / name).stat().st_ino
+            assert is_replaced == (name == "config.yaml") and reader.read() == old[name]
     assert (run.folder.path / "config.yaml").read_text() != old["config.yaml"]
     left = sorted(p.name for p in run.folder.path.iterdir())
-    assert left == ["config.yaml", "date.txt", "env.txt", "holder.json"]
+    assert left == [
+        *("config.1.yaml", "config.2.yaml", "config.yaml"),
+        *("date.txt", "env.1.txt", "env.2.txt", "holder.json"),
+    ]
 
 
 def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_path):

@@ -68,14 +68,31 @@ def test_a_checkpoint_of_other_questions_is_refused_before_anything_is_built(wor
         require_same_run(*found, hf_config, PromptSampler(10, 2, seed=0, fingerprint="r"))
 
 
-def test_settings_that_changed_are_said_in_one_line(world, tmp_path, caplog) -> None:
-    Run(world, tmp_path, max_turns=6).save(3)
-    caplog.clear()
+def test_a_run_from_the_checkpoint_of_another_says_which_settings_differ(world, tmp_path, caplog) -> None:
+    other = Run(world, tmp_path, name="other", max_turns=6)
+    other.save(3)
+    Run(world, tmp_path, max_turns=4, temperature=0.5, resume=str(other.checkpoints / "step_3"))
+    (line,) = [r.getMessage() for r in caplog.records if "begins with settings other" in r.getMessage()]
+    assert line.endswith("step_3: rollout.temperature 1.0 -> 0.5, rollout.max_turns 6 -> 4")
+
+
+def test_a_run_that_has_trained_goes_on_with_other_settings_only_if_that_is_accepted(
+    world, tmp_path, caplog
+) -> None:
     Run(world, tmp_path, max_turns=6)
-    assert "settings other than" not in caplog.text
-    Run(world, tmp_path, max_turns=4, temperature=0.5)
-    (line,) = [r.getMessage() for r in caplog.records if "settings other than" in r.getMessage()]
-    assert line.endswith("checkpoint's: rollout.temperature 1.0 -> 0.5, rollout.max_turns 6 -> 4")
+    Run(world, tmp_path, max_turns=5).save(3)  # nothing was trained before
+    with pytest.raises(ConfigError, match=r"at step 3; .* rollout\.max_turns 5 -> 4\. .*--accept-changes"):
+        Run(world, tmp_path, max_turns=4)
+    assert "goes on otherwise" not in caplog.text
+    run = Run(world, tmp_path, max_turns=4, accept_changes=True)
+    assert run.step == 3 and "than its last start: rollout.max_turns 5 -> 4" in caplog.text
+    caplog.clear()
+    Run(world, tmp_path, max_turns=4, keep=2)
+    assert "than its last start: checkpoint.keep 1 -> 2" in caplog.text
+    kept = sorted(path.name for path in run.folder.path.glob("config.*.yaml"))
+    assert kept == [f"config.{number}.yaml" for number in range(1, 5)]
+    text = (run.folder.path / "config.yaml").read_text()
+    assert text == (run.folder.path / "config.4.yaml").read_text() != (run.folder.path / kept[0]).read_text()
 
 
 def test_a_best_score_on_other_held_out_questions_is_forgotten(world, tmp_path, caplog) -> None:
@@ -152,12 +169,13 @@ def test_a_run_that_goes_on_with_less_cuts_back_what_it_carried_and_says_what_it
         run.save(4)
         with caplog.at_level(logging.WARNING):
             kept = Run(
-                world, tmp_path, partial=IS_ON, group_size=2, max_response_tokens=32
+                world, tmp_path, partial=IS_ON, group_size=2, max_response_tokens=32, accept_changes=True
             ).parts.carried.state
         assert [len(member.turns) for member in kept.own[0].trajectories] == [0, 1]
         assert not kept.entries[0].is_complete and "are dropped" not in caplog.text
         gain = GainConfig(measure="log_probability")
-        assert not Run(world, tmp_path, partial=IS_ON, group_size=2, gain=gain).parts.carried.state.entries
+        other = Run(world, tmp_path, partial=IS_ON, group_size=2, gain=gain, accept_changes=True)
+        assert not other.parts.carried.state.entries
         assert "of 1 groups that" in caplog.text and "1 scored by another rollout.gain.measure" in caplog.text
     finally:
         run.parts.carried.state = Carried()

@@ -1,0 +1,48 @@
+"""Taking an experiment's folder: one process holds it, it is the same experiment, and the start is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from a2tgpo.experiment.rules import Rules
+from a2tgpo.experiment.starts import record_start, require_same
+from a2tgpo.folder_lock import FolderLock
+
+
+def claim(
+    folder: Path, config: RunConfig, rules: Rules, *, begins_anew: bool, accept: bool, done: str
+) -> FolderLock:
+    """Make the folder, hold it until the program ends, and keep what this start runs with; one process calls this.
+
+    Args:
+        begins_anew: what is there is set aside as NAME.previous_N.
+        accept: go on with all that changed since the last start.
+        done: how far the experiment there is, in a few words; empty: nothing was trained, and nothing is compared.
+
+    Raises:
+        ConfigError: one line; the folder cannot be written, is another process's, or holds another experiment.
+    """
+    try:
+        if begins_anew and folder.exists():
+            _set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        if done and not begins_anew:
+            require_same(folder, config, rules, accept=accept, done=done)
+        record_start(folder, config)
+    except OSError as error:
+        raise ConfigError(
+            f"run.root: {folder} cannot be written ({error.strerror}); choose another run.root"
+        ) from None
+    return lock
+
+
+def _set_aside(folder: Path) -> None:
+    lock = FolderLock(folder)  # not that of a run which goes on
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.previous_{number}")).exists():
+        number += 1
+    lock.release()
+    folder.rename(aside)

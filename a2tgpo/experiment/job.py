@@ -1,0 +1,56 @@
+"""A scheduler's job goes on with the configuration of its first start, whatever its files say by then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from a2tgpo.atomic_file import write_text
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import dump_config, flat_config, is_file, load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.experiment.rules import changes, told
+
+logger = logging.getLogger(__name__)
+
+
+def load_as_started(kept: Path | None, path: str, overrides: Sequence[str], *, tells: bool) -> RunConfig:
+    """The configuration of a job: `path` with `overrides` at its first start, then the one that `kept` holds.
+
+    `section.field=value` behind the last file among `overrides` holds at every start: a scheduler hands a job the
+    same arguments, but for those that the job itself sets, such as the address of its retrieval server.
+
+    Args:
+        kept: written by `keep`; None, or not there: a first start.
+        tells: this process says what the files now say otherwise.
+
+    Raises:
+        ConfigError: one line; as `load_config`.
+    """
+    if kept is None or not kept.exists():
+        return load_config(path, overrides)
+    files = [place for place, override in enumerate(overrides) if is_file(override)]
+    behind = overrides[files[-1] + 1 if files else 0 :]
+    config = load_config(kept, behind)
+    if tells:
+        logger.warning("the job goes on as it was started (%s)%s", kept, _told_live(config, path, overrides))
+    return config
+
+
+def keep(kept: Path, config: RunConfig) -> None:
+    """Write down what the job was started with, unless that is known already; one process calls this."""
+    if not kept.exists():
+        write_text(kept, dump_config(config))
+
+
+def _told_live(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
+    """What the files that the job names say otherwise by now, and that it is not followed."""
+    try:
+        live = load_config(path, overrides)
+    except ConfigError as error:
+        return f"; what it was started from cannot be used any more: {error}"
+    differing = changes(flat_config(config), flat_config(live))
+    if not differing:
+        return ""
+    return f"; what {path} now says otherwise is not followed: {told(differing)}"

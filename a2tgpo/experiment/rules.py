@@ -1,0 +1,112 @@
+"""Which settings make a run the experiment that it is, and which may change from one start to the next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from a2tgpo.config.load import dump_config, flat_config
+from a2tgpo.config.run import RunConfig
+
+Changes = dict[str, tuple[Any, Any]]
+"""(before, now) by setting."""
+PLACES = ("run.name", "run.root")
+"""They say where a run lies, not what it is."""
+MAX_TOLD = 12
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What of a configuration a program compares. A prefix that ends with a dot stands for a whole section."""
+
+    used: tuple[str, ...]
+    """Prefixes of the settings that the program reads; others are not compared."""
+    free: tuple[str, ...]
+    """Prefixes of settings that may change between two starts: they do not change what is learned."""
+
+    def is_used(self, key: str) -> bool:
+        return key.startswith(self.used) and key not in PLACES
+
+    def is_free(self, key: str, config: RunConfig) -> bool:
+        """Whether `key` may change; the length of the run may not where the learning rate decays over it."""
+        if key == "run.steps":
+            return config.update.lr_schedule == "constant"
+        return key.startswith(self.free)
+
+
+TRAINING = Rules(
+    used=tuple(
+        f"{section}."
+        for section in (
+            *("run", "model", "data", "tools", "search", "calculator", "cluster", "parallel", "rollout"),
+            *("reward", "algorithm", "update", "refit", "guard", "watchdog", "evaluation", "checkpoint"),
+        )
+    ),
+    free=(
+        *("run.log_rollouts", "checkpoint.", "watchdog.", "guard.", "cluster.", "refit."),
+        *("evaluation.every", "evaluation.at_start", "parallel.timeout_s", "parallel.start_timeout_s"),
+        *("search.url", "search.token_file", "search.timeout_s", "search.max_attempts"),
+        *("search.break_after", "search.break_s", "search.num_workers"),
+    ),
+)
+
+
+WARM_START = Rules(
+    used=(
+        *("model.", "parallel.", "warmstart.", "run.seed", "tools.names"),
+        *("data.instructions", "data.chat_template_kwargs"),
+        *("update.adam_", "update.clip_grad", "update.max_microbatch_tokens", "update.distributed_optimizer"),
+    ),
+    free=(
+        *("parallel.timeout_s", "parallel.start_timeout_s"),
+        *("warmstart.evaluate_every", "warmstart.checkpoint_every"),
+    ),
+)
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint says of the configuration it was made with: values by dotted key."""
+    return {key: value for key, value in flat_config(config).items() if key not in PLACES}
+
+
+def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of `keys` in a file that `dump_config` wrote, but for those that it does not know.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    sections = yaml.safe_load(text)
+    found = {}
+    for key in keys:
+        value: Any = sections
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            found[key] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """What differs of the keys that both have: an earlier version of the program knew fewer."""
+    return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
+
+
+def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
+    """How `config` differs from the one that `dump_config` wrote as `text`, in what `rules` compares.
+
+    Raises:
+        yaml.YAMLError: `text` is no YAML.
+    """
+    keys = [key for key in flat_config(config) if rules.is_used(key)]
+    return changes(written_settings(text, keys), written_settings(dump_config(config), keys))
+
+
+def told(changed: Changes) -> str:
+    """The changes in one line: setting before -> now, ..."""
+    said = [f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:MAX_TOLD]]
+    more = f" and {len(changed) - MAX_TOLD} more" if len(changed) > MAX_TOLD else ""
+    return ", ".join(said) + more
