@@ -112,12 +112,15 @@ artifacts/models/tiny-qwen3/config.json: artifacts/worldqa/train.jsonl
 artifacts/models/smollm2-135m/config.json: | setup
 	$(PY) tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
 
+# Each makes its warm model anew: one that an earlier version left has no mark by which a warm start may replace it.
 quickstart: setup artifacts/models/tiny-qwen3/config.json
+	rm -rf artifacts/models/tiny-qwen3-warm
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/quickstart.yaml
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/quickstart.yaml --resume none
 	$(PY) tools/plot_run.py runs/quickstart
 
 smollm2: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
+	rm -rf artifacts/models/smollm2-135m-warm
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/smollm2_cpu.yaml
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/smollm2_cpu.yaml --resume none
 

@@ -22,8 +22,9 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
 from launch.failure import GRACE_S, ToldByRank0
 from launch.joining import MAX_LINES, join, open_store, say
+from launch.needs import Needs, disk_faults, existing_folder, training_needs
 from launch.open_files import limit_fault, raise_limit
-from launch.rank_facts import RankFacts, compare, disk_fault, gather_facts, host_memory_faults
+from launch.rank_facts import RankFacts, compare, gather_facts, host_memory_faults
 from launch.run_plan import plan_of_run
 from launch.search_rate import search_shortfall
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
     from a2tgpo.plan.host_memory import HostMemory
 
-BYTES_PER_PARAMETER = {"bfloat16": 14, "float32": 12}
-"""Of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
 NUM_WORDS = 2
 """That rank 0 says in a meeting: where to look, and whether to go on."""
 END = "end"
@@ -44,11 +43,12 @@ PLAN_MARGIN = 0.1
 """A plan this share above a card's memory is let through: no plan has been held against a card yet."""
 
 
-def start_ranks(config: RunConfig, paths: Mapping[str, str]) -> ParallelGroups:
+def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
     """Check all ranks, then join them as `initialize` does; every rank calls this, first.
 
     Args:
         paths: by configuration key, what every rank must be able to read.
+        needs: what the program takes of the machines; None: what a training run does.
 
     Raises:
         ToldByRank0: a rank failed; rank 0 has said which and why.
@@ -60,8 +60,9 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str]) -> ParallelGroups:
     begin = time.monotonic()
     store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
     meeting = Meeting(store, rank=rank, world_size=world_size, patience_s=config.parallel.start_timeout_s)
-    found = meeting.exchange(config, paths)
-    check_plan(config, world_size)
+    needs = needs or training_needs(config)
+    found = meeting.exchange(config, paths, needs)
+    check_plan(config, world_size, needs)
     seconds = time.monotonic() - begin
     groups, seconds_joining = join(config, store, rank=rank, world_size=world_size)
     if rank == 0 and world_size > 1:
@@ -96,23 +97,32 @@ class Meeting:
         self._num_words = 0
         """Of rank 0 so far: said by it, heard by the others."""
 
-    def exchange(self, config: RunConfig, paths: Mapping[str, str]) -> list[RankFacts]:
+    def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
         """The facts of all ranks on rank 0, and this one's elsewhere, if all is well."""
         if self._rank == 0:
-            return self._lead(config, paths)
+            return self._lead(config, paths, needs)
         self._set(f"here/{self._rank}", platform.node())
-        facts = self._look(config, paths, json.loads(self._hear()))
+        facts = self._look(config, paths, needs, json.loads(self._hear()))
         self._set(f"facts/{self._rank}", json.dumps(dataclasses.asdict(facts)))
         self._hear()
         return [facts]
 
-    def _look(self, config: RunConfig, paths: Mapping[str, str], place: dict[str, Any]) -> RankFacts:
-        facts = gather_facts(config, paths, rank=self._rank, local_rank=_local_rank(), **place)
+    def _look(
+        self, config: RunConfig, paths: Mapping[str, str], needs: Needs, place: dict[str, Any]
+    ) -> RankFacts:
+        facts = gather_facts(
+            config,
+            paths,
+            rank=self._rank,
+            local_rank=_local_rank(),
+            asks_search=needs.has_engine,
+            **place,
+        )
         if fault := limit_fault(self._world_size):
             facts.faults.append(fault)
         return facts
 
-    def _lead(self, config: RunConfig, paths: Mapping[str, str]) -> list[RankFacts]:
+    def _lead(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
         others = range(1, self._world_size)
         late = self._missing([f"here/{rank}" for rank in others])
         if late:
@@ -129,7 +139,7 @@ class Meeting:
         place = {"clock_s": time.time(), "marker": seen}
         try:
             self._say_word(json.dumps(place))
-            mine = self._look(config, paths, place)
+            mine = self._look(config, paths, needs, place)
             silent = self._missing([f"facts/{rank}" for rank in others])
         finally:
             marker.unlink(missing_ok=True)
@@ -141,9 +151,9 @@ class Meeting:
                 }
             )
         found = [mine] + [RankFacts(**json.loads(told)) for told in self._get_all("facts", others)]
-        if fault := _disk_fault(config, folder):
-            mine.faults.append(fault)
-        add_search_shortfall(mine, config, self._world_size)
+        mine.faults.extend(disk_faults(needs.disk))
+        if needs.has_engine:
+            add_search_shortfall(mine, config, self._world_size)
         planned = planned_host_memory(config, self._world_size)
         if causes := compare(found, paths) or (planned and host_memory_faults(found, planned, config)):
             self._refuse(
@@ -231,39 +241,8 @@ class Meeting:
         return [int(key.rpartition("/")[2]) for key in missing]
 
 
-def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
-
-
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _disk_fault(config: RunConfig, folder: Path) -> str | None:
-    needed = checkpoint_bytes(config) * copies_to_come(config)
-    return disk_fault(folder, needed_bytes=needed) if needed else None
-
-
-def checkpoint_bytes(config: RunConfig) -> float:
-    """Size of one checkpoint; 0 where the model cannot be read, which is told when it is."""
-    from a2tgpo.plan.dimensions import read_dimensions
-    from a2tgpo.plan.parameters import checkpoint_parameters
-
-    try:
-        dimensions = read_dimensions(config.model.path)
-    except (ConfigError, OSError):
-        return 0.0
-    return checkpoint_parameters(dimensions) * BYTES_PER_PARAMETER[config.model.dtype]
-
-
-def copies_to_come(config: RunConfig) -> int:
-    """Checkpoints that will stand beside those already there: a new one is whole before the oldest goes."""
-    planned = 1 + (config.run.steps - 1) // config.checkpoint.every if config.checkpoint.every else 1
-    best = config.checkpoint.best_by != "none"
-    there = len(list((Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")))
-    return max(1, min(config.checkpoint.keep + 1 + best, planned) - there)
 
 
 def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
@@ -293,8 +272,10 @@ def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
     return plan.host_by_rank
 
 
-def check_plan(config: RunConfig, world_size: int) -> None:
+def check_plan(config: RunConfig, world_size: int, needs: Needs) -> None:
     """Raise `ConfigError` if the plan of `config` does not fit the cards that are seen; all ranks call this.
+
+    Of a program without an engine only the update is looked at.
 
     Without a card only the layout is checked, when the ranks are laid out.
     """
@@ -303,13 +284,14 @@ def check_plan(config: RunConfig, world_size: int) -> None:
     if not torch.cuda.is_available():
         return
     plan, _, card = plan_of_run(config, num_gpus=world_size)
-    if not plan.holds_a_sequence:
+    if needs.has_engine and not plan.holds_a_sequence:
         key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
         raise ConfigError(
             f"rollout.{key} is {getattr(config.rollout, key)}; allowed: so much that the engine's cache holds one "
             "sequence (tools/plan.py CONFIG shows what takes the memory)"
         )
-    worst = min(plan.phases, key=lambda phase: phase.headroom)
+    phases = [phase for phase in plan.phases if needs.has_engine or phase.name == "update"]
+    worst = min(phases, key=lambda phase: phase.headroom)
     if worst.headroom < -PLAN_MARGIN:
         raise ConfigError(
             f"the configuration does not fit {world_size} x {card} of {plan.gpu.memory_gib:.0f} GiB: "

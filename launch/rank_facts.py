@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -54,12 +53,20 @@ class RankFacts:
 
 
 def gather_facts(
-    config: RunConfig, paths: Mapping[str, str], *, rank: int, local_rank: int, clock_s: float, marker: str
+    config: RunConfig,
+    paths: Mapping[str, str],
+    *,
+    rank: int,
+    local_rank: int,
+    asks_search: bool,
+    clock_s: float,
+    marker: str,
 ) -> RankFacts:
     """Look at this machine.
 
     Args:
         paths: by configuration key, what every rank must be able to read.
+        asks_search: the server of search.url must answer.
         clock_s: rank 0's clock now, seconds since the epoch.
         marker: a file that rank 0 has just written where the run's folder will be; empty: it could not.
     """
@@ -72,7 +79,7 @@ def gather_facts(
         )
     elif marker and not os.access(Path(marker).parent, os.W_OK):
         faults.append(f"run.root: {Path(marker).parent} cannot be written")
-    if local_rank == 0:
+    if local_rank == 0 and asks_search:
         faults += ask_search_server(config)
     configuration = hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
     return RankFacts(
@@ -145,17 +152,6 @@ def fingerprint(path: str) -> str:
     except OSError as error:
         return f"{UNREADABLE} ({error.strerror})"
     return digest.hexdigest()[:12]
-
-
-def disk_fault(folder: Path, *, needed_bytes: float) -> str | None:
-    """What is wrong with the space left where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free >= needed_bytes:
-        return None
-    return (
-        f"run.root: {folder} has {free / 1e9:.3g} GB left, the checkpoints to come take {needed_bytes / 1e9:.3g} GB; "
-        "make room, choose another run.root, or lower checkpoint.keep"
-    )
 
 
 def host_memory_faults(

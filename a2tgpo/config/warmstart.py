@@ -11,22 +11,32 @@ class WarmstartConfig:
     source: Expanded = ""
     """Hugging Face folder of the cold model; the warm-started one is written to model.path."""
     demonstrations: Expanded = ""
-    """JSONL of demonstrations, made by tools/prepare_data.py."""
+    """JSONL of demonstrations (docs/warmstart.md)."""
     steps: int = 200
     """Optimizer steps."""
     batch_size: int = 64
     """Demonstrations per optimizer step, over all ranks."""
-    lr: float = 1e-3
-    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth."""
+    lr: float = 0.0
+    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth. 0: by the model's size,
+    1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
     weight_decay: float = 0.01
     observation_weight: float = 0.0
     """Weight of prompt and observation tokens in the loss, the policy's own have 1; helps a model that has never
     been trained to learn to copy. 0 for pre-trained models."""
+    fp8: bool = False
+    """Compute in the FP8 of `model.fp8`; false: in model.dtype, whatever `model.fp8` says."""
+    held_out: float = 0.02
+    """Share of the questions whose demonstrations are not trained on, but give `warmstart/held_out_loss`."""
+    evaluate_every: int = 50
+    """Steps between two held-out losses, besides the first and the last; 0: only those."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, of which the newest is kept until model.path is written; 0: only where the warm
+    start is stopped, and after the last step."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")
         require(self.batch_size >= 1, "warmstart.batch_size", self.batch_size, ">= 1")
-        require(self.lr > 0, "warmstart.lr", self.lr, "> 0")
+        require(self.lr >= 0, "warmstart.lr", self.lr, ">= 0")
         require(
             0 <= self.observation_weight <= 1,
             "warmstart.observation_weight",
@@ -34,3 +44,6 @@ class WarmstartConfig:
             "in [0, 1]",
         )
         require(self.weight_decay >= 0, "warmstart.weight_decay", self.weight_decay, ">= 0")
+        require(0 <= self.held_out < 1, "warmstart.held_out", self.held_out, "in [0, 1)")
+        for name in ("evaluate_every", "checkpoint_every"):
+            require(getattr(self, name) >= 0, f"warmstart.{name}", getattr(self, name), ">= 0")

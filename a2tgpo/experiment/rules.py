@@ -51,6 +51,7 @@ TRAINING = Rules(
         *("evaluation.every", "evaluation.at_start", "parallel.timeout_s", "parallel.start_timeout_s"),
         *("search.url", "search.token_file", "search.timeout_s", "search.max_attempts"),
         *("search.break_after", "search.break_s", "search.num_workers"),
+        *("search.on_outage", "search.outage_limit_s", "search.max_shortfall"),
     ),
 )
 

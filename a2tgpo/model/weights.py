@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -223,7 +224,13 @@ def _named_parts(
 # -- to disk -------------------------------------------------------------------------------------------------
 
 
-def save_hf(policy: Policy, out_dir: str, tokenizer_from: str | None = None) -> None:
+def save_hf(
+    policy: Policy,
+    out_dir: str,
+    tokenizer_from: str | None = None,
+    *,
+    records: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Write weights, config.json and tokenizer to `out_dir`, complete or not at all; every rank calls this.
 
     Rank 0 writes beside `out_dir` and renames at the end; an `out_dir` that was there is replaced. Weights keep
@@ -231,6 +238,7 @@ def save_hf(policy: Policy, out_dir: str, tokenizer_from: str | None = None) -> 
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied; None: the one the policy was built from.
+        records: what is written beside them as JSON, by the file's name.
 
     Raises:
         RuntimeError: on every rank, if rank 0 could not write.
@@ -242,6 +250,8 @@ def save_hf(policy: Policy, out_dir: str, tokenizer_from: str | None = None) -> 
             with atomic_folder(out) as folder:
                 _write_weights(weights, folder)
                 _write_companions(policy, Path(tokenizer_from or policy.path), folder)
+                for name, content in records.items():
+                    write_json(folder / name, content)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
             failure = f"could not write {out}: {first_line(error)}"
     for _ in weights:  # the other ranks' part in gathering, and rank 0's should it have stopped early

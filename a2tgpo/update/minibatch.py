@@ -101,7 +101,7 @@ def build_minibatches(
             batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
         )
         lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
-        for members in _microbatches(lengths, config.update.max_microbatch_tokens, align.row, groups):
+        for members in agreed_microbatches(lengths, config.update.max_microbatch_tokens, align.row, groups):
             batch = pack(trajectories, [rows[i] for i in members], align=align)
             turns = batch.turn_trajectory, batch.turn_index
             minibatch.batches.append(batch)
@@ -113,10 +113,19 @@ def build_minibatches(
     return minibatches
 
 
-def _microbatches(
+def agreed_microbatches(
     lengths: Sequence[int], max_tokens: int, row: int, groups: ParallelGroups
 ) -> list[list[int]]:
-    """As many micro-batches as the replica with most of them needs, so that they are smaller; none is empty."""
+    """Group a replica's trajectories into micro-batches, as many as the replica with most of them needs.
+
+    Those of the others are then smaller; none is empty. Every rank must call this.
+
+    Args:
+        lengths: tokens of each trajectory, see `balance.microbatches`; as the other arguments.
+
+    Returns:
+        Places in `lengths` of each micro-batch, ascending within it.
+    """
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=row)))
     agreed = int(all_reduce_max(fewest, groups.dp_group))
     return [members for members in microbatches(lengths, max_tokens, min_count=agreed, row=row) if members]

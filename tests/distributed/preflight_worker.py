@@ -18,7 +18,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.versions import versions
-from launch import preflight, rank_facts
+from launch import needs, preflight, rank_facts
 from launch.failure import ToldByRank0
 from launch.rendezvous import join_launcher
 from launch.train import inputs
@@ -53,7 +53,7 @@ def main(path: str) -> None:
     mine = rank == 1
     other_torch = mock.patch.object(rank_facts, "versions", lambda: versions() | {"torch": "2.12.0"})
     ahead = mock.patch.object(rank_facts.time, "time", lambda now=time.time: now() + 60)
-    no_room = mock.patch.object(rank_facts.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    no_room = mock.patch.object(needs.shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
     huge = HostMemory(offloaded=0, saving=1e15, loading=0, processes=0)
     too_much = mock.patch.object(preflight, "planned_host_memory", lambda config, ranks: [huge] * ranks)
     elsewhere = mock.patch.object(
@@ -65,7 +65,7 @@ def main(path: str) -> None:
     here = contextlib.nullcontext()
     nothing = paths | {"data.train": "/nowhere/train.jsonl"} if mine else paths
     other = paths | {"data.train": paths["model.path"]} if mine else paths
-    http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve"}
+    http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve", "outage_limit_s": 60.0}
     starts = {
         "torch is 2.12.0, on most ranks": (config, paths, other_torch if mine else here),
         f"data.train: {paths['data.train']} cannot be read (No such file or directory)": (

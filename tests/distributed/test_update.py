@@ -1,4 +1,4 @@
-"""Scoring, training, checkpoints and the warm start over real gloo processes (see update_worker.py)."""
+"""Scoring, training and checkpoints over real gloo processes (see update_worker.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS_OF = {
@@ -85,113 +82,3 @@ def test_update(results, check) -> None:
 
 def test_every_check_of_the_worker_is_looked_at(results) -> None:
     assert sorted(results) == sorted(CHECKS)
-
-
-# -- warm start ----------------------------------------------------------------------------------------------
-
-TAGS = ["<think>", "</think>", "<search>", "</search>", "<result>", "</result>", "<answer>", "</answer>"]
-WORDS = ["where", "is", "up", "down", "north", "south", "a", "b", "c", "d", "e", "f"]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-WARMSTART_STEPS = 12
-
-
-def make_model(folder: Path) -> None:
-    pieces = ["<unk>", "<s>", "</s>", *TAGS, *WORDS]
-    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-
-
-def make_demonstrations(path: Path) -> None:
-    lines = []
-    for number in range(20):
-        first, second = WORDS[number % 12], WORDS[(5 * number + 3) % 12]
-        searches = [
-            {
-                "text": f"<think> {first} </think> <search> where {second} </search>",
-                "observation": f" <result>\n{second} is {first} {second}\n</result>",
-            }
-        ] * (number % 3)
-        turns = [*searches, {"text": f"<think> {second} </think> <answer> {first} </answer>"}]
-        lines.append(
-            json.dumps(
-                {"id": str(number), "question": f"where is {first}", "answers": [first], "turns": turns}
-            )
-        )
-    path.write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture(scope="module")
-def warm_starts(tmp_path_factory) -> dict[int, Path]:
-    """Folders of the same warm start on 1 and on 2 ranks: `model` (made), `out`, `runs`, `output.txt`."""
-    folders, running = {}, {}
-    for num_ranks in (1, 2):
-        folder = folders[num_ranks] = tmp_path_factory.mktemp(f"warmstart_{num_ranks}")
-        make_model(folder / "model")
-        make_demonstrations(folder / "demonstrations.jsonl")
-        sections = {
-            "run": {"name": "w", "root": str(folder / "runs"), "seed": 4},
-            "model": {"path": str(folder / "out"), "dtype": "float32"},
-            "data": {"train": "unused", "test": "unused", "instructions": ""},
-            "search": {"corpus": "unused"},
-            "update": {"max_microbatch_tokens": 64},
-            "warmstart": {
-                "source": str(folder / "model"),
-                "demonstrations": str(folder / "demonstrations.jsonl"),
-                "steps": WARMSTART_STEPS,
-                "batch_size": 8,
-                "lr": 0.01,
-            },
-        }
-        (folder / "config.yaml").write_text(json.dumps(sections))  # JSON is YAML
-        script = ROOT / "launch" / "warmstart.py"
-        running[num_ranks] = start(num_ranks, script, "--config", str(folder / "config.yaml"))
-    for num_ranks, process in running.items():
-        (folders[num_ranks] / "output.txt").write_text(finish(process, 200))
-    return folders
-
-
-def warm_start_losses(folder: Path) -> list[float]:
-    lines = (folder / "runs" / "w-warmstart" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["warmstart/loss"] for line in lines]
-
-
-def test_a_warm_start_does_the_same_on_any_number_of_ranks(warm_starts) -> None:
-    one, two = (warm_start_losses(warm_starts[num_ranks]) for num_ranks in (1, 2))
-    assert len(one) == WARMSTART_STEPS
-    assert two == pytest.approx(one, rel=1e-3)
-    assert two[0] == pytest.approx(one[0], rel=1e-6)
-
-
-def test_a_warm_start_learns_the_policys_tokens(warm_starts) -> None:
-    losses = warm_start_losses(warm_starts[2])
-    assert losses[-1] < losses[0] - 1.0
-    assert "loss" in (warm_starts[2] / "output.txt").read_text().splitlines()[-1]
-
-
-def test_a_warm_started_model_is_a_checkpoint_that_transformers_loads(warm_starts) -> None:
-    """And it gives its tokens the loss that the last step reported, or less."""
-    folder = warm_starts[2]
-    model = AutoModelForCausalLM.from_pretrained(folder / "out")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "out")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "where is a"}], add_generation_prompt=True, tokenize=True
-    )["input_ids"]
-    text = tokenizer("<think> b </think> <answer> a </answer>", add_special_tokens=False)["input_ids"]
-    labels = torch.tensor([[-100] * len(prompt) + text])
-    loss = model(input_ids=torch.tensor([prompt + text]), labels=labels).loss.item()
-    assert loss < warm_start_losses(folder)[0] - 1.0

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
-from harness import Row, metrics_of, start, write_inputs
+from harness import ROOT, Row, metrics_of, start, write_inputs
 from single_runs import outage
+from tiny_models import SCRIPTS, build_model, build_tokenizer
+
+from tools import rollouts_to_demonstrations
 
 FAULTS = [
     Fault("kill", "rollout", 0, call=5),
@@ -26,12 +33,19 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[Row]:
+def whole(tmp_path_factory) -> Path:
+    """Folder of a run without faults, beside its configuration."""
     root = tmp_path_factory.mktemp("faults")
-    config, steps = write_inputs(root), steps_needed(FAULTS)
-    whole = start(config, "run.name=whole", f"run.steps={steps}")
-    assert whole.code == 0, whole.output[-3000:]
-    found = run_chain(config, "chain", FAULTS, Path(root) / "whole", steps=steps, damage=True)
+    done = start(write_inputs(root), "run.name=whole", f"run.steps={steps_needed(FAULTS)}")
+    assert done.code == 0, done.output[-3000:]
+    return root / "whole"
+
+
+@pytest.fixture(scope="module")
+def rows(whole) -> list[Row]:
+    root, steps = whole.parent, steps_needed(FAULTS)
+    config = root / "config.yaml"
+    found = run_chain(config, "chain", FAULTS, whole, steps=steps, damage=True)
     for rank in (0, 1):  # the hang's, which later starts leave alone
         stacks = (root / "chain" / "stacks" / f"rank_{rank}.txt").read_text()
         assert f"rank {rank} is in exchange" in stacks and "trainer.py" in stacks
@@ -66,3 +80,38 @@ def test_a_dead_search_server_pauses_the_rollout_and_for_good_it_ends_the_run_sa
 @pytest.mark.parametrize("number", range(len(FAULTS) + 1))
 def test_the_job_ends_with_one_message_and_the_next_start_goes_on_bit_for_bit(rows, number):
     assert rows[number].passed, rows[number]
+
+
+def test_a_model_that_knows_nothing_learns_from_a_runs_good_rollouts_to_answer(whole, monkeypatch):
+    """Rollouts, demonstrations, a warm start, and an evaluation by the engine, with the programs that users start."""
+    root, config = whole.parent, whole.parent / "config.yaml"
+    good = root / "good.jsonl"
+    monkeypatch.setattr("sys.argv", ["x.py", str(whole), "--out", str(good), "--per-question", "1"])
+    assert rollouts_to_demonstrations.main() == 0
+    asked = {json.loads(line)["question"] for line in good.read_text().splitlines()}
+    assert len(asked) >= 4 and asked <= SCRIPTS.keys() - {"babble?", "loop?"}, "only what ended in an answer"
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(root / "cold")
+    random_model = build_model(
+        "qwen3", vocab_size=528, eos_token_id=tokenizer.eos_token_id, sharpness=1.0, seed=2
+    )
+    random_model.save_pretrained(root / "cold")
+    settings = [
+        "steps=120",
+        "batch_size=4",
+        "lr=8e-3",
+        "weight_decay=0",
+        "held_out=0",
+        f"source={root / 'cold'}",
+    ]
+    warm_start = [
+        *("launch/local.sh", "-n", "2", "--script", "launch/warmstart.py", str(config)),
+        *(f"model.path={root / 'learned'}", f"warmstart.demonstrations={good}"),
+        *(f"warmstart.{setting}" for setting in settings),
+    ]
+    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    subprocess.run(warm_start, cwd=ROOT, env=variables, timeout=300, check=True)
+    evaluated = ["run.name=learned", "run.steps=1", "evaluation.at_start=true", "evaluation.max_questions=6"]
+    done = start(config, f"model.path={root / 'learned'}", *evaluated, "evaluation.every=0")
+    assert done.code == 0, done.output[-3000:]
+    assert metrics_of(root / "learned")[0]["evaluation/em"] >= 0.5

@@ -5,7 +5,7 @@ from pathlib import Path
 from a2tgpo.config.load import load_config
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.host_memory import HostMemory
-from launch import preflight
+from launch import needs
 from launch.host_memory import memory_left
 from launch.rank_facts import RankFacts, compare, fingerprint, host_memory_faults
 
@@ -57,7 +57,7 @@ def test_a_fingerprint_sees_names_sizes_and_ends_and_not_where_the_folder_is(tmp
 def test_the_checkpoints_to_come_are_counted_with_the_best_and_the_new_one(tmp_path, monkeypatch):
     def copies(**settings: object) -> int:
         overrides = [f"run.root={tmp_path}", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())]
-        return preflight.copies_to_come(load_config("configs/quickstart.yaml", overrides))
+        return needs.copies_to_come(load_config("configs/quickstart.yaml", overrides))
 
     settings = {
         "run__steps": 100,

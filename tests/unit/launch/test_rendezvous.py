@@ -222,17 +222,3 @@ def test_names_that_a_launcher_left_behind_are_one_line(program, left_over, mess
     assert module.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-
-
-def test_a_warm_start_does_not_replace_a_file(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "model"
-    out.write_text("something else")
-    for name in (*rendezvous.NAMES, *SRUN, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    arguments = ["--config", "configs/quickstart.yaml", f"model.path={out}"]
-    arguments += ["warmstart.source=source", "warmstart.demonstrations=demonstrations"]
-    monkeypatch.setattr(sys, "argv", ["launch/warmstart.py", *arguments])
-    assert importlib.import_module("launch.warmstart").main() == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: model.path is {str(out)!r}; allowed: a folder, which a warm start writes"
-    assert out.read_text() == "something else"

@@ -19,7 +19,7 @@ from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.probe_scores import score_probes
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import LossFunction, compute_gradients
-from launch.warmstart import cross_entropy, token_weights
+from a2tgpo.warmstart.batches import cross_entropy, token_weights
 
 
 @contextlib.contextmanager

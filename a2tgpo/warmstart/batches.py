@@ -1,0 +1,60 @@
+"""A step's demonstrations as packed micro-batches, and the loss of their tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from a2tgpo.batch.balance import deal
+from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch, pack, packed_length
+from a2tgpo.config.run import RunConfig
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.minibatch import agreed_microbatches
+from a2tgpo.update.train_step import LossFunction
+
+
+def my_microbatches(
+    chosen: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups, align: Alignment
+) -> list[PackedBatch]:
+    """This replica's share of `chosen`, packed; every rank must call this and reaches the same split."""
+    lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
+    replicas = deal(lengths, groups.dp_size)
+    mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
+    grouped = agreed_microbatches(
+        [lengths[index] for index in mine], config.update.max_microbatch_tokens, align.row, groups
+    )
+    return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
+
+
+def token_weights(
+    batches: Sequence[PackedBatch], chosen: Sequence[Trajectory], *, observation_weight: float
+) -> list[Tensor]:
+    """Per micro-batch [T] float32: each target's weight in the step's loss; they add up to 1 over all ranks."""
+    num_sampled = sum(trajectory.num_sampled_tokens for trajectory in chosen)
+    num_predicted = sum(packed_length(trajectory) for trajectory in chosen)
+    total = max(1.0, num_sampled + observation_weight * (num_predicted - num_sampled))
+    weights = []
+    for batch in batches:
+        sampled, real = batch.loss_mask[0].float(), (batch.sequence_ids[0] != PADDING).float()
+        weights.append((sampled + observation_weight * (real - sampled)) / total)
+    return weights
+
+
+def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list[PackedBatch]:
+    """The micro-batches with log-probs at every token that has a weight."""
+    return [
+        dataclasses.replace(batch, loss_mask=weight[None] > 0)
+        for batch, weight in zip(batches, weights, strict=True)
+    ]
+
+
+def cross_entropy(weights: Sequence[Tensor]) -> LossFunction:
+    """Weighted sum of -log p over the tokens of each micro-batch."""
+
+    def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return -(weights[number].to(logprobs.device) * logprobs).sum(), {}
+
+    return loss

@@ -1,0 +1,90 @@
+"""Demonstrations as what is trained on, and what is held out of it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.demonstrations import Demonstration, load_demonstrations, to_trajectory
+from a2tgpo.data.template import PromptTemplate
+from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.trajectory import Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Tokenised demonstrations, equal on all ranks."""
+
+    trained: list[Trajectory]
+    held_out: list[Trajectory]
+    fingerprint: str
+    """Of all tokens that are trained on, in their order."""
+
+
+def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
+    """All demonstrations, rendered, tokenised and divided.
+
+    Args:
+        date: what the prompts tell as today's.
+
+    Raises:
+        ConfigError: one line; source or demonstrations cannot be used, or too few are left to train on.
+    """
+    settings = config.warmstart
+    try:
+        load_hf_config(settings.source)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
+    tokenizer = load_tokenizer(settings.source, key="warmstart.source")
+    template = PromptTemplate(
+        tokenizer, config.data.instructions, kwargs=config.data.chat_template_kwargs, date=date
+    )
+    demonstrations = load_demonstrations(settings.demonstrations)
+    trajectories = [
+        to_trajectory(demonstration, template=template, tools=config.tools.selected, prompt_index=index)
+        for index, demonstration in enumerate(demonstrations)
+    ]
+    chosen = held_out_questions(demonstrations, share=settings.held_out, seed=config.run.seed)
+    is_held_out = [demonstration.question.question in chosen for demonstration in demonstrations]
+    trained = [item for item, held in zip(trajectories, is_held_out, strict=True) if not held]
+    require(
+        settings.batch_size <= len(trained),
+        "warmstart.batch_size",
+        settings.batch_size,
+        f"at most the {len(trained)} demonstrations in {settings.demonstrations} that are trained on",
+    )
+    return Examples(
+        trained=trained,
+        held_out=[item for item, held in zip(trajectories, is_held_out, strict=True) if held],
+        fingerprint=_fingerprint(trained),
+    )
+
+
+def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
+    """The questions, `share` of all, whose demonstrations are held out: by a hash, not by their place in the file.
+
+    All demonstrations of a question are on the same side, and a file that grows moves few of them.
+    """
+    questions = {demonstration.question.question for demonstration in demonstrations}
+
+    def place(question: str) -> str:
+        return hashlib.blake2b(f"{seed} {question}".encode(), digest_size=8).hexdigest()
+
+    return set(sorted(questions, key=place)[: math.ceil(share * len(questions))])
+
+
+def _fingerprint(trajectories: Sequence[Trajectory]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for trajectory in trajectories:
+        pieces = [list(trajectory.prompt_tokens)]
+        pieces += [
+            list(piece) for turn in trajectory.turns for piece in (turn.tokens, turn.observation_tokens)
+        ]
+        digest.update(repr(pieces).encode())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""The folder of a warm start: who holds it, what it was started as, its checkpoints until model.path is written.
+
+`ROOT/NAME-warmstart/`: config.yaml and config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/, checkpoints/step_N/,
+stacks/ (when something hung), holder.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.run import RunConfig
+from a2tgpo.experiment.claim import claim
+from a2tgpo.experiment.rules import WARM_START, settings_of
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.resume import trained_so_far
+from a2tgpo.update import checkpoint
+from a2tgpo.update.checkpoint_writer import CheckpointWriter
+from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.warmstart.target import folder_of
+
+
+class WarmStartFolder:
+    """Opens, saves and restores one warm start; every rank holds one and makes the same calls."""
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups):
+        self._config = config
+        self._groups = groups
+        self.path = folder_of(config)
+        self._checkpoints = self.path / "checkpoints"
+        self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
+        self.saved_step = 0
+        """Of the newest checkpoint, the one under way included; 0: none."""
+
+    @property
+    def longest_save_s(self) -> float:
+        return self._writer.longest_s
+
+    def open(self, resume: str, *, accept_changes: bool) -> Path | None:
+        """Make the folder and find the checkpoint to go on from; None: there is none.
+
+        Args:
+            resume: auto (the newest complete checkpoint) | none (what is there is set aside).
+            accept_changes: go on where settings, code or packages are not those of the last start.
+
+        Raises:
+            ConfigError: on all ranks; one line.
+        """
+        world, fault = dist.group.WORLD, ""
+        assert world is not None, "the processes are joined"
+        if self._groups.rank == 0:
+            try:
+                self._lock = claim(
+                    self.path,
+                    self._config,
+                    WARM_START,
+                    begins_anew=resume == "none",
+                    accept=accept_changes,
+                    done=trained_so_far(self.path),
+                )
+            except ConfigError as error:
+                fault = str(error)
+        fault = broadcast_object(fault, world, source=0)
+        if fault:
+            raise ConfigError(fault)
+        return None if resume == "none" else checkpoint.latest(self._checkpoints)
+
+    def restore(
+        self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
+    ) -> dict[str, Any]:
+        """Put a checkpoint in place; returns the state that it was saved with."""
+        try:
+            state = checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule)
+        except ValueError as error:
+            raise ConfigError(f"--resume: {error}") from error
+        checkpoint.set_aside_after(self._checkpoints, state["step"])
+        self.saved_step = state["step"]
+        return state
+
+    def save(
+        self,
+        step: int,
+        *,
+        policy: Policy,
+        optimizer: Any,
+        schedule: LearningRateSchedule,
+        state: dict[str, Any],
+    ) -> None:
+        """Begin a checkpoint of `step` steps, after the one before is done; once complete, it takes their place."""
+        self.finish_saving()
+        self._writer.start(
+            step,
+            policy=policy,
+            optimizer=optimizer,
+            schedule=schedule,
+            state=state | {"step": step, "settings": settings_of(self._config)},
+            on_complete=functools.partial(
+                checkpoint.drop_old, self._checkpoints, keep=1, keep_every=0, spare=None
+            ),
+        )
+        self.saved_step = step
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint under way, if any.
+
+        Raises:
+            RuntimeError: one line; it could not be written.
+        """
+        if fault := self._writer.wait():
+            raise RuntimeError(
+                f"the checkpoint of step {self.saved_step} could not be written: {fault}. Make room and start again"
+            )
+
+    def remove_checkpoints(self) -> None:
+        """The warm start is over: its model is written elsewhere."""
+        self.finish_saving()
+        if self._groups.rank == 0:
+            shutil.rmtree(self._checkpoints, ignore_errors=True)

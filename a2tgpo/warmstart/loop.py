@@ -1,0 +1,188 @@
+"""The warm start's loop: steps, held-out losses and checkpoints between them, and the model's folder at the end."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from pathlib import Path
+
+import torch
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import flat_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.timers import StageTimers
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.weights import save_hf
+from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.parallel.stop_request import StopAgreed, StopRequest
+from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.score import score
+from a2tgpo.update.train_step import train_step
+from a2tgpo.versions import commit_line
+from a2tgpo.warmstart.batches import asked_for, cross_entropy, my_microbatches, token_weights
+from a2tgpo.warmstart.examples import load_examples
+from a2tgpo.warmstart.folder import WarmStartFolder
+from a2tgpo.warmstart.report import Report
+from a2tgpo.warmstart.settings import cold_model, learning_rate, source_dimensions, update_settings
+from a2tgpo.warmstart.target import MARKER, require_target, target_of
+from a2tgpo.watchdog import Watchdog
+
+
+class WarmStart:
+    """Trains one configuration's warm start; every rank holds one and makes the same calls.
+
+    Args:
+        date: what the prompts tell as today's.
+        checkpoint: to go on from; None: from the beginning.
+        folder: keeps the checkpoints.
+        stop: asked before each step.
+        watchdog: told of every stage.
+
+    Raises:
+        ConfigError: one line; anything a person wrote that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: ParallelGroups,
+        *,
+        date: datetime.date,
+        checkpoint: Path | None,
+        folder: WarmStartFolder,
+        stop: StopRequest,
+        watchdog: Watchdog,
+    ):
+        self.config, self.settings = config, config.warmstart
+        self.groups, self.folder, self.stop = groups, folder, stop
+        self.examples = load_examples(config, date=date)
+        self.sampler = PromptSampler(len(self.examples.trained), self.settings.batch_size, config.run.seed)
+        lr = learning_rate(config, source_dimensions(config))
+        update = update_settings(config, lr=lr)
+        self.policy = build_policy(cold_model(config), config.parallel, groups, update=update)
+        self.optimizer, self.schedule = build_optimizer(self.policy, update, total_steps=self.settings.steps)
+        self.step = self._restore(checkpoint) if checkpoint else 0
+        self.timers = StageTimers(
+            torch.cuda.synchronize if torch.cuda.is_available() else None, enter=watchdog.enter
+        )
+        self.report = Report(
+            folder.path,
+            out=config.model.path,
+            steps=self.settings.steps,
+            step=self.step,
+            enabled=groups.rank == 0,
+        )
+        self._longest_step_s, self._num_skipped = 0.0, 0
+        self.report.say_begin(
+            f"warm start: step {self.step} of {self.settings.steps} on {groups.world_size} ranks, peak learning rate "
+            f"{lr:.3g}, {len(self.examples.trained)} demonstrations, {len(self.examples.held_out)} held out"
+        )
+
+    def train(self) -> bool:
+        """The remaining steps, and the model's folder; False: stopped before the end, with a checkpoint."""
+        try:
+            if self.step == 0:
+                self._evaluate()
+            while self.step < self.settings.steps:
+                needed_s = self._longest_step_s + self.folder.longest_save_s
+                self.stop.agree(self.stop.is_asked(needed_s=needed_s))
+                self._train_step()
+                if self._is_due(self.settings.evaluate_every):
+                    self._evaluate()
+                if self._is_due(self.settings.checkpoint_every):
+                    self._save()
+        except StopAgreed as stopped:
+            if self.folder.saved_step != self.step:
+                self._save()
+            self.folder.finish_saving()
+            self.report.say_stopped(self.step, str(stopped))
+            return False
+        self.folder.finish_saving()
+        self._export()
+        self.report.say_done()
+        return True
+
+    def _train_step(self) -> None:
+        begin = time.monotonic()
+        with self.timers.stage("update"):
+            chosen = [self.examples.trained[index] for index in self.sampler.next_indices()]
+            batches = my_microbatches(chosen, self.config, self.groups, self.policy.alignment)
+            weights = token_weights(batches, chosen, observation_weight=self.settings.observation_weight)
+            result = train_step(
+                self.policy, self.optimizer, asked_for(batches, weights), cross_entropy(weights)
+            )
+        self.step += 1
+        self.report.add(self.step, chosen, loss=result.loss, grad_norm=result.grad_norm, lr=self.schedule.lr)
+        self._num_skipped = 0 if result.update_ok else self._num_skipped + 1
+        if result.update_ok:
+            self.schedule.step()
+        elif self._num_skipped == self.config.guard.stop_after_skipped:
+            raise RuntimeError(
+                f"an update was not finite and skipped in {self._num_skipped} steps in a row, the last of them step "
+                f"{self.step} (guard.stop_after_skipped); lower warmstart.lr, or look for what is wrong with "
+                f"{self.settings.demonstrations}"
+            )
+        self._longest_step_s = max(self._longest_step_s, time.monotonic() - begin)
+
+    def _evaluate(self) -> None:
+        """The mean cross-entropy of the policy's own tokens in what is held out."""
+        held_out, size = self.examples.held_out, self.settings.batch_size
+        if not held_out:
+            return
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        with self.timers.stage("evaluation"):
+            for start in range(0, len(held_out), size):
+                batches = my_microbatches(
+                    held_out[start : start + size], self.config, self.groups, self.policy.alignment
+                )
+                for scores in score(self.policy, batches):
+                    if scores is not None:
+                        total -= scores.logprobs.double().sum()
+            loss = all_reduce_sum(total, self.groups.dp_group).item()
+            if self.groups.pp_size > 1:
+                loss = broadcast_object(loss, self.groups.pp_group, source=self.groups.pp_size - 1)
+        num_sampled = sum(trajectory.num_sampled_tokens for trajectory in held_out)
+        self.report.add_held_out(self.step, loss / max(1, num_sampled))
+
+    def _save(self) -> None:
+        with self.timers.stage("checkpoint"):
+            self.folder.save(
+                self.step,
+                policy=self.policy,
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                state={
+                    "sampler": self.sampler.state_dict(),
+                    "demonstrations": self.examples.fingerprint,
+                },
+            )
+
+    def _restore(self, checkpoint: Path) -> int:
+        state = self.folder.restore(
+            checkpoint, policy=self.policy, optimizer=self.optimizer, schedule=self.schedule
+        )
+        if state.get("demonstrations") != self.examples.fingerprint:
+            raise ConfigError(
+                f"warmstart.demonstrations: {self.settings.demonstrations} does not hold what {checkpoint} was "
+                "trained on; give the same file, or begin anew (--resume none)"
+            )
+        self.sampler.load_state_dict(state["sampler"])
+        return int(state["step"])
+
+    def _export(self) -> None:
+        """Write model.path, and remove the checkpoints that it makes needless."""
+        with self.timers.stage("export"):
+            require_target(self.config)  # it may have been filled meanwhile
+            settings = {
+                key: value for key, value in flat_config(self.config).items() if key.startswith("warmstart.")
+            }
+            record = {"commit": commit_line(), "settings": settings}
+            save_hf(self.policy, str(target_of(self.config)), records={MARKER: record})
+            self.folder.remove_checkpoints()
+
+    def _is_due(self, every: int) -> bool:
+        """After the last step, and every so many steps (0: never in between)."""
+        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)

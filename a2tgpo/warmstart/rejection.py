@@ -1,0 +1,193 @@
+"""Rejection sampling: a run's good rollouts become demonstrations.
+
+A rollout is taken if it ended with an answer and passes every filter; of a question's, the best few. What is refused
+is counted by the first filter that refused it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.data.question_set import Question
+from a2tgpo.record.rollout_files import read_part, recorded_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """What makes a rollout good."""
+
+    min_reward: float | None = None
+    """Least outcome reward; None: any."""
+    needs_exact_match: bool = True
+    needs_format: bool = True
+    max_failed_calls: int = 0
+    """Calls that the tool did not answer."""
+    max_tokens: int = 0
+    """Of what the policy wrote; 0: any number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A rollout that passed, with what it is chosen by."""
+
+    step: int
+    record: dict[str, Any]
+
+    @property
+    def order(self) -> tuple[float, int, int, int, int]:
+        """Best first: reward, then fewest calls, then fewest tokens, then the latest step."""
+        return (
+            -self.record["outcome_reward"],
+            _num_calls(self.record),
+            _num_tokens(self.record),
+            -self.step,
+            self.record["sample_index"],
+        )
+
+
+def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[int, list[Path]]:
+    """The files of each step's rollouts in a run's folder, by step.
+
+    Raises:
+        ConfigError: one line; there are none between `first` and `last`.
+    """
+    found = recorded_steps(run)
+    chosen = {
+        step: files for step, files in found.items() if first <= step and (last is None or step <= last)
+    }
+    if not chosen:
+        there = f"steps {min(found)} to {max(found)}" if found else "none"
+        raise ConfigError(f"{run}/rollouts holds no rollouts of the steps asked for; there are {there}")
+    return chosen
+
+
+def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The trajectories in the files of a step, a file in memory at a time.
+
+    Raises:
+        ConfigError: one line; a file cannot be read or is damaged.
+    """
+    for path in files:
+        try:
+            yield from read_part(path)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise ConfigError(f"{path} is damaged; leave its step out (--steps)") from None
+
+
+def reject(record: Mapping[str, Any], filters: Filters) -> str:
+    """Why a rollout is no demonstration, in a few words; empty: it is one."""
+    turns = record["turns"]
+    if record["stop_reason"] != "answer" or not turns or turns[-1]["query"] is not None:
+        return "without an answer"
+    if filters.needs_format and not record["format_ok"]:
+        return "broken format"
+    if filters.needs_exact_match and record["exact_match"] != 1:
+        return "wrong answer"
+    if filters.min_reward is not None and record["outcome_reward"] < filters.min_reward:
+        return "reward too low"
+    if sum(turn["tool_failed"] for turn in turns) > filters.max_failed_calls:
+        return "failed calls"
+    if filters.max_tokens and _num_tokens(record) > filters.max_tokens:
+        return "too long"
+    return ""
+
+
+def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counter[str]) -> list[Candidate]:
+    """The best `per_question` rollouts of each question, in the order of first appearance; no text twice."""
+    by_question: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_question.setdefault(candidate.record["prompt_id"], []).append(candidate)
+    chosen = []
+    for members in by_question.values():
+        texts: set[str] = set()
+        for candidate in sorted(members, key=lambda member: member.order):
+            text = json.dumps([turn["text"] for turn in candidate.record["turns"]])
+            if text in texts:
+                counts["the same text as another"] += 1
+            elif len(texts) == per_question:
+                counts[f"more than {per_question} of a question"] += 1
+            else:
+                texts.add(text)
+                chosen.append(candidate)
+    return chosen
+
+
+def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]:
+    """The record of a demonstration file (`data.demonstrations.load_demonstrations`)."""
+    record = candidate.record
+    turns = []
+    for turn in record["turns"][:-1]:
+        closing = f"</{turn['tool']}>"
+        end = turn["text"].rfind(closing)  # the last token may reach past the tag
+        turns.append({"text": turn["text"][: end + len(closing)], "observation": turn["observation_text"]})
+    turns.append({"text": record["turns"][-1]["text"]})
+    found: dict[str, Any] = {
+        "id": question.id,
+        "question": question.question,
+        "answers": list(question.answers),
+    }
+    if question.hops:
+        found["hops"] = question.hops
+    return found | {"turns": turns, "quality": f"step {candidate.step}"}
+
+
+def demonstrations_of(
+    run: Path,
+    questions: Sequence[Question],
+    filters: Filters,
+    *,
+    per_question: int,
+    first: int = 0,
+    last: int | None = None,
+) -> tuple[list[dict[str, Any]], Counter[str], int]:
+    """The demonstrations in a run's rollouts.
+
+    Args:
+        questions: the run's training set; its rollouts name them by id.
+        per_question: most of one question.
+        first, last: steps to read; None: to the newest.
+
+    Returns:
+        The records, how many rollouts were left out by reason, and how many were read.
+
+    Raises:
+        ConfigError: one line; no rollouts, a damaged file, or questions that are not the run's.
+    """
+    by_id = {question.id: question for question in questions}
+    counts: Counter[str] = Counter()
+    candidates, num_read = [], 0
+    for step, files in step_files(run, first=first, last=last).items():
+        for record in read_rollouts(files):
+            num_read += 1
+            try:
+                reason = reject(record, filters)
+                is_known = record["prompt_id"] in by_id
+            except (KeyError, TypeError):
+                raise ConfigError(f"{files[0]} holds no rollouts of this program") from None
+            if not is_known:
+                raise ConfigError(
+                    f"{files[0]} has a rollout of question {record['prompt_id']!r:.60}, which the questions lack; "
+                    "give the run's own data.train (--questions)"
+                )
+            if reason:
+                counts[reason] += 1
+            else:
+                candidates.append(Candidate(step=step, record=record))
+    chosen = choose(candidates, per_question=per_question, counts=counts)
+    return [to_demonstration(item, by_id[item.record["prompt_id"]]) for item in chosen], counts, num_read
+
+
+def _num_calls(record: Mapping[str, Any]) -> int:
+    return sum(turn["query"] is not None for turn in record["turns"])
+
+
+def _num_tokens(record: Mapping[str, Any]) -> int:
+    return sum(len(turn["tokens"]) for turn in record["turns"])

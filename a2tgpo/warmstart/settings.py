@@ -1,0 +1,74 @@
+"""What a warm start makes of a run's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.reward import RewardConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import RunConfig
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
+from a2tgpo.plan.parameters import checkpoint_parameters
+
+REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
+
+
+def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
+    """`warmstart.lr`, or one by the model's size.
+
+    A rule of thumb between what whole models of 7 to 70 billion parameters are fine-tuned with in publications
+    (2e-5 to 2e-6); it has not been tuned here.
+    """
+    if config.warmstart.lr:
+        return config.warmstart.lr
+    by_size = REFERENCE_LR * math.sqrt(REFERENCE_PARAMETERS / checkpoint_parameters(dimensions))
+    return min(MAX_LR, by_size)
+
+
+def source_dimensions(config: RunConfig) -> ModelDimensions:
+    """Those of the model at `warmstart.source`; ConfigError, one line, that names this key."""
+    try:
+        return read_dimensions(config.warmstart.source)
+    except ConfigError as error:
+        raise ConfigError(f"warmstart.source: {error}") from None
+
+
+def cold_model(config: RunConfig) -> ModelConfig:
+    """The model that is trained: the source, in FP8 only where the warm start is asked for it."""
+    fp8 = config.model.fp8 if config.warmstart.fp8 else Fp8Config()
+    return dataclasses.replace(config.model, path=config.warmstart.source, fp8=fp8)
+
+
+def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
+    """The run's optimizer settings with the warm start's rates; nothing leaves the card, which no engine shares."""
+    settings = config.warmstart
+    return dataclasses.replace(
+        config.update,
+        lr=lr,
+        min_lr=lr / 10,
+        lr_schedule="cosine",
+        warmup_steps=settings.steps // 10,
+        weight_decay=settings.weight_decay,
+        offload=False,
+    )
+
+
+def as_planned(config: RunConfig, *, lr: float) -> RunConfig:
+    """The configuration as far as machines are checked for it: no engine, no reference, no method."""
+    update = dataclasses.replace(
+        update_settings(config, lr=lr), prompts_per_minibatch=UpdateConfig().prompts_per_minibatch
+    )
+    return dataclasses.replace(
+        config,
+        model=cold_model(config),
+        update=update,
+        rollout=RolloutConfig(),
+        reward=RewardConfig(),
+        algorithm=AlgorithmConfig(),
+    )

@@ -1,0 +1,59 @@
+"""Where a warm start writes: never over its own input, nor over a folder that no warm start has written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.run import RunConfig
+
+MARKER = "warmstart.json"
+"""In a folder that a warm start has written: what it was made from."""
+
+
+def target_of(config: RunConfig) -> Path:
+    """The folder that is written, symbolic links followed: a link at model.path stays one."""
+    return Path(config.model.path).resolve()
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The folder of the warm start's metrics and checkpoints."""
+    return Path(config.run.root) / f"{config.run.name}-warmstart"
+
+
+def require_target(config: RunConfig) -> None:
+    """Raise `ConfigError`, one line, unless model.path may be written; nothing is written here.
+
+    It must not be, hold, or lie in what the warm start reads, and must be new, empty, or written by a warm start.
+    """
+    settings, given = config.warmstart, config.model.path
+    for field in ("source", "demonstrations"):
+        require(bool(getattr(settings, field)), f"warmstart.{field}", "", "a path, for a warm start")
+    require(not Path(given).is_file(), "model.path", given, "a folder, which a warm start writes")
+    target = target_of(config)
+    inputs = {
+        "warmstart.source": Path(settings.source),
+        "warmstart.demonstrations": Path(settings.demonstrations),
+        "run.root's folder of this warm start": folder_of(config),
+    }
+    for key, path in inputs.items():
+        place = path.resolve()
+        if place.is_relative_to(target) or target.is_relative_to(place) or _is_same(place, target):
+            raise ConfigError(
+                f"model.path is {given!r}, which a warm start writes as a whole; allowed: a folder apart from "
+                f"{key} ({path})"
+            )
+    if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
+        raise ConfigError(
+            f"model.path is {given!r}, which a warm start would replace, but no warm start has written it (it has no "
+            f"{MARKER}); give a new folder, or move that one away"
+        )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both are there and one folder under two names, as with bind mounts."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

@@ -1,0 +1,118 @@
+"""Good rollouts of a run as demonstrations for a warm start: rejection sampling.
+
+    python tools/rollouts_to_demonstrations.py RUN --out FILE [--steps FIRST-LAST] [--per-question 2]
+        [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
+
+RUN is a run's folder (runs/NAME). Taken are rollouts that ended with an answer which matches exactly, in the right
+format and without a failed call; of each question the best ones, by reward, then fewest calls, then fewest tokens.
+FILE is what `warmstart.demonstrations` takes (docs/warmstart.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.atomic_file import write_text
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import expand, path_argument
+from a2tgpo.data.question_set import load_questions
+from a2tgpo.warmstart.rejection import Filters, demonstrations_of
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
+        first, last = steps_of(args.steps)
+        records, counts, num_read = demonstrations_of(
+            args.run,
+            load_questions(args.questions or questions_of(args.run), key="--questions"),
+            Filters(
+                min_reward=args.min_reward,
+                needs_exact_match=not args.any_answer,
+                needs_format=not args.any_format,
+                max_failed_calls=args.max_failed_calls,
+                max_tokens=args.max_tokens,
+            ),
+            per_question=args.per_question,
+            first=first,
+            last=last,
+        )
+        print(f"{num_read} rollouts read")
+        for reason, count in counts.most_common():
+            print(f"  {count:>8} left out: {reason}")
+        num_questions = len({record["id"] for record in records})
+        print(f"  {len(records):>8} taken, of {num_questions} questions")
+        if not records:
+            raise ConfigError("no rollout is good enough; loosen the filters, or take more steps")
+        write_text(args.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        print(f"wrote {args.out}")
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=path_argument, required=True, help="JSONL of demonstrations")
+    parser.add_argument(
+        "--steps", default="", metavar="FIRST-LAST", help="steps to read, as 10-20 or 10-; all"
+    )
+    parser.add_argument("--per-question", type=int, default=2, metavar="K", help="most of one question (2)")
+    parser.add_argument("--min-reward", type=float, metavar="R", help="least outcome reward; any")
+    parser.add_argument("--any-answer", action="store_true", help="also answers that do not match exactly")
+    parser.add_argument("--any-format", action="store_true", help="also responses with a broken format")
+    parser.add_argument(
+        "--max-failed-calls", type=int, default=0, metavar="N", help="calls without an answer (0)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="longest response, tokens that the policy wrote; 0: any",
+    )
+    parser.add_argument(
+        "--questions", type=path_argument, help="the run's training questions, if its data.train has moved"
+    )
+    return parser.parse_args()
+
+
+def steps_of(text: str) -> tuple[int, int | None]:
+    """The first and the last step that --steps names."""
+    if not text:
+        return 0, None
+    match = re.fullmatch(r"(\d+)(-(\d*))?", text)
+    if match is None:
+        raise ConfigError(f"--steps is {text!r}; allowed: a step, FIRST-LAST, or FIRST-")
+    first = int(match[1])
+    if match[2] is None:
+        return first, first
+    return first, int(match[3]) if match[3] else None
+
+
+def questions_of(run: Path) -> str:
+    """The run's data.train."""
+    path = run / "config.yaml"
+    try:
+        return expand(
+            yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["train"], f"{path}: data.train"
+        )
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a run's folder") from None
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is not a run's configuration; give --questions") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
