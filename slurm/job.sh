@@ -132,7 +132,7 @@ start_retrieval() {
   fi
   RETRIEVAL_PIDS+=("$!")
   await_health "http://$address:$port/health" "${RETRIEVAL_WAIT_S:-1800}" retrieval
-  SEARCH=(search.backend=http "search.url=http://$address:$port/retrieve")
+  SEARCH=(search.backend=http "search.url=http://$address:$port/retrieve" search.url_file=)
 }
 
 # start_shards FOLDER PORT: a server of FOLDER/part-I on each node; their addresses go to `shards` of the caller.

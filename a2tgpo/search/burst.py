@@ -97,10 +97,11 @@ def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> t
     if burst.answered and burst.per_second >= needed_per_s:
         return "", False
     times = needed_per_s / burst.per_second if burst.answered else math.inf
+    more = f", {times:.1f} times as many" if burst.answered else ""
     line = (
-        f"the search server answers {burst.per_second:.3g} queries/s of {burst.clients} clients at a time "
+        f"the search server answers {burst.per_second:,.1f} queries/s of {burst.clients} clients at a time "
         f"({burst.failed} of {burst.failed + burst.answered} had no answer in time), the planned rollout asks "
-        f"{needed_per_s:.3g}/s{f', {times:.3g} times as many' if burst.answered else ''}; give the server more cores "
-        "or GPUs, divide its index over more servers, or use an IVF index (docs/retrieval.md)"
+        f"{needed_per_s:,.1f}/s{more}; give the server more cores or GPUs, divide its index over more servers, or "
+        "use an IVF index (docs/retrieval.md)"
     )
     return line, 0 < max_shortfall < times

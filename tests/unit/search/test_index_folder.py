@@ -124,9 +124,21 @@ def test_a_dense_index_finds_what_numpy_finds(minilm, tmp_path, factory):
     assert len(index.search_many(["x"], 100)[0]) == len(texts)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(embedding_blocks, "BLOCK_PASSAGES", 64)
+@pytest.fixture(scope="module")
+def short_corpus(corpus, tmp_path_factory) -> Path:
+    """The first 40 passages: embedding takes its time."""
+    path = tmp_path_factory.mktemp("corpus") / "short.jsonl"
+    lines = [line for line in corpus.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+    path.write_text("".join(lines[:40]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(short_corpus, minilm, tmp_path_factory) -> Path:
+    """A Flat index over them."""
+    out = tmp_path_factory.mktemp("built") / "index"
+    build_dense(short_corpus, out, minilm)
+    return out
 
 
 class Ended(Exception):
@@ -134,10 +146,10 @@ class Ended(Exception):
 
 
 def test_a_build_that_is_ended_goes_on_where_it_was_in_any_number_of_processes(
-    corpus, minilm, tmp_path, small_blocks, monkeypatch
+    short_corpus, built, minilm, tmp_path, monkeypatch
 ):
     recipe = DenseRecipe(encoder=EncoderSettings(path=minilm), factory="Flat")
-    build_dense(corpus, tmp_path / "whole", minilm)
+    monkeypatch.setattr(embedding_blocks, "BLOCK_PASSAGES", 9)  # 5 blocks, the last of 4
     embedded = []
     passages = Encoder.passages
 
@@ -149,43 +161,45 @@ def test_a_build_that_is_ended_goes_on_where_it_was_in_any_number_of_processes(
 
     monkeypatch.setattr(Encoder, "passages", counted)
     with pytest.raises(Ended):
-        DenseBuild(corpus, tmp_path / "index", recipe).embed(worker=1, num_workers=2)
-    build = DenseBuild(corpus, tmp_path / "index", recipe)
-    assert build.blocks.num_done == 128 and list(build.blocks.missing()) == [0, 2, 4]
+        DenseBuild(short_corpus, tmp_path / "index", recipe).embed(worker=1, num_workers=2)
+    build = DenseBuild(short_corpus, tmp_path / "index", recipe)
+    assert build.blocks.num_done == 18 and list(build.blocks.missing()) == [0, 2, 4]
     embedded[:] = [0, 0, 0]
     build.embed(worker=0, num_workers=2)
-    assert embedded[3:] == [64, 64, 300 - 4 * 64] and build.finish() == 300
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "whole"]
-    files = [(tmp_path / name / "faiss.index").read_bytes() for name in ("index", "whole")]
-    assert files[0] == files[1]
+    assert embedded[3:] == [9, 9, 4] and build.finish() == 40
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    found, expected = (
+        np.stack([index._neighbours.reconstruct(i) for i in range(40)])
+        for index in (load_index(folder, short_corpus)[0] for folder in (tmp_path / "index", built))
+    )
+    assert np.allclose(found, expected, atol=1e-5)  # texts were padded to other lengths
 
 
-def test_embeddings_of_something_else_are_not_gone_on_with(corpus, minilm, tmp_path):
+def test_embeddings_of_something_else_are_not_gone_on_with(short_corpus, minilm, tmp_path):
     recipe = DenseRecipe(encoder=EncoderSettings(path=minilm))
-    DenseBuild(corpus, tmp_path / "index", recipe)
+    DenseBuild(short_corpus, tmp_path / "index", recipe)
     other = DenseRecipe(encoder=EncoderSettings(path=minilm, passage_prefix="passage: "))
     with pytest.raises(
         ConfigError, match=r"index\.embeddings holds embeddings of another corpus, part or encoder"
     ):
-        DenseBuild(corpus, tmp_path / "index", other)
+        DenseBuild(short_corpus, tmp_path / "index", other)
 
 
-def test_a_published_faiss_index_is_taken_as_it_is_or_refused(corpus, minilm, tmp_path):
+def test_a_published_faiss_index_is_taken_as_it_is_or_refused(short_corpus, built, minilm, tmp_path):
     import faiss
 
-    build_dense(corpus, tmp_path / "built", minilm)
     published = tmp_path / "e5_Flat.index"
-    shutil.copy(tmp_path / "built" / "faiss.index", published)
+    shutil.copy(built / "faiss.index", published)
     recipe = DenseRecipe(encoder=EncoderSettings(path=minilm))
-    assert import_faiss(published, corpus, tmp_path / "taken", recipe) == 300
+    assert import_faiss(published, short_corpus, tmp_path / "taken", recipe) == 40
     queries = ["queen of an island", "bridge"]
-    expected = load_index(tmp_path / "built", corpus)[0].search_many(queries, 3)
-    assert load_index(tmp_path / "taken", corpus)[0].search_many(queries, 3) == expected
+    expected = load_index(built, short_corpus)[0].search_many(queries, 3)
+    assert load_index(tmp_path / "taken", short_corpus)[0].search_many(queries, 3) == expected
     other = faiss.IndexFlatIP(384)
     other.add(np.zeros((7, 384), dtype=np.float32))
     faiss.write_index(other, str(published))
-    with pytest.raises(ConfigError, match=r"has 7 vectors; allowed: 300, as the corpus"):
-        import_faiss(published, corpus, tmp_path / "refused", recipe)
+    with pytest.raises(ConfigError, match=r"has 7 vectors; allowed: 40, as the corpus"):
+        import_faiss(published, short_corpus, tmp_path / "refused", recipe)
     assert not (tmp_path / "refused").exists()
 
 
@@ -208,13 +222,12 @@ def test_the_vectors_of_a_flat_index_stay_in_the_file(tmp_path):
     assert own_mib() - before < 16
 
 
-def test_a_search_has_the_threads_that_it_was_given_whatever_the_environment_says(corpus, minilm, tmp_path):
+def test_a_search_has_the_threads_that_it_was_given_whatever_the_environment_says(short_corpus, built):
     import faiss
 
     from a2tgpo.search.dense import DenseServing
 
-    build_dense(corpus, tmp_path / "index", minilm)
-    index, _ = load_index(tmp_path / "index", corpus, serving=DenseServing(num_threads=3))
+    index, _ = load_index(built, short_corpus, serving=DenseServing(num_threads=3))
     found = []
 
     def search():
