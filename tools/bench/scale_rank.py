@@ -150,7 +150,11 @@ def measure_exchange(
             return [] if isinstance(own, list) else torch.zeros_like(own)
         if not isinstance(own, list):
             return own
-        return [(p + rank // ENGINE_RANKS, s, n) for p, s, n in own if p + rank // ENGINE_RANKS < PROMPTS]
+        engine = rank // ENGINE_RANKS
+        # Lengths of its own: trajectories of equal length would go to the first replica one after the other.
+        return [
+            (p + engine, s, n + (37 * engine + 11 * s + p) % 101) for p, s, n in own if p + engine < PROMPTS
+        ]
 
     peers.of_peer, peers.calls, peers.sent = of_peer, 0, 0
     play = lambda: exchange(played, groups, prompts_per_minibatch=PROMPTS_PER_MINIBATCH)  # noqa: E731
