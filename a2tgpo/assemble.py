@@ -16,6 +16,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.stratified_subset import stratified_subset
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
@@ -117,7 +118,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         )
         test_questions = load_questions(config.data.test, key="data.test")
         limit = config.evaluation.max_questions or len(test_questions)
-        test_prompts = _prompt_set(test_questions[:limit], template, config, groups)
+        test_prompts = _prompt_set(stratified_subset(test_questions, limit), template, config, groups)
         sampler = PromptSampler(
             len(train_prompts),
             config.rollout.prompts_per_step,

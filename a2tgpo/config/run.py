@@ -61,7 +61,8 @@ class EvaluationConfig:
     at_start: bool = True
     """Evaluate the untrained policy, as the base line."""
     max_questions: int = 256
-    """Questions used, the first of data.test; 0: all."""
+    """Questions used; 0: all of data.test. Each `data_source` and each number of `hops` has its share, the first of
+    each; questions with neither are taken evenly over the file. The same for all seeds."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, ">= 0")

@@ -22,6 +22,8 @@ class Question:
     """Gold answer, then its aliases; never empty."""
     hops: int = 0
     """Searches the question needs; 0 where the set does not say."""
+    source: str = ""
+    """The set that it is from (`data_source`); empty where the file does not say."""
 
 
 def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
@@ -39,13 +41,11 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
         ConfigError: one line; unreadable file, bad record (with its line or row), no question at all.
     """
     questions: list[Question] = []
-    sources: list[str] = []
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
         questions.append(parse_question(record, where, default_id=str(index)))
-        sources.append(source_of(record))
     if not questions:
         raise ConfigError(f"{key}: {path} holds no question; give a file with at least one")
-    ids = unique_ids([question.id for question in questions], sources)
+    ids = unique_ids([question.id for question in questions], [question.source for question in questions])
     return [
         question if question.id == identity else dataclasses.replace(question, id=identity)
         for question, identity in zip(questions, ids, strict=True)
@@ -73,7 +73,13 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
     hops = whole_number(record.get("hops", 0))
     if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
         raise ConfigError(f"{where}: `hops` is {hops!r:.60}; allowed: an integer >= 0")
-    return Question(id=str(identity), question=question_of(record, where), answers=golds, hops=hops)
+    return Question(
+        id=str(identity),
+        question=question_of(record, where),
+        answers=golds,
+        hops=hops,
+        source=source_of(record),
+    )
 
 
 def gold_text(text: str) -> str:
