@@ -44,6 +44,7 @@ _COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates",
     "generation_config.json",
 )
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tiny_models import build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.forward import forward_packed
-from a2tgpo.model.weights import iterate_hf_weights, load_hf_weights
+from a2tgpo.model.weights import iterate_hf_weights, load_hf_weights, save_hf
 from a2tgpo.parallel.groups import ParallelGroups
 
 ROOT = Path(__file__).parents[3]
@@ -58,6 +59,19 @@ def test_smollm2_gives_the_logits_of_transformers_and_its_weights_back(groups: P
         assert torch.equal(tensor, state[name]), name
         names.add(name)
     assert set(state) - names == {"lm_head.weight"}  # tied: it is the embedding
+
+
+def test_an_exported_model_has_all_chat_templates_and_settings_of_the_one_it_came_from(
+    checkpoint: Callable[..., Path], groups: ParallelGroups, tmp_path: Path
+) -> None:
+    path = checkpoint("qwen3")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(path)
+    (path / "generation_config.json").write_text('{"top_k": 20}')
+    save_hf(build(path, groups), str(tmp_path / "out"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"top_k": 20}'
 
 
 def test_packing_changes_nothing_in_any_sequence(
