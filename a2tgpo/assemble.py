@@ -100,7 +100,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     Raises:
         ConfigError: one line; anything a person wrote that cannot be run.
     """
-    config.rollout.check_training()
+    config.check_training()
     timers = StageTimers()
     replicas = divide_into_replicas(config, groups)
     with timers.stage("startup_data"):
@@ -210,6 +210,7 @@ def build_rollout(
             opening_tags=template.opening_tags,
         ),
         opening_tags=template.opening_tags,
+        end_of_turn=template.end_of_turn,
         replica_group=replicas.group,
     )
 

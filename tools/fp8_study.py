@@ -102,13 +102,14 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ConfigError: one line, if the model or the texts cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    from a2tgpo.data.tokenizer import load_tokenizer
     from a2tgpo.model.hf_config import load_hf_config
 
     load_hf_config(args.model)
     begun = time.process_time()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     sequences = read_sequences(args.texts, tokenizer, limit=args.sequences)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     # Not the same one cast back and forth: its tables of rotary frequencies are float32 in both.

@@ -5,6 +5,10 @@ stands. A passage about chat templates would then end the policy's turn, and a q
 transformers' `split_special_tokens` covers only tokens that are marked as special; several families add <think> or
 <|fim_prefix|> without that mark. Therefore spellings are broken up here and their parts encoded one by one. Text
 without such a spelling gets the same tokens as from the tokenizer itself.
+
+Parts of a sequence are encoded one by one. SentencePiece's tokenizers (of Llama 2, for example) put a space before
+every text that they read, which only the begin of a sequence should have: `\\boxed{` and `Vienna` would become
+`\\boxed{ Vienna`. That space is left out of every other part.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ BREAK = "\ufdd0"
 """Where a spelling is broken up: a Unicode noncharacter, which is removed from text that holds it."""
 
 _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
+_SPACE = "\u2581"
+"""How SentencePiece writes a space."""
+_ANCHOR = "\n"
+"""Takes the space of a tokenizer that puts one before every text, and seldom becomes one token with what follows."""
 
 
 class LiteralEncoder:
@@ -43,6 +51,7 @@ class LiteralEncoder:
         spellings = "|".join(map(re.escape, added.values()))
         # Looked for at every character: one spelling may begin inside another.
         self._spelling = re.compile(rf"(?=(?:{spellings}))(.)", re.DOTALL) if added else None
+        self._anchor = self._ids([_ANCHOR])[0] if self._puts_a_space_first() else None
 
     def broken_up(self, text: str) -> str:
         """`text` with a `BREAK` inside every spelling of a control token, and without lone surrogates."""
@@ -58,18 +67,29 @@ class LiteralEncoder:
         return self.encode_framed([text], lambda inner: [f"{before}{one}{after}" for one in inner])[0]
 
     def encode_framed(
-        self, texts: Sequence[str], frame: Callable[[Sequence[str]], list[str]]
+        self,
+        texts: Sequence[str],
+        frame: Callable[[Sequence[str]], list[str]],
+        *,
+        begins_sequence: bool = False,
     ) -> list[list[int]]:
         """Token ids of `frame(texts)`, which puts each of `texts` into text of our own.
 
         Each result holds the control tokens of the frame and no others.
+
+        Args:
+            begins_sequence: nothing stands before the results; their begin is then as the tokenizer has it.
         """
-        encoded = self.encode_parts(frame([self.broken_up(text) for text in texts]))
-        (of_frame,) = map(self._control_tokens, self.encode_parts(frame(["?"])))
+
+        def encode(framed: list[str]) -> list[list[int]]:
+            return self.encode_parts(framed, begins_sequence=begins_sequence)
+
+        encoded = encode(frame([self.broken_up(text) for text in texts]))
+        (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
             # A tokenizer that normalises what it reads may find a spelling where there was none.
             if self._control_tokens(encoded[place]) != of_frame:
-                (encoded[place],) = self.encode_parts(frame([BREAK.join(self.broken_up(text))]))
+                (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
 
     def encode_tagged(self, text: str, tags: re.Pattern[str]) -> list[int]:
@@ -80,12 +100,40 @@ class LiteralEncoder:
             position = tag.end()
         return self.encode_parts(["".join([*pieces, self.broken_up(text[position:])])])[0]
 
-    def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, whose parts between `BREAK`s are encoded one by one."""
+    def encode_parts(self, texts: Sequence[str], *, begins_sequence: bool = False) -> list[list[int]]:
+        """Token ids of each text, whose parts between `BREAK`s are encoded one by one.
+
+        Args:
+            begins_sequence: as for `encode_framed`.
+        """
         parts = [text.split(BREAK) for text in texts]
-        flat = [part for of_text in parts for part in of_text]
-        ids = iter(self._tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else ())
-        return [[token for _ in of_text for token in next(ids)] for of_text in parts]
+        inside = iter(self._encode_inside([part for of_text in parts for part in of_text]))
+        encoded = [[next(inside) for _ in of_text] for of_text in parts]
+        if begins_sequence and self._anchor is not None:
+            for pieces, begin in zip(encoded, self._ids([of_text[0] for of_text in parts]), strict=True):
+                pieces[0] = begin
+        return [[token for piece in pieces for token in piece] for pieces in encoded]
+
+    def _encode_inside(self, parts: Sequence[str]) -> list[list[int]]:
+        """Token ids of parts that other tokens stand before."""
+        if self._anchor is None:
+            return self._ids(parts)
+        width = len(self._anchor)
+        return [
+            # What grows together with the anchor keeps its space.
+            anchored[width:] if anchored[:width] == self._anchor else plain
+            for plain, anchored in zip(
+                self._ids(parts), self._ids([_ANCHOR + part for part in parts]), strict=True
+            )
+        ]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """What the tokenizer itself gives, without tokens for the begin and the end of a sequence."""
+        return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def _puts_a_space_first(self) -> bool:
+        first = self._tokenizer.convert_ids_to_tokens(self._ids(["x"])[0])[:1]
+        return bool(first) and str(first[0]).startswith(_SPACE)
 
     def _control_tokens(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token in self._control_ids]

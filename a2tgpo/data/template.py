@@ -19,7 +19,7 @@ from a2tgpo.trajectory import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = "Which river flows through Vienna?"
+_PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
 """Questions tokenised at a time where a whole set is: a tokenizer keeps some 20 kB a text until it returns."""
@@ -57,12 +57,17 @@ class PromptTemplate:
                 f"model.path: the tokenizer of {tokenizer.name_or_path} has no chat template; "
                 "use an instruct model, or put a chat_template into its tokenizer_config.json"
             )
+        self._check_names()
         self._check_kwargs()
         (prompt,) = self._texts([_PROBE])
         self._check_prompt(prompt)
         self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
         """The <think> and </think> behind the question, where the model's text begins: empty for most templates,
         <think> where the template opens the thought, both where thinking is switched off."""
+        self.end_of_turn = self._find_end_of_turn()
+        """Id of the control token that ends an answer in a conversation, if it is not the tokenizer's end of
+        sequence: base models know <|endoftext|> as their end, and the template writes <|im_end|>. None: it is, or
+        the template ends answers with none."""
 
     def render(self, question: str) -> tuple[int, ...]:
         """Token ids of the prompt for `question`."""
@@ -70,7 +75,8 @@ class PromptTemplate:
 
     def render_many(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of the prompt for each of `questions`, in order; nothing in a question is a control token."""
-        return [tuple(ids) for ids in self._literal.encode_framed(questions, self._texts)]
+        encoded = self._literal.encode_framed(questions, self._texts, begins_sequence=True)
+        return [tuple(ids) for ids in encoded]
 
     def _texts(self, questions: Sequence[str]) -> list[str]:
         return self._apply([self._messages(question) for question in questions])
@@ -99,6 +105,16 @@ class PromptTemplate:
                 "try data.instructions='' or another template"
             ) from None
         return texts
+
+    def _check_names(self) -> None:
+        """A tokenizer may come with several templates; transformers renders the one named default."""
+        templates = self.tokenizer.chat_template
+        if isinstance(templates, dict) and "default" not in templates:
+            raise ConfigError(
+                f"model.path: the tokenizer of {self.tokenizer.name_or_path} has chat templates named "
+                f"{', '.join(sorted(templates))}, and none named default; write the one that is meant to "
+                "chat_template.jinja in that folder"
+            )
 
     def _check_kwargs(self) -> None:
         source = self.tokenizer.get_chat_template()
@@ -137,16 +153,27 @@ class PromptTemplate:
 
     def _has_header(self, prompt: str) -> bool:
         """Whether nothing but a thought stands between the prompt and where an answer begins in a conversation."""
-        messages = self._messages(_PROBE)
-        if self._apply([messages], has_header=False) != [prompt]:
+        if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
-        answer = "The Danube."
-        try:
-            (whole,) = self._apply([[*messages, {"role": "assistant", "content": answer}]])
-        except ConfigError:  # it knows no answers at all
-            return True
-        between = whole.removeprefix(prompt).partition(answer)[0]
+        whole = self._answered()
+        between = whole.removeprefix(prompt).partition(_ANSWER)[0]
         return not whole.startswith(prompt) or not THINK_TAG.sub("", between).strip()
+
+    def _find_end_of_turn(self) -> int | None:
+        behind = self._answered().partition(_ANSWER)[2].lstrip()
+        for number, token in self.tokenizer.added_tokens_decoder.items():
+            if token.special and behind.startswith(str(token)):
+                return number if number != self.tokenizer.eos_token_id else None
+        return None
+
+    def _answered(self) -> str:
+        """A conversation that ends with an answer; empty if the template knows no answers."""
+        messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
+        try:
+            (whole,) = self._apply([messages], has_header=False)
+        except ConfigError:
+            return ""
+        return whole
 
 
 def today() -> datetime.date:

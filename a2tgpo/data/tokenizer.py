@@ -18,19 +18,26 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer in folder `path`; nothing is looked up on a network.
 
+    It splits texts as tokenizer.json says, where there is one. The class that tokenizer_config.json names has no say:
+    in transformers 5 some classes put rules of their own in place of the file's, and several families name a wrong
+    one. The R1 distillates of Llama name LlamaTokenizerFast, which would take all spaces out of their texts.
+
     Args:
         key: the configuration key that names the folder, for error messages.
 
     Raises:
         ConfigError: one line, if there is none, it is damaged, or it knows ids that the model has no embedding for.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # Without any of them transformers makes up an empty tokenizer for some architectures.
     if not any((Path(path) / name).is_file() for name in FILES):
         raise ConfigError(f"{key} {path!r} holds no {FILES[0]}; copy the tokenizer's files there")
+    is_whole = (Path(path) / FILES[0]).is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = (PreTrainedTokenizerFast if is_whole else AutoTokenizer).from_pretrained(
+            path, local_files_only=True
+        )
     except Exception as error:  # transformers raises whatever a bad file leads to
         raise ConfigError(
             f"{key} {path!r}: the tokenizer is damaged ({first_line(error):.120}); fetch its files again"

@@ -39,6 +39,7 @@ def engine_arguments(
         # Not "auto": files in Mistral's format beside them would be taken for the model.
         config_format="hf",
         load_format=LOAD_FORMAT,
+        skip_tokenizer_init=True,  # `vllm_engine.py` gives it the trainer's
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=config.max_concurrent,

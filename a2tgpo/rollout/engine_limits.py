@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.fp8 import ENGINE_CAPABILITY, LinearSizes, quantization_fault
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.data.tokenizer import load_tokenizer, num_token_ids
+from a2tgpo.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
 """`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
 their weights come in, at a refit as at the first load (vllm/model_executor/model_loader/reload/layerwise.py)."""
 
 
-def read_model(model_path: str) -> tuple[Any, int]:
-    """The model's configuration and one more than the largest id that its tokenizer gives.
+def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model's configuration and its tokenizer.
 
     Raises:
         ConfigError: one line; no folder, no configuration, or as `load_tokenizer`.
@@ -31,7 +34,7 @@ def read_model(model_path: str) -> tuple[Any, int]:
         model_path,
         "a folder with config.json, *.safetensors and tokenizer.json; config.json is not there",
     )
-    return AutoConfig.from_pretrained(model_path), num_token_ids(load_tokenizer(model_path))
+    return AutoConfig.from_pretrained(model_path), load_tokenizer(model_path)
 
 
 def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: str, tp_size: int) -> int:

@@ -51,6 +51,7 @@ class GroupRollout:
         rollout: the `rollout` section.
         score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
         opening_tags: those that a prompt ends with (`PromptTemplate.opening_tags`).
+        end_of_turn: `PromptTemplate.end_of_turn`; None: only the end of sequence ends a response.
         replica_group: the ranks that share the engine, first one calling tools; None if there is only one.
     """
 
@@ -63,6 +64,7 @@ class GroupRollout:
         rollout: RolloutConfig,
         score_trajectory: ScoreTrajectory,
         opening_tags: str = "",
+        end_of_turn: int | None = None,
         replica_group: dist.ProcessGroup | None = None,
     ):
         require(
@@ -76,6 +78,7 @@ class GroupRollout:
         self._config = rollout
         self._score_trajectory = score_trajectory
         self.opening_tags = opening_tags
+        self._stop_tokens = () if end_of_turn is None else (end_of_turn,)
         self.answer_tokens = AnswerTokens(tokenizer, rollout.gain, opening_tags=opening_tags)
         self._syntax = CallSyntax(toolset.names)
         self._observations = ObservationEncoder(
@@ -197,6 +200,7 @@ class GroupRollout:
             tools=self._tools,
             syntax=self._syntax,
             observations=self._observations,
+            stop_tokens=self._stop_tokens,
             scorer=AnswerScorer(self._engine, self.answer_tokens, counts) if score_gain else None,
             limits=Limits(
                 max_turns=self._config.max_turns,
@@ -216,7 +220,7 @@ class GroupRollout:
         return counts
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
-        """What the policy wrote, turn by turn, without observations and end-of-sequence token.
+        """What the policy wrote, turn by turn, without observations and the token that ended the response.
 
         A token that reaches past a closing tag is cut there: the turn ended with the tag.
         """
@@ -280,7 +284,8 @@ class GroupRollout:
         )
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        kept = [token for token in tokens if token != self._tokenizer.eos_token_id]
+        ends = (self._tokenizer.eos_token_id, *self._stop_tokens)
+        kept = [token for token in tokens if token not in ends]
         return str(
             self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )

@@ -2,7 +2,7 @@
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
-    eos          it ended the sequence without one
+    eos          it ended the sequence, or its turn as the chat template would, without one
     length       the turn's or the response's token budget is used up
     context      the engine's longest sequence is reached
     max_turns    it called a tool once more than allowed
@@ -134,6 +134,7 @@ class MultiTurnLoop:
         tools: runs the tool calls.
         syntax: what a call looks like.
         observations: writes their answers as tokens.
+        stop_tokens: ids that end a turn besides the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation; None: no scoring.
         on_finished: called once per trajectory, when its last token is there.
         is_cut: asked now and then whether to break off, in the same passes on all ranks that share the engine,
@@ -147,6 +148,7 @@ class MultiTurnLoop:
         tools: ToolPool,
         syntax: CallSyntax,
         observations: ObservationEncoder,
+        stop_tokens: Sequence[int],
         scorer: AnswerScorer | None,
         limits: Limits,
         sampling: Sampling,
@@ -158,6 +160,7 @@ class MultiTurnLoop:
         self._tools = tools
         self._syntax = syntax
         self._observations = observations
+        self._stop_tokens = stop_tokens
         self._scorer = scorer
         self._limits = limits
         self._sampling = sampling
@@ -235,6 +238,7 @@ class MultiTurnLoop:
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             stop=self._syntax.stop_strings,
+            stop_tokens=self._stop_tokens,
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:

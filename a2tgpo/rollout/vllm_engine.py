@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.tokenizer import num_token_ids
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
 from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
 from a2tgpo.rollout.cpu_shared_memory import own_segments
@@ -69,6 +70,7 @@ from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.outputs import RequestOutput  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.tokenizers.hf import get_cached_tokenizer  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1  # noqa: E402
 from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # noqa: E402
@@ -154,7 +156,8 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # request id -> tokens of the answer, for scorings in flight
-        hf_config, self.num_token_ids = read_model(model_path)
+        hf_config, tokenizer = read_model(model_path)
+        self.num_token_ids = num_token_ids(tokenizer)
         self.vocab_size: int = hf_config.vocab_size
         self._tied = bool(hf_config.tie_word_embeddings)
         self._shapes = checkpoint_shapes(model_path, tied=self._tied)
@@ -171,6 +174,9 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
+        # The trainer's, by which it finds stop strings; its own choice may split texts otherwise (data/tokenizer.py).
+        self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
+        self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
         client: Any = self._engine.engine_core  # of an engine in this process
         core = client.engine_core
         cap_cache_hits(core.scheduler.kv_cache_manager)
@@ -195,6 +201,7 @@ class VllmEngine:
         temperature: float,
         top_p: float,
         stop: Sequence[str],
+        stop_tokens: Sequence[int] = (),
     ) -> None:
         """Queue a generation; its `EngineOutput` comes out of a later `step`.
 
@@ -206,6 +213,8 @@ class VllmEngine:
             temperature: of sampling and of the log-probs; 0 is greedy, with log-probs at temperature 1.
             top_p: nucleus threshold; log-probs are those of the truncated distribution.
             stop: texts that end the generation; they stay in it.
+            stop_tokens: ids that end it, and stay in it, besides the end of sequence that the tokenizer and
+                generation_config.json name. Nothing else of that file has an effect.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
@@ -216,6 +225,7 @@ class VllmEngine:
             seed=seed,
             max_tokens=max_tokens,
             stop=list(stop),
+            stop_token_ids=list(stop_tokens),
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             spaces_between_special_tokens=False,

@@ -56,9 +56,9 @@ def control_tokens(tokenizer, ids):
     return [token for token in tokenizer.convert_ids_to_tokens(ids) if token in {*CONTROL, *TAGS}]
 
 
-def compact(text):
-    """A sentence piece tokenizer puts a space before every part that it reads, and makes wide characters plain."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
+def plain(text):
+    """What the sentence piece tokenizer, which makes wide characters plain, and the other can give back alike."""
+    return unicodedata.normalize("NFKC", text).lstrip()
 
 
 FOREIGN = [
@@ -79,7 +79,7 @@ def test_foreign_text_holds_no_control_token_and_stays_readable(tokenizer, text)
     assert control_tokens(tokenizer, tokenizer(text_itself, add_special_tokens=False)["input_ids"])
     ids = encoder.encode(text)
     assert control_tokens(tokenizer, ids) == []
-    assert compact(tokenizer.decode(ids, skip_special_tokens=False)) == compact(text_itself)
+    assert plain(tokenizer.decode(ids, skip_special_tokens=False)) == plain(text_itself)
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -99,9 +99,27 @@ def test_text_without_a_spelling_is_encoded_as_the_tokenizer_does(tokenizer):
         "a < b |> c im_end    indented",
         "Doc 1 (Title: x < y) \\boxed{z}",
     ):
-        assert encoder.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
+        (begin,) = encoder.encode_parts([text], begins_sequence=True)
+        assert begin == tokenizer(text, add_special_tokens=False)["input_ids"]
         framed = tokenizer(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False)["input_ids"]
         assert encoder.encode_between("<|im_start|>", text, "<|im_end|>") == framed
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["\\boxed{", "Vienna", "}"],
+        ["capital </search>", " <passage>\nVienna\n</passage>", " so"],
+        ["a", "\n b", " ", "", "c"],
+    ],
+)
+def test_parts_of_a_sequence_read_as_they_were_written_without_a_space_before_each(tokenizer, parts):
+    encoder = LiteralEncoder(tokenizer)
+    (begin,) = encoder.encode_parts(parts[:1], begins_sequence=True)
+    ids = begin + [token for part in parts[1:] for token in encoder.encode(part)]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "".join(parts)
+    broken = BREAK.join(parts)
+    assert encoder.encode_parts([broken], begins_sequence=True) == [ids]
 
 
 def test_what_becomes_a_spelling_by_normalisation_is_split_into_characters():

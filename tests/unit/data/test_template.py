@@ -133,6 +133,48 @@ def test_a_template_whose_prompt_an_answer_continues_is_taken(tokenizer, chat_te
     assert "Why?" in tokenizer.decode(PromptTemplate(tokenizer, " Be\nbrief. ").render("Why?"))
 
 
+def test_of_several_templates_the_default_is_rendered_and_without_one_all_are_named(tokenizer):
+    tokenizer.chat_template = {"tool_use": OPENED, "default": CHATML}
+    prompt = PromptTemplate(tokenizer, "Be brief.").render("Why?")
+    tokenizer.chat_template = CHATML
+    assert prompt == PromptTemplate(tokenizer, "Be brief.").render("Why?")
+    tokenizer.chat_template = {"tool_use": OPENED, "rag": CHATML}
+    with pytest.raises(
+        ConfigError, match=r"toy has chat templates named rag, tool_use, and none named default; write"
+    ):
+        PromptTemplate(tokenizer, "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("behind_an_answer", "end"),
+    [
+        ("</s>", None),  # the tokenizer's own end of sequence
+        ("<eot>", "<eot>"),
+        ("\n<eot>\n", "<eot>"),
+        ("\n</turn>", None),  # text
+        (" and <eot>", None),
+    ],
+)
+def test_the_token_that_ends_an_answer_is_known_where_it_is_not_the_end_of_sequence(
+    tokenizer, behind_an_answer, end
+):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<eot>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+        f"{behind_an_answer}{{% endfor %}}{{% if add_generation_prompt %}}<s>assistant\n{{% endif %}}"
+    )
+    found = PromptTemplate(tokenizer, "").end_of_turn
+    assert found == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_a_template_that_knows_no_answers_has_no_end_of_them(tokenizer):
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    assert PromptTemplate(tokenizer, "").end_of_turn is None
+
+
 def test_tags_that_the_prompt_ends_with_are_known_and_those_of_the_instructions_do_not_count(tokenizer):
     def tags(chat_template, **options):
         tokenizer.chat_template = chat_template

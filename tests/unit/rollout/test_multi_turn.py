@@ -30,7 +30,7 @@ def open_rollout(engine, engine_config, tokenizer):
     """A rollout on the engine, by its search and settings."""
     opened = []
 
-    def open_rollout(search, *, limits=None, more_tools=None, **settings):
+    def open_rollout(search, *, limits=None, more_tools=None, end_of_turn=None, **settings):
         config = dataclasses.replace(engine_config, **settings)
         rollout = GroupRollout(
             engine,
@@ -40,6 +40,7 @@ def open_rollout(engine, engine_config, tokenizer):
             score_trajectory=functools.partial(
                 score_trajectory, measure=config.gain.measure, tools=("search", *(more_tools or ()))
             ),
+            end_of_turn=end_of_turn,
         )
         opened.append(rollout)
         return rollout
@@ -105,6 +106,19 @@ def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(pla
     assert (two.exact_match, two.format_ok, two.outcome_reward) == (0.0, True, 0.0)
     assert (counts.trajectories, counts.turns, counts.tool_calls) == (2, 5, 3)
     assert counts.stop_reasons == {"answer": 2}
+
+
+def test_a_response_ends_with_the_token_that_the_template_ends_answers_with(open_rollout, search, tokenizer):
+    """As where the tokenizer of a base model names another end of sequence."""
+    prompts, how = [make_prompt(tokenizer, 0, "silent?")], dict(seed=0, step=0, greedy=True, group_size=1)
+    (whole,), _ = open_rollout(search).run(prompts, **how)
+    tokens = whole.turns[0].tokens
+    end = next(i for i in reversed(range(len(tokens) - 1)) if tokens[i] not in tokens[:i])
+    rollout = open_rollout(search, end_of_turn=tokens[end])
+    (ended,), counts = rollout.run(prompts, **how)
+    assert [turn.tokens for turn in ended.turns] == [tokens[: end + 1]], "it is sampled, so it is trained on"
+    assert counts.stop_reasons == {"eos": 1}
+    assert rollout.turn_texts(ended) == [tokenizer.decode(tokens[:end])]
 
 
 def test_tokens_are_those_of_the_engine_and_nothing_is_encoded_again(play, search, reference, tokenizer):

@@ -1,5 +1,6 @@
 """The engine against transformers on the same weights, in float32."""
 
+import json
 import os
 import random
 import subprocess
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.rollout.engine_output import ScoreOutput
 
 BLOCK = 32
@@ -27,7 +29,7 @@ def drain(engine):
     return outputs
 
 
-def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, stop=()):
+def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, stop=(), stop_tokens=()):
     engine.submit(
         request_id,
         tokens,
@@ -36,6 +38,7 @@ def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, 
         temperature=temperature,
         top_p=1.0,
         stop=stop,
+        stop_tokens=stop_tokens,
     )
 
 
@@ -113,21 +116,79 @@ def test_sequence_logprobs_ignore_the_cache(engine, reference):
         assert engine.sequence_logprobs(tokens) == pytest.approx(reference(tokens), abs=1e-4)
 
 
-def test_padded_ids_are_never_sampled(tmp_path):
+@pytest.fixture(scope="module")
+def padded_path(tmp_path_factory):
+    """A model with ids past its tokenizer's, whose class is named as by the R1 distillates of Llama.
+
+    It has settings for generation as instruct models bring them.
+    """
+    path = tmp_path_factory.mktemp("padded")
+    save_tiny(path, "llama", vocab_size=640)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"})
+    )
+    settings = {"top_k": 1, "top_p": 0.1, "temperature": 0.1, "repetition_penalty": 1.9, "max_new_tokens": 2}
+    (path / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True, "min_p": 0.5}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def padded_engine(padded_path):
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
-    path = save_tiny(tmp_path, "llama", vocab_size=640)
     config = RolloutConfig(kv_cache_gib=0.1, max_concurrent=16, dtype="float32")
-    engine = VllmEngine(path, config=config, model_dtype="float32", max_model_len=64, seed=0)
+    engine = VllmEngine(str(padded_path), config=config, model_dtype="float32", max_model_len=64, seed=0)
+    yield engine
+    engine.close()
+
+
+def test_padded_ids_are_never_sampled(padded_engine):
+    engine = padded_engine
     assert engine.num_token_ids < 0.8 * engine.vocab_size, "a fifth of the random model's mass is padding"
     for i in range(16):
         submit(engine, str(i), [5 + i], seed=i, temperature=2.0)
     submit(engine, "greedy", [5], seed=None, temperature=0.0)
     outputs = drain(engine)
-    engine.close()
     sampled = [token for output in outputs.values() for token in output.tokens]
     assert len(sampled) > 200
     assert max(sampled) < engine.num_token_ids
+
+
+def test_sampling_settings_of_generation_config_have_no_effect(padded_engine, padded_path):
+    engine = padded_engine
+    model = AutoModelForCausalLM.from_pretrained(padded_path, dtype=torch.float32).eval()
+    for i in range(4):
+        submit(engine, str(i), [5, 6, 7], seed=i)
+    outputs = drain(engine)
+    assert len({tuple(output.tokens) for output in outputs.values()}) == 4
+    for output in outputs.values():
+        assert len(output.tokens) > 2
+        with torch.no_grad():
+            logits = model(torch.tensor([[5, 6, 7, *output.tokens]])).logits[0, 2:-1, : engine.num_token_ids]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(output.tokens)[:, None])[:, 0]
+        assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_texts_of_the_engine_are_those_of_the_trainers_tokenizer(padded_engine, padded_path):
+    tokenizer = load_tokenizer(str(padded_path))
+    text = "capital of France?\n\n </search> so"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text, "transformers' own choice drops the spaces"
+    for i in range(4):
+        submit(padded_engine, str(i), [5, 6, 7], seed=i, temperature=2.0)
+    for output in drain(padded_engine).values():
+        assert output.text == tokenizer.decode(output.tokens).rstrip("\ufffd")
+
+
+def test_a_stop_token_ends_a_generation_and_stays_in_it(padded_engine):
+    engine = padded_engine
+    submit(engine, "free", [5], seed=3)
+    free = drain(engine)["free"]
+    end = next(i for i, token in enumerate(free.tokens) if i > 3 and token not in free.tokens[:i])
+    submit(engine, "ended", [5], seed=3, stop_tokens=[free.tokens[end]])
+    ended = drain(engine)["ended"]
+    assert ended.tokens == free.tokens[: end + 1] and len(ended.logprobs) == len(ended.tokens)
+    assert (ended.finish_reason, ended.stop_string) == ("stop", None)
 
 
 def test_yarn_is_computed_as_transformers_does_from_the_listed_files_only(tmp_path):
