@@ -112,11 +112,13 @@ def test_a_response_ends_with_the_token_that_the_template_ends_answers_with(open
     """As where the tokenizer of a base model names another end of sequence."""
     prompts, how = [make_prompt(tokenizer, 0, "silent?")], dict(seed=0, step=0, greedy=True, group_size=1)
     (whole,), _ = open_rollout(search).run(prompts, **how)
-    tokens = whole.turns[0].tokens
+    tokens = list(whole.turns[0].tokens)
     end = next(i for i in reversed(range(len(tokens) - 1)) if tokens[i] not in tokens[:i])
     rollout = open_rollout(search, end_of_turn=tokens[end])
     (ended,), counts = rollout.run(prompts, **how)
-    assert [turn.tokens for turn in ended.turns] == [tokens[: end + 1]], "it is sampled, so it is trained on"
+    assert [list(turn.tokens) for turn in ended.turns] == [tokens[: end + 1]], (
+        "it is sampled, so it is trained on"
+    )
     assert counts.stop_reasons == {"eos": 1}
     assert rollout.turn_texts(ended) == [tokenizer.decode(tokens[:end])]
 
