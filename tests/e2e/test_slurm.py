@@ -190,8 +190,9 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     whole, cut = submit("whole"), submit("cut")
     cluster.wait_until((inputs.parent / "whole" / "holder.json").exists, whole)
     second = submit("whole", "--nodes=1")
-    for job, step in ((whole, 1), (cut, 2)):
-        cluster.wait_until(lambda job=job, step=step: f"step {step}/{STEPS}" in cluster.log(job), job)
+    # All that the three take from the checkout is copied before they build a model.
+    for copied in (f"{whole}/config.yaml", f"{cut}/config.yaml", f"{second}/code"):
+        cluster.wait_until((checkout / "runs" / "slurm" / copied).exists, cut)
     # The experiment that is prepared next, in the same files.
     config.write_text(
         inputs.read_text().replace("name: run", "name: next").replace("lr: 0.0001", "lr: 0.001")
@@ -202,6 +203,7 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
         "raise SystemExit('this is the code of another commit')\n"
     )
     after = commit_all(checkout)
+    cluster.wait_until(lambda: f"step 2/{STEPS}" in cluster.log(cut), cut)
     cluster.run("scancel", "--signal=USR1", cut)
     ended = [Ended(cluster.wait(job), cluster.log(job)) for job in (whole, cut, second)]
     return Disturbed(*ended, inputs.parent, checkout, (before, after))
