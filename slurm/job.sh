@@ -47,8 +47,11 @@ commit_line() {
 copy_code() {
   rm -rf "$CODE.unfinished"
   mkdir -p "$CODE.unfinished"
-  cp -Rp a2tgpo launch slurm tools "$CODE.unfinished"
-  cp "$0" "$CODE.unfinished/job_script.sh"
+  local part
+  for part in a2tgpo launch slurm tools; do
+    if [ -d "$part" ]; then cp -Rp "$part" "$CODE.unfinished"; fi
+  done
+  if [ -f "$0" ]; then cp "$0" "$CODE.unfinished/job_script.sh"; fi
   commit_line >"$CODE.unfinished/COMMIT"
   mv "$CODE.unfinished" "$CODE"
 }
