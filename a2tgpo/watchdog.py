@@ -30,6 +30,10 @@ GRACE_S = 10.0
 BACKSTOP_S = 30.0
 """Past the deadline; then a C thread ends this rank, whose Python is then held by something that never returns."""
 BETWEEN = "between stages"
+STEADY = ("rollout", "evaluation", "score", "update")
+"""Stages whose own length so far tells how long they may take."""
+WAITING = ("refit", "exchange", "advantage")
+"""Stages in which a rank may wait for the slowest of the others, so for what any stage has taken."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Watchdog:
         """Number of the place, and seconds in it for which the clock stood still."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
+        self._longest: dict[str, float] = {}
+        """Of the stages that this rank has left, seconds."""
         self._told = -1
         self._closed = threading.Event()
         self._store = side_store("watchdog", timeout_s=GRACE_S)
@@ -85,8 +91,15 @@ class Watchdog:
         """The rank begins `stage`, and has left the one before; "" between two."""
         stage = stage or BETWEEN
         with self._arming:
-            self._place = Place(self._place.number + 1, stage, time.monotonic())
+            now, left = time.monotonic(), self._place
+            taken_s = now - left.since - self._stood_s(left)
+            self._longest[left.stage] = max(self._longest.get(left.stage, 0.0), taken_s)
+            self._place = Place(left.number + 1, stage, now)
             self._arm(self._place)
+
+    def follow(self, outage: Outage) -> None:
+        """From now on the clock stands still while `outage` is on."""
+        self._outage = outage
 
     def close(self) -> None:
         """Stop watching."""
@@ -146,10 +159,22 @@ class Watchdog:
 
     def _left_s(self, place: Place) -> float | None:
         """Of the place's deadline; None: it has none."""
-        _, deadline_s = self._config.deadline(place.stage)
+        _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None
         return place.since + self._stood_s(place) + deadline_s - time.monotonic()
+
+    def _deadline(self, stage: str) -> tuple[str, float]:
+        """Seconds that `stage` may take, 0: any, and what they follow from."""
+        key, limit_s = self._config.deadline(stage)
+        known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
+        longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
+        # A rank that has not seen a whole step does not know yet what it may have to wait for.
+        is_known = longest_s > 0 and (stage in STEADY or "update" in self._longest)
+        allowed_s = max(self._config.min_s, self._config.slack * longest_s)
+        if limit_s and self._config.slack and is_known and allowed_s < limit_s:
+            return f"{allowed_s:g} s by watchdog.slack and min_s; longest so far {longest_s:.0f} s", allowed_s
+        return f"{key}={limit_s:g}", limit_s
 
     def _overdue(self, place: Place) -> bool:
         left_s = self._left_s(place)
@@ -167,7 +192,7 @@ class Watchdog:
     def _verdict(self, place: Place, places: dict[int, tuple[int, str]]) -> str:
         taken_s = time.monotonic() - place.since - self._stood_s(place)
         behind = {rank: stage for rank, (number, stage) in places.items() if number < place.number}
-        key, deadline_s = self._config.deadline(place.stage)
+        limit, _ = self._deadline(place.stage)
         if behind:
             ranks = ", ".join(f"rank {rank} (still in {stage})" for rank, stage in sorted(behind.items())[:8])
             cause = f"not arrived: {ranks}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
@@ -177,7 +202,7 @@ class Watchdog:
             cause = "all ranks are in it or past it"
         return (
             f"watchdog: {place.stage} has taken {taken_s:.0f} s on rank {self._rank} "
-            f"({key}={deadline_s:g}); {cause}. Stacks of all ranks: {self._path.parent}"
+            f"({limit}); {cause}. Stacks of all ranks: {self._path.parent}"
         )
 
     def _end(self, verdict: str | None) -> None:

@@ -160,15 +160,17 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     checkpoint = folder.open(args.resume, accept_changes=args.accept_changes and is_first_start)
     if args.as_started is not None and groups.rank == 0:
         keep(args.as_started, config)
+    watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)
+    watchdog.enter("assemble")
     parts = assemble(config, groups, resume_from=checkpoint)
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+    watchdog.enter("restore")
     step = folder.restore(checkpoint, parts, guards)
+    watchdog.enter("")
     recorder = folder.recorder(parts, step=step)
     outage = parts.rollout.outage
-    watchdog = Watchdog(
-        config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size, outage=outage
-    )
+    watchdog.follow(outage)
     parts.startup.update(
         {
             "time/startup_imports_s": imported_s,

@@ -66,6 +66,37 @@ def test_the_clock_of_all_ranks_stands_still_while_one_waits_for_a_service(open_
         done._look()
 
 
+def test_a_stage_may_take_ten_times_its_longest_so_far_within_its_limit(open_watchdog, clock):
+    alone = open_watchdog(0)
+    alone._config = WatchdogConfig()
+    limit_s = lambda stage: alone._deadline(stage)[1]  # noqa: E731
+    assert [limit_s("rollout"), limit_s("exchange"), limit_s("assemble")] == [7200, 2400, 3600]
+    for stage, seconds in (("rollout", 50), ("exchange", 2), ("update", 10), ("checkpoint", 1)):
+        alone.enter(stage)
+        clock[0] += seconds
+    alone.enter("")
+    assert limit_s("rollout") == 500, "10 x 50 s"
+    assert limit_s("update") == 300, "never less than min_s"
+    assert limit_s("exchange") == 500, "other ranks' rollouts are waited for"
+    assert limit_s("checkpoint") == 2400, "the save before is waited for"
+    alone.enter("rollout")
+    clock[0] += 501
+    with pytest.raises(Ended, match=r"rollout has taken 501 s.*500 s by watchdog.slack.*longest so far 50 s"):
+        alone._look()
+    alone.enter("rollout")
+    clock[0] += 900
+    alone.enter("")
+    assert limit_s("rollout") == 7200, "the field stays the most"
+
+
+def test_a_start_that_hangs_is_ended(open_watchdog, clock):
+    alone = open_watchdog(0)
+    alone.enter("assemble")
+    clock[0] += 3601
+    with pytest.raises(Ended, match=r"assemble has taken 3601 s on rank 0 \(watchdog.startup_s=3600\)"):
+        alone._look()
+
+
 def test_a_stage_without_an_outage_ends_at_its_deadline(open_watchdog, clock):
     alone = open_watchdog(0, Outage(limit_s=1800.0))
     alone.enter("exchange")
