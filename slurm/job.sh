@@ -5,7 +5,8 @@
 # Environment (all optional):
 #   PYTHON             interpreter on every node                                  [.venv/bin/python]
 #   CONTAINER          image.sqsh or registry reference (enroot/pyxis), or image.sif (Apptainer)
-#   CONTAINER_MOUNTS   what the container sees besides this folder, as a:b,c:d
+#   CONTAINER_MOUNTS   what the container sees besides this folder and what its models, data and runs link to, as a:b,c:d
+#   CACHE              folder of each node for compiled kernels                   [$TMPDIR/a2tgpo-UID]
 #   RETRIEVAL_CORPUS   JSONL of passages: serve it on the job's first node, beside the training
 #   RETRIEVAL_INDEX    folder made by tools/build_index.py, or bm25               [bm25]
 #   RETRIEVAL_SHARDS=1 RETRIEVAL_INDEX holds part-0, part-1, ..., one for each of the job's nodes, which serves it
@@ -78,6 +79,11 @@ export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_
 # One for all jobs of this folder, not one beside each copy of the code.
 export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$PWD/.cache/a2tgpo/vllm}"
 PYTHON="${PYTHON:-.venv/bin/python}"
+# What ranks compile, or find out about a model, is kept on the node: all ranks of a job in one folder of a network
+# file system wait for each other's locks.
+CACHE="${CACHE:-${TMPDIR:-/tmp}/a2tgpo-$(id -u)}"
+export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$CACHE/vllm}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$CACHE/triton}" \
+  TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$CACHE/inductor}" FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$CACHE}"
 HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 mkdir -p "$LOGS"
 : >>"$LOGS/rank_0.log"
@@ -85,12 +91,17 @@ FIRST_BYTE=$(($(stat -c %s "$LOGS/rank_0.log") + 1))
 
 # Before and after srun's program: a container, if one is asked for.
 SRUN_CONTAINER=() IN_CONTAINER=()
+# A link that leads out of this folder leads nowhere in the container, unless its target is there at the same place.
+MOUNTS="${CONTAINER_MOUNTS:-}"
+for link in models data runs models/* data/*; do
+  if [ -L "$link" ] && target="$(readlink -e "$link")"; then MOUNTS="${MOUNTS:+$MOUNTS,}$target:$target"; fi
+done
 case "${CONTAINER:-}" in
   '') ;;
-  *.sif) IN_CONTAINER=(apptainer exec --bind "$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" --pwd "$PWD")
+  *.sif) IN_CONTAINER=(apptainer exec --bind "$PWD${MOUNTS:+,$MOUNTS}" --pwd "$PWD")
          if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then IN_CONTAINER+=(--nv); fi
          IN_CONTAINER+=("$CONTAINER") ;;
-  *) SRUN_CONTAINER=("--container-image=$CONTAINER" "--container-mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+  *) SRUN_CONTAINER=("--container-image=$CONTAINER" "--container-mounts=$PWD:$PWD${MOUNTS:+,$MOUNTS}"
                      "--container-workdir=$PWD") ;;
 esac
 

@@ -218,8 +218,9 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
             limit=lambda _: config.max_noise_share * narrower_clip,
-            advice="rounding, not the policy, decides what is clipped: widen algorithm.clip_low and clip_high, "
-            "or use algorithm.ratio=turn or model.dtype=float32",
+            advice="rounding, not the policy, decides what is clipped: train in bfloat16 where model.fp8 is on, "
+            "raise update.prompts_per_minibatch (one mini-batch a step clips nothing), or widen algorithm.clip_low "
+            "and clip_high to twice ratio/noise_floor",
         ),
         "engine_gap": Alarm(
             # No token has a gap where no log-prob is finite; their number is then past any sensible limit.

@@ -31,7 +31,7 @@ pytestmark = [
         reason="needs root and Debian's slurm-wlm and munge",
     ),
 ]
-TRAINING = ("train_70b", "train_8b", "train_4b", "smoke_cpu")
+TRAINING = ("train_70b", "train_30b_a3b", "train_8b", "train_4b", "smoke_cpu")
 SMALL = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
 """What a node of this machine has, in place of a script's GPUs."""
 STEPS = 8

@@ -171,7 +171,7 @@ def test_logprobs_that_do_not_match_their_tokens_are_refused() -> None:
         pack([broken], [0], align=Alignment())
 
 
-@pytest.mark.parametrize(("overrides", "share"), [(["precision/bfloat16.yaml"], 0.97), ([], 0.98)])
+@pytest.mark.parametrize(("overrides", "share"), [([], 0.97), (["precision/fp8.yaml"], 0.98)])
 def test_microbatches_of_the_70b_configuration_are_full_and_as_many_on_every_replica(
     overrides: list[str], share: float
 ) -> None:

@@ -35,8 +35,8 @@ from a2tgpo.plan.plan import Plan, make_plan
 ROOT = Path(__file__).parents[3]
 H100 = GPUS["h100-80gb"]
 QWEN_72B = KNOWN_MODELS["qwen2.5-72b"]
-BFLOAT16 = str(ROOT / "configs/precision/bfloat16.yaml")
-CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml", [BFLOAT16])
+FP8 = str(ROOT / "configs/precision/fp8.yaml")
+CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml")
 
 CONFIGS = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
 MEANT_FOR = {
@@ -75,15 +75,16 @@ def test_every_shipped_configuration_fits_80_gb_with_room_left(name):
 
 
 @pytest.mark.parametrize("name", ["train_70b", "train_70b_llama"])
-def test_the_large_models_compute_in_fp8_and_one_file_switches_all_of_it_off(name):
-    config = CONFIGS[name]
+def test_the_large_models_compute_in_bfloat16_and_one_file_puts_them_into_fp8(name):
+    config = load_config(ROOT / f"configs/{name}.yaml", [FP8])
     assert (config.model.fp8.format, config.model.fp8.recipe) == ("e4m3", "blockwise")
     assert config.rollout.quantization != "none" and config.algorithm.correction.kind == "truncate"
-    off = load_config(ROOT / f"configs/{name}.yaml", [BFLOAT16])
+    off = CONFIGS[name]
     assert (off.model.fp8, off.rollout.quantization) == (Fp8Config(), "none")
     assert off.algorithm.correction.kind == "none"
-    plan = make_plan(off, KNOWN_MODELS[MEANT_FOR[name][0]], H100, gpus=64)
-    assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
+    for planned in (off, config):
+        plan = make_plan(planned, KNOWN_MODELS[MEANT_FOR[name][0]], H100, gpus=64)
+        assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
 
 
 def test_fp8_in_a_plan_by_hand():
@@ -100,7 +101,7 @@ def test_fp8_in_a_plan_by_hand():
     # Outputs of two norms and the gated product lose a byte a value, attention's output gains a copy.
     assert whole.layer_bytes - fp8.layer_bytes == 1024 * (2 * 8192 + 29568 - 8192)
     assert fp8.saved_layer_bytes("full") == whole.saved_layer_bytes("full")
-    quantised = engine_weight_bytes(CONFIGS["train_70b"], QWEN_72B)
+    quantised = engine_weight_bytes(load_config(ROOT / "configs/train_70b.yaml", [FP8]), QWEN_72B)
     plain = engine_weight_bytes(CONFIG_70B, QWEN_72B)
     assert plain - quantised == pytest.approx(80 * linear * (1 - 4 / 128**2))
 
@@ -124,7 +125,7 @@ def test_fp8_in_a_plan_by_hand():
     ],
 )
 def test_fp8_that_card_model_or_layout_does_not_allow_is_refused_in_one_line(overrides, card, message):
-    config = load_config(ROOT / "configs/train_70b.yaml", overrides)
+    config = load_config(ROOT / "configs/train_70b.yaml", [FP8, *overrides])
     with pytest.raises(ConfigError) as refused:
         make_plan(config, QWEN_72B, GPUS[card], gpus=64)
     assert message in str(refused.value) and "\n" not in str(refused.value)
@@ -422,9 +423,7 @@ def test_what_does_not_fit_is_named_with_a_change_that_mends_it(section, values,
     (line,) = [fault for fault in faults(plan) if fault.startswith(f"{phase}:")]
     assert line.endswith(change)
     key, value = change.removeprefix("set ").split("=")
-    overrides = (
-        [BFLOAT16] + [f"{section}.{name}={value}" for name, value in values.items()] + [f"{key}={value}"]
-    )
+    overrides = [f"{section}.{name}={value}" for name, value in values.items()] + [f"{key}={value}"]
     assert plan_70b(load_config(ROOT / "configs/train_70b.yaml", overrides)).fits
 
 

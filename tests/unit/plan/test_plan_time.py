@@ -86,7 +86,9 @@ def test_communication_of_a_step_by_hand():
 
 def test_bubble_and_context_communication_by_hand():
     def update(*layout):
-        config = load_config(ROOT / "configs/train_70b.yaml", list(layout))
+        config = load_config(
+            ROOT / "configs/train_70b.yaml", [str(ROOT / "configs/precision/fp8.yaml"), *layout]
+        )
         plan = make_plan(config, KNOWN_MODELS["qwen2.5-72b"], H100, gpus=64)
         return plan.update, update_volume(plan)
 

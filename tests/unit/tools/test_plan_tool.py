@@ -18,7 +18,6 @@ from tools.plan import main
 
 ROOT = Path(__file__).parents[3]
 CONFIG_70B = str(ROOT / "configs/train_70b.yaml")
-BFLOAT16 = str(ROOT / "configs/precision/bfloat16.yaml")
 
 
 def test_a_plan_that_fits(capsys, tmp_path):
@@ -48,7 +47,7 @@ def test_a_plan_that_does_not_fit_says_which_phase_and_what_to_change(capsys):
     assert main([CONFIG_70B, "--gpus", "64", "parallel.pipeline=1"]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("DOES NOT FIT: update")]
     assert len(lines) == 1
-    assert lines[0].endswith("set parallel.pipeline=2")
+    assert lines[0].endswith("set model.recompute=full")
 
 
 def test_mistakes_end_in_one_line(capsys):
@@ -110,7 +109,7 @@ def test_dimensions_come_from_the_checkpoint_where_there_is_one(capsys, tmp_path
     model.save_pretrained(tmp_path)
     assert checkpoint_parameters(read_dimensions(str(tmp_path))) == model.num_parameters()
     # Its channels are too few for FP8.
-    assert main([CONFIG_70B, BFLOAT16, f"model.path={tmp_path}", "parallel.tensor=2", "parallel.pipeline=2",
+    assert main([CONFIG_70B, f"model.path={tmp_path}", "parallel.tensor=2", "parallel.pipeline=2",
                  "rollout.tensor_parallel=1", "--gpus", "4"]) == 0  # fmt: skip
     assert f"{tmp_path}/config.json" in capsys.readouterr().out
 
