@@ -76,8 +76,6 @@ for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_
 # Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task: every rank would run on one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-# One for all jobs of this folder, not one beside each copy of the code.
-export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$PWD/.cache/a2tgpo/vllm}"
 PYTHON="${PYTHON:-.venv/bin/python}"
 # What ranks compile, or find out about a model, is kept on the node: all ranks of a job in one folder of a network
 # file system wait for each other's locks.
