@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.assemble import Replicas, build_engine, build_rollout, divide_into_replicas
 from a2tgpo.config.check import ConfigError
+from a2tgpo.config.load import load_config, overridden_keys
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.inference_layout import UNDIVIDED, inference_config
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.run_date import run_date
-from a2tgpo.saved_model import SavedModel
+from a2tgpo.saved_model import SavedModel, find_model
 from a2tgpo.update import checkpoint
 from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.weight_sync import sync_engine
@@ -55,6 +60,28 @@ class Player:
         self.rollout.close()
         self.toolset.close()
         self.engine.close()
+
+
+def load_saved(
+    file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
+) -> tuple[RunConfig, SavedModel]:
+    """A run's configuration and saved weights, laid out for the processes that the launcher started.
+
+    Args:
+        file: YAML file of the run, whose own layout does not count (see `inference_config`).
+        overrides: as for `load_config`; a layout that they set stays.
+        path: the weights; see `find_model`.
+        key: the option that names `path`, for error messages.
+
+    Raises:
+        ConfigError: one line; as `load_config`, `find_model` and `inference_config`.
+    """
+    config = load_config(file, [*UNDIVIDED, *overrides])
+    model = find_model(path, untrained=config.model.path, key=key)
+    hf_config = load_hf_config(str(model.path) if model.is_hf else config.model.path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    explicit = overridden_keys(overrides)
+    return inference_config(config, hf_config, world_size=world_size, explicit=explicit), model
 
 
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:

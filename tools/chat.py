@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import text_argument
-from a2tgpo.config.load import load_config
-from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
 from launch.preflight import meet_ranks
 from launch.rendezvous import join_launcher
@@ -36,7 +34,7 @@ def main() -> int:
     args = parse_arguments()
     try:
         join_launcher()
-        chat(load_config(args.config, args.overrides), args)
+        chat(args)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
@@ -64,16 +62,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def chat(config: RunConfig, args: argparse.Namespace) -> None:
+def chat(args: argparse.Namespace) -> None:
     """Answer questions until there are no more; every rank calls this, rank 0 reads and prints."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import broadcast_object
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import open_player
-    from a2tgpo.saved_model import find_model
+    from a2tgpo.player import load_saved, open_player
 
-    model = find_model(args.checkpoint, untrained=config.model.path)
+    config, model = load_saved(args.config, args.overrides, args.checkpoint)
     groups = meet_ranks(config)
     player = open_player(config, groups, model)
     world = dist.group.WORLD

@@ -6,8 +6,8 @@
 
 A checkpoint needs the configuration of its run for architecture and tokenizer (`model.path`); without --config, that
 of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run
-from with `--resume CHECKPOINTS/step_0`. Weights are read and written in parts, so any layout that fits will do
-(`parallel.tensor`, `parallel.pipeline`).
+from with `--resume CHECKPOINTS/step_0`. The processes that are started share out the model, whatever the layout of
+the run; `parallel.tensor=N` and the like override that.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument
-from a2tgpo.config.load import load_config
-from a2tgpo.config.run import RunConfig
 from launch.failure import exit_code
 from launch.preflight import meet_ranks
 from launch.rendezvous import join_launcher
@@ -35,11 +33,10 @@ def main() -> int:
     args = parse_arguments()
     try:
         join_launcher()
-        config = load_config(args.config or config_beside(args.source), args.overrides)
         if args.direction == "megatron-to-hf":
-            export(config, args.source, args.out)
+            export(args)
         else:
-            import_hf(config, args.source, args.out)
+            import_hf(args)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error)
     return 0
@@ -71,14 +68,15 @@ def require_new(out: Path) -> None:
     require(not out.exists(), "--out", str(out), "a folder that does not exist yet")
 
 
-def export(config: RunConfig, source: Path, out: Path) -> None:
+def export(args: argparse.Namespace) -> None:
     """Checkpoint to Hugging Face folder; every rank calls this."""
     from a2tgpo.model.weights import save_hf
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import load_policy
-    from a2tgpo.saved_model import find_model
+    from a2tgpo.player import load_policy, load_saved
 
-    model = find_model(source, untrained=config.model.path, key="--in")
+    source, out = args.source, args.out
+    file = args.config or config_beside(source)
+    config, model = load_saved(file, args.overrides, source, key="--in")
     require(not model.is_hf, "--in", str(source), "a run's checkpoint, with megatron-to-hf")
     require_new(out)
     groups = meet_ranks(config)
@@ -88,15 +86,16 @@ def export(config: RunConfig, source: Path, out: Path) -> None:
     shutdown()
 
 
-def import_hf(config: RunConfig, source: Path, out: Path) -> None:
+def import_hf(args: argparse.Namespace) -> None:
     """Hugging Face folder to a checkpoint of step 0; every rank calls this."""
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.saved_model import find_model
+    from a2tgpo.player import load_saved
     from a2tgpo.update.checkpoint_writer import CheckpointWriter
     from a2tgpo.update.optimizer import build_optimizer
 
-    model = find_model(source, key="--in")
+    source, out = args.source, args.out
+    config, model = load_saved(args.config or config_beside(source), args.overrides, source, key="--in")
     require(model.is_hf, "--in", str(source), "a Hugging Face folder, with hf-to-megatron")
     require_new(out)
     groups = meet_ranks(config)

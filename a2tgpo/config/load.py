@@ -63,11 +63,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     fields = dict(_leaf_types(RunConfig))
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file")), fields))
-    for override in overrides:
-        if is_file(override):
-            entries.update(_file_entries(Path(expand(override, COMMAND_LINE)), fields))
-        else:
-            entries.update(_parse_override(override, fields))
+    entries.update(_override_entries(overrides, fields))
     _require_all(RunConfig, entries, str(path))
     for key in _expanded_keys(RunConfig):
         if key in entries:
@@ -85,6 +81,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def is_file(override: str) -> bool:
     """Whether an override names a YAML file, and sets no field itself."""
     return override.endswith(FILE_SUFFIXES) and "=" not in override
+
+
+def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
+    """Dotted keys of all fields that `overrides` set, as `load_config` takes them.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return frozenset(key for key, _ in _override_entries(overrides, dict(_leaf_types(RunConfig))))
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -138,6 +143,15 @@ def _file_entries(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, _E
     """What the file `path` sets, after what its bases set."""
     for file in reversed(_base_chain(path)):
         yield from _flatten(_read_yaml(file), RunConfig, "", str(file), fields)
+
+
+def _override_entries(overrides: Sequence[str], fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
+    """What `overrides` set, in their order."""
+    for override in overrides:
+        if is_file(override):
+            yield from _file_entries(Path(expand(override, COMMAND_LINE)), fields)
+        else:
+            yield from _parse_override(override, fields)
 
 
 def _base_chain(path: Path) -> list[Path]:

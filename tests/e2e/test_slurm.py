@@ -269,7 +269,7 @@ def test_a_dry_run_of_the_70b_job_goes_through_its_own_script(cluster, inputs, t
     assert "parallel.tensor" in cluster.log(broken) and "Traceback" not in cluster.log(broken)
 
 
-@pytest.mark.parametrize("script", [*TRAINING, "warmstart", "retrieval", "evaluate"])
+@pytest.mark.parametrize("script", [*TRAINING, "warmstart", "retrieval", "evaluate", "convert"])
 def test_slurm_would_take_the_script(cluster, script):
     done = cluster.run("sbatch", "--test-only", *SMALL, f"slurm/{script}.sh")
     assert "to start at" in done.stderr

@@ -1,0 +1,96 @@
+"""The layout of a model that is loaded to be played or converted, whatever the layout of the run that trained it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Set
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from a2tgpo.config.check import ConfigError
+from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import RunConfig
+from a2tgpo.model.experts import has_experts
+from a2tgpo.model.transformer_config import check_layout
+
+MEMORY_FRACTION = 0.85
+"""The engine's share of a GPU where no optimizer shares the card."""
+LAYOUT: dict[str, Any] = {
+    "tensor": 1,
+    "sequence": False,
+    "context": 1,
+    "expert": 1,
+    "pipeline": 1,
+    "virtual": 1,
+    "first_stage_layers": 0,
+    "last_stage_layers": 0,
+}
+"""The fields of `ParallelConfig` that divide a model, with the values that leave it whole."""
+UNDIVIDED = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUT.items()]
+"""Overrides that take the layout of a run out of its configuration."""
+
+
+def inference_config(
+    config: RunConfig, hf_config: PretrainedConfig, *, world_size: int, explicit: Set[str] = frozenset()
+) -> RunConfig:
+    """`config` with the layout in which `world_size` processes play or convert the model.
+
+    Trainer: tensor-parallel over as many processes as the model's sizes allow, experts over all of them, one pipeline
+    stage, no FP8. Engines: of `rollout.tensor_parallel` processes, or of the largest part of that number that divides
+    the processes; with `MEMORY_FRACTION` of each GPU.
+
+    Args:
+        config: a run's, in which `UNDIVIDED` has replaced the run's layout.
+        hf_config: of the model.
+        explicit: dotted keys whose values in `config` stay.
+
+    Raises:
+        ConfigError: one line; what is explicit does not divide the model.
+    """
+    rollout = _engine(config.rollout, world_size, explicit)
+    parallel = _parallel(config.parallel, hf_config, world_size, explicit)
+    model = dataclasses.replace(config.model, fp8=Fp8Config())
+    return dataclasses.replace(config, model=model, parallel=parallel, rollout=rollout)
+
+
+def _parallel(
+    parallel: ParallelConfig, hf_config: PretrainedConfig, world_size: int, explicit: Set[str]
+) -> ParallelConfig:
+    given = {name: getattr(parallel, name) for name in LAYOUT if f"parallel.{name}" in explicit}
+    room = world_size // (given.get("context", 1) * given.get("pipeline", 1))
+    sizes = [given["tensor"]] if "tensor" in given else [t for t in range(room, 1, -1) if room % t == 0] + [1]
+    experts = hf_config.num_experts if has_experts(hf_config) else 1
+    for tensor in sizes:
+        chosen: dict[str, Any] = {
+            "tensor": tensor,
+            "sequence": tensor > 1 and experts > 1,  # Megatron's experts take no other split of the tokens
+            "expert": math.gcd(experts, world_size // given.get("pipeline", 1)),
+        }
+        candidate = dataclasses.replace(parallel, **LAYOUT | chosen | given)
+        try:
+            check_layout(hf_config, candidate, Fp8Config())
+        except ConfigError:
+            if tensor == sizes[-1]:
+                raise
+        else:
+            return candidate
+    raise AssertionError("the last size is returned or refused")
+
+
+def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> RolloutConfig:
+    size, fraction, cache = rollout.tensor_parallel, rollout.gpu_memory_fraction, rollout.kv_cache_gib
+    if "rollout.tensor_parallel" not in explicit:
+        size = math.gcd(size, world_size)
+    if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
+        fraction = MEMORY_FRACTION
+    if "rollout.kv_cache_gib" not in explicit:
+        # On a GPU the cache takes what the fraction leaves; elsewhere fewer ranks hold what the run's held together.
+        cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
+    return dataclasses.replace(
+        rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache
+    )
