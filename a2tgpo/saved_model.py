@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -28,6 +29,17 @@ class SavedModel:
     def label(self) -> str:
         """A name for reports."""
         return self.path.name
+
+    @property
+    def identity(self) -> str:
+        """The folder and a digest that changes when other weights are written to it, without reading them."""
+        digest = hashlib.blake2b(digest_size=8)
+        if not self.is_hf:
+            digest.update((self.path / MARKER).read_bytes())
+        for file in sorted(self.path.glob("*.safetensors")) if self.is_hf else ():
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return f"{self.path.resolve()} ({digest.hexdigest()})"
 
 
 def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--checkpoint") -> SavedModel:

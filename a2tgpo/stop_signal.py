@@ -41,7 +41,7 @@ class StopSignal:
         self.name = self.name or signal.Signals(number).name
         if not self._is_noted_only:
             if os.environ.get("RANK", "0") == "0":
-                print(f"stopped before the first step: {self.name}", file=sys.stderr, flush=True)
+                print(f"stopped before there was anything to keep: {self.name}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)
 
 

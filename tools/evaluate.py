@@ -5,25 +5,26 @@
 
 PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
 configuration (runs/NAME/config.yaml will do), which says how to play. Writes report.md, report.json, answers.jsonl
-and tensorboard/ to --out.
+and tensorboard/ to --out. Answers are kept in OUT.partial/ as they come: the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import expand, path_argument, text_argument
-from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from launch.failure import exit_code
 from launch.preflight import meet_ranks
 from launch.rendezvous import join_launcher
@@ -31,26 +32,27 @@ from tools.json_lines_file import write_lines
 
 if TYPE_CHECKING:
     from a2tgpo.data.template import PromptSet
+    from a2tgpo.evaluate.answer_log import Key
     from a2tgpo.evaluate.evaluate import Answer
+    from a2tgpo.parallel.stop_request import StopRequest
     from a2tgpo.player import Player
     from a2tgpo.saved_model import SavedModel
 
+Result = TypeVar("Result")
 Answers = dict[str, list["Answer"]]
 """By data set."""
 
 
 def main() -> int:
     args = parse_arguments()
+    stop_signal = StopSignal()
     try:
         join_launcher()
-        config = load_config(args.config, args.overrides)
         require(args.samples >= 0, "--samples", args.samples, ">= 0")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
-        sets = load_sets(args.sets, config, limit=args.limit)
-        evaluate_sets(config, sets, args)
+        return evaluate(args, stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error)
-    return 0
+        return exit_code(error, is_ending=bool(stop_signal.name))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,78 +107,134 @@ def set_name(file: Path) -> str:
     return file.parent.name if file.stem in ("test", "dev", "train") and file.parent.name else file.stem
 
 
-def evaluate_sets(config: RunConfig, sets: dict[str, list[Question]], args: argparse.Namespace) -> None:
-    """Join the other ranks, play every set, write the report; every rank calls this."""
-    from a2tgpo.data.template import PromptSet
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import open_player
-    from a2tgpo.saved_model import find_model
+def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
+    """Join the other ranks, play every set, write the report; every rank calls this. Returns the exit code."""
+    import torch.distributed as dist
 
-    model = find_model(args.checkpoint, untrained=config.model.path)
+    from a2tgpo.evaluate.answer_log import open_log
+    from a2tgpo.evaluate.evaluation_settings import evaluation_settings
+    from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.parallel.stop_request import StopAgreed, StopRequest
+    from a2tgpo.player import load_saved, open_player
+
+    config, model = load_saved(args.config, args.overrides, args.checkpoint)
+    sets = load_sets(args.sets, config, limit=args.limit)
+    out = args.out or Path(config.run.root) / config.run.name / "evaluation" / model.label
+    partial = out.with_name(f"{out.name}.partial")
+    settings = evaluation_settings(config, model.identity, sets)
     groups = meet_ranks(config)
+    known = on_rank_0(lambda: open_log(partial, settings))
     player = open_player(config, groups, model)
-    limit = config.data.max_prompt_tokens
+    prompts = prompt_sets(player, sets)
+    stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=player.rollout.outage)
+    stop_signal.begin_training()
+    try:
+        greedy, sampled = play(player, prompts, args.samples, known=known, partial=partial, stop=stop)
+    except StopAgreed:
+        if groups.rank == 0:
+            total = sum(map(len, prompts.values())) * (1 + args.samples)
+            done = len(open_log(partial, settings))
+            print(f"stopped at answer {done} of {total}: {stop.reason}; kept in {partial}", flush=True)
+    else:
+        if groups.rank == 0:
+            write_report(out, config, model, greedy, sampled)
+            shutil.rmtree(partial, ignore_errors=True)
+    player.close()
+    # A launcher ends the others as soon as one has left with a code that is not 0.
+    dist.barrier()
+    shutdown()
+    return EXIT_CODE if stop.is_agreed else 0
+
+
+def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, PromptSet]:
+    """The sets as prompts; ConfigError if one is too long."""
+    from a2tgpo.data.template import PromptSet
+
+    limit = player.config.data.max_prompt_tokens
     prompts = {
         name: PromptSet(questions, player.template, max_prompt_tokens=limit)
         for name, questions in sets.items()
     }
     for prompt_set in prompts.values():
         prompt_set.check_lengths()
-    total = sum(map(len, prompts.values()))
-    greedy = play(player, prompts, num_samples=0, total=total)
-    sampled: Answers = {}
-    if args.samples:
-        sampled = play(player, prompts, num_samples=args.samples, total=total)
-    if groups.rank == 0:
-        out = args.out or Path(config.run.root) / config.run.name / "evaluation" / model.label
-        write_report(out, config, model, greedy, sampled)
-    player.close()
-    shutdown()
+    return prompts
 
 
-def play(player: Player, sets: dict[str, PromptSet], *, num_samples: int, total: int) -> Answers:
-    """All ranks' answers, in the sets' order; every rank calls this, and rank 0 shows progress."""
+def on_rank_0(work: Callable[[], Result]) -> Result:
+    """What `work` returns on rank 0, on all ranks; a ConfigError of it is raised on all. Every rank calls this."""
     import torch.distributed as dist
-    from tqdm import tqdm
 
-    from a2tgpo.evaluate.evaluate import answer_questions
-    from a2tgpo.parallel.collectives import all_gather_object
+    from a2tgpo.parallel.collectives import broadcast_object
 
     world = dist.group.WORLD
     assert world is not None, "the processes are joined"
+    found: Any = None
+    if world.rank() == 0:
+        try:
+            found = work()
+        except ConfigError as error:
+            found = error
+    found = broadcast_object(found, world, source=0)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
+
+
+def play(
+    player: Player,
+    sets: dict[str, PromptSet],
+    num_samples: int,
+    *,
+    known: dict[Key, Answer],
+    partial: Path,
+    stop: StopRequest,
+) -> tuple[Answers, Answers]:
+    """Greedy and sampled answers of all ranks, in the sets' order; every rank calls this."""
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from a2tgpo.evaluate.answer_log import AnswerLog
+    from a2tgpo.evaluate.answer_sets import answer_sets
+
     replicas = player.replicas
-    answers: Answers = {}
-    label = f"{num_samples} samples each" if num_samples else "greedy"
-    with tqdm(total=total * max(1, num_samples), desc=label, unit="answer", disable=world.rank() != 0) as bar:
-        done_before = 0
-        for name, prompt_set in sets.items():
-            share = range(len(prompt_set))[replicas.index :: replicas.count]
+    total = sum(map(len, sets.values())) * (1 + num_samples)
+    log = AnswerLog(partial, replica=replicas.index) if replicas.is_first else None
+    found: list[Answers] = []
+    with tqdm(
+        total=total, initial=min(len(known), total), unit="answer", disable=dist.get_rank() != 0
+    ) as bar:
 
-            def show(done: int, _all: int, base: int = done_before) -> None:
-                # Replicas hold equal shares: one's progress stands for all.
-                bar.update(min(base + done * replicas.count, total * max(1, num_samples)) - bar.n)
+        def show() -> None:
+            # Replicas hold equal shares: one's progress stands for all.
+            bar.update(min(replicas.count, total - bar.n))
 
-            mine, _ = answer_questions(
-                player.rollout,
-                prompt_set.prompts(range(len(prompt_set)), share),
-                num_samples=num_samples,
-                seed=player.config.run.seed,
-                progress=show,
-            )
-            parts = all_gather_object(mine if replicas.is_first else [], world)
-            order = {question.id: index for index, question in enumerate(prompt_set.questions)}
-            answers[name] = sorted(
-                (answer for part in parts for answer in part),
-                key=lambda answer: (order[answer.question_id], answer.sample_index),
-            )
-            done_before += len(prompt_set) * max(1, num_samples)
-    return answers
+        try:
+            for samples in (0, num_samples) if num_samples else (0,):
+                found.append(
+                    answer_sets(
+                        player.rollout,
+                        sets,
+                        num_samples=samples,
+                        seed=player.config.run.seed,
+                        replica=replicas.index,
+                        num_replicas=replicas.count,
+                        known=known,
+                        log=log,
+                        stop=stop,
+                        on_answer=show,
+                    )
+                )
+        finally:
+            if log is not None:
+                log.close()
+    return found[0], found[1] if num_samples else {}
 
 
 def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answers, sampled: Answers) -> None:
     """Replace the folder `out` by a new one, complete or not at all, and print the tables."""
     from torch.utils.tensorboard import SummaryWriter
 
+    from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE
     from a2tgpo.evaluate.report import summarize, to_markdown, to_scalars
 
     summary = summarize(greedy, sampled)
@@ -190,7 +248,7 @@ def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answer
             write_text(folder / "report.md", page)
             write_json(folder / "report.json", record)
             write_lines(
-                folder / "answers.jsonl", answer_lines(greedy, "greedy") + answer_lines(sampled, "sample")
+                folder / "answers.jsonl", answer_lines(greedy, GREEDY) + answer_lines(sampled, SAMPLE)
             )
             with SummaryWriter(str(folder / "tensorboard")) as board:
                 for name, value in to_scalars(summary).items():
@@ -202,11 +260,9 @@ def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answer
 
 
 def answer_lines(answers: Answers, kind: str) -> list[dict[str, Any]]:
-    return [
-        {"set": name, "kind": kind, **dataclasses.asdict(answer)}
-        for name, members in answers.items()
-        for answer in members
-    ]
+    from a2tgpo.evaluate.answer_log import answer_record
+
+    return [answer_record(name, kind, answer) for name, members in answers.items() for answer in members]
 
 
 if __name__ == "__main__":

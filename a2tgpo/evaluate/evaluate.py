@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -95,7 +95,9 @@ def answer_questions(
     *,
     num_samples: int = 0,
     seed: int = 0,
+    skip: Container[tuple[int, int]] = (),
     progress: Progress | None = None,
+    on_answer: Callable[[Answer], None] | None = None,
     is_cut: Callable[[], bool] | None = None,
 ) -> tuple[list[Answer], list[Trajectory]]:
     """Play these questions on this rank's engine; all ranks of its replica call this alike.
@@ -103,12 +105,29 @@ def answer_questions(
     Args:
         num_samples: answers drawn per question at `rollout.temperature`; 0: one, greedily.
         seed: of the draws.
+        skip: (index of the prompt, sample) of answers that are there already.
         progress: as in `GroupRollout.run`.
+        on_answer: called with each answer as it comes.
         is_cut: as in `GroupRollout.run`, whose errors pass through.
 
     Returns:
         Answers and their trajectories, question by question and by sample within.
     """
+    by_index = {prompt.index: prompt for prompt in prompts}
+
+    def judge(trajectory: Trajectory) -> Answer:
+        return _judge(
+            by_index[trajectory.prompt_index],
+            trajectory,
+            rollout.turn_texts(trajectory),
+            tools=rollout.tool_names,
+            opening_tags=rollout.opening_tags,
+        )
+
+    def tell(trajectory: Trajectory) -> None:
+        if on_answer is not None:
+            on_answer(judge(trajectory))
+
     trajectories, _ = rollout.run(
         prompts,
         seed=seed,
@@ -116,21 +135,12 @@ def answer_questions(
         greedy=num_samples == 0,
         group_size=max(1, num_samples),
         score_gain=False,
+        skip=skip,
         progress=progress,
+        finished=tell,
         is_cut=is_cut,
     )
-    by_index = {prompt.index: prompt for prompt in prompts}
-    answers = [
-        _judge(
-            by_index[trajectory.prompt_index],
-            trajectory,
-            rollout.turn_texts(trajectory),
-            tools=rollout.tool_names,
-            opening_tags=rollout.opening_tags,
-        )
-        for trajectory in trajectories
-    ]
-    return answers, trajectories
+    return [judge(trajectory) for trajectory in trajectories], trajectories
 
 
 def _judge(

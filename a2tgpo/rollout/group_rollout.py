@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,8 @@ that do not know each other.
 """
 Progress = Callable[[int, int], None]
 """(finished trajectories, all trajectories)."""
+Finished = Callable[[Trajectory], None]
+"""Takes a trajectory whose last token is there; neither its reward nor its gains are."""
 
 
 class GroupRollout:
@@ -96,7 +98,9 @@ class GroupRollout:
         greedy: bool = False,
         group_size: int | None = None,
         score_gain: bool = True,
+        skip: Container[tuple[int, int]] = (),
         progress: Progress | None = None,
+        finished: Finished | None = None,
         is_cut: Callable[[], bool] | None = None,
     ) -> tuple[list[Trajectory], RolloutCounts]:
         """Play `group_size` trajectories of every prompt; all ranks of the replica call this alike.
@@ -108,7 +112,9 @@ class GroupRollout:
             greedy: take the most probable token always, for evaluation.
             group_size: trajectories per prompt; None: `rollout.group_size`.
             score_gain: score the gold answer in every context.
+            skip: (index of the prompt, sample) of trajectories that are not played.
             progress: called whenever a trajectory ends.
+            finished: as `progress`, with the trajectory.
             is_cut: asked now and then whether to break off; one rank of the replica is enough. None: never. It also
                 decides on an `outage` at its limit; without it that is a RuntimeError.
 
@@ -124,6 +130,7 @@ class GroupRollout:
             _live(group, _start(group.prompt, sample))
             for group in self._groups(prompts, score_gain=score_gain)
             for sample in range(group_size or self._config.group_size)
+            if (group.prompt.index, sample) not in skip
         ]
         sampling = Sampling(
             temperature=0.0 if greedy else self._config.temperature,
@@ -131,7 +138,9 @@ class GroupRollout:
             seed=seed,
             step=step,
         )
-        counts = self._play(live, sampling, score_gain=score_gain, progress=progress, is_cut=is_cut)
+        counts = self._play(
+            live, sampling, score_gain=score_gain, progress=progress, finished=finished, is_cut=is_cut
+        )
         return [played.trajectory for played in live], counts
 
     def play_on(
@@ -186,12 +195,15 @@ class GroupRollout:
         *,
         score_gain: bool,
         progress: Progress | None = None,
+        finished: Finished | None = None,
         is_cut: Callable[[], bool] | None = None,
     ) -> RolloutCounts:
         """Play all of `live`, and score those that have ended."""
         counts = RolloutCounts()
 
-        def on_finished() -> None:
+        def on_finished(trajectory: Trajectory) -> None:
+            if finished is not None:
+                finished(trajectory)
             if progress is not None:
                 progress(counts.trajectories, len(live))
 

@@ -136,7 +136,7 @@ class MultiTurnLoop:
         observations: writes their answers as tokens.
         stop_tokens: ids that end a turn besides the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation; None: no scoring.
-        on_finished: called once per trajectory, when its last token is there.
+        on_finished: called with each trajectory, when its last token is there.
         is_cut: asked now and then whether to break off, in the same passes on all ranks that share the engine,
             which must hear the same.
     """
@@ -153,7 +153,7 @@ class MultiTurnLoop:
         limits: Limits,
         sampling: Sampling,
         counts: RolloutCounts,
-        on_finished: Callable[[], None],
+        on_finished: Callable[[Trajectory], None],
         is_cut: Callable[[], bool] = lambda: False,
     ):
         self._engine = engine
@@ -318,7 +318,7 @@ class MultiTurnLoop:
         self._counts.trajectories += 1
         self._counts.stop_reasons[reason] += 1
         self._count_turns(live)
-        self._on_finished()
+        self._on_finished(trajectory)
 
     def _count_turns(self, live: LiveTrajectory) -> None:
         self._counts.turns += len(live.new_turns)

@@ -145,26 +145,33 @@ def test_the_trained_agent_searched_the_server(path, trained):
     assert httpx.get(path.clone.address.replace("/retrieve", "/health")).json()["status"] == "ok"
 
 
-def test_a_checkpoint_and_its_export_score_the_same_on_two_ranks_and_one(path, work, trained, exported):
-    """The checkpoint was evaluated by README's command; the export is by two ranks here."""
+def test_a_checkpoint_scores_the_same_cut_into_2_x_2_ranks_on_two_and_whole_on_one(path, work, trained):
+    """README's command evaluates the run's own on one process; its export, cut by four, is read by two here."""
+    cut = work / "cut.yaml"
+    cut.write_text(
+        f"base: {trained}/config.yaml\nparallel: {{tensor: 2, pipeline: 2}}\nrollout: {{tensor_parallel: 2}}\n"
+    )
+    start = ["launch/local.sh", "-n"]
+    convert = ["hf-to-megatron", "--in", "artifacts/models/trained", "--out", "cut"]
+    layout = ["parallel.tensor=2", "parallel.pipeline=2"]
+    path.clone([*start, "4", "--script", "tools/convert.py", "cut.yaml", *convert, *layout])
     path.clone(
         [
-            *("launch/local.sh", "-n", "2", "--script", "tools/evaluate.py", "runs/served/config.yaml"),
-            *("--checkpoint", "artifacts/models/trained", "--limit", "21"),
-            *("--sets", "worldqa=artifacts/worldqa/test.jsonl"),
+            *(*start, "2", "--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut"),
+            *("--limit", "21", "--sets", "worldqa=artifacts/worldqa/test.jsonl", "--out", "cut/report"),
         ]
     )
     reports = trained / "evaluation"
     whole = json.loads((reports / "step_2" / "report.json").read_text())
-    other = json.loads((reports / "trained" / "report.json").read_text())
+    other = json.loads((work / "cut" / "report" / "report.json").read_text())
     assert whole["step"] == 2 and whole["average"]["num_questions"] == 21
     assert set(whole["average"]["pass_at"]["exact_match"]) == {"1", "2"}
 
     def greedy(folder):
-        lines = [json.loads(line) for line in (reports / folder / "answers.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         return [line for line in lines if line["kind"] == "greedy"]
 
-    assert greedy("step_2") == greedy("trained"), "the export answers otherwise than the checkpoint"
+    assert greedy(reports / "step_2") == greedy(work / "cut" / "report"), "answers differ with the layout"
     for name in ("em", "em_format_gated", "f1", "tool_calls"):
         assert whole["average"][name] == other["average"][name]
     assert (reports / "step_2" / "report.md").read_text().count("| worldqa |") >= 2

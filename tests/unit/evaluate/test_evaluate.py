@@ -9,7 +9,7 @@ from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
-from a2tgpo.evaluate.evaluate import evaluate
+from a2tgpo.evaluate.evaluate import answer_questions, evaluate
 from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
@@ -73,6 +73,15 @@ def test_a_replicas_further_ranks_count_nothing(rollout, prompts):
     metrics, trajectories = evaluate(rollout, prompts[:2], is_replica_first=False)
     assert metrics == {"num_questions": 0.0}
     assert len(trajectories) == 2
+
+
+def test_an_answer_is_told_as_it_comes_and_one_that_is_there_is_not_asked_again(rollout, prompts):
+    told = []
+    answers, _ = answer_questions(rollout, prompts, num_samples=3, seed=5, on_answer=told.append)
+    assert sorted(told, key=lambda a: (a.question_id, a.sample_index)) == answers
+    skip = {(0, 1), (3, 0), (3, 1), (3, 2)}
+    rest, _ = answer_questions(rollout, prompts, num_samples=3, seed=5, skip=skip)
+    assert rest == [a for a in answers if (int(a.question_id), a.sample_index) not in skip]
 
 
 def trajectory_of(num_process_turns):

@@ -1,0 +1,57 @@
+"""What decides the answers and scores of an evaluation, as far as it must not change between its starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from a2tgpo.config.load import flat_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_set import Question
+
+_DECIDING = (
+    "calculator.decimals",
+    "calculator.max_digits",
+    "data.chat_template_kwargs",
+    "data.instructions",
+    "data.max_prompt_tokens",
+    "model.dtype",
+    "rollout.dtype",
+    "rollout.max_response_tokens",
+    "rollout.max_turn_tokens",
+    "rollout.max_turns",
+    "rollout.quantization",
+    "rollout.temperature",
+    "rollout.top_p",
+    "run.seed",
+    "search.backend",
+    "search.corpus",
+    "search.max_passage_tokens",
+    "search.top_k",
+    "tools.names",
+)
+"""Not the layout, nor `search.url`: the next start may have other processes, and find the server on another node."""
+
+
+def evaluation_settings(
+    config: RunConfig, weights: str, sets: Mapping[str, Sequence[Question]]
+) -> dict[str, Any]:
+    """JSON values by name: equal for two starts of one evaluation.
+
+    Args:
+        weights: names them (`SavedModel.identity`).
+        sets: the questions by data set.
+    """
+    flat = flat_config(config)
+    questions = {f"questions of {name}": _fingerprint(members) for name, members in sets.items()}
+    return {"weights": weights, **questions, **{key: flat[key] for key in _DECIDING}}
+
+
+def _fingerprint(questions: Sequence[Question]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for question in questions:
+        told = [question.id, question.question, question.answers, question.hops]
+        digest.update(json.dumps(told).encode())
+    return f"{len(questions)} ({digest.hexdigest()})"
