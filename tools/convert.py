@@ -4,6 +4,8 @@
     python tools/convert.py hf-to-megatron --in FOLDER --out CHECKPOINTS --config CONFIG [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/convert.py CONFIG megatron-to-hf --in ... --out ...
 
+An exported folder holds agent.json besides, which says how the agent is played (tools/serve.py, tools/chat.py).
+
 A checkpoint needs the configuration of its run for architecture and tokenizer (`model.path`); without --config, that
 of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run
 from with `--resume CHECKPOINTS/step_0`. The processes that are started share out the model, whatever the layout of
@@ -70,9 +72,12 @@ def require_new(out: Path) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Checkpoint to Hugging Face folder; every rank calls this."""
+    from a2tgpo.config.load import load_config
+    from a2tgpo.model.inference_layout import UNDIVIDED
     from a2tgpo.model.weights import save_hf
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import load_policy, load_saved
+    from a2tgpo.serve.agent_file import write_agent_file
 
     source, out = args.source, args.out
     file = args.config or config_beside(source)
@@ -82,6 +87,8 @@ def export(args: argparse.Namespace) -> None:
     groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
+        # As the run says it: engines of this conversion's processes are not those that will play the model.
+        write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.bound_socket import bind
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.dense import DenseServing
 from a2tgpo.search.encoder import DTYPES
@@ -48,23 +49,6 @@ LISTEN_BACKLOG = 4096
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
 """Requests under way get so long to end, seconds."""
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is one clear line before the index is built."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host}: no address of this machine ({error.strerror})") from None
-    except UnicodeError:
-        raise ConfigError(f"--host {host:.80}: no name of a machine") from None
-    except OSError as error:
-        where = f"--host {host} --port {port}"
-        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); choose another port") from None
-    return bound
 
 
 def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:
@@ -189,7 +173,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         token = read_token(options.token_file, key="--token-file")
-        bound = _listen(options.host, options.port)
+        bound = bind(options.host, options.port)
         index, num_passages = open_index(options, token)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

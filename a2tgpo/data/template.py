@@ -50,7 +50,7 @@ class PromptTemplate:
         self.tokenizer = tokenizer
         self.instructions = instructions
         self._literal = LiteralEncoder(tokenizer)
-        self._date = date or today()
+        self.date = date or today()
         self._kwargs = dict(kwargs or {})
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -94,7 +94,7 @@ class PromptTemplate:
                 add_generation_prompt=has_header,
                 tokenize=False,
                 # transformers' own would read the clock of each process, at each start.
-                strftime_now=self._date.strftime,
+                strftime_now=self.date.strftime,
                 **self._kwargs,
             )
         except Exception as error:

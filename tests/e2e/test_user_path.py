@@ -217,6 +217,53 @@ def test_the_export_writes_in_transformers_what_chat_shows(path, exported):
     assert len(shown) > 20 and written.startswith(shown)
 
 
+@pytest.fixture(scope="module")
+def agent(path, exported):
+    """Address of the exported agent; its search server is the one of README."""
+    command = [sys.executable, "tools/serve.py", "--model", str(exported), "--port", "0"]
+    server = subprocess.Popen(
+        command, cwd=path.clone.folder, env=path.clone.environment, stdout=subprocess.PIPE, text=True
+    )
+    found = next((m for line in server.stdout if (m := re.search(r"listening on (http://\S+)", line))), None)
+    assert found, f"the server ended with {server.wait()}"
+    yield found[1]
+    server.terminate()
+    assert server.wait(timeout=60) == 0
+
+
+def test_the_exported_agent_answers_over_http_what_chat_shows(path, agent):
+    (command,) = (words for words in documented(SECTION) if script_of(words) == "tools/chat.py")
+    body = {"model": "served", "messages": [{"role": "user", "content": command[-1]}]}
+    url = f"{agent}/chat/completions"
+    completion = httpx.post(url, json=body | {"temperature": 0}, timeout=120).json()
+    (choice,) = completion["choices"]
+    shown = re.search(r"^answer: (.*)$", path.said["tools/chat.py"], flags=re.MULTILINE)
+    assert choice["message"] == {"role": "assistant", "content": shown[1] if shown else ""}
+    turns = completion["agent"]["turns"]
+    first_lines = [turn["text"].strip().splitlines()[0] for turn in turns]
+    assert first_lines and all(line in path.said["tools/chat.py"] for line in first_lines)
+    assert completion["usage"]["completion_tokens"] > 0
+    assert httpx.get(f"{agent}/models").json()["data"][0]["id"] == "served"
+    drawn = [httpx.post(url, json=body | {"seed": 7}, timeout=120).json()["agent"] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.3}, "temperature is 0.3; allowed: 0 or 1"),
+        ({"stream": True}, "stream: "),
+        ({"max_tokens": 5}, "max_tokens: "),
+        ({"messages": [{"role": "system", "content": "x"}]}, "one message of role user"),
+        ({"messages": [{"role": "user", "content": "la " * 900}]}, "tokens; allowed: at most 128"),
+    ],
+)
+def test_what_the_agent_cannot_do_is_refused_in_one_line(agent, change, message):
+    body = {"messages": [{"role": "user", "content": "who?"}]} | change
+    answer = httpx.post(f"{agent}/chat/completions", json=body, timeout=120)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
 MISTAKES = {
     "checkpoint that is not there": (
         "tools/evaluate.py",

@@ -133,6 +133,7 @@ RUN_BY = {
     "tools/prepare_model.py": USER_PATH,
     "tools/retrieval_server.py": USER_PATH,
     "tools/rollouts_to_demonstrations.py": "tests/unit/warmstart/test_rejection.py",
+    "tools/serve.py": USER_PATH,
     "tools/view_rollouts.py": USER_PATH,
 }
 """The test that runs a documented program; the user path types README's commands as they stand there."""

@@ -197,6 +197,7 @@ PROGRAMS = {
     "tools/evaluate.py": ["--checkpoint", "none"],
     "tools/chat.py": ["--checkpoint", "none"],
     "tools/convert.py": ["hf-to-megatron", "--in", "none", "--out", "none"],
+    "tools/serve.py": ["--model", "none"],
 }
 
 

@@ -1,0 +1,26 @@
+"""The address that a server listens on, taken before anything slow is built."""
+
+import socket
+
+from a2tgpo.config.check import ConfigError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port` (0: any free one), which does not listen yet.
+
+    Raises:
+        ConfigError: one line; no such address, or a port that is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: no address of this machine ({error.strerror})") from None
+    except UnicodeError:
+        raise ConfigError(f"--host {host:.80}: no name of a machine") from None
+    except OSError as error:
+        where = f"--host {host} --port {port}"
+        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); choose another port") from None
+    return bound

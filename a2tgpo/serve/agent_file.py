@@ -1,0 +1,54 @@
+"""What an exported model must be played with, in a file beside its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from a2tgpo.atomic_file import write_json
+from a2tgpo.config.expand import escape
+from a2tgpo.config.load import dump_config
+from a2tgpo.config.run import RunConfig
+
+AGENT_FILE = "agent.json"
+_WHOLE_SECTIONS = ("tools", "search", "calculator")
+_FIELDS = {
+    "run": ("name", "seed"),
+    "model": ("dtype",),
+    "data": ("instructions", "chat_template_kwargs", "max_prompt_tokens"),
+    "rollout": (
+        "temperature",
+        "top_p",
+        "max_turns",
+        "max_turn_tokens",
+        "max_response_tokens",
+        "tensor_parallel",
+        "max_concurrent",
+        "kv_cache_gib",
+        "dtype",
+        "quantization",
+    ),
+    "parallel": ("timeout_s", "start_timeout_s"),
+    "algorithm": ("correction",),
+}
+
+
+def write_agent_file(folder: Path, config: RunConfig) -> None:
+    """Write the agent's protocol to `folder`/agent.json: a configuration that every program here takes.
+
+    It holds instructions, template variables, tools with their settings, and the limits of a rollout. Question files
+    and what only training needs are left out; `model.path` is `folder`.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    sections = yaml.safe_load(dump_config(config))
+    kept: dict[str, Any] = {
+        name: {field: sections[name][field] for field in fields} for name, fields in _FIELDS.items()
+    }
+    kept |= {name: sections[name] for name in _WHOLE_SECTIONS}
+    kept["model"]["path"] = escape(str(folder))
+    kept["data"] |= {"train": "", "test": ""}
+    write_json(folder / AGENT_FILE, kept)

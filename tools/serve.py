@@ -1,0 +1,203 @@
+"""Serve an exported agent, with its tools, as an OpenAI-compatible endpoint.
+
+    python tools/serve.py --model FOLDER [--host 127.0.0.1] [--port 8100] [--queue 256] [OVERRIDE ...]
+    launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
+
+FOLDER is written by `tools/convert.py megatron-to-hf`; its agent.json says how the agent is played. POST
+/v1/chat/completions takes one user message and answers with what stands in the agent's box; `agent` beside it holds
+turns, calls and results. It listens on this machine only unless --host says otherwise, and asks for a bearer token
+where --token-file gives one. Ranks share out the model, and questions where there are several engines. SIGTERM lets
+the questions that are played end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from a2tgpo.config.check import ConfigError, require
+from a2tgpo.config.expand import escape, path_argument, text_argument
+from launch.failure import exit_code
+from launch.preflight import meet_ranks
+from launch.rendezvous import join_launcher
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from a2tgpo.player import Player
+    from a2tgpo.serve.inbox import Inbox, Order, Played
+
+LOOK_S = 0.5
+"""Between two looks whether the server is to end."""
+KEEP_ALIVE_S = 60.0
+"""Other ranks hear from rank 0 at least as often, or their wait for it would run into parallel.timeout_s."""
+GRACE_S = 30.0
+"""Answers get so long to reach their clients once the server ends."""
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        join_launcher()
+        require(args.queue >= 1, "--queue", args.queue, ">= 1")
+        require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
+        serve(args)
+    except (ConfigError, RuntimeError, OSError) as error:
+        return exit_code(error)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=path_argument, required=True, help="exported folder")
+    parser.add_argument("--config", help="how it is played; default: agent.json in the folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
+    parser.add_argument("--port", type=int, default=8100, help="0: any free one (printed)")
+    parser.add_argument("--queue", type=int, default=256, help="questions that may wait; more are refused")
+    parser.add_argument(
+        "--token-file", type=text_argument, default="", help="file with a bearer token that clients must send"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
+    )
+    return parser.parse_intermixed_args()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Play what is asked until SIGTERM or Ctrl-C; every rank calls this, rank 0 listens."""
+    from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.player import load_saved, open_player
+    from a2tgpo.search.bound_socket import bind
+    from a2tgpo.serve.agent_file import AGENT_FILE
+
+    file = args.config or args.model / AGENT_FILE
+    # A client is told that a search failed, rather than left to wait for the server.
+    given = [f"model.path={escape(str(args.model))}", "search.on_outage=continue", *args.overrides]
+    config, model = load_saved(file, given, args.model, key="--model")
+    require(model.is_hf, "--model", str(args.model), "a folder written by tools/convert.py megatron-to-hf")
+    groups = meet_ranks(config)
+    is_first = groups.rank == 0
+    bound = bind(args.host, args.port) if is_first else None
+    player = open_player(config, groups, model)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    if bound is not None:
+        lead(player, bound, args, stopping)
+    else:
+        while (orders := exchange(None)) is not None:
+            play(player, orders)
+    player.close()
+    shutdown()
+
+
+def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: threading.Event) -> None:
+    """Rank 0: listen in a thread, and play with all ranks what was asked in the meantime."""
+    import uvicorn
+
+    from a2tgpo.data.template import PromptTemplate
+    from a2tgpo.data.tokenizer import load_tokenizer
+    from a2tgpo.search.token import read_token
+    from a2tgpo.serve.chat_api import build_app
+    from a2tgpo.serve.inbox import Inbox
+
+    config, inbox = player.config, Inbox(max_waiting=args.queue)
+    template = PromptTemplate(
+        load_tokenizer(
+            config.model.path
+        ),  # of its own: requests come in other threads than the one that plays
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=player.template.date,
+    )
+    app = build_app(
+        inbox,
+        template,
+        name=config.run.name,
+        temperature=config.rollout.temperature,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        token=read_token(args.token_file, key="--token-file") if args.token_file else None,
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(GRACE_S)))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    bound.listen(args.queue)
+    thread.start()
+    host, port = bound.getsockname()[:2]
+    print(f"{config.run.name}: listening on http://{host}:{port}/v1", flush=True)
+    try:
+        answer_all(player, inbox, stopping)
+    finally:
+        inbox.close()
+        server.should_exit = True
+        thread.join(GRACE_S)
+    exchange(None)  # the other ranks end
+
+
+def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
+    """Play batch after batch until `stopping`; what waits then is refused by the inbox."""
+    from a2tgpo.serve.inbox import InboxClosedError
+
+    most = player.config.rollout.max_concurrent * player.replicas.count
+    said = time.monotonic()
+    while not stopping.is_set():
+        batch = inbox.take(most, timeout_s=LOOK_S)
+        if not batch and time.monotonic() < said + KEEP_ALIVE_S:
+            continue
+        said = time.monotonic()
+        try:
+            played = play(player, exchange([waiting.order for waiting in batch]) or [])
+        except BaseException:
+            for waiting in batch:
+                waiting.answer.set_exception(InboxClosedError())
+            raise
+        for waiting, found in zip(batch, played, strict=True):
+            waiting.answer.set_result(found)
+
+
+def exchange(orders: list[Order] | None) -> list[Order] | None:
+    """Rank 0's `orders`, on all ranks; None: the end. Every rank calls this."""
+    import torch.distributed as dist
+
+    from a2tgpo.parallel.collectives import broadcast_object
+
+    world = dist.group.WORLD
+    assert world is not None, "the processes are joined"
+    found: list[Order] | None = broadcast_object(orders, world, source=0)
+    return found
+
+
+def play(player: Player, orders: list[Order]) -> list[Played]:
+    """What comes of `orders`, which are all greedy or all drawn, in their order; every rank calls this."""
+    import torch.distributed as dist
+
+    from a2tgpo.parallel.collectives import all_gather_object
+    from a2tgpo.serve.inbox import Played
+
+    world, replicas = dist.group.WORLD, player.replicas
+    assert world is not None, "the processes are joined"
+    mine: list[Played] = []
+    if share := orders[replicas.index :: replicas.count]:
+        trajectories, _ = player.rollout.run(
+            [order.prompt for order in share],
+            seed=player.config.run.seed,
+            step=0,
+            greedy=share[0].is_greedy,
+            group_size=1,
+            score_gain=False,
+        )
+        mine = [Played(trajectory=t, texts=tuple(player.rollout.turn_texts(t))) for t in trajectories]
+    parts = [part for part, is_first in all_gather_object((mine, replicas.is_first), world) if is_first]
+    return [parts[index % replicas.count][index // replicas.count] for index in range(len(orders))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
