@@ -148,9 +148,9 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Three files at a time on two cores, since many tests wait; long ones first. A failure is shown when it happens. A worker
-# that dies ends the run: pytest-xdist can wait forever for its successor.
-TEST_JOBS ?= 3
+# Some files at a time, long ones first. A failure is shown when it happens. A worker that dies ends the run: pytest-xdist can
+# wait forever for its successor.
+TEST_JOBS ?= 2
 SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
 
 # The tests of faults have deadlines of seconds, and the machine to themselves.

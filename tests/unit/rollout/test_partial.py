@@ -111,8 +111,30 @@ def members(groups):
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
-def bits(groups):
-    return [trajectory.to_dict() for trajectory in members(groups)]
+def as_dicts(trajectories):
+    return [trajectory.to_dict() for trajectory in trajectories]
+
+
+def assert_alike(found, expected):
+    """Equal but for the rounding of log-probs and probabilities, which depends on what else is in an engine's pass.
+
+    So it depends on when tools answer.
+    """
+    floats, expected_floats = [], []
+    assert without_floats(found, floats) == without_floats(expected, expected_floats)
+    assert floats == pytest.approx(expected_floats, abs=1e-4)
+
+
+def without_floats(value, floats):
+    """`value` with None for every float in it, which goes to `floats`."""
+    if isinstance(value, float):
+        floats.append(value)
+        return None
+    if isinstance(value, dict):
+        return {key: without_floats(item, floats) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_floats(item, floats) for item in value]
+    return value
 
 
 def play_out(rollout, groups, *, budget, step=0, calls=9):
@@ -132,7 +154,7 @@ def test_without_a_budget_it_is_the_rollout_of_a_whole_step(rollout, begin, prom
     expected, counts = rollout.run(prompts_of(range(6)), seed=0, step=4)
     for budgets in ([None] * 6, [ENDLESS] * 6):
         played, counted = rollout.play_on(begin(*range(6), step=4), budgets=budgets, seed=0, step=4)
-        assert bits(played) == [trajectory.to_dict() for trajectory in expected]
+        assert_alike(as_dicts(members(played)), as_dicts(expected))
         assert {turn.step for trajectory in members(played) for turn in trajectory.turns} == {4}
         assert counted.sampled_tokens == counts.sampled_tokens
         assert counted.stop_reasons == counts.stop_reasons
@@ -306,8 +328,10 @@ def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_
     for step in range(4):
         held = runs[0].carried.state
         (found, metrics), (again, _) = (run.play(step) for run in runs)
-        assert [t.to_dict() for t in found] == [t.to_dict() for t in again], "the same seed, another rollout"
-        assert runs[0].carried.state == runs[1].carried.state
+        assert_alike(as_dicts(found), as_dicts(again))
+        states = [run.carried.state for run in runs]
+        assert states[0].entries == states[1].entries
+        assert_alike(*(as_dicts(members(state.own)) for state in states))
         assert [(t.prompt_index, t.sample_index) for t in found] == [
             (p, s) for p in range(3) for s in range(2)
         ]

@@ -45,10 +45,11 @@ def test_the_learning_rate_is_by_the_models_size_unless_it_is_set(tmp_path) -> N
 
 
 def test_a_warm_start_is_in_bfloat16_unless_it_is_asked_for_fp8(tmp_path) -> None:
-    config = config_of(tmp_path, QWEN_72B)
+    fp8 = "configs/precision/fp8.yaml"
+    config = config_of(tmp_path, QWEN_72B, fp8)
     assert config.model.fp8.enabled, "the training's setting"
     assert not cold_model(config).fp8.enabled
-    assert cold_model(config_of(tmp_path, QWEN_72B, "warmstart.fp8=true")).fp8 == config.model.fp8
+    assert cold_model(config_of(tmp_path, QWEN_72B, fp8, "warmstart.fp8=true")).fp8 == config.model.fp8
 
 
 def test_a_warm_start_is_planned_without_the_engine_that_it_never_builds(tmp_path) -> None:
