@@ -372,9 +372,7 @@ def run_shared(path, root):
     assert counts.tool_calls >= 6 and counts.failed_calls >= 1
     assert bool(search.queries) == (groups.rank == 0), "only the first rank searches"
     check_logprobs_against_transformers(path, trajectories)
-    metrics, _ = evaluate(
-        rollout, prompts, replica_index=0, num_replicas=1, is_replica_first=groups.rank == 0
-    )
+    metrics, _ = evaluate(rollout, prompts, is_replica_first=groups.rank == 0)
     assert metrics["num_questions"] == 3
     assert all_gather_object(metrics, groups.tp_group) == [metrics, metrics]
     rollout.close()
@@ -402,13 +400,13 @@ def check_logprobs_against_transformers(path, trajectories):
     for trajectory in trajectories:
         tokens = list(trajectory.prompt_tokens)
         for turn in trajectory.turns:
-            start, tokens = len(tokens), tokens + turn.tokens
+            start, tokens = len(tokens), [*tokens, *turn.tokens]
             with torch.no_grad():
                 # The engine never samples ids past the tokenizer's: they have no part in its distribution.
                 logits = model(torch.tensor([tokens])).logits[0, :, :num_token_ids].log_softmax(-1)
-            expected = logits[start - 1 : -1].gather(1, torch.tensor(turn.tokens)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(turn.rollout_logprobs), expected, atol=2e-4, rtol=0)
-            tokens = tokens + turn.observation_tokens
+            expected = logits[start - 1 : -1].gather(1, torch.tensor(list(turn.tokens))[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(list(turn.rollout_logprobs)), expected, atol=2e-4, rtol=0)
+            tokens += turn.observation_tokens
 
 
 if __name__ == "__main__":
