@@ -128,7 +128,10 @@ class Run:
 
     def restore(self):
         """Everything as the checkpoint has it, from however many engines that is."""
-        assert self._folder.restore(self._folder.open("auto"), self.parts, self._guards) == SAVED_STEP
+        assert (
+            self._folder.restore(self._folder.open("auto", accept_changes=True), self.parts, self._guards)
+            == SAVED_STEP
+        )
 
     def close(self):
         self.parts.rollout.close()
