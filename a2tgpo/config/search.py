@@ -42,8 +42,8 @@ class SearchConfig:
     num_workers: int = 16
     """Tool calls in flight per rank."""
     max_shortfall: float = 8.0
-    """Before a run on GPUs the server is asked for some seconds. One that answers fewer queries a second than the
-    planned rollout asks is a warning; the run is refused if they are fewer by more than this factor; 0: never."""
+    """Before a run on GPUs, the pre-flight measures the server for some seconds. It warns if the server answers fewer
+    queries a second than the planned rollout needs, and refuses the run if by more than this factor; 0: never."""
 
     def __post_init__(self) -> None:
         require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")

@@ -36,7 +36,7 @@ def answer_sets(
         replica: number of this rank's replica, of `num_replicas`.
         known: answers that are not asked for again, equal on all ranks.
         log: of this replica; None on its ranks but the first.
-        stop: breaks the evaluation off once a stop is asked for.
+        stop: ends the evaluation early when the run is to stop.
         on_answer: called when this replica has answered once more.
 
     Raises:

@@ -60,7 +60,7 @@ def evaluate(
         is_replica_first: this rank counts for its replica; the others played the same and count nothing.
         group: the ranks of all replicas; None: the world.
         progress: as in `GroupRollout.run`.
-        stop: breaks the evaluation off once a stop is asked for; None: nothing does. `group` is then the world.
+        stop: ends the evaluation early when the run is to stop; `group` is then the world. None: nothing ends it.
 
     Returns:
         Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1,

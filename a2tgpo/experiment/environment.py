@@ -36,7 +36,7 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """What of packages and code is another one than before: what is held against a start, and what is only said.
+    """Differences in packages and code since the last start: those that refuse this start, and those only reported.
 
     Code is compared by its content: a commit that changes nothing that runs is no change. A start with uncommitted
     changes, or from no checkout, is a developer's: what its successor runs is then said only.

@@ -1,6 +1,7 @@
 """What the engine gives back; plain records, so that the event loop needs no engine to be imported."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +34,43 @@ class ScoreOutput:
     num_prompt_tokens: int
     """Prefix and answer together."""
     num_cached_tokens: int
+
+
+def generation_output(output: Any) -> EngineOutput:
+    """The `EngineOutput` of a finished generation (vllm.RequestOutput)."""
+    sampled = output.outputs[0]
+    tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
+    assert len(tokens) == len(logprobs), "one log-prob per sampled token"
+    return EngineOutput(
+        request_id=output.request_id,
+        tokens=tokens,
+        logprobs=logprobs,
+        text=sampled.text,
+        finish_reason=str(sampled.finish_reason),
+        stop_string=sampled.stop_reason if isinstance(sampled.stop_reason, str) else None,
+        **_prompt_counts(output),
+    )
+
+
+def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> ScoreOutput:
+    """The `ScoreOutput` of a finished scoring (vllm.RequestOutput) of the last `num_scored` tokens of its prompt.
+
+    Args:
+        is_second_runner: vLLM's second model runner computed it, which returns log-probs in another place.
+    """
+    counts = _prompt_counts(output)
+    computed_from = counts["num_prompt_tokens"] - num_scored
+    assert counts["num_cached_tokens"] < computed_from, "the cache hit covers a scored row"
+    if is_second_runner:
+        found = output.prompt_token_id_logprobs[:, 0].tolist()
+    else:
+        found = output.prompt_logprobs.logprobs[-num_scored:]
+    assert len(found) == num_scored, "one log-prob per token of the answer"
+    return ScoreOutput(request_id=output.request_id, answer_logprobs=found, **counts)
+
+
+def _prompt_counts(output: Any) -> dict[str, int]:
+    return dict(
+        num_prompt_tokens=len(output.prompt_token_ids or ()),
+        num_cached_tokens=output.num_cached_tokens or 0,
+    )

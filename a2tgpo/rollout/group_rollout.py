@@ -253,7 +253,7 @@ class GroupRollout:
         self._tools.close()
 
     def _is_cut(self, is_asked: Callable[[], bool] | None) -> bool:
-        """Whether any rank of the replica is asked to break off.
+        """Whether any rank of the replica has been told to stop.
 
         Raises:
             ToolFaultError: on all of them, if nobody is there to ask and an outage is at its limit.

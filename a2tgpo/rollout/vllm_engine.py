@@ -20,7 +20,7 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import num_token_ids
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
-from a2tgpo.rollout.cpu_reload import forget_packed_experts, renew_tied_head
+from a2tgpo.rollout.cpu_reload import reload_weights
 from a2tgpo.rollout.cpu_shared_memory import own_segments
 from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments
 from a2tgpo.rollout.engine_guest import (
@@ -31,7 +31,7 @@ from a2tgpo.rollout.engine_guest import (
     host_state_kept,
 )
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
-from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
+from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput, generation_output, score_output
 from a2tgpo.rollout.lockstep import Lockstep, LockstepError
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
@@ -299,7 +299,7 @@ class VllmEngine:
         checked = checked_weights(weights, self._shapes, tied=self._tied)
         with torch.no_grad():
             rpc: Any = self._engine.collective_rpc
-            rpc(_reload, args=(checked,))
+            rpc(reload_weights, args=(checked,))
         # Cached keys and values came from the old weights.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("the engine could not drop its prefix cache after a refit")
@@ -387,44 +387,10 @@ class VllmEngine:
 
     def _finish(self, output: RequestOutput) -> EngineOutput | ScoreOutput:
         self._in_flight.discard(output.request_id)
-        counts = dict(
-            num_prompt_tokens=len(output.prompt_token_ids or ()),
-            num_cached_tokens=output.num_cached_tokens or 0,
-        )
         num_scored = self._answers.pop(output.request_id, None)
-        if num_scored is not None:
-            computed_from = counts["num_prompt_tokens"] - num_scored
-            assert counts["num_cached_tokens"] < computed_from, "the cache hit covers a scored row"
-            if self._has_second_runner:
-                found = output.prompt_token_id_logprobs[:, 0].tolist()  # type: ignore[index]
-            else:
-                found = output.prompt_logprobs.logprobs[-num_scored:]  # type: ignore[union-attr]
-            assert len(found) == num_scored, "one log-prob per token of the answer"
-            return ScoreOutput(request_id=output.request_id, answer_logprobs=found, **counts)
-        sampled = output.outputs[0]
-        tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)  # type: ignore[union-attr]
-        assert len(tokens) == len(logprobs), "one log-prob per sampled token"
-        return EngineOutput(
-            request_id=output.request_id,
-            tokens=tokens,
-            logprobs=logprobs,
-            text=sampled.text,
-            finish_reason=str(sampled.finish_reason),
-            stop_string=sampled.stop_reason if isinstance(sampled.stop_reason, str) else None,
-            **counts,
-        )
-
-
-def _reload(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load `weights` into the model of a vLLM worker of this process."""
-    model = worker.model_runner.get_model()
-    on_cpu = worker.device.type == "cpu"
-    if on_cpu:
-        forget_packed_experts(model)
-    # The worker's, not its model runner's: kernels that are built anew look for vLLM's configuration.
-    worker.reload_weights(weights_iterator=weights)
-    if on_cpu:
-        renew_tied_head(model)
+        if num_scored is None:
+            return generation_output(output)
+        return score_output(output, num_scored, is_second_runner=self._has_second_runner)
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from a2tgpo.search.passage import Passage
 from a2tgpo.search.words import SPLITTING
 
 Progress = Callable[[str, int, int], None]
-"""(what is being done, done since the last call, all of it)."""
+"""Called with the name of the work, the items finished since the last call, and the number of all items."""
 
 
 def silent(_label: str, _done: int, _total: int) -> None:

@@ -1,4 +1,4 @@
-"""Demonstrations as what is trained on, and what is held out of it."""
+"""Split demonstrations into training examples and held-out ones."""
 
 from __future__ import annotations
 

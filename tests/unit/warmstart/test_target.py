@@ -36,7 +36,9 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("target", ["new", "made", "empty", "deep/new"])
 def test_a_new_folder_and_one_of_a_warm_start_may_be_written(folder, target) -> None:
     path, *overrides = arguments(folder, target)
+    before = sorted(folder.rglob("*"))
     require_target(load_config(path, overrides))
+    assert sorted(folder.rglob("*")) == before, "the check itself writes nothing"
 
 
 @pytest.mark.parametrize(
