@@ -188,11 +188,13 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
         return cluster.submit("smoke_cpu", *settings, options=["--oversubscribe", *options], folder=checkout)
 
     whole, cut = submit("whole"), submit("cut")
-    cluster.wait_until((inputs.parent / "whole" / "holder.json").exists, whole)
+    copies = checkout / "runs" / "slurm"
+    cluster.wait_until((copies / whole / "config.yaml").exists, whole)
+    cluster.run("scontrol", "suspend", whole)  # or it has ended before a slow machine has started the second
     second = submit("whole", "--nodes=1")
     # All that the three take from the checkout is copied before they build a model.
-    for copied in (f"{whole}/config.yaml", f"{cut}/config.yaml", f"{second}/code"):
-        cluster.wait_until((checkout / "runs" / "slurm" / copied).exists, cut)
+    for copied in (copies / cut / "config.yaml", copies / second / "code"):
+        cluster.wait_until(copied.exists, cut)
     # The experiment that is prepared next, in the same files.
     config.write_text(
         inputs.read_text().replace("name: run", "name: next").replace("lr: 0.0001", "lr: 0.001")
@@ -205,6 +207,8 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     after = commit_all(checkout)
     cluster.wait_until(lambda: f"step 2/{STEPS}" in cluster.log(cut), cut)
     cluster.run("scancel", "--signal=USR1", cut)
+    cluster.wait(second)
+    cluster.run("scontrol", "resume", whole)
     ended = [Ended(cluster.wait(job), cluster.log(job)) for job in (whole, cut, second)]
     return Disturbed(*ended, inputs.parent, checkout, (before, after))
 
