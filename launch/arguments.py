@@ -35,7 +35,8 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
         "--as-started",
         type=path_argument,
         metavar="FILE",
-        help="of a scheduler's job: keeps the configuration of its first start, which its later starts go on with",
+        help="of a scheduler's job: keeps the configuration of its first start, which its later starts go on with; "
+        "--resume and --accept-changes count at the first one only",
     )
     parser.add_argument(
         "overrides",
@@ -44,3 +45,15 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
         help="section.field=value, or a YAML file such as configs/algorithm/grpo.yaml; later ones win",
     )
     return parser
+
+
+def parse_start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of this start.
+
+    A scheduler starts a job again with the arguments of its first start. `--resume` and `--accept-changes` are meant
+    for that one: a later start goes on from the newest checkpoint, and accepts nothing.
+    """
+    args = parser.parse_intermixed_args()  # overrides may stand behind options
+    if args.as_started is not None and args.as_started.exists():
+        args.resume, args.accept_changes = "auto", False
+    return args

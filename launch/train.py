@@ -25,7 +25,7 @@ from a2tgpo.experiment.job import keep, load_as_started
 from a2tgpo.experiment.rules import TRAINING
 from a2tgpo.experiment.starts import require_same
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
-from launch.arguments import start_parser
+from launch.arguments import parse_start, start_parser
 from launch.failure import BROKEN_RUN, DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
 from launch.run_plan import plan_of_run
@@ -34,7 +34,7 @@ from launch.search_rate import search_shortfall
 
 def main() -> int:
     parser = start_parser(__doc__.splitlines()[0], resume="PATH")
-    args = parser.parse_intermixed_args()  # overrides may stand behind options
+    args = parse_start(parser)
     stop_signal = StopSignal()
     try:
         join_launcher()
@@ -155,9 +155,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     groups = start_ranks(config, inputs(config, resume=args.resume))
     joined_s = process_age_s()
     folder = RunFolder(config, groups)
-    # It was said for one start: a job that is started again has the same arguments.
-    is_first_start = args.as_started is None or not args.as_started.exists()
-    checkpoint = folder.open(args.resume, accept_changes=args.accept_changes and is_first_start)
+    checkpoint = folder.open(args.resume, accept_changes=args.accept_changes)
     if args.as_started is not None and groups.rank == 0:
         keep(args.as_started, config)
     watchdog = Watchdog(config.watchdog, folder.stacks, rank=groups.rank, world_size=groups.world_size)

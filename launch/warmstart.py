@@ -28,7 +28,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.experiment.job import keep, load_as_started
 from a2tgpo.stop_signal import EXIT_CODE, StopSignal
 from a2tgpo.warmstart.target import folder_of, require_target, target_of
-from launch.arguments import start_parser
+from launch.arguments import parse_start, start_parser
 from launch.failure import DOES_NOT_FIT, exit_code
 from launch.rendezvous import join_launcher
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     parser = start_parser(__doc__.splitlines()[0], resume="")
-    args = parser.parse_intermixed_args()
+    args = parse_start(parser)
     stop_signal = StopSignal()
     try:
         join_launcher()
@@ -101,8 +101,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
 
     groups = join_ranks(config)
     folder = WarmStartFolder(config, groups)
-    is_first_start = args.as_started is None or not args.as_started.exists()
-    checkpoint = folder.open(args.resume, accept_changes=args.accept_changes and is_first_start)
+    checkpoint = folder.open(args.resume, accept_changes=args.accept_changes)
     if args.as_started is not None and groups.rank == 0:
         keep(args.as_started, config)
     watchdog = Watchdog(

@@ -183,11 +183,11 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     config = checkout / "run.yaml"
     config.write_text(inputs.read_text())
 
-    def submit(name: str, *options: str) -> str:
-        settings = [str(config), f"run.steps={STEPS}", f"run.name={name}"]
+    def submit(name: str, *options: str, resume: str = "auto") -> str:
+        settings = [str(config), f"run.steps={STEPS}", f"run.name={name}", "--resume", resume]
         return cluster.submit("smoke_cpu", *settings, options=["--oversubscribe", *options], folder=checkout)
 
-    whole, cut = submit("whole"), submit("cut")
+    whole, cut = submit("whole"), submit("cut", resume="none")
     copies = checkout / "runs" / "slurm"
     cluster.wait_until((copies / whole / "config.yaml").exists, whole)
     cluster.run("scontrol", "suspend", whole)  # or it has ended before a slow machine has started the second
@@ -222,6 +222,7 @@ def test_a_job_of_two_nodes_is_preempted_saves_requeues_and_ends_as_an_undisturb
     runs = [disturbed.runs / name for name in ("whole", "cut")]
     assert differences(metrics_of(runs[1]), metrics_of(runs[0]), STEPS) == []
     assert rollouts_of(runs[1]) == rollouts_of(runs[0])
+    assert not list(disturbed.runs.glob("*.previous_*")), "--resume none was obeyed again after the requeue"
     job = disturbed.checkout / "runs" / "slurm" / disturbed.cut.record["JobId"]
     assert len(list(job.glob("rank_?.log"))) == 2
 

@@ -19,6 +19,7 @@ from a2tgpo.experiment.environment import describe_environment, environment_chan
 from a2tgpo.experiment.job import keep, load_as_started
 from a2tgpo.experiment.rules import TRAINING, WARM_START, Rules
 from a2tgpo.experiment.starts import difference, record_start, require_same
+from launch.arguments import parse_start, start_parser
 
 QUICKSTART = "configs/quickstart.yaml"
 CLEAN, DIRTY = "1" * 40, "1" * 40 + versions.UNCOMMITTED
@@ -177,3 +178,19 @@ def test_a_job_goes_on_with_the_files_of_its_first_start_and_its_own_arguments(t
     preset.unlink()
     assert load_as_started(kept, str(config), arguments, tells=True) == first
     assert "cannot be used any more: no configuration file" in caplog.text
+
+
+def test_a_job_that_is_started_again_does_not_begin_anew_or_accept_changes_again(
+    tmp_path, monkeypatch
+) -> None:
+    kept = tmp_path / "config.yaml"
+    said = ["train.py", "--config", QUICKSTART, "--as-started", str(kept), "run.steps=3", "--resume", "none"]
+    monkeypatch.setattr("sys.argv", [*said, "--accept-changes"])
+
+    def seen() -> tuple[str, bool, list[str]]:
+        args = parse_start(start_parser("a program", resume="PATH"))
+        return args.resume, args.accept_changes, args.overrides
+
+    assert seen() == ("none", True, ["run.steps=3"])
+    kept.touch()
+    assert seen() == ("auto", False, ["run.steps=3"])
