@@ -31,6 +31,16 @@ SHORTER = {
 """Appended to a documented command, where the later of two settings counts: sizes of a test, a port that is free."""
 
 
+OPERATE = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+TYPED = [
+    line.strip()
+    for block in re.findall(r"^```\n(.*?)^```", OPERATE, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and "(cluster)" not in line
+]
+"""Commands of the operator's page that are not marked as a cluster's."""
+
+
 def documented(section: str) -> list[list[str]]:
     """The words of every command of a section's first block in README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(section + "\n")[1]
@@ -50,7 +60,7 @@ class Clone:
         self.address = ""
         binaries = str(Path(sys.executable).parent)  # what `source .venv/bin/activate` does
         self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.environment.pop("PYTHONPATH", None)
+        self.environment["PYTHONPATH"] = str(folder)  # as an editable install: the sources are found
 
     def __call__(self, words: list[str], *, timeout: int = 300) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -262,6 +272,55 @@ def test_what_the_agent_cannot_do_is_refused_in_one_line(agent, change, message)
     body = {"messages": [{"role": "user", "content": "who?"}]} | change
     answer = httpx.post(f"{agent}/chat/completions", json=body, timeout=120)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+
+
+@pytest.fixture(scope="module")
+def operated(path, work, trained) -> dict[str, subprocess.CompletedProcess]:
+    """What each command of the operator's page gave, typed in order on the tiny model."""
+    for name in ("raw", "data"):
+        (work / name).mkdir()
+    for name in ("train", "test"):
+        shutil.copy(work / "artifacts" / "worldqa" / f"{name}.jsonl", work / "raw")
+    for name in ("main", "second"):
+        shutil.copytree(trained, work / "runs" / name)
+    (work / "runs" / "retrieval.url").write_text(path.clone.address)
+    shorter = {
+        "tools/bench/retrieval.py": "--clients 2 --seconds 1",
+        "tools/rollouts_to_demonstrations.py": "--any-answer --any-format",  # the tiny model does nothing well yet
+    }
+    done = {}
+    for line in TYPED:
+        scripts = [word for word in line.split() if word.endswith(".py")]
+        done[line] = subprocess.run(
+            ["bash", "-c", f"{line} {shorter.get(scripts[0], '') if scripts else ''}"],
+            cwd=work,
+            env=path.clone.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    return done
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_a_line_of_the_operators_page_can_be_typed(operated, line):
+    assert operated[line].returncode == 0, operated[line].stdout[-2000:] + operated[line].stderr[-2000:]
+
+
+def test_the_operators_page_leaves_what_it_says(operated, work):
+    assert json.loads((work / "data" / "train.jsonl.report.json").read_text())["questions"] > 0
+    (plan,) = (done.stdout for line, done in operated.items() if "tools/plan.py" in line)
+    assert "fits in every phase" in plan and "too few" in plan
+    (load,) = (done.stdout for line, done in operated.items() if "tools/bench/retrieval.py" in line)
+    assert "wrong 0  lost 0" in load
+    assert (work / "data" / "good.jsonl").read_text().count("\n") > 0
+    assert (work / "rollouts.html").stat().st_size > 10_000
+
+
+def test_a_cluster_command_in_the_operators_text_is_marked():
+    for found in re.finditer(r"`(?:sbatch|scancel|scontrol|sinfo|squeue)(?: [^`]*)?`(.{0,10})", OPERATE):
+        assert found[1].startswith(" (cluster)") or " " not in found[0].split("`")[1], found[0]
 
 
 MISTAKES = {
