@@ -1,11 +1,13 @@
 """Finished rollouts on disk until a checkpoint covers them, so that a crash after them does not play them again.
 
-`bank/step_N/rank_R.bin` holds what rank R brought out of the rollout of step N (counted from 0): trajectories, the
-metrics so far, and what lies behind them: the sampler's state, draws of dynamic sampling included, and groups carried
-over. It is used if and only if it belongs to this very step, to these weights bit by bit, and to a configuration that
-plays the same: on all ranks, from one and the same time the step was played, or on none. What a run plays again after
-a crash has the same weights on CPU. On a GPU an update need not repeat bit by bit: the step that a checkpoint starts
-with has its weights, later ones may have others, and are then played anew.
+`bank/step_N/replica_R.bin` holds what engine replica R brought out of the rollout of step N (counted from 0):
+trajectories, the metrics so far of each of its ranks, and what lies behind them: the sampler's state, draws of
+dynamic sampling included, and groups carried over. Its first rank writes the file and all of its ranks read it: those
+that follow an engine bring out nothing of their own. It is used if and only if it belongs to this very step, to these
+weights bit by bit, and to a configuration that plays the same: on all ranks, from one and the same time the step was
+played, or on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not
+repeat bit by bit: the step that a checkpoint starts with has its weights, later ones may have others, and are then
+played anew.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from a2tgpo.atomic_file import atomic_file
 from a2tgpo.carried_pool import Carried
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import fingerprint
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, gather_object
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 if TYPE_CHECKING:
@@ -39,15 +41,22 @@ _STEP_FOLDER = re.compile(r"step_(\d+)")
 _DIGEST_BYTES = 32
 
 
-class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank brought out of a step's rollout."""
+class RankShare(msgspec.Struct, frozen=True):
+    """What is one rank's own of a replica's step."""
 
     key: str
-    """Step, weights, configuration, rank; see `RolloutBank`."""
+    """Step, weights, configuration; see `RolloutBank`. The weights are the rank's own shard."""
+    metrics: MetricSums
+
+
+class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What one replica brought out of a step's rollout."""
+
     attempt: str
     """Names this time the step was played, equal on all ranks; another time other groups may make up the step."""
+    ranks: list[RankShare]
+    """Of the replica, in its order."""
     trajectories: list[Trajectory]
-    metrics: MetricSums
     sampler: dict[str, Any]
     carried: Carried
 
@@ -68,7 +77,8 @@ class RolloutBank:
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
         """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
 
-        Moves sampler and carried groups to behind the step. Enters memory phase bank.
+        Moves sampler and carried groups to behind the step. Enters memory phase bank. Ranks that only follow an
+        engine get no trajectory.
         """
         self._parts.phases.enter("bank")
         self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
@@ -81,21 +91,24 @@ class RolloutBank:
             return None
         if self._parts.groups.rank == 0:
             logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
-        metrics.merge(banked.metrics)
+        metrics.merge(banked.ranks[self._place].metrics)
         self._parts.sampler.load_state_dict(banked.sampler)
         self._parts.carried.state = banked.carried
-        return banked.trajectories
+        return banked.trajectories if self._parts.replicas.is_first else []
 
     def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
-        """Keep what was just played, after `take` found nothing; each rank writes its own file.
+        """Keep what was just played, after `take` found nothing; the first rank of each replica writes a file.
 
         A disk that is full costs a warning and `rollout/not_banked`, not the run.
         """
+        share, group = RankShare(self._key, metrics), self._parts.replicas.group
+        ranks = gather_object(share, group) if group else [share]
+        if not self._parts.replicas.is_first:
+            return
         banked = BankedStep(
-            key=self._key,
             attempt=self._attempt,
+            ranks=ranks,
             trajectories=trajectories,
-            metrics=metrics,
             sampler=self._parts.sampler.state_dict(),
             carried=self._parts.carried.state,
         )
@@ -109,22 +122,41 @@ class RolloutBank:
             logger.warning("the rollouts of step %d are not kept: %s (%s)", step + 1, error.strerror, path)
 
     def _read(self, step: int) -> BankedStep | None:
+        path = self._path(step)
         try:
-            content = self._path(step).read_bytes()
+            content = path.read_bytes()
         except OSError:
+            self._say_if_earlier_version(path.parent, step)
             return None
         payload = content[_DIGEST_BYTES:]
         if content[:_DIGEST_BYTES] != _digest(payload):
-            logger.warning("%s is damaged and passed over", self._path(step))
+            logger.warning("%s is damaged and passed over", path)
             return None
         try:
             banked = decode_records(payload, BankedStep)
-        except (msgspec.DecodeError, RecursionError):  # written by another version
+        except (msgspec.DecodeError, RecursionError):
+            logger.warning("%s was written by another version and is passed over", path)
             return None
-        return banked if banked.key == self._key else None
+        place = self._place
+        return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
+
+    def _say_if_earlier_version(self, folder: Path, step: int) -> None:
+        """Earlier versions wrote a file for each rank."""
+        if self._parts.groups.rank == 0 and any(folder.glob("rank_*.bin")):
+            logger.warning(
+                "%s was written by an earlier version and is passed over: step %d is played again",
+                folder,
+                step + 1,
+            )
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step_{step}" / f"rank_{self._parts.groups.rank}.bin"
+        return self._folder / f"step_{step}" / f"replica_{self._parts.replicas.index}.bin"
+
+    @property
+    def _place(self) -> int:
+        """This rank's, within its replica."""
+        group = self._parts.replicas.group
+        return group.rank() if group else 0
 
 
 def drop_covered(folder: Path, step: int) -> None:
@@ -140,7 +172,7 @@ def _digest(payload: bytes) -> bytes:
 
 
 def _config_key(parts: RunParts) -> str:
-    """Everything but the weights that a rank's rollouts may depend on."""
+    """Everything but the weights that a replica's rollouts may depend on."""
     sections = dataclasses.asdict(parts.config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]

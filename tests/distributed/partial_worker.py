@@ -81,7 +81,7 @@ def run_parts(root: Path, rank: int) -> Any:
     return SimpleNamespace(
         config=config,
         groups=SimpleNamespace(rank=rank, world_size=2),
-        replicas=SimpleNamespace(index=rank, count=2, is_first=True),
+        replicas=SimpleNamespace(index=rank, count=2, is_first=True, group=None),
         sampler=PromptSampler(500, config.rollout.prompts_per_step, seed=0),
         carried=CarriedPool(),
         train_prompts=SimpleNamespace(prompts=prompts),
@@ -143,11 +143,39 @@ def check_banks_of_two_attempts_are_not_mixed(root: Path, rank: int) -> None:
     assert found is not None and found[0].prompt_id == "third"
 
 
+def check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own(root: Path, rank: int) -> None:
+    torch.manual_seed(rank)  # as with tensor parallelism, each rank has weights of its own
+    parts = run_parts(root, rank)
+    parts.replicas = SimpleNamespace(index=0, count=1, is_first=rank == 0, group=dist.group.WORLD)
+    bank = RolloutBank(root / "shared", parts)
+    assert bank.take(3, MetricSums()) is None
+    metrics = MetricSums()
+    metrics.add("asked of", rank, 1)
+    turn = Turn(tokens=[7], rollout_logprobs=[0.0])
+    member = Trajectory(
+        prompt_index=0, prompt_id="q", sample_index=0, prompt_tokens=[1], turns=[turn], stop_reason="eos"
+    )
+    parts.sampler.next_indices()
+    behind = parts.sampler.state_dict()
+    bank.put(3, [member] if rank == 0 else [], metrics)
+    dist.barrier()
+    assert [path.name for path in (root / "shared/step_3").iterdir()] == ["replica_0.bin"]
+
+    parts.sampler.next_indices()
+    found = MetricSums()
+    assert RolloutBank(root / "shared", parts).take(3, found) == ([member] if rank == 0 else [])
+    assert found.values() == {"asked of": rank} and parts.sampler.state_dict() == behind
+    if rank == 1:
+        torch.nn.init.zeros_(parts.policy.chunks[0].weight)
+    assert RolloutBank(root / "shared", parts).take(3, MetricSums()) is None, "rank 1 has other weights"
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     for check in (
         check_a_second_wave_is_broken_off_on_all_ranks_or_on_none,
         check_banks_of_two_attempts_are_not_mixed,
+        check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own,
     ):
         check(Path(sys.argv[1]), dist.get_rank())
         dist.barrier()

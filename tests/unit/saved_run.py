@@ -65,7 +65,7 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
         test_prompts=Questions("t"),
         startup={},
         carried=CarriedPool(),
-        replicas=SimpleNamespace(index=0, count=1, is_first=True),
+        replicas=SimpleNamespace(index=0, count=1, is_first=True, group=None),
     )
     yield SimpleNamespace(groups=groups, parts=parts)
     shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from a2tgpo.config.run import CheckpointConfig
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout_bank import RolloutBank, drop_covered
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
 
 __all__ = ["world"]
 
@@ -105,13 +106,26 @@ def test_other_weights_play_anew_also_where_one_bit_differs(world, tmp_path, ban
 
 @pytest.mark.parametrize("place", [0, 40, -1])
 def test_a_damaged_file_is_passed_over(world, tmp_path, banked, place):
-    path = tmp_path / "bank/step_3/rank_0.bin"
+    path = tmp_path / "bank/step_3/replica_0.bin"
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
     assert Start(world, tmp_path).take()[0] is None
     path.write_bytes(content[:50])
     assert Start(world, tmp_path).take()[0] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("rank_0.bin", "step_3 was written by an earlier version"), ("replica_0.bin", "by another version")],
+)
+def test_rollouts_of_another_version_are_passed_over_with_one_line(world, tmp_path, caplog, name, said):
+    path = tmp_path / "bank/step_3" / name
+    path.parent.mkdir(parents=True)
+    payload = encode_records({"key": "step 3"})
+    path.write_bytes(hashlib.blake2b(payload, digest_size=32).digest() + payload)
+    assert Start(world, tmp_path).take()[0] is None
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_a_checkpoint_removes_the_steps_it_covers(world, tmp_path, banked):
