@@ -35,7 +35,7 @@ class Ended:
     seconds: float
     output: str
     fault_s: float | None
-    """From the first fault to the end, seconds; None: there was none."""
+    """From the last fault to the end, seconds; None: there was none."""
     lines: list[str] = field(default_factory=list)
     """Of the program and its launcher about how it ended: `error:`, `launch:`, `stopped`, `warning:`."""
 
@@ -108,7 +108,7 @@ def start(
     run = _run_forked if _PRELOADED else _run_launched
     code, output = run([str(config), *overrides], variables, timeout_s)
     end = time.monotonic()
-    fault_s = end - float(marks.read_text().split()[0]) if marks.exists() else None
+    fault_s = end - float(marks.read_text().split()[-1]) if marks.exists() else None
     said = ("error:", "launch:", "stopped ", "warning:")
     lines = [line for line in output.splitlines() if line.startswith(said)]
     return Ended(code, end - begin, output, fault_s, lines)

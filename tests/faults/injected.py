@@ -126,6 +126,19 @@ def passing(owner: Any, name: str, point: str, *, after: bool = False) -> None:
     setattr(owner, name, wrapped)
 
 
+def passing_while(owner: Any, name: str, condition: Callable[[Any], Any], point: str) -> None:
+    """Make calls of the method `owner.name` pass `point`, if `condition` holds for the object, before their work."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if condition(self):
+            FAULTS.at(point)
+        return function(self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
 def install() -> None:
     """Put the points into the stages of a step."""
     import torch
@@ -134,6 +147,7 @@ def install() -> None:
     from a2tgpo import recorder, rollout_bank, run_folder, trainer
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.rollout.answer_scorer import AnswerScorer
+    from a2tgpo.rollout.held_calls import HeldCalls
     from a2tgpo.rollout.tool_pool import ToolPool
     from a2tgpo.search.tool import CachedSearch
     from a2tgpo.update import checkpoint, checkpoint_writer, policy_update
@@ -151,6 +165,7 @@ def install() -> None:
     passing(LLMEngine, "step", "rollout")
     passing(ToolPool, "submit", "search")
     passing(AnswerScorer, "submit", "gain")
+    passing_while(HeldCalls, "take_due", len, "outage")
     passing(rollout_bank.RolloutBank, "put", "before the bank")
     passing(rollout_bank.RolloutBank, "put", "after the bank", after=True)
     passing(trainer, "exchange", "exchange")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -14,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import INJECTED, ROOT, Row, start
+from chain import PROMPT_S
+from harness import INJECTED, ROOT, Ended, Row, start
 from scripted_server import ScriptedServer
 
 FREE_BYTES = 700_000
@@ -73,40 +75,29 @@ def search_faults(config: Path) -> list[Row]:
 
 
 def outage(config: Path) -> list[Row]:
-    """The search server dies in the rollout of step 2 and is back some seconds later; in that of step 4 for good."""
-    own, step_file = config.with_name("outage.yaml"), config.with_name("outage_step")
+    """The search server dies in the rollouts of three steps of one run: it comes back some seconds later; a signal
+    comes while the rollout waits for it, and ends the start; it does not come back, and the outage's limit ends the
+    run."""
+    own = config.with_name("outage.yaml")
     own.write_text(config.read_text())
-    step_file.write_text("0")
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        port = holder.getsockname()[1]
-    with ThreadPoolExecutor(1) as keeper:
-        keeping = keeper.submit(keep_server, port, step_file, {2: 3.0, 4: None})
-        settings = ["backend=http", f"url=http://127.0.0.1:{port}/retrieve", "timeout_s=2", "max_attempts=2"]
-        settings += ["break_after=4", "break_s=0.2", "outage_limit_s=5"]
-        ended = start(
-            own,
-            "run.name=outage",
-            "run.steps=9",
-            "evaluation.every=0",
-            "checkpoint.every=0",
-            *(f"search.{setting}" for setting in settings),
-            faults=[
-                {"point": "step begins", "action": "forget searches", "step": step} for step in range(1, 9)
-            ],
-            environment={"STEP_FILE": str(step_file)},
-        )
-        step_file.write_text("-1")  # no step: the keeper ends
-        keeping.result()
-    records = records_of(config.parent / "outage")
+    run = config.parent / "outage"
+    signal = {"point": "outage", "action": "usr1", "step": 4, "rank": 1, "call": 20}
+    signalled = start_with_dying_server(own, {2: 3.0, 4: None}, signal, "search.outage_limit_s=100")
+    is_saved = (run / "checkpoints" / "step_3" / "complete.json").exists()
+    limited = start_with_dying_server(own, {5: None}, None, "search.outage_limit_s=5")
+    records = records_of(run)
     failed = {step: record["tools/failures"] for step, record in records.items()}
     alarms = {step: record["alarm/outage"] for step, record in records.items()}
     waited = records.get(2, {}).get("tools/outage_s", 0.0)
-    went_on = alarms == {1: 0, 2: 1, 3: 0} and not any(failed.values()) and waited > 1
-    said = [
-        line for line in ended.lines if line.startswith("stopped after step 3 of 9: the search tool has been")
+    went_on = alarms == {1: 0, 2: 1, 3: 0, 4: 0} and not any(failed.values()) and waited > 1
+    obeyed = [
+        line for line in signalled.lines if line.startswith("stopped after step 3 of 9: SIGUSR1; saved")
     ]
-    saved = (config.parent / "outage" / "checkpoints" / "step_3" / "complete.json").exists()
+    took_s = signalled.fault_s if signalled.fault_s is not None else math.inf
+    said = [
+        line for line in limited.lines if line.startswith("stopped after step 4 of 9: the search tool has")
+    ]
+    ended_saved = (run / "checkpoints" / "step_4" / "complete.json").exists()
     return [
         Row(
             "search server killed, back after 3 s",
@@ -115,12 +106,49 @@ def outage(config: Path) -> list[Row]:
             f"waited {waited:.1f} s, no search failed, alarm, went on: {alarms} {failed}",
         ),
         Row(
-            "search server killed for good",
+            "SIGUSR1, rank 1, while the search server is dead",
             "rollout (step 4)",
-            ended.code == 75 and len(said) == 1 and saved,
-            f"saved and ended with {ended.code}: {(said or [ended.output[-800:]])[0]}",
+            signalled.code == 75 and len(obeyed) == 1 and is_saved and took_s < PROMPT_S,
+            f"saved and ended with {signalled.code} after {took_s:.1f} s: {(obeyed or [signalled.output[-800:]])[0]}",
+            signalled.fault_s,
+        ),
+        Row(
+            "search server killed for good",
+            "rollout (step 5)",
+            limited.code == 75 and len(said) == 1 and ended_saved,
+            f"saved and ended with {limited.code}: {(said or [limited.output[-800:]])[0]}",
         ),
     ]
+
+
+def start_with_dying_server(
+    config: Path, deaths: dict[int, float | None], fault: dict | None, *settings: str
+) -> Ended:
+    """A start of run `outage` that searches by a server which dies as `keep_server` says."""
+    step_file = config.with_name("outage_step")
+    step_file.write_text("0")
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        port = holder.getsockname()[1]
+    search = ["backend=http", f"url=http://127.0.0.1:{port}/retrieve", "timeout_s=2", "max_attempts=2"]
+    search += ["break_after=4", "break_s=0.2"]
+    fresh = [{"point": "step begins", "action": "forget searches", "step": step} for step in range(1, 9)]
+    with ThreadPoolExecutor(1) as keeper:
+        keeping = keeper.submit(keep_server, port, step_file, deaths)
+        ended = start(
+            config,
+            "run.name=outage",
+            "run.steps=9",
+            "evaluation.every=0",
+            "checkpoint.every=0",
+            *(f"search.{setting}" for setting in search),
+            *settings,
+            faults=[*fresh, fault] if fault else fresh,
+            environment={"STEP_FILE": str(step_file)},
+        )
+        step_file.write_text("-1")  # no step: the keeper ends
+        keeping.result()
+    return ended
 
 
 def keep_server(port: int, step_file: Path, deaths: dict[int, float | None]) -> None:
