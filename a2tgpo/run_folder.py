@@ -31,6 +31,7 @@ from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.record.rollout_retention import RolloutRetention
 from a2tgpo.recorder import Recorder
 from a2tgpo.resume import changed_settings, check_resume, follow_settings, trained_so_far
 from a2tgpo.rollout_bank import drop_covered
@@ -54,6 +55,7 @@ class RunFolder:
         self.path = Path(config.run.root) / config.run.name
         self.best = BestCheckpoint(self._checkpoints, config.checkpoint.best_by, is_writer=groups.rank == 0)
         self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
+        self._rollouts = RolloutRetention(self.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
         """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
         self._saving: tuple[int, dict | None] = self._complete
@@ -258,6 +260,7 @@ class RunFolder:
             spare=best["step"] if best else None,
         )
         drop_covered(self.bank, step)
+        self._rollouts.trim(step)
 
     def recorder(self, parts: RunParts, *, step: int) -> Recorder:
         """The recorder of this run; going on from `step`, what was logged after it is dropped."""

@@ -24,7 +24,8 @@ from a2tgpo.atomic_file import write_text
 from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import expand, path_argument
 from a2tgpo.data.question_set import load_questions
-from a2tgpo.warmstart.rejection import Filters, demonstrations_of
+from a2tgpo.record.rollout_files import step_ranges
+from a2tgpo.warmstart.rejection import Filters, demonstrations_of, step_files
 
 
 def main() -> int:
@@ -46,7 +47,8 @@ def main() -> int:
             first=first,
             last=last,
         )
-        print(f"{num_read} rollouts read")
+        steps = step_files(args.run, first=first, last=last)
+        print(f"{num_read} rollouts read, of steps {step_ranges(steps)}")
         for reason, count in counts.most_common():
             print(f"  {count:>8} left out: {reason}")
         num_questions = len({record["id"] for record in records})

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
-from a2tgpo.record.rollout_files import read_step, recorded_steps
+from a2tgpo.record.rollout_files import read_step, recorded_steps, step_ranges
 from tools.rollouts_page import Decode, chosen_steps, write_page
 from tools.terminal import Painter, end_with_reader, indented, painter_for
 
@@ -112,7 +112,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
     if step is None:
         step = max(files)
     if step not in files:
-        raise ConfigError(f"{run_dir} has no rollouts of step {step}; there are {min(files)} to {max(files)}")
+        raise ConfigError(f"{run_dir} has no rollouts of step {step}; there are {step_ranges(files)}")
     found = read_records(files[step])
     if not all(map(_is_trajectory, found)):
         raise ConfigError(f"{files[step][0]} is damaged; give another --step")

@@ -35,7 +35,10 @@ class RunSettings:
     seed: int = 0
     """Seeds sampling of prompts, rollouts and initial state, below 2^32; results do not depend on the layout."""
     log_rollouts: int = 8
-    """Trajectories per step shown as text in TensorBoard, the best and the worst; all are kept in rollouts/."""
+    """Trajectories per step shown as text in TensorBoard, the best and the worst; all are recorded in rollouts/."""
+    keep_rollouts_gb: float = 100.0
+    """Most that recorded rollouts may take, GB: from then on the oldest steps that a checkpoint covers are removed,
+    every hundredth last; 0: no limit."""
 
     def __post_init__(self) -> None:
         require(
@@ -52,6 +55,7 @@ class RunSettings:
         # NumPy's generator, which vLLM seeds too, takes no more.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
+        require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

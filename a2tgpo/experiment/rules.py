@@ -47,7 +47,15 @@ TRAINING = Rules(
         )
     ),
     free=(
-        *("run.log_rollouts", "checkpoint.", "watchdog.", "guard.", "cluster.", "refit."),
+        *(
+            "run.log_rollouts",
+            "run.keep_rollouts_gb",
+            "checkpoint.",
+            "watchdog.",
+            "guard.",
+            "cluster.",
+            "refit.",
+        ),
         *("evaluation.every", "evaluation.at_start", "parallel.timeout_s", "parallel.start_timeout_s"),
         *("search.url", "search.token_file", "search.timeout_s", "search.max_attempts"),
         *("search.break_after", "search.break_s", "search.num_workers"),

@@ -24,6 +24,8 @@ _STEP = re.compile(r"step_(\d+)(\.jsonl\.zst)?")
 _LEVEL = 1
 """Of zstd: its default level takes several times as long, for files that are a tenth smaller."""
 
+_MAX_RANGES = 6
+
 
 def part_path(run_dir: Path, step: int, *, replica: int, num_replicas: int) -> Path:
     """Where replica `replica` of `num_replicas` writes its trajectories of step `step`, counted from 1."""
@@ -54,16 +56,34 @@ def write_part(records: Iterable[dict], path: Path) -> None:
 
 def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
     """The files of every step that is recorded completely, ascending; a step that lacks a part is left out."""
-    folder = run_dir / FOLDER
     found: dict[int, list[Path]] = {}
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP.fullmatch(entry.name)
-        if match is None:
-            continue
-        files = [entry] if match[2] else _complete(entry)
-        if files and (not match[2] or int(match[1]) not in found):
-            found[int(match[1])] = files
+    for step, entry in step_paths(run_dir):
+        files = _complete(entry) if entry.suffix == "" else [entry]
+        if files and (entry.suffix == "" or step not in found):
+            found[step] = files
     return dict(sorted(found.items()))
+
+
+def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, its folder, or its file of an earlier version) of what is recorded, complete or not, in any order."""
+    folder = run_dir / FOLDER
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    matches = ((_STEP.fullmatch(entry.name), entry) for entry in entries)
+    return [(int(match[1]), entry) for match, entry in matches if match]
+
+
+def step_ranges(steps: Iterable[int]) -> str:
+    """`steps`, ascending, in a few words such as "100, 200, 301 to 340"; of many ranges the first and the last."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    said = [f"{first} to {last}" if first < last else f"{first}" for first, last in ranges]
+    if len(said) > _MAX_RANGES:
+        said = [*said[: _MAX_RANGES - 1], "...", said[-1]]
+    return ", ".join(said)
 
 
 def read_step(files: Iterable[Path]) -> list[dict]:
@@ -97,7 +117,9 @@ def read_part(path: Path) -> list[dict]:
 
 def _complete(folder: Path) -> list[Path]:
     """The parts of a step's folder by replica; none unless all are there."""
-    numbers = {path: _numbers(path) for path in folder.iterdir()} if folder.is_dir() else {}
+    numbers = {}
+    with contextlib.suppress(OSError):  # no folder, or the run has just removed it
+        numbers = {path: _numbers(path) for path in folder.iterdir()}
     parts = {found[0]: (found[1], path) for path, found in numbers.items() if found is not None}
     counts = {count for count, _ in parts.values()}
     if len(counts) != 1 or set(parts) != set(range(*counts)):

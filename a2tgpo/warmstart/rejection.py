@@ -15,7 +15,7 @@ from typing import Any
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.data.question_set import Question
-from a2tgpo.record.rollout_files import read_part, recorded_steps
+from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
         step: files for step, files in found.items() if first <= step and (last is None or step <= last)
     }
     if not chosen:
-        there = f"steps {min(found)} to {max(found)}" if found else "none"
+        there = f"steps {step_ranges(found)}" if found else "none"
         raise ConfigError(f"{run}/rollouts holds no rollouts of the steps asked for; there are {there}")
     return chosen
 
@@ -76,6 +76,11 @@ def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     for path in files:
         try:
             yield from read_part(path)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: the run has removed it meanwhile (run.keep_rollouts_gb); start again, or with --steps "
+                "from a later one on"
+            ) from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         except ValueError:

@@ -119,7 +119,9 @@ def test_the_tool_prints_counts_and_writes_what_a_warm_start_reads(tmp_path, mon
     assert rollouts_to_demonstrations.main() == 0
     said = capsys.readouterr().out
     assert (
-        "6 rollouts read" in said and "1 left out: wrong answer" in said and "1 left out: more than 2" in said
+        "6 rollouts read, of steps 1" in said
+        and "1 left out: wrong answer" in said
+        and "1 left out: more than 2" in said
     )
     assert "4 taken, of 3 questions" in said
     found = load_demonstrations(str(out))
@@ -135,7 +137,7 @@ def test_the_tool_prints_counts_and_writes_what_a_warm_start_reads(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "7-9"], "holds no rollouts of the steps asked for; there are steps 1 to 1"),
+        (["--steps", "7-9"], "holds no rollouts of the steps asked for; there are steps 1"),
         (["--steps", "x"], "--steps is 'x'; allowed"),
         (["--per-question", "0"], "--per-question is 0"),
         (["--max-tokens", "1"], "no rollout is good enough"),

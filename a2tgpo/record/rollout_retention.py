@@ -1,0 +1,80 @@
+"""Keeps a run's recorded rollouts within a number of gigabytes: the oldest steps go, every hundredth last."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from pathlib import Path
+
+from a2tgpo.record.rollout_files import step_paths
+
+LASTING_EVERY = 100
+"""Steps whose number is a multiple of this go last, so that a long run can be read from its beginning."""
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutRetention:
+    """Removes recorded rollouts of one run; one process uses one.
+
+    Args:
+        run_dir: the run's folder.
+        keep_gb: most that recorded rollouts may take, GB of 10^9 bytes; 0: no limit.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_gb: float):
+        self._run_dir = run_dir
+        self._keep_gb = keep_gb
+        self._sizes: dict[Path, int] = {}
+        """Bytes of the steps that do not change any more."""
+        self._has_said = False
+
+    def trim(self, covered: int) -> None:
+        """Remove what is too much of the steps up to `covered`, which a run that goes on does not play again.
+
+        The steps after it and the step `covered` itself stay. What cannot be removed is left alone.
+        """
+        if not self._keep_gb:
+            return
+        found = step_paths(self._run_dir)
+        sizes = {path: self._size(path, is_final=step <= covered) for step, path in found}
+        excess = sum(sizes.values()) - self._keep_gb * 1e9
+        removed = []
+        for step, path in sorted(found, key=lambda entry: (entry[0] % LASTING_EVERY == 0, entry[0])):
+            if excess <= 0:
+                break
+            if step < covered:
+                _remove(path)
+                self._sizes.pop(path, None)
+                excess -= sizes[path]
+                removed.append(step)
+        if removed and not self._has_said:
+            self._has_said = True
+            logger.warning(
+                "the recorded rollouts take more than run.keep_rollouts_gb (%g): the oldest steps are removed from "
+                "now on, every %dth last (said once; first steps %d to %d)",
+                self._keep_gb,
+                LASTING_EVERY,
+                min(removed),
+                max(removed),
+            )
+
+    def _size(self, path: Path, *, is_final: bool) -> int:
+        if path in self._sizes:
+            return self._sizes[path]
+        size = 0
+        with contextlib.suppress(OSError):
+            files = list(path.iterdir()) if path.is_dir() else [path]
+            size = sum(file.stat().st_size for file in files)
+            if is_final:
+                self._sizes[path] = size
+        return size
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
