@@ -29,6 +29,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.name = ""
         """Of the signal; empty: none came."""
+        self.kept = ""
+        """What earlier starts have kept, in a few words: told where a signal ends the process at once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)
@@ -41,7 +43,12 @@ class StopSignal:
         self.name = self.name or signal.Signals(number).name
         if not self._is_noted_only:
             if os.environ.get("RANK", "0") == "0":
-                print(f"stopped before there was anything to keep: {self.name}", file=sys.stderr, flush=True)
+                kept = f"; {self.kept}" if self.kept else ""
+                print(
+                    f"stopped before there was anything new to keep: {self.name}{kept}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             os._exit(EXIT_CODE)
 
 

@@ -124,6 +124,8 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     settings = evaluation_settings(config, model.identity, sets)
     groups = meet_ranks(config)
     known = on_rank_0(lambda: open_log(partial, settings))
+    if known:
+        stop_signal.kept = f"{len(known)} answers of earlier starts are kept in {partial}"
     player = open_player(config, groups, model)
     prompts = prompt_sets(player, sets)
     stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=player.rollout.outage)
