@@ -15,8 +15,9 @@
 #   RETRIEVAL_WAIT_S   longest time until it answers                              [1800]
 #   DRY_RUN=1          check configuration, files and plan on the job's first node, then end
 #   MAX_REQUEUES       requeues in a row without a step further than before       [3]
-# A job is what it was started as: runs/slurm/JOB/code is a copy of this folder's programs from its first start, and
+# A job is what it was first started as: runs/slurm/JOB/code is a copy of this folder's programs from its first start, and
 # runs/slurm/JOB/config.yaml the configuration; a requeue goes on with both, whatever is edited or checked out meanwhile.
+# Edits between sbatch and the first start count; the log names the files.
 # Exit codes of the program: 0 done, 2 a mistake in the configuration, 3 the run failed or its guards stopped it,
 # 75 saved because of a signal or the job's end: the job is put into the queue again and goes on by itself.
 set -euo pipefail
@@ -57,12 +58,33 @@ copy_code() {
   mv "$CODE.unfinished" "$CODE"
 }
 
+# edited_after TIME [ARGUMENT ...]: this folder's programs and configurations, and the arguments that are files, which are
+# younger than TIME, whose second is the last that does not count.
+edited_after() {
+  local since argument places=(a2tgpo launch slurm tools configs)
+  since="$(date -d "$1" +%s)" || return 0
+  for argument in "${@:2}"; do if [ -f "$argument" ]; then places+=("$argument"); fi; done
+  find "${places[@]}" -type f -newermt "@$((since + 1))" ! -name '*.pyc' 2>/dev/null | sort -u || true
+}
+
+# What the job takes over at its first start, and what of it was edited while the job waited: Slurm keeps the batch script alone.
+tell_start() {
+  local submitted edited more=""
+  submitted="$(job_field SubmitTime)"
+  echo "slurm: first start: the job takes over this folder's code, $(cat "$CODE/COMMIT"), and its configuration as they are now"
+  edited="$(edited_after "${submitted:-now}" "$@")"
+  if [ -z "$edited" ]; then return; fi
+  if [ "$(wc -l <<<"$edited")" -gt 5 ]; then more=" and $(($(wc -l <<<"$edited") - 5)) more"; fi
+  echo "slurm: edited after the job was submitted ($submitted), and followed: $(head -n 5 <<<"$edited" | paste -sd ' ')$more"
+}
+
 if [ "${BASH_SOURCE[0]}" != "$CODE/slurm/job.sh" ]; then
   # An earlier job may have had this number: its code and configuration are not this one's, its requeues and the steps in
   # its part of the log do not count.
   if [ "$(job_field Restarts)" = 0 ]; then rm -rf "$CODE" "$LOGS/config.yaml" "$LOGS/requeues"; fi
   if [ ! -d "$CODE" ]; then
     copy_code
+    tell_start "$@"
   elif [ "$(commit_line)" != "$(cat "$CODE/COMMIT")" ]; then
     echo "slurm: this folder is now at $(commit_line); the job goes on with the code of its first start, $CODE: $(cat "$CODE/COMMIT")"
   fi

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
@@ -191,7 +192,10 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     copies = checkout / "runs" / "slurm"
     cluster.wait_until((copies / whole / "config.yaml").exists, whole)
     cluster.run("scontrol", "suspend", whole)  # or it has ended before a slow machine has started the second
-    second = submit("whole", "--nodes=1")
+    second = submit("whole", "--nodes=1", "--hold")
+    time.sleep(1.1)  # Slurm's times are whole seconds
+    (checkout / "configs" / "edited.yaml").write_text("{}\n")
+    cluster.run("scontrol", "release", second)
     # All that the three take from the checkout is copied before they build a model.
     for copied in (copies / cut / "config.yaml", copies / second / "code"):
         cluster.wait_until(copied.exists, cut)
@@ -238,6 +242,32 @@ def test_a_requeued_job_goes_on_as_it_was_started_and_says_what_has_changed_sinc
     assert not (disturbed.runs / "next").exists()
     script = disturbed.checkout / "runs" / "slurm" / disturbed.cut.record["JobId"] / "code" / "job_script.sh"
     assert script.read_text() == (ROOT / "slurm" / "smoke_cpu.sh").read_text()
+
+
+def test_a_job_says_at_its_first_start_what_was_edited_after_its_submission(disturbed):
+    log = disturbed.whole.log
+    (line,) = [line for line in log.splitlines() if line.startswith("slurm: first start:")]
+    assert f"code, {disturbed.commits[0]}, and its configuration" in line
+    assert "edited after" not in log, log
+    (line,) = [line for line in disturbed.second.log.splitlines() if "edited after" in line]
+    assert re.fullmatch(
+        r"slurm: edited after the job was submitted \(\S+\), and followed: configs/edited.yaml", line
+    )
+
+
+def test_the_convert_job_makes_a_hugging_face_folder_of_a_jobs_checkpoint(
+    cluster, disturbed, inputs, tmp_path
+):
+    out = tmp_path / "trained"
+    checkpoint = disturbed.runs / "whole" / "checkpoints" / f"step_{STEPS}"
+    job = cluster.submit(
+        "convert", "megatron-to-hf", "--in", str(checkpoint), "--out", str(out), options=SMALL
+    )
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)[-3000:]
+    trained, before = (load_file(folder / "model.safetensors") for folder in (out, inputs.parent / "model"))
+    assert {name: w.shape for name, w in trained.items()} == {name: w.shape for name, w in before.items()}
+    assert any((trained[name] != weight).any() for name, weight in before.items()), "it was trained"
+    assert (out / "agent.json").is_file()
 
 
 def test_a_second_job_in_a_runs_folder_is_refused_with_the_number_of_the_first(disturbed):
