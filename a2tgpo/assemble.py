@@ -31,6 +31,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
+from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.run_date import run_date
@@ -172,6 +173,7 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
 
 def build_engine(config: RunConfig, replicas: Replicas) -> VllmEngine:
     """The engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
+    config = settle_engine_share(config)
     return VllmEngine(
         config.model.path,
         config=config.rollout,

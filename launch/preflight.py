@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from a2tgpo.parallel.groups import ParallelGroups
     from a2tgpo.plan.host_memory import HostMemory
+    from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
 """That rank 0 says in a meeting: where to look, and whether to go on."""
@@ -62,11 +63,13 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
     meeting = Meeting(store, rank=rank, world_size=world_size, patience_s=config.parallel.start_timeout_s)
     needs = needs or training_needs(config)
     found = meeting.exchange(config, paths, needs)
-    check_plan(config, world_size, needs)
+    plan = check_plan(config, world_size, needs)
     seconds = time.monotonic() - begin
     groups, seconds_joining = join(config, store, rank=rank, world_size=world_size)
     if rank == 0 and world_size > 1:
         say(_summary(found, seconds + seconds_joining))
+    if rank == 0 and plan is not None and needs.has_engine:
+        _tell_engine(plan)
     return groups
 
 
@@ -272,17 +275,19 @@ def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
     return plan.host_by_rank
 
 
-def check_plan(config: RunConfig, world_size: int, needs: Needs) -> None:
-    """Raise `ConfigError` if the plan of `config` does not fit the cards that are seen; all ranks call this.
+def check_plan(config: RunConfig, world_size: int, needs: Needs) -> Plan | None:
+    """The plan of `config` on the cards that are seen; None without a card. All ranks call this.
 
-    Of a program without an engine only the update is looked at.
+    Of a program without an engine only the update is checked. Without a card only the layout is checked, when the
+    ranks are laid out.
 
-    Without a card only the layout is checked, when the ranks are laid out.
+    Raises:
+        ConfigError: the plan does not fit.
     """
     import torch
 
     if not torch.cuda.is_available():
-        return
+        return None
     plan, _, card = plan_of_run(config, num_gpus=world_size)
     if needs.has_engine and not plan.holds_a_sequence:
         key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
@@ -298,6 +303,19 @@ def check_plan(config: RunConfig, world_size: int, needs: Needs) -> None:
             f"{worst.name} takes "
             f"{worst.peak / 2**30:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
         )
+    return plan
+
+
+def _tell_engine(plan: Plan) -> None:
+    from a2tgpo.plan.advice import cache_shortage
+    from a2tgpo.plan.report import share_text
+
+    say(
+        f"each engine takes {share_text(plan)}, for {plan.geometry.full_sequences} sequences of full length or "
+        f"{plan.geometry.concurrent} of the mean at once"
+    )
+    if shortage := cache_shortage(plan):
+        say(f"warning: {shortage}")
 
 
 def _summary(found: list[RankFacts], seconds: float) -> str:

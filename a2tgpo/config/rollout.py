@@ -136,10 +136,11 @@ class RolloutConfig:
     max_concurrent: int = 256
     """Trajectories decoded at once by one engine."""
     kv_cache_gib: float = 0.0
-    """Memory for the KV cache on each rank of the engine, GiB; 0: what `gpu_memory_fraction` leaves, as vLLM measures
-    it at the start (GPU only). `tools/plan.py` prints the value that fixes it."""
-    gpu_memory_fraction: float = 0.6
-    """Share of the GPU that must be free when the engine starts; where `kv_cache_gib` is 0, the engine's share."""
+    """Memory for the KV cache on each rank of the engine, GiB; 0, on a GPU only: chosen with `gpu_memory_fraction`,
+    or what a fraction that is set leaves, as vLLM measures it at the start."""
+    gpu_memory_fraction: float = 0.0
+    """The engine's share of the GPU, which must be free when the engine starts; 0: chosen by the plan, so that a
+    tenth of the card is left over in the rollout. `tools/plan.py` and a dry run print what is chosen."""
     block_size: int = 0
     """Tokens in one KV block; 0: 32 on CPU, 16 on GPU."""
     enforce_eager: bool = False
@@ -209,10 +210,10 @@ class RolloutConfig:
         )
         require(self.kv_cache_gib >= 0, "rollout.kv_cache_gib", self.kv_cache_gib, ">= 0")
         require(
-            0 < self.gpu_memory_fraction <= 0.95,
+            0 <= self.gpu_memory_fraction <= 0.95,
             "rollout.gpu_memory_fraction",
             self.gpu_memory_fraction,
-            "in (0, 0.95]",
+            "in (0, 0.95], or 0: chosen by the plan",
         )
 
     def check_training(self) -> None:

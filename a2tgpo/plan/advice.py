@@ -10,6 +10,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.rollout_time import rollout_time_with_room
 
 
 def faults(plan: Plan) -> list[str]:
@@ -35,6 +36,20 @@ def faults(plan: Plan) -> list[str]:
     return lines
 
 
+def cache_shortage(plan: Plan) -> str:
+    """What a cache costs that does not hold the trajectories in flight, and what mends it; empty if it holds them."""
+    geometry = plan.geometry
+    if geometry.concurrent == geometry.in_flight:
+        return ""
+    lost = plan.rollout.seconds / rollout_time_with_room(plan).seconds - 1
+    more = "raise rollout.tensor_parallel" if plan.share_is_chosen else "raise the engine's share of the card"
+    return (
+        f"rollout: {geometry.in_flight} sequences in flight, cache for {geometry.concurrent} of mean length: about "
+        f"{geometry.displaced:,.0f} preemptions an engine and step, {lost:.0%} more rollout time; {more} or lower "
+        f"rollout.max_concurrent"
+    )
+
+
 def host_needs(memory: HostMemory) -> str:
     """How much host memory ranks take, and for what."""
     return (
@@ -54,7 +69,7 @@ def host_change(config: RunConfig) -> str:
 def _change(plan: Plan, phase_name: str) -> str:
     """The first change that mends everything, or else this phase."""
     mends_phase = None
-    for settings, config in _changes(plan.config, has_experts=bool(plan.dimensions.experts)):
+    for settings, config in _changes(plan.given_config, has_experts=bool(plan.dimensions.experts)):
         try:
             changed = make_plan(
                 config,
@@ -86,8 +101,10 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    below = [share / 20 for share in range(19, 1, -1) if share / 20 < rollout.gpu_memory_fraction]
-    above = [share / 20 for share in range(2, 20) if share / 20 > rollout.gpu_memory_fraction]
+    # A share that the plan has chosen is the best one already.
+    candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
+    below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
+    above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]
     for fraction in below + above:
         changed = dataclasses.replace(rollout, gpu_memory_fraction=fraction)
         yield f"rollout.gpu_memory_fraction={fraction:g}", dataclasses.replace(config, rollout=changed)

@@ -9,7 +9,7 @@ from itertools import product
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
-from a2tgpo.plan.engine import cache_gib_of_share, engine_fault
+from a2tgpo.plan.engine import engine_fault
 from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.plan import Plan, make_plan
 from a2tgpo.plan.precision import precision_fault
@@ -20,7 +20,6 @@ TENSOR_SIZES = (1, 2, 4, 8)
 """Tensor-parallel groups stay inside a node."""
 EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_SIZES = (1, 2, 4)
-ENGINE_FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
 """Share of the card left over in every phase: the plan is arithmetic, not a measurement."""
@@ -37,9 +36,9 @@ def suggest(
 ) -> list[Plan]:
     """Plans with LEAST_HEADROOM in every phase, by predicted step time; the best of each pair of trainer and engine.
 
-    What varies: parallel.* but for parallel.context, model.recompute, rollout.tensor_parallel,
-    rollout.gpu_memory_fraction with the cache that it leaves, and update.max_microbatch_tokens. Stages get even
-    shares of the layers. The rest is `config`'s.
+    What varies: parallel.* but for parallel.context, model.recompute, rollout.tensor_parallel and
+    update.max_microbatch_tokens. The engine's share and its cache are chosen for each layout. Stages get even shares
+    of the layers. The rest is `config`'s.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):
@@ -60,7 +59,7 @@ def suggest(
 
 def overrides(plan: Plan) -> list[str]:
     """What to append to a command line for the layout of `plan`."""
-    config = plan.config
+    config = plan.given_config
     return [
         f"parallel.tensor={config.parallel.tensor}",
         f"parallel.pipeline={config.parallel.pipeline}",
@@ -103,17 +102,15 @@ def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: 
         )
         if layout_fault(dimensions, parallel, gpus):
             continue
-        rollout = dataclasses.replace(config.rollout, tensor_parallel=engine, kv_cache_gib=0.0)
+        rollout = dataclasses.replace(
+            config.rollout, tensor_parallel=engine, gpu_memory_fraction=0.0, kv_cache_gib=0.0
+        )
         laid_out = dataclasses.replace(config, parallel=parallel, rollout=rollout)
         if engine_fault(laid_out, dimensions, gpus) or precision_fault(laid_out, dimensions, gpu):
             continue
-        for recompute, fraction, tokens in product(("none", "full"), ENGINE_FRACTIONS, MICROBATCH_TOKENS):
-            candidate = dataclasses.replace(
+        for recompute, tokens in product(("none", "full"), MICROBATCH_TOKENS):
+            yield dataclasses.replace(
                 laid_out,
                 model=dataclasses.replace(config.model, recompute=recompute),
-                rollout=dataclasses.replace(rollout, gpu_memory_fraction=fraction),
                 update=dataclasses.replace(config.update, max_microbatch_tokens=tokens),
             )
-            if cache_gib := cache_gib_of_share(candidate, dimensions, gpu):
-                fixed = dataclasses.replace(candidate.rollout, kv_cache_gib=cache_gib)
-                yield dataclasses.replace(candidate, rollout=fixed)

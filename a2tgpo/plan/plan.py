@@ -9,6 +9,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory
+from a2tgpo.plan.engine_share import with_engine_share
 from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import GIB, Gpu
 from a2tgpo.plan.host_memory import HostMemory, fullest_node, host_memory_by_rank
@@ -25,6 +26,8 @@ from a2tgpo.plan.workload import Workload, geometry
 class Plan(PlanInputs):
     """What is predicted, beside what from."""
 
+    given_config: RunConfig
+    """As it was given; in `config` the engine's share of the card and its cache are numbers."""
     phases: list[Phase]
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
@@ -32,6 +35,11 @@ class Plan(PlanInputs):
     """One pass; `score_passes` tells how many there are."""
     update: PassTime
     refit_s: float
+
+    @property
+    def share_is_chosen(self) -> bool:
+        """By the plan, since the configuration leaves `rollout.gpu_memory_fraction` open."""
+        return not self.given_config.rollout.gpu_memory_fraction
 
     @property
     def stage_seconds(self) -> dict[str, float]:
@@ -57,6 +65,11 @@ class Plan(PlanInputs):
     @property
     def step_seconds(self) -> float:
         return sum(self.stage_seconds.values())
+
+    @property
+    def run_seconds(self) -> float:
+        """Of `run.steps`, without evaluations, checkpoints and starts."""
+        return self.config.run.steps * self.step_seconds
 
     @property
     def token_flops(self) -> float:
@@ -121,6 +134,8 @@ def make_plan(
     if fault is not None:
         raise ConfigError(fault)
     assumed = assumed or Assumptions()
+    given_config = config
+    config = with_engine_share(config, dimensions, gpu, gpus=gpus, assumed=assumed)
     workload = (workload or Workload()).limited(config)
     cache = engine_memory(config, dimensions, gpu).kv_cache
     divided = geometry(config, dimensions, workload, gpus=gpus, kv_cache_bytes=cache)
@@ -135,6 +150,7 @@ def make_plan(
     )
     return Plan(
         **vars(given),
+        given_config=given_config,
         phases=memory_phases(config, dimensions, gpu, divided, assumed),
         host_by_rank=host_memory_by_rank(config, dimensions, data_parallel=divided.data_parallel),
         rollout=rollout_time(given),

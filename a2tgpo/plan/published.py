@@ -95,6 +95,7 @@ def _config(
             max_response_tokens=max_response,
             max_turn_tokens=max_response,
             tensor_parallel=engine_tensor,
+            gpu_memory_fraction=0.6,
         ),
         update=UpdateConfig(
             prompts_per_minibatch=prompts_per_minibatch, max_microbatch_tokens=microbatch_tokens
@@ -118,7 +119,10 @@ def _search_turns(mean_tokens: float) -> Workload:
     return Workload(prompt_tokens=mean_tokens / 4, response_tokens=mean_tokens * 3 / 4)
 
 
-_NEMO_FILLED_IN = "prompts of 150 tokens, micro-batches of 16,384, one trajectory reaches the limit"
+_NEMO_FILLED_IN = (
+    "prompts of 150 tokens, micro-batches of 16,384, one trajectory reaches the limit, engines with 60 % of each of "
+    "their cards"
+)
 _NEMO_RECOMPUTED = f"{_NEMO_FILLED_IN}, full recomputation"
 _SKYRL_FILLED_IN = (
     "5 rollouts a prompt, full recomputation, policy and reference scored; micro-batches as full as ours"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a2tgpo.plan.activations import EXPERT_CROWDING
-from a2tgpo.plan.advice import faults
+from a2tgpo.plan.advice import cache_shortage, faults
 from a2tgpo.plan.engine import cache_gib_of_share
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.layouts import overrides
@@ -18,6 +18,7 @@ from a2tgpo.plan.rollout_time import refit_bytes
 from a2tgpo.plan.train_time import PassTime, update_volume
 
 SUGGESTIONS_SHOWN = 12
+HOUR_S, DAY_S = 3600, 86400
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -41,6 +42,7 @@ def plan_text(plan: Plan, *, source: str) -> str:
         _verdict(plan),
         _geometry_table(plan),
         _time_table(plan),
+        _run_line(plan),
         _volume_table(plan),
         _assumption_lines(plan),
     ]
@@ -70,10 +72,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "capacity": round(plan.gpu.host_memory_gib * GIB),
         },
         "faults": faults(plan),
-        "geometry": dataclasses.asdict(plan.geometry),
+        "geometry": {**dataclasses.asdict(plan.geometry), "displaced": round(plan.geometry.displaced, 1)},
         "operations": {"token_forward": plan.token_flops, **plan.stage_flops},
         "seconds": {name: round(value, 2) for name, value in plan.stage_seconds.items()},
         "step_seconds": round(plan.step_seconds, 2),
+        "run_seconds": round(plan.run_seconds),
         "update_mfu_share": round(plan.update_mfu, 4),
         "searches": dataclasses.asdict(plan.searches),
         "workload": dataclasses.asdict(plan.workload),
@@ -152,7 +155,7 @@ def _heading(plan: Plan, source: str) -> str:
         f"sequence parallel {'on' if parallel.sequence else 'off'}, recompute {config.model.recompute}, "
         f"{config.model.dtype}{_fp8_text(plan)}",
         f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}"
-        f"{_quantization_text(plan)}",
+        f"{_quantization_text(plan)}, {share_text(plan)}",
         f"a rank     {', '.join(_parameters_by_stage_text(plan))}",
     ]
     return "\n".join(lines)
@@ -171,6 +174,14 @@ def _fp8_text(plan: Plan) -> str:
 def _quantization_text(plan: Plan) -> str:
     quantization = plan.config.rollout.quantization
     return "" if quantization == "none" else f", weights quantised ({quantization})"
+
+
+def share_text(plan: Plan) -> str:
+    """What an engine takes of each of its cards."""
+    rollout = plan.config.rollout
+    share = f"{rollout.gpu_memory_fraction:.1%} of a card"
+    cache = f" with {rollout.kv_cache_gib:g} GiB of KV cache" if rollout.kv_cache_gib else ""
+    return f"{share}{cache}{', chosen by this plan' if plan.share_is_chosen else ''}"
 
 
 def _parameters_by_stage(plan: Plan) -> list[int]:
@@ -220,9 +231,10 @@ def _host_table(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    if plan.fits:
-        return "fits in every phase"
-    return "\n".join(f"DOES NOT FIT: {fault}" for fault in faults(plan))
+    lines = [f"DOES NOT FIT: {fault}" for fault in faults(plan)] or ["fits in every phase"]
+    if shortage := cache_shortage(plan):
+        lines.append(f"SLOWER: {shortage}")
+    return "\n".join(lines)
 
 
 def _geometry_table(plan: Plan) -> str:
@@ -282,6 +294,17 @@ def _time_table(plan: Plan) -> str:
     width = max(len(row[0]) for row in rows)
     return "predicted time of a step\n" + "\n".join(
         f"{name.ljust(width)}  {seconds:>8}  {share:>4}  {detail}" for name, seconds, share, detail in rows
+    )
+
+
+def _run_line(plan: Plan) -> str:
+    """How long the run takes, and what a given time buys."""
+    steps, seconds = plan.config.run.steps, plan.run_seconds
+    time = f"{seconds / HOUR_S:.1f} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"
+    a_day, a_week = DAY_S / plan.step_seconds, 7 * DAY_S / plan.step_seconds
+    return (
+        f"run.steps={steps} take {time}; a day is enough for {a_day:,.0f} steps, a week for {a_week:,.0f}; without "
+        "evaluations, checkpoints and starts"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from a2tgpo.plan.dimensions import ModelDimensions
@@ -23,10 +24,12 @@ class RolloutTime:
     """The longest trajectories, after those of mean length are done, their tool calls included."""
     gain: float
     """Scoring the gold answer after every turn, on the cached prefix."""
+    recompute: float
+    """Contexts that are computed again, since the cache does not hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:
-        return self.prefill + self.decode + self.tail + self.gain
+        return self.prefill + self.decode + self.tail + self.gain + self.recompute
 
 
 def rollout_time(given: PlanInputs) -> RolloutTime:
@@ -59,12 +62,31 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     # An observation's share grows with the trajectory, and so do tool calls.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
+    # A trajectory without room loses its cache in each turn: by preemption, or to others while its tool answers.
+    recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,
         decode=steps * step_seconds(min(geometry.concurrent, trajectories), context),
         tail=tail_steps * step_seconds(few, workload.prompt_tokens + workload.response_tokens * stretch / 2)
         + workload.turns * stretch * workload.tool_seconds,
         gain=scored * forward / peak,
+        recompute=recomputed * forward / peak,
+    )
+
+
+def rollout_time_with_room(given: PlanInputs) -> RolloutTime:
+    """The same with a cache for all trajectories in flight."""
+    roomy = dataclasses.replace(given.geometry, concurrent=given.geometry.in_flight)
+    return rollout_time(
+        PlanInputs(
+            config=given.config,
+            dimensions=given.dimensions,
+            gpu=given.gpu,
+            gpus=given.gpus,
+            workload=given.workload,
+            assumed=given.assumed,
+            geometry=roomy,
+        )
     )
 
 

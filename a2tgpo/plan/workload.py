@@ -73,12 +73,23 @@ class Geometry:
     """Of these, what one context-parallel rank runs."""
     longest_sampled: float
     """Sampled tokens of the step's longest trajectory; of them those of one step, where partial rollouts carry on."""
+    in_flight: int
+    """Trajectories that one engine begins at once, if there is room for what they begin with."""
     concurrent: int
-    """Trajectories of mean length that one engine decodes at once."""
+    """Of these, trajectories of mean length that its cache holds to their end: decoded at once."""
     kv_tokens: int
     """Tokens that one engine's cache holds."""
     full_sequences: int
     """Sequences of full length that it holds."""
+
+    @property
+    def displaced(self) -> float:
+        """Trajectories of an engine and step that find no room to grow: each is preempted once.
+
+        vLLM preempts as many where a half or more of those in flight have room, and up to twice as many where fewer
+        do (docs/performance.md).
+        """
+        return self.trajectories_per_engine * (1 - self.concurrent / self.in_flight)
 
 
 def geometry(
@@ -99,7 +110,7 @@ def geometry(
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
-    concurrent = min(config.rollout.max_concurrent, math.ceil(per_engine), int(kv_tokens / workload.tokens))
+    in_flight = min(config.rollout.max_concurrent, math.ceil(per_engine))
     most_sampled: float = min(
         config.rollout.max_response_tokens,
         config.rollout.max_turn_tokens * (config.rollout.max_turns + 1),
@@ -119,7 +130,8 @@ def geometry(
         microbatch_tokens=tokens_per_replica / microbatches,
         rank_tokens=tokens_per_replica / microbatches / config.parallel.context,
         longest_sampled=min(most_sampled, workload.longest_to_mean * workload.sampled_tokens),
-        concurrent=max(1, concurrent),
+        in_flight=in_flight,
+        concurrent=max(1, min(in_flight, int(kv_tokens / workload.tokens))),
         kv_tokens=kv_tokens,
         full_sequences=kv_tokens // config.max_model_len,
     )

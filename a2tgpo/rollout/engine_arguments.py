@@ -58,6 +58,9 @@ def engine_arguments(
     if config.quantization != "none":
         arguments["quantization"] = quantization_name(config, dtype, hf_config)
     if ON_GPU:
+        assert config.gpu_memory_fraction, (
+            "whoever builds an engine on a GPU settles its share (engine_share.py)"
+        )
         arguments |= dict(
             enable_sleep_mode=True,
             enforce_eager=config.enforce_eager,

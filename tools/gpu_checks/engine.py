@@ -71,7 +71,7 @@ def check_engine_memory(bench: Bench) -> None:
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
 
-    config = RolloutConfig(kv_cache_gib=CACHE_GIB, enforce_eager=True)
+    config = RolloutConfig(kv_cache_gib=CACHE_GIB, enforce_eager=True, gpu_memory_fraction=0.5)
     engine = VllmEngine(path, config=config, model_dtype="bfloat16", max_model_len=1024, seed=0)
     seen = {"awake": used()}
     engine.sleep()

@@ -68,8 +68,8 @@ def test_an_engine_on_a_gpu_takes_the_memory_that_no_optimizer_needs(monkeypatch
 
 def test_fewer_ranks_without_a_gpu_hold_the_cache_that_more_held_together(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    of_eight = load_config("configs/train_70b.yaml").rollout.kv_cache_gib
-    assert laid_out("train_70b", QWEN_72B, 2).rollout.kv_cache_gib == 4 * of_eight
+    config = load_config("configs/train_70b.yaml", [*UNDIVIDED, "rollout.kv_cache_gib=2.5"])
+    assert inference_config(config, QWEN_72B, world_size=2).rollout.kv_cache_gib == 4 * 2.5
 
 
 def test_everything_else_is_the_runs():

@@ -86,7 +86,7 @@ def test_the_text_says_what_was_replaced_by_what_and_from_which_file(write):
 
 
 def test_a_plan_with_measurements_moves_as_they_say(write):
-    config = load_config("configs/train_8b.yaml")
+    config = load_config("configs/train_8b.yaml", ["rollout.gpu_memory_fraction=0.6"])
 
     def plan(**values):
         found = calibrate(write(values), H100, fp8_recipe="blockwise")

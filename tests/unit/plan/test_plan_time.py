@@ -13,6 +13,7 @@ from a2tgpo.config.check import ConfigError
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.load import load_config
 from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.plan.advice import cache_shortage
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.flops import forward_flops
@@ -20,6 +21,7 @@ from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import LEAST_HEADROOM, overrides, suggest
 from a2tgpo.plan.plan import make_plan
 from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PUBLISHED
+from a2tgpo.plan.report import plan_text
 from a2tgpo.plan.search_rate import CORE_FLOPS, flat_queries_per_s
 from a2tgpo.plan.train_time import update_volume
 from a2tgpo.plan.workload import Workload
@@ -193,7 +195,7 @@ def test_suggestions_fit_are_sorted_and_can_be_pasted():
         assert plan.fits
         assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
     pasted = load_config(ROOT / "configs/train_8b.yaml", overrides(plans[0]))
-    assert pasted == plans[0].config
+    assert pasted == plans[0].given_config
 
 
 def test_no_layout_is_suggested_where_none_fits(config_70b):
@@ -294,3 +296,61 @@ def test_searches_a_second_by_hand(config_70b):
     # 2 x 21 million x 768 operations a query, and 2 x 85 million x 16 in the encoder, on 16 cores.
     found = flat_queries_per_s(passages=21_000_000, dim=768, cores=16)
     assert found == pytest.approx(16 * CORE_FLOPS / (32.256e9 + 2.72e9))
+
+
+def _in_a_cache(gib, *overrides):
+    config = load_config(ROOT / "configs/train_8b.yaml", [f"rollout.kv_cache_gib={gib}", *overrides])
+    return make_plan(config, QWEN_8B, H100, gpus=8)
+
+
+def test_preemptions_and_what_they_cost_by_hand():
+    plan = _in_a_cache(14.0)
+    # 2 x 36 layers x 4 heads x 128 x 2 bytes a token and rank: 203,890 tokens, 101 trajectories of 2,000
+    assert (plan.geometry.in_flight, plan.geometry.concurrent) == (256, 101)
+    assert plan.geometry.displaced == pytest.approx(256 - 101)
+    flops = forward_flops(QWEN_8B, context=1000)
+    # 4 turns, each from a context of 300 + 1,700 / 2 on average; 2 ranks an engine at 40 % of 989 TFLOP/s
+    seconds = 155 * 4 * 1150 * flops.total / (2 * 0.4 * 989e12)
+    assert plan.rollout.recompute == pytest.approx(seconds)
+    lost = plan.rollout.seconds / _in_a_cache(60.0).rollout.seconds - 1
+    assert cache_shortage(plan) == (
+        f"rollout: 256 sequences in flight, cache for 101 of mean length: about 155 preemptions an engine and step, "
+        f"{lost:.0%} more rollout time; raise rollout.tensor_parallel or lower rollout.max_concurrent"
+    )
+    assert f"SLOWER: {cache_shortage(plan)}" in plan_text(plan, source="built in")
+    explicit = _in_a_cache(0.0, "rollout.gpu_memory_fraction=0.3")
+    assert "raise the engine's share of the card or lower" in cache_shortage(explicit)
+
+
+def test_nothing_is_preempted_where_all_in_flight_fit():
+    plan = _in_a_cache(36.0)  # 262 trajectories of 2,000
+    assert plan.geometry.concurrent == plan.geometry.in_flight == 256
+    assert plan.geometry.displaced == plan.rollout.recompute == 0 and cache_shortage(plan) == ""
+    assert "SLOWER" not in plan_text(plan, source="built in")
+
+
+@given(gib=st.lists(st.floats(1.5, 60), min_size=2, max_size=2), flight=st.integers(8, 512))
+def test_a_larger_cache_never_preempts_more_nor_plays_longer(gib, flight):
+    small, large = (_in_a_cache(size, f"rollout.max_concurrent={flight}") for size in sorted(gib))
+    assert small.geometry.displaced >= large.geometry.displaced
+    assert small.rollout.recompute >= large.rollout.recompute
+    assert small.rollout.seconds >= large.rollout.seconds * (1 - 1e-9)
+
+
+@given(flights=st.lists(st.integers(8, 512), min_size=2, max_size=2))
+def test_more_in_flight_in_the_same_cache_never_preempts_less(flights):
+    few, many = (_in_a_cache(10.0, f"rollout.max_concurrent={flight}") for flight in sorted(flights))
+    assert few.geometry.displaced <= many.geometry.displaced
+
+
+def test_the_plan_says_how_long_the_run_takes_and_what_a_day_is_enough_for():
+    plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
+    day = round(86400 / plan.step_seconds)
+    text = plan_text(plan, source="built in")
+    assert (
+        f"run.steps=240 take {240 * plan.step_seconds / 3600:.1f} hours; a day is enough for {day:,} steps"
+        in text
+    )
+    long = load_config(ROOT / "configs/train_8b.yaml", ["run.steps=15000"])
+    text = plan_text(make_plan(long, QWEN_8B, H100, gpus=8), source="built in")
+    assert f"run.steps=15000 take {15000 * plan.step_seconds / 86400:.1f} days;" in text

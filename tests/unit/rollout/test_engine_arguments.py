@@ -20,7 +20,7 @@ def test_a_step_on_a_gpu_takes_more_than_vllm_takes_when_nothing_is_said(
     arguments = engine_arguments.engine_arguments(
         str(tmp_path),
         SimpleNamespace(),
-        RolloutConfig(max_concurrent=concurrent),
+        RolloutConfig(max_concurrent=concurrent, gpu_memory_fraction=0.6),
         dtype="bfloat16",
         max_model_len=4096,
         seed=0,
@@ -40,7 +40,7 @@ def test_the_key_and_not_vllms_default_decides_on_asynchronous_scheduling(
     arguments = engine_arguments.engine_arguments(
         str(tmp_path),
         SimpleNamespace(),
-        RolloutConfig(async_scheduling=asynchronous),
+        RolloutConfig(async_scheduling=asynchronous, gpu_memory_fraction=0.6),
         dtype="bfloat16",
         max_model_len=4096,
         seed=0,

@@ -1,0 +1,32 @@
+"""What the engine takes of the cards of this run, where its configuration leaves that open: the same on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.plan.dimensions import model_dimensions
+from a2tgpo.plan.engine_share import with_engine_share
+from a2tgpo.plan.hardware import GIB, GPUS
+
+
+def settle_engine_share(config: RunConfig) -> RunConfig:
+    """`config` with the share and the cache that the plan chooses for the smallest card; every rank must call this.
+
+    Unchanged without a GPU, and where `rollout.gpu_memory_fraction` is set.
+
+    Raises:
+        ConfigError: one line; a model that no plan can be made for.
+    """
+    if config.rollout.gpu_memory_fraction or not torch.cuda.is_available():
+        return config
+    sizes, world = [torch.cuda.get_device_properties(0).total_memory], dist.group.WORLD
+    if dist.is_initialized() and world is not None:
+        sizes = all_gather_object(sizes[0], world)
+    gpu = dataclasses.replace(GPUS[config.cluster.gpu], memory_gib=min(sizes) / GIB)
+    dimensions, _ = model_dimensions(config.model.path)
+    return with_engine_share(config, dimensions, gpu, gpus=len(sizes))
