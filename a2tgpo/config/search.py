@@ -17,7 +17,7 @@ class SearchConfig:
     url: Expanded = ""
     """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
     url_file: Expanded = ""
-    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it; `url` is then ignored. It is
+    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it, in place of `url`. It is
     read again when the server does not answer, so that the server may move."""
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
@@ -77,6 +77,12 @@ class SearchConfig:
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:
+            require(
+                not (self.url and self.url_file),
+                "search.url",
+                self.url,
+                f"empty with search.url_file ({self.url_file}); set search.url_file= to use the address",
+            )
             require(
                 bool(self.url_file) or self.url.startswith(("http://", "https://")),
                 "search.url",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import a2tgpo.parallel  # noqa: F401  Megatron is adapted to the machine before the plan imports it
+from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.dimensions import KNOWN_MODELS
@@ -50,3 +51,21 @@ def test_a_documented_training_job_fits_its_nodes_by_the_plan(job):
 
 def test_the_page_has_jobs_on_other_numbers_of_nodes_than_the_scripts():
     assert len(JOBS) >= 4 and any("--nodes" in job for job in JOBS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cluster_preset_reads_the_address_where_the_retrieval_job_writes_it(name):
+    search = load_config(ROOT / f"configs/{name}.yaml").search
+    written = re.search(r"--url-file (\S+)", (ROOT / "slurm/retrieval.sh").read_text().split("set -euo")[1])[
+        1
+    ]
+    assert (search.backend, search.url_file, search.url) == ("http", written, "")
+
+
+def test_an_address_beside_a_file_that_holds_one_is_refused_and_replaces_it_where_the_file_is_left_out():
+    address = "search.url=http://127.0.0.1:8000/retrieve"
+    with pytest.raises(
+        ConfigError, match=r"search.url is 'http.*; allowed: empty with search.url_file \(runs/"
+    ):
+        load_config(ROOT / "configs/train_8b.yaml", [address])
+    assert load_config(ROOT / "configs/train_8b.yaml", [address, "search.url_file="]).search.url_file == ""
