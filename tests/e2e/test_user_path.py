@@ -6,8 +6,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,8 +157,23 @@ def test_the_trained_agent_searched_the_server(path, trained):
     assert httpx.get(path.clone.address.replace("/retrieve", "/health")).json()["status"] == "ok"
 
 
+def kill_half_way(clone: Clone, command: list[str], log: Path) -> Path:
+    """Kill an evaluation once a few of its answers are in `log`; another name of that file, which outlives it."""
+    process = subprocess.Popen(
+        command, cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    kept = log.parents[1] / "kept.jsonl"
+    kept.hardlink_to(log)
+    assert 5 <= kept.read_bytes().count(b"\n") < 21
+    return kept
+
+
 def test_a_checkpoint_scores_the_same_cut_into_2_x_2_ranks_on_two_and_whole_on_one(path, work, trained):
-    """README's command evaluates the run's own on one process; its export, cut by four, is read by two here."""
+    """README's command evaluates the run's own on one process; its export, cut by four, is read by two."""
     cut = work / "cut.yaml"
     cut.write_text(
         f"base: {trained}/config.yaml\nparallel: {{tensor: 2, pipeline: 2}}\nrollout: {{tensor_parallel: 2}}\n"
@@ -165,12 +182,15 @@ def test_a_checkpoint_scores_the_same_cut_into_2_x_2_ranks_on_two_and_whole_on_o
     convert = ["hf-to-megatron", "--in", "artifacts/models/trained", "--out", "cut"]
     layout = ["parallel.tensor=2", "parallel.pipeline=2"]
     path.clone([*start, "4", "--script", "tools/convert.py", "cut.yaml", *convert, *layout])
-    path.clone(
-        [
-            *(*start, "2", "--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut"),
-            *("--limit", "21", "--sets", "worldqa=artifacts/worldqa/test.jsonl", "--out", "cut/report"),
-        ]
-    )
+    evaluate = [
+        *(*start, "2", "--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut", "--limit", "21"),
+        *("--sets", "worldqa=artifacts/worldqa/test.jsonl", "--out", "cut/report"),
+        "rollout.max_concurrent=2",  # so that answers come one after the other
+    ]
+    kept = kill_half_way(path.clone, evaluate, work / "cut" / "report.partial" / "replica_0.jsonl")
+    path.clone(evaluate)
+    asked = [json.loads(line)["question_id"] for line in kept.read_text().splitlines() if line.endswith("}")]
+    assert sorted(asked) == sorted(set(asked)) and len(asked) == 21, "a question was asked twice, or never"
     reports = trained / "evaluation"
     whole = json.loads((reports / "step_2" / "report.json").read_text())
     other = json.loads((work / "cut" / "report" / "report.json").read_text())
