@@ -172,6 +172,7 @@ test-py312: setup-py312
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib $$(git ls-files 2>/dev/null || echo a2tgpo docs launch slurm tests tools README.md)
 	$(PY) -m mypy
 
 # The configuration reference is written from the dataclasses; the site goes to site/.

