@@ -99,11 +99,12 @@ class Run:
         name: str = "r",
         keep: int = 1,
         keep_every: int = 0,
+        keep_rollouts_gb: float = 0.0,
         partial: PartialConfig = PartialConfig(),  # noqa: B008 (frozen)
         **rollout: Any,
     ):
         self.config = RunConfig(
-            run=RunSettings(name=name, root=str(root)),
+            run=RunSettings(name=name, root=str(root), keep_rollouts_gb=keep_rollouts_gb),
             model=ModelConfig(path="unused"),
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),

@@ -21,6 +21,7 @@ from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.model.build import build_policy
+from a2tgpo.record.rollout_files import part_path, recorded_steps
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 from a2tgpo.update import checkpoint, checkpoint_writer
@@ -33,6 +34,16 @@ def test_every_mth_checkpoint_stays_besides_the_newest(world, tmp_path):
     for step in range(1, 11):
         run.save(step)
     assert run.steps == [4, 8, 9, 10]
+
+
+def test_a_complete_checkpoint_removes_the_oldest_recorded_rollouts_that_it_covers(world, tmp_path):
+    run = Run(world, tmp_path, keep_rollouts_gb=1e-6)
+    for step in (1, 2, 3):
+        part = part_path(run.folder.path, step, replica=0, num_replicas=1)
+        part.parent.mkdir(parents=True)
+        part.write_bytes(bytes(600))
+    run.save(2)
+    assert list(recorded_steps(run.folder.path)) == [2, 3]
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Queries a second of a retrieval server over a dense Flat index, by its number of threads.
 
-    python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--clients 32] [--json FILE]
+    python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--rounds 3] [--clients 32]
+        [--json FILE]
 
 Vectors and the encoder's weights are random, which costs what real ones cost: the encoder has the shape of
 e5-base-v2 (12 layers of 768) unless --layers says otherwise, and the tokenizer of all-MiniLM-L6-v2, which is
 the same. The server runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. Beside queries a second
-of the wall clock the table has those of a second that one core worked, which other load on the machine does not
-change much.
+of the wall clock the table has those of a second that one core worked, and how many cores other programs kept busy
+meanwhile: believe the ratios of a run in which that is near 0. Rounds alternate the numbers of threads; the last
+lines are medians over them, with the ratio to the first number of threads.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +83,14 @@ def cpu_seconds(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_seconds() -> float:
+    """CPU seconds of all programs of this machine, since it has been started."""
+    user, nice, system, _, _, *interrupts = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+    )
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "tools/retrieval_server.py", "--corpus", str(corpus), "--index", str(index)]
     command += ["--port", "0", "--threads", str(threads)]
@@ -89,9 +101,10 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
         url = server.stdout.readline().split()[-1]
         config = SearchConfig(backend="http", url=url, timeout_s=600.0)
         measure_burst(config, QUERIES, clients=clients, seconds=1.0)  # pages of the index come into memory
-        before = cpu_seconds(server.pid)
+        before, own, busy = cpu_seconds(server.pid), time.process_time(), busy_seconds()
         burst = measure_burst(config, QUERIES, clients=clients, seconds=seconds)
         used = cpu_seconds(server.pid) - before
+        others = busy_seconds() - busy - used - (time.process_time() - own)
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -100,8 +113,25 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
         "queries_per_s": burst.per_second,
         "cores_busy": used / burst.seconds,
         "queries_per_core_s": burst.answered / used,
+        "others_busy": max(0.0, others / burst.seconds),
         "failed": burst.failed,
     }
+
+
+def medians(table: list[dict[str, float]]) -> list[str]:
+    """A line for each number of threads: the medians of its rows, and the ratio of its queries to the first's."""
+    by_threads: dict[float, list[dict[str, float]]] = {}
+    for row in table:
+        by_threads.setdefault(row["threads"], []).append(row)
+    lines = []
+    first = next(iter(by_threads.values()))
+    for threads, rows in by_threads.items():
+        pairs = zip(rows, first, strict=True)
+        ratio = statistics.median(row["queries_per_s"] / one["queries_per_s"] for row, one in pairs)
+        names = ("queries_per_s", "cores_busy", "queries_per_core_s", "others_busy")
+        shown = "  ".join(f"{name} {statistics.median(row[name] for row in rows):.2f}" for name in names)
+        lines.append(f"median of {len(rows)}: threads {threads:g}  {shown}  ratio {ratio:.2f}")
+    return lines
 
 
 def main() -> int:
@@ -111,6 +141,7 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=200_000)
     parser.add_argument("--layers", type=int, default=12, help="of the encoder")
     parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--rounds", type=int, default=3, help="over all numbers of threads")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
     parser.add_argument("--json", type=Path, help="write the table there")
@@ -120,10 +151,11 @@ def main() -> int:
         write_encoder(folder / "encoder", layers=args.layers)
         corpus, index = write_index(folder, passages=args.passages, encoder=folder / "encoder")
         table = []
-        for threads in map(int, args.threads.split(",")):
+        for threads in args.rounds * list(map(int, args.threads.split(","))):
             row = serve(corpus, index, threads=threads, clients=args.clients, seconds=args.seconds)
             table.append({name: round(value, 2) for name, value in row.items()})
             print("  ".join(f"{name} {value}" for name, value in table[-1].items()), flush=True)
+    print("\n".join(medians(table)))
     if args.json:
         args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 0
