@@ -1,4 +1,4 @@
-"""Everything a run is made of, built from its configuration in the order that fails early."""
+"""Build all parts of a run from its configuration, in the order that fails early."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """How the ranks share the engines: neighbours form a replica, each plays its own prompts."""
+    """How the ranks share the engines: neighbours form an engine replica, which plays its own prompts."""
 
     index: int
     count: int
     is_first: bool
-    """This rank counts for its replica."""
+    """Whether this rank is the one that counts and records for its replica."""
     group: dist.ProcessGroup | None
-    """The ranks of this replica; None where it is this rank alone."""
+    """The ranks of this replica; None if the replica is this rank alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,23 +65,23 @@ class RunParts:
     test_prompts: PromptSet
     sampler: PromptSampler
     carried: CarriedPool
-    """Groups that go on in the next step; empty without `rollout.partial`."""
+    """Groups that continue in the next step; empty without `rollout.partial`."""
     policy: Policy
     reference: Policy | None
     """Only with a KL penalty."""
     optimizer: Any
     schedule: LearningRateSchedule
     phases: MemoryPhases
-    """Says what of these is on the card."""
+    """Moves the other parts to and from the GPU."""
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
     startup: dict[str, float]
-    """What this process took to start, seconds, `time/startup_STAGE_s`: metrics of its first rollout."""
+    """Seconds that this process took to start, as `time/startup_STAGE_s`; reported with its first rollout."""
 
     @property
     def distribution(self) -> TokenDistribution:
-        """The one that rollouts are sampled from."""
+        """The distribution that rollouts are sampled from."""
         temperature = self.config.rollout.temperature
         return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
 
@@ -93,13 +93,13 @@ class RunParts:
 
 
 def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | None = None) -> RunParts:
-    """Build all parts; every rank must call this. What is cheap to check comes before what is slow to build.
+    """Build all parts, with cheap checks before slow builds; every rank must call this.
 
     Args:
-        resume_from: the checkpoint that is loaded next; it is refused here if it is of another run.
+        resume_from: the checkpoint that is loaded next; assemble refuses the checkpoint of another run.
 
     Raises:
-        ConfigError: one line; anything a person wrote that cannot be run.
+        ConfigError: one line; the configuration cannot be run.
     """
     config.check_training()
     timers = StageTimers()
@@ -165,14 +165,14 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
-    """The policy's starting point, frozen; None without a KL penalty. Every rank must call this."""
+    """Build the frozen initial policy, or return None without a KL penalty. Every rank must call this."""
     if config.algorithm.kl_coef == 0:
         return None
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
 def build_engine(config: RunConfig, replicas: Replicas) -> VllmEngine:
-    """The engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
+    """Build the engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
     config = settle_engine_share(config)
     return VllmEngine(
         config.model.path,
@@ -192,7 +192,7 @@ def build_rollout(
     toolset: Toolset,
     template: PromptTemplate,
 ) -> GroupRollout:
-    """The rollout on this rank's engine, with the rewards and gains of `config`."""
+    """Build the rollout on this rank's engine, with the rewards and gains of `config`."""
     length_penalty = functools.partial(
         overlong_penalty,
         max_tokens=config.rollout.max_response_tokens,
@@ -227,7 +227,7 @@ def _record_of(path: Path) -> dict[str, Any]:
 def _prompt_set(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet:
-    """The set, of whose prompts each rank has looked at its share; ConfigError on all if one is too long."""
+    """Build the prompt set; each rank checks its share, and all raise ConfigError if one prompt is too long."""
     world = dist.group.WORLD
     assert world is not None, "the processes are joined"
     prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
@@ -239,7 +239,7 @@ def _prompt_set(
 
 
 def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
-    """This rank's place among the engines; every rank must call this."""
+    """Return this rank's place among the engine replicas; every rank must call this."""
     size = config.rollout.tensor_parallel
     require(
         groups.world_size % size == 0,
@@ -250,7 +250,7 @@ def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
     group, timeout = None, timedelta(seconds=config.parallel.timeout_s)
     for first in range(0, groups.world_size, size):
         ranks = list(range(first, first + size))
-        # Over the CPU: on the card a tool's answer would wait for the engine's step that runs there.
+        # Over the CPU: on the GPU, a tool's answer would wait for the engine's current step.
         made = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
         if groups.rank in ranks:
             group = made
@@ -263,7 +263,7 @@ def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
 
 
 def gain_check(parts: RunParts) -> GainCheck:
-    """The trainer's own scores of the training questions' answers."""
+    """Build the trainer's own scorer of the training questions' gold answers."""
     config = parts.config
     return GainCheck(
         parts.policy,

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all: written beside their place, made durable, then renamed.
+"""Write files and folders atomically: write beside the target, sync to disk, then rename.
 
-What cannot be written, for want of space for example, is removed again and named in the error.
+A failed write, for example on a full disk, leaves no partial file, and its error names the path.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _SUFFIX = ".unfinished"
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends; its folder is made if it is missing.
+    """Open a new file that replaces `path` when the block ends; create its folder if it is missing.
 
-    A reader, also one after a power cut, finds the old content or the new. Where the block raises, the old content
-    stays and nothing is left beside it.
+    A reader finds either the old or the new content, even after a power cut. If the block raises, the old content
+    stays and the unfinished file is removed.
 
     Raises:
-        OSError: it cannot be written; names `path`. Also raised for a fault that only shows when the file is closed,
-            as on NFS with a full disk.
+        OSError: the file cannot be written; names `path`. Some faults appear only when the file is closed, for
+            example on NFS with a full disk.
     """
     fresh = path.with_name(path.name + _SUFFIX)
     with naming(path), _removed_on_failure(fresh):
@@ -41,13 +41,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends; what was there is then removed.
+    """Fill a new folder that replaces `path` when the block ends; the old folder is then removed.
 
     Yields:
         The folder to fill, beside `path`.
 
     Raises:
-        OSError: it cannot be written; names `path`, or the file in it.
+        OSError: the folder cannot be written; names `path` or the file within.
     """
     fresh, replaced = path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
     with naming(path), _removed_on_failure(fresh):
@@ -64,18 +64,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8, as `atomic_file` does."""
+    """Replace `path` by `text` in UTF-8, atomically."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as JSON for people to read, as `atomic_file` does."""
+    """Replace `path` by `content` as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in `folder` survive a power cut."""
+    """Sync the folder, so that its new names survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,13 +85,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have an OSError without a file's name, as writing raises it, name `path`."""
+    """Make an OSError that lacks a file name, as raised by writes, name `path`."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
-        # NumPy raises some with a text only.
+        # NumPy raises some OSErrors with a text only.
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 

@@ -1,7 +1,7 @@
-"""Groups that go on from step to step (`rollout.partial`): who holds them, which a step takes, how they are saved.
+"""Groups that continue from step to step (`rollout.partial`): their owners, their choice for a step, their files.
 
-What is decided here is decided from `Entry` records that are equal on all ranks, so all ranks decide the same. The
-groups themselves stay with the replica that began them.
+All decisions here use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
+themselves stay on the replica that began them.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 FOLDER = "carried"
-"""Within a checkpoint; a file per replica."""
+"""Name of the folder within a checkpoint; one file per replica."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Entry:
-    """A group as all ranks know it; ordered by age, and by prompt within a step."""
+    """A group as all ranks know it; sorts by age, then by prompt within a step."""
 
     begun: int
-    """Step in which its prompt was asked, from 0."""
+    """Step in which the group began, from 0."""
     index: int
-    """Of its prompt among those of that step."""
+    """Index of the prompt among the prompts of that step."""
     question: int
     replica: int
-    """That plays it."""
+    """The replica that plays the group."""
     is_complete: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
-        """That of its `CarriedGroup`."""
+        """The key of its `CarriedGroup`."""
         return self.begun, self.index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What is carried from one step to the next, as one rank holds it; never changed in place."""
+    """The groups carried from one step to the next, as one rank holds them; immutable."""
 
     entries: tuple[Entry, ...] = ()
-    """Of all replicas, oldest first; equal on all ranks."""
+    """Groups of all replicas, oldest first; equal on all ranks."""
     own: tuple[CarriedGroup, ...] = ()
     """This replica's groups."""
 
 
 @dataclass
 class CarriedPool:
-    """The run's; part of its state, as the sampler is."""
+    """The run's current `Carried`; part of the run's state, like the sampler."""
 
     state: Carried = Carried()
 
 
 def replicas_for(entries: Sequence[Entry], count: int, *, num_replicas: int) -> list[int]:
-    """The replica of each of `count` new prompts: whichever has fewest groups to play, in turn among equals."""
+    """Assign `count` new prompts to replicas: each to the least loaded one, the lowest index first among equals."""
     load = [0] * num_replicas
     for entry in entries:
         load[entry.replica] += not entry.is_complete
@@ -70,12 +70,12 @@ def replicas_for(entries: Sequence[Entry], count: int, *, num_replicas: int) -> 
 
 
 def is_due(entry: Entry, step: int, *, max_staleness: int) -> bool:
-    """Whether `step` is the last that may train on it."""
+    """Return whether `step` is the last step that may train on the group."""
     return step - entry.begun >= max_staleness
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """`entries`, those whose key is in `complete` marked as complete."""
+    """Return `entries` with those whose key is in `complete` marked as complete."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -83,20 +83,20 @@ def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]
 
 
 def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
-    """The oldest unfinished groups, as many as `num_groups` complete ones lack."""
+    """Return the oldest unfinished groups that are needed to reach `num_groups` complete ones."""
     unfinished = sorted(entry for entry in entries if not entry.is_complete)
     return unfinished[: max(0, num_groups - (len(entries) - len(unfinished)))]
 
 
 def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], list[Entry]]:
-    """The `num_groups` oldest complete groups, which make up the step, and all others; both oldest first."""
+    """Split into the `num_groups` oldest complete groups, which form the step, and the rest; both oldest first."""
     taken = sorted(entry for entry in entries if entry.is_complete)[:num_groups]
     keys = {entry.key for entry in taken}
     return taken, sorted(entry for entry in entries if entry.key not in keys)
 
 
 def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> list[Trajectory]:
-    """Trajectories of those `groups` that are `taken`, prompt_index renumbered by their place there."""
+    """Return the trajectories of the `groups` in `taken`, with prompt_index set to their place in `taken`."""
     places = {entry.key: place for place, entry in enumerate(taken)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[group.key])
@@ -107,9 +107,9 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
 
 
 def bounded(state: Carried, step: int, *, max_groups: int, max_staleness: int) -> Carried:
-    """What of `state` step `step` may go on with: the oldest `max_groups` groups that are not too old for it.
+    """Return the oldest `max_groups` groups that are young enough to continue in `step`.
 
-    All of it, unless a run goes on with smaller settings than it was saved with.
+    Drops groups only if a run resumes with smaller settings than it was saved with.
     """
     young = [entry for entry in state.entries if step - entry.begun <= max_staleness]
     kept = {entry.key for entry in young[:max_groups]}
@@ -120,28 +120,28 @@ def bounded(state: Carried, step: int, *, max_groups: int, max_staleness: int) -
 
 
 def carried_file(replica: int) -> str:
-    """Name of a replica's file within a checkpoint."""
+    """Return the name of a replica's file within a checkpoint."""
     return f"{FOLDER}/replica_{replica}.bin"
 
 
 def encode(state: Carried) -> bytes:
-    """This replica's groups for its file."""
+    """Serialise this replica's groups."""
     return encode_records(state.own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A group that a checkpoint carries over, and the replica that is to play it on."""
+    """A group in a checkpoint, and the replica that will continue it."""
 
     replica: int
     group: CarriedGroup
 
 
 def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
-    """What a checkpoint carries, oldest first; of another number of replicas, dealt out to `num_replicas` in turn.
+    """Read a checkpoint's carried groups, oldest first; if the number of replicas changed, deal them out in turn.
 
     Raises:
-        ValueError: one line; a file does not hold such groups.
+        ValueError: one line; a file does not hold carried groups.
     """
     files = sorted((checkpoint / FOLDER).glob("replica_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
     held: list[Held] = []
@@ -158,7 +158,7 @@ def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
 
 
 def carried(held: Sequence[Held], *, replica: int) -> Carried:
-    """What is `held`, as the ranks of one replica hold it."""
+    """Return the `held` groups as the ranks of one replica hold them."""
     entries = (
         Entry(
             begun=item.group.begun,

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: where it may, and what it leaves for the start that goes on from there."""
+"""End a run before its last step: decide when to stop, and save a checkpoint from which the run can resume."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class EarlyEnd:
-    """Holds a stop that is asked for, and the job's end, against what the next stages and a save will take.
+    """Decides whether to stop now: a stop is requested, or the job ends too soon for the next stages and a save.
 
     Args:
-        request: whether the run is to end.
-        parts: what the run is made of; sampler, carried groups and generators are put back before the last save.
-        folder: keeps the checkpoints.
-        guards: saved with them.
+        request: reports a requested stop and the job's end.
+        parts: of the run; sampler, carried groups and random generators are restored before the last save.
+        folder: saves the checkpoints.
+        guards: saved with each checkpoint.
     """
 
     def __init__(self, request: StopRequest, parts: RunParts, folder: RunFolder, guards: Guards):
@@ -35,30 +35,30 @@ class EarlyEnd:
         self._outage_before_s = 0.0
 
     def is_near(self, *stages: str) -> bool:
-        """Whether this rank knows of a stop, or the job may end before `stages` and a save are over."""
+        """Return whether this rank knows of a stop, or the job may end before `stages` and a save are done."""
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
         return self.request.is_asked(needed_s=needed_s + self._folder.longest_save_s)
 
     def agree_before(self, *stages: str, is_broken_off: bool = False) -> None:
-        """Raise StopAgreed on all ranks if `is_near` on any, or a rollout was broken off; all ranks call this."""
+        """Raise StopAgreed on all ranks if `is_near` on any, or a rollout was interrupted; all ranks call this."""
         self.request.agree(is_broken_off or self.is_near(*stages))
 
     def begin_step(self) -> None:
-        """Remember what a step uses up before its update."""
+        """Remember the state that a step consumes before its update."""
         self._before_step = self._parts.sampler.state_dict(), self._parts.carried.state, get_rng_state()
         self._outage_before_s = self._parts.rollout.outage.total_s
 
     def finish_step(self, seconds: Mapping[str, float]) -> None:
-        """The step is done; `seconds` of its stages, as `time/STAGE_s`."""
+        """Record that the step is done, with the `seconds` of its stages as `time/STAGE_s`."""
         self._before_step = None
         waited_s = self._parts.rollout.outage.total_s - self._outage_before_s
         for name, value in seconds.items():
-            # What a rollout waited for a service says nothing of how long the next one takes.
+            # Time that a rollout waited for a service does not predict the next rollout's duration.
             own_s = value - waited_s if name == "time/rollout_s" else value
             self._longest[name] = max(own_s, self._longest.get(name, 0.0))
 
     def save(self, step: int, *, evaluation_is_due: bool) -> None:
-        """Leave a checkpoint of `step`, the last one done, as it was before anything after it; all ranks."""
+        """Save a checkpoint of `step`, the last finished one, as it was right after; every rank must call this."""
         if self._before_step is not None:
             sampler, carried, rng = self._before_step
             self._parts.sampler.load_state_dict(sampler)

@@ -1,8 +1,8 @@
-"""What an error says, in one line."""
+"""Summarise an error in one line."""
 
 from __future__ import annotations
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message that is not blank; without one, as after a bare `assert`, its type's name."""
+    """Return the first non-blank line of the message, or the type's name if there is none (a bare `assert`)."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,10 +1,10 @@
-"""One run at a time in a folder: who holds it is written in it, and shows that it lives by writing again and again.
+"""Allow one run at a time in a folder: the holder writes its identity and regular signs of life to a file there.
 
-Locks of the file system are not used: Lustre is often mounted without them, NFS keeps those of a node that crashed,
-and a forked child keeps flock's of a parent that has died. `holder.json` works wherever files do. Whether its holder
-lives is known at once on the same machine (process and start time), and where Slurm has requeued the holder's own
-job, which it does when the job has ended. Elsewhere the next start watches whether the file still changes. It
-compares what it reads, never clocks; reading opens the file anew, which is when NFS looks at the server.
+File-system locks are unsuitable: Lustre is often mounted without them, NFS keeps the locks of a crashed node, and a
+forked child keeps the flock of its dead parent. `holder.json` works wherever files work. On the same machine, the
+process id and start time show at once whether the holder lives. If Slurm requeued the holder's own job, the earlier
+process has ended. In all other cases the next start watches whether the file still changes. It compares contents,
+never clocks, and opens the file anew for each read, because only then does NFS ask the server.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ logger = logging.getLogger(__name__)
 
 FILE = "holder.json"
 BEAT_S = 5.0
-"""Between two signs of life."""
+"""Time between two signs of life."""
 SILENCE_S = 45.0
-"""Without a sign of life so long, a holder on another machine is taken to be dead."""
+"""A holder on another machine that gives no sign of life for this long is considered dead."""
 SETTLE_S = 1.0
-"""Two starts may find the same dead holder; after this long both read who of them is written there."""
+"""Two starts may find the same dead holder; after this long, both read which of them is in the file."""
 BROKEN_RUN = 3
-"""Exit code of a process whose folder another one has taken, as launch.failure's."""
+"""Exit code of a process whose folder another process took; equal to that of launch.failure."""
 _WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A process, named so that no other is taken for it."""
+    """A process, identified uniquely."""
 
     host: str
     pid: int
     started: int
-    """Of the process, in ticks after boot: numbers of processes come round."""
+    """Start time of the process, in ticks after boot; needed because process ids are reused."""
     boot: str
-    """Of the machine and its namespace of processes: only within one can a pid be looked at."""
+    """Boot id and PID namespace; a pid can be checked only within the same one."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0
@@ -58,7 +58,7 @@ class Holder:
         return self.boot, self.pid, self.started
 
     def describe(self) -> str:
-        """Who it is and since when, in a few words."""
+        """Describe the process and how long it has held the folder."""
         job = f" (Slurm job {self.slurm_job})" if self.slurm_job else ""
         minutes = max(0, round((time.time() - self.since) / 60))
         return f"process {self.pid} on {self.host}{job}, which has held it for {minutes} min"
@@ -78,11 +78,11 @@ def this_process() -> Holder:
 
 
 class FolderLock:
-    """Holds a folder for this process until it ends or `release` is called; one rank of a run has one.
+    """Holds a folder for this process until it ends or `release` is called; one rank of a run creates one.
 
     Args:
-        folder: of the run; exists.
-        key: the setting that names it, for the message.
+        folder: of the run; must exist.
+        key: the setting that names the folder, for the message.
 
     Raises:
         ConfigError: one line that names the process which holds the folder.
@@ -103,7 +103,7 @@ class FolderLock:
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Give the folder back; it may have been moved or removed meanwhile."""
+        """Release the folder; tolerate that it was moved or removed meanwhile."""
         if self._released.is_set():
             return
         self._released.set()
@@ -114,7 +114,7 @@ class FolderLock:
                 self._path.unlink()
 
     def _take(self) -> Holder | None:
-        """Write this process in, unless another one lives: that one."""
+        """Write this process as the holder and return None, or return the holder that still lives."""
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -134,7 +134,7 @@ class FolderLock:
         return None if found is None or _is(self._me, found) else found
 
     def _write(self) -> None:
-        # In place and of one length: a reader that opens the file sees one beat or the next.
+        # Written in place with constant length, so that a reader sees one beat or the next, never a mixture.
         text = json.dumps({**dataclasses.asdict(self._me), "beat": self._count})
         with open(self._path, "r+b" if self._path.exists() else "wb") as stream:
             stream.write(text.encode().ljust(_WIDTH) + b"\n")
@@ -172,7 +172,7 @@ def _lives(path: Path, other: Holder, me: Holder) -> bool:
 
 
 def _changes(path: Path) -> bool:
-    """Whether the file changes within `SILENCE_S`, not counting time in which the file system did not answer."""
+    """Return whether the file changes within `SILENCE_S`, not counting time in which the file system hung."""
     first, silent_s = _content(path), 0.0
     pause_s = min(BEAT_S, SILENCE_S / 4)
     while silent_s < SILENCE_S:
@@ -192,7 +192,7 @@ def _content(path: Path) -> bytes:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who is written there; None: nobody, or it cannot be read."""
+    """Return the holder in the file; None if there is none or the file cannot be read."""
     try:
         record = json.loads(_content(path))
         del record["beat"]
@@ -206,9 +206,9 @@ def _is(one: Holder, other: Holder | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Ticks after boot at which the process was started; None: there is none, or it waits to be buried."""
+    """Return the start time of a process in ticks after boot; None if it does not exist or is a zombie."""
     try:
-        # The second field is a name that may hold anything but ends in the last ")".
+        # The second field, the process name, may hold any character but ends at the last ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
         return None

@@ -1,18 +1,18 @@
 """The rollout of a step that does not wait for its longest trajectories (`rollout.partial`).
 
-In play are `prompts_per_step` + `extra_prompts` groups: those carried over, and as many new prompts as are missing. A
-trajectory pauses when it has sampled `tokens_per_step` tokens in the step. The step is made of the oldest complete
-groups; the others are carried over with all that was played of them (Kimi k1.5, arXiv 2501.12599, cuts inside a
-response; here it is where a turn would begin). Where too few are complete, and for groups that a later step would be
-too late for, the oldest are played to their end. Nothing is dropped while the
-settings stay, and what is cut where depends on tokens, never on the clock.
+A step plays `prompts_per_step` + `extra_prompts` groups: the carried ones, and new prompts for the rest. A trajectory
+pauses once it has sampled `tokens_per_step` tokens in the step. The step trains on the oldest complete groups; the
+others are carried over with everything played so far (Kimi k1.5, arXiv 2501.12599, cuts inside a response; here a
+trajectory pauses only between turns). If too few groups are complete, the oldest are played to their end; so is
+every group that would be too stale for a later step. Nothing is dropped while the settings stay the same, and
+pauses depend on tokens, never on the clock.
 
-    partial/carried_trajectories  unfinished ones that go on in the next step
-    partial/carried_tokens        what was sampled of them so far
+    partial/carried_trajectories  unfinished trajectories that continue in the next step
+    partial/carried_tokens        tokens sampled in them so far
     partial/pool_groups           groups left to later steps, complete ones included
-    partial/unbounded_groups      unfinished ones that were played on without a budget
-    partial/staleness_mean        steps between a trajectory's oldest turn and this one, which trains on it
-    partial/staleness_max         the largest
+    partial/unbounded_groups      unfinished groups that were continued without a budget
+    partial/staleness_mean        steps between a trajectory's oldest turn and the step that trains on it
+    partial/staleness_max         the largest such number
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class PartialRollout:
-    """Plays the steps of a run with `rollout.partial`; each rank holds one and makes the same calls."""
+    """Plays the steps of a run with `rollout.partial`; each rank has one and makes the same calls."""
 
     def __init__(self, parts: RunParts):
         self._parts = parts
@@ -61,9 +61,9 @@ class PartialRollout:
         *,
         progress: Progress | None = None,
     ) -> list[Trajectory] | None:
-        """This replica's share of the step's groups, as `StepRollout.play`; moves the pool to behind the step.
+        """Return this replica's share of the step's groups, like `StepRollout.play`, and advance the carried pool.
 
-        None: broken off, on this rank or on any; the pool is not to be used then until it is put back.
+        Returns None if any rank interrupted the rollout; the pool must then be restored before its next use.
         """
         entries, own = self._in_play(step)
         due = {
@@ -97,7 +97,7 @@ class PartialRollout:
         return trajectories
 
     def _in_play(self, step: int) -> tuple[list[Entry], list[CarriedGroup]]:
-        """All groups of the step, and this replica's."""
+        """Return all groups of the step, and this replica's groups."""
         state, replicas = self._parts.carried.state, self._parts.replicas
         missing = self._num_groups + self._config.extra_prompts - len(state.entries)
         assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
@@ -129,7 +129,7 @@ class PartialRollout:
         is_cut: Callable[[], bool] | None,
         progress: Progress | None = None,
     ) -> list[CarriedGroup] | None:
-        """`groups`, played on as far as the budget goes, to the end those in `unbounded`; None: broken off."""
+        """Continue `groups` within the budget, those in `unbounded` to their end; None if interrupted."""
         budget = self._config.tokens_per_step
         unfinished = [group for group in groups if not group.is_complete]
         try:
@@ -147,7 +147,7 @@ class PartialRollout:
         return [group for group in groups if group.is_complete] + played
 
     def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
-        """Keys of all complete groups, equal on all ranks; None: the rollout was broken off on some."""
+        """Return the keys of all complete groups, equal on all ranks; None if any rank was interrupted."""
         world = dist.group.WORLD
         assert world is not None, "torch.distributed is not initialised"
         mine = None if groups is None else [group.key for group in groups if group.is_complete]
@@ -158,14 +158,14 @@ class PartialRollout:
 
 
 def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
-    """As `read` gives them, so that a run that goes on plays in the same order."""
+    """Sort like `read`, so that a resumed run plays in the same order."""
     return tuple(sorted(groups, key=lambda group: group.key))
 
 
 def _add_metrics(
     metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], step: int
 ) -> None:
-    """What one replica carries over, and how old its share of the step is."""
+    """Add the metrics of one replica's carried groups and of the staleness of its share of the step."""
     paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
     staleness = [trajectory.staleness(step) for trajectory in trajectories]
     metrics.add("partial/carried_trajectories", len(paused), 0)

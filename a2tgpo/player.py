@@ -1,4 +1,4 @@
-"""A trained policy ready to play: engine, tools and rollout, without anything that trains."""
+"""A trained policy ready to play: engine, tools and rollout, without the trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Player:
     """The long-lived objects of one rank that plays."""
 
     config: RunConfig
-    """With `model.path` naming the folder that architecture and tokenizer came from."""
+    """`model.path` names the folder that supplied architecture and tokenizer."""
     replicas: Replicas
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
@@ -65,11 +65,11 @@ class Player:
 def load_saved(
     file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
 ) -> tuple[RunConfig, SavedModel]:
-    """A run's configuration and saved weights, laid out for the processes that the launcher started.
+    """Load a run's configuration and locate its saved weights, with a layout for the processes of this launch.
 
     Args:
-        file: YAML file of the run, whose own layout does not count (see `inference_config`).
-        overrides: as for `load_config`; a layout that they set stays.
+        file: YAML file of the run; its layout is ignored (see `inference_config`).
+        overrides: as for `load_config`; a layout set here is kept.
         path: the weights; see `find_model`.
         key: the option that names `path`, for error messages.
 
@@ -85,13 +85,13 @@ def load_saved(
 
 
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
-    """An engine with the weights of `model`; every rank must call this.
+    """Build an engine with the weights of `model`; every rank must call this.
 
-    A checkpoint's weights go through the trainer's model into the engine, as during training, and are verified on
-    the probe.
+    A checkpoint's weights pass through the trainer's model into the engine, as in training, and are verified on the
+    probe.
 
     Raises:
-        ConfigError: one line; weights or settings that cannot be played.
+        ConfigError: one line; the weights or settings cannot be played.
     """
     if model.is_hf:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
@@ -112,7 +112,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         phases = MemoryPhases(policy)
         engine = phases.build_engine(functools.partial(build_engine, config, replicas))
         holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
-        # Weights of step 0 could be taken for those that the engine has read from model.path.
+        # Step 0 would mean that the engine already has its weights from model.path.
         sync_engine(holders, step=max(1, model.step))
     return Player(
         config=config,
@@ -126,7 +126,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
 
 
 def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
-    """The trainer's model with the weights of `model`, frozen; every rank must call this."""
+    """Build the trainer's model with the weights of `model`, frozen; every rank must call this."""
     if model.is_hf:
         hf = dataclasses.replace(config.model, path=str(model.path))
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)

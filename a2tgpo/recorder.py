@@ -1,4 +1,4 @@
-"""What a step leaves behind: metrics of all ranks, its rollouts, histograms and texts."""
+"""Record a step: metrics of all ranks, rollouts, histograms and texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recorder:
         writer: enabled on rank 0 only.
         run_dir: the run's folder.
         num_texts: rollouts of a step shown in TensorBoard, half of them the best, half the worst.
-        slow_ranks: is shown the ranks' times.
+        slow_ranks: compares the ranks' times.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Recorder:
 
         Args:
             trajectories: this replica's share; rows of `table`, `advantages`, `clip_scales` and `ratios` [N, T + 1].
-            engine_metrics: of what this rank's engine did, reduced over the world.
+            engine_metrics: of this rank's engine, reduced over the world.
             learning_metrics: of what this replica trained on, reduced over the data-parallel group.
             seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
 
         Returns:
-            The step's metrics but for `seconds`, equal on all ranks.
+            The step's metrics except `seconds`, equal on all ranks.
         """
         add_rollout_metrics(learning_metrics, trajectories)
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
@@ -87,7 +87,7 @@ class Recorder:
         assert world is not None, "a run's processes are joined"
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Model-parallel ranks reduce the same samples, each for itself: what is decided by must not differ in a bit.
+        # Model-parallel ranks each reduce the same samples; decisions need values that are equal to the bit.
         metrics = broadcast_object(metrics, world, source=0)
         spread, line = self._slow_ranks.compare(all_gather_object(seconds, world))
         if self._groups.is_replica_first:
@@ -101,7 +101,7 @@ class Recorder:
     def _record_rollouts(
         self, step: int, trajectories: Sequence[Trajectory], turn_values: dict[str, torch.Tensor]
     ) -> None:
-        """Begin to write this replica's rollouts; on rank 0 show those of all replicas in TensorBoard."""
+        """Start writing this replica's rollouts; on rank 0, show rollouts of all replicas in TensorBoard."""
 
         def text_of(row: int) -> str:
             return as_text(to_record(trajectories[row], turn_values, row, tokenizer=self._tokenizer))
@@ -117,11 +117,11 @@ class Recorder:
                 self.writer.log_text(step, f"rollout/{name}", text)
 
     def finish_rollouts(self) -> None:
-        """Return once the rollouts of all steps so far are on disk, or could not be written."""
+        """Wait until the rollouts of all steps so far are on disk, or their write has failed."""
         self._rollouts.wait()
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish pending writes."""
         try:
             self.finish_rollouts()
         finally:
@@ -134,7 +134,7 @@ class Recorder:
             self.writer.print(line)
 
     def record_failed_save(self, step: int, line: str) -> None:
-        """Count a checkpoint that could not be written, as `checkpoint/failed`, and say why."""
+        """Count a checkpoint that could not be written as `checkpoint/failed`, and print why."""
         self.writer.log(step, {"checkpoint/failed": 1.0})
         self.writer.print(f"warning: {line}; it is tried again when the next one is due")
 
@@ -148,7 +148,7 @@ class Recorder:
 
 
 def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
-    """What an engine replica did during the rollout; to be added by one rank of each replica."""
+    """Add an engine replica's counts of the rollout; call on one rank of each replica."""
     metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
@@ -157,7 +157,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("tools/hung_calls", counts.hung_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
-    # What the engine ran for them: scaffolds, answers, and what of a context fills no block of its cache.
+    # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
     metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
 
@@ -165,7 +165,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
 def add_advantage_metrics(
     metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
 ) -> None:
-    """Extremes and means over all turns of this replica's trajectories."""
+    """Add extremes and means over all turns of this replica's trajectories."""
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
     for prefix, values in (

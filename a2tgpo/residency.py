@@ -1,15 +1,15 @@
-"""What is on the card in each phase of a run: the one table that the run moves by and `plan/` counts by.
+"""What is on the GPU in each phase of a run: one table, used both by the run and by the estimates of `plan/`.
 
-    build       the trainer as it is built, the engine not there yet or asleep
-    start       the engine as it is built
-    bank        finished rollouts are looked for, which are known by a fingerprint of the weights
+    build       trainer being built; engine absent or asleep
+    start       engine being built
+    bank        look up this step in the rollout bank; needs the weights, to fingerprint them
     refit       the engine gets the weights; the trainer scores the probe
-    rollout     the engine plays: training and held-out questions
-    score       log-probs by the trainer, and by the reference
+    rollout     the engine plays training and held-out questions
+    score       log-probs by the trainer and by the reference
     update      forward, backward, optimizer step
     checkpoint  model and optimizer are copied to host memory, or loaded
 
-An engine that sleeps has lost its weights: it gets them in the refit, which only a rollout can follow.
+A sleeping engine has lost its weights. It gets new ones in the refit, and only a rollout can follow a refit.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PHASES = tuple(_RESIDENT)
 
 
 def resident(phase: str, *, offload: bool) -> frozenset[str]:
-    """The parts, of `TRAINER` and `ENGINE`, that are on the card in `phase`.
+    """Return the parts, of `TRAINER` and `ENGINE`, that are on the GPU in `phase`.
 
     Args:
-        offload: `update.offload`; without it all of the trainer stays, in all phases.
+        offload: `update.offload`; without it, the whole trainer stays on the GPU in all phases.
     """
     return frozenset(_RESIDENT[phase] if offload else (*_RESIDENT[phase], *TRAINER))

@@ -1,13 +1,12 @@
-"""Finished rollouts on disk until a checkpoint covers them, so that a crash after them does not play them again.
+"""Keep finished rollouts on disk until a checkpoint covers them, so that a crash does not replay them.
 
-`bank/step_N/replica_R.bin` holds what engine replica R brought out of the rollout of step N (counted from 0):
-trajectories, the metrics so far of each of its ranks, and what lies behind them: the sampler's state, draws of
-dynamic sampling included, and groups carried over. Its first rank writes the file and all of its ranks read it: those
-that follow an engine bring out nothing of their own. It is used if and only if it belongs to this very step, to these
-weights bit by bit, and to a configuration that plays the same: on all ranks, from one and the same time the step was
-played, or on none. What a run plays again after a crash has the same weights on CPU. On a GPU an update need not
-repeat bit by bit: the step that a checkpoint starts with has its weights, later ones may have others, and are then
-played anew.
+`bank/step_N/replica_R.bin` holds the rollout of step N (counted from 0) of engine replica R: its trajectories, the
+metrics so far of each of its ranks, the sampler's state after all draws of the step, and the carried groups. The
+replica's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
+The rollouts are used only if step, weights (bitwise) and rollout configuration match and all ranks' files come from
+one attempt at the step; otherwise all ranks replay it. On CPU, steps replayed after a crash have the same weights. On
+a GPU an update need not repeat bit for bit: the first step after the checkpoint matches, later steps may have other
+weights and are then replayed.
 """
 
 from __future__ import annotations
@@ -42,27 +41,27 @@ _DIGEST_BYTES = 32
 
 
 class RankShare(msgspec.Struct, frozen=True):
-    """What is one rank's own of a replica's step."""
+    """One rank's own part of a replica's step."""
 
     key: str
-    """Step, weights, configuration; see `RolloutBank`. The weights are the rank's own shard."""
+    """Step, weights and configuration, see `RolloutBank`; the weights are this rank's own shard."""
     metrics: MetricSums
 
 
 class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
-    """What one replica brought out of a step's rollout."""
+    """The rollout of a step by one replica."""
 
     attempt: str
-    """Names this time the step was played, equal on all ranks; another time other groups may make up the step."""
+    """Identifies the attempt at the step, equal on all ranks; another attempt may train on other groups."""
     ranks: list[RankShare]
-    """Of the replica, in its order."""
+    """One share per rank of the replica, in rank order."""
     trajectories: list[Trajectory]
     sampler: dict[str, Any]
     carried: Carried
 
 
 class RolloutBank:
-    """Puts the rollouts of a step on disk and finds them again; every rank holds one and makes the same calls.
+    """Stores the rollouts of a step and finds them again; every rank has one and makes the same calls.
 
     Args:
         folder: `bank/` of the run.
@@ -75,10 +74,10 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
-        """The rollouts of `step` by the policy as it is, with their metrics added to `metrics`; None: play them.
+        """Return the stored rollouts of `step` by the current policy and add their metrics, or None to play the step.
 
-        Moves sampler and carried groups to behind the step. Enters memory phase bank. Ranks that only follow an
-        engine get no trajectory.
+        Advances sampler and carried groups past the step. Enters memory phase bank. Returns no trajectories on ranks
+        other than the first of a replica.
         """
         self._parts.phases.enter("bank")
         self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
@@ -97,9 +96,9 @@ class RolloutBank:
         return banked.trajectories if self._parts.replicas.is_first else []
 
     def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
-        """Keep what was just played, after `take` found nothing; the first rank of each replica writes a file.
+        """Store the rollouts just played, after `take` found none; the first rank of each replica writes a file.
 
-        A disk that is full costs a warning and `rollout/not_banked`, not the run.
+        If the disk is full, warn and count `rollout/not_banked`; the run continues.
         """
         share, group = RankShare(self._key, metrics), self._parts.replicas.group
         ranks = gather_object(share, group) if group else [share]
@@ -141,7 +140,7 @@ class RolloutBank:
         return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
 
     def _say_if_earlier_version(self, folder: Path, step: int) -> None:
-        """Earlier versions wrote a file for each rank."""
+        """Warn if the folder has the files of an earlier version, one per rank."""
         if self._parts.groups.rank == 0 and any(folder.glob("rank_*.bin")):
             logger.warning(
                 "%s was written by an earlier version and is passed over: step %d is played again",
@@ -154,13 +153,13 @@ class RolloutBank:
 
     @property
     def _place(self) -> int:
-        """This rank's, within its replica."""
+        """This rank's index within its replica."""
         group = self._parts.replicas.group
         return group.rank() if group else 0
 
 
 def drop_covered(folder: Path, step: int) -> None:
-    """Remove what a checkpoint of `step` steps has made needless; one rank calls this."""
+    """Remove the rollouts of steps before `step`, which a checkpoint covers; one rank calls this."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(entry.name)
         if match and int(match[1]) < step:
@@ -172,7 +171,7 @@ def _digest(payload: bytes) -> bytes:
 
 
 def _config_key(parts: RunParts) -> str:
-    """Everything but the weights that a replica's rollouts may depend on."""
+    """Fingerprint everything except the weights that a replica's rollouts may depend on."""
     sections = dataclasses.asdict(parts.config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]

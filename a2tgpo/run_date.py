@@ -1,4 +1,4 @@
-"""The date that a run's prompts tell, where the chat template writes one: taken once, kept in the run's folder."""
+"""The date in a run's prompts, where the chat template writes one: chosen once, kept in the run's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "date.txt"
 
 
 def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
-    """The date of the run, or today's (UTC) before it has begun, as rank 0 sees it; every rank must call this.
+    """Return the run's date, or today's date (UTC) on rank 0 if the run has none yet; every rank must call this.
 
     Raises:
         ConfigError: on all ranks, if the run's file holds no date.
@@ -38,7 +38,7 @@ def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
 
 
 def read_date(folder: Path) -> datetime.date | None:
-    """The date kept in a run's `folder`; None where there is none yet.
+    """Return the date stored in a run's `folder`, or None if it has none yet.
 
     Raises:
         ConfigError: one line; the file cannot be read or holds no date.

@@ -1,4 +1,4 @@
-"""Which weights a path means: a Hugging Face folder, or a checkpoint of a run."""
+"""Find the weights that a path refers to: a Hugging Face folder, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SavedModel:
     """A Hugging Face folder, or a checkpoint's `step_N`."""
     is_hf: bool
     step: int
-    """Updates they have seen; 0 where that is not known."""
+    """Number of updates; 0 if unknown."""
 
     @property
     def label(self) -> str:
@@ -32,7 +32,7 @@ class SavedModel:
 
     @property
     def identity(self) -> str:
-        """The folder and a digest that changes when other weights are written to it, without reading them."""
+        """The folder with a digest that changes when other weights are written to it; does not read the weights."""
         digest = hashlib.blake2b(digest_size=8)
         if not self.is_hf:
             digest.update((self.path / MARKER).read_bytes())
@@ -43,16 +43,16 @@ class SavedModel:
 
 
 def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--checkpoint") -> SavedModel:
-    """The weights that `path` means.
+    """Return the weights that `path` refers to.
 
     Args:
-        path: a Hugging Face folder; a checkpoint (`runs/NAME/checkpoints/step_N`); `.../checkpoints/best`, the one
-            that best.json names; or a folder of checkpoints, its newest complete one.
-        untrained: the Hugging Face folder that the best checkpoint is before the first step.
-        key: the option that names it, for error messages.
+        path: a Hugging Face folder; a checkpoint (`runs/NAME/checkpoints/step_N`); `.../checkpoints/best`, which
+            best.json resolves; or a folder of checkpoints, for the newest complete one.
+        untrained: the Hugging Face folder used if the best step is 0.
+        key: the option that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line, if it is none of these.
+        ConfigError: one line; `path` is none of these.
     """
     path = Path(path)
     if path.name == "best" and not path.exists():

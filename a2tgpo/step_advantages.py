@@ -1,4 +1,4 @@
-"""From the trajectories of a step to what each turn's loss is weighed and clipped by."""
+"""Compute the advantage and the clip scale of each turn from a step's trajectories."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def step_advantages(
     parts: RunParts, trajectories: Sequence[Trajectory]
 ) -> tuple[TurnTable, TurnAdvantages, torch.Tensor]:
-    """Turn advantages and clip scales [N, T + 1] of this replica's trajectories.
+    """Return the turn table, turn advantages and clip scales [N, T + 1] of this replica's trajectories.
 
-    Group statistics are merged over all replicas: every rank must call this.
+    Group statistics are merged over all replicas, so every rank must call this.
     """
     config = parts.config
     table = build_turn_table(

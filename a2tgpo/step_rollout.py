@@ -1,16 +1,17 @@
-"""The rollout of a step: one draw of prompts; as many as fill it with informative groups under dynamic sampling; or
-what is complete of more (`partial_rollout.py`).
+"""The rollout of a step.
+
+A step plays one draw of prompts. With dynamic sampling, it draws until informative groups fill the step. With
+partial rollouts, it takes complete groups from a larger pool (`partial_rollout.py`).
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
-arXiv 2503.14476, Eq. 11): where all are right or all are wrong there is nothing to learn but length. Dynamic sampling
-drops the other groups and draws again. What is then trained on is no fair picture of the policy, so both are
-reported:
+arXiv 2503.14476, Eq. 11): if all are right or all are wrong, only length could be learned. Dynamic sampling drops
+the other groups and draws again. The groups that remain are a biased sample of the policy, so metrics cover both:
 
     sampling/draws                  draws of the step
     sampling/groups_played          groups of all draws
-    sampling/kept_share             informative ones among them
-    sampling/surplus_groups         informative ones for which the step had no place left
-    sampling/unfilled_groups        places of the step for which there was none, given to dropped groups
+    sampling/kept_share             share of informative groups among them
+    sampling/surplus_groups         informative groups that did not fit into the step
+    sampling/unfilled_groups        places of the step filled with uninformative groups
     sampling/reward_all_mean        outcome reward over everything played; reward/mean is over the step's groups
     sampling/format_error_rate_all  as reward/format_error_rate, over everything played
 """
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepRollout:
-    """Plays the groups of every step; each rank holds one and makes the same calls."""
+    """Plays the groups of every step; each rank has one and makes the same calls."""
 
     def __init__(self, parts: RunParts):
         self._parts = parts
@@ -50,22 +51,23 @@ class StepRollout:
         self._partial = PartialRollout(parts)
         self._has_warned = False
         self._startup = dict(parts.startup)
-        """To be reported with the first rollout, and how old the process is when a trajectory is finished first."""
+        """Reported with the first rollout; the process's age at the first finished trajectory is added."""
 
     def play(
         self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
     ) -> list[Trajectory] | None:
-        """Play a step on engines that are awake with its weights; every rank must call this.
+        """Play a step on awake engines that hold its weights; every rank must call this.
 
         Args:
             step: of the run.
-            metrics: added to, what the engine did and the `sampling/` or `partial/` metrics; to be reduced over the
+            metrics: receives the engine's counts and the `sampling/` or `partial/` metrics; to be reduced over the
                 world.
-            is_cut: asked now and then whether to break off; ranks may hear it at different times. None: never.
+            is_cut: polled for whether to interrupt the rollout; ranks may see it at different times. None: never.
 
         Returns:
-            This replica's share of the step's groups, prompt_index in [0, prompts_per_step); nothing on ranks that
-            only follow an engine; None: broken off, on this rank, or on any with dynamic or partial rollouts.
+            This replica's share of the step's groups, prompt_index in [0, prompts_per_step); empty on ranks other
+            than the first of a replica. None if interrupted on this rank or, with dynamic or partial rollouts, on
+            any rank.
         """
         counts = RolloutCounts()
         if self._config.dynamic_sampling:
@@ -102,7 +104,7 @@ class StepRollout:
             if size == 0:
                 break
             asked += sampler.next_indices(size, asked=asked)
-            # Positions go on from draw to draw: they name the groups of the step, and the seeds of their rollouts.
+            # Positions continue from draw to draw: they identify the step's groups and the seeds of their rollouts.
             drawn = range(len(asked))[-size:]
             trajectories = self._play_share(asked, drawn, step, counts, is_cut)
             found = self._agree_on_informative(drawn, trajectories)
@@ -132,9 +134,9 @@ class StepRollout:
         counts: RolloutCounts,
         is_cut: Callable[[], bool] | None,
     ) -> list[Trajectory] | None:
-        """Trajectories of those of the questions `asked`, at positions `drawn`, that are this replica's.
+        """Play this replica's share of the `drawn` positions of `asked`.
 
-        None: broken off.
+        Returns None if interrupted.
         """
         replicas = self._parts.replicas
         share = drawn[replicas.index :: replicas.count]
@@ -158,9 +160,9 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Which of the draw's groups are informative, equal on all ranks: one bit per group is gathered.
+        """Return which of the draw's groups are informative, equal on all ranks; gathers one bit per group.
 
-        None: the draw was broken off on some rank.
+        Returns None if the draw was interrupted on any rank.
         """
         world = dist.group.WORLD
         assert world is not None, "torch.distributed is not initialised"
@@ -191,26 +193,26 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """By prompt index: whether the group's outcome rewards, before a length penalty, are not all equal."""
+    """Map each prompt index to whether its outcome rewards, before a length penalty, are not all equal."""
     rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
-        # Ill-formed responses all earn the same, whatever they answer.
+        # All ill-formed responses earn the same reward, whatever their answer.
         reward = trajectory.exact_match if trajectory.format_ok else None
         rewards.setdefault(trajectory.prompt_index, set()).add(reward)
     return {index: len(values) > 1 for index, values in rewards.items()}
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int, num_left: int) -> int:
-    """Prompts that the next draw takes: as many as should fill the step at the share of informative groups so far.
+    """Return how many prompts to draw next to fill the step, at the share of informative groups so far.
 
     Args:
-        informative: of every group played, in draw order; empty before the first draw, which takes `num_groups`.
+        informative: for every group played, in draw order; empty before the first draw, which takes `num_groups`.
         num_groups: groups of a step; no draw is larger.
-        num_replicas: engines that play; each gets as many prompts as the others while the set lasts.
-        num_left: questions that the step has not asked.
+        num_replicas: engine replicas; all get equally many prompts while the set lasts.
+        num_left: questions that the step has not drawn yet.
 
     Returns:
-        0 if the step is full or all questions were asked.
+        0 if the step is full or all questions were drawn.
     """
     kept = sum(informative)
     missing = max(num_groups - kept, 0)
@@ -220,10 +222,10 @@ def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The groups a step is made of."""
+    """The groups that a step trains on."""
 
     groups: list[int]
-    """Their positions among all groups played, ascending: draw order."""
+    """Their positions among all groups played, ascending, thus in draw order."""
     num_surplus: int
     """Informative groups left out."""
     num_unfilled: int
@@ -231,10 +233,10 @@ class Selection:
 
 
 def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
-    """The first `num_groups` informative groups, filled up with the first of the others.
+    """Select the first `num_groups` informative groups, filled up with the first of the other groups.
 
     Args:
-        informative: of every group played, in draw order; at least `num_groups`.
+        informative: for every group played, in draw order; at least `num_groups` long.
     """
     kept = [position for position, is_informative in enumerate(informative) if is_informative]
     dropped = [position for position, is_informative in enumerate(informative) if not is_informative]
@@ -247,7 +249,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Those trajectories whose prompt_index is in `groups`, renumbered by the place it has there."""
+    """Return the trajectories whose prompt_index is in `groups`, renumbered by its position there."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])

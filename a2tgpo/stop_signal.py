@@ -1,9 +1,9 @@
-"""What this process is told about its own end, by a signal or by the job's time limit; without torch.
+"""Learn that this process is to end, from a signal or from the job's time limit; without torch.
 
-SIGTERM and SIGUSR1 ask the run to save and end with `EXIT_CODE`. Before training there is nothing to save: the
-process ends at once. While it trains the signal is noted, and obeyed where all ranks agree to
-(`parallel/stop_request.py`). Further signals then change nothing: schedulers send several, and each means the same.
-SIGKILL and Ctrl-C end at once, as ever.
+SIGTERM and SIGUSR1 request that the run save and exit with `EXIT_CODE`. Before training there is nothing to save, so
+the process exits at once. During training the signal is recorded, and the run stops once all ranks agree
+(`parallel/stop_request.py`). Further signals change nothing: schedulers send several with the same meaning. SIGKILL
+and Ctrl-C end the process at once, as usual.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from types import FrameType
 from a2tgpo.config.check import ConfigError
 
 EXIT_CODE = 75
-"""Saved, to be started again: EX_TEMPFAIL of sysexits.h."""
+"""The run is saved and should be started again: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME = "SLURM_JOB_END_TIME"
-"""Environment variable: when the job ends, seconds since 1970. Slurm sets it; by hand it serves other schedulers."""
+"""Environment variable with the job's end, seconds since 1970. Slurm sets it; for other schedulers set it by hand."""
 
 
 class StopSignal:
-    """Notes the first of `SIGNALS` that this process gets; one per process, made by its main thread."""
+    """Records the first of `SIGNALS` that this process gets; create one per process, in its main thread."""
 
     def __init__(self) -> None:
         self.name = ""
-        """Of the signal; empty: none came."""
+        """Name of the signal; empty if none came."""
         self.kept = ""
-        """What earlier starts have kept, in a few words: told where a signal ends the process at once."""
+        """What earlier starts saved, in a few words; printed when a signal ends the process at once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def begin_training(self) -> None:
-        """From now on a signal is noted and does not end the process."""
+        """From now on, record a signal instead of ending the process."""
         self._is_noted_only = True
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -53,10 +53,10 @@ class StopSignal:
 
 
 def job_deadline() -> float | None:
-    """When the job ends, on the clock of time.monotonic(); None: nobody says.
+    """Return when the job ends, on the clock of time.monotonic(); None if unknown.
 
     Raises:
-        ConfigError: if the variable `END_TIME` holds something else.
+        ConfigError: the variable `END_TIME` does not hold seconds.
     """
     text = os.environ.get(END_TIME, "")
     if not text:

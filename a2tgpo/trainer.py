@@ -27,16 +27,16 @@ from a2tgpo.weight_sync import sync_engine
 
 
 class Trainer:
-    """Runs the steps of one configuration; every rank holds one and makes the same calls.
+    """Runs the steps of one configuration; every rank has one and makes the same calls.
 
     Args:
-        parts: what the run is made of.
-        recorder: of metrics and rollouts.
-        folder: keeps the checkpoints.
-        guards: watches each step's metrics.
-        step: steps done already, those of the checkpoint the run goes on from.
-        watchdog: told of every stage; None: nobody watches.
-        stop: asked where the run can end so that another start goes on bit for bit; None: nobody stops it.
+        parts: of the run.
+        recorder: writes metrics and rollouts.
+        folder: saves the checkpoints.
+        guards: check each step's metrics.
+        step: steps already done, from the checkpoint that the run resumes.
+        watchdog: receives stage changes; None disables it.
+        stop: reports a requested stop, after which another start resumes bit for bit; None: the run is never stopped.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Trainer:
         )
 
     def train(self) -> bool:
-        """The remaining steps, with evaluations and checkpoints between them; False: stopped before the end.
+        """Run the remaining steps, evaluations and checkpoints; return False if stopped before the last step.
 
-        The guards stop a run after the evaluation that is due, and a checkpoint; started again, it stops before its
-        first step. A stop that was asked for (`early_end`) leaves a checkpoint of the last step done.
+        The guards stop a run after the evaluation that is due and a checkpoint; started again, it stops before its
+        first step. A requested stop (`early_end`) saves a checkpoint of the last finished step.
         """
         evaluation_is_due = self.folder.evaluation_is_due
         try:
@@ -93,7 +93,7 @@ class Trainer:
         return self.step >= self.config.run.steps
 
     def _evaluate_and_save(self, evaluation_is_due: bool) -> None:
-        """What may be due after a step."""
+        """Run the evaluation and save the checkpoint that are due after a step."""
         is_best = evaluation_is_due and self.evaluate()
         is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
         if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
@@ -102,13 +102,13 @@ class Trainer:
             self.recorder.writer.log(self.step, self.timers.take())
 
     def train_step(self) -> dict[str, float]:
-        """refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
+        """Run one step: refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
 
-        A step whose rollouts were finished before a crash takes them from the bank instead of the first two.
+        If a crash came after this step's rollout, the bank replaces refit and rollout.
         Returns the step's metrics, equal on all ranks.
 
         Raises:
-            StopAgreed: on all ranks, before the first update: from there on a step is finished.
+            StopAgreed: on all ranks, before the first update; once updates began, the step is finished.
         """
         start = time.monotonic()
         engine_metrics, learning_metrics = MetricSums(), MetricSums()
@@ -178,7 +178,7 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Greedy answers to the held-out questions; True: the best so far, whose checkpoint is to be saved."""
+        """Answer the held-out questions greedily; return whether this is the best score so far, to be saved."""
         with self.timers.stage("evaluation"):
             sync_engine(self.parts, step=self.step)
             everything, replicas = range(len(self.parts.test_prompts)), self.parts.replicas
@@ -193,5 +193,5 @@ class Trainer:
         return self.folder.best.offer(self.step, scores)
 
     def _is_due(self, every: int) -> bool:
-        """After the last step, and every so many steps (0: never in between)."""
+        """Return True after the last step and after every `every` steps (0: only after the last)."""
         return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)

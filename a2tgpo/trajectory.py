@@ -1,10 +1,10 @@
 """The records that travel through a training step.
 
-Token ids are the truth everywhere: what the engine sampled is what the loss sees. Nothing is decoded and
-encoded again, and no turn boundary is ever inferred from a mask or a value.
+Token ids are authoritative: the loss sees exactly the ids that the engine sampled. Nothing is decoded and encoded
+again, and no turn boundary is inferred from a mask or a value.
 
-Tokens and log-probs are arrays of 4 bytes an element, in memory and between ranks; lists of Python numbers take some
-36. Other sequences are converted where a record is made.
+Tokens and log-probs are arrays with 4 bytes per element, in memory and between ranks; lists of Python numbers need
+about 36. The records convert other sequences when they are created.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Prompt:
     """One question of a step, rendered and tokenised."""
 
     index: int
-    """Position in the step's prompt list, equal on all ranks; names the group in all statistics."""
+    """Position in the step's prompt list, equal on all ranks; identifies the group in all statistics."""
     id: str
     """The question's id in its data set."""
     question: str
@@ -51,31 +51,31 @@ class Prompt:
     tokens: tuple[int, ...]
     """The rendered prompt, generation header included."""
     hops: int = 0
-    """Searches the question needs, 0 where the data set does not say; used for reporting only."""
+    """Searches that the question needs, 0 if the data set does not say; for reporting only."""
 
 
 @dataclass(kw_only=True)
 class Turn:
-    """What the policy wrote in one go, and what the environment answered."""
+    """The policy's text up to one stop, and the environment's observation."""
 
     tokens: TokenIds
     """Sampled ids, stop string included."""
     rollout_logprobs: LogProbs
     """log p of each sampled token by the engine, nats; same length as `tokens`."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
-    """The tool's answer, never trained on; empty for the final turn."""
+    """The observation, never trained on; empty for the final turn."""
     query: str | None = None
-    """What a process turn asked its tool; None for the final turn."""
+    """Text that a process turn sent to its tool; None for the final turn."""
     tool: str | None = None
     """The tool that a process turn called; None for the final turn."""
     tool_failed: bool = False
-    """The tool did not answer; the observation then states so."""
+    """Whether the tool did not answer; the observation then says so."""
     answer_prob: float | None = None
     """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
     info_gain: float | None = None
     """ig_t = P_t - P_{t-1} (or its log form); None on a final turn and where it could not be computed."""
     step: int = 0
-    """Of the run, from 0, in whose rollout it was sampled: names the weights that did it."""
+    """Training step, from 0, whose rollout sampled this turn; identifies the weights."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -94,12 +94,12 @@ class Trajectory:
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
-    """answer | eos | length | max_turns | empty_query | context, or "" while it goes on; see `rollout.multi_turn`."""
+    """answer | eos | length | max_turns | empty_query | context, or "" while unfinished; see `rollout.multi_turn`."""
     baseline_prob: float | None = None
     """P_0, from the prompt alone."""
     outcome_reward: float = 0.0
     exact_match: float = 0.0
-    """EM of the extracted answer, whether or not the format holds."""
+    """EM of the extracted answer, whether or not the format is right."""
     format_ok: bool = False
     hops: int = 0
 
@@ -108,7 +108,7 @@ class Trajectory:
 
     @property
     def num_process_turns(self) -> int:
-        """n_i: turns that ended with a tool call and were answered."""
+        """n_i: turns that ended with a tool call and got an observation."""
         return sum(1 for turn in self.turns if turn.query is not None)
 
     @property
@@ -142,25 +142,25 @@ class Trajectory:
 
     @property
     def context_probs(self) -> list[float | None]:
-        """P_0 .. P_n, the answer's probability in each of them by the engine."""
+        """P_0 .. P_n: the gold answer's probability in each context, by the engine."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.turns if turn.query is not None)]
 
     def staleness(self, step: int) -> int:
-        """Steps between that in which its oldest tokens were sampled and `step`, which trains on it."""
+        """Return the steps between the sampling of the oldest tokens and `step`, which trains on them."""
         return max(step - turn.step for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Field by field, turns too, with lists in place of arrays."""
+        """Convert all fields, turns included, with lists in place of arrays."""
         return {**_plain(vars(self)), "turns": [_plain(vars(turn)) for turn in self.turns]}
 
 
 def encode_records(records: object) -> bytes:
-    """What holds such records (dataclasses, lists, msgspec structs) as msgpack, with arrays as their bytes."""
+    """Encode records (dataclasses, lists, msgspec structs) as msgpack, with arrays as raw bytes."""
     return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
 
 
 def decode_records(content: bytes, kind: type[Record]) -> Record:
-    """What `encode_records` wrote, as a `kind`; lists are taken for arrays too, as earlier versions wrote them.
+    """Decode the output of `encode_records` as a `kind`; accept lists for arrays, as earlier versions wrote.
 
     Raises:
         msgspec.DecodeError: `content` is something else.
@@ -169,7 +169,7 @@ def decode_records(content: bytes, kind: type[Record]) -> Record:
 
 
 def from_dict(record: dict) -> Trajectory:
-    """The trajectory of `Trajectory.to_dict`; keys that it has besides are left out.
+    """Rebuild a trajectory from the output of `Trajectory.to_dict`; ignore other keys.
 
     Raises:
         msgspec.ValidationError: a field is missing or of another type.
@@ -178,7 +178,7 @@ def from_dict(record: dict) -> Trajectory:
 
 
 def _array_of(kind: type, content: Any) -> array:
-    """`content`, raw bytes or a list, as an array of `kind`. Raises what msgspec takes for invalid content."""
+    """Convert raw bytes or a list to an array; raise only what msgspec reports as invalid content."""
     if isinstance(content, bytes):
         values = kind()
         values.frombytes(content)

@@ -1,4 +1,4 @@
-"""What computes here: versions of Python and packages, and the code itself."""
+"""Versions of Python, of the packages and of this code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 CODE = ("a2tgpo", "launch")
 """Folders whose Python files a run executes."""
 COMMIT_FILE = "COMMIT"
-"""In a copy of a checkout (slurm/job.sh): a line as `commit_line` gives it."""
+"""File in a copy of a checkout (slurm/job.sh): one line as returned by `commit_line`."""
 UNKNOWN = "unknown"
 UNCOMMITTED = " with uncommitted changes"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -30,12 +30,12 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def commit() -> str:
-    """Of the checkout that this code is in or was copied from, or `UNKNOWN`."""
+    """Return the commit of the checkout that holds this code or that it was copied from, or `UNKNOWN`."""
     return _copied_line().split(" ")[0] or _git("rev-parse", "HEAD") or UNKNOWN
 
 
 def commit_line() -> str:
-    """The commit, and whether the code that runs differs from it."""
+    """Return the commit, and whether the running code differs from it."""
     if line := _copied_line():
         return line
     changed = commit() != UNKNOWN and _git("status", "--porcelain", "--", *CODE)
@@ -44,7 +44,7 @@ def commit_line() -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Names and contents of all files that a run executes, as a short digest: also without git, also of a copy."""
+    """Return a short digest of names and contents of all files that a run executes; works without git."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (_ROOT / folder).rglob("*.py")):
         content = path.read_bytes()
@@ -53,12 +53,12 @@ def code_fingerprint() -> str:
 
 
 def versions() -> dict[str, str]:
-    """By name: python, each of `PACKAGES` or "not installed", and the commit."""
+    """Map python, each of `PACKAGES` (or "not installed") and the commit to versions."""
     return package_versions() | {"commit": commit()}
 
 
 def package_versions() -> dict[str, str]:
-    """By name: python, and each of `PACKAGES` or "not installed"."""
+    """Map python and each of `PACKAGES` (or "not installed") to versions."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -76,9 +76,9 @@ def _copied_line() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the checkout; empty: nothing, or there is no git, or no checkout.
+    """Return git's output for the checkout; empty if git fails, is missing, or there is no checkout.
 
-    In a container the checkout may belong to another user, which git refuses to look at unless it is told.
+    In a container the checkout may belong to another user; git refuses to read it without safe.directory.
     """
     try:
         done = subprocess.run(

@@ -1,11 +1,11 @@
-"""Ends a job that hangs, soon, with the cause and the stacks of all ranks.
+"""End a job that hangs, soon, with the cause and the stacks of all ranks.
 
-A thread on every rank tells the others, through the store that the ranks met in, which stage its rank is in, and
-looks at the clock. The first to find its stage past the deadline says so in one line, with the ranks that are behind;
-all of them then add their stacks to `stacks/rank_R.txt` and end with `EXIT_CODE`.
+A thread on every rank publishes its rank's stage in the rendezvous store and checks the clock. The first rank whose
+stage exceeds its deadline prints one line that names the ranks that are behind; all ranks then append their stacks to
+`stacks/rank_R.txt` and exit with `EXIT_CODE`.
 
-While any rank waits for a tool's service (`Outage`), which has a limit of its own, the clock stands still on all
-ranks: those that are done with their rollout wait for it, too.
+While any rank waits for a tool's service (`Outage`), which has its own limit, the clock stops on all ranks: ranks
+that finished their rollout wait for that rank, too.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from a2tgpo.parallel.outage import Outage
 from a2tgpo.parallel.side_store import side_store
 
 EXIT_CODE = 3
-"""Of a run that failed (launch/failure.py)."""
+"""Exit code of a run that failed (launch/failure.py)."""
 POLL_S = 1.0
 GRACE_S = 10.0
-"""For the other ranks to write their stacks."""
+"""Time for the other ranks to write their stacks."""
 BACKSTOP_S = 30.0
-"""Past the deadline; then a C thread ends this rank, whose Python is then held by something that never returns."""
+"""Time after the deadline when a C thread ends this rank, in case a call that never returns blocks Python."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages whose own length so far tells how long they may take."""
+"""Stages whose own longest duration so far predicts the next."""
 WAITING = ("refit", "exchange", "advantage")
-"""Stages in which a rank may wait for the slowest of the others, so for what any stage has taken."""
+"""Stages in which a rank may wait for the slowest rank, thus as long as any steady stage took."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: all ranks pass the same places in the same order."""
+    """A rank's current stage; all ranks pass the same sequence of places."""
 
     number: int
     stage: str
@@ -47,12 +47,12 @@ class Place:
 
 
 class Watchdog:
-    """Watches this rank's stages; every rank holds one.
+    """Watches this rank's stages; every rank has one.
 
     Args:
         config: the deadlines.
-        folder: `stacks/` of the run; each rank writes one file into it, if it comes to that.
-        outage: this rank's.
+        folder: `stacks/` of the run; each rank writes one file there if the job hangs.
+        outage: of this rank.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_told = 0
-        """Looks of all ranks that found an outage, as far as this rank knows."""
+        """Number of polls, over all ranks, that found an outage, as last read by this rank."""
         self._looked_at = time.monotonic()
         self._standing = (0, 0.0)
-        """Number of the place, and seconds in it for which the clock stood still."""
+        """Number of the place, and the seconds for which its clock stood still."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
-        """Of the stages that this rank has left, seconds."""
+        """Longest duration of each stage that this rank has left, seconds."""
         self._told = -1
         self._closed = threading.Event()
         self._store = side_store("watchdog", timeout_s=GRACE_S)
@@ -88,7 +88,7 @@ class Watchdog:
         self.enter(BETWEEN)
 
     def enter(self, stage: str) -> None:
-        """The rank begins `stage`, and has left the one before; "" between two."""
+        """Record that the rank left its stage and begins `stage`; "" between two stages."""
         stage = stage or BETWEEN
         with self._arming:
             now, left = time.monotonic(), self._place
@@ -98,7 +98,7 @@ class Watchdog:
             self._arm(self._place)
 
     def follow(self, outage: Outage) -> None:
-        """From now on the clock stands still while `outage` is on."""
+        """From now on, stop the clock while `outage` is on."""
         self._outage = outage
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Watchdog:
         while not self._closed.wait(POLL_S):
             try:
                 self._look()
-            except RuntimeError:  # the store is gone with the process that held it; the deadline still holds
+            except RuntimeError:  # the process that held the store is gone; the deadline still applies
                 place = self._place
                 if self._overdue(place):
                     self._end(self._verdict(place, {}))
@@ -133,7 +133,7 @@ class Watchdog:
             self._end(verdict)
 
     def _stand_still_in_outages(self) -> None:
-        """What has passed since the last look does not count if some rank was then waiting for a service."""
+        """Do not count the time since the last poll if any rank was waiting for a service."""
         if self._outage is not None and self._outage.is_on:
             self._store.add("outages", 1)
         now, told = time.monotonic(), self._store.add("outages", 0)
@@ -147,7 +147,7 @@ class Watchdog:
             self._arm(place)
 
     def _arm(self, place: Place) -> None:
-        """Set the C thread's clock to what is left of the place's deadline."""
+        """Set the C thread's timer to the rest of the place's deadline."""
         left_s = self._left_s(place)
         if left_s is None:
             faulthandler.cancel_dump_traceback_later()
@@ -158,18 +158,18 @@ class Watchdog:
         return self._standing[1] if self._standing[0] == place.number else 0.0
 
     def _left_s(self, place: Place) -> float | None:
-        """Of the place's deadline; None: it has none."""
+        """Return the rest of the place's deadline; None if it has none."""
         _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None
         return place.since + self._stood_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
-        """Seconds that `stage` may take, 0: any, and what they follow from."""
+        """Return the source of the limit as text, and the seconds that `stage` may take (0: unlimited)."""
         key, limit_s = self._config.deadline(stage)
         known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
         longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
-        # A rank that has not seen a whole step does not know yet what it may have to wait for.
+        # A rank that has not seen a whole step does not know yet how long it may have to wait.
         is_known = longest_s > 0 and (stage in STEADY or "update" in self._longest)
         allowed_s = max(self._config.min_s, self._config.slack * longest_s)
         if limit_s and self._config.slack and is_known and allowed_s < limit_s:
@@ -181,7 +181,7 @@ class Watchdog:
         return left_s is not None and left_s < 0
 
     def _places(self) -> dict[int, tuple[int, str]]:
-        """Number and stage of every rank that has told one."""
+        """Return number and stage of every rank that published them."""
         found = {}
         for rank in range(self._world_size):
             if self._store.check([f"place_{rank}"]):
@@ -206,7 +206,7 @@ class Watchdog:
         )
 
     def _end(self, verdict: str | None) -> None:
-        """Write the stacks, leave the other ranks the time to do so, and end this process."""
+        """Write the stacks, give the other ranks time to write theirs, and end this process."""
         if verdict is not None:
             print(f"error: {verdict}", file=sys.stderr, flush=True)
             print(verdict, file=self._file, flush=True)

@@ -1,4 +1,4 @@
-"""The engine brought to the policy's weights, and the proof that it computes with them."""
+"""Move the policy's weights to the engine, and verify that the engine computes with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from a2tgpo.update.score import score
 
 
 class WeightHolders(Protocol):
-    """The two that hold the weights, and what they were built from; `RunParts` is one."""
+    """Policy and engine, and what they were built from; `RunParts` is one."""
 
     @property
     def config(self) -> RunConfig: ...
@@ -41,13 +41,13 @@ class WeightHolders(Protocol):
 
 
 def sync_engine(parts: WeightHolders, *, step: int) -> MetricSums:
-    """Enter memory phase rollout, the engine with the weights of `step` updates; every rank must call this.
+    """Give the engine the weights of `step` updates and enter memory phase rollout; every rank must call this.
 
-    Weights the engine holds already are not moved again; new ones are verified on a fixed probe, and so are the
-    first ones of a run, which engine and trainer read from the same files by different code.
+    Weights that the engine already holds are not moved again. New weights are verified on a fixed probe; so are the
+    first weights of a run, which engine and trainer read from the same files by different code.
 
     Raises:
-        RuntimeError: if engine and trainer disagree on the probe.
+        RuntimeError: engine and trainer disagree on the probe.
     """
     parts.phases.enter("refit")
     report = refit(parts.policy, parts.engine, version=step, bucket_mib=parts.config.refit.bucket_mib)
@@ -71,7 +71,7 @@ def sync_engine(parts: WeightHolders, *, step: int) -> MetricSums:
 
 
 def score_probe(parts: WeightHolders, probe: Sequence[int]) -> Tensor:
-    """[len(probe) - 1] float32, on the CPU: log p of `probe[1:]` by the trainer; every rank must call this."""
+    """Return the trainer's log p of `probe[1:]`, [len(probe) - 1] float32 on the CPU; every rank must call this."""
     batch = pack(
         [probe_trajectory(probe)], [0], align=alignment(parts.config.parallel, parts.config.model.fp8)
     )

@@ -1,1 +1,1 @@
-"""What the policy acts on: tools that take a text and answer with text."""
+"""What the policy acts on: tools that take a text and return a text."""

@@ -1,4 +1,4 @@
-"""What a tool is to a rollout: one call, whatever stands behind it."""
+"""The interface between a rollout and its tools: one call, with any backend."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from a2tgpo.config.tools import TOOLS_PACKAGE
 
 
 class ToolError(RuntimeError):
-    """A call that got no answer; the message is one line with the cause, which the policy is told."""
+    """A call got no answer; the message is one line with the cause, which the policy reads."""
 
 
 class ToolUnavailableError(ToolError):
-    """What stands behind the tool serves nobody, as far as is known: the same call may have an answer later."""
+    """The tool's backend appears to be down for all callers; the same call may succeed later."""
 
 
 class Tool(Protocol):
     """Safe to call from many threads at once."""
 
     def call(self, text: str) -> list[str]:
-        """The parts of the answer to `text`, best first, at least one.
+        """Return the parts of the answer to `text`, best first, at least one.
 
         Args:
-            text: what the policy wrote between the tool's tags, spaces squeezed, never empty.
+            text: the policy's text between the tool's tags, spaces squeezed, never empty.
 
         Raises:
-            ToolError: if there is no answer. What the policy did wrong is an answer that says so.
-            ToolUnavailableError: if no call has an answer now; see `search.on_outage`.
+            ToolError: there is no answer. A mistake of the policy gets an answer that explains it.
+            ToolUnavailableError: no call gets an answer now; see `search.on_outage`.
         """
 
     def close(self) -> None:
-        """Give back what it holds; it is not called afterwards."""
+        """Release resources; the tool is not called afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,16 @@ class Toolset:
     """The tools of a run and the limits that they share."""
 
     tools: Mapping[str, Tool]
-    """By name, which is also the tag that calls it."""
+    """By name, which is also the tag of a call."""
     num_workers: int = 16
-    """Calls that run at a time, per rank that calls tools."""
+    """Concurrent calls per rank that calls tools."""
     deadline_s: float = 240.0
-    """A call that has not returned so long after its start has failed, seconds; time before the start is free."""
+    """A call fails if it has not returned this many seconds after its start; time in the queue does not count."""
     max_part_tokens: int = 400
     """Each part of an answer is cut to this many tokens."""
     outage_limit_s: float | None = None
-    """A call that ends in `ToolUnavailableError` is made again for so long, seconds; 0: the run ends at once; None:
-    the call has failed, and the policy is told."""
+    """Seconds for which a call that raised `ToolUnavailableError` is retried. 0: the run ends at once. None: no retry;
+    the call fails and the policy reads so."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -64,10 +64,10 @@ class Toolset:
 
 
 def build_tools(config: RunConfig) -> Toolset:
-    """The tools that `tools.names` names, from `environment/tools/`; every rank builds its own.
+    """Build the tools named in `tools.names`, from `environment/tools/`; every rank builds its own.
 
     Raises:
-        ConfigError: one line; a tool that cannot work as configured.
+        ConfigError: one line; a tool cannot work as configured.
     """
     tools: dict[str, Tool] = {}
     for name in config.tools.selected:
@@ -75,8 +75,8 @@ def build_tools(config: RunConfig) -> Toolset:
     return Toolset(
         tools=MappingProxyType(tools),
         num_workers=config.search.num_workers,
-        # A client bounds each try, one more to see whether the query is to blame, and waits between them; this bounds
-        # what a client does not.
+        # A client bounds each try, one extra try to test whether the query is at fault, and its waits. This deadline
+        # bounds everything else in the client.
         deadline_s=2 * config.search.timeout_s * (config.search.max_attempts + 1),
         max_part_tokens=config.search.max_passage_tokens,
         outage_limit_s=config.search.longest_outage_s,

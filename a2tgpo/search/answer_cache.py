@@ -1,4 +1,4 @@
-"""Answers of a search that are remembered, as many as fit into a given memory."""
+"""A cache of search answers with a bounded size in memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from a2tgpo.search.passage import Passage
 Hits = Sequence[tuple[Passage, float]]
 """Passages with their scores, best first."""
 ANSWER_BYTES, PASSAGE_BYTES = 300, 250
-"""What Python takes for an answer and for each passage in it, besides their texts."""
+"""Python's overhead per answer and per passage, without texts."""
 
 
 class AnswerCache:
-    """Forgets the least recently used answers first; safe to use from many threads.
+    """Evicts the least recently used answers first; safe to use from many threads.
 
     Args:
-        max_bytes: of all answers together. Passages are counted in full, also those of a corpus that is in memory
-            anyway; an answer that is larger by itself is not kept.
+        max_bytes: of all answers together. Passages count in full, even if their corpus is in memory anyway; a
+            single larger answer is not stored.
     """
 
     def __init__(self, max_bytes: int):
@@ -28,12 +28,12 @@ class AnswerCache:
         self._lock = threading.Lock()
         self._answers: OrderedDict[tuple[str, int], Hits] = OrderedDict()
         self.num_bytes = 0
-        """Taken at present."""
+        """Bytes in use."""
         self.num_hits = 0
         """Calls of `get` that found an answer."""
 
     def get(self, query: str, top_k: int) -> Hits | None:
-        """What `put` was given; None if that is forgotten, or never was."""
+        """Return the stored answer; None if it was evicted or never stored."""
         with self._lock:
             hits = self._answers.get((query, top_k))
             if hits is not None:
@@ -42,7 +42,7 @@ class AnswerCache:
             return hits
 
     def put(self, query: str, top_k: int, hits: Hits) -> None:
-        """Remember `hits`, which nobody changes from now on."""
+        """Store `hits`, which must not change afterwards."""
         with self._lock:
             self._drop(query, top_k)
             size = _bytes_of(query, hits)
@@ -54,7 +54,7 @@ class AnswerCache:
                 self._drop(*next(iter(self._answers)))
 
     def clear(self) -> None:
-        """Forget all answers."""
+        """Drop all answers."""
         with self._lock:
             self._answers.clear()
             self.num_bytes = 0

@@ -25,8 +25,8 @@ class Bm25Index:
 
     Args:
         passages: the corpus, at least one.
-        scores: a matrix made earlier over the same passages, see `save`; None: made now.
-        key: what names the corpus in messages.
+        scores: a matrix built earlier over the same passages, see `save`; None: built now.
+        key: the name of the corpus in messages.
 
     Raises:
         ConfigError: if no passage holds a word.
@@ -40,19 +40,19 @@ class Bm25Index:
 
     @classmethod
     def load(cls, folder: Path, passages: Sequence[Passage]) -> Bm25Index:
-        """The index that `save` wrote, memory-mapped."""
+        """Load an index that `save` wrote, memory-mapped."""
         scores = bm25s.BM25.load(folder, mmap=True, load_corpus=False, show_progress=False, verbosity=0)
         return cls(passages, scores=scores)
 
     def save(self, folder: Path) -> None:
-        """Write what `load` reads; the passages stay where they are."""
+        """Write the files for `load`, without the passages."""
         self._bm25.save(folder, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        """The at most `top_k` best passages with their scores, best first.
+        """Return at most `top_k` passages with their scores, best first.
 
-        A passage that shares no word with the query is never returned. Equal scores keep the corpus's
-        order. Stop words count only where the query has nothing else.
+        A passage that shares no word with the query is never returned. Equal scores keep the corpus's order. Stop
+        words count only if the query has no other words.
         """
         words = words_of(query)
         words = [word for word in words if word not in _STOPWORDS] or words
@@ -62,23 +62,23 @@ class Bm25Index:
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
         found = np.flatnonzero(scores)
         if len(found) > top_k:
-            # A plain top-k breaks ties as its partition happens to fall; keeping all that reach the k-th score
-            # and sorting those stably keeps the corpus's order, without sorting all scores.
+            # A plain top-k breaks ties arbitrarily. Keep all passages that reach the k-th score and sort them stably:
+            # this keeps the corpus's order without sorting all scores.
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]
         return [(self.passages[int(i)], float(scores[i])) for i in best]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """`search` for each query, in order."""
+        """Run `search` for each query, in order."""
         return [self.search(query, top_k) for query in queries]
 
 
 def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
-    """Scores of every word in every passage, as bm25s keeps them; words are numbered while they are read.
+    """Score every word in every passage, in bm25s's format; words are numbered as they are read.
 
     Args:
-        key: what names the corpus in messages.
+        key: the name of the corpus in messages.
     """
     vocabulary: dict[str, int] = {}
     ids = [

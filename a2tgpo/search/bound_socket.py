@@ -1,4 +1,4 @@
-"""The address that a server listens on, taken before anything slow is built."""
+"""Bind a server's address before slow parts are built."""
 
 import socket
 
@@ -6,10 +6,10 @@ from a2tgpo.config.check import ConfigError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to `host` and `port` (0: any free one), which does not listen yet.
+    """Return a socket bound to `host` and `port` (0: any free port), not listening yet.
 
     Raises:
-        ConfigError: one line; no such address, or a port that is taken.
+        ConfigError: one line; the address does not exist, or the port is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

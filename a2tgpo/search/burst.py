@@ -1,4 +1,4 @@
-"""A short burst of searches, to see whether a retrieval server keeps up with a run before the run needs it."""
+"""Send a short burst of searches, to check that a retrieval server is fast enough before the run needs it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
 MAX_CLIENTS = 256
-"""More threads than this measure this process rather than the server."""
+"""With more threads, this process would be the bottleneck, not the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Burst:
-    """What a server did with `clients` that each asked again as soon as they were answered."""
+    """Result of `clients` that each sent the next query as soon as the last was answered."""
 
     clients: int
     answered: int
     failed: int
     """Queries without an answer within search.timeout_s."""
     seconds: float
-    """Until the last answer."""
+    """Time until the last answer."""
 
     @property
     def per_second(self) -> float:
@@ -39,11 +39,11 @@ class Burst:
 def measure_burst(
     config: SearchConfig, queries: Sequence[str], *, clients: int, seconds: float = 3.0
 ) -> Burst:
-    """Ask the server of `config` for `seconds`, and wait for what is then under way.
+    """Query the server of `config` for `seconds`, then wait for the pending queries.
 
     Args:
-        queries: like those that the run will ask; each is made one that no cache knows.
-        clients: that ask at a time; `MAX_CLIENTS` at most.
+        queries: like those of the run; each gets a random suffix so that no cache has its answer.
+        clients: concurrent queries; at most `MAX_CLIENTS`.
     """
     clients = min(clients, MAX_CLIENTS)
     client = HttpSearch(
@@ -86,13 +86,13 @@ def measure_burst(
 
 
 def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> tuple[str, bool]:
-    """What the burst says of a run that asks `needed_per_s`, in one line; and whether it is to be refused.
+    """Compare the burst with a run's `needed_per_s`; return one line, and whether the run must be refused.
 
     Args:
-        max_shortfall: how many times fewer answers than needed are let through; 0: any.
+        max_shortfall: how many times fewer answers than needed are acceptable; 0: any number.
 
     Returns:
-        An empty line where the server keeps up.
+        An empty line if the server is fast enough.
     """
     if burst.answered and burst.per_second >= needed_per_s:
         return "", False

@@ -1,4 +1,4 @@
-"""Spares a server that does not answer, and the rollouts that would wait for it."""
+"""Stop sending requests to a server that does not answer, so that neither it nor the rollouts wait."""
 
 import threading
 import time
@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 
 class CircuitBreaker:
-    """Refuses after so many failures in a row, then lets one try through every so often until one succeeds.
+    """Opens after `break_after` failures in a row, then allows one try every `break_s` until one succeeds.
 
     Safe to use from many threads.
 
     Args:
-        break_after: failures in a row that open it.
-        break_s: how long it stays open before one caller may try, seconds.
-        clock: seconds, never going back.
+        break_after: failures in a row that open the breaker.
+        break_s: seconds until one caller may try.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, *, break_after: int, break_s: float, clock: Callable[[], float] = time.monotonic):
@@ -25,23 +25,23 @@ class CircuitBreaker:
         self._next_try = 0.0
 
     def allows(self) -> bool:
-        """Whether a request may be sent now; the caller then reports how it went."""
+        """Return whether a request may be sent now; the caller then reports its outcome."""
         with self._lock:
             if self._failures < self._break_after:
                 return True
             now = self._clock()
             if now < self._next_try:
                 return False
-            self._next_try = now + self._break_s  # of the callers that wait, this one tries
+            self._next_try = now + self._break_s  # of all waiting callers, only this one tries
             return True
 
     def succeeded(self) -> None:
-        """A request was answered: closed again."""
+        """Report an answered request, which closes the breaker."""
         with self._lock:
             self._failures = 0
 
     def failed(self) -> None:
-        """A request got no answer."""
+        """Report a request without an answer."""
         with self._lock:
             self._failures += 1
             if self._failures == self._break_after:

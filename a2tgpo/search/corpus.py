@@ -1,4 +1,4 @@
-"""Corpora: the passages that an index is built over."""
+"""Load corpora: the passages of an index."""
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.json_lines import read_json_lines, text_field
@@ -6,16 +6,16 @@ from a2tgpo.search.passage import Passage, parse_contents
 
 
 def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
-    """Every passage of a JSONL file in Search-R1's format, in file order.
+    """Return every passage of a JSONL file in Search-R1's format, in file order.
 
     A record has `id` (text or integer, unique) and `contents` (`"title"`, a newline, the text).
 
     Args:
         path: the file.
-        key: the configuration key or option that names it, for error messages.
+        key: the configuration key or option that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line), repeated id, no passage at all.
+        ConfigError: one line; unreadable file, bad record (with its line), repeated id, or no passage.
     """
     passages: dict[str, Passage] = {}
     for where, record in read_json_lines(path, key=key):
@@ -29,7 +29,7 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
 
 
 def parse_passage(record: dict, where: str) -> Passage:
-    """The passage in one record; ConfigError starting with `where` if it is none."""
+    """Parse one record; the ConfigError of a bad record starts with `where`."""
     identity = record.get("id")
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         found = "missing" if "id" not in record else f"{identity!r:.60}"

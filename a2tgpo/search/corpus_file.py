@@ -1,4 +1,4 @@
-"""Corpora too large for memory: passages read from the JSONL file when they are asked for."""
+"""Corpora too large for memory: passages are read from the JSONL file on demand."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
 WHOLE_BYTES = 256 * 2**20
-"""Files up to this size are hashed whole, larger ones by blocks spread over them."""
+"""Files up to this size are hashed whole; of larger files, evenly spread blocks."""
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 
 def fingerprint(path: str | Path) -> str:
-    """Names a corpus file's content, in well under a second for any size that it is made for.
+    """Fingerprint a corpus file's content, in well under a second at any intended size.
 
-    Size and a hash, of everything up to 256 MiB; past that of 4,096 blocks of 4 KiB spread evenly, first and last
-    among them: another corpus is found, an edit of the same length between two blocks is not.
+    Combines the size with a hash: up to 256 MiB of the whole file, beyond that of 4,096 blocks of 4 KiB, spread evenly
+    and including first and last. This detects another corpus, but not an edit of equal length between two blocks.
     """
     size = os.stat(path).st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -43,13 +43,13 @@ def fingerprint(path: str | Path) -> str:
 
 
 class CorpusFile(Sequence[Passage]):
-    """The passages of a JSONL file in Search-R1's format, by position; only what is asked for is read.
+    """The passages of a JSONL file in Search-R1's format, by position; reads only the passages requested.
 
     Safe to use from many threads.
 
     Args:
         path: the corpus.
-        offsets: [num_passages] int64, where each passage's line starts, in bytes; see `scan`.
+        offsets: [num_passages] int64, the byte where each passage's line starts; see `scan`.
     """
 
     def __init__(self, path: str | Path, offsets: np.ndarray):
@@ -87,22 +87,22 @@ def scan(
     progress: Callable[[int], None] = lambda num_bytes: None,
     key: str = "--corpus",
 ) -> np.ndarray:
-    """Offsets of the passages of one part of a corpus, every line of the part checked.
+    """Return the offsets of the passages of one part of a corpus; check every line of the part.
 
     Args:
         path: the corpus.
-        part: (i, n): passages whose position is i modulo n, so that parts are alike; (0, 1): all.
+        part: (i, n): passages whose position is i modulo n, so that parts resemble each other; (0, 1): all.
         progress: called with the bytes read since the last call.
 
     Returns:
         [num_passages] int64.
 
     Raises:
-        ConfigError: one line; unreadable or packed file, bad record (with its line), repeated id in the part, no
+        ConfigError: one line; unreadable or packed file, bad record (with its line), repeated id in the part, or no
             passage.
     """
     offsets: list[int] = []
-    # Hashes: 21 million ids as texts would take more memory than the index.
+    # Hashes, because 21 million ids as texts would take more memory than the index.
     seen: set[int] = set()
     number = 0
     for where, start, line in _lines(path, key):

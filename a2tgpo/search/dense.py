@@ -1,4 +1,4 @@
-"""Dense retrieval: nearest neighbours of a query's embedding by FAISS."""
+"""Dense retrieval: nearest neighbours of a query's embedding, by FAISS."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
 PROBED_SHARE, LEAST_PROBED = 1 / 16, 16
-"""Of an IVF index's lists, searched for a query unless the index or the server says otherwise: a share, and at least
-so many. Fewer find little in a small corpus (docs/retrieval.md)."""
+"""Share and least number of an IVF index's lists to search per query, unless the index or the server sets another
+number. Fewer lists find little in a small corpus (docs/retrieval.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseServing:
-    """How a dense index is served; nothing here changes what is on disk."""
+    """How to serve a dense index; nothing here changes the files on disk."""
 
     encoder_path: str = ""
-    """Where the encoder lies on this machine; empty: where it lay at the build."""
+    """The encoder's folder on this machine; empty: its folder at build time."""
     dtype: str = "auto"
-    """Of the encoder, see `Encoder`."""
+    """Dtype of the encoder, see `Encoder`."""
     num_threads: int = 1
-    """Of FAISS and of the encoder on a CPU."""
+    """Threads of FAISS, and of an encoder on a CPU."""
     on_gpus: bool = False
     """Spread the vectors over all GPUs that FAISS sees, in float16."""
     nprobe: int = 0
-    """Lists of an IVF index that are searched for a query; 0: as the index was built, or by `PROBED_SHARE`."""
+    """IVF lists to search per query; 0: the index's own number, or by `PROBED_SHARE`."""
 
 
 class DenseIndex:
-    """Nearest passages by inner product of unit vectors; one thread searches it at a time.
+    """Finds the nearest passages by inner product of unit vectors; use from one thread at a time.
 
     Args:
-        passages: the corpus, in the order it was embedded.
-        encoder: the one that the passages were embedded with.
-        neighbours: FAISS's index over them.
-        num_threads: that a search may use.
+        passages: the corpus, in the order of the embeddings.
+        encoder: the encoder that embedded the passages.
+        neighbours: the FAISS index over the passages.
+        num_threads: threads that a search may use.
     """
 
     kind = "dense"
@@ -58,13 +58,13 @@ class DenseIndex:
         torch.set_num_threads(num_threads)
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """The `top_k` nearest passages of each query with their cosines, best first."""
+        """Return the `top_k` nearest passages of each query with their cosines, best first."""
         if not queries:
             return []
-        # OpenMP's number of threads is the calling thread's own; a new one has OMP_NUM_THREADS.
+        # OpenMP's thread count is per calling thread; a new thread starts with OMP_NUM_THREADS.
         faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
-        # Where there are fewer than top_k, FAISS fills up with position -1.
+        # If there are fewer than top_k passages, FAISS pads with position -1.
         return [
             [
                 (self.passages[int(position)], float(score))
@@ -76,13 +76,13 @@ class DenseIndex:
 
 
 def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0) -> Any:
-    """FAISS's index in a file, its vectors mapped from there or copied to the GPUs.
+    """Open a FAISS index file, with its vectors memory-mapped or copied to the GPUs.
 
     Raises:
-        ConfigError: GPUs are wanted, and this FAISS sees none.
+        ConfigError: GPUs are requested, but this FAISS sees none.
         RuntimeError: the file holds no index.
     """
-    # IO_FLAG_MMAP maps inverted lists only, and reads the vectors of a Flat index into memory.
+    # IO_FLAG_MMAP maps only inverted lists; the vectors of a Flat index would be read into memory.
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (lists := inverted_lists(index)) is not None:
         usual = max(LEAST_PROBED, round(lists.nlist * PROBED_SHARE))
@@ -100,7 +100,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
 
 
 def inverted_lists(index: Any) -> Any | None:
-    """The IVF index in `index`; None if it has none."""
+    """Return the IVF index within `index`; None if it has none."""
     try:
         return faiss.extract_index_ivf(index)
     except RuntimeError:

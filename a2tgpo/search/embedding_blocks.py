@@ -1,7 +1,7 @@
-"""Embeddings of a corpus on disk, block by block: many processes fill one folder, and each may end at any time.
+"""Embeddings of a corpus on disk, in blocks: many processes fill one folder, and each may end at any time.
 
-What a block holds follows from its number and from what the folder is for (`key.json`), so whoever makes it makes the
-same: two that make one block by chance waste its time and nothing else.
+A block's content depends only on its number and on `key.json`, so any process computes the same. Two processes that
+compute the same block waste time but do no harm.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ KEY_FILE = "key.json"
 
 
 class EmbeddingBlocks:
-    """The blocks in `folder`, which is made if it is missing.
+    """The blocks in `folder`, which is created if missing.
 
     Args:
-        key: corpus, part and encoder, as JSON; what is there must be of the same.
+        key: corpus, part and encoder, as JSON; must equal the key of an existing folder.
         num_passages: of the corpus or its part.
 
     Raises:
-        ConfigError: the folder holds embeddings of something else.
+        ConfigError: the folder holds embeddings with another key.
     """
 
     def __init__(self, folder: Path, *, key: dict[str, Any], num_passages: int):
@@ -46,11 +46,11 @@ class EmbeddingBlocks:
 
     @property
     def num_done(self) -> int:
-        """Passages whose blocks are there."""
+        """Number of passages whose blocks exist."""
         return sum(end - start for start, end in map(self.range_of, filter(self.has, range(self.num_blocks))))
 
     def range_of(self, number: int) -> tuple[int, int]:
-        """First passage of a block, and the first behind it."""
+        """Return a block's first passage, and the first after the block."""
         start = number * BLOCK_PASSAGES
         return start, min(start + BLOCK_PASSAGES, self.num_passages)
 
@@ -58,14 +58,14 @@ class EmbeddingBlocks:
         return self._path(number).exists()
 
     def missing(self, *, worker: int = 0, num_workers: int = 1) -> Iterator[int]:
-        """Blocks that are not there when it is their turn: this worker's own, then all others from the end."""
+        """Yield blocks that are still missing when their turn comes: this worker's, then all others from the end."""
         own = range(worker, self.num_blocks, num_workers)
         others = (number for number in reversed(range(self.num_blocks)) if number % num_workers != worker)
         for numbers in (own, others):
             yield from (number for number in numbers if not self.has(number))
 
     def put(self, number: int, vectors: np.ndarray) -> None:
-        """Keep a block, [passages, dim] float32; it is there in full or not at all."""
+        """Write a block, [passages, dim] float32, atomically."""
         fresh = self.folder / f".{number}.{os.uname().nodename}.{os.getpid()}"
         with open(fresh, "wb") as stream:
             np.save(stream, vectors.astype(np.float32, copy=False), allow_pickle=False)
@@ -74,11 +74,11 @@ class EmbeddingBlocks:
         os.replace(fresh, self._path(number))
 
     def read(self, number: int) -> np.ndarray:
-        """[passages, dim] float32, mapped from the file."""
+        """Return a block, [passages, dim] float32, memory-mapped."""
         return np.load(self._path(number), mmap_mode="r", allow_pickle=False)
 
     def sample(self, num_passages: int) -> np.ndarray:
-        """[at most about num_passages, dim] float32: rows at equal distances over all blocks."""
+        """Return about `num_passages` rows at most, equally spaced over all blocks: [rows, dim] float32."""
         step = max(1, self.num_passages // num_passages)
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 
@@ -111,10 +111,10 @@ def embed_missing(
     num_workers: int = 1,
     progress: Callable[[int], None] = lambda num_passages: None,
 ) -> None:
-    """Make blocks until all are there.
+    """Compute blocks until all exist.
 
     Args:
-        worker, num_workers: which share this process begins with.
+        worker, num_workers: the share that this process begins with.
         progress: called with the passages embedded since the last call.
     """
     for number in blocks.missing(worker=worker, num_workers=num_workers):

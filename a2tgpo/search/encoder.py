@@ -1,7 +1,7 @@
 """Sentence embeddings by a Hugging Face encoder.
 
-e5-base-v2 wants "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM wants
-nothing. Both average the last layer over the tokens and compare by the cosine.
+e5-base-v2 needs "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM needs
+no prefix. Both average the last layer over the tokens and compare by cosine.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How texts become vectors; written into the index, since queries must be treated as the passages were."""
+    """How texts become vectors; stored in the index, because queries must be embedded like the passages."""
 
     path: str
     """Hugging Face folder of the encoder."""
     query_prefix: str = ""
     passage_prefix: str = ""
     max_tokens: int = 256
-    """Longer texts are cut."""
+    """Longer texts are truncated."""
 
 
 class Encoder:
-    """Unit vectors of texts: mean over the tokens of the encoder's last layer; on the GPU where there is one.
+    """Embeds texts as unit vectors: the mean over tokens of the encoder's last layer; uses the GPU if there is one.
 
     Args:
-        dtype: of the encoder's weights and layers: auto is bfloat16 on a GPU that has it, float32 elsewhere. Queries
-            and passages may be embedded in different ones: the cosines of one text's two vectors are above 0.999.
-        batch_size: texts that are run together, of like length; None: 256 on a GPU, 64 elsewhere.
+        dtype: of the encoder's weights and layers; auto is bfloat16 on a GPU that supports it, float32 elsewhere.
+            Queries and passages may use different dtypes: the cosines of one text's two vectors are above 0.999.
+        batch_size: texts of similar length run together; None: 256 on a GPU, 64 elsewhere.
 
     Raises:
-        ConfigError: if the folder holds no encoder, or one for shorter texts than `max_tokens`.
+        ConfigError: the folder holds no encoder, or one limited to fewer than `max_tokens`.
     """
 
     def __init__(self, settings: EncoderSettings, *, dtype: str = "auto", batch_size: int | None = None):
@@ -57,7 +57,7 @@ class Encoder:
             "a Hugging Face folder of an encoder",
         )
         on_gpu = torch.cuda.is_available()
-        # On CPUs without instructions for it bfloat16 is the slower one.
+        # On CPUs without bfloat16 instructions, bfloat16 is slower.
         fast = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
         self.dtype = fast if dtype == "auto" else getattr(torch, dtype)
         try:
@@ -78,20 +78,20 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Numbers of a vector."""
+        """Dimension of a vector."""
         return int(self._model.config.hidden_size)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """[len(texts), dim] float32, each of length 1."""
+        """Embed queries: [len(texts), dim] float32, each of length 1."""
         return self._embed([self.settings.query_prefix + text for text in texts])
 
     def passages(self, passages: Sequence[Passage]) -> np.ndarray:
-        """[len(passages), dim] float32, each of length 1; title and text together."""
+        """Embed passages, title and text together: [len(passages), dim] float32, each of length 1."""
         return self._embed([f"{self.settings.passage_prefix}{p.title} {p.text}".strip() for p in passages])
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
-        # Texts of like length together: what is padded is computed for nothing.
+        # Batch texts of similar length: padding costs compute.
         order = sorted(range(len(texts)), key=lambda i: len(tokens["input_ids"][i]))
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):

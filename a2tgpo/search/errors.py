@@ -1,15 +1,15 @@
-"""The ways a search is said to have failed; messages are one line with the cause."""
+"""Errors of a search; messages are one line with the cause."""
 
 
 class SearchError(RuntimeError):
-    """A query that got no answer."""
+    """A query got no answer."""
 
 
 class SearchUnavailableError(SearchError):
-    """The server did not serve: the same query may have an answer later.
+    """The server did not serve the query; the same query may succeed later.
 
     Args:
-        may_be_the_query: the server may serve other queries and fail at this one.
+        may_be_the_query: the server may fail only at this query.
     """
 
     def __init__(self, message: str, *, may_be_the_query: bool = False):

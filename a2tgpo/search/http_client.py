@@ -1,8 +1,8 @@
 """Client of a Search-R1 compatible retrieval server.
 
-Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; answer {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...]]}. Servers that leave the score out send the document itself; that is
-read too.
+Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; the answer is {"result": [[{"document":
+{"id", "contents"}, "score": x}, ...]]}. Servers without scores send each document directly, which is accepted
+too.
 """
 
 import functools
@@ -31,25 +31,25 @@ TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
-"""The server refuses this query, and may answer the next one."""
+"""The server refuses this query, but may answer the next one."""
 
 
 class _TransientError(SearchUnavailableError):
-    """A failure that another try at once may mend."""
+    """A failure that an immediate retry may mend."""
 
 
 class HttpSearch:
-    """Asks one server, over kept-alive connections, again after a failure; safe to use from many threads.
+    """Queries one server over kept-alive connections, with retries; safe to use from many threads.
 
     Args:
-        address: of the endpoint, e.g. http://127.0.0.1:8000/retrieve; looked at again after a failure.
+        address: of the endpoint, e.g. http://127.0.0.1:8000/retrieve; read again after a failure.
         timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
-        max_attempts: tries of one query.
+        max_attempts: tries per query.
         max_connections: open at once.
-        break_after: queries in a row without an answer after which none is sent for `break_s`; then one is.
+        break_after: consecutive queries without an answer that stop further queries for `break_s`; then one is sent.
         break_s: seconds.
-        token: bearer token the server asks for, if any.
-        first_wait_s: wait before the second try, seconds; doubled for each further one up to 8 s, with as
+        token: bearer token, if the server requires one.
+        first_wait_s: wait before the second try, seconds; doubles with each further try up to 8 s, with equally
             much jitter.
     """
 
@@ -68,7 +68,7 @@ class HttpSearch:
         self._address = ServerAddress(address) if isinstance(address, str) else address
         self.num_retries = 0
         self.num_refused = 0
-        """Queries that were not sent, since the ones before got no answer."""
+        """Queries not sent because the circuit breaker was open."""
         self._new_breaker = functools.partial(CircuitBreaker, break_after=break_after, break_s=break_s)
         self._breaker = self._new_breaker()
         self._timeout_s = timeout_s
@@ -76,28 +76,28 @@ class HttpSearch:
         self._first_wait_s = first_wait_s
         self._lock = threading.Lock()
         self._client = httpx.Client(
-            # Retrieval servers are near: a proxy from the environment would only get in the way.
+            # Retrieval servers are local, so ignore proxies from the environment.
             trust_env=False,
             timeout=timeout_s,
-            # Compressed answers would have no bound: one chunk of zstd can hold gigabytes.
+            # Compressed answers would be unbounded: one chunk of zstd can expand to gigabytes.
             headers={"Accept-Encoding": "identity"}
             | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        """The at most `top_k` best passages with their scores (0.0 where the server sends none), best first.
+        """Return at most `top_k` passages with their scores (0.0 if the server sends none), best first.
 
         Raises:
             SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
-                that no further try would mend.
-            SearchUnavailableError: the same where the failure is not known to be the query's own; without a try while
-                the server is being spared.
+                failure that a retry cannot mend.
+            SearchUnavailableError: the same, if the query itself is not known to be at fault; raised without a try
+                while the circuit breaker is open.
         """
         return self.search_many([query], top_k)[0]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """`search` for several queries in one request; all have answers, or none."""
+        """Run `search` for several queries in one request; all succeed or all fail."""
         if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
@@ -116,13 +116,13 @@ class HttpSearch:
             self._follow()
             raise
         except SearchError:
-            self._breaker.succeeded()  # it answered, though not as hoped
+            self._breaker.succeeded()  # the server answered, though with an error
             raise
         self._breaker.succeeded()
         return found
 
     def answers_others(self) -> bool:
-        """Whether the server answers a query that it has not seen before, asked once."""
+        """Return whether the server answers a new query; sends one request."""
         try:
             self._ask([f"probe {secrets.token_hex(8)}"], 1)
         except SearchError:
@@ -135,7 +135,7 @@ class HttpSearch:
 
     @property
     def url(self) -> str:
-        """Where the server is, as far as is known."""
+        """The server's last known address."""
         return self._address.url
 
     def _count_retry(self, _: RetryCallState) -> None:
@@ -144,7 +144,7 @@ class HttpSearch:
         self._follow()
 
     def _follow(self) -> bool:
-        """Whether the server has moved; it is then asked at its new address, without sparing it."""
+        """Return whether the server has moved; if so, switch to its new address with a new circuit breaker."""
         with self._lock:
             if not self._address.has_moved():
                 return False
@@ -204,7 +204,7 @@ class HttpSearch:
 
 
 def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:
-    """Passages and scores in the answer to each query; ValueError with a short reason if it is none."""
+    """Parse passages and scores of each query; ValueError with a short reason if the body is malformed."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The retrieval server's application: Search-R1's wire format, health, metrics, its own description."""
+"""The retrieval server's application: Search-R1's wire format, health, metrics and schema."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Refusal(BaseModel):
 
 
 class ServerMetrics:
-    """What the server counts, in a registry of its own."""
+    """The server's counters, in their own registry."""
 
     def __init__(self, *, num_passages: int):
         self.registry = CollectorRegistry()
@@ -100,7 +100,7 @@ def build_app(
     token: str | None = None,
     max_requests_per_s: float = 0.0,
 ) -> FastAPI:
-    """The server over `index`; see `QueryBatcher` for threads, `RequestLimits` for `token` and the rate."""
+    """Build the server over `index`; see `QueryBatcher` for threads, `RequestLimits` for `token` and the rate."""
     app = FastAPI(title="a2tgpo retrieval server", version="1")
     metrics = ServerMetrics(num_passages=num_passages)
     batcher = QueryBatcher(index, num_threads=num_threads, on_batch=metrics.batch.observe)
@@ -146,7 +146,7 @@ def build_app(
             return JSONResponse({"detail": detail}, status_code=422)
         top_k = request.topk or default_top_k
         metrics.queries.inc(len(request.queries))
-        # A lone surrogate, which JSON can carry, is no text that an encoder takes.
+        # JSON can carry a lone surrogate, which no encoder accepts.
         queries = [query.encode("utf-8", "replace").decode("utf-8") for query in request.queries]
         futures = [asyncio.wrap_future(batcher.submit(query, top_k)) for query in queries]
         try:

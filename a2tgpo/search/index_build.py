@@ -1,5 +1,5 @@
-"""Building an index folder: BM25 in one go; dense by blocks of embeddings, in one process or many; or from a FAISS
-index that is there already.
+"""Build an index folder: BM25 in one pass; dense from blocks of embeddings, in one or many processes, or from an
+existing FAISS index.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from a2tgpo.search.passage import Passage
 from a2tgpo.search.words import SPLITTING
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the work, the items finished since the last call, and the number of all items."""
+"""Called with the name of the work, the items finished since the last call, and the total number of items."""
 
 
 def silent(_label: str, _done: int, _total: int) -> None:
-    """A `Progress` that shows none."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe:
-    """What a dense index is made with."""
+    """How to make a dense index."""
 
     encoder: EncoderSettings
     factory: str = "Flat"
-    """FAISS's name of the index: Flat is exact and scans everything; IVF4096,SQ8 scans the nearest lists."""
+    """FAISS factory string: Flat is exact and scans everything; IVF4096,SQ8 scans the nearest lists."""
     nprobe: int = 0
-    """Lists of an IVF index that are searched for a query; 0: see `dense.PROBED_SHARE`."""
+    """IVF lists to search per query; 0: see `dense.PROBED_SHARE`."""
     dtype: str = "auto"
-    """Of the encoder while it embeds, see `Encoder`."""
+    """Dtype of the encoder while it embeds, see `Encoder`."""
 
 
 def build_bm25(
     corpus: Path, out: Path, *, part: tuple[int, int] = (0, 1), progress: Progress = silent
 ) -> int:
-    """Write the BM25 index of a corpus, or of one part of it, to the folder `out`; returns its number of passages.
+    """Write the BM25 index of a corpus, or of one part, to the folder `out`; return its number of passages.
 
     Args:
         part: see `corpus_file.scan`.
 
     Raises:
-        ConfigError: one line; bad corpus, or `out` is there already.
+        ConfigError: one line; bad corpus, or `out` exists already.
     """
     require_new(out)
     offsets = _scan(corpus, part, progress)
@@ -67,16 +67,16 @@ def build_bm25(
 
 
 class DenseBuild:
-    """The making of one dense index, by one or several processes that each hold one of these.
+    """Builds one dense index, in one or several processes with one such object each.
 
-    Embeddings lie in the folder `OUT.embeddings` until the index is written; a build that was ended goes on with
+    Embeddings stay in the folder `OUT.embeddings` until the index is written; an interrupted build resumes from
     them.
 
     Args:
         part: see `corpus_file.scan`.
 
     Raises:
-        ConfigError: one line; bad corpus, encoder or factory, or `out` is there already.
+        ConfigError: one line; bad corpus, encoder or factory, or `out` exists already.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class DenseBuild:
         progress: Progress = silent,
     ):
         require_new(out)
-        # Before the corpus: what is wrong with the encoder shall not be found after an hour of reading.
+        # Before the corpus, so that a bad encoder is found before an hour of reading.
         self._encoder = Encoder(recipe.encoder, dtype=recipe.dtype)
         empty_index(self._encoder.dim, recipe.factory, num_passages=2**62)
         self._corpus, self._out, self._recipe, self._part = corpus, out, recipe, part
@@ -107,7 +107,7 @@ class DenseBuild:
         self._keep_offsets()
 
     def embed(self, *, worker: int = 0, num_workers: int = 1) -> None:
-        """Make blocks until all are there, those of this worker's turn first."""
+        """Compute blocks until all exist, this worker's share first."""
         total = len(self._passages)
         self._progress("embedding", self.blocks.num_done, total)
         embed_missing(
@@ -120,7 +120,7 @@ class DenseBuild:
         )
 
     def finish(self) -> int:
-        """Write the index, once all blocks are there, and remove them; returns its number of passages."""
+        """Write the index once all blocks exist, then remove them; return its number of passages."""
         recipe = self._recipe
         description = describe("dense", self._corpus, part=self._part, num_passages=len(self._passages))
         description |= {
@@ -138,7 +138,7 @@ class DenseBuild:
         return self._out.with_name(f"{self._out.name}.embeddings")
 
     def _read_offsets(self) -> np.ndarray:
-        """Those that an earlier start or another process has found in this corpus, or found now."""
+        """Return the corpus's offsets from an earlier start or another process, or scan for them now."""
         kept = self._folder / f"{fingerprint(self._corpus)}.{OFFSETS}" if self._corpus.is_file() else None
         if kept is not None and kept.exists():
             return np.load(kept, allow_pickle=False)
@@ -154,14 +154,14 @@ class DenseBuild:
 def import_faiss(
     source: Path, corpus: Path, out: Path, recipe: DenseRecipe, *, progress: Progress = silent
 ) -> int:
-    """Make an index folder of a FAISS index over all passages of a corpus, in its order; returns their number.
+    """Build an index folder from a FAISS index over all passages of a corpus, in order; return their number.
 
     Args:
-        source: stays where it is; the folder holds a hard link to it, or a copy.
-        recipe: the encoder that the passages were embedded with; the rest of it is the index's own.
+        source: is not changed; the folder gets a hard link to it, or a copy.
+        recipe: names the encoder of the passages; its other fields are ignored in favour of the index.
 
     Raises:
-        ConfigError: one line; bad corpus or encoder, an index of another size, or `out` is there already.
+        ConfigError: one line; bad corpus or encoder, an index of another size, or `out` exists already.
     """
     require_new(out)
     encoder = Encoder(recipe.encoder, dtype=recipe.dtype)

@@ -1,7 +1,7 @@
-"""Indices on disk: a folder with index.json, offsets.npy and the index itself, bound to one corpus file.
+"""Indices on disk: a folder with index.json, offsets.npy and the index's own files, bound to one corpus file.
 
-index.json says the kind, the fingerprints of the corpus and of the folder's other files, and what queries need. A
-folder is written beside its place and renamed: it is complete or absent.
+index.json has the kind, the fingerprints of the corpus and of the folder's other files, and the settings for queries.
+A folder is written beside its place and then renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ FORMAT = 2
 
 
 class SearchIndex(Protocol):
-    """What a retrieval server searches; safe to use from many threads."""
+    """An index that a retrieval server searches; safe to use from many threads."""
 
     kind: str
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """The best passages of each query with their scores, best first."""
+        """Return the best passages of each query with their scores, best first."""
 
 
 def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: int) -> dict[str, Any]:
-    """What index.json says of every index."""
+    """Return the entries of index.json that all kinds share."""
     return {
         "format": FORMAT,
         "kind": kind,
@@ -50,14 +50,14 @@ def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: in
 
 @contextlib.contextmanager
 def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> Iterator[Path]:
-    """The folder `out`, which is there in full after the block, or not at all.
+    """Create the folder `out` atomically when the block ends.
 
     Args:
-        description: see `describe`, and what the kind adds.
+        description: from `describe`, with the kind's own entries.
         offsets: of the passages, see `corpus_file.scan`.
 
     Yields:
-        A folder for the index's own files.
+        The folder for the index's own files.
     """
     with atomic_folder(out) as partial:
         yield partial
@@ -66,13 +66,13 @@ def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> I
 
 
 def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = None) -> tuple[SearchIndex, int]:
-    """The index in `folder` over the corpus it was built from, memory-mapped; and its number of passages.
+    """Load the index in `folder` over its corpus, memory-mapped; return it with its number of passages.
 
     Args:
-        serving: how a dense index is served; None: by one thread.
+        serving: how to serve a dense index; None: with one thread.
 
     Raises:
-        ConfigError: one line; no index, another corpus than the one it was built from, a damaged file.
+        ConfigError: one line; no index, built from another corpus, or a damaged file.
     """
     description = _read_description(folder)
     try:
@@ -86,7 +86,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
             f"{corpus} ({found}); give that one, or build anew with tools/build_index.py"
         )
     try:
-        # Before any is opened: FAISS makes room for whatever number it finds as a length, and waits on others.
+        # Before opening any file: FAISS allocates whatever length a damaged file states, and may hang.
         files = _fingerprints(folder)
         if changed := sorted(
             name for name in description["files"] if files.get(name) != description["files"][name]
@@ -129,7 +129,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    """Of each file in the folder but the description, by name."""
+    """Fingerprint each file in the folder except the description, by name."""
     return {
         str(path.relative_to(folder)): fingerprint(path)
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""FAISS's index as a file, made from embeddings on disk without holding them in memory."""
+"""Write FAISS's index file from embeddings on disk, without holding them in memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""At most about so many passages train an index that needs training (IVF, PQ)."""
+"""Passages used to train an index that needs training (IVF, PQ), about, at most."""
 COUNT_OFFSET = 8
-"""Of the number of vectors in a Flat index's file, bytes. The header's last 8 are the number of their components."""
+"""Where a Flat index's file has the number of vectors, bytes. The header's last 8 bytes count their components."""
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
-    """FAISS's index of that name, for cosines.
+    """Create FAISS's empty index for cosines, from a factory string.
 
     Raises:
-        ConfigError: FAISS knows no such index, or there are fewer passages than lists.
+        ConfigError: FAISS does not know the factory string, or there are fewer passages than lists.
     """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -43,14 +43,14 @@ def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
 
 
 def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: str) -> None:
-    """Write the index of all blocks, which are there.
+    """Write the index of all blocks, which must exist.
 
-    A Flat index is written as it is read, block by block. Another one is in memory at its own size: 64 bytes a
-    passage for PQ64, say.
+    A Flat index is streamed block by block. Any other index is held in memory at its own size, for example 64 bytes
+    per passage for PQ64.
 
     Raises:
-        ConfigError: there are too few passages to train it.
-        OSError: it cannot be written.
+        ConfigError: there are too few passages to train the index.
+        OSError: the file cannot be written.
     """
     index = empty_index(dim, factory, num_passages=blocks.num_passages)
     if isinstance(index, faiss.IndexFlatIP):
@@ -65,15 +65,15 @@ def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: 
         raise _refused(factory, error) from None
     try:
         faiss.write_index(index, str(path))
-    except RuntimeError as error:  # for want of space, say
+    except RuntimeError as error:  # for example, the disk is full
         raise OSError(errno.EIO, first_line(error), str(path)) from error
 
 
 def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) -> None:
-    """Put a FAISS index that is there already at `path`: as a hard link, or a copy where the file systems differ.
+    """Put an existing FAISS index at `path`: as a hard link, or as a copy if the file systems differ.
 
     Raises:
-        ConfigError: it is not one of `num_passages` vectors of `dim` components, compared by inner product.
+        ConfigError: it does not hold `num_passages` vectors of `dim` components, compared by inner product.
     """
     try:
         found = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC)

@@ -1,4 +1,4 @@
-"""What a search returns, and how it is written in Search-R1's corpora and wire format."""
+"""Passages, and their text in Search-R1's corpora and wire format."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """`"title"` in double quotes on the first line, the text below it; the text alone without a title."""
+        """`"title"` in double quotes on the first line, then the text; only the text if there is no title."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
 def format_passage(rank: int, passage: Passage) -> str:
-    """One passage as the policy reads it (Search-R1's form); `rank` counts from 1."""
+    """Format one passage for the policy (Search-R1's form); `rank` counts from 1."""
     title = f"(Title: {passage.title}) " if passage.title else ""
     return f"Doc {rank} {title}{' '.join(passage.text.split())}"
 
 
 def parse_contents(passage_id: str, contents: str) -> Passage:
-    """The passage whose `contents` field this is; without a second line, all of it is text."""
+    """Parse a `contents` field; a single line is all text."""
     first, newline, rest = contents.partition("\n")
     if not newline:
         return Passage(passage_id, "", contents.strip())

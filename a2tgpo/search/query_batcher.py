@@ -1,4 +1,4 @@
-"""Queries of many requests, searched together and remembered."""
+"""Search queries of many requests in batches, and cache their answers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from a2tgpo.search.answer_cache import AnswerCache, Hits
 from a2tgpo.search.index_folder import SearchIndex
 
 CACHE_BYTES = 2**28
-"""Of answers remembered, unless said otherwise."""
+"""Default size of the answer cache."""
 
 
 class QueryBatcher:
-    """Hands queries to an index in batches; equal ones that wait at the same time are searched once.
+    """Hands queries to an index in batches; equal queries that wait at the same time are searched once.
 
     Safe to use from many threads.
 
     Args:
-        index: what is searched.
-        num_threads: batches in work at a time; 1 for an encoder, which uses all cores or the GPU by itself.
-        max_batch: queries of one batch.
-        cache_bytes: of answers remembered, see `AnswerCache`.
+        index: to search.
+        num_threads: concurrent batches; 1 for an encoder, which alone uses all cores or the GPU.
+        max_batch: queries per batch.
+        cache_bytes: size of the answer cache, see `AnswerCache`.
         on_batch: called with the size of each batch.
     """
 
@@ -50,11 +50,11 @@ class QueryBatcher:
 
     @property
     def num_hits(self) -> int:
-        """Queries answered from memory."""
+        """Number of queries answered from the cache."""
         return self._cache.num_hits
 
     def submit(self, query: str, top_k: int) -> Future[Hits]:
-        """The answer to come; what the search raises is raised by `result()`."""
+        """Queue a query; `result()` of the future raises the search's errors."""
         known = self._cache.get(query, top_k)
         future: Future[Hits] = Future()
         if known is not None:
@@ -64,7 +64,7 @@ class QueryBatcher:
         return future
 
     def close(self) -> None:
-        """Answer what is waiting, then end the threads."""
+        """Answer pending queries, then end the threads."""
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -80,7 +80,7 @@ class QueryBatcher:
                 self._search(top_k, futures)
 
     def _next_batch(self) -> list[tuple[tuple[str, int], Future[Hits]]] | None:
-        """What waits, at least one; None at the end."""
+        """Return the next batch, at least one query; None at the end."""
         first = self._waiting.get()
         if first is None:
             return None
@@ -90,7 +90,7 @@ class QueryBatcher:
                 item = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # meant for a thread that waits: this one ends at its own
+            if item is None:  # a shutdown mark for a waiting thread; this thread ends when it meets its own
                 self._waiting.put(None)
                 break
             batch.append(item)
@@ -100,7 +100,7 @@ class QueryBatcher:
         queries: Sequence[str] = list(futures)
         try:
             answers = self._index.search_many(queries, top_k)
-        except BaseException as error:  # handed to those who wait, or they would wait for ever
+        except BaseException as error:  # handed to the waiting callers, which would otherwise hang
             for waiting in futures.values():
                 for future in waiting:
                     future.set_exception(error)

@@ -1,4 +1,4 @@
-"""What a retrieval server refuses before it reads a request: strangers, large bodies, floods."""
+"""Refuse requests before reading them: without a token, too large, too many."""
 
 import hmac
 import json
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 MAX_CLIENTS = 4096
-"""Addresses whose rate is remembered; the least recently seen is forgotten first."""
+"""Addresses whose rate is tracked; the least recently seen is dropped first."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -17,15 +17,15 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class RequestLimits:
-    """ASGI middleware: 401 without the token, 429 past the rate, 413 for a body that is large or of unknown length.
+    """ASGI middleware: 401 without the token, 429 above the rate, 413 for a body that is large or of unknown length.
 
-    GET /health is answered to anyone, so that a launcher can wait for the server.
+    GET /health needs no token, so that a launcher can wait for the server.
 
     Args:
-        app: what answers the other requests.
-        token: bearer token; None: everyone may ask.
-        max_body_bytes: of one request.
-        max_requests_per_s: of one client address, with bursts of as many; 0: no limit.
+        app: handles all other requests.
+        token: bearer token; None: no token is required.
+        max_body_bytes: per request.
+        max_requests_per_s: per client address, with bursts of the same number; 0: no limit.
     """
 
     def __init__(self, app: App, *, token: str | None, max_body_bytes: int, max_requests_per_s: float):
@@ -67,7 +67,7 @@ class RequestLimits:
         if self._rate and not self._has_room(scope["client"][0] if scope.get("client") else ""):
             return 429, f"more than {self._rate:g} requests per second"
         length = headers.get(b"content-length", b"")
-        # Without a declared length (chunked transfer) nothing bounds what would be read into memory.
+        # Without a declared length (chunked transfer), the body read into memory would be unbounded.
         if scope["method"] == "POST" and not (length.isdigit() and int(length[:20]) <= self._max_body_bytes):
             return 413, f"Content-Length must be given and at most {self._max_body_bytes} bytes"
         return None

@@ -1,4 +1,4 @@
-"""Where a retrieval server is: an address that stays, or a file that the server writes its own into."""
+"""A retrieval server's address: fixed, or in a file that the server writes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from a2tgpo.config.check import ConfigError
 
 
 def write_address(path: Path, url: str) -> None:
-    """Say in a file where the server is; a reader finds the old address or the new one, never a part."""
+    """Write the server's address to a file, atomically."""
     write_text(path, f"{url}\n")
 
 
 class ServerAddress:
-    """The address in `url`, or else the one in the file `url_file`.
+    """The address in `url`, or if that is empty, the address in the file `url_file`.
 
     Raises:
         ConfigError: one line; the file cannot be read, or holds no address.
@@ -26,12 +26,12 @@ class ServerAddress:
         self.url = url if self._path is None else _read(self._path)
 
     def has_moved(self) -> bool:
-        """Read the file again; True: the server says another address than before, which is `url` from now on."""
+        """Read the file again; return True and update `url` if the address has changed."""
         if self._path is None:
             return False
         try:
             url = _read(self._path)
-        except ConfigError:  # it is being moved
+        except ConfigError:  # the server is moving
             return False
         moved, self.url = url != self.url, url
         return moved

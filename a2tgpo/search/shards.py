@@ -1,4 +1,4 @@
-"""One corpus over several retrieval servers: all are asked, the best of their answers count."""
+"""Search one corpus that is divided over several retrieval servers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from a2tgpo.search.passage import Passage
 class ShardedIndex:
     """Merges the servers' answers by score.
 
-    Dense scores of shards compare exactly. BM25's depend on how rare a word is in the shard: with parts that are
-    dealt like cards (tools/build_index.py --part) they differ by little, and the order is nearly that of one index.
+    Dense scores are comparable across shards. BM25 scores depend on how rare a word is within the shard; with
+    interleaved parts (tools/build_index.py --part) they differ little, and the order is nearly that of one index.
 
     Args:
         clients: one per shard.
@@ -27,10 +27,10 @@ class ShardedIndex:
         self._executor = ThreadPoolExecutor(len(clients), thread_name_prefix="shard")
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """The best of all shards for each query.
+        """Return the best passages of all shards for each query.
 
         Raises:
-            SearchError: if a shard gives no answer: half a corpus would be a wrong answer.
+            SearchError: a shard gave no answer; half a corpus would give wrong answers.
         """
         pending = [self._executor.submit(client.search_many, queries, top_k) for client in self._clients]
         by_shard = [future.result() for future in pending]

@@ -1,4 +1,4 @@
-"""The bearer token that a retrieval server asks for: read from a file or the environment, never shown."""
+"""Read a retrieval server's bearer token from a file or the environment; it is never shown."""
 
 import os
 import re
@@ -11,14 +11,14 @@ _TOKEN = re.compile(r"[!-~]{8,4096}")
 
 
 def read_token(path: str, *, key: str) -> str | None:
-    """The token in the file `path`, without surrounding blanks; of TOKEN_VARIABLE where `path` is empty; or None.
+    """Return the token in the file `path`, stripped; if `path` is empty, from TOKEN_VARIABLE; or None.
 
     Args:
-        path: a file that holds the token and nothing else.
-        key: the configuration key or option that names it, for error messages.
+        path: a file that holds only the token.
+        key: the configuration key or option that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line, without the token; unreadable file, or what it holds cannot stand in a header.
+        ConfigError: one line, without the token; unreadable file, or a token that is invalid in a header.
     """
     if not path:
         token, where = os.environ.get(TOKEN_VARIABLE, ""), f"environment variable {TOKEN_VARIABLE}"

@@ -1,4 +1,4 @@
-"""The search tool as a rollout sees it: one call, whatever stands behind it."""
+"""The search tool of a rollout: one call, with any backend."""
 
 import threading
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ from a2tgpo.search.token import read_token
 __all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
 
 CACHE_BYTES = 2**27
-"""Of answers remembered, about 60,000 of short passages at top-3; a corpus does not change during a run."""
+"""Size of the answer cache, about 60,000 answers of short passages at top-3; a corpus is fixed during a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCounts:
-    """What a tool did since it was built."""
+    """A tool's counts since it was built."""
 
     queries: int = 0
     cache_hits: int = 0
     retries: int = 0
-    """Requests sent again after a failed one."""
+    """Requests sent again after a failure."""
     refused: int = 0
-    """Queries that were not sent, since the server had stopped answering."""
+    """Queries not sent because the circuit breaker was open."""
     failures: int = 0
-    """Queries that ended in `SearchError`."""
+    """Queries that raised `SearchError`."""
 
     def since(self, earlier: "SearchCounts") -> "SearchCounts":
-        """The part that came after `earlier`."""
+        """Return the counts since `earlier`."""
         return SearchCounts(
             queries=self.queries - earlier.queries,
             cache_hits=self.cache_hits - earlier.cache_hits,
@@ -49,11 +49,11 @@ class SearchTool(Protocol):
     """Safe to call from many threads at once."""
 
     def search(self, query: str) -> list[Passage]:
-        """The best passages for `query`, best first, maybe none.
+        """Return the best passages for `query`, best first; may be empty.
 
         Raises:
-            SearchError: there is no answer to this query.
-            SearchUnavailableError: there is none to any, as far as is known.
+            SearchError: this query got no answer.
+            SearchUnavailableError: no query seems to get an answer.
         """
 
     def counts(self) -> SearchCounts: ...
@@ -62,13 +62,13 @@ class SearchTool(Protocol):
 
 
 class CachedSearch:
-    """Remembers answers (least recently used go first) and counts; failures are not remembered.
+    """Caches answers (least recently used evicted first) and counts; failures are not cached.
 
     Args:
         backend: the index or client; see `build_search`.
-        top_k: passages asked of an index.
-        tells_outages: where a query fails, ask the server another one, to tell an outage from a query that it cannot
-            answer.
+        top_k: passages to request.
+        tells_outages: if a query fails, send another one to distinguish an outage from a query that the server
+            cannot answer.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):
@@ -84,7 +84,7 @@ class CachedSearch:
         with self._lock:
             self._queries += 1
         try:
-            # What a policy samples need not be valid Unicode: a lone surrogate could not be sent.
+            # A policy's text need not be valid Unicode, and a lone surrogate cannot be sent.
             clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
             hits = self._cache.get(clean, self._top_k)
             if hits is None:
@@ -99,7 +99,7 @@ class CachedSearch:
             raise
 
     def _answers_others(self, error: SearchError) -> bool:
-        """Whether what looks like an outage is a failure at one query."""
+        """Return whether an apparent outage is a failure of this query only."""
         return (
             self._tells_outages
             and isinstance(error, SearchUnavailableError)
@@ -118,17 +118,17 @@ class CachedSearch:
         )
 
     def close(self) -> None:
-        """Close the connections of a client; the tool cannot be used afterwards."""
+        """Close a client's connections; the tool cannot be used afterwards."""
         if isinstance(self._backend, HttpSearch):
             self._backend.close()
 
 
 def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
-    """The tool that `config` describes; every rank builds its own.
+    """Build the tool of `config`; every rank builds its own.
 
     Args:
         config: the `search` section.
-        probe: with search.backend=http, send one query first, so that a wrong address is found at start.
+        probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
 
     Raises:
         ConfigError: one line; a bad corpus, or a server that does not answer the probe.

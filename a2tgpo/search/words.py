@@ -1,4 +1,4 @@
-"""The words of a text in any script, as BM25 counts them."""
+"""Split a text in any script into words, for BM25."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import unicodedata
 import regex
 
 SPLITTING = 2
-"""Version of what `words_of` does; an index remembers the one that it was built with."""
+"""Version of `words_of`'s result; an index stores the version that it was built with."""
 
 _ASCII_WORD = re.compile(r"\w+")
 # Marks belong to their letters: in Devanagari, Thai and many other scripts they are vowels.
 _WORD = regex.compile(r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*")
-# A letter with its marks, of a script that has no spaces between words, or writes particles right behind them
+# A letter with its marks, in a script without spaces between words, or with particles attached to words
 # (Hangul). U+30FC lengthens a kana; Unicode assigns it to no script.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
 _UNSPACED_LETTER = regex.compile(_UNSPACED)
 _RUN = regex.compile(rf"(?:{_UNSPACED})+|(?:(?!{_UNSPACED}).)+")
 _ZERO_WIDTH_JOINER = "\u200d"
-# Canonical combining classes of marks that spell: nuktas, viramas, kana voicing, signs of Telugu, Thai, Lao and
-# Tibetan. The other classes are accents and points, which may be left out in writing.
+# Canonical combining classes of marks that change spelling: nuktas, viramas, kana voicing, signs of Telugu, Thai,
+# Lao and Tibetan. The other classes are accents and points, which writers may omit.
 _SPELLING = frozenset({0, 7, 8, 9, 84, 91, 103, 107, 118, 122, 129, 130, 132})
 
 
 def words_of(text: str) -> list[str]:
-    """The words of `text` in their order, without case and accents.
+    """Return the words of `text` in order, without case and accents.
 
-    Text of scripts without spaces between words comes as overlapping pairs of letters, as in Lucene's CJKAnalyzer, so
-    that a query finds what is a part of a longer run of letters; a run of one letter is a word.
+    Runs of a script without spaces become overlapping pairs of letters, as in Lucene's CJKAnalyzer, so that a query
+    matches part of a longer run; a run of one letter is a word.
     """
     folded = text.casefold()
-    if folded.isascii():  # most passages are: going through their characters would double the time
+    if folded.isascii():  # most passages are; checking each character would double the time
         return _ASCII_WORD.findall(folded)
     words: list[str] = []
     for word in _WORD.findall(_without_accents(folded)):
@@ -47,7 +47,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _without_accents(text: str) -> str:
-    """`text` in compatibility forms, composed again without its accents: "é" is "e", but Japanese "パ" stays."""
+    """Return `text` in compatibility form without accents, recomposed: "é" becomes "e", but Japanese "パ" stays."""
     taken_apart = unicodedata.normalize("NFKD", text)
     kept = (c for c in taken_apart if unicodedata.combining(c) in _SPELLING and c != _ZERO_WIDTH_JOINER)
     return unicodedata.normalize("NFC", "".join(kept))

@@ -1,6 +1,6 @@
-"""The tools: module NAME is what `tools.names: NAME` asks for and what the policy calls as <NAME> ... </NAME>.
+"""The tools: `tools.names: NAME` selects module NAME, and the policy calls it as <NAME> ... </NAME>.
 
-Each has one function, called on every rank:
+Each module has one function, called on every rank:
 
     def build(config: RunConfig) -> Tool
 """

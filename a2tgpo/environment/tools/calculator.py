@@ -1,7 +1,7 @@
-"""The calculator: exact arithmetic on one expression, which is parsed and never run.
+"""The calculator: exact arithmetic on one expression, which is parsed but never executed.
 
-Numbers are fractions, so 0.1 + 0.2 is 0.3. There are + - * / // % **, parentheses, unary signs, and abs, round, min,
-max, sqrt. A value that would grow past `calculator.max_digits` is refused, so no expression can take long.
+Numbers are fractions, so 0.1 + 0.2 is 0.3. The language has + - * / // % **, parentheses, unary signs, and abs,
+round, min, max, sqrt. The calculator refuses values beyond `calculator.max_digits`, so no expression takes long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_NODES = 200
 _BITS_PER_DIGIT = Fraction(10, 3)
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"})
 _FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
-"""Digits and signs as they are typed among Chinese and Japanese characters."""
+"""Digits and signs as typed among Chinese and Japanese characters."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -31,7 +31,7 @@ class _Refusal(ValueError):
 
 
 class Calculator:
-    """Answers an expression with its value, or with what is wrong with it.
+    """Returns the value of an expression, or a text that says what is wrong with it.
 
     Args:
         config: the `calculator` section.
@@ -48,7 +48,7 @@ class Calculator:
             return [f"Error: {refusal}"]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing; the calculator holds no resources."""
 
     def _value(self, text: str) -> Fraction:
         if len(text) > MAX_CHARACTERS:
@@ -153,7 +153,7 @@ def _sqrt(values: list[Fraction]) -> Fraction:
     roots = math.isqrt(value.numerator), math.isqrt(value.denominator)
     if (roots[0] ** 2, roots[1] ** 2) == (value.numerator, value.denominator):
         return Fraction(*roots)
-    # Twenty digits behind the point.
+    # Twenty decimal places.
     return Fraction(math.isqrt(value.numerator * 10**40 // value.denominator), 10**20)
 
 

@@ -1,4 +1,4 @@
-"""The search tool: passages for a query, from the backend that the `search` section names."""
+"""The search tool: returns passages for a query, from the backend of the `search` section."""
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.tool import ToolError, ToolUnavailableError
@@ -10,7 +10,7 @@ NOTHING_FOUND = "No passage was found."
 
 
 class Search:
-    """Every passage is one part of the answer, in Search-R1's form."""
+    """Returns each passage as one part of the answer, in Search-R1's form."""
 
     def __init__(self, search: SearchTool):
         self._search = search
@@ -30,5 +30,5 @@ class Search:
 
 
 def build(config: RunConfig) -> Search:
-    """The tool over a corpus in process or a retrieval server."""
+    """Build the tool over an in-process corpus or a retrieval server."""
     return Search(build_search(config.search))
