@@ -51,8 +51,8 @@ class Toolset:
     max_part_tokens: int = 400
     """Each part of an answer is cut to this many tokens."""
     outage_limit_s: float | None = None
-    """Seconds for which a call that raised `ToolUnavailableError` is retried. 0: the run ends at once. None: no retry;
-    the call fails and the policy reads so."""
+    """Seconds for which a call that raised `ToolUnavailableError` is retried. 0: the run ends at once. None: the call
+    fails without a retry, and the policy reads so."""
 
     @property
     def names(self) -> tuple[str, ...]:
