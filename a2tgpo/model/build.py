@@ -1,6 +1,6 @@
 """Building the policy on Megatron-Core from a Hugging Face checkpoint.
 
-How to run it, on a packed batch (see `forward.forward_packed`):
+How to run the policy on a packed batch (see `forward.forward_packed`):
 
     policy = build_policy(config.model, config.parallel, groups, update=config.update)
 
@@ -12,9 +12,9 @@ How to run it, on a packed batch (see `forward.forward_packed`):
     get_forward_backward_func()(forward_step_func=forward_step, data_iterator=[iter(batches) for _ in policy.chunks],
         model=policy.chunks, num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=False)
 
-`seq_length` is not used where `variable_seq_lengths` is set (pipeline > 1), nor where there is one stage. Interleaved
-stages take a multiple of the pipeline size of micro-batches. `update/forward_step.py` sees to it, and is what the
-trainer calls.
+`seq_length` is unused with `variable_seq_lengths` (pipeline > 1) and with one stage. Under interleaved stages the
+number of micro-batches must be a multiple of the pipeline size. The trainer calls `update/forward_step.py`, which
+ensures this.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ def build_policy(
     update: UpdateConfig | None,
     trainable: bool = True,
 ) -> Policy:
-    """Build this rank's part of the checkpoint in `model.path` and load its weights; every rank calls this.
+    """Build this rank's part of the checkpoint in `model.path` and load its weights; every rank must call this.
 
     Args:
-        update: says whether the optimizer is distributed; needed when trainable.
+        update: states whether the optimizer is distributed; required when trainable.
         trainable: wrap in DistributedDataParallel, ready for `get_megatron_optimizer`. Otherwise (a reference
-            model) parameters take no gradient.
+            model) parameters have no gradients.
 
     Raises:
-        ConfigError: if the checkpoint is missing, malformed or unsupported, the layout does not divide it, or
-            the layer specification needs what this machine lacks.
+        ConfigError: if the checkpoint is missing, malformed or unsupported, the layout does not divide the model, or
+            this machine does not support the layer specification.
     """
     assert update is not None or not trainable, "a trainable policy needs an UpdateConfig"
     hf_config = load_hf_config(model.path)
@@ -88,7 +88,7 @@ def build_policy(
         alignment=alignment(parallel, model.fp8),
         trainable=trainable,
     )
-    # Before wrapping: the distributed optimizer copies its float32 weights from what it finds.
+    # Before wrapping: the distributed optimizer copies its float32 weights from the model.
     load_hf_weights(policy)
     if update is not None and trainable:
         overlap = groups.device.type == "cuda" and groups.dp_cp_group.size() > 1
@@ -103,7 +103,7 @@ def build_policy(
 def _gpt_models(
     model: ModelConfig, hf_config: PretrainedConfig, config: TransformerConfig, groups: ParallelGroups
 ) -> list[GPTModel]:
-    """The chunks of this rank's pipeline stage, earliest layers first."""
+    """Build the chunks of this rank's pipeline stage, earliest layers first."""
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
     return [_gpt_model(model, hf_config, config, groups, vp_stage=vp_stage) for vp_stage in vp_stages]
@@ -117,7 +117,7 @@ def _gpt_model(
     *,
     vp_stage: int | None,
 ) -> GPTModel:
-    """One chunk of this rank's pipeline stage; `vp_stage` is its number, None where it is the only one."""
+    """Build one chunk of this rank's pipeline stage; `vp_stage` is its number, None for the only chunk."""
     rope = rope_of(model.path, hf_config)
     chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(
@@ -134,10 +134,10 @@ def _gpt_model(
     ).to(groups.device)
     rope.apply_to(gpt_model)
     for name, parameter in gpt_model.named_parameters():
-        # The optimizer reads these attributes of every parameter; layers set them on split ones only.
+        # The optimizer reads these attributes of every parameter, but layers set them only on split ones.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        # Gradients of experts are reduced over the ranks that hold the same ones. Up to 0.16 Megatron knows that with
-        # parallel.expert > 1 only, and would lose what the tokens of other tensor-parallel ranks bring.
+        # Gradients of experts are reduced over the ranks that hold the same experts. Up to 0.16 Megatron does this
+        # only with parallel.expert > 1, and would lose the gradients from other tensor-parallel ranks' tokens.
         parameter.allreduce = not is_expert(name)
     return gpt_model
 
@@ -145,11 +145,11 @@ def _gpt_model(
 def wrap_for_training(
     policy: Policy, update: UpdateConfig, *, overlap: bool, bucket_size: int | None = None
 ) -> None:
-    """Put each chunk into DistributedDataParallel and tell the pipeline schedule of it; every rank calls this.
+    """Wrap each chunk in DistributedDataParallel and configure the pipeline schedule; every rank must call this.
 
     Args:
-        overlap: reduce gradients, and under the distributed optimizer gather weights, bucket by bucket beside the
-            computation. Worth it where communication has a device of its own.
+        overlap: overlap the reduction of gradients, and with the distributed optimizer the gathering of weights, with
+            computation, bucket by bucket. Useful where communication does not occupy the computing device.
         bucket_size: parameters in a bucket; None: Megatron's own choice.
     """
     config = policy.transformer_config
@@ -164,7 +164,7 @@ def wrap_for_training(
                 bucket_size=bucket_size,
             ),
             chunk,
-            # The first chunk's gradients come last, with nothing left to hide behind but their own buckets.
+            # The first chunk's gradients come last, so only its own buckets can overlap with them.
             disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(policy.chunks)
@@ -179,12 +179,12 @@ def wrap_for_training(
 
 
 def accumulate_in_float32(chunk: Any) -> None:
-    """Have Transformer Engine's linear layers add each micro-batch's weight gradient to the float32 buffer as they
-    multiply; without this they round it to the weights' dtype first, micro-batch by micro-batch.
+    """Make Transformer Engine's linear layers add weight gradients directly to the float32 buffer.
 
-    For a chunk in DistributedDataParallel, whose buffers they add to. Megatron's switch for it
-    (`gradient_accumulation_fusion`) would include its own output layer, which needs APEX. The first micro-batch of a
-    pass may overwrite instead of adding, so the buffer must be zero before each pass.
+    Otherwise they round each micro-batch's gradient to the weights' dtype first. The chunk must be wrapped in
+    DistributedDataParallel, which owns the buffers. Megatron's own switch (`gradient_accumulation_fusion`) would
+    include its own output layer, which needs APEX. The first micro-batch of a pass may overwrite instead of adding,
+    so the buffer must be zero before each pass.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -192,5 +192,5 @@ def accumulate_in_float32(chunk: Any) -> None:
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Megatron's schedules take a list under interleaved stages only."""
+    """Return the list, or its only element: Megatron's schedules accept a list only under interleaved stages."""
     return functions if len(functions) > 1 else functions[0]

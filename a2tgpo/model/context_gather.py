@@ -1,4 +1,4 @@
-"""Token values of context-parallel ranks put together again."""
+"""Gathering of token values from context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.distributed import ProcessGroup
 
 
 def gather_context(own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
-    """Values at all positions of a packed row, from those at the positions of each rank of `cp_group`.
+    """Gather the values of a packed row, of which each rank of `cp_group` has those at its own positions.
 
-    Every rank of `cp_group` must call this, and each must compute the same from what it gets. Then the gradient at a
-    rank's own positions is known in full where it is needed: there is no communication in the backward pass, and the
-    gradients of weights, summed over the ranks, are those of one rank with the whole row.
+    Every rank of `cp_group` must call this and compute the same from the result. Each rank then knows the full
+    gradient at its own positions. So the backward pass needs no communication, and the weights' gradients, summed
+    over the ranks, equal those of one rank with the whole row.
 
     Args:
         own: [..., T / cp].

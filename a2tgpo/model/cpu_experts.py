@@ -1,4 +1,4 @@
-"""Twins of Transformer Engine's grouped linear layers: the experts that a rank holds, one weight each."""
+"""Twins of Transformer Engine's grouped linear layers: a rank's experts, with one weight each."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from megatron.core.transformer.utils import (
 from torch.nn.parameter import Parameter
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    # The router asks whether it is None, but without Transformer Engine Megatron leaves the name undefined.
+    # The router checks whether this name is None, but without Transformer Engine Megatron leaves it undefined.
     moe_utils.te_general_gemm = None
 
 
 def grouped_mlp_modules() -> Any:
-    """What `BackendSpecProvider.grouped_mlp_modules` gives: Megatron's grouped experts, made of the twins.
+    """Return Megatron's grouped experts built from the twins, for `BackendSpecProvider.grouped_mlp_modules`.
 
-    A class and its parts in Megatron-Core 0.16, the last for Python 3.11; a function that builds the experts in 0.19.
-    Both run in the tests, one in each leg.
+    Megatron-Core 0.16, the last version for Python 3.11, expects a class and its parts; 0.19 a function that builds
+    the experts. The tests cover both versions, one per Python version.
     """
     if hasattr(experts, "GroupedMLP"):
         return experts.TEGroupedMLP, MLPSubmodules(
@@ -44,7 +44,7 @@ class GroupedLinear(torch.nn.Module):
     """Twin of TEGroupedLinear: parameters weight0 ... weightN of [output_size, input_size], no bias."""
 
     split_dim: int
-    """Dimension that tensor-parallel experts would be split along; here each is whole."""
+    """Dimension along which tensor-parallel experts would be split; here each expert is whole."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class GroupedLinear(torch.nn.Module):
         for number in range(num_gemms):
             weight = Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
             init_method(weight)
-            # As Transformer Engine marks it: the gradient norm counts it on every tensor-parallel rank.
+            # As in Transformer Engine: the gradient norm then counts the weight on every tensor-parallel rank.
             set_tensor_model_parallel_attributes(weight, True, self.split_dim, 1)
             self.register_parameter(f"weight{number}", weight)
 
@@ -78,7 +78,7 @@ class GroupedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """All experts of a layer as one tensor with a leading dimension, of which this rank has some rows."""
+        """Return this rank's rows of one tensor of all the layer's experts, with a leading expert dimension."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         first, total = self.groups.ep.rank() * self.num_gemms, self.groups.ep.size() * self.num_gemms
         state: dict[str, Any] = {}

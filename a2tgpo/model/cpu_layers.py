@@ -1,7 +1,7 @@
 """Twins of Transformer Engine's modules in plain PyTorch: same module tree, parameter names and layouts.
 
-A layer built from them has the state of one built from Transformer Engine, so checkpoints, weight tables and the
-layer specification do not know which machine they are on.
+A layer built from them has the same state as one built from Transformer Engine, so checkpoints, weight tables and the
+layer specification do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from a2tgpo.model.plain_attention import attend
 
 
 class CpuSpecProvider(LocalSpecProvider):
-    """Names the twins where `TESpecProvider` names Transformer Engine's modules."""
+    """Twin of `TESpecProvider` that names the twins instead of Transformer Engine's modules."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -52,7 +52,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _norm_weight(config: TransformerConfig, size: int) -> Parameter:
     assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
     weight = Parameter(torch.ones(size, dtype=config.params_dtype))
-    # Its gradient is then summed over the tensor-parallel ranks, each of which saw a part of the sequence
+    # If set, Megatron sums the gradient over the tensor-parallel ranks, each of which saw a part of the sequence
     # (megatron/core/distributed/finalize_model_grads.py:354).
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
@@ -71,7 +71,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
-    """Twin of TELayerNormColumnParallelLinear: parameters layer_norm_weight, weight and, if asked for, bias."""
+    """Twin of TELayerNormColumnParallelLinear: parameters layer_norm_weight, weight and optionally bias."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
@@ -86,10 +86,10 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Weight and bias split over tensor-parallel ranks along dimension 0, the norm's weight replicated."""
+        """Return weight and bias, split over tensor-parallel ranks in dimension 0, and the replicated norm weight."""
         state = self.state_dict(prefix="", keep_vars=True)
         groups: dict[str, Any] = {}
-        # Megatron-Core 0.17 and later take the groups explicitly.
+        # Megatron-Core 0.17 and later require the groups as arguments.
         if "dp_cp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters:
             from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
@@ -103,8 +103,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 class PackedAttention(MegatronModule):
     """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment.
 
-    Under context parallelism a rank's queries attend to the keys and values of all ranks, which are gathered here;
-    Transformer Engine passes them around instead.
+    Under context parallelism a rank's queries attend to the keys and values of all ranks. This class gathers them;
+    Transformer Engine passes them around a ring.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim].
 
-        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens, those of the other
-        context-parallel ranks among them.
+        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens, including those of the other
+        context-parallel ranks.
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", (
             "sequences must be packed"
@@ -156,7 +156,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _gather(self, own: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """[T / cp, ...] -> [T, ...] in the order of the row; backward, gradients are summed over the ranks."""
+        """Gather [T / cp, ...] -> [T, ...] in the row's order; the backward pass sums gradients over the ranks."""
         by_rank = gather_from_sequence_parallel_region(own, group=self.cp_group)
         return by_rank[positions.flatten().argsort()]
 
@@ -164,6 +164,6 @@ class PackedAttention(MegatronModule):
 def _causal_masks(
     own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
 ) -> list[torch.Tensor | None]:
-    """For each segment [own length, length] bool: which of its positions each of this rank's attends to."""
+    """Return for each segment [own length, length] bool: True where this rank's query attends to the key."""
     ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
     return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

@@ -1,4 +1,4 @@
-"""Mixture of experts: what of a checkpoint can be expressed, how it is routed and laid out, its parameters' names."""
+"""Mixture of experts: supported checkpoints, routing, layout and parameter names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def has_experts(hf_config: PretrainedConfig) -> bool:
 
 
 def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` for a mixture that Megatron's layers would not compute as the checkpoint means it.
+    """Raise `ConfigError` for a mixture that Megatron's layers would compute differently.
 
     Args:
-        where: begins the message.
+        where: beginning of the message.
     """
     if hf_config.decoder_sparse_step != 1 or hf_config.mlp_only_layers:
         raise ConfigError(
@@ -39,7 +39,7 @@ def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
 
 
 def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Raise `ConfigError` unless the layout suits the model's experts, or there are none and it asks for none."""
+    """Raise `ConfigError` unless the layout fits the model's experts; a dense model needs `parallel.expert` 1."""
     if not has_experts(hf_config):
         if parallel.expert > 1:
             raise ConfigError(
@@ -52,7 +52,7 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
             f"parallel.expert is {parallel.expert}; allowed: a divisor of the model's {hf_config.num_experts} experts"
         )
     if parallel.tensor > 1 and not parallel.sequence:
-        # Megatron refuses it in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
+        # Megatron would only raise in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
         raise ConfigError(
             f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the model "
             "has experts, else every tensor-parallel rank would send them the same tokens"
@@ -62,11 +62,11 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
 def expert_settings(
     hf_config: PretrainedConfig, parallel: ParallelConfig, *, transformer_engine: bool
 ) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig for routing and layout; none for a dense model.
+    """Return the fields of Megatron's TransformerConfig for routing and layout; none for a dense model.
 
-    Qwen3 weighs the chosen experts by softmax over all, renormalised over the chosen (`norm_topk_prob`), which is
-    softmax over the chosen logits: Megatron's routing without `pre_softmax`. No token is dropped and no balancing
-    loss added: the gradient must be that of the policy that played.
+    Qwen3 weights the chosen experts by a softmax over all experts, renormalised over the chosen ones
+    (`norm_topk_prob`). This equals the softmax over the chosen logits: Megatron's routing without `pre_softmax`. No
+    token is dropped and no balancing loss is added: the gradient must be that of the policy that played.
     """
     if not has_experts(hf_config):
         return {}
@@ -82,21 +82,21 @@ def expert_settings(
         "moe_grouped_gemm": True,
         "moe_permute_fusion": transformer_engine,
         "expert_model_parallel_size": parallel.expert,
-        # Experts are narrow: they are shared out whole, over tensor-parallel ranks too, and never sliced.
+        # Experts are narrow: they are distributed whole, also over tensor-parallel ranks, and never sliced.
         "expert_tensor_parallel_size": 1,
     }
 
 
 def is_expert(name: str) -> bool:
-    """Whether the Megatron parameter of this name is an expert's."""
+    """Whether the Megatron parameter `name` belongs to an expert."""
     return _PREFIX in name
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Names of the experts at the same place on each of `num_ranks` expert-parallel ranks, in their order.
+    """Return the names of the experts at the same local place on each of `num_ranks` expert-parallel ranks, in order.
 
     Args:
-        name: of one of them, with its number in the whole layer: `....mlp.experts.linear_fc1.weight17`.
+        name: name of one of them, with the expert's number in the whole layer: `....mlp.experts.linear_fc1.weight17`.
     """
     stem, number = name.rsplit("weight", 1)
     place = int(number) % experts_per_rank

@@ -1,4 +1,4 @@
-"""A short name for weights as they are, to the bit."""
+"""A fingerprint of the weights, exact to the bit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def fingerprint(policy: Policy) -> str:
-    """Hexadecimal digest of this rank's parameters: names, shapes, formats and values; every rank calls this.
+    """Return a hexadecimal digest of this rank's parameters: names, shapes, dtypes, values; every rank calls this.
 
-    Values enter as sums of their bit patterns along the first and the last axis, so that only those leave the
-    device: it tells weights apart that differ by chance or by training, not by intent.
+    Values enter as sums of their bit patterns along the first and the last axis, so only these sums leave the device.
+    The digest detects differences from faults or training, not deliberate collisions.
     """
     gather_weights(policy)
     digest = hashlib.blake2b(digest_size=16)

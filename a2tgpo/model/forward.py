@@ -1,4 +1,4 @@
-"""Running a model chunk on a packed batch: the only way the model is run."""
+"""Running a model chunk on a packed batch; every pass of the model uses this function."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def forward_packed(
     tree: Sequence[TreeNode] | None = None,
     output_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run this stage's chunk over sequences laid end to end, each attending to itself only.
+    """Run this stage's chunk over sequences laid end to end, each attending only to itself.
 
-    All ranks of a replica call this with the same batch, stages of a pipeline through the schedule, which hands the
-    previous chunk's output to this one. A context-parallel rank runs its own positions of the batch only (see
-    `context_split.context_positions`), which `packing.alignment` must have made room for. Otherwise tokens past
-    `cu_seqlens[-1]`, and those added here so that sequence parallelism divides the length, form a last segment of
-    their own. Not under `torch.inference_mode`: Megatron keeps rotary tables between calls, and training could not
-    use them then.
+    All ranks of a data-parallel replica must call this with the same batch. Pipeline stages call it through the
+    schedule, which passes on the previous chunk's output. A context-parallel rank runs only its own positions of the
+    batch (see `context_split.context_positions`); the batch must have the padding of `packing.alignment`. Without
+    context parallelism, tokens past `cu_seqlens[-1]` and the padding added here for sequence parallelism form an
+    extra last segment. Do not call this under `torch.inference_mode`: Megatron caches rotary tables, which training
+    could then not use.
 
     Args:
         chunk: one of `policy.chunks`.
-        tokens: [1, T] int64, T >= 1; any device, as `positions`.
-        positions: [1, T] int64. With rotary embedding the positions that count are those inside each segment.
+        tokens: [1, T] int64, T >= 1; on any device, as `positions`.
+        positions: [1, T] int64. The rotary embedding uses the positions inside each segment.
         cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
-            cu_seqlens[i] .. cu_seqlens[i + 1]. Read here, so in host memory: from the card that would wait for it.
-        tree: the row is one segment of this shape (see `probes`); without gradients or context parallelism only.
-        output_rows: [n] int64, n >= 1: at which of the T / cp positions that this rank runs logits are wanted; equal
-            on all tensor-parallel ranks. None: at all of them.
+            cu_seqlens[i] .. cu_seqlens[i + 1]. Should be in host memory: reading it from a GPU would synchronise.
+        tree: the row is one segment of this shape (see `probes`); only without gradients and context parallelism.
+        output_rows: [n] int64, n >= 1: which of the T / cp positions on this rank need logits; equal on all
+            tensor-parallel ranks. None: all of them.
 
     Returns:
         Last chunk: logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for
@@ -78,7 +78,7 @@ def forward_packed(
             position_ids=positions,
             attention_mask=None,
             packed_seq_params=_packed_seq_params(cu_seqlens, num_tokens + padding, cp_group.size(), device),
-            # Float16Module would turn the logits of the last stage into float32, all of them at once.
+            # Float16Module would convert all logits of the last stage to float32 at once.
             **({"fp32_output": False} if config.bf16 else {}),
         )
     return output[0, :num_tokens] if model.post_process else output
@@ -87,7 +87,7 @@ def forward_packed(
 def _packed_seq_params(
     cu_seqlens: torch.Tensor, tokens_per_rank: int, cp_size: int, device: torch.device
 ) -> PackedSeqParams:
-    """Segments covering exactly the tokens of all context-parallel ranks; what is left over becomes the last one."""
+    """Return segments that cover all context-parallel ranks' tokens; remaining tokens become the last segment."""
     num_tokens = cp_size * tokens_per_rank
     boundaries = cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] <= num_tokens, (
@@ -95,15 +95,15 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # The exact longest length, not a bound: Megatron takes a rotary table as long as the whole pack to hold one
-    # row per packed token instead of one per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # The exact longest length, not a bound: if the rotary table is as long as the whole pack, Megatron reads one row
+    # per packed token instead of one per position (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=segments,
         cu_seqlens_kv=segments,
-        # To the kernels, padding inside a segment is a part of it; under context parallelism they must be told.
+        # The kernels treat padding inside a segment as part of it; context parallelism requires these fields.
         cu_seqlens_q_padded=segments if cp_size > 1 else None,
         cu_seqlens_kv_padded=segments if cp_size > 1 else None,
         max_seqlen_q=longest,

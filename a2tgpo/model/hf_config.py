@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint's configuration, and refusing what the model here cannot express."""
+"""Reading a Hugging Face checkpoint's configuration, and refusing unsupported options."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SIZES = (
 )
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
-"""Of two tensors on disk at a time."""
+"""Rows of two tensors on disk compared at a time."""
 
 
 def load_hf_config(path: str) -> PretrainedConfig:
-    """The configuration of the checkpoint in folder `path`; nothing is looked up on a network.
+    """Return the configuration of the checkpoint in folder `path`, without network access.
 
     Raises:
         ConfigError: one line, if the folder, its config.json or its weights are missing or malformed, or if the
@@ -49,7 +49,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
             f"model.path {path!r}: config.json has model_type {model_type!r}; allowed: {' | '.join(ARCHITECTURES)}"
         )
     for name in _SIZES:
-        size = raw.get(name)  # what is left out, or null, has a default
+        size = raw.get(name)  # a missing or null field has a default
         if size is not None and (type(size) is not int or size < 1):
             raise ConfigError(
                 f"model.path {path!r}: config.json has {name} {size!r}; allowed: an integer >= 1"
@@ -64,7 +64,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
     _require_sizes_of_weights(path, raw, shapes)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a bad field leads to
+    except Exception as error:  # a bad field can make transformers raise anything
         raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line(error)}") from error
     if getattr(hf_config, "head_dim", None) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
@@ -74,10 +74,10 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
 
 def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse sizes in config.json that are not those of the weights, as their headers say.
+    """Refuse sizes in config.json that differ from the shapes in the weights' headers.
 
-    The model is made before its weights are read: a wrong digit could make one that no machine holds. What `raw`
-    leaves out is not looked at.
+    The model is built before its weights are read: a wrong digit could ask for more memory than any machine has.
+    Sizes that `raw` leaves out are not checked.
     """
     hidden = raw.get("hidden_size")
     last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
@@ -110,10 +110,10 @@ def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int,
 def _require_the_stated_head(
     path: str, hf_config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuse weights whose output head is not the one that tie_word_embeddings says.
+    """Refuse weights whose output head contradicts tie_word_embeddings.
 
-    Trainer and engine would take the embedding for the head where config.json ties them, transformers the head on
-    disk. A stored head that equals the embedding passes.
+    Where config.json ties them, trainer and engine would use the embedding as the head, transformers the stored head.
+    A stored head that equals the embedding is accepted.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:
@@ -130,7 +130,7 @@ def _require_the_stated_head(
 
 
 def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint hold the same values; a few thousand rows are in memory at a time."""
+    """Whether two tensors of a checkpoint have the same values; reads a few thousand rows at a time."""
     if shapes[one] != shapes[other]:
         return False
     held: dict[str, Any] = {}
@@ -147,9 +147,9 @@ def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, 
 
 
 def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
-    """What decides which parameters the model has and their shapes, by its name in config.json.
+    """Return the fields of config.json that determine the model's parameters and their shapes.
 
-    The type stands for what architectures of the same sizes differ in: biases on q, k, v, norms of q and k.
+    model_type covers the differences between architectures of the same sizes: biases of q, k, v, norms of q and k.
     """
     names = [
         "model_type",
@@ -168,7 +168,7 @@ def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
 
 
 def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` for options of these architectures that would be ignored, and so be silently wrong."""
+    """Raise `ConfigError` for options of these architectures that this model would silently ignore."""
     where = f"model.path {path!r}: config.json has"
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"{where} hidden_act {hf_config.hidden_act!r}; allowed: silu")

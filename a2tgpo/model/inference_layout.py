@@ -1,4 +1,4 @@
-"""The layout of a model that is loaded to be played or converted, whatever the layout of the run that trained it."""
+"""The layout of a model loaded for inference or conversion, independent of the layout it was trained in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from a2tgpo.model.experts import has_experts
 from a2tgpo.model.transformer_config import check_layout
 
 MEMORY_FRACTION = 0.85
-"""The engine's share of a GPU where no optimizer shares the card."""
+"""The engine's share of a GPU without an optimizer on it."""
 LAYOUT: dict[str, Any] = {
     "tensor": 1,
     "sequence": False,
@@ -30,27 +30,27 @@ LAYOUT: dict[str, Any] = {
     "first_stage_layers": 0,
     "last_stage_layers": 0,
 }
-"""The fields of `ParallelConfig` that divide a model, with the values that leave it whole."""
+"""The fields of `ParallelConfig` that divide a model, with the values that keep it whole."""
 UNDIVIDED = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUT.items()]
-"""Overrides that take the layout of a run out of its configuration."""
+"""Overrides that reset the layout in a run's configuration."""
 
 
 def inference_config(
     config: RunConfig, hf_config: PretrainedConfig, *, world_size: int, explicit: Set[str] = frozenset()
 ) -> RunConfig:
-    """`config` with the layout in which `world_size` processes play or convert the model.
+    """Return `config` with the layout in which `world_size` processes run or convert the model.
 
     Trainer: tensor-parallel over as many processes as the model's sizes allow, experts over all of them, one pipeline
-    stage, no FP8. Engines: of `rollout.tensor_parallel` processes, or of the largest part of that number that divides
-    the processes; with `MEMORY_FRACTION` of each GPU.
+    stage, no FP8. Engines: `rollout.tensor_parallel` processes each, or the greatest common divisor of that number
+    and `world_size`; with `MEMORY_FRACTION` of each GPU.
 
     Args:
-        config: a run's, in which `UNDIVIDED` has replaced the run's layout.
-        hf_config: of the model.
+        config: a run's configuration after the overrides `UNDIVIDED`.
+        hf_config: the model's configuration.
         explicit: dotted keys whose values in `config` stay.
 
     Raises:
-        ConfigError: one line; what is explicit does not divide the model.
+        ConfigError: one line; an explicit value does not divide the model.
     """
     rollout = _engine(config.rollout, world_size, explicit)
     parallel = _parallel(config.parallel, hf_config, world_size, explicit)
@@ -68,7 +68,7 @@ def _parallel(
     for tensor in sizes:
         chosen: dict[str, Any] = {
             "tensor": tensor,
-            "sequence": tensor > 1 and experts > 1,  # Megatron's experts take no other split of the tokens
+            "sequence": tensor > 1 and experts > 1,  # Megatron's experts support no other split of the tokens
             "expert": math.gcd(experts, world_size // given.get("pipeline", 1)),
         }
         candidate = dataclasses.replace(parallel, **LAYOUT | chosen | given)
@@ -89,7 +89,8 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
     if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
-        # On a GPU the cache takes what the fraction leaves; elsewhere fewer ranks hold what the run's held together.
+        # On a GPU the cache takes the rest of the fraction; elsewhere each rank holds a larger part of the same
+        # total.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 def decoder_spec(
     config: TransformerConfig, provider: Any, *, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Specification of a chunk's decoder on this pipeline stage, made of the modules that `provider` names.
+    """Return the specification of a chunk's decoder on this pipeline stage, built from `provider`'s modules.
 
-    The input norms live inside the linear layers that follow them (`linear_qkv.layer_norm_weight`), but for the one
+    Input norms are part of the linear layers that follow them (`linear_qkv.layer_norm_weight`), except the norm
     before a mixture of experts.
     """
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
@@ -42,7 +42,7 @@ def decoder_spec(
         submodules=TransformerLayerSubmodules(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            # The router needs normalised hidden states of its own.
+            # The router also reads the normalised hidden states, so this norm is a separate module.
             pre_mlp_layernorm=provider.layer_norm() if has_experts else IdentityOp,
             mlp=_experts(config, provider) if has_experts else _mlp(provider),
             mlp_bda=get_bias_dropout_add,
@@ -63,7 +63,7 @@ def _mlp(provider: Any) -> ModuleSpec:
 
 
 def _experts(config: TransformerConfig, provider: Any) -> Any:
-    """Router, dispatcher and grouped experts (`experts.linear_fc1.weight0`, `weight1`, ...)."""
+    """Return the specification of router, dispatcher and grouped experts (`experts.linear_fc1.weight0`, ...)."""
     return get_moe_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )

@@ -1,4 +1,4 @@
-"""Log-probs and entropy of vocabulary-parallel logits, without a float32 copy of them."""
+"""Log-probs and entropy of vocabulary-parallel logits, without a float32 copy of the logits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDistribution:
-    """The distribution of the next token whose log-probs and entropy a pass computes.
+    """The next-token distribution whose log-probs and entropy a pass computes.
 
     The engine samples from softmax(logits / `rollout.temperature`) over the tokenizer's ids. Policy gradients,
-    importance ratios and the KL to the reference are right for that distribution only: the gradient of log-probs at
-    another temperature is biased, also for decisions that do not matter.
+    importance ratios and the KL to the reference are correct only for that distribution: the gradient of log-probs at
+    another temperature is biased, even for decisions without effect on the reward.
     """
 
     temperature: float = 1.0
     num_ids: int | None = None
-    """Ids that can be sampled, the first of the vocabulary; None: all of it."""
+    """Number of ids that can be sampled, from the beginning of the vocabulary; None: all."""
 
 
 MODEL_DISTRIBUTION = TokenDistribution()
-"""The model's own: temperature 1, the whole vocabulary. Supervised training, gold answers and the refit's probe use
-this one, and so does the engine where it scores given tokens."""
+"""The model's own distribution: temperature 1, the whole vocabulary. Supervised training, gold answers, the refit's
+probe and the engine's scoring of given tokens use it."""
 
 
 def token_logprobs(
@@ -38,12 +38,12 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature) at `targets`, and the entropy of that distribution, per token.
+    """Compute log softmax(logits / temperature) at `targets`, and the entropy of that distribution, per token.
 
-    The softmax is over the first `vocab_size` entries of the vocabulary; padding past them has probability 0 and
-    takes no gradient. Computed `chunk_size` tokens at a time in float32 (float64 for float64 logits), so that
-    beside the logits only their gradient, in their own dtype, is as large as they are. Every rank of `tp_group`
-    calls this with the same targets; two small all-reduces.
+    The softmax is over the first `vocab_size` entries of the vocabulary; padding entries have probability 0 and get
+    no gradient. The computation takes `chunk_size` tokens at a time in float32 (float64 for float64 logits). So only
+    the gradient, in the logits' dtype, is as large as the logits. Every rank of `tp_group` must call this with the
+    same targets; costs two small all-reduces.
 
     Args:
         logits: [n, padded vocabulary / tp]; rank r of `tp_group` holds the r-th slice.
@@ -108,7 +108,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, local_targets, is_local, log_normalizer, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_normalizer)
-        # Each output is known in full on every rank, and so is its gradient: no communication is needed.
+        # Every rank has both outputs and their gradients in full, so no communication is needed.
         grad_logits = torch.zeros_like(logits)
         for rows in _chunks(logits.size(0), ctx.chunk_size):
             if not ctx.num_real:
@@ -133,5 +133,5 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _scaled(logits: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
-    """logits / temperature in `dtype`, always as a new tensor: the caller works on it in place."""
+    """Return logits / temperature in `dtype`, always as a new tensor: the caller modifies it in place."""
     return logits.to(dtype, copy=True).div_(temperature)

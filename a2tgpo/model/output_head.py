@@ -1,4 +1,4 @@
-"""The output layer at some positions of a row only: nobody asks what follows the others."""
+"""The output layer at selected positions of a row, where log-probs are needed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
-    """Within, the output layer of `model` runs at `rows` only; afterwards it is as before.
+    """Run the output layer of `model` only at `rows` inside this context.
 
-    All tensor-parallel ranks run the model with the same rows. Gradients are those of the full layer where the other
-    logits have none.
+    All tensor-parallel ranks must use the same rows. Gradients equal those of the full layer if the other logits have
+    none.
 
     Args:
-        model: a last pipeline stage's.
-        rows: [n] int64, n >= 1, on the model's device: places in the row of positions that this rank runs.
+        model: a model of the last pipeline stage.
+        rows: [n] int64, n >= 1, on the model's device: indices into the positions that this rank runs.
     """
     layer = model.output_layer
     is_split, reduces = layer.sequence_parallel, layer.allreduce_dgrad
@@ -27,7 +27,7 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     def at_rows(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]  # [T, 1, hidden], under sequence parallelism / tp
         if is_split:
-            # The layer sums its input's gradient over the ranks; each then keeps its own part.
+            # The layer sums its input's gradient over the ranks; each rank then keeps its own part.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=layer.tp_group
             )
@@ -35,7 +35,8 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
 
     hook = layer.register_forward_pre_hook(at_rows)
     if is_split:
-        # What it is given is whole already; a backward pass goes by what was set in its forward pass.
+        # The input is already gathered, so switch off the layer's all-gather; its backward pass uses the flags seen
+        # in the forward pass.
         layer.sequence_parallel, layer.allreduce_dgrad = False, True
     try:
         yield

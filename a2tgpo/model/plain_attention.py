@@ -1,4 +1,4 @@
-"""Attention of one segment as PyTorch computes it: what a CPU has, and what takes masks that fused kernels do not."""
+"""Attention of one segment by PyTorch, for CPUs and for masks that fused kernels do not support."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Scaled dot product attention.
+    """Compute scaled dot product attention.
 
     Args:
         query: [queries, heads, head_dim].
         key: [keys, kv_heads, head_dim]; kv_heads divides heads.
         value: [keys, kv_heads, head_dim].
-        mask: [queries, keys] bool, True where a query sees a key; None: causal.
-        scale: of the products; None: 1 / sqrt(head_dim).
+        mask: [queries, keys] bool, True where a query attends to a key; None: causal.
+        scale: factor of the products; None: 1 / sqrt(head_dim).
 
     Returns:
         [queries, heads, head_dim].

@@ -1,4 +1,4 @@
-"""The model as this process holds it."""
+"""This process's part of the model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass
 class Policy:
-    """One rank's part of a model: its pipeline stage's layers, its tensor-parallel slice of each."""
+    """One rank's part of a model: the layers of its pipeline stage, its tensor-parallel slice of each."""
 
     chunks: list[nn.Module]
-    """What the pipeline schedule runs: DistributedDataParallel(Float16Module(GPTModel)) when trainable in bfloat16;
-    without DistributedDataParallel when not trainable, without Float16Module in float32. Of parallel.virtual chunks,
-    the first holds the stage's earliest layers."""
+    """The modules that the pipeline schedule runs: DistributedDataParallel(Float16Module(GPTModel)) when trainable in
+    bfloat16; without DistributedDataParallel when not trainable, without Float16Module in float32. The first of the
+    parallel.virtual chunks holds the stage's earliest layers."""
     transformer_config: TransformerConfig
     hf_config: PretrainedConfig
     bridge: Any
-    """mbridge's weight tables for this architecture; used by `weights` only."""
+    """mbridge's weight tables for this architecture; only `weights` uses them."""
     groups: ParallelGroups
     path: str
-    """Folder of the checkpoint it was built from."""
+    """Folder of the checkpoint."""
     dtype: torch.dtype
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     vocab_size: int
-    """Vocabulary of the checkpoint, padding not counted."""
+    """Vocabulary of the checkpoint, without padding."""
     alignment: Alignment
-    """What the lengths of packed batches must be multiples of."""
+    """Multiples to which packed batches are padded."""
     trainable: bool
 
     @property
@@ -51,7 +51,7 @@ class Policy:
 
 
 def require_weights(policy: Policy) -> None:
-    """Raise RuntimeError where the weights are off the card: reading them there ends the process without a word."""
+    """Raise RuntimeError if the weights are off the GPU: reading them would crash the process without a message."""
     parameters = (parameter for chunk in policy.chunks for parameter in chunk.parameters())
     if any(p.numel() and not p.untyped_storage().nbytes() for p in parameters):
         raise RuntimeError(
@@ -60,13 +60,13 @@ def require_weights(policy: Policy) -> None:
 
 
 def gather_weights(policy: Policy) -> None:
-    """Have every rank hold what the last update made of the weights; every rank calls this before it reads them.
+    """Finish the optimizer's parameter all-gather; every rank must call this before it reads the weights.
 
-    Where the gather runs beside computation, a rank that has stepped waits for the next forward pass to bring it the
-    parts that other ranks have stepped.
+    Where the all-gather overlaps with computation, the parts that other ranks updated otherwise arrive only with the
+    next forward pass.
 
     Raises:
-        RuntimeError: if the weights are off the card.
+        RuntimeError: if the weights are off the GPU.
     """
     require_weights(policy)
     for chunk in policy.chunks:
@@ -75,7 +75,7 @@ def gather_weights(policy: Policy) -> None:
 
 
 def unwrapped(chunk: Any) -> GPTModel:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    """Return the GPTModel inside DistributedDataParallel and Float16Module."""
     while not isinstance(chunk, GPTModel):
         chunk = chunk.module
     return chunk

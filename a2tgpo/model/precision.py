@@ -1,6 +1,6 @@
-"""Which modules the layers are made of: Transformer Engine's, or their CPU twins.
+"""The choice of the layers' modules: Transformer Engine's, or their CPU twins.
 
-The only module that looks for Transformer Engine.
+Only this module checks whether Transformer Engine is installed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from a2tgpo.config.fp8 import CAPABILITIES, Fp8Config
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 FP8_NEEDS = {"tensorwise": ("2.2", "12.1"), "blockwise": ("2.3", "12.9"), "mxfp8": ("2.1", "12.8")}
-"""By recipe: versions of Transformer Engine and CUDA (its quantization.py, and megatron/core/fp8_utils.py,
-`get_fp8_recipe`); the cards are config.fp8.CAPABILITIES."""
+"""By recipe: lowest versions of Transformer Engine and CUDA (its quantization.py, and megatron/core/fp8_utils.py,
+`get_fp8_recipe`); config.fp8.CAPABILITIES has the GPUs."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:
-    """Whether `model.layer_spec` means Transformer Engine on this machine.
+    """Whether `model.layer_spec` selects Transformer Engine on this machine.
 
     Raises:
-        ConfigError: if it does, and Transformer Engine or the GPU it needs is not there.
+        ConfigError: if it does, and Transformer Engine or its GPU is missing.
     """
     has_gpu = torch.cuda.is_available()
     if layer_spec == "cpu" or (layer_spec == "auto" and not has_gpu):
@@ -42,10 +42,10 @@ def uses_transformer_engine(layer_spec: str) -> bool:
 
 
 def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
-    """Raise `ConfigError` unless Transformer Engine, which is installed, can compute in these formats on this GPU."""
+    """Raise `ConfigError` unless the installed Transformer Engine supports these number formats on this GPU."""
     if dtype == "float32":
-        # Its fused attention takes 16 bits. In float32 it would unpack a row into [segments, longest, ...] and keep
-        # [segments, heads, longest, longest] scores a layer; across context-parallel ranks it would have none
+        # Its fused attention needs 16 bits. In float32 it would unpack a row into [segments, longest, ...] and keep
+        # [segments, heads, longest, longest] scores per layer; with context parallelism it has no float32 attention
         # (dot_product_attention.py, "No dot product attention backend is available").
         raise ConfigError(
             "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
@@ -62,11 +62,11 @@ def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
 
 
 def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], cuda: str) -> None:
-    """Raise `ConfigError` unless versions and card are those that the recipe needs.
+    """Raise `ConfigError` unless the versions and the GPU meet the recipe's requirements.
 
     Args:
         engine: Transformer Engine's version.
-        capability: the card's compute capability, such as (9, 0) for Hopper.
+        capability: the GPU's compute capability, such as (9, 0) for Hopper.
         cuda: version of CUDA that torch was built for.
     """
     need_engine, need_cuda = FP8_NEEDS[recipe]
@@ -93,7 +93,7 @@ def _cards(recipe: str) -> str:
 
 
 def spec_provider(layer_spec: str) -> Any:
-    """Megatron's `BackendSpecProvider` for `model.layer_spec`: names the module class for each part of a layer."""
+    """Return Megatron's `BackendSpecProvider` for `model.layer_spec`: the module class of each layer part."""
     if uses_transformer_engine(layer_spec):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: a checkpoint's own frequencies, computed by transformers, put into Megatron's model."""
+"""Rotary position embedding: Megatron's model gets the checkpoint's frequencies, computed by transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 KINDS = ("default", "linear", "llama3", "yarn")
-"""What can be computed: the frequencies of the others change with the length of the sequence."""
+"""Supported kinds of scaling; the frequencies of other kinds change with the length of the sequence."""
 
 _REQUIRED = {
     "default": (),
@@ -35,31 +35,31 @@ class Rope:
     inverse_frequencies: torch.Tensor | None
     """[head_dim / 2] float32, radians per position; None: base^(-2i / head_dim), not scaled."""
     attention_factor: float = 1.0
-    """Queries and keys are multiplied by it once rotated (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
+    """Factor of queries and keys after rotation (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
 
     def softmax_scale(self, head_dim: int) -> float | None:
-        """What attention multiplies products of queries and keys by; None: 1 / sqrt(head_dim).
+        """Return attention's factor for products of queries and keys; None: 1 / sqrt(head_dim).
 
-        Megatron's fused rotation takes no factor for queries and keys. Their products carry its square.
+        Megatron's fused rotation has no factor for queries and keys, so their products are scaled by its square.
         """
         if self.attention_factor == 1.0:
             return None
         return self.attention_factor**2 / math.sqrt(head_dim)
 
     def apply_to(self, gpt_model: GPTModel) -> None:
-        """Give the frequencies to `gpt_model`, which was built with `base`; before its first pass."""
+        """Set the frequencies of `gpt_model`, which was built with `base`; call this before its first pass."""
         if self.inverse_frequencies is not None:
             embedding = gpt_model.rotary_pos_emb
             embedding.inv_freq = self.inverse_frequencies.to(embedding.inv_freq)
 
 
 def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
-    """The rotary embedding of the checkpoint in folder `path`.
+    """Return the rotary embedding of the checkpoint in folder `path`.
 
     Raises:
-        ConfigError: one line; a kind that is not computed here, or a number that is missing or none.
+        ConfigError: one line; an unsupported kind, or a value that is missing or no positive number.
     """
-    # transformers 5 keeps theta and scaling in one dictionary; there is no `rope_theta` attribute any more.
+    # transformers 5 keeps theta and scaling in one dictionary and has no `rope_theta` attribute.
     rope = dict(hf_config.rope_parameters)
     kind = rope.get("rope_type", "default")
     where = f"model.path {path!r}: config.json has"
@@ -87,8 +87,8 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
 def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) -> None:
     """Raise `ConfigError`, one line, if the model has no positions for a sequence of `max_model_len` tokens.
 
-    The engine's rule: max_position_embeddings, times the factor of linear scaling. With YaRN and llama3 it is the
-    longest sequence already.
+    Same rule as the engine's: max_position_embeddings, times the factor of linear scaling. With YaRN and llama3,
+    max_position_embeddings already is the longest sequence.
     """
     rope = hf_config.rope_parameters
     positions = hf_config.max_position_embeddings
@@ -109,13 +109,13 @@ def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) 
 
 
 def _yarn_reach(rope: dict[str, Any]) -> int:
-    """Longest sequence that a YaRN setting is made for; 0: there is none."""
+    """Return the longest sequence of a YaRN setting; 0 without YaRN."""
     if rope.get("rope_type") != "yarn":
         return 0
     return int(rope["original_max_position_embeddings"] * rope["factor"])
 
 
 def _require_positive(where: str, name: str, value: Any) -> None:
-    # transformers only warns of most wrong values.
+    # transformers only warns about most wrong values.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{where} {name} {value!r}; allowed: a number > 0")

@@ -1,4 +1,4 @@
-"""From a Hugging Face configuration to Megatron's."""
+"""Conversion of a Hugging Face configuration to Megatron's."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from a2tgpo.model.rope import rope_of
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VOCAB_MULTIPLE = 128
-"""Rows of the embedding are padded to a multiple of this, the same in every usual layout, so that a checkpoint
+"""The embedding's rows are padded to a multiple of this number, the same in every usual layout, so that a checkpoint
 of one layout fits another."""
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    """Raise `ConfigError` unless the layout divides the model, into what FP8 can take if it is on."""
+    """Raise `ConfigError` unless the layout divides the model, and into sizes that FP8 supports if it is enabled."""
     split = [
         (hf_config.num_attention_heads, "attention heads"),
         (hf_config.num_key_value_heads, "key-value heads"),
@@ -46,7 +46,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Rows of the embedding once padded; every tensor-parallel rank gets the same number."""
+    """Return the embedding's rows after padding; every tensor-parallel rank gets the same number."""
     return math.ceil(vocab_size / math.lcm(VOCAB_MULTIPLE, tensor_parallel)) * math.lcm(
         VOCAB_MULTIPLE, tensor_parallel
     )
@@ -55,12 +55,12 @@ def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
 def transformer_config(
     hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool
 ) -> TransformerConfig:
-    """Megatron's configuration of the checkpoint's architecture, laid out as `parallel` says.
+    """Return Megatron's configuration of the checkpoint's architecture in the layout `parallel`.
 
-    Dropout is off whatever the checkpoint says: the update must see the log-probs that the rollout had.
+    Dropout is off even if the checkpoint sets it: the update must see the rollout's log-probs.
 
     Raises:
-        ConfigError: for FP8 without Transformer Engine, which Megatron would run in bfloat16 without a word
+        ConfigError: for FP8 without Transformer Engine, which Megatron would silently run in bfloat16
             (megatron/core/fp8_utils.py, `get_fp8_context`).
     """
     if model.fp8.enabled and not transformer_engine:
@@ -87,8 +87,8 @@ def transformer_config(
         qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights come from the checkpoint. The initialisation itself must run, though: it is what marks
-        # parameters as split over tensor-parallel ranks (megatron/core/tensor_parallel/layers.py:878).
+        # Weights come from the checkpoint, but the initialisation must still run: it marks parameters as split over
+        # tensor-parallel ranks (megatron/core/tensor_parallel/layers.py:878).
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
@@ -99,12 +99,12 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
-        cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring beside the computation
-        # Micro-batches are packed to different lengths; stages tell each other the shape before the tensor.
+        cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring during the computation
+        # Micro-batches are packed to different lengths; stages send each other the shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # the default is refused beside the line above, experts or not
-        # Under virtual stages Megatron frees an output right after its send was posted (schedules.py:1522). NCCL has
-        # its stream hold the memory so long; gloo would send what stands there next.
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths excludes the default, even without experts
+        # Under virtual stages Megatron frees an output right after posting its send (schedules.py:1522). NCCL keeps
+        # the buffer alive until it is sent; gloo would send whatever overwrote it.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
         **_stages(parallel),
@@ -115,16 +115,16 @@ def transformer_config(
 
 
 def _stages(parallel: ParallelConfig) -> dict[str, Any]:
-    """Chunks and uneven stages; Megatron takes None for what is as usual."""
+    """Return Megatron's settings for chunks and uneven stages; Megatron expects None for the default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        last = None  # it follows, and with no stage left between them Megatron divides by zero under virtual stages
+        last = None  # implied by `first`; Megatron would divide by zero under virtual stages without a middle stage
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # Two stages are each other's neighbours on both sides. In one batch Megatron would mix up what goes forward
-        # and what goes backward between them; sent beside the computation, each travels by itself.
+        # Two stages are each other's neighbours on both sides. In a batched exchange Megatron would confuse
+        # activations with gradients; with overlapped communication each tensor is sent separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }
@@ -135,23 +135,23 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _fusions(transformer_engine: bool) -> dict[str, Any]:
-    """Fused kernels: what Transformer Engine and the compiler bring on a GPU, none elsewhere."""
+    """Return the settings of fused kernels: those of Transformer Engine and the compiler on a GPU, none elsewhere."""
     return {
         "bias_activation_fusion": transformer_engine,
         "bias_dropout_fusion": transformer_engine,
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
         "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
-        # Megatron's own layers would need APEX for it; Transformer Engine's have it switched on one by one
-        # (build.accumulate_in_float32).
+        # Megatron's own layers would need APEX; build.accumulate_in_float32 enables it in Transformer Engine's
+        # layers.
         "gradient_accumulation_fusion": False,
     }
 
 
 def _fp8(fp8: Fp8Config) -> dict[str, Any]:
-    """What Megatron needs to know of FP8; the names are those of 0.16 and 0.19 alike.
+    """Return Megatron's FP8 settings, which have the same names in 0.16 and 0.19.
 
-    As long as weights are not kept in FP8, neither DistributedDataParallel nor the optimizer has to know.
+    Neither DistributedDataParallel nor the optimizer needs FP8 settings unless weights are stored in FP8.
     """
     if not fp8.enabled:
         return {}

@@ -1,7 +1,7 @@
 """Attention along a tree: branches that share the beginning of one trunk, in one packed pass.
 
-Kernels for packed sequences know causal segments only. For the time of a pass the core attention of every layer is
-therefore replaced by plain scaled dot product attention, on GPUs as on CPUs; all weights are outside of it.
+Kernels for packed sequences support only causal segments. During such a pass plain scaled dot product attention
+therefore replaces the core attention of every layer, on GPUs and CPUs; the core attention has no weights.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from a2tgpo.model.policy import unwrapped
 
 
 class TreeAttention(nn.Module):
-    """Takes the place of a core attention on packed sequences.
+    """Replacement of a core attention on packed sequences.
 
     Args:
-        nodes: of the row; positions in none of them get zeros.
+        nodes: the row's nodes; positions outside of all nodes get zeros.
         softmax_scale: None: 1 / sqrt(head_dim).
     """
 
@@ -41,13 +41,14 @@ class TreeAttention(nn.Module):
         return output.flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Query i of the last n positions attends to all keys but the n - 1 - i last."""
+        """Let query i of the last n positions attend to all keys but the last n - 1 - i."""
         num_queries, num_keys = query.size(0), key.size(0)
         mask = None
         if num_keys > num_queries:
-            # On GPUs PyTorch has no fused kernel for a mask with grouped heads: it makes [heads, queries, keys]
-            # scores and copies of keys and values for every head, in float32. A branch has few queries (scaffold
-            # and answer) and keeps nothing, and branches run one by one. A trunk has no mask and is fused.
+            # On GPUs PyTorch has no fused kernel for a mask with grouped heads: it creates [heads, queries, keys]
+            # scores and copies keys and values for every head, in float32. This is affordable: a branch has few
+            # queries (scaffold and answer) and saves no activations, and branches run one by one. A trunk needs no
+            # mask and is fused.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
         return attend(query, key, value, mask, self._scale)
@@ -55,12 +56,13 @@ class TreeAttention(nn.Module):
 
 @contextlib.contextmanager
 def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
-    """Within, `chunk` runs a row of the shape `nodes`, laid out as one segment; afterwards it is as before.
+    """Run `chunk` on a row of the shape `nodes`, laid out as one segment, inside this context.
 
-    For passes without gradients. Not for context parallelism: every rank needs all keys of its tensor-parallel heads.
+    Only for passes without gradients and without context parallelism, since every rank needs all keys of its
+    tensor-parallel heads.
 
     Args:
-        positions: [1, T] int64 on the model's device: for every place of the row its rotary position, below T.
+        positions: [1, T] int64 on the model's device: rotary position of every place of the row, below T.
     """
     model = unwrapped(chunk)
     layers = [layer.self_attention for layer in model.decoder.layers]
@@ -68,7 +70,7 @@ def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) ->
     rows = positions[0]
 
     def rows_of_table(_module: nn.Module, _arguments: Any, table: Tensor) -> Tensor:
-        # Megatron gives the i-th token of a segment the table's i-th row.
+        # Megatron uses the table's i-th row for the i-th token of a segment.
         return table[rows]
 
     hook = model.rotary_pos_emb.register_forward_hook(rows_of_table)

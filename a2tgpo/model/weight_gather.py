@@ -1,4 +1,4 @@
-"""Parameters in full from the ranks that hold parts of them: the next bucket travels while one is read."""
+"""Gathering of full parameters from the ranks that hold their parts, one bucket ahead of the reader."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """What ranks of other stages must know of a parameter to receive it."""
+    """The facts about a parameter that ranks of other stages need to receive it."""
 
     stage: int
     name: str
     shape: tuple[int, ...]
-    """Of one part."""
+    """Shape of one part."""
     split_dim: int | None
-    """Dimension split over tensor-parallel ranks; None: every rank has all of it, or it is an expert."""
+    """Dimension split over tensor-parallel ranks; None: every rank has the whole parameter, or it is an expert."""
 
     def num_parts(self, groups: ParallelGroups) -> int:
-        """How many ranks of a stage bring a part each; experts at the same place on their ranks travel together."""
+        """Number of a stage's ranks that contribute a part; experts at the same local place are gathered together."""
         if is_expert(self.name):
             return groups.ep_size
         return 1 if self.split_dim is None else groups.tp_size
 
     def num_bytes(self, groups: ParallelGroups, dtype: torch.dtype) -> int:
-        """All parts together."""
+        """Bytes of all parts together."""
         return torch.Size(self.shape).numel() * self.num_parts(groups) * dtype.itemsize
 
 
@@ -45,7 +45,7 @@ def record_of(stage: int, name: str, parameter: torch.nn.Parameter) -> Parameter
 def buckets(
     records: Sequence[ParameterRecord], groups: ParallelGroups, *, dtype: torch.dtype, bucket_bytes: int
 ) -> list[list[ParameterRecord]]:
-    """`records` in their order, in groups of at most `bucket_bytes`; a larger parameter is a bucket of its own."""
+    """Split `records`, in order, into buckets of at most `bucket_bytes`; a larger parameter gets its own bucket."""
     grouped: list[list[ParameterRecord]] = []
     size = 0
     for record in records:
@@ -65,19 +65,19 @@ def gather_ahead(
     *,
     bucket_bytes: int,
 ) -> Iterator[tuple[ParameterRecord, list[torch.Tensor]]]:
-    """Every parameter's parts, in the order of `records`; every rank calls this and runs it to its end.
+    """Yield every parameter's parts, in the order of `records`; every rank must call this and exhaust it.
 
-    All collectives of a bucket are issued, in the same order on all ranks, before anything of the bucket before it
-    is given out, and waited for when their parameter's turn comes. So two buckets are alive: what is left of the one
-    being read, and the one in flight.
+    All collectives of a bucket are issued, in the same order on all ranks, before the first parameter of the previous
+    bucket is yielded. The wait for a collective happens when its parameter is yielded. So two buckets are alive: the
+    rest of the one being read, and the one in flight.
 
     Args:
-        records: of all stages, the same on all ranks.
+        records: records of all stages, the same on all ranks.
         local: this stage's parameters, by name.
 
     Yields:
-        (record, its parts in the order of their ranks). Parts may be the model's own memory, and are kept here no
-        longer than until the next ones are asked for.
+        (record, its parts in the order of their ranks). Parts may be the model's own memory; this generator drops
+        them when the next ones are requested.
     """
     stream = torch.cuda.Stream() if policy.groups.device.type == "cuda" else None
     in_flight: deque[_Gather] = deque()
@@ -94,7 +94,7 @@ class _Gather:
     record: ParameterRecord
     parts: list[torch.Tensor]
     arrival: dist.Work | None
-    """None: all of it is here."""
+    """None: all parts are here."""
 
     def finish(self) -> tuple[ParameterRecord, list[torch.Tensor]]:
         if self.arrival is not None:
@@ -110,12 +110,12 @@ def _start(
 ) -> deque[_Gather]:
     """Issue the collectives that bring `bucket` to this rank: a broadcast over the stages, a gather in each stage.
 
-    A gather needs what the broadcast brings. Under NCCL that wait is `stream`'s alone: neither this process nor what
-    the device does for the engine waits. Gloo knows no streams: a gather behind a broadcast waits for it here.
+    A gather needs the broadcast's result. Under NCCL only `stream` waits for it: neither this process nor the
+    device's work for the engine does. Gloo has no streams: a gather after a broadcast waits for it here.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]
-    # Memory comes from the current stream, where it is read and freed; `stream` begins when that has got so far.
+    # Memory belongs to the current stream, where it is read and freed; `stream` first waits for the current stream.
     shards = [  # this tensor- or expert-parallel rank's part, on every stage
         local[record.name].data
         if record.stage == groups.pp_rank

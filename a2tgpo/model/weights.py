@@ -1,8 +1,8 @@
-"""Weights in and out: Hugging Face's names and layouts on one side, Megatron's on the other.
+"""Loading and exporting weights: conversion between Hugging Face's names and layouts and Megatron's.
 
-mbridge supplies the tables (which Hugging Face tensors make up a Megatron parameter, how they are interleaved,
-merged and split). How tensors travel is written here: loading reads each parameter by itself, exporting yields
-one tensor at a time while the next ones are gathered (`weight_gather`).
+mbridge supplies the tables: which Hugging Face tensors form a Megatron parameter, and how they are interleaved,
+merged and split. This module moves the tensors: loading reads one parameter at a time; exporting yields one tensor at
+a time while the next ones are gathered (`weight_gather`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 _OUTPUT = "output_layer.weight"
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Weights are cut into files of at most this size (a larger tensor gets one of its own)."""
+"""Largest size of a weight file (a larger tensor gets its own file)."""
 
 _COMPANIONS = (
     "tokenizer*",
@@ -50,15 +50,15 @@ _COMPANIONS = (
 
 
 def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
-    """mbridge's weight tables for this architecture, around a Megatron configuration that is ours."""
-    # Here, not above: mbridge loads every architecture it knows, seconds that tools on weights alone can spare.
+    """Return mbridge's weight tables for this architecture, with our Megatron configuration."""
+    # A local import: mbridge loads every architecture it knows, which takes seconds that other tools can save.
     from mbridge.core.bridge import _MODEL_REGISTRY
 
     base = _MODEL_REGISTRY[hf_config.model_type]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
-    # A class of our own for each bridge: mbridge writes into the class's table when embeddings are tied, which
-    # would outlive this model, and builds a configuration from attributes that transformers 5 does not have.
+    # One class per bridge: with tied embeddings mbridge writes into the class's table, which would outlive this
+    # model. It also builds a configuration from attributes that transformers 5 does not have.
     members = {
         "_DIRECT_MAPPING": direct,
         "_adjust_mapping_for_shared_weights": lambda bridge: None,
@@ -75,13 +75,13 @@ def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padde
 
 @torch.no_grad()
 def load_hf_weights(policy: Policy) -> None:
-    """Copy the checkpoint in `policy.path` into the model; every rank calls this.
+    """Copy the checkpoint in `policy.path` into the model; every rank must call this.
 
-    Each rank reads what it needs, one parameter at a time, through memory maps.
+    Each rank reads the tensors of its own parameters, one parameter at a time, through memory maps.
 
     Raises:
-        ConfigError: one line, the same on every rank, if a tensor is missing, has the wrong shape or a file is
-            damaged, or if the checkpoint holds tensors that this architecture has no place for.
+        ConfigError: one line, the same on every rank, if a tensor is missing or has the wrong shape, if a file is
+            damaged, or if the checkpoint holds tensors that this architecture does not have.
     """
     problem, used, known = None, set(), set()
     with ExitStack() as files:
@@ -94,7 +94,7 @@ def load_hf_weights(policy: Policy) -> None:
             problem = str(error)
     world = dist.group.WORLD
     assert world is not None
-    # One rank's bad file must stop all of them, not leave the others waiting in a collective.
+    # One rank's bad file must stop all ranks, not leave the others waiting in a collective.
     results = all_gather_object((problem, used), world)
     for problem, _ in results:
         if problem is not None:
@@ -108,13 +108,13 @@ def load_hf_weights(policy: Policy) -> None:
 
 
 def _derived_names(policy: Policy, names: set[str]) -> set[str]:
-    """Tensors that some checkpoints store though they follow from others."""
+    """Return the names of tensors that some checkpoints store although they follow from others."""
     tied = {"lm_head.weight"} if policy.tied_embeddings else set()
     return tied | {name for name in names if name.endswith("rotary_emb.inv_freq")}
 
 
 def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
-    """Name -> open safetensors file that holds it."""
+    """Map each tensor's name to the open safetensors file that holds it."""
     tensors: dict[str, Any] = {}
     for file in weight_files(path).values():
         handle = files.enter_context(safe_open(file, framework="pt"))
@@ -123,7 +123,7 @@ def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
 
 
 def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set[str]:
-    """Fill `model`; returns the names of the Hugging Face tensors that went into it."""
+    """Fill `model` and return the names of the Hugging Face tensors used."""
     used = set()
     for global_name, parameter in _named_parameters(policy, model):
         hf_names = policy.bridge._weight_name_mapping_mcore_to_hf(global_name)
@@ -157,7 +157,7 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
 
 
 def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of this rank under names with the layer's number in the whole model, the expert's in its layer."""
+    """Yield this rank's parameters, named by the layer's number in the whole model and the expert's in its layer."""
     global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
     for name, parameter in model.named_parameters():
         yield global_names[name], parameter
@@ -168,15 +168,15 @@ def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, to
 
 @torch.no_grad()
 def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights under Hugging Face names, in full, gathered bucket by bucket, one bucket ahead of the reader.
+    """Yield all weights in full under Hugging Face names, gathered in buckets, one bucket ahead of the reader.
 
-    Every rank calls this and runs it to its end, since parameters are broadcast over the pipeline and gathered over
-    the tensor- or expert-parallel group; all ranks get the same tensors in the same order. A tensor may share memory
-    with the model: it is to be read, not written, before the next one is asked for.
+    Every rank must call this and exhaust it, since parameters are broadcast over the pipeline and gathered over the
+    tensor- or expert-parallel group. All ranks get the same tensors in the same order. A tensor may share memory with
+    the model: read it before requesting the next one, and do not write to it.
 
     Args:
-        bucket_bytes: largest sum of what is gathered at once; a larger parameter is a bucket of its own, and at 0
-            each is. What is left of one bucket and the next are alive at once, and beside them what is made of one
+        bucket_bytes: most bytes gathered at once; a larger parameter gets its own bucket, and at 0 every parameter
+            does. Alive at once: the rest of one bucket, the next bucket, and the tensors converted from one
             parameter.
 
     Yields:
@@ -207,7 +207,7 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Whole parameters in Megatron's layout, under their names: each part an expert, or all parts together one."""
+    """Return named whole parameters in Megatron's layout: one expert per part, or one parameter from all parts."""
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None
@@ -232,14 +232,14 @@ def save_hf(
     *,
     records: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write weights, config.json and tokenizer to `out_dir`, complete or not at all; every rank calls this.
+    """Write weights, config.json and tokenizer to `out_dir`, complete or not at all; every rank must call this.
 
-    Rank 0 writes beside `out_dir` and renames at the end; an `out_dir` that was there is replaced. Weights keep
-    the training dtype.
+    Rank 0 writes to a temporary folder next to `out_dir` and renames it at the end, replacing an existing `out_dir`.
+    Weights keep the training dtype.
 
     Args:
-        tokenizer_from: folder whose tokenizer files are copied; None: the one the policy was built from.
-        records: what is written beside them as JSON, by the file's name.
+        tokenizer_from: folder whose tokenizer files are copied; None: the policy's checkpoint.
+        records: further content to write as JSON, by file name.
 
     Raises:
         RuntimeError: on every rank, if rank 0 could not write.
@@ -253,9 +253,9 @@ def save_hf(
                 _write_companions(policy, Path(tokenizer_from or policy.path), folder)
                 for name, content in records.items():
                     write_json(folder / name, content)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
             failure = f"could not write {out}: {first_line(error)}"
-    for _ in weights:  # the other ranks' part in gathering, and rank 0's should it have stopped early
+    for _ in weights:  # all other ranks join the gathering here, and rank 0 after a failure
         pass
     world = dist.group.WORLD
     assert world is not None
@@ -265,7 +265,7 @@ def save_hf(
 
 
 def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Safetensors files, with an index if there are several; holds one file's tensors in memory."""
+    """Write safetensors files, with an index if there are several; one file's tensors are in memory at a time."""
     files: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total_bytes = 0
@@ -280,7 +280,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         if pending and pending_bytes + size > MAX_FILE_BYTES:
             flush()
             pending_bytes = 0
-        # A copy: the tensor may be a view of the model's memory, or of a buffer that the next one reuses.
+        # Copy: the tensor may be a view of the model's memory, or of a buffer that the next tensor reuses.
         pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += size
         total_bytes += size
@@ -299,7 +299,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
 
 def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path) -> None:
     config = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # older spelling of the same
+    config.pop("torch_dtype", None)  # older name of dtype
     config["dtype"] = str(policy.dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
     for pattern in _COMPANIONS:

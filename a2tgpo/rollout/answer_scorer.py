@@ -1,4 +1,4 @@
-"""Scores the gold answer in a context while that context is still in the engine's cache."""
+"""Scoring of the gold answer in a context while that context is still in the engine's cache."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AnswerScore:
-    """log-probs of each alias's tokens in one context, filled as the engine returns them."""
+    """Log-probs of each alias's tokens in one context, filled in as the engine returns them."""
 
     aliases: list[list[float] | None]
-    """Per alias: nats per answer token; None until scored, and for ever where there was no room."""
+    """Per alias: nats per answer token; None until scored, and permanently where the alias did not fit."""
 
     @property
     def logprobs(self) -> list[list[float]] | None:
-        """All aliases' log-probs; None unless every one was scored (a maximum needs the same set every turn)."""
+        """Log-probs of all aliases; None unless all were scored (a maximum needs the same aliases in every turn)."""
         scored = [alias for alias in self.aliases if alias is not None]
         return scored if len(scored) == len(self.aliases) else None
 
 
 class AnswerScorer:
-    """Submits scorings to the engine and sorts its answers."""
+    """Submit scorings to the engine and assign its outputs to contexts and aliases."""
 
     def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
@@ -40,9 +40,9 @@ class AnswerScorer:
         self._num_submitted = 0
 
     def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
-        """Queue log p(alias | context, scaffold) for each alias; the result fills while the engine steps.
+        """Queue log p(alias | context, scaffold) for each alias; the returned score fills while the engine steps.
 
-        The context is the prompt and the first `num_turns` turns, which are process turns.
+        The context is the prompt and the first `num_turns` turns, all of them process turns.
         """
         score = AnswerScore(aliases=[None] * len(aliases))
         self._counts.scored_contexts += 1
@@ -59,7 +59,7 @@ class AnswerScorer:
         return score
 
     def collect(self, output: ScoreOutput) -> None:
-        """Fill in what the engine returned."""
+        """Store a finished scoring's log-probs in its score."""
         score, index = self._in_flight.pop(output.request_id)
         score.aliases[index] = output.answer_logprobs
         self._counts.scored_tokens += len(output.answer_logprobs)

@@ -1,4 +1,4 @@
-"""Gold answers as the tokens that are scored."""
+"""The tokens of gold answers, as scored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class AnswerTokens:
-    """Tokenises scaffold and answers, each on its own: the scored span is the answer's, whatever stands before.
+    """Tokenise scaffold and answers separately, so that the scored tokens do not depend on the text before them.
 
     Args:
         tokenizer: the policy's.
         config: the `rollout.gain` section.
-        opening_tags: those that the prompt ends with (`PromptTemplate.opening_tags`).
+        opening_tags: the tags that end the prompt (`PromptTemplate.opening_tags`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GainConfig, *, opening_tags: str = ""):
@@ -34,9 +34,9 @@ class AnswerTokens:
         self._outside, self._inside = self._literal.encode_parts([outside, inside])
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
-        """What stands between the context behind the first `num_turns` turns (0: the prompt) and an answer.
+        """Return the tokens between the context after `num_turns` turns (0: the prompt) and the gold answer.
 
-        Where a thought is open it is continued or closed, and where none is open none is closed.
+        The scaffold fits the context: it closes a thought only where one is open, and opens one only where none is.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))
@@ -45,10 +45,10 @@ class AnswerTokens:
         return self._inside if thought_is_open(written, before=self._starts_in_thought) else self._outside
 
     def aliases(self, answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of those of a question's `answers` that count, each once.
+        """Return the token ids of the `answers` to score, without duplicates.
 
-        An alias for which there may be no room behind a response of full length is left out, unless no other is left:
-        the maximum must run over the same aliases in every context.
+        An alias that may not fit after a response of full length is left out, unless no other remains: the maximum
+        must run over the same aliases in every context.
         """
         distinct = dict.fromkeys(
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]

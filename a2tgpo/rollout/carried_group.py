@@ -1,4 +1,4 @@
-"""A prompt's group of trajectories that may go on in a later step than the one it was begun in."""
+"""A prompt's group of trajectories that may continue in a later step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedGroup:
-    """What is kept of it between steps; nothing in it is changed, a group that was played on is another one."""
+    """A group kept between steps. Immutable; continuing a group returns a new object."""
 
     begun: int
-    """Step in which its prompt was asked, from 0."""
+    """Step in which the group began, from 0."""
     question: int
     """The prompt's index in its question set."""
     prompt: Prompt
-    """As it was asked: its `index` is that of the step `begun`."""
+    """The prompt as in step `begun`, with its `index` in that step."""
     trajectories: list[Trajectory] = field(default_factory=list)
-    """By sample index; those without a stop reason go on. Empty: not begun yet."""
+    """By sample index; those without a stop reason continue. Empty: not begun yet."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """Names it within the run; orders groups by age, and by prompt within a step."""
+        """The group's unique key within the run; orders groups by age, and by prompt within a step."""
         return self.begun, self.prompt.index
 
     @property
@@ -34,14 +34,14 @@ class CarriedGroup:
 
 
 def copied(trajectory: Trajectory) -> Trajectory:
-    """A trajectory that can be played on while `trajectory` stays as it is."""
+    """Return a copy that can be continued without changing `trajectory`."""
     return dataclasses.replace(trajectory, turns=[dataclasses.replace(turn) for turn in trajectory.turns])
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """`group` with every trajectory past `limits` cut back to its last turn that leaves room to go on.
+    """Return `group` with every trajectory past `limits` cut back to its last turn that leaves room to continue.
 
-    What is cut back goes on, whether or not it had ended; it may have no turn left.
+    A shortened trajectory continues, even if it had ended; it may have no turn left.
     """
     members = [_shortened(member, limits) for member in group.trajectories]
     if all(one is other for one, other in zip(members, group.trajectories, strict=True)):

@@ -1,6 +1,6 @@
-"""What a reload of weights leaves undone in vLLM on a CPU, whose kernels use packed copies of them.
+"""Reloading weights in vLLM on a CPU, where the kernels use packed copies of them.
 
-Without it the engine computes with wrong weights and says nothing.
+vLLM's own reload does not renew all packed copies: the engine would silently compute with wrong weights.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Load `weights` into the model of a vLLM worker of this process, on a GPU or a CPU."""
+    """Load `weights` into the model of a vLLM worker in this process, on a GPU or a CPU."""
     model = worker.model_runner.get_model()
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         _forget_packed_experts(model)
-    # The worker's, not its model runner's: kernels that are built anew look for vLLM's configuration.
+    # The worker's method, not its model runner's: rebuilt kernels read vLLM's configuration.
     worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         _renew_tied_head(model)
 
 
 def _forget_packed_experts(model: Any) -> None:
-    """Make a reload pack experts anew; called before it.
+    """Make the next reload pack the experts again; call this before the reload.
 
-    vLLM packs them when it first builds their kernel only, and later copies unpacked weights into packed storage
+    vLLM packs experts only when it first builds their kernel; later it copies unpacked weights into packed storage
     (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():
@@ -36,9 +36,9 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def _renew_tied_head(model: Any) -> None:
-    """Give an output head that shares the embedding's weight the embedding's pack of it; called after a reload.
+    """Give a tied output head the embedding's packed weight; call this after a reload.
 
-    The reload does not see such a head. The embedding, which looks rows up, is packed and has no use for it.
+    The reload does not see a tied head. It packs the embedding, whose row lookups do not use the packed weight.
     """
     head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens

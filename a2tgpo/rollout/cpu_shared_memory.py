@@ -1,4 +1,4 @@
-"""Shared memory between the ranks of an engine on a CPU: under names that no other run has, and that none leaves."""
+"""Shared memory between the ranks of an engine on a CPU: names are unique to the run, and no segment outlives it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SEGMENTS = Path("/dev/shm")
 
 @contextlib.contextmanager
 def own_segments(communicator: Any) -> Iterator[None]:
-    """Around the construction of an engine; all ranks of the world enter and leave it together.
+    """Make an engine's construction use segment names of this run; all ranks of the world enter and leave together.
 
-    Where the ranks were started by a launcher, vLLM names the segments alike in every run
-    (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). The segments of a run that was
-    killed, or of one beside this one, would keep this one from starting.
+    If a launcher started the ranks, vLLM uses the same segment names in every run
+    (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Segments of a killed run, or of
+    another run on this machine, would keep this run from starting.
 
     Args:
-        communicator: vLLM's class whose `make_group_name` names them.
+        communicator: vLLM's class whose `make_group_name` names the segments.
     """
     world = dist.group.WORLD
     assert world is not None, "the ranks have joined"
@@ -42,7 +42,7 @@ def own_segments(communicator: Any) -> Iterator[None]:
         yield
     finally:
         communicator.make_group_name = staticmethod(make_name)
-        # All ranks of a group have mapped its segments when it is made: without a name they end with the processes.
+        # All ranks have mapped the segments by now; once unlinked, the segments end with the processes.
         for path in SEGMENTS.iterdir() if names else ():
             if any(name in path.name for name in names):
                 path.unlink(missing_ok=True)

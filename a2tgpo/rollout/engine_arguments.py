@@ -1,4 +1,4 @@
-"""What vLLM is asked for: the `rollout` section in the words of its EngineArgs, on a GPU and on a CPU."""
+"""The `rollout` section as vLLM's EngineArgs, on a GPU and on a CPU."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from a2tgpo.config.rollout import GPU_STEP_TOKENS, RolloutConfig
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
 LOAD_FORMAT = "a2tgpo"
-"""Names the loader of `vllm_engine.py`, which reads the files that the trainer reads."""
+"""Name of the loader in `vllm_engine.py`, which reads the same files as the trainer."""
 ON_GPU = torch.cuda.is_available()
 
 
 def engine_arguments(
     model_path: str, hf_config: Any, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
 ) -> dict[str, Any]:
-    """Arguments of vLLM's EngineArgs.
+    """Return the arguments for vLLM's EngineArgs.
 
     Args:
         model_path: Hugging Face folder.
-        hf_config: its configuration.
+        hf_config: the model's configuration.
         config: the `rollout` section.
         dtype: number format of the engine.
         max_model_len: longest sequence, tokens.
-        seed: of the engine's own generator.
+        seed: seed of the engine's own generator.
 
     Raises:
-        ConfigError: one line; a block size, a cache or a scheduling that a CPU engine cannot work with, or a
-            quantisation that the model or the machine does not allow.
+        ConfigError: one line; a block size, a cache size or asynchronous scheduling that a CPU engine does not
+            support, or a quantisation that the model or the machine does not support.
     """
     cache_bytes = int(config.kv_cache_gib * 2**30)
     arguments: dict[str, Any] = dict(
         model=model_path,
-        # Not "auto": files in Mistral's format beside them would be taken for the model.
+        # Not "auto": vLLM would prefer files in Mistral's format in the same folder.
         config_format="hf",
         load_format=LOAD_FORMAT,
-        skip_tokenizer_init=True,  # `vllm_engine.py` gives it the trainer's
+        skip_tokenizer_init=True,  # `vllm_engine.py` passes the trainer's tokenizer
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=config.max_concurrent,
@@ -48,8 +48,8 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
-        # Of sampled tokens: after temperature and masks. Those of given tokens (prompt_logprobs) are the model's own
-        # in either mode.
+        # Log-probs of sampled tokens include temperature and masks. Those of given tokens (prompt_logprobs) are the
+        # model's own in either mode.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )
@@ -86,7 +86,7 @@ def engine_arguments(
         config.kv_cache_gib,
         f">= {needed / 2**30 + 0.0005:.3f}, the room of one sequence of {max_model_len} tokens",
     )
-    # A prompt split in chunks would need a generator with an offset, which there is none of on CPU.
+    # A prompt split into chunks would need a random generator with an offset, which a CPU does not have.
     return arguments | dict(
         enforce_eager=True,
         kv_cache_memory_bytes=cache_bytes,

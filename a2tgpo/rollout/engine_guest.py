@@ -1,4 +1,4 @@
-"""Living with vLLM in one process: what it must not change, and what is changed in it."""
+"""Sharing a process with vLLM: the state that vLLM must not change, and our changes to vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE
 
 
 def cap_cache_hits(manager: Any) -> None:
-    """Let a request bound its prefix-cache hit: SamplingParams(extra_args={"max_cache_hit": tokens})."""
+    """Let a request limit its prefix-cache hit: SamplingParams(extra_args={"max_cache_hit": tokens})."""
     get_computed_blocks: Callable = manager.get_computed_blocks
     find_longest: Callable = manager.coordinator.find_longest_cache_hit
     cap: int | None = None
@@ -41,11 +41,11 @@ def cap_cache_hits(manager: Any) -> None:
 
 
 def abort_in_order(core: Any) -> None:
-    """Let the requests that are aborted together free their blocks in the order in which they are named.
+    """Make requests that are aborted together free their blocks in the order of the call.
 
-    vLLM's scheduler would free them in the order of a Python set, which differs between the ranks of an engine, since
-    their request ids differ in a random suffix; and with it what is evicted, found in the cache and scheduled later.
-    (vllm/v1/core/sched/scheduler.py, finish_requests; a request that writes a stop string ends by an abort.)
+    vLLM's scheduler frees them in the order of a Python set. This order differs between the ranks of an engine, since
+    their request ids differ in a random suffix. Evictions, cache hits and schedules would then differ, too
+    (vllm/v1/core/sched/scheduler.py, finish_requests; a request that writes a stop string ends with an abort).
 
     Args:
         core: vLLM's EngineCore.
@@ -61,7 +61,7 @@ def abort_in_order(core: Any) -> None:
 
 @contextlib.contextmanager
 def environment_kept() -> Iterator[None]:
-    """The trainer's environment variables as they were, and the number of threads its kernels are compiled with.
+    """Restore the trainer's environment variables and the number of threads that compile its kernels.
 
     Importing vllm sets that number to 1 for the whole process (vllm/env_override.py).
     """
@@ -79,7 +79,7 @@ def environment_kept() -> Iterator[None]:
 
 
 def _inductor_threads() -> int | None:
-    """How many threads Inductor compiles with; None: nobody has set it, and the environment says it.
+    """Return the number of Inductor's compile threads; None: not set, so the environment decides.
 
     Inductor's configuration may not be imported yet, or lack the value for a while: `unittest.mock.patch` deletes it.
     """
@@ -94,9 +94,9 @@ def _set_inductor_threads(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def host_state_kept() -> Iterator[None]:
-    """Environment and random generators as they were, whatever the engine's construction does.
+    """Restore environment and random generators after the engine's construction.
 
-    What is compiled within is the engine's, with one thread, as vLLM has it.
+    Within, kernels are the engine's and compile with one thread, which is vLLM's setting.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""What can be known of a model and a machine before an engine is built, and refusals in one line."""
+"""Checks of model and machine before an engine is built, and vLLM's refusals in one line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""`rollout.quantization` in vLLM's words: methods that take a checkpoint in full precision and quantise its layers as
-their weights come in, at a refit as at the first load (vllm/model_executor/model_loader/reload/layerwise.py)."""
+"""`rollout.quantization` in vLLM's names: methods that read a full-precision checkpoint and quantise each layer while
+its weights load, at the first load and at every refit (vllm/model_executor/model_loader/reload/layerwise.py)."""
 
 
 def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model's configuration and its tokenizer.
+    """Return the model's configuration and its tokenizer.
 
     Raises:
-        ConfigError: one line; no folder, no configuration, or as `load_tokenizer`.
+        ConfigError: one line; the folder or config.json is missing, or as `load_tokenizer`.
     """
     from transformers import AutoConfig
 
@@ -38,20 +38,20 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: str, tp_size: int) -> int:
-    """KV cache bytes of one sequence of `max_model_len` tokens on one rank."""
+    """Return the KV cache bytes of one sequence of `max_model_len` tokens on one rank."""
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    # One block more: vLLM keeps an empty one for itself.
+    # Plus one block, which vLLM reserves.
     num_tokens = (-(-max_model_len // block) + 1) * block
     element_bytes = 4 if dtype == "float32" else 2
     return 2 * hf_config.num_hidden_layers * max(1, heads // tp_size) * head_dim * num_tokens * element_bytes
 
 
 def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
-    """vLLM's name for `rollout.quantization`.
+    """Return vLLM's name for `rollout.quantization`.
 
     Args:
-        dtype: the weights' format.
+        dtype: number format of the weights.
 
     Raises:
         ConfigError: if the machine, `dtype` or the model's sizes do not allow it.
@@ -73,7 +73,7 @@ def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
 
 
 def explain_refusal(error: ValueError, max_model_len: int) -> str:
-    """vLLM's refusal in one line that names our settings."""
+    """Rewrite vLLM's refusal as one line that names our settings."""
     text = " ".join(str(error).split())
     if "KV cache" in text:
         return (

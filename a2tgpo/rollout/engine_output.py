@@ -1,4 +1,4 @@
-"""What the engine gives back; plain records, so that the event loop needs no engine to be imported."""
+"""The engine's outputs as plain records, so that the event loop need not import the engine."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,15 @@ class EngineOutput:
 
     request_id: str
     tokens: list[int]
-    """Sampled ids, those of the stop string or end-of-sequence token included."""
+    """Sampled ids, including those of the stop string or the end-of-sequence token."""
     logprobs: list[float]
-    """log p of each sampled token in the distribution that it was sampled from, nats; greedy: at temperature 1."""
+    """log p of each token in the distribution from which it was sampled, nats; greedy: at temperature 1."""
     text: str
     """The tokens' text, cut right after the stop string."""
     finish_reason: str
     """stop (a stop string or the end of sequence) | length."""
     stop_string: str | None
-    """The stop string that ended it."""
+    """The stop string that ended the generation."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens taken from the prefix cache."""
@@ -30,14 +30,14 @@ class ScoreOutput:
 
     request_id: str
     answer_logprobs: list[float]
-    """log p of each answer token given all before it, nats."""
+    """log p of each answer token given all tokens before it, nats."""
     num_prompt_tokens: int
     """Prefix and answer together."""
     num_cached_tokens: int
 
 
 def generation_output(output: Any) -> EngineOutput:
-    """The `EngineOutput` of a finished generation (vllm.RequestOutput)."""
+    """Convert a finished generation (vllm.RequestOutput) to an `EngineOutput`."""
     sampled = output.outputs[0]
     tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
     assert len(tokens) == len(logprobs), "one log-prob per sampled token"
@@ -53,10 +53,10 @@ def generation_output(output: Any) -> EngineOutput:
 
 
 def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> ScoreOutput:
-    """The `ScoreOutput` of a finished scoring (vllm.RequestOutput) of the last `num_scored` tokens of its prompt.
+    """Convert a finished scoring (vllm.RequestOutput) of the last `num_scored` prompt tokens to a `ScoreOutput`.
 
     Args:
-        is_second_runner: vLLM's second model runner computed it, which returns log-probs in another place.
+        is_second_runner: whether vLLM's V2 model runner computed it; V2 returns log-probs in another field.
     """
     counts = _prompt_counts(output)
     computed_from = counts["num_prompt_tokens"] - num_scored

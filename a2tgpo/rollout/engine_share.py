@@ -1,4 +1,4 @@
-"""What the engine takes of the cards of this run, where its configuration leaves that open: the same on all ranks."""
+"""The engine's share of GPU memory where the configuration leaves it open; the same on all ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from a2tgpo.plan.hardware import GIB, GPUS
 
 
 def settle_engine_share(config: RunConfig) -> RunConfig:
-    """`config` with the share and the cache that the plan chooses for the smallest card; every rank must call this.
+    """Set the engine's share and KV cache to the plan's choice for the smallest GPU; every rank must call this.
 
-    Unchanged without a GPU, and where `rollout.gpu_memory_fraction` is set.
+    Returns `config` unchanged without a GPU, and where `rollout.gpu_memory_fraction` is set.
 
     Raises:
-        ConfigError: one line; a model that no plan can be made for.
+        ConfigError: one line; the plan does not support the model.
     """
     if config.rollout.gpu_memory_fraction or not torch.cuda.is_available():
         return config

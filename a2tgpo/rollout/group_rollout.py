@@ -1,4 +1,4 @@
-"""The rollout of a step on one engine replica: every prompt's group of trajectories, scored."""
+"""The rollout of one step on one engine replica: plays and scores every prompt's group of trajectories."""
 
 from __future__ import annotations
 
@@ -34,27 +34,26 @@ ScoreTrajectory = Callable[
 ]
 """(trajectory, its turns' texts, gold answers, answer log-probs in c_0..c_n per alias; empty if not scored).
 
-Fills in the trajectory's reward and gains. A function that is passed in: reward and rollout are neighbours
-that do not know each other.
+Fills in the trajectory's reward and gains. Passed in as a function so that rollout/ does not import reward/.
 """
 Progress = Callable[[int, int], None]
 """(finished trajectories, all trajectories)."""
 Finished = Callable[[Trajectory], None]
-"""Takes a trajectory whose last token is there; neither its reward nor its gains are."""
+"""Receives a trajectory whose last token is sampled, but whose reward and gains are not computed yet."""
 
 
 class GroupRollout:
-    """Plays groups of trajectories on one engine replica.
+    """Play groups of trajectories on one engine replica.
 
     Args:
         engine: this rank's engine.
-        toolset: what the policy may call; this object does not close it.
+        toolset: the tools that the policy may call; this object does not close it.
         tokenizer: the policy's.
         rollout: the `rollout` section.
         score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
-        opening_tags: those that a prompt ends with (`PromptTemplate.opening_tags`).
+        opening_tags: the tags that end a prompt (`PromptTemplate.opening_tags`).
         end_of_turn: `PromptTemplate.end_of_turn`; None: only the end of sequence ends a response.
-        replica_group: the ranks that share the engine, first one calling tools; None if there is only one.
+        replica_group: the ranks that share the engine, the first of which calls the tools; None if there is only one.
     """
 
     def __init__(
@@ -103,28 +102,29 @@ class GroupRollout:
         finished: Finished | None = None,
         is_cut: Callable[[], bool] | None = None,
     ) -> tuple[list[Trajectory], RolloutCounts]:
-        """Play `group_size` trajectories of every prompt; all ranks of the replica call this alike.
+        """Play `group_size` trajectories of every prompt; all ranks of the engine replica must call this alike.
 
         Args:
-            prompts: this replica's share; may be empty.
-            seed: of the run.
-            step: of the run; together with the seed, the prompt and the sample it decides every draw.
-            greedy: take the most probable token always, for evaluation.
+            prompts: this engine replica's share; may be empty.
+            seed: seed of the run.
+            step: step of the run; seed, step, prompt and sample together determine every draw.
+            greedy: always take the most probable token, for evaluation.
             group_size: trajectories per prompt; None: `rollout.group_size`.
             score_gain: score the gold answer in every context.
             skip: (index of the prompt, sample) of trajectories that are not played.
             progress: called whenever a trajectory ends.
-            finished: as `progress`, with the trajectory.
-            is_cut: asked now and then whether to break off; one rank of the replica is enough. None: never. It also
-                decides on an `outage` at its limit; without it that is a RuntimeError.
+            finished: called at the same time with the trajectory.
+            is_cut: returns whether to interrupt the rollout; True on one rank of the engine replica is enough. None:
+                never. It also decides on an `outage` at its limit; without it such an outage is a RuntimeError.
 
         Returns:
-            Trajectories, prompt by prompt and by sample within; and this replica's counts.
+            The trajectories, ordered by prompt, then by sample; and this engine replica's counts.
 
         Raises:
             ConfigError: if a prompt leaves no room for one token.
             RuntimeError: if the engine failed, or a tool has a bug, hangs too often or stays out of service.
-            RolloutCutError: on all ranks of the replica, if it was broken off; the next call plays anew.
+            RolloutCutError: on all ranks of the engine replica, if the rollout was interrupted; the next call starts
+                over.
         """
         live = [
             _live(group, _start(group.prompt, sample))
@@ -153,21 +153,20 @@ class GroupRollout:
         progress: Progress | None = None,
         is_cut: Callable[[], bool] | None = None,
     ) -> tuple[list[CarriedGroup], RolloutCounts]:
-        """Play the unfinished trajectories of `groups` on, or begin them; all ranks of the replica call this alike.
+        """Continue or begin the unfinished trajectories of `groups`; all ranks of the engine replica must call this.
 
-        What was played earlier is kept token by token. In a trajectory that is played on, the answer is scored anew
-        in all contexts, so that its gains are differences of one policy's probabilities.
+        The earlier turns keep their tokens. In a continued trajectory the gold answer is scored again in all
+        contexts, so that its gains are differences of one policy's probabilities.
 
         Args:
-            groups: this replica's; they stay as they are.
-            budgets: per group, tokens after which a trajectory begins no further turn in this call; None: it is
-                played to its end.
-            seed, step, progress, is_cut: as for `run`, whose draws a group makes as long as it is in the step
-                it was begun in.
+            groups: this engine replica's groups; they are not changed.
+            budgets: per group, tokens after which a trajectory begins no further turn in this call; None: play it to
+                its end.
+            seed, step, progress, is_cut: as in `run`; within its first step a group draws the same samples as `run`.
 
         Returns:
-            The groups as they are then, and this replica's counts. Rewards and gains are those of `run` where a
-            trajectory has ended, and missing where not.
+            The groups after this call, and this engine replica's counts. Finished trajectories have rewards and gains
+            as in `run`, unfinished ones have none.
 
         Raises:
             As `run`.
@@ -198,7 +197,7 @@ class GroupRollout:
         finished: Finished | None = None,
         is_cut: Callable[[], bool] | None = None,
     ) -> RolloutCounts:
-        """Play all of `live`, and score those that have ended."""
+        """Play all of `live` and score the finished trajectories."""
         counts = RolloutCounts()
 
         def on_finished(trajectory: Trajectory) -> None:
@@ -232,31 +231,31 @@ class GroupRollout:
         return counts
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
-        """What the policy wrote, turn by turn, without observations and the token that ended the response.
+        """Return the policy's text per turn, without observations and without the token that ended the response.
 
-        A token that reaches past a closing tag is cut there: the turn ended with the tag.
+        A token that reaches past a closing tag is cut there, since the turn ended with the tag.
         """
         return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
 
     @property
     def outage(self) -> Outage:
-        """This engine's wait for a tool's service; for whoever watches the rollout."""
+        """This engine's wait for a tool's service, for callers that watch the rollout."""
         return self._tools.outage
 
     @property
     def tool_names(self) -> tuple[str, ...]:
-        """What the policy may call."""
+        """Names of the tools that the policy may call."""
         return self._syntax.names
 
     def close(self) -> None:
-        """Stop the tools' threads; engine and tools belong to the caller."""
+        """Stop the tools' threads; the caller closes engine and toolset."""
         self._tools.close()
 
     def _is_cut(self, is_asked: Callable[[], bool] | None) -> bool:
-        """Whether any rank of the replica has been told to stop.
+        """Whether `is_asked` returns True on any rank of the engine replica.
 
         Raises:
-            ToolFaultError: on all of them, if nobody is there to ask and an outage is at its limit.
+            ToolFaultError: on all of these ranks, if `is_asked` is None and an outage is at its limit.
         """
         if is_asked is not None:
             return self._agree(is_asked())
@@ -265,7 +264,7 @@ class GroupRollout:
         return False
 
     def _agree(self, is_cut: bool) -> bool:
-        """Whether any rank of the replica says so."""
+        """Whether `is_cut` is True on any rank of the engine replica."""
         if self._replica_group is None:
             return is_cut
         return bool(all_reduce_max(torch.tensor(float(is_cut)), self._replica_group).item())

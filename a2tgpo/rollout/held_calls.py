@@ -1,4 +1,4 @@
-"""Tool calls whose service is out of service: held, and made again until it answers."""
+"""Tool calls whose service is unavailable: held, and retried until the service answers."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from a2tgpo.parallel.outage import Outage
 from a2tgpo.rollout.tool_workers import Call
 
 RETRY_S = 1.0
-"""Between two makings of a held call; a client that spares its server fails at once meanwhile."""
+"""Time between two tries of a held call; a client whose circuit breaker is open fails at once in the meantime."""
 SAY_EVERY_S = 60.0
-"""A service that comes and goes is spoken of so often at most."""
+"""Shortest time between two warnings about an unreliable service."""
 
 logger = logging.getLogger(__name__)
 
 
 class HeldCalls:
-    """The calls of one rank that wait for a service, and the outage that they make up.
+    """The calls of one rank that wait for a service.
 
     Args:
-        outage: told when a service stops answering and when it answers again.
-        clock: seconds, never going back.
+        outage: begins when a service stops answering, ends when all services answer again.
+        clock: monotonic, seconds.
     """
 
     def __init__(self, outage: Outage, *, clock: Callable[[], float] = time.monotonic):
         self._outage = outage
         self._clock = clock
         self._held: list[tuple[float, Call]] = []
-        """When each call is due again, ascending."""
+        """(time of the next try, call), ascending."""
         self._out_of_service: set[str] = set()
         """Names of tools."""
         self._said_at = -SAY_EVERY_S
         self._has_said = False
-        """Of the present outage."""
+        """Whether a warning about the present outage was logged."""
 
     def __len__(self) -> int:
         return len(self._held)
 
     def keep(self, ended: Sequence[Call]) -> list[Call]:
-        """Hold the calls among `ended` that nobody served; the others are returned, to be handed out."""
+        """Hold the calls among `ended` whose service was unavailable and return the others."""
         served = []
         for call in ended:
             if isinstance(call.error, ToolUnavailableError):
@@ -54,14 +54,14 @@ class HeldCalls:
         return served
 
     def take_due(self) -> list[Call]:
-        """The held calls that are to be made again now."""
+        """Remove and return the held calls that are due for a retry."""
         now = self._clock()
         due = [call for at, call in self._held if at <= now]
         self._held = [(at, call) for at, call in self._held if at > now]
         return [dataclasses.replace(call, error=None) for call in due]
 
     def drop_all(self) -> None:
-        """Hold nothing, and wait for nothing."""
+        """Drop all held calls and end the outage."""
         self._held.clear()
         self._out_of_service.clear()
         self._outage.end()

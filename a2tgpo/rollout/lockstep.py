@@ -1,9 +1,9 @@
-"""Ranks that share an engine run one schedule: a guard that compares their schedulers while they run.
+"""A guard that compares the schedulers of the ranks that share an engine.
 
-Each rank of the engine has a scheduler of its own. Their forward passes meet in collectives, so the schedulers must
-take equal decisions; where they do not, the collectives wait for each other for ever, or mix the activations of
-different tokens. The guard keeps a running hash of all decisions and compares it between the ranks twice in a pass:
-before the pass is computed, and before anything is made of its tokens.
+Each rank of the engine has its own scheduler. The ranks' forward passes meet in collectives, so the schedulers must
+take equal decisions; otherwise the collectives hang, or mix the activations of different tokens. The guard keeps a
+running hash of all decisions and compares it between the ranks twice in a pass: before the pass is computed, and
+before its tokens are used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
 _HASH_BYTES = 7  # so that the hash and its negative are both int64
-# vLLM appends characters to a request's id that are random on every rank (vllm/v1/engine/input_processor.py).
+# vLLM appends random characters to a request's id, different on every rank (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}
 
@@ -31,29 +31,29 @@ class LockstepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a scheduler did with several requests, in its order."""
+    """A scheduler's decision about several requests, in the scheduler's order."""
 
     number: int
-    """Of the engine's pass, from 1."""
+    """The engine's pass, from 1."""
     kind: str
     """scheduled | took from the cache | sampled | freed"""
     names: list[str]
-    """Of the requests."""
+    """Ids of the requests."""
     values: list[Any]
-    """Per request, its number of tokens or its sampled ids; empty where nothing was decided but the order."""
+    """Per request, its number of tokens or its sampled ids; empty where only the order was decided."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.names} {self.values}"
 
 
 class Lockstep:
-    """Compares the decisions of vLLM's schedulers on the ranks of one engine.
+    """Compare the decisions of vLLM's schedulers on the ranks of one engine.
 
-    All ranks of `group` make one for their engine and step their engines alike.
+    All ranks of `group` must construct a `Lockstep` for their engine and step their engines alike.
 
     Args:
-        scheduler: vLLM's, of this rank; three of its methods are wrapped.
-        group: the ranks that share the engine, over the CPU.
+        scheduler: this rank's vLLM scheduler; three of its methods are wrapped.
+        group: CPU group of the ranks that share the engine.
         every: passes between two comparisons.
     """
 
@@ -67,9 +67,9 @@ class Lockstep:
         self._watch(scheduler)
 
     def compare(self) -> None:
-        """Do nothing if all ranks have decided alike, or if the pass is not one of those that are compared.
+        """Raise if the ranks' decisions differ; skip the passes that are not compared.
 
-        All ranks of the group call this at the same point.
+        All ranks of the group must call this at the same point.
 
         Raises:
             LockstepError: on all ranks of the group.
@@ -122,10 +122,10 @@ class Lockstep:
 
 
 def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
-    """The first decision on which two ranks differ, in one line.
+    """Describe the first decision on which two ranks differ, in one line.
 
     Args:
-        by_rank: the decisions of each rank since all were last equal.
+        by_rank: each rank's decisions since the last equal comparison.
     """
     first, *others = by_rank
     for other in others:
@@ -143,7 +143,7 @@ def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
 
 
 def _told(decisions: Iterable[Decision]) -> Iterable[tuple[int, str]]:
-    """Number of the pass and the decision in words, request by request."""
+    """Yield the number of the pass and the decision in words, request by request."""
     for decision in decisions:
         for name, value in itertools.zip_longest(decision.names, decision.values):
             detail = "" if value is None else f" ({value}{_UNITS[decision.kind]})"

@@ -1,16 +1,16 @@
-"""The event loop of a rollout: every trajectory in flight, each pausing while its own tool call runs.
+"""The event loop of a rollout: all trajectories are in flight, each pauses only for its own tool call.
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
-    eos          it ended the sequence, or its turn as the chat template would, without one
+    eos          it ended the sequence, or its turn as the chat template would, without an answer
     length       the turn's or the response's token budget is used up
     context      the engine's longest sequence is reached
     max_turns    it called a tool once more than allowed
-    empty_query  it called a tool with nothing to ask
+    empty_query  it called a tool with an empty query
 The turn in which that happens is the final one: it has neither query nor observation.
 
-One with a budget may also pause: it has none of these reasons then, and a later call plays it on from the observation
-that it ends with.
+A trajectory with a budget may also pause. It then has no stop reason and ends with an observation, from which a later
+call continues it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 CUT_EVERY = 16
-"""Passes of the loop between two looks whether the rollout is to be broken off, while the engine has work."""
+"""Passes of the loop between two calls of `is_cut`, while the engine has work."""
 ANSWER_ROOM = 32
 """Tokens that an observation leaves for the turn after it."""
 
 
 class RolloutCutError(Exception):
-    """The rollout was broken off since it was asked to be; what was played of it is lost."""
+    """The rollout was interrupted on request; its trajectories so far are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; `seed` and `step` name the run and the step in every request's seed."""
+    """How tokens are sampled; `seed` and `step` enter every request's seed."""
 
     temperature: float
     """0: greedy."""
@@ -63,7 +63,7 @@ class Sampling:
     step: int
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
-        """The seed of one generation: equal wherever, whenever and beside whatever it is played."""
+        """Return the seed of one generation, which does not depend on the rank, the time or the other requests."""
         if self.temperature == 0:
             return None
         prompt = group.prompt
@@ -76,69 +76,69 @@ class Sampling:
 
 @dataclass(kw_only=True)
 class PromptGroup:
-    """What the trajectories of one prompt share."""
+    """The data that the trajectories of one prompt share."""
 
     prompt: Prompt
     aliases: list[list[int]]
-    """Token ids of the gold answers that count."""
+    """Token ids of the gold answers that are scored."""
     baseline: AnswerScore | None = None
-    """The answer's score in the prompt alone; None where nothing is scored."""
+    """The gold answer's score after the prompt alone; None where nothing is scored."""
     begun: int | None = None
-    """Step in which its prompt was asked; None: this one."""
+    """Step in which the group began; None: the present step."""
 
 
 @dataclass(kw_only=True)
 class LiveTrajectory:
-    """A trajectory while it is played."""
+    """A trajectory in play."""
 
     group: PromptGroup
     trajectory: Trajectory
     tokens: TokenIds
     """The whole sequence so far."""
     scores: list[AnswerScore] = field(default_factory=list)
-    """The answer's score after each process turn."""
+    """The gold answer's score after each process turn."""
     open_call: tuple[str, str] = ("", "")
-    """The tool whose answer it waits for, and what was asked."""
+    """Tool and query of the pending call."""
     num_known: int = 0
     """Tokens of the sequence that the engine has computed."""
     budget: int | None = None
-    """It begins no turn once it has sampled so many tokens in this call; None: no such bound."""
+    """Sampled tokens in this call after which no further turn begins; None: no bound."""
     num_past_turns: int = 0
-    """Turns that earlier calls have played."""
+    """Turns played by earlier calls."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
-        """Sorts first what should start first, since it may take longest.
+        """Sort key that puts first the trajectories that may take longest.
 
-        That is what is played to its end, what earlier calls began, and questions that need most searches as far as
-        their set says.
+        These are the ones without a budget, then the ones begun by earlier calls, then the questions with the most
+        hops, where the question set states them.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
     @property
     def new_turns(self) -> list[Turn]:
-        """Those of this call."""
+        """The turns played by this call."""
         return self.trajectory.turns[self.num_past_turns :]
 
     @property
     def is_spent(self) -> bool:
-        """Whether its budget is used up."""
+        """Whether the budget is used up."""
         return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
 
 
 class MultiTurnLoop:
-    """Plays trajectories to their end, or until their budget is used up.
+    """Play trajectories to their end, or until their budget is used up.
 
     Args:
         engine: idle at start and at the end.
         tools: runs the tool calls.
-        syntax: what a call looks like.
-        observations: writes their answers as tokens.
-        stop_tokens: ids that end a turn besides the end of sequence (`PromptTemplate.end_of_turn`).
+        syntax: syntax of a tool call.
+        observations: encodes the tools' answers as tokens.
+        stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation; None: no scoring.
-        on_finished: called with each trajectory, when its last token is there.
-        is_cut: asked now and then whether to break off, in the same passes on all ranks that share the engine,
-            which must hear the same.
+        on_finished: called with each trajectory once its last token is sampled.
+        is_cut: returns whether to interrupt the rollout. All ranks that share the engine call it in the same passes;
+            it must return the same on all of them.
     """
 
     def __init__(
@@ -172,14 +172,14 @@ class MultiTurnLoop:
         self._num_requests = 0
 
     def run(self, live: Sequence[LiveTrajectory]) -> None:
-        """Play all of `live`; the engine works whenever any of them can go on.
+        """Play all of `live`; the engine works whenever any trajectory can go on.
 
-        What starts last should be short: see `LiveTrajectory.start_order`.
+        Trajectories start in `LiveTrajectory.start_order`.
 
         Raises:
-            RolloutCutError: if it was broken off.
-            ToolFaultError: if a tool has a bug or hangs too often. After either, engine and tools hold nothing of it
-                and can play anew.
+            RolloutCutError: if `is_cut` returned True.
+            ToolFaultError: if a tool has a bug or hangs too often. After either error, engine and tools hold no
+                request of this rollout and can play again.
         """
         try:
             self._play(live)
@@ -217,7 +217,7 @@ class MultiTurnLoop:
         self._counts.wall_s += time.monotonic() - start
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
-        """Score the answer in the prompt, once per group, and in each context that earlier calls have played."""
+        """Score the gold answer after the prompt, once per group, and in each context that earlier calls played."""
         group = live.group
         if group.baseline is None:
             group.baseline = scorer.submit(live.trajectory, 0, group.aliases)
@@ -242,7 +242,7 @@ class MultiTurnLoop:
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
-        """Append what was sampled; then call a tool, or end."""
+        """Append the sampled turn; then call a tool, or end the trajectory."""
         turn = Turn(
             tokens=TokenIds(output.tokens),
             rollout_logprobs=LogProbs(output.logprobs),
@@ -279,7 +279,7 @@ class MultiTurnLoop:
             self._calling[self._tools.submit(tool, query)] = live
 
     def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
-        """Append the tool's answer, go on generating, and score the gold answer in the new context."""
+        """Append the observation, continue generating, and score the gold answer in the new context."""
         tool, query = live.open_call
         if result.error is None:
             tokens = self._observations.encode(result.parts)
@@ -298,15 +298,15 @@ class MultiTurnLoop:
         if live.is_spent:
             self._count_turns(live)
             return
-        # The generation first: its prefill computes the observation, which the scoring then finds cached and
-        # so needs rows of the output head for the scaffold and the answer only.
+        # Generation first: its prefill computes and caches the observation, so the scoring needs rows of the output
+        # head only for the scaffold and the answer.
         self._generate(live)
         if self._scorer is not None:
             num_turns = live.trajectory.num_process_turns
             live.scores.append(self._scorer.submit(live.trajectory, num_turns, live.group.aliases))
 
     def _room(self, live: LiveTrajectory) -> tuple[int, str]:
-        """Tokens that may still be appended, and the stop reason once there are none."""
+        """Return how many tokens may still be appended, and the stop reason once none may."""
         num_response = len(live.tokens) - len(live.group.prompt.tokens)
         response_room = self._limits.max_response_tokens - num_response
         model_room = self._limits.max_model_len - len(live.tokens)

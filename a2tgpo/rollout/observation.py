@@ -1,4 +1,4 @@
-"""Tool answers as tokens: cut by tokens, tokenised on their own, never together with what stands before."""
+"""Observations: tool answers as tokens, cut to a number of tokens and tokenised separately from the context."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
-"""What bytes that are no character are decoded to."""
+"""The character to which invalid bytes are decoded."""
 MAX_CHARACTER_TOKENS = 4
-"""A character has at most so many bytes in UTF-8, and a token at least one."""
+"""Most tokens of one character: a character has at most 4 bytes in UTF-8, and a token at least one byte."""
 
 
 class ObservationEncoder:
-    """Turns a tool's answer into the tokens appended to a trajectory.
+    """Encode a tool's answer as the tokens appended to a trajectory.
 
-    Its tags are those of the protocol, and no other token of it is a control token, whatever the tool answers.
+    The result has the protocol's tags and no other control token, whatever the tool answers.
 
     Args:
         tokenizer: the policy's.
-        syntax: the tags to write and to keep out.
+        syntax: the tags to write and to remove from answers.
         max_part_tokens: each part of an answer is cut to this many tokens.
     """
 
@@ -44,11 +44,11 @@ class ObservationEncoder:
 
     @property
     def min_tokens(self) -> int:
-        """Room that the tags alone take."""
+        """Tokens of the tags alone."""
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:
-        """`tokens` of an observation in at most `room` >= `min_tokens`, still opened and closed by its tags."""
+        """Shorten an observation's `tokens` to at most `room` >= `min_tokens`, keeping both tags."""
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens do not hold the result's tags"
@@ -64,11 +64,11 @@ class ObservationEncoder:
         return self._decode(tokens[: self._max_part_tokens]).rstrip(REPLACEMENT)
 
     def _ends_a_character(self, tokens: list[int]) -> bool:
-        """Whether the last of `tokens` is not cut off from the rest of its character."""
+        """Whether `tokens` end at the end of a character."""
         return not self._decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
 
     def _decode(self, tokens: list[int]) -> str:
-        # As it was written: some tokenizers would close up spaces before punctuation.
+        # Keep spaces before punctuation, which some tokenizers would remove.
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _encode_result(self, body: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tool calls in the background, their answers in one order for all ranks of an engine."""
+"""Tool calls in the background; all ranks of an engine receive the answers in the same order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
 WAIT_S = 1.0
-"""Longest wait for an answer in one call of `ToolPool.results`: the caller has other things to look at."""
+"""Longest wait for an answer in one call of `ToolPool.results`; the caller has other work in between."""
 IDLE_S = 0.1
-"""The same where every call is held, so that no thread can bring one."""
+"""Wait where every call is held, so that no thread can return an answer."""
 
 
 class ToolFaultError(RuntimeError):
@@ -33,28 +33,28 @@ class ToolResult:
     """The answer to one call."""
 
     key: int
-    """What `ToolPool.submit` returned."""
+    """The key that `ToolPool.submit` returned."""
     parts: tuple[str, ...] = ()
     error: str | None = None
-    """Why the call failed, one line; None if it did not."""
+    """Why the call failed, one line; None if it succeeded."""
     is_late: bool = False
-    """It failed since it had not returned at its deadline."""
+    """Whether the call failed because it exceeded its deadline."""
 
 
 class ToolPool:
-    """Runs tool calls in threads and hands their answers out as they arrive.
+    """Run tool calls in threads and return their answers as they arrive.
 
-    Where several ranks share an engine, only the first of them calls tools and looks at the clock; what it hands out,
-    faults included, is broadcast, since the ranks' schedulers must see the same requests in the same order. All ranks
-    of `replica_group` then make the same calls in the same order.
+    Where several ranks share an engine, only the first rank calls tools and reads the clock. It broadcasts answers
+    and faults, since the ranks' schedulers must see the same requests in the same order. All ranks of
+    `replica_group` must make the same calls in the same order.
 
-    A call whose service is out of service is made again until it is served, where the toolset says so: it is then
-    pending for longer, which the other ranks do not notice.
+    If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; the
+    call then stays pending, which the other ranks do not notice.
 
     Args:
         toolset: the tools and their limits.
         replica_group: the ranks that share the engine; None if there is only one.
-        clock: seconds, never going back; for deadlines and `waited_s`.
+        clock: monotonic, seconds; for deadlines and `waited_s`.
     """
 
     def __init__(
@@ -69,17 +69,17 @@ class ToolPool:
         self._late = f"no answer within {toolset.deadline_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The wait for a service, on all ranks of the engine; its limit is for the caller to look at."""
+        """The wait for a service, on all ranks of the engine; the caller enforces its limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0
-        """Time spent in `results` with nothing else to do, seconds."""
+        """Time spent in `results` with `wait`, seconds."""
 
     def submit(self, name: str, text: str) -> int:
-        """Call the tool `name` with `text`; the key that its answer will carry, never used again."""
+        """Call the tool `name` with `text` and return the key of its answer, which is unique."""
         key = self._num_submitted
         self._num_submitted += 1
         self._pending.add(key)
@@ -90,7 +90,7 @@ class ToolPool:
         return key
 
     def results(self, *, wait: bool) -> list[ToolResult]:
-        """Answers that have arrived since the last call; with `wait`, after up to `WAIT_S` if there are none yet.
+        """Return the answers that arrived since the last call; `wait`: wait up to `WAIT_S` for a first one.
 
         Raises:
             ToolFaultError: if a tool raised anything but `ToolError`, or too many calls hang.
@@ -111,18 +111,18 @@ class ToolPool:
         return arrived
 
     def drop_pending(self) -> None:
-        """Hand out no answer to any call made so far."""
+        """Discard all calls made so far; none of their answers is returned."""
         self._pending.clear()
         self._workers.drop_all()
         if self._held is not None:
             self._held.drop_all()
 
     def close(self) -> None:
-        """Drop what is pending; threads that hang in a call are left to their end."""
+        """Drop the pending calls; threads that hang in a call end when it returns."""
         self._workers.close()
 
     def _collect(self, wait: bool) -> tuple[list[ToolResult], str | None]:
-        """Answers, and what ends the run."""
+        """Return the answers, and the fault that ends the run, if any."""
         start = self._clock()
         try:
             calls = self._take(wait)
@@ -132,7 +132,7 @@ class ToolPool:
             return [], str(error)
 
     def _take(self, wait: bool) -> list[Call]:
-        """Calls that have ended and are not held, after up to `WAIT_S` if there are none yet."""
+        """Return the ended calls that are not held; `wait`: wait up to `WAIT_S` for a first one."""
         if self._held is None:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():
@@ -152,7 +152,7 @@ class ToolPool:
 
 
 def _fault(name: str, error: Exception) -> str:
-    """What was raised and where, in one line."""
+    """Describe a tool's exception and where it was raised, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     kind, text = type(error).__name__, first_line(error)

@@ -1,8 +1,8 @@
-"""Threads that run tool calls, of which any may hang.
+"""Threads that run tool calls, any of which may hang.
 
-A call's deadline counts from its own start: time in the queue costs it nothing. A thread whose call is past its
-deadline is abandoned and another one takes its place; the thread ends when its call returns, and that late answer is
-dropped. Threads that hang are bounded in number. All threads are daemons: one that hangs does not keep the process.
+A call's deadline counts from its own start, not from its submission. When a call exceeds its deadline, its thread is
+abandoned and a new thread replaces it. The abandoned thread ends when its call returns; the late answer is dropped.
+The number of hanging threads is bounded. All threads are daemons, so a hanging thread does not keep the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HUNG_PER_WORKER = 4
 
 
 class ToolsHangError(RuntimeError):
-    """So many calls hang that no more threads are started for them; one line."""
+    """Too many calls hang, so no more threads are started; one line."""
 
 
 @dataclass(eq=False)
@@ -26,29 +26,29 @@ class Call:
     """One call, from the queue to its outcome."""
 
     key: int
-    """Names it in what `ToolWorkers.take` returns."""
+    """Identifies the call in the results of `ToolWorkers.take`."""
     name: str
     """The tool, for messages."""
     run: Callable[[], Sequence[str]]
     started: float = 0.0
-    """When a thread took it, by the workers' clock."""
+    """When a thread took the call, by the workers' clock."""
     parts: tuple[str, ...] = ()
-    """What it returned."""
+    """The call's return value."""
     error: Exception | None = None
-    """What it raised."""
+    """The exception that the call raised."""
     is_late: bool = False
-    """It was given up at its deadline."""
+    """Whether the call was abandoned at its deadline."""
     is_wanted: bool = True
-    """Whether anyone waits for its outcome."""
+    """Whether the pool still waits for the outcome."""
 
 
 class ToolWorkers:
-    """Runs calls in up to `num_workers` threads at a time; one thread submits and takes.
+    """Run calls in up to `num_workers` threads at a time; one thread submits and takes.
 
     Args:
-        num_workers: calls that run at a time, those that hang not counted.
-        deadline_s: from a call's start; then it is given up, seconds.
-        clock: seconds, never going back.
+        num_workers: calls that run at a time, not counting hanging ones.
+        deadline_s: time from a call's start until the call is abandoned, seconds.
+        clock: monotonic, seconds.
     """
 
     def __init__(self, num_workers: int, *, deadline_s: float, clock: Callable[[], float] = time.monotonic):
@@ -61,13 +61,13 @@ class ToolWorkers:
         self._queued: deque[Call] = deque()
         self._running: list[Call] = []  # by start
         self._ended: list[Call] = []
-        self._num_threads = 0  # that work or wait for work
+        self._num_threads = 0  # threads that work or wait for work
         self._num_hung = 0  # abandoned threads whose call has not returned
         self._closed = False
 
     @property
     def num_hung(self) -> int:
-        """Threads that hang in a call that was given up."""
+        """Threads that hang in an abandoned call."""
         return self._num_hung
 
     def submit(self, call: Call) -> None:
@@ -77,18 +77,18 @@ class ToolWorkers:
             self._has_work.notify()
 
     def take(self, *, timeout_s: float) -> list[Call]:
-        """Wanted calls that have ended or were given up since the last `take`, in that order.
+        """Return the wanted calls that ended, then those that were abandoned, since the last `take`.
 
         Args:
-            timeout_s: longest wait for a first one, if any is pending; seconds.
+            timeout_s: longest wait for a first call, if any is pending; seconds.
 
         Raises:
-            ToolsHangError: if more threads hang than are allowed.
+            ToolsHangError: if more threads hang than allowed.
         """
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # A call that has not begun has its whole deadline before it.
+                # A queued call still has its whole deadline.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))
@@ -96,7 +96,7 @@ class ToolWorkers:
             return outcomes
 
     def drop_all(self) -> None:
-        """Want no outcome of any call submitted so far; those that no thread has taken are not made."""
+        """Discard all calls submitted so far: queued calls are not made, outcomes of running calls are dropped."""
         with self._lock:
             self._queued.clear()
             self._ended.clear()
@@ -104,7 +104,7 @@ class ToolWorkers:
                 call.is_wanted = False
 
     def close(self) -> None:
-        """Let idle threads end, and busy ones once their call returns; nothing is submitted afterwards."""
+        """Let idle threads end now and busy threads once their call returns; no call may be submitted afterwards."""
         with self._lock:
             self._closed = True
             self._queued.clear()
@@ -136,7 +136,7 @@ class ToolWorkers:
         return [call for call in late if call.is_wanted]
 
     def _start_threads(self) -> None:
-        """As many as the queue can use."""
+        """Start as many threads as the queue can use."""
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1
@@ -158,7 +158,7 @@ class ToolWorkers:
                     self._has_outcome.notify()
 
     def _next_call(self) -> Call | None:
-        """The call that was queued first, once there is one; None once closed."""
+        """Wait for the oldest queued call and return it; None once closed."""
         with self._lock:
             while not self._queued and not self._closed:
                 self._has_work.wait()
@@ -171,7 +171,7 @@ class ToolWorkers:
 
 
 def _checked(parts: Sequence[str]) -> tuple[str, ...]:
-    """What a tool returned, if it is what a tool must return."""
+    """Return a tool's parts as a tuple; raise TypeError unless they are a list of at least one text."""
     if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
     return tuple(parts)

@@ -1,7 +1,7 @@
-"""The inference engine, in the training process; the only module that imports vllm.
+"""The inference engine inside the training process; the only module that imports vllm.
 
-What vLLM does to its host process and is undone here: it seeds the global random generators, overwrites
-torchrun's variables, and ends the process group of the trainer when an engine is shut down.
+vLLM seeds the global random generators, overwrites torchrun's variables, and destroys the trainer's process group
+when an engine shuts down. This module prevents or reverts all three.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
 
 def _cache_root() -> Path:
-    """Where vLLM keeps what it found out about architectures (10 s each to find out again)."""
+    """Folder in which vLLM caches its inspection of model architectures (10 s each to repeat)."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "setup.py").exists() else Path.home()) / ".cache" / "a2tgpo" / "vllm"
 
@@ -50,13 +50,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 if not ON_GPU:
-    # Asking for log-probs would compile C++ for 25 s, eager mode or not. torch._dynamo has read the variable
-    # already if anything imported it before, hence both.
+    # Log-probs would otherwise trigger a C++ compilation of 25 s, even in eager mode. If torch._dynamo was imported
+    # earlier, it has already read the variable; hence both settings.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    # That Triton is absent is no news on CPU.
+    # Triton's absence is expected on a CPU.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 with environment_kept():
@@ -82,13 +82,13 @@ _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 PARTS = ("weights", "kv_cache")
-"""What sleeps and wakes, by vLLM's names."""
+"""Parts of the engine's memory that sleep and wake, under vLLM's names."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 
 @register_model_loader(LOAD_FORMAT)
 class WeightFilesLoader(DefaultModelLoader):
-    """Reads a checkpoint's `weight_files` and nothing else; vLLM's own choice may take what lies beside them."""
+    """Read only a checkpoint's `weight_files`; vLLM's own loader may also read other files of the folder."""
 
     def _prepare_weights(
         self, model_name_or_path: str, *_: Any, **__: Any
@@ -98,10 +98,10 @@ class WeightFilesLoader(DefaultModelLoader):
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
-    """Never samples ids past the tokenizer's: vocabularies are padded, and the padding means nothing.
+    """Never sample the padding ids that a vocabulary has beyond the tokenizer's ids.
 
-    One fill a step; vLLM's own `allowed_token_ids` costs a vocabulary-long list per request. Serves both of
-    vLLM's model runners, whose constructors and `apply` differ in their further arguments only.
+    Costs one fill per step; vLLM's own `allowed_token_ids` costs a vocabulary-long list per request. Works with both
+    of vLLM's model runners, whose constructors and `apply` differ only in further arguments.
     """
 
     def __init__(self, vllm_config: Any, *_: Any):
@@ -115,24 +115,24 @@ class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """No state: every request is masked alike."""
+        """Do nothing: all requests share one mask."""
 
 
 class VllmEngine:
     """One engine replica, or this rank's part of it.
 
-    All ranks of the world construct it at the same point (it makes process groups) and close it before the
-    world is destroyed. Where `config.tensor_parallel` > 1, the ranks of a replica make the same calls in the
-    same order. An exception out of `step` ends the engine.
+    All ranks of the world must construct the engine at the same point, since construction creates process groups, and
+    close it before the world is destroyed. Where `config.tensor_parallel` > 1, the ranks of an engine replica must
+    make the same calls in the same order. After an exception from `step` the engine is unusable.
 
     Args:
         model_path: Hugging Face folder; its weights are loaded as version 0.
         config: the `rollout` section.
         model_dtype: number format where `config.dtype` is auto.
         max_model_len: longest sequence, tokens.
-        seed: of the engine's own generator, which no request uses: they carry their seeds.
-        replica_group: the ranks that share the engine, over the CPU, for `config.check_lockstep_every`; None: there
-            is only this rank, or nothing is compared.
+        seed: seed of the engine's own generator, which no request uses: each request has its own seed.
+        replica_group: CPU group of the ranks that share the engine, for `config.check_lockstep_every`; None: this
+            rank has the engine alone, or nothing is compared.
 
     Raises:
         ConfigError: one line; a missing model, a cache too small for one sequence, an unsupported model.
@@ -151,8 +151,8 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
-        self._failure: str | None = None  # of a step; final
-        self._weights_fault: str | None = None  # mended by a whole load
+        self._failure: str | None = None  # of a step; permanent
+        self._weights_fault: str | None = None  # cleared by a complete load
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # request id -> tokens of the answer, for scorings in flight
@@ -174,17 +174,18 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        # The trainer's, by which it finds stop strings; its own choice may split texts otherwise (data/tokenizer.py).
+        # The engine finds stop strings with the trainer's tokenizer; vLLM's own choice may split texts differently
+        # (data/tokenizer.py).
         self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
         self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
-        client: Any = self._engine.engine_core  # of an engine in this process
+        client: Any = self._engine.engine_core  # the client for an engine in this process
         core = client.engine_core
         cap_cache_hits(core.scheduler.kv_cache_manager)
         abort_in_order(core)
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM has two model runners; its choice hangs on Triton, so on a GPU, and on VLLM_USE_V2_MODEL_RUNNER.
+        # vLLM uses its V2 runner where Triton works (GPUs), unless VLLM_USE_V2_MODEL_RUNNER overrides that.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
@@ -203,18 +204,18 @@ class VllmEngine:
         stop: Sequence[str],
         stop_tokens: Sequence[int] = (),
     ) -> None:
-        """Queue a generation; its `EngineOutput` comes out of a later `step`.
+        """Queue a generation; a later `step` returns its `EngineOutput`.
 
         Args:
-            request_id: unique among those in flight.
+            request_id: unique among the requests in flight.
             tokens: the context.
             max_tokens: longest generation.
-            seed: of this request's own generator; None only with temperature 0.
+            seed: seed of this request's own generator; None only with temperature 0.
             temperature: of sampling and of the log-probs; 0 is greedy, with log-probs at temperature 1.
             top_p: nucleus threshold; log-probs are those of the truncated distribution.
-            stop: texts that end the generation; they stay in it.
-            stop_tokens: ids that end it, and stay in it, besides the end of sequence that the tokenizer and
-                generation_config.json name. Nothing else of that file has an effect.
+            stop: texts that end the generation; the output includes them.
+            stop_tokens: ids that also end the generation, in addition to the end of sequence that the tokenizer and
+                generation_config.json name; the output includes them. No other field of that file has an effect.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
@@ -236,18 +237,17 @@ class VllmEngine:
         self._add(request_id, list(tokens), params)
 
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
-        """Queue a scoring of log p(answer | prefix); its `ScoreOutput` comes out of a later `step`.
+        """Queue a scoring of log p(answer | prefix); a later `step` returns its `ScoreOutput`.
 
-        Log-probs are the model's own: temperature 1, the whole vocabulary.
-        The prefix is taken from the cache as far as it is there. Prefix and answer together must leave room
-        for one token (vLLM always generates one).
+        Log-probs are the model's own: temperature 1, the whole vocabulary. The engine reuses cached blocks of the
+        prefix. Prefix and answer together must leave room for one token (vLLM always generates one).
         """
         assert prefix and answer, "scoring needs a prefix and an answer"
         # A hit that reached the prefix's last token would leave the first answer token without a row.
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """log p of `tokens[1:]` by the model's own distribution, nothing taken from the cache; idle engines only."""
+        """Return log p of `tokens[1:]` by the model's own distribution, without the cache; idle engines only."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
         outputs: list[EngineOutput | ScoreOutput] = []
@@ -257,11 +257,11 @@ class VllmEngine:
         return outputs[0].answer_logprobs
 
     def step(self) -> list[EngineOutput | ScoreOutput]:
-        """One forward pass over what is scheduled; the requests that it finished.
+        """Run one forward pass over the scheduled requests and return the outputs of those that finished.
 
         Raises:
             LockstepError: on all ranks of the engine, if they are out of step.
-            RuntimeError: if the engine failed. Either way it cannot be used afterwards.
+            RuntimeError: if the engine failed. After either error the engine is unusable.
         """
         self._check_usable()
         try:
@@ -277,21 +277,21 @@ class VllmEngine:
         return [self._finish(output) for output in outputs if output.finished]  # type: ignore[arg-type]
 
     def abort_all(self) -> None:
-        """Drop every request in flight; nothing comes out for them."""
+        """Drop every request in flight; no output follows for them."""
         self._engine.abort_request(sorted(self._in_flight))  # in the same order on all ranks of the engine
         self._in_flight.clear()
         self._answers.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replace all weights; any order, though layer by layer needs the least memory.
+        """Replace all weights, in any order; layer by layer needs the least memory.
 
         Args:
             weights: Hugging Face names and full, unsharded tensors of any float type; consumed lazily.
-            version: remembered as `weight_version`.
+            version: stored as `weight_version`.
 
         Raises:
             RuntimeError: unless the names and shapes are exactly those of the model. The engine is then
-                unusable until a whole load succeeds.
+                unusable until a complete load succeeds.
         """
         assert not self.has_unfinished, "weights cannot be replaced while requests are in flight"
         assert "weights" not in self._asleep, "wake the weights before they are loaded"
@@ -300,14 +300,14 @@ class VllmEngine:
         with torch.no_grad():
             rpc: Any = self._engine.collective_rpc
             rpc(reload_weights, args=(checked,))
-        # Cached keys and values came from the old weights.
+        # The cached keys and values belong to the old weights.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("the engine could not drop its prefix cache after a refit")
         self._weights_fault = None
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Give the memory of weights and cache back; both must be woken, and on a GPU the weights loaded."""
+        """Free the memory of weights and KV cache; before use both must be woken, on a GPU the weights reloaded."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine sleeps already"
         if ON_GPU:
@@ -317,11 +317,11 @@ class VllmEngine:
 
     @property
     def needs_weights(self) -> bool:
-        """Generation needs a `load_weights` first, whatever the version."""
+        """Whether generation needs a `load_weights` first, whatever the version."""
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:
-        """Whether memory is taken for `part`, weights or kv_cache; on a GPU by the allocator's own account."""
+        """Whether `part` (weights or kv_cache) occupies memory; on a GPU according to vLLM's allocator."""
         assert part in PARTS, part
         if not ON_GPU:
             return part not in self._asleep
@@ -329,7 +329,7 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Take the memory of `part` again: weights, then kv_cache (the trainer's copies can go in between)."""
+        """Allocate the memory of `part` again: weights, then kv_cache (the trainer frees its copies in between)."""
         assert part in PARTS, part
         if part not in self._asleep:
             return
@@ -338,7 +338,7 @@ class VllmEngine:
         self._asleep.discard(part)
 
     def close(self) -> None:
-        """Shut down. The trainer's process group stays; one that vLLM made for itself goes."""
+        """Shut down the engine; keep the trainer's process group, destroy one that vLLM created for itself."""
         self._engine.engine_core.shutdown()
         del self._engine
         if self._owns_process_group:
@@ -365,7 +365,7 @@ class VllmEngine:
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
         if self._has_second_runner:
-            # The first runs the output layer at the answer only, this one at all tokens of a pass unless told where.
+            # V1 computes logits for the answer only; V2 for every token unless prompt_logprob_start is set.
             asked: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,
@@ -375,7 +375,7 @@ class VllmEngine:
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
-            # Rows of cached positions hold rubbish, which must not be decoded.
+            # Rows of cached positions hold garbage, which must not be decoded.
             detokenize=False,
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},

@@ -1,4 +1,4 @@
-"""The weights an engine expects, and the check that it is given exactly those."""
+"""The weights that an engine expects, and the check that it receives exactly those."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OUTPUT_HEAD = "lm_head.weight"
 
 
 def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight in a Hugging Face folder, read from the safetensors headers.
+    """Return the shape of every weight in a Hugging Face folder by name, from the safetensors headers.
 
     Args:
         model_path: the folder.
-        tied: the output head shares the embedding's weight; it is then left out.
+        tied: whether the output head shares the embedding's weight; the head is then left out.
     """
-    # Rotary tables are computed, though old checkpoints carry them.
+    # Old checkpoints store rotary tables, which the engine computes.
     return {
         name: shape
         for name, shape in weight_shapes(model_path).items()
@@ -31,12 +31,12 @@ def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ..
 def checked_weights(
     weights: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights` one by one, each known and of the right shape, all of them once.
+    """Yield `weights`, checking that each name is known, occurs exactly once and has the right shape.
 
     The engine itself only warns about a missing weight and keeps the old value.
 
     Raises:
-        RuntimeError: one line; a name that is unknown, twice there or missing, or a wrong shape.
+        RuntimeError: one line; an unknown, duplicate or missing name, or a wrong shape.
     """
     seen: set[str] = set()
     for name, tensor in weights:
