@@ -1,4 +1,4 @@
-"""Demonstrations: written-out trajectories for the supervised warm start."""
+"""Demonstrations: written trajectories for the supervised warm start."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from a2tgpo.data.template import PromptTemplate
 from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
-"""An observation: the tags around it with their spaces, which may be one token, and what the tool answered."""
+"""An observation: opening tag, the tool's answer, closing tag. A tag and its spaces may be one token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A question with the turns that a policy should have written and the observations it would have got."""
+    """A question with the turns that a policy should write and the observations that it would get."""
 
     question: Question
     turns: tuple[tuple[str, str | None], ...]
     """(text of the policy, observation); every turn but the last has an observation."""
     quality: str = ""
-    """Label of the data set's maker; used for reporting only."""
+    """Label by the data set's maker; for reporting only."""
 
 
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
-    """Every demonstration of a JSONL file, in file order.
+    """Return every demonstration of a JSONL file, in file order.
 
-    A record is a question's (see `load_questions`) with `turns`: a list of {"text", "observation"}. Every
-    turn but the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may
-    repeat: several demonstrations of one question.
+    A record is a question's (see `load_questions`) with `turns`: a list of {"text", "observation"}. Every turn but
+    the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may repeat for
+    several demonstrations of one question.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line), no demonstration at all.
+        ConfigError: one line; unreadable file, bad record (with its line), or no demonstration.
     """
     demonstrations = [
         _parse_demonstration(stated(record), where, default_id=str(index))
@@ -88,22 +88,22 @@ def to_trajectory(
     prompt_index: int,
     append_eos: bool = False,
 ) -> Trajectory:
-    """The demonstration as the trajectory that a rollout would have recorded; its log-probs are 0.
+    """Convert a demonstration to the trajectory that a rollout would record, with log-probs of 0.
 
-    Every piece (prompt, text, observation) is tokenised on its own, as in a rollout, where a turn is cut at
-    the closing tag before the observation is appended. No piece holds a control token but the protocol's tags, and
-    an observation only those around it. A <think> that the prompt has opened is not opened once more.
+    Prompt, text and observation are tokenised separately, as in a rollout, which cuts a turn at the closing tag
+    before it appends the observation. The only control tokens are the protocol's tags; an observation has only its
+    enclosing tags. A <think> that the prompt opened is not opened again.
 
     Args:
-        demonstration: what to tokenise.
-        template: renders the prompt; its tokenizer is used for all pieces.
-        tools: names of those that the policy may call.
+        demonstration: to tokenise.
+        template: renders the prompt; its tokenizer encodes all pieces.
+        tools: names of the tools that the policy may call.
         prompt_index: `Trajectory.prompt_index`.
-        append_eos: teach the end-of-sequence token after the last turn. Rollouts stop at </answer>, so it
-            is not needed for them.
+        append_eos: train the end-of-sequence token after the last turn. Rollouts stop at </answer> and do not
+            need it.
 
     Raises:
-        ConfigError: if `append_eos` and the tokenizer has no end-of-sequence token.
+        ConfigError: `append_eos` is set and the tokenizer has no end-of-sequence token.
     """
     tokenizer = template.tokenizer
     tags, encoder = tag_pattern(tools), LiteralEncoder(tokenizer)
@@ -145,7 +145,7 @@ def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observat
 
 
 def _call_at_end(text: str) -> tuple[str, str] | None:
-    """The tool called at the end of a turn and what it is asked; None if there is no call."""
+    """Return the tool called at the end of a turn and the call's text; None if there is no call."""
     closing = re.search(r"</(\w+)>$", text)
     if closing is None:
         return None

@@ -1,14 +1,14 @@
-"""Text that others wrote, as tokens: what spells a control token stays text.
+r"""Encode text by others so that the spelling of a control token stays text.
 
-A tokenizer turns the spelling of a control token, such as <|im_end|> or <tool_call>, into that token wherever it
-stands. A passage about chat templates would then end the policy's turn, and a question could open a system message.
-transformers' `split_special_tokens` covers only tokens that are marked as special; several families add <think> or
-<|fim_prefix|> without that mark. Therefore spellings are broken up here and their parts encoded one by one. Text
-without such a spelling gets the same tokens as from the tokenizer itself.
+A tokenizer replaces the spelling of a control token, such as <|im_end|> or <tool_call>, anywhere in a text. A passage
+about chat templates would then end the policy's turn, and a question could open a system message. transformers'
+`split_special_tokens` covers only tokens marked as special; several families add <think> or <|fim_prefix|> without
+that mark. This module therefore breaks up such spellings and encodes the parts separately. Text without such a
+spelling gets the same tokens as from the tokenizer itself.
 
-Parts of a sequence are encoded one by one. SentencePiece's tokenizers (of Llama 2, for example) put a space before
-every text that they read, which only the begin of a sequence should have: `\\boxed{` and `Vienna` would become
-`\\boxed{ Vienna`. That space is left out of every other part.
+SentencePiece tokenizers (of Llama 2, for example) put a space before every text, which only the begin of a sequence
+should have: `\boxed{` and `Vienna`, encoded separately, would become `\boxed{ Vienna`. This module removes that space
+from all later parts.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""Where a spelling is broken up: a Unicode noncharacter, which is removed from text that holds it."""
+"""Marks where a spelling is broken up: a Unicode noncharacter, which is removed from input text."""
 
 _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
-"""How SentencePiece writes a space."""
+"""SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Takes the space of a tokenizer that puts one before every text, and seldom becomes one token with what follows."""
+"""Takes the leading space of such a tokenizer, and seldom merges with what follows into one token."""
 
 
 class LiteralEncoder:
-    """Encodes text that others wrote inside a frame of our own.
+    """Encodes text by others within a frame of our own.
 
     Args:
-        tokenizer: the policy's. Control tokens are those added to its vocabulary that are marked as special or look
-            like a tag, such as <think> or [INST]. Other additions are words of a domain or runs of spaces.
+        tokenizer: the policy's. Control tokens are the tokens added to its vocabulary that are marked as special or
+            look like a tag, such as <think> or [INST]. Other additions are words of a domain or runs of spaces.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -49,21 +49,21 @@ class LiteralEncoder:
         }
         self._control_ids = frozenset(added)
         spellings = "|".join(map(re.escape, added.values()))
-        # Looked for at every character: one spelling may begin inside another.
+        # Matched at every character, because one spelling may begin inside another.
         self._spelling = re.compile(rf"(?=(?:{spellings}))(.)", re.DOTALL) if added else None
         self._anchor = self._ids([_ANCHOR])[0] if self._puts_a_space_first() else None
 
     def broken_up(self, text: str) -> str:
-        """`text` with a `BREAK` inside every spelling of a control token, and without lone surrogates."""
+        """Insert a `BREAK` into every spelling of a control token, and replace lone surrogates."""
         text = text.replace(BREAK, "").encode("utf-8", "replace").decode("utf-8")
         return text if self._spelling is None else self._spelling.sub(rf"\1{BREAK}", text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text that others wrote."""
+        """Encode text by others."""
         return self.encode_between("", text, "")
 
     def encode_between(self, before: str, text: str, after: str) -> list[int]:
-        """Token ids of `before` + `text` + `after`, of which others wrote `text`."""
+        """Encode `before` + `text` + `after`, where only `text` is by others."""
         return self.encode_framed([text], lambda inner: [f"{before}{one}{after}" for one in inner])[0]
 
     def encode_framed(
@@ -73,12 +73,12 @@ class LiteralEncoder:
         *,
         begins_sequence: bool = False,
     ) -> list[list[int]]:
-        """Token ids of `frame(texts)`, which puts each of `texts` into text of our own.
+        """Encode `frame(texts)`, which puts each of `texts` into text of our own.
 
         Each result holds the control tokens of the frame and no others.
 
         Args:
-            begins_sequence: nothing stands before the results; their begin is then as the tokenizer has it.
+            begins_sequence: nothing precedes the results, so their begin is encoded as the tokenizer does it.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:
@@ -87,13 +87,13 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # A tokenizer that normalises what it reads may find a spelling where there was none.
+            # A tokenizer that normalises text may find a spelling that was not there before.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
 
     def encode_tagged(self, text: str, tags: re.Pattern[str]) -> list[int]:
-        """Token ids of text whose `tags` are meant as such, while nothing else in it is a control token."""
+        """Encode text whose `tags` are real, while no other part may become a control token."""
         pieces, position = [], 0
         for tag in tags.finditer(text):
             pieces += [self.broken_up(text[position : tag.start()]), tag[0]]
@@ -101,7 +101,7 @@ class LiteralEncoder:
         return self.encode_parts(["".join([*pieces, self.broken_up(text[position:])])])[0]
 
     def encode_parts(self, texts: Sequence[str], *, begins_sequence: bool = False) -> list[list[int]]:
-        """Token ids of each text, whose parts between `BREAK`s are encoded one by one.
+        """Encode each text, with the parts between `BREAK`s encoded separately.
 
         Args:
             begins_sequence: as for `encode_framed`.
@@ -115,12 +115,12 @@ class LiteralEncoder:
         return [[token for piece in pieces for token in piece] for pieces in encoded]
 
     def _encode_inside(self, parts: Sequence[str]) -> list[list[int]]:
-        """Token ids of parts that other tokens stand before."""
+        """Encode parts that follow other tokens."""
         if self._anchor is None:
             return self._ids(parts)
         width = len(self._anchor)
         return [
-            # What grows together with the anchor keeps its space.
+            # A part that merges with the anchor keeps its space.
             anchored[width:] if anchored[:width] == self._anchor else plain
             for plain, anchored in zip(
                 self._ids(parts), self._ids([_ANCHOR + part for part in parts]), strict=True
@@ -128,7 +128,7 @@ class LiteralEncoder:
         ]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """What the tokenizer itself gives, without tokens for the begin and the end of a sequence."""
+        """Call the tokenizer without begin- and end-of-sequence tokens."""
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _puts_a_space_first(self) -> bool:

@@ -1,4 +1,4 @@
-"""Question sets: what the policy is asked, and what counts as right."""
+"""Question sets: the questions for the policy and their gold answers."""
 
 import dataclasses
 import unicodedata
@@ -21,24 +21,24 @@ class Question:
     answers: tuple[str, ...]
     """Gold answer, then its aliases; never empty."""
     hops: int = 0
-    """Searches the question needs; 0 where the set does not say."""
+    """Searches that the question needs; 0 if the set does not say."""
     source: str = ""
-    """The set that it is from (`data_source`); empty where the file does not say."""
+    """The set that the question is from (`data_source`); empty if the file does not say."""
 
 
 def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
-    """Every question of a JSONL or Parquet file, in file order.
+    """Return every question of a JSONL or Parquet file, in file order.
 
     A record has a question (see `question_of`) and answers (see `answers_of`), and may have `id` (text or integer;
-    the record's position stands in for it), `data_source` and `hops` (integer >= 0). Ids that repeat, as in sets
-    that were joined, are made unique (see `unique_ids`).
+    default: the record's position), `data_source` and `hops` (integer >= 0). Ids that repeat, as in joined sets, are
+    made unique (see `unique_ids`).
 
     Args:
-        path: the file; JSONL may be packed.
-        key: the configuration key that names it, for error messages.
+        path: the file; JSONL may be compressed.
+        key: the configuration key that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line or row), no question at all.
+        ConfigError: one line; unreadable file, bad record (with its line or row), or no question.
     """
     questions: list[Question] = []
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
@@ -53,7 +53,7 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
 
 
 def parse_question(record: dict, where: str, *, default_id: str) -> Question:
-    """The `Question` in one record without nulls; ConfigError starting with `where` if it is not one."""
+    """Parse the question in one record without nulls; the ConfigError of a bad record starts with `where`."""
     name, answers = answers_of(record, where)
     if isinstance(answers, str) and name in _ONE_OR_MANY:
         answers = [answers]
@@ -83,10 +83,10 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
 
 
 def gold_text(text: str) -> str:
-    """A gold answer as a policy would write it, to be scored and compared.
+    """Bring a gold answer to the form in which a policy would write it.
 
-    Characters are composed (Unicode's NFC), invisible marks such as U+200E are taken out, but for the joiners that
-    change how letters look, and spaces are single.
+    Composes characters (Unicode's NFC), removes invisible marks such as U+200E except joiners that change how letters
+    look, and squeezes spaces.
     """
     text = unicodedata.normalize("NFC", text)
     shown = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)
@@ -97,12 +97,12 @@ _JOINERS = "\u200c\u200d"
 
 
 def whole_number(value: Any) -> Any:
-    """2 for 2.0, which pandas makes of an integer beside a missing one; anything else as it is."""
+    """Return 2 for 2.0, as pandas writes an integer in a column with missing values; anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_number(value: Any, where: str, name: str) -> None:
-    """Whether true means yes or True, and 3.0 means 3, is not for a reader to guess."""
+    """Refuse numbers and booleans: whether true means yes or True, and 3.0 means 3, is ambiguous."""
     if isinstance(value, bool | int | float):
         kind = "true or false" if isinstance(value, bool) else "a number"
         raise ConfigError(
@@ -113,17 +113,17 @@ def _refuse_number(value: Any, where: str, name: str) -> None:
 
 _GROUND_TRUTH = "reward_model.ground_truth"
 _ONE_OR_MANY = ("answer", _GROUND_TRUTH, f"{_GROUND_TRUTH}.target")
-"""Fields that hold a single text in some sets, a list in others."""
+"""Fields that hold a single text in some sets and a list in others."""
 
 
 def answers_of(record: dict, where: str) -> tuple[str, Any]:
-    """Name and value of the field that holds the answers.
+    """Return name and value of the field that holds the answers.
 
-    The first there is of `answers`, `golden_answers`, `answer`, and `reward_model.ground_truth` or its `target`, as
-    search agents' training sets for verl have it.
+    Takes the first field present of `answers`, `golden_answers`, `answer`, and `reward_model.ground_truth` or its
+    `target`, as in search agents' training sets for verl.
 
     Raises:
-        ConfigError: starting with `where`; there is none.
+        ConfigError: starts with `where`; there is no such field.
     """
     for name in ("answers", "golden_answers", "answer"):
         if name in record:
@@ -143,10 +143,10 @@ def answers_of(record: dict, where: str) -> tuple[str, Any]:
 
 
 def question_of(record: dict, where: str) -> str:
-    """The text of `question`; without it that of the last user message in `prompt`, a list of messages.
+    """Return the text of `question`, or else of the last user message in `prompt`, a list of messages.
 
     Raises:
-        ConfigError: starting with `where`; there is neither, or it is no text.
+        ConfigError: starts with `where`; there is neither, or it is not a text.
     """
     messages = record.get("prompt")
     if "question" in record or not isinstance(messages, list):
@@ -158,13 +158,13 @@ def question_of(record: dict, where: str) -> str:
 
 
 def source_of(record: dict) -> str:
-    """The name of the set that a record of a joined set is from; empty: it does not say."""
+    """Return the set that a record of a joined set is from; empty if it does not say."""
     source = record.get("data_source")
     return source if isinstance(source, str) else ""
 
 
 def unique_ids(ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """`ids` as they are where each is there once; those that repeat as SOURCE/ID, and where that repeats with #2, ...
+    """Return `ids` with repeated ones changed to SOURCE/ID, and to SOURCE/ID#2, ... if that also repeats.
 
     Args:
         sources: by record, see `source_of`.

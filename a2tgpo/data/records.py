@@ -1,4 +1,4 @@
-"""Records of a question file, one at a time: lines of JSONL, rows of Parquet."""
+"""Read records of a question file one at a time: lines of JSONL, rows of Parquet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BATCH_ROWS = 1024
 def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
     """Yield (`"FILE line N"` or `"FILE row N"`, record) for every record, in file order.
 
-    Parquet is known by its first bytes or by its name. Fields that are null are left out (see `stated`).
+    Parquet is recognised by its first bytes or its name. Null fields are dropped (see `stated`).
 
     Args:
-        key: what named the file (a configuration key or an option), for messages.
+        key: the configuration key or option that names the file, for messages.
 
     Raises:
         ConfigError: one line; unreadable file, or as `read_json_lines`.
@@ -30,7 +30,7 @@ def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def stated(record: dict) -> dict:
-    """`record` without fields that are null: sets that were joined, and Parquet, have every field in every record."""
+    """Drop null fields: in Parquet and in joined sets, every record has every field."""
     return {name: value for name, value in record.items() if value is not None}
 
 
@@ -39,11 +39,11 @@ def _begins_as_parquet(path: Path) -> bool:
         with open(path, "rb") as stream:
             return stream.read(len(_PARQUET)) == _PARQUET
     except OSError:
-        return False  # told by who reads it
+        return False  # the reader reports the error
 
 
 def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    # Here, not above: it takes a third of a second, and most runs read JSONL.
+    # A local import: it takes a third of a second, and most runs read JSONL.
     import pyarrow.parquet as parquet
 
     number = 0
@@ -56,5 +56,5 @@ def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise ConfigError(f"{key}: cannot read {path} ({reason:.120}); give an existing file") from None
-    except Exception as error:  # pyarrow raises its own family of errors for each way a file can be broken
+    except Exception as error:  # pyarrow has its own error type for each kind of damage
         raise ConfigError(f"{key}: cannot read {path} as Parquet ({first_line(error):.120})") from None

@@ -1,4 +1,4 @@
-"""Which questions each step asks: seeded epochs, the same on every rank and in every layout."""
+"""Choose each step's questions: seeded epochs, the same on every rank and in every layout."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from a2tgpo.config.check import ConfigError, require
 class PromptSampler:
     """Deals question indices, `per_step` at a time, in a new seeded order each epoch.
 
-    A step may span two epochs where `per_step` does not divide the number of questions, or may be dealt
-    questions several times; none asks a question twice (those already in the step go to the end of the new
-    epoch's order). Every rank holds the same sampler and takes its share of the step's list, so the order
-    does not depend on how many ranks there are.
+    A step spans two or more epochs if `per_step` does not divide the number of questions or a step draws several
+    times. No step contains a question twice: questions already in the step move to the end of the new epoch's order.
+    Every rank has the same sampler and takes its share of the step's list, so the order does not depend on the number
+    of ranks.
 
     Args:
         num_questions: size of the set.
-        per_step: questions a step asks.
-        seed: names the sequence of orders.
-        fingerprint: of the questions, see `PromptSet.fingerprint`; empty: not known.
+        per_step: questions of a step.
+        seed: determines the sequence of orders.
+        fingerprint: of the questions, see `PromptSet.fingerprint`; empty: unknown.
 
     Raises:
-        ConfigError: if the set is smaller than one step.
+        ConfigError: the set is smaller than one step.
     """
 
     def __init__(self, num_questions: int, per_step: int, seed: int, *, fingerprint: str = ""):
@@ -42,12 +42,12 @@ class PromptSampler:
         self._order = self._epoch_order()
 
     def next_indices(self, count: int | None = None, *, asked: Sequence[int] = ()) -> list[int]:
-        """Indices of the next questions, all different: [count] in [0, num_questions).
+        """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
             count: None: `per_step`, a whole step.
-            asked: what the step was dealt before; none of it is dealt again. With `count` it must not be more
-                than the set. With partial rollouts what is carried over: see `PartialConfig.check_questions`.
+            asked: indices that are excluded: those already in the step or, with partial rollouts, carried over (see
+                `PartialConfig.check_questions`). Together with `count`, at most the size of the set.
         """
         count = self.per_step if count is None else count
         assert len(asked) + count <= self.num_questions, "a step cannot ask more than all questions"
@@ -62,7 +62,7 @@ class PromptSampler:
         return chosen
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` needs to go on from here; plain JSON values."""
+        """Return the state for `load_state_dict`, as plain JSON values."""
         return {
             "num_questions": self.num_questions,
             "fingerprint": self.fingerprint,
@@ -73,10 +73,10 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken; `per_step` may differ.
+        """Continue from `state`; `per_step` may differ.
 
         Raises:
-            ConfigError: if the question set or the seed is another one.
+            ConfigError: the question set or the seed differs.
         """
         self.require_same_questions(state)
         self.epoch = state["epoch"]
@@ -85,7 +85,7 @@ class PromptSampler:
         self._order = self._epoch_order()
 
     def require_same_questions(self, state: dict) -> None:
-        """Raise `ConfigError`, one line, unless `state` was taken with these questions and this seed."""
+        """Raise `ConfigError`, one line, unless `state` has the same questions and seed."""
         for key, name, mine in (
             ("num_questions", "the number of questions in data.train", self.num_questions),
             ("seed", "run.seed", self.seed),
@@ -95,7 +95,7 @@ class PromptSampler:
                     f"{name} is {mine}, the checkpoint was made with {state[key]}; "
                     "resume with the same data and seed, or start a new run"
                 )
-        # Checkpoints of earlier versions have none.
+        # Checkpoints of earlier versions have no fingerprint.
         saved = state.get("fingerprint") or self.fingerprint
         if saved != self.fingerprint:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""A part of a question set in which every source and every number of hops has its share."""
+"""Select a subset of a question set in which every source and number of hops keeps its share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _UNLABELLED = ("", 0)
 
 
 def stratified_subset(questions: Sequence[Question], count: int) -> list[Question]:
-    """`count` of `questions` in their order, the same in every run; all of them where there are no more.
+    """Select `count` of `questions` in their order, deterministically; all of them if there are no more.
 
-    Each pair of source and hops is a stratum and gets its share of `count`, rounded so that the shares add up
-    (largest remainders first). The first questions of a stratum are taken. Questions with neither source nor hops are
-    one stratum, taken evenly from where they stand in the file: it may be several sets behind each other.
+    Each pair of source and hops is a stratum with a proportional share of `count`, rounded so that the shares add up
+    (largest remainders first). The first questions of a stratum are selected. Questions with neither source nor hops
+    form one stratum, selected at equal distances, because the file may concatenate several sets.
 
     Args:
         questions: the set.
@@ -36,7 +36,7 @@ def stratified_subset(questions: Sequence[Question], count: int) -> list[Questio
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:
-    """`count` in proportion to `sizes`, in whole numbers."""
+    """Divide `count` in proportion to `sizes`, in whole numbers."""
     total = sum(sizes)
     shares = [size * count // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda index: (-(sizes[index] * count % total), index))

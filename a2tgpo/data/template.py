@@ -1,4 +1,4 @@
-"""Putting a question to the model: the chat template, and prompts that fit."""
+"""Render a question for the model: the chat template, and prompts within the length limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
-"""Questions tokenised at a time where a whole set is: a tokenizer keeps some 20 kB a text until it returns."""
+"""Questions per tokenizer call for a whole set: a tokenizer keeps about 20 kB per text until it returns."""
 
 
 class PromptTemplate:
@@ -30,13 +30,13 @@ class PromptTemplate:
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        instructions: the system message; empty: the question alone.
+        instructions: the system message; empty: no system message.
         kwargs: further variables of the template, such as enable_thinking.
-        date: what the template's `strftime_now` tells; None: today's, UTC.
+        date: the date that the template's `strftime_now` returns; None: today's, UTC.
 
     Raises:
-        ConfigError: one line; the tokenizer has no chat template, or the template refuses the messages or drops one
-            of them, has no generation header, or does not use one of `kwargs`.
+        ConfigError: one line; the tokenizer has no chat template, or the template refuses or drops a message, has no
+            generation header, or does not use one of `kwargs`.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class PromptTemplate:
         (prompt,) = self._texts([_PROBE])
         self._check_prompt(prompt)
         self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
-        """The <think> and </think> behind the question, where the model's text begins: empty for most templates,
-        <think> where the template opens the thought, both where thinking is switched off."""
+        """The <think> and </think> after the question, where the model's text begins: empty for most templates,
+        <think> if the template opens the thought, both if thinking is switched off."""
         self.end_of_turn = self._find_end_of_turn()
-        """Id of the control token that ends an answer in a conversation, if it is not the tokenizer's end of
-        sequence: base models know <|endoftext|> as their end, and the template writes <|im_end|>. None: it is, or
-        the template ends answers with none."""
+        """Id of the control token that ends an answer in a conversation, if it differs from the tokenizer's end of
+        sequence: base models end with <|endoftext|>, but the template writes <|im_end|>. None: it is the same, or the
+        template writes no such token."""
 
     def render(self, question: str) -> tuple[int, ...]:
-        """Token ids of the prompt for `question`."""
+        """Return the token ids of the prompt for `question`."""
         return self.render_many([question])[0]
 
     def render_many(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of the prompt for each of `questions`, in order; nothing in a question is a control token."""
+        """Return the token ids of each question's prompt, in order; no part of a question is a control token."""
         encoded = self._literal.encode_framed(questions, self._texts, begins_sequence=True)
         return [tuple(ids) for ids in encoded]
 
@@ -93,12 +93,12 @@ class PromptTemplate:
                 conversations,
                 add_generation_prompt=has_header,
                 tokenize=False,
-                # transformers' own would read the clock of each process, at each start.
+                # transformers' own reads the clock of each process at each start.
                 strftime_now=self.date.strftime,
                 **self._kwargs,
             )
         except Exception as error:
-            # Templates are code of the model's author; jinja2 passes on what they raise.
+            # Templates are code of the model's author; jinja2 passes on their exceptions.
             raise ConfigError(
                 f"model.path: the chat template of {self.tokenizer.name_or_path} refuses "
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "
@@ -107,7 +107,7 @@ class PromptTemplate:
         return texts
 
     def _check_names(self) -> None:
-        """A tokenizer may come with several templates; transformers renders the one named default."""
+        """Check for a template named default: of several templates, transformers renders that one."""
         templates = self.tokenizer.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(
@@ -133,7 +133,7 @@ class PromptTemplate:
             )
 
     def _check_prompt(self, prompt: str) -> None:
-        """Templates of other purposes skip what they do not know, without a word."""
+        """Check that the prompt has all messages: templates for other purposes silently skip unknown ones."""
         name = self.tokenizer.name_or_path
         for key, content, mend in (
             (
@@ -152,7 +152,7 @@ class PromptTemplate:
             )
 
     def _has_header(self, prompt: str) -> bool:
-        """Whether nothing but a thought stands between the prompt and where an answer begins in a conversation."""
+        """Return whether at most a thought separates the prompt from the begin of an answer in a conversation."""
         if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
         whole = self._answered()
@@ -167,7 +167,7 @@ class PromptTemplate:
         return None
 
     def _answered(self) -> str:
-        """A conversation that ends with an answer; empty if the template knows no answers."""
+        """Render a conversation that ends with an answer; empty if the template does not support answers."""
         messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
         try:
             (whole,) = self._apply([messages], has_header=False)
@@ -177,7 +177,7 @@ class PromptTemplate:
 
 
 def today() -> datetime.date:
-    """The date in UTC, which is the same in all time zones."""
+    """Return the date in UTC, which does not depend on the time zone."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
@@ -186,7 +186,7 @@ def _squeezed(text: str) -> str:
 
 
 class PromptSet:
-    """A question set whose prompts are rendered and tokenised when a step asks for them.
+    """A question set whose prompts are rendered and tokenised on demand.
 
     Args:
         questions: the set.
@@ -204,14 +204,14 @@ class PromptSet:
 
     @property
     def fingerprint(self) -> str:
-        """Names the questions: equal for the same ids and texts in the same order."""
+        """Identifies the questions: equal for the same ids and texts in the same order."""
         digest = hashlib.blake2b(digest_size=16)
         for question in self.questions:
             digest.update(json.dumps([question.id, question.question]).encode())
         return digest.hexdigest()
 
     def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
-        """Index of the first question of `share` whose prompt is longer than allowed, and a line that says so."""
+        """Return index and error line of the first question in `share` whose prompt is too long; None if all fit."""
         indices = range(len(self))[share]
         for first in range(0, len(indices), CHUNK):
             chunk = indices[first : first + CHUNK]
@@ -224,12 +224,12 @@ class PromptSet:
         return None
 
     def check_lengths(self) -> None:
-        """Raise ConfigError, naming the first question, if a prompt is longer than allowed."""
+        """Raise ConfigError for the first question whose prompt is too long."""
         if (fault := self.first_too_long()) is not None:
             raise ConfigError(fault[1])
 
     def prompts(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Prompts of the questions at `indices`, or of those at `positions` in it; the others are not tokenised.
+        """Return prompts of the questions at `indices`, or only at `positions` in it; the others are not tokenised.
 
         A prompt's `index` is its question's position in `indices`.
         """

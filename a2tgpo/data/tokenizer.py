@@ -1,4 +1,4 @@
-"""Loading the tokenizer in a checkpoint's folder."""
+"""Load the tokenizer in a checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """The tokenizer in folder `path`; nothing is looked up on a network.
+    """Load the tokenizer in folder `path`, without network access.
 
-    It splits texts as tokenizer.json says, where there is one. The class that tokenizer_config.json names has no say:
-    in transformers 5 some classes put rules of their own in place of the file's, and several families name a wrong
-    one. The R1 distillates of Llama name LlamaTokenizerFast, which would take all spaces out of their texts.
+    The tokenizer splits texts as tokenizer.json says, if that file exists. The class named in tokenizer_config.json
+    is ignored: in transformers 5 some classes replace the file's rules by their own, and several families name a
+    wrong class. The R1 distillates of Llama name LlamaTokenizerFast, which would remove all spaces from their texts.
 
     Args:
         key: the configuration key that names the folder, for error messages.
 
     Raises:
-        ConfigError: one line, if there is none, it is damaged, or it knows ids that the model has no embedding for.
+        ConfigError: one line; there is no tokenizer, it is damaged, or it has ids without an embedding in the model.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # Without any of them transformers makes up an empty tokenizer for some architectures.
+    # If all are missing, transformers invents an empty tokenizer for some architectures.
     if not any((Path(path) / name).is_file() for name in FILES):
         raise ConfigError(f"{key} {path!r} holds no {FILES[0]}; copy the tokenizer's files there")
     is_whole = (Path(path) / FILES[0]).is_file()
@@ -38,7 +38,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
         tokenizer = (PreTrainedTokenizerFast if is_whole else AutoTokenizer).from_pretrained(
             path, local_files_only=True
         )
-    except Exception as error:  # transformers raises whatever a bad file leads to
+    except Exception as error:  # transformers raises any type for a bad file
         raise ConfigError(
             f"{key} {path!r}: the tokenizer is damaged ({first_line(error):.120}); fetch its files again"
         ) from error
@@ -47,16 +47,16 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id that `tokenizer` can give; ids below it may be unused."""
+    """Return the largest id of `tokenizer` plus one; ids below it may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def _require_embedded(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> None:
-    """Refuse a tokenizer larger than the model beside it, whose padded embedding would serve such ids with zeros."""
+    """Refuse a tokenizer larger than its model, whose padded embedding would return zeros for the extra ids."""
     try:
         rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # no model here, or a malformed one, which is told where it is read
+        return  # no model here, or a malformed one, which its reader reports
     size = num_token_ids(tokenizer)
     if isinstance(rows, int) and size > rows:
         token = tokenizer.convert_ids_to_tokens(size - 1)

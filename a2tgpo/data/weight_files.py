@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's weights: one list, which the trainer and the engine both read."""
+"""List the files that hold a checkpoint's weights, for both the trainer and the engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(path: str) -> dict[str, Path]:
-    """The safetensors files of the checkpoint in folder `path`, by name; only their headers are read.
+    """Return the safetensors files of the checkpoint in folder `path`, by name; reads only their headers.
 
-    These are the files that the index lists; without an index model.safetensors; without that every *.safetensors.
-    What else lies in the folder, such as an adapter or the same weights in another format, is not read.
+    These are the files that the index lists; without an index, model.safetensors; without that, every *.safetensors.
+    Other files in the folder, such as an adapter or the weights in another format, are ignored.
 
     Raises:
-        ConfigError: one line; there are none, one is missing, damaged or cut short, the folder has both an index and
-            a model.safetensors that the index does not list, or two files hold the same tensor.
+        ConfigError: one line; there are no files, one is missing, damaged or truncated, the folder has both an index
+            and a model.safetensors that the index does not list, or two files hold the same tensor.
     """
     folder = Path(path)
     index = folder / INDEX_FILE
@@ -48,7 +48,7 @@ def weight_files(path: str) -> dict[str, Path]:
 
 
 def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the `weight_files` of folder `path`, from their headers.
+    """Return name and shape of every tensor in the `weight_files` of folder `path`, from their headers.
 
     Raises:
         ConfigError: as `weight_files`.
@@ -57,7 +57,7 @@ def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
     holder: dict[str, str] = {}
     for file_name, file in weight_files(path).items():
         try:
-            # Opening compares the file's size with what its header lists.
+            # Opening checks the file's size against its header.
             with safe_open(file, framework="np") as tensors:
                 found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -76,7 +76,7 @@ def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def _names_in(index: Path, path: str) -> list[str]:
-    """The file names in an index, each once, sorted."""
+    """Return the file names in an index, each once, sorted."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

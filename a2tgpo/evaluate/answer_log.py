@@ -1,7 +1,7 @@
-"""Answers on disk as they come, so that an evaluation that ended early goes on where it was.
+"""Write answers to disk as they come, so that an interrupted evaluation can resume.
 
-A folder beside the report holds `settings.json`, which says whose answers they are, and `replica_R.jsonl`, to which
-engine replica R appends. The next start reads all of them, however many replicas there were.
+A folder beside the report holds `settings.json`, which identifies the evaluation, and `replica_R.jsonl`, to which
+engine replica R appends. The next start reads all files, whatever the number of replicas was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from a2tgpo.evaluate.evaluate import Answer
 GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"
 SYNC_S = 10.0
-"""Between two writes that survive a power cut; what has ended survives the end of the process at once."""
+"""Interval of syncs to disk against a power cut; answers survive the end of the process at once."""
 Key = tuple[str, str, str, int]
 """Data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
@@ -30,8 +30,8 @@ class AnswerLog:
     """Appends the answers of one replica.
 
     Args:
-        folder: of the log; it is there.
-        replica: number of this replica.
+        folder: of the log; must exist.
+        replica: index of this engine replica.
     """
 
     def __init__(self, folder: Path, *, replica: int):
@@ -40,12 +40,12 @@ class AnswerLog:
             self._stream = open(self._path, "ab+")  # noqa: SIM115 (closed by `close`)
             if self._stream.tell():
                 self._stream.seek(-1, os.SEEK_END)
-                if self._stream.read() != b"\n":  # a start that was killed wrote half a line
+                if self._stream.read() != b"\n":  # a killed start left half a line
                     self._stream.write(b"\n")
         self._synced = time.monotonic()
 
     def append(self, name: str, kind: str, answer: Answer) -> None:
-        """Write one answer of data set `name`; OSError that names the file if it cannot be written."""
+        """Write one answer of data set `name`; an OSError names the file."""
         line = json.dumps(answer_record(name, kind, answer), ensure_ascii=False) + "\n"
         with naming(self._path):
             self._stream.write(line.encode())
@@ -55,7 +55,7 @@ class AnswerLog:
                 self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Make all of it survive a power cut."""
+        """Sync all answers to disk, then close."""
         with naming(self._path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -63,21 +63,21 @@ class AnswerLog:
 
 
 def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
-    """The answers that earlier starts have left in `folder`, which is made if it is missing; for one process.
+    """Return the answers of earlier starts in `folder`, which is created if missing; call in one process.
 
     Args:
         folder: of the log.
-        settings: JSON values by name, of everything that decides the answers.
+        settings: everything that decides the answers, as JSON values by name.
 
     Raises:
-        ConfigError: one line; `folder` holds answers under other settings, or cannot be read or written.
+        ConfigError: one line; `folder` holds answers for other settings, or cannot be read or written.
     """
     path = folder / SETTINGS
     try:
         found = {
             key: answer for file in sorted(folder.glob("replica_*.jsonl")) for key, answer in _read(file)
         }
-        if not found:  # also where an earlier start failed before its first answer
+        if not found:  # also after an earlier start that failed before its first answer
             write_json(path, dict(settings))
             return found
         begun = json.loads(path.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
 
 
 def answer_record(name: str, kind: str, answer: Answer) -> dict[str, Any]:
-    """The JSON object of one answer of data set `name`."""
+    """Return the JSON object of one answer of data set `name`."""
     return {"set": name, "kind": kind, **dataclasses.asdict(answer)}
 
 

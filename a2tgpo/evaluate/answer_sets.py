@@ -1,4 +1,4 @@
-"""The questions of several sets, answered by all engine replicas; every answer is kept as it comes."""
+"""Answer the questions of several sets on all engine replicas; every answer is stored as it comes."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def answer_sets(
     stop: StopRequest,
     on_answer: Callable[[], None],
 ) -> dict[str, list[Answer]]:
-    """Answers to all questions, by set and in its order; every rank of the world calls this.
+    """Answer all questions; return the answers by set, in its order. Every rank of the world must call this.
 
     Args:
-        num_samples: answers drawn per question; 0: one, greedily.
+        num_samples: answers drawn per question; 0: one greedy answer.
         seed: of the draws.
-        replica: number of this rank's replica, of `num_replicas`.
-        known: answers that are not asked for again, equal on all ranks.
-        log: of this replica; None on its ranks but the first.
-        stop: ends the evaluation early when the run is to stop.
-        on_answer: called when this replica has answered once more.
+        replica: index of this rank's engine replica, of `num_replicas`.
+        known: answers that exist already, equal on all ranks.
+        log: of this replica; None except on its first rank.
+        stop: reports a requested stop, which interrupts the evaluation.
+        on_answer: called for each new answer of this replica.
 
     Raises:
+        StopAgreed: on all ranks, if interrupted; `log` holds the answers so far.
         StopAgreed: on all ranks, if it was broken off; `log` holds what was answered.
     """
     world = dist.group.WORLD
@@ -82,7 +83,7 @@ def answer_sets(
 
 
 def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
-    """By question as the set has them, and by sample within."""
+    """Sort by the set's order of questions, then by sample."""
     places = {question.id: place for place, question in enumerate(prompt_set.questions)}
     return sorted(answers, key=lambda answer: (places[answer.question_id], answer.sample_index))
 
@@ -90,7 +91,7 @@ def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
 def _there(
     known: Mapping[Key, Answer], name: str, kind: str, prompt_set: PromptSet, num_samples: int
 ) -> dict[tuple[int, int], Answer]:
-    """The known answers to this set's questions by (position, sample)."""
+    """Return the known answers to this set's questions by (position, sample)."""
     return {
         (position, sample): known[key]
         for position, question in enumerate(prompt_set.questions)

@@ -1,4 +1,4 @@
-"""Rollouts on held-out questions, and what their answers are worth."""
+"""Play held-out questions and judge the answers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Answer:
     hops: int
     sample_index: int
     answer: str | None
-    """What stands in the box; None if there is none."""
+    """Content of the box; None if there is none."""
     exact_match: float
-    """Whatever the format."""
+    """Whether or not the format is right."""
     f1: float
     format_ok: bool
     tool_calls: int
@@ -35,7 +35,7 @@ class Answer:
 
     @property
     def exact_match_gated(self) -> float:
-        """0 where the format is broken."""
+        """Exact match, but 0 if the format is wrong."""
         return self.exact_match if self.format_ok else 0.0
 
     @property
@@ -52,15 +52,15 @@ def evaluate(
     progress: Progress | None = None,
     stop: StopRequest | None = None,
 ) -> tuple[dict[str, float], list[Trajectory]]:
-    """Answer every question once, greedily; every rank of `group` calls this with its share.
+    """Answer every question once, greedily; every rank of `group` must call this with its share.
 
     Args:
         rollout: this rank's.
         prompts: this replica's share of the questions; may be empty.
-        is_replica_first: this rank counts for its replica; the others played the same and count nothing.
+        is_replica_first: this rank counts its replica's answers; its other ranks count none.
         group: the ranks of all replicas; None: the world.
         progress: as in `GroupRollout.run`.
-        stop: ends the evaluation early when the run is to stop; `group` is then the world. None: nothing ends it.
+        stop: reports a requested stop, which interrupts the evaluation; `group` must then be the world. None: never.
 
     Returns:
         Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1,
@@ -68,7 +68,7 @@ def evaluate(
         that this replica played.
 
     Raises:
-        StopAgreed: on all ranks, if it was broken off.
+        StopAgreed: on all ranks, if interrupted.
     """
     is_cut = False
     try:
@@ -100,18 +100,18 @@ def answer_questions(
     on_answer: Callable[[Answer], None] | None = None,
     is_cut: Callable[[], bool] | None = None,
 ) -> tuple[list[Answer], list[Trajectory]]:
-    """Play these questions on this rank's engine; all ranks of its replica call this alike.
+    """Play these questions on this rank's engine; all ranks of its replica must make the same call.
 
     Args:
-        num_samples: answers drawn per question at `rollout.temperature`; 0: one, greedily.
+        num_samples: answers drawn per question at `rollout.temperature`; 0: one greedy answer.
         seed: of the draws.
-        skip: (index of the prompt, sample) of answers that are there already.
+        skip: (index of the prompt, sample) of answers that exist already.
         progress: as in `GroupRollout.run`.
         on_answer: called with each answer as it comes.
-        is_cut: as in `GroupRollout.run`, whose errors pass through.
+        is_cut: as in `GroupRollout.run`, whose errors are passed on.
 
     Returns:
-        Answers and their trajectories, question by question and by sample within.
+        Answers and their trajectories, sorted by question, then by sample.
     """
     by_index = {prompt.index: prompt for prompt in prompts}
 

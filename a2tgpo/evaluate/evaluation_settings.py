@@ -1,4 +1,4 @@
-"""What decides the answers and scores of an evaluation, as far as it must not change between its starts."""
+"""The settings that decide an evaluation's answers and scores, and so must not change between its starts."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _DECIDING = (
     "search.top_k",
     "tools.names",
 )
-"""Not the layout, nor `search.url`: the next start may have other processes, and find the server on another node."""
+"""Without layout and `search.url`: the next start may have other processes, and a server on another node."""
 
 
 def evaluation_settings(
     config: RunConfig, weights: str, sets: Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
-    """JSON values by name: equal for two starts of one evaluation.
+    """Return JSON values by name, equal for two starts of one evaluation.
 
     Args:
-        weights: names them (`SavedModel.identity`).
+        weights: identify the model (`SavedModel.identity`).
         sets: the questions by data set.
     """
     flat = flat_config(config)

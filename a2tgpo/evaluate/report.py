@@ -9,11 +9,11 @@ from a2tgpo.evaluate.evaluate import Answer
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
 AVERAGE = "average"
-"""Every question counts the same, whichever set it is from (a sample-weighted mean, as in the paper's tables)."""
+"""Every question has the same weight, whatever its set (a sample-weighted mean, as in the paper's tables)."""
 
 
 def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequence[Answer]]) -> dict:
-    """Scores as nested dicts of plain numbers.
+    """Compute scores as nested dicts of plain numbers.
 
     Args:
         greedy: one answer per question, by data set; no set is empty.
@@ -21,7 +21,7 @@ def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequ
 
     Returns:
         By data set, and as `average` over all questions: `num_questions`, the `SCORES`, `by_tool_calls` and `by_hops`
-        with the same by number, and `pass_at` with `exact_match` and `format_gated` by k for powers of two.
+        with the same per number, and `pass_at` with `exact_match` and `format_gated` by k for powers of two.
     """
     pooled = [answer for answers in greedy.values() for answer in answers]
     per_set = {
@@ -34,12 +34,12 @@ def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequ
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Chance that k of the samples, drawn without putting back, hold a right one (arXiv:2107.03374, Eq. 1)."""
+    """Return the chance that k samples, drawn without replacement, include a right one (arXiv:2107.03374, Eq. 1)."""
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def to_scalars(summary: dict) -> dict[str, float]:
-    """The summary's numbers by name, `SET/score`, for TensorBoard."""
+    """Return the summary's numbers by name, `SET/score`, for TensorBoard."""
     scalars: dict[str, float] = {}
     for name, scores in {**summary["sets"], AVERAGE: summary[AVERAGE]}.items():
         scalars |= {f"{name}/{score}": scores[score] for score in SCORES}
@@ -50,7 +50,7 @@ def to_scalars(summary: dict) -> dict[str, float]:
 
 
 def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
-    """The summary as a page of tables."""
+    """Format the summary as a page of tables."""
     rows = {**summary["sets"], AVERAGE: summary[AVERAGE]}
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), "", "## Greedy", ""]
     lines += _table(

@@ -1,4 +1,4 @@
-"""What a played trajectory is worth: the outcome's reward and the gain of every process turn."""
+"""Score a played trajectory: the outcome reward, and the information gain of every process turn."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def score_trajectory(
     length_penalty: Callable[[int], float] | None = None,
     opening_tags: str | None = None,
 ) -> None:
-    """Fill in reward, exact match, format, answer probabilities and gains.
+    """Set reward, exact match, format, answer probabilities and gains.
 
     Args:
         trajectory: changed in place.
-        turn_texts: what the policy wrote, turn by turn.
+        turn_texts: the policy's text of each turn.
         answers: the gold answer and its aliases.
-        context_logprobs: for the prompt and then after each process turn, log-probs per alias and token;
-            None where they could not be computed; empty if nothing was scored.
+        context_logprobs: for the prompt and after each process turn, log-probs per alias and token; None where they
+            could not be computed; empty if nothing was scored.
         measure: `rollout.gain.measure`.
-        tools: names of those the policy may call.
-        length_penalty: what a response of so many tokens, observations included, gets on top of the outcome's
-            reward; exact match and format stay as they are. None: nothing.
-        opening_tags: those that the prompt ends with (`PromptTemplate.opening_tags`); None: not known, and a response
-            that closes a thought first is taken for one that the prompt has opened.
+        tools: names of the tools that the policy may call.
+        length_penalty: returns the penalty for a response of so many tokens, observations included, which is added to
+            the outcome reward; exact match and format are unaffected. None: no penalty.
+        opening_tags: those at the end of the prompt (`PromptTemplate.opening_tags`); None: unknown, so a response
+            that first closes a thought is assumed to have it opened by the prompt.
     """
     answered = [turn.query is not None for turn in trajectory.turns]
     response = judged_text(list(zip(turn_texts, answered, strict=True)), opening_tags=opening_tags)

@@ -1,4 +1,4 @@
-"""Taking an experiment's folder: one process holds it, it is the same experiment, and the start is written down."""
+"""Claim an experiment's folder: lock it, check that it is the same experiment, and record the start."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from a2tgpo.folder_lock import FolderLock
 def claim(
     folder: Path, config: RunConfig, rules: Rules, *, begins_anew: bool, accept: bool, done: str
 ) -> FolderLock:
-    """Make the folder, hold it until the program ends, and keep what this start runs with; one process calls this.
+    """Create the folder, lock it until the program ends, and record what this start runs with; call in one process.
 
     Args:
-        begins_anew: what is there is set aside as NAME.previous_N.
-        accept: go on with all that changed since the last start.
-        done: how far the experiment there is, in a few words; empty: nothing was trained, and nothing is compared.
+        begins_anew: rename an existing folder to NAME.previous_N first.
+        accept: continue despite all changes since the last start.
+        done: the experiment's progress, in a few words; empty: nothing was trained, so nothing is compared.
 
     Raises:
-        ConfigError: one line; the folder cannot be written, is another process's, or holds another experiment.
+        ConfigError: one line; the folder cannot be written, is locked, or holds another experiment.
     """
     try:
         if begins_anew and folder.exists():
@@ -40,7 +40,7 @@ def claim(
 
 
 def _set_aside(folder: Path) -> None:
-    lock = FolderLock(folder)  # not that of a run which goes on
+    lock = FolderLock(folder)  # fails if a run is still using the folder
     number = 1
     while (aside := folder.with_name(f"{folder.name}.previous_{number}")).exists():
         number += 1

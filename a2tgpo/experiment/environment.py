@@ -1,4 +1,4 @@
-"""What a start ran with besides its settings: who started it, where, with which code and packages."""
+"""What a start ran with apart from its settings: user, time, place, code and packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from a2tgpo.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_line,
 
 
 def describe_environment() -> str:
-    """A line each, name and value: who, when and where, the command, versions of what computes, the code."""
+    """Return lines of name and value: user, time and place, the command, package versions, and the code."""
     lines = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "user": _user(),
@@ -31,15 +31,15 @@ def describe_environment() -> str:
 
 
 def parse_environment(text: str) -> dict[str, str]:
-    """What `describe_environment` wrote, by name."""
+    """Parse the output of `describe_environment`, by name."""
     return {name: value for name, _, value in (line.partition(" ") for line in text.splitlines())}
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Differences in packages and code since the last start: those that refuse this start, and those only reported.
+    """Compare packages and code with the last start: return differences that refuse this start, and others to report.
 
-    Code is compared by its content: a commit that changes nothing that runs is no change. A start with uncommitted
-    changes, or from no checkout, is a developer's: what its successor runs is then said only.
+    Code is compared by content, so a commit without effect on what runs is no change. If the last start had
+    uncommitted changes or no checkout, it was a developer's, and changes of code are only reported.
     """
     packages = changes(before, {name: now[name] for name in package_versions()})
     if before.get("code", now["code"]) == now["code"]:

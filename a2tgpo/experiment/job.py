@@ -1,4 +1,4 @@
-"""A scheduler's job goes on with the configuration of its first start, whatever its files say by then."""
+"""Keep a scheduler's job on the configuration of its first start, even if its files change."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def load_as_started(kept: Path | None, path: str, overrides: Sequence[str], *, tells: bool) -> RunConfig:
-    """The configuration of a job: `path` with `overrides` at its first start, then the one that `kept` holds.
+    """Load a job's configuration: from `path` and `overrides` at its first start, afterwards from `kept`.
 
-    `section.field=value` behind the last file among `overrides` holds at every start: a scheduler hands a job the
-    same arguments, but for those that the job itself sets, such as the address of its retrieval server.
+    `section.field=value` after the last file among `overrides` applies at every start: a scheduler passes the same
+    arguments each time, except those that the job itself sets, such as its retrieval server's address.
 
     Args:
-        kept: written by `keep`; None, or not there: a first start.
-        tells: this process says what the files now say otherwise.
+        kept: written by `keep`; None or missing: a first start.
+        tells: this process reports how the files differ now.
 
     Raises:
         ConfigError: one line; as `load_config`.
@@ -39,13 +39,13 @@ def load_as_started(kept: Path | None, path: str, overrides: Sequence[str], *, t
 
 
 def keep(kept: Path, config: RunConfig) -> None:
-    """Write down what the job was started with, unless that is known already; one process calls this."""
+    """Record what the job was started with, unless recorded already; one process calls this."""
     if not kept.exists():
         write_text(kept, dump_config(config))
 
 
 def _told_live(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
-    """What the files that the job names say otherwise by now, and that it is not followed."""
+    """Return how the job's files differ by now, and that the job ignores it."""
     try:
         live = load_config(path, overrides)
     except ConfigError as error:

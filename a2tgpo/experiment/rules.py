@@ -1,4 +1,4 @@
-"""Which settings make a run the experiment that it is, and which may change from one start to the next."""
+"""Which settings identify an experiment, and which may change from one start to the next."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from a2tgpo.config.run import RunConfig
 Changes = dict[str, tuple[Any, Any]]
 """(before, now) by setting."""
 PLACES = ("run.name", "run.root")
-"""They say where a run lies, not what it is."""
+"""They name a run's place, which does not identify the experiment."""
 MAX_TOLD = 12
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What of a configuration a program compares. A prefix that ends with a dot stands for a whole section."""
+    """Which settings a program compares. A prefix that ends with a dot means a whole section."""
 
     used: tuple[str, ...]
-    """Prefixes of the settings that the program reads; others are not compared."""
+    """Prefixes of the settings that the program uses; others are not compared."""
     free: tuple[str, ...]
-    """Prefixes of settings that may change between two starts: they do not change what is learned."""
+    """Prefixes of settings that may change between two starts, because they do not change what is learned."""
 
     def is_used(self, key: str) -> bool:
         return key.startswith(self.used) and key not in PLACES
 
     def is_free(self, key: str, config: RunConfig) -> bool:
-        """Whether `key` may change; the length of the run may not where the learning rate decays over it."""
+        """Return whether `key` may change; run.steps may not if the learning rate decays over it."""
         if key == "run.steps":
             return config.update.lr_schedule == "constant"
         return key.startswith(self.free)
@@ -78,15 +78,15 @@ WARM_START = Rules(
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What a checkpoint says of the configuration it was made with: values by dotted key."""
+    """Return the settings that a checkpoint records, as values by dotted key."""
     return {key: value for key, value in flat_config(config).items() if key not in PLACES}
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of `keys` in a file that `dump_config` wrote, but for those that it does not know.
+    """Return the values of `keys` in a file written by `dump_config`, without keys that it lacks.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: the file is not YAML.
     """
     sections = yaml.safe_load(text)
     found = {}
@@ -100,22 +100,22 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """What differs of the keys that both have: an earlier version of the program knew fewer."""
+    """Return the values that differ, of the keys in both: earlier versions of the program had fewer keys."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 
 def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
-    """How `config` differs from the one that `dump_config` wrote as `text`, in what `rules` compares.
+    """Return how `config` differs from `text`, written by `dump_config`, in the settings that `rules` compares.
 
     Raises:
-        yaml.YAMLError: `text` is no YAML.
+        yaml.YAMLError: `text` is not YAML.
     """
     keys = [key for key in flat_config(config) if rules.is_used(key)]
     return changes(written_settings(text, keys), written_settings(dump_config(config), keys))
 
 
 def told(changed: Changes) -> str:
-    """The changes in one line: setting before -> now, ..."""
+    """Format the changes in one line: setting before -> now, ..."""
     said = [f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:MAX_TOLD]]
     more = f" and {len(changed) - MAX_TOLD} more" if len(changed) > MAX_TOLD else ""
     return ", ".join(said) + more

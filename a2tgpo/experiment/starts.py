@@ -1,7 +1,7 @@
-"""The starts of an experiment, kept in its folder: config.N.yaml and env.N.txt of the N-th, config.yaml of the last.
+"""The starts of an experiment, in its folder: config.N.yaml and env.N.txt of the N-th, config.yaml of the last.
 
-A start is compared with the one before it. What changed is refused, unless it is accepted for this start; what may
-change freely is said.
+Each start is compared with the one before. A change is refused unless this start accepts it; changes of free settings
+are only reported.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ class Difference:
     """How a start differs from the one before it."""
 
     refused: Changes = field(default_factory=dict)
-    """What makes it another experiment."""
+    """Changes that make it another experiment."""
     said: Changes = field(default_factory=dict)
-    """What may change."""
+    """Changes that are allowed."""
 
 
 def number_of_starts(folder: Path) -> int:
-    """Starts that `folder` has a record of."""
+    """Return the number of starts recorded in `folder`."""
     names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
     return max((int(match[1]) for name in names if (match := _STARTED.fullmatch(name))), default=0)
 
 
 def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
-    """How a start with `config` now would differ from the last one in `folder`.
+    """Return how a start with `config` would differ from the last start in `folder`.
 
     Raises:
         ConfigError: one line; the last start's record cannot be read.
@@ -68,14 +68,14 @@ def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
 
 
 def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool, done: str) -> None:
-    """Compare a start with `config` with the last one in `folder`, and say what changed; one process calls this.
+    """Compare a start's `config` with the last start and report the changes; one process calls this.
 
     Args:
-        accept: go on with all that changed.
-        done: how far the experiment is, in a few words.
+        accept: continue despite all changes.
+        done: the experiment's progress, in a few words.
 
     Raises:
-        ConfigError: one line; something changed that makes it another experiment, and `accept` is False.
+        ConfigError: one line; a change makes it another experiment, and `accept` is False.
     """
     found = difference(folder, config, rules)
     if found.refused and not accept:
@@ -89,7 +89,7 @@ def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool,
 
 
 def record_start(folder: Path, config: RunConfig) -> None:
-    """Keep what this start runs with; one process calls this, which holds the folder."""
+    """Record what this start runs with; call in the process that holds the folder."""
     number = number_of_starts(folder) + 1
     text = dump_config(config)
     write_text(folder / f"config.{number}.yaml", text)
@@ -98,7 +98,7 @@ def record_start(folder: Path, config: RunConfig) -> None:
 
 
 def whose(folder: Path) -> str:
-    """Who began the experiment in `folder`, when, and in which job, in a few words."""
+    """Return who began the experiment in `folder`, when, and in which job, in a few words."""
     first = _environment(folder, 1)
     if not first:
         return "another run's folder"
@@ -111,7 +111,7 @@ def _last_environment(folder: Path) -> dict[str, str]:
 
 
 def _environment(folder: Path, number: int) -> dict[str, str]:
-    """Of the start `number`; empty: it is not known."""
+    """Return the environment of start `number`; empty if unknown."""
     try:
         return parse_environment((folder / f"env.{number}.txt").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

@@ -1,8 +1,8 @@
-"""A run's recorded rollouts: `rollouts/step_N/replica_R_of_D.jsonl.zst`, a file of each of D data-parallel replicas.
+"""A run's recorded rollouts: `rollouts/step_N/replica_R_of_D.jsonl.zst`, one file per data-parallel replica (D).
 
-A line is a trajectory as JSON, with texts beside the tokens and, by turn, advantage, clip scale and ratio. Files of a
-step can be unpacked one after another: `zstd -dc rollouts/step_N/*`. Earlier versions wrote one file a step,
-`rollouts/step_N.jsonl.zst`, which is read as well.
+Each line is a trajectory as JSON: tokens, their texts, and per turn the advantage, clip scale and ratio. A step's
+files can be unpacked in sequence: `zstd -dc rollouts/step_N/*`. Earlier versions wrote one file per step,
+`rollouts/step_N.jsonl.zst`, which can be read too.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ FOLDER = "rollouts"
 _PART = re.compile(r"replica_(\d+)_of_(\d+)\.jsonl\.zst")
 _STEP = re.compile(r"step_(\d+)(\.jsonl\.zst)?")
 _LEVEL = 1
-"""Of zstd: its default level takes several times as long, for files that are a tenth smaller."""
+"""Level of zstd: its default takes several times as long, for files that are a tenth smaller."""
 
 _MAX_RANGES = 6
 
 
 def part_path(run_dir: Path, step: int, *, replica: int, num_replicas: int) -> Path:
-    """Where replica `replica` of `num_replicas` writes its trajectories of step `step`, counted from 1."""
+    """Return the file of data-parallel replica `replica` of `num_replicas` for step `step`, counted from 1."""
     return run_dir / FOLDER / f"step_{step}" / f"replica_{replica}_of_{num_replicas}.jsonl.zst"
 
 
 def write_part(records: Iterable[dict], path: Path) -> None:
-    """Write one file, complete or not at all, holding one record at a time in memory. An OSError names `path`.
+    """Write one file atomically, with one record at a time in memory. An OSError names `path`.
 
-    What an earlier attempt at the step left with another number of replicas, or as one file, is then removed.
+    Then remove files of an earlier attempt at the step with another number of replicas or in one file.
     """
     encoder = msgspec.json.Encoder()
     with (
@@ -55,7 +55,7 @@ def write_part(records: Iterable[dict], path: Path) -> None:
 
 
 def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
-    """The files of every step that is recorded completely, ascending; a step that lacks a part is left out."""
+    """Return the files of every completely recorded step, ascending; steps that lack a part are left out."""
     found: dict[int, list[Path]] = {}
     for step, entry in step_paths(run_dir):
         files = _complete(entry) if entry.suffix == "" else [entry]
@@ -65,7 +65,7 @@ def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, its folder, or its file of an earlier version) of what is recorded, complete or not, in any order."""
+    """Return (step, its folder or its file of an earlier version) of all steps, complete or not, in any order."""
     folder = run_dir / FOLDER
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = ((_STEP.fullmatch(entry.name), entry) for entry in entries)
@@ -73,7 +73,7 @@ def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def step_ranges(steps: Iterable[int]) -> str:
-    """`steps`, ascending, in a few words such as "100, 200, 301 to 340"; of many ranges the first and the last."""
+    """Format ascending `steps` like "100, 200, 301 to 340"; of many ranges, only the first and the last."""
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and step == ranges[-1][1] + 1:
@@ -87,26 +87,26 @@ def step_ranges(steps: Iterable[int]) -> str:
 
 
 def read_step(files: Iterable[Path]) -> list[dict]:
-    """The records in the files of one step, by prompt and sample.
+    """Return the records in the files of one step, sorted by prompt and sample.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: the path of a file that is damaged.
+        ValueError: a file is damaged; its message is the path.
     """
     records = [record for path in files for record in read_part(path)]
     with contextlib.suppress(
         TypeError, KeyError
-    ):  # not what this program writes; the caller shows it or refuses it
+    ):  # not a file of this program; the caller shows or refuses it
         records.sort(key=lambda record: (record["prompt_index"], record["sample_index"]))
     return records
 
 
 def read_part(path: Path) -> list[dict]:
-    """The records in one file, in its order. Raises as `read_step`."""
+    """Return the records in one file, in order. Raises as `read_step`."""
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     try:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        # A file cut short raises nothing.
+        # A truncated file raises nothing.
         records = [json.loads(line) for line in lines if line] if decompressor.eof else None
     except (zstandard.ZstdError, ValueError, RecursionError):
         records = None
@@ -116,7 +116,7 @@ def read_part(path: Path) -> list[dict]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """The parts of a step's folder by replica; none unless all are there."""
+    """Return the parts of a step's folder by replica; empty unless all exist."""
     numbers = {}
     with contextlib.suppress(OSError):  # no folder, or the run has just removed it
         numbers = {path: _numbers(path) for path in folder.iterdir()}
@@ -128,6 +128,6 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _numbers(path: Path) -> tuple[int, int] | None:
-    """(replica, number of replicas) by a part's name; None for other files."""
+    """Parse (replica, number of replicas) from a part's name; None for other files."""
     match = _PART.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None

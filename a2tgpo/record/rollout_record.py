@@ -1,4 +1,4 @@
-"""One trajectory of a step as it is recorded, and as a person reads it."""
+"""One trajectory of a step as a JSON record, and as text for a person."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def to_record(
     *,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
-    """JSON types only: the trajectory, its texts, and what its turns were trained with.
+    """Convert a trajectory, its texts and its turns' training values to JSON types.
 
     Args:
         turn_values: [N, T + 1] by name; a value that is not finite becomes None.
-        row: the trajectory's in each of them.
+        row: the trajectory's row in each of them.
     """
     record = trajectory.to_dict()
     for column, turn in enumerate(record["turns"]):
@@ -39,7 +39,7 @@ def to_record(
 
 
 def as_text(record: dict) -> str:
-    """One rollout for a person to read."""
+    """Format one rollout for a person to read."""
     lines = [
         f"prompt {record['prompt_id']} sample {record['sample_index']}: reward {record['outcome_reward']:g}, "
         f"EM {record['exact_match']:g}, stopped by {record['stop_reason']}",

@@ -1,4 +1,4 @@
-"""Keeps a run's recorded rollouts within a number of gigabytes: the oldest steps go, every hundredth last."""
+"""Limit the size of a run's recorded rollouts: remove the oldest steps first, every hundredth step last."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from a2tgpo.record.rollout_files import step_paths
 
 LASTING_EVERY = 100
-"""Steps whose number is a multiple of this go last, so that a long run can be read from its beginning."""
+"""Steps whose number is a multiple of this are removed last, so that a long run can be read from its beginning."""
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutRetention:
-    """Removes recorded rollouts of one run; one process uses one.
+    """Removes recorded rollouts of one run; create one per run, in one process.
 
     Args:
         run_dir: the run's folder.
-        keep_gb: most that recorded rollouts may take, GB of 10^9 bytes; 0: no limit.
+        keep_gb: limit of all recorded rollouts, GB of 10^9 bytes; 0: no limit.
     """
 
     def __init__(self, run_dir: Path, *, keep_gb: float):
         self._run_dir = run_dir
         self._keep_gb = keep_gb
         self._sizes: dict[Path, int] = {}
-        """Bytes of the steps that do not change any more."""
+        """Bytes of the steps whose files are final."""
         self._has_said = False
 
     def trim(self, covered: int) -> None:
-        """Remove what is too much of the steps up to `covered`, which a run that goes on does not play again.
+        """Remove steps before `covered` until the limit is met; a resumed run does not replay those.
 
-        The steps after it and the step `covered` itself stay. What cannot be removed is left alone.
+        Step `covered` and later steps stay. Files that cannot be removed are ignored.
         """
         if not self._keep_gb:
             return

@@ -1,6 +1,6 @@
-"""What rank 0 shows of a step's rollouts: gains by turn, and the texts of the best and the worst.
+"""Select what rank 0 shows of a step's rollouts: gains by turn, and the texts of the best and the worst.
 
-Of every trajectory the replicas exchange its place, reward and gains; only the chosen texts go to rank 0.
+Replicas exchange each trajectory's place, reward and gains; only the chosen texts are sent to rank 0.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from a2tgpo.trajectory import Trajectory
 
 
 class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
-    """What is compared of one trajectory."""
+    """The values of one trajectory that are compared."""
 
     prompt_index: int
     sample_index: int
     reward: float
     gains: tuple[float | None, ...]
-    """Of its process turns; None where a gain was not computed."""
+    """Gains of its process turns; None where a gain was not computed."""
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> RolloutSummary:
@@ -30,12 +30,12 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def worth(self) -> tuple[float, float]:
-        """Orders rollouts: reward, then the sum of gains."""
+        """Sort key: reward, then the sum of gains."""
         return self.reward, sum(gain or 0.0 for gain in self.gains)
 
 
 def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups) -> list[RolloutSummary]:
-    """Those of all replicas by prompt and sample; the first rank of every replica must call this."""
+    """Return the summaries of all replicas, by prompt and sample; the first rank of every replica must call this."""
     own = msgspec.msgpack.encode([RolloutSummary.of(trajectory) for trajectory in trajectories])
     parts = all_gather_object(own, groups.dp_group)
     summaries = [s for part in parts for s in msgspec.msgpack.decode(part, type=list[RolloutSummary])]
@@ -43,9 +43,9 @@ def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups)
 
 
 def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str, RolloutSummary]:
-    """`count` of the rollouts, by name: the best (best_0, ...) and the worst (worst_0, ...) in reward, then in gain.
+    """Choose `count` rollouts: the best (best_0, ...) and the worst (worst_0, ...) by reward, then by gain.
 
-    Where there are not enough rollouts no one is shown twice.
+    If there are too few rollouts, none is shown twice.
     """
     ordered = sorted(summaries, key=lambda summary: summary.worth, reverse=True)
     num_best = min((count + 1) // 2, len(ordered))
@@ -55,7 +55,7 @@ def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str,
 
 
 def gains_by_turn(summaries: Sequence[RolloutSummary]) -> dict[int, list[float]]:
-    """Every computed gain of the step, by turn index from 1."""
+    """Return every computed gain of the step, by turn index from 1."""
     gains: dict[int, list[float]] = {}
     for summary in summaries:
         for turn_index, gain in enumerate(summary.gains, start=1):
@@ -70,14 +70,14 @@ def gather_texts(
     text_of: Callable[[int], str],
     groups: ParallelGroups,
 ) -> dict[str, str]:
-    """On rank 0 the texts of the `chosen` rollouts by name, in order; {} elsewhere.
+    """Return the texts of the `chosen` rollouts on rank 0, by name, in order; {} elsewhere.
 
     The first rank of every replica must call this.
 
     Args:
         chosen: equal on all callers.
         trajectories: this replica's share.
-        text_of: the text of trajectory `row` of them.
+        text_of: returns the text of the trajectory at a row.
     """
     rows = {(t.prompt_index, t.sample_index): row for row, t in enumerate(trajectories)}
     places = {name: (summary.prompt_index, summary.sample_index) for name, summary in chosen.items()}

@@ -1,4 +1,4 @@
-"""Writes a step's rollouts beside the training."""
+"""Write a step's rollouts in the background, during training."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutWriter:
-    """Writes one replica's part of one step at a time, in a thread; the first rank of every replica uses one.
+    """Writes one replica's part of one step at a time, in a thread; the first rank of every replica creates one.
 
     Args:
         run_dir: the run's folder.
-        replica: this data-parallel replica.
+        replica: index of this data-parallel replica.
         num_replicas: of the run.
-        tokenizer: the policy's; decoding is safe beside other uses of it.
+        tokenizer: the policy's; concurrent decoding is safe.
     """
 
     def __init__(self, run_dir: Path, *, replica: int, num_replicas: int, tokenizer: PreTrainedTokenizerBase):
@@ -43,7 +43,7 @@ class RolloutWriter:
     def start(
         self, step: int, trajectories: Sequence[Trajectory], turn_values: Mapping[str, torch.Tensor]
     ) -> None:
-        """Begin to write `step`, after the step before is written; nothing passed here may change any more.
+        """Start writing `step`, once the step before is written; the arguments must not change afterwards.
 
         Args:
             trajectories: this replica's share.
@@ -51,14 +51,14 @@ class RolloutWriter:
         """
         self.wait()
         self._step = step
-        # Not a daemon: a program that fails for another reason still ends with whole files.
+        # Not a daemon, so that a program that fails elsewhere still completes the files.
         self._thread = threading.Thread(
             target=self._write, args=(step, trajectories, turn_values), name="rollouts"
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Return once what was started is on disk, or has failed, which costs a warning and not the run."""
+        """Wait until the started step is on disk or has failed; a failure logs a warning and the run continues."""
         if self._thread is None:
             return
         self._thread.join()
@@ -76,7 +76,7 @@ class RolloutWriter:
             raise error
 
     def take_failures(self) -> int:
-        """Steps that could not be written, as far as is known, since the last call."""
+        """Return the number of steps known to have failed since the last call."""
         failures, self._num_failures = self._num_failures, 0
         return failures
 
@@ -90,5 +90,5 @@ class RolloutWriter:
         )
         try:
             write_part(records, path)
-        except BaseException as error:  # raised, or told, where it is waited for
+        except BaseException as error:  # raised or reported by `wait`
             self._error = error

@@ -1,11 +1,11 @@
 """Exact match and token F1 between an answer and its golds, after SQuAD normalisation (Eq. 14).
 
-SQuAD's rules know ASCII punctuation and words between spaces. Text that holds another script than Latin is therefore
-brought to Unicode's compatibility form (full-width digits and letters become plain ones), loses all punctuation, and
-for F1 every character of a script written without spaces counts as a word. Text in Latin letters is treated by
-SQuAD's rules alone, so that scores compare with published ones; but in any text a letter and its accent are one
-character, and what cannot be seen does not count. (Some tokenizers compose what they read: their policies could never
-write a gold that is not.)
+SQuAD's rules cover ASCII punctuation and words between spaces. Text with letters of another script than Latin is
+therefore converted to Unicode's compatibility form (full-width digits and letters become plain) and stripped of all
+punctuation; for F1, each character of a script without spaces is a word. Text in Latin letters follows SQuAD's rules
+alone, so that scores compare with published ones. In any text, a letter and its accent are one character, and
+invisible characters are ignored. (Some tokenizers compose their input, so their policies could not write a gold
+answer that is not composed.)
 """
 
 import re
@@ -24,26 +24,26 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; empty only for a blank `text`.
+    """Normalise to lower case, without punctuation and articles, single spaces; empty only for a blank `text`.
 
-    What would disappear, such as "A" or "The The", stays as it was written: it equals the same text alone.
+    A text that would vanish, such as "A" or "The The", stays as written and equals only the same text.
     """
     return _normalized(text) or " ".join(text.split())
 
 
 def is_kept_as_written(text: str) -> bool:
-    """Whether normalisation would leave nothing of `text`, so that it is compared as it is."""
+    """Return whether normalisation would leave nothing of `text`, so that it is compared as written."""
     return not _normalized(text)
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
-    """1.0 if the normalised answer equals any normalised gold, else 0.0; an empty answer equals none."""
+    """Return 1.0 if the normalised answer equals any normalised gold answer, else 0.0; 0.0 for an empty answer."""
     normalized = normalize_answer(answer)
     return float(bool(normalized) and any(normalized == normalize_answer(gold) for gold in golds))
 
 
 def f1_score(answer: str, golds: Sequence[str]) -> float:
-    """Best token F1 over the golds; yes, no and noanswer match only as a whole."""
+    """Return the best token F1 over the gold answers; yes, no and noanswer match only as a whole."""
     return max((_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golds), default=0.0)
 
 
@@ -71,7 +71,7 @@ def _normalized(text: str) -> str:
 
 
 def _is_of_another_script(letter: str) -> bool:
-    """A letter that is not Latin, or a full-width form; signs that Latin text may hold as well are neither."""
+    """Return whether this is a letter that is not Latin, or a full-width form; not for signs that Latin text uses."""
     if unicodedata.east_asian_width(letter) in "FW":
         return unicodedata.category(letter) != "So"  # emoji
     is_letter = ord(letter) >= 0x370 and letter.isalpha() and not 0x2000 <= ord(letter) < 0x2C00

@@ -1,4 +1,4 @@
-"""Information gain of a turn: how much the gold answer became more probable (Eq. 2-3)."""
+"""Information gain of a turn: how much the gold answer's probability increased (Eq. 2-3)."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
-    """Length-normalised log-probability of one answer, nats; None if it is empty or not finite."""
+    """Return one answer's length-normalised log-probability, nats; None if it is empty or not finite."""
     if not answer_logprobs:
         return None
     mean = math.fsum(answer_logprobs) / len(answer_logprobs)
@@ -14,28 +14,28 @@ def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
 
 
 def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
-    """The best alias's length-normalised log-probability; None unless every alias could be scored.
+    """Return the best alias's length-normalised log-probability; None if any alias could not be scored.
 
-    The maximum must run over the same aliases after every turn, or a gain could come from a missing alias.
+    The maximum must cover the same aliases after every turn; otherwise a missing alias could cause a gain.
     """
     means = [mean_logprob(logprobs) for logprobs in aliases]
     return max((m for m in means if m is not None), default=None) if None not in means else None
 
 
 def answer_probability(logprob: float | None) -> float | None:
-    """P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)); `logprob` is that mean."""
+    """Return P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)); `logprob` is that mean."""
     return None if logprob is None else math.exp(logprob)
 
 
 def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability") -> list[float | None]:
-    """ig_t for t = 1..n from the answer's length-normalised log-probability in contexts c_0..c_n.
+    """Compute ig_t for t = 1..n from the gold answer's length-normalised log-probability in contexts c_0..c_n.
 
     Args:
         logprobs: n + 1 values, nats; None where a context could not be scored.
         measure: "probability" (difference of P, Eq. 3) or "log_probability" (difference of log P).
 
     Returns:
-        n gains; None where either neighbour is missing, so that a failure never shifts another turn.
+        n gains; None if either neighbour is missing, so that a failure never shifts another turn.
     """
     values = [answer_probability(p) for p in logprobs] if measure == "probability" else list(logprobs)
     return [

@@ -1,4 +1,4 @@
-"""The outcome reward: exact match behind a format gate (Eq. 13-15)."""
+"""The outcome reward: exact match, if the format is right (Eq. 13-15)."""
 
 import functools
 import re
@@ -17,12 +17,12 @@ _ANSWER_TAG = re.compile(r"</?answer>")
 
 @dataclass(frozen=True, kw_only=True)
 class OutcomeScore:
-    """What one response is worth."""
+    """Reward, EM and F1 of one response."""
 
     reward: float
-    """EM if the format holds, else -1."""
+    """EM if the format is right, else -1."""
     exact_match: float
-    """EM of the extracted answer, whether or not the format holds; 0.0 if none can be extracted."""
+    """EM of the extracted answer, whether or not the format is right; 0.0 if none can be extracted."""
     f1: float
     format_ok: bool
     answer: str | None
@@ -30,14 +30,14 @@ class OutcomeScore:
 
 
 def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None = "") -> str:
-    """The text the format is judged on: what the policy wrote, with every tool result emptied.
+    """Return the text whose format is judged: the policy's text, with every observation emptied.
 
-    Retrieved passages may contain tags of their own; they must not count for or against the policy.
+    Retrieved passages may contain tags, which must not affect the policy's reward.
 
     Args:
-        turns: the decoded text of each turn, and whether the environment answered it with a result.
-        opening_tags: <think> and </think> that the prompt ends with, which belong to the response; None: not known,
-            and a thought that the response closes first counts as opened there.
+        turns: the decoded text of each turn, and whether it got an observation.
+        opening_tags: <think> and </think> at the end of the prompt, which belong to the response; None: unknown, so a
+            response that first closes a thought is assumed to have it opened by the prompt.
     """
     text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
     if opening_tags is None:
@@ -48,10 +48,10 @@ def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None =
 def score_response(
     response: str, golds: Sequence[str], *, tools: tuple[str, ...] = SEARCH_ONLY
 ) -> OutcomeScore:
-    """Reward, EM and F1 of a whole response (all turns, `<result>` blocks included).
+    """Return reward, EM and F1 of a whole response (all turns, `<result>` blocks included).
 
     Args:
-        tools: names of the tools, which are the tags that call them.
+        tools: names of the tools, which are also the tags of their calls.
     """
     answer = extract_answer(response)
     format_ok = answer is not None and is_well_formed(response, tools=tools)
@@ -66,7 +66,7 @@ def score_response(
 
 
 def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
-    r"""Balanced thought, exactly one answer with a `\boxed{...}` in it, every tool call answered by one result."""
+    r"""Check for balanced thoughts, exactly one answer with a `\boxed{...}`, and one result per tool call."""
     return (
         _is_balanced(THINK_TAG.findall(response), "<think>")
         and _ANSWER_TAG.findall(response) == ["<answer>", "</answer>"]
@@ -77,10 +77,10 @@ def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bo
 
 
 def extract_answer(response: str) -> str | None:
-    r"""Content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
+    r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
 
-    A `\boxed` followed by a space boxes the rest of the block up to a `$`, whatever follows, as in the authors' code
-    (and in the MATH data set's, where it comes from).
+    A `\boxed` followed by a space boxes the rest of the block up to a `$`, as in the authors' code and in the MATH
+    data set's, its origin.
     """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None
@@ -111,7 +111,7 @@ def _is_balanced(tags: list[str], opening: str) -> bool:
 
 
 def _calls_are_answered(tags: list[str], tools: tuple[str, ...]) -> bool:
-    """The tags are whole exchanges: <NAME> </NAME> <result> </result>, again and again."""
+    """Check that the tags form complete exchanges: <NAME> </NAME> <result> </result>, repeated."""
     exchanges = {(f"<{name}>", f"</{name}>", "<result>", "</result>") for name in tools}
     return len(tags) % 4 == 0 and all(tuple(tags[i : i + 4]) in exchanges for i in range(0, len(tags), 4))
 

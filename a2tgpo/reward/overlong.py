@@ -1,17 +1,17 @@
-"""DAPO's soft overlong penalty: a response that comes near its token limit loses reward little by little."""
+"""DAPO's soft overlong penalty: a response near its token limit gradually loses reward."""
 
 
 def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
-    """What is added to the outcome reward of a response (DAPO, arXiv 2503.14476, Eq. 13).
+    """Return the penalty to add to a response's outcome reward (DAPO, arXiv 2503.14476, Eq. 13).
 
-    0 up to `max_tokens` - `buffer_tokens`, then falling in a straight line to -`penalty` at `max_tokens`, and
-    -`penalty` beyond.
+    0 up to `max_tokens` - `buffer_tokens`, then falling linearly to -`penalty` at `max_tokens`, and -`penalty`
+    beyond.
 
     Args:
-        num_tokens: length of the response, sampled and observation tokens: what `max_tokens` limits.
+        num_tokens: length of the response, sampled and observation tokens, as limited by `max_tokens`.
         max_tokens: `rollout.max_response_tokens`.
         buffer_tokens: L_cache; 0: no penalty at any length.
-        penalty: of a response of full length, >= 0; 1 in the paper.
+        penalty: for a response of full length, >= 0; 1 in the paper.
     """
     if buffer_tokens == 0:
         return 0.0

@@ -1,1 +1,1 @@
-"""An exported agent behind an HTTP interface: its protocol on disk, the queue of questions, the endpoint."""
+"""Serve an exported agent over HTTP: its protocol on disk, the queue of questions, the endpoint."""

@@ -1,4 +1,4 @@
-"""What an exported model must be played with, in a file beside its weights."""
+"""The protocol that an exported model must be played with, in a file beside its weights."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _FIELDS = {
 
 
 def write_agent_file(folder: Path, config: RunConfig) -> None:
-    """Write the agent's protocol to `folder`/agent.json: a configuration that every program here takes.
+    """Write the agent's protocol to `folder`/agent.json, a configuration that every program accepts.
 
-    It holds instructions, template variables, tools with their settings, and the limits of a rollout. Question files
-    and what only training needs are left out; `model.path` is `folder`.
+    It has instructions, template variables, tools with their settings, and the limits of a rollout, without question
+    files and training settings; `model.path` is `folder`.
 
     Raises:
-        OSError: it cannot be written; names the file.
+        OSError: the file cannot be written; names the file.
     """
     sections = yaml.safe_load(dump_config(config))
     kept: dict[str, Any] = {

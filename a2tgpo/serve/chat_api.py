@@ -37,14 +37,14 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """Body of POST /v1/chat/completions; what is not listed is refused, since it would not be obeyed."""
+    """Body of POST /v1/chat/completions; other fields are refused, because they would have no effect."""
 
     model_config = ConfigDict(extra="forbid")
 
     messages: list[Message] = Field(min_length=1)
     model: str = ""
     temperature: float | None = None
-    """0: the most probable token; None: the temperature of training. No other is known."""
+    """0: greedy; None: the temperature of training. Other values are refused."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
@@ -52,7 +52,7 @@ class ChatRequest(BaseModel):
 
 
 class BadRequestError(Exception):
-    """One line for the client."""
+    """The request is invalid; the message is one line for the client."""
 
 
 def build_app(
@@ -64,14 +64,14 @@ def build_app(
     max_prompt_tokens: int,
     token: str | None = None,
 ) -> FastAPI:
-    """The endpoint over `inbox`.
+    """Build the endpoint over `inbox`.
 
     Args:
-        template: puts a question to the model.
+        template: renders a question for the model.
         name: of the model.
         temperature: of training, `rollout.temperature`.
         max_prompt_tokens: longest prompt, `data.max_prompt_tokens`.
-        token: that clients must send; None: none.
+        token: bearer token that clients must send; None: no token is required.
     """
     app = FastAPI(title="a2tgpo agent", version="1")
     app.add_middleware(RequestLimits, token=token, max_body_bytes=MAX_BODY_BYTES, max_requests_per_s=0.0)
@@ -109,7 +109,7 @@ def build_app(
 def _order(
     request: ChatRequest, template: PromptTemplate, temperature: float, max_prompt_tokens: int
 ) -> Order:
-    """What is to be played; BadRequestError if the agent cannot do what is asked."""
+    """Convert a request to an order; BadRequestError if the agent cannot do it."""
     if [message.role for message in request.messages] != ["user"]:
         raise BadRequestError(
             "messages: give one message of role user; the agent has its own instructions and remembers nothing"
@@ -122,7 +122,7 @@ def _order(
     tokens = template.render(question)
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
-    # A seed repeats a draw whatever is played beside it; without one each request draws its own.
+    # A seed repeats its draw whatever is played concurrently; without one, each request gets its own.
     seed = secrets.randbits(32) if request.seed is None else request.seed
     prompt = Prompt(index=0, id=f"chat-{seed}", question=question, answers=(), tokens=tokens)
     return Order(prompt=prompt, is_greedy=request.temperature == 0)

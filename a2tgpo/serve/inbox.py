@@ -1,4 +1,4 @@
-"""Questions that wait to be played, a bounded number of them, and where their answers go."""
+"""A bounded queue of questions to be played, with futures of their answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 
 class InboxFullError(Exception):
-    """As many questions wait as may."""
+    """The queue is full."""
 
 
 class InboxClosedError(Exception):
-    """Nothing is played any more."""
+    """The queue is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """What came of an order."""
+    """The result of an order."""
 
     trajectory: Trajectory
     texts: tuple[str, ...]
-    """What the policy wrote, turn by turn."""
+    """The policy's text of each turn."""
 
 
 @dataclass(kw_only=True)
@@ -43,10 +43,10 @@ class Waiting:
 
 
 class Inbox:
-    """Between the threads that take requests and the one that plays.
+    """Connects the threads that take requests with the thread that plays.
 
     Args:
-        max_waiting: questions that may wait to be played.
+        max_waiting: most questions in the queue.
     """
 
     def __init__(self, *, max_waiting: int):
@@ -59,11 +59,11 @@ class Inbox:
         return len(self._waiting)
 
     def put(self, order: Order) -> Future[Played]:
-        """Where what comes of `order` will be.
+        """Queue `order`; return a future of its result.
 
         Raises:
-            InboxFullError: too many wait.
-            InboxClosedError: it is closed.
+            InboxFullError: the queue is full.
+            InboxClosedError: the queue is closed.
         """
         waiting = Waiting(order=order)
         with self._changed:
@@ -76,9 +76,9 @@ class Inbox:
         return waiting.answer
 
     def take(self, most: int, *, timeout_s: float) -> list[Waiting]:
-        """Up to `most` that are played alike (greedy or drawn), the longest waiting first.
+        """Return up to `most` orders of one kind (greedy or drawn), the longest waiting first.
 
-        Those whose client has gone are left out. Empty where none came within `timeout_s`.
+        Skips orders whose client has left. Empty if none came within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -97,7 +97,7 @@ class Inbox:
         return [entry for entry in alike if entry.answer.set_running_or_notify_cancel()]
 
     def close(self) -> None:
-        """Take no more questions, and refuse those that wait."""
+        """Accept no more questions, and refuse the waiting ones."""
         with self._changed:
             self._is_closed = True
             for entry in self._waiting:

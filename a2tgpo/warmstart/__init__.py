@@ -1,1 +1,1 @@
-"""Supervised warm start: a model learns the format, and the first good habits, from demonstrations."""
+"""Supervised warm start: train a model on demonstrations of the format and of useful behaviour."""

@@ -19,7 +19,7 @@ from a2tgpo.update.train_step import LossFunction
 def my_microbatches(
     chosen: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups, align: Alignment
 ) -> list[PackedBatch]:
-    """This replica's share of `chosen`, packed; every rank must call this and reaches the same split."""
+    """Pack this replica's share of `chosen`; every rank must call this, and all get the same split."""
     lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
     mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
@@ -32,7 +32,7 @@ def my_microbatches(
 def token_weights(
     batches: Sequence[PackedBatch], chosen: Sequence[Trajectory], *, observation_weight: float
 ) -> list[Tensor]:
-    """Per micro-batch [T] float32: each target's weight in the step's loss; they add up to 1 over all ranks."""
+    """Return each target's weight in the step's loss, [T] float32 per micro-batch; all ranks' weights sum to 1."""
     num_sampled = sum(trajectory.num_sampled_tokens for trajectory in chosen)
     num_predicted = sum(packed_length(trajectory) for trajectory in chosen)
     total = max(1.0, num_sampled + observation_weight * (num_predicted - num_sampled))
@@ -44,7 +44,7 @@ def token_weights(
 
 
 def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list[PackedBatch]:
-    """The micro-batches with log-probs at every token that has a weight."""
+    """Return the micro-batches with log-probs requested at every token with a weight."""
     return [
         dataclasses.replace(batch, loss_mask=weight[None] > 0)
         for batch, weight in zip(batches, weights, strict=True)
@@ -52,7 +52,7 @@ def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list
 
 
 def cross_entropy(weights: Sequence[Tensor]) -> LossFunction:
-    """Weighted sum of -log p over the tokens of each micro-batch."""
+    """Return a loss: the weighted sum of -log p over the tokens of each micro-batch."""
 
     def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return -(weights[number].to(logprobs.device) * logprobs).sum(), {}

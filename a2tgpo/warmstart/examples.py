@@ -24,17 +24,17 @@ class Examples:
     trained: list[Trajectory]
     held_out: list[Trajectory]
     fingerprint: str
-    """Of all tokens that are trained on, in their order."""
+    """Fingerprint of all trained tokens, in order."""
 
 
 def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
-    """All demonstrations, rendered, tokenised and divided.
+    """Render, tokenise and split all demonstrations.
 
     Args:
-        date: what the prompts tell as today's.
+        date: the current date in the prompts.
 
     Raises:
-        ConfigError: one line; source or demonstrations cannot be used, or too few are left to train on.
+        ConfigError: one line; source or demonstrations cannot be used, or too few remain for training.
     """
     settings = config.warmstart
     try:
@@ -67,9 +67,9 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """The questions, `share` of all, whose demonstrations are held out: by a hash, not by their place in the file.
+    """Choose the questions, `share` of all, whose demonstrations are held out, by hash rather than by file order.
 
-    All demonstrations of a question are on the same side, and a file that grows moves few of them.
+    All demonstrations of a question are on the same side, and a growing file moves few of them.
     """
     questions = {demonstration.question.question for demonstration in demonstrations}
 

@@ -1,4 +1,4 @@
-"""The folder of a warm start: who holds it, what it was started as, its checkpoints until model.path is written.
+"""A warm start's folder: its lock, its identity, and its checkpoints until model.path is written.
 
 `ROOT/NAME-warmstart/`: config.yaml and config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/, checkpoints/step_N/,
 stacks/ (when something hung), holder.json.
@@ -28,7 +28,7 @@ from a2tgpo.warmstart.target import folder_of
 
 
 class WarmStartFolder:
-    """Opens, saves and restores one warm start; every rank holds one and makes the same calls."""
+    """Opens, saves and restores one warm start; every rank has one and makes the same calls."""
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -37,18 +37,18 @@ class WarmStartFolder:
         self._checkpoints = self.path / "checkpoints"
         self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
         self.saved_step = 0
-        """Of the newest checkpoint, the one under way included; 0: none."""
+        """Step of the newest checkpoint, including one being written; 0: none."""
 
     @property
     def longest_save_s(self) -> float:
         return self._writer.longest_s
 
     def open(self, resume: str, *, accept_changes: bool) -> Path | None:
-        """Make the folder and find the checkpoint to go on from; None: there is none.
+        """Create the folder and return the checkpoint to resume from; None if there is none.
 
         Args:
-            resume: auto (the newest complete checkpoint) | none (what is there is set aside).
-            accept_changes: go on where settings, code or packages are not those of the last start.
+            resume: auto (the newest complete checkpoint) | none (set the existing folder aside).
+            accept_changes: continue although settings, code or packages differ from the last start.
 
         Raises:
             ConfigError: on all ranks; one line.
@@ -75,7 +75,7 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Put a checkpoint in place; returns the state that it was saved with."""
+        """Load a checkpoint; return the state that was saved with it."""
         try:
             state = checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
@@ -93,7 +93,7 @@ class WarmStartFolder:
         schedule: LearningRateSchedule,
         state: dict[str, Any],
     ) -> None:
-        """Begin a checkpoint of `step` steps, after the one before is done; once complete, it takes their place."""
+        """Start a checkpoint of `step` steps, once the one before is done; when complete, it replaces the others."""
         self.finish_saving()
         self._writer.start(
             step,
@@ -108,10 +108,10 @@ class WarmStartFolder:
         self.saved_step = step
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint under way, if any.
+        """Wait for the checkpoint being written, if any.
 
         Raises:
-            RuntimeError: one line; it could not be written.
+            RuntimeError: one line; the checkpoint could not be written.
         """
         if fault := self._writer.wait():
             raise RuntimeError(
@@ -119,7 +119,7 @@ class WarmStartFolder:
             )
 
     def remove_checkpoints(self) -> None:
-        """The warm start is over: its model is written elsewhere."""
+        """Remove all checkpoints, once the warm start has written its model."""
         self.finish_saving()
         if self._groups.rank == 0:
             shutil.rmtree(self._checkpoints, ignore_errors=True)

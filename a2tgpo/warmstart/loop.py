@@ -1,4 +1,4 @@
-"""The warm start's loop: steps, held-out losses and checkpoints between them, and the model's folder at the end."""
+"""The warm start's loop: training steps, held-out losses and checkpoints between them, and the export at the end."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from a2tgpo.watchdog import Watchdog
 
 
 class WarmStart:
-    """Trains one configuration's warm start; every rank holds one and makes the same calls.
+    """Trains one configuration's warm start; every rank has one and makes the same calls.
 
     Args:
-        date: what the prompts tell as today's.
-        checkpoint: to go on from; None: from the beginning.
-        folder: keeps the checkpoints.
-        stop: asked before each step.
-        watchdog: told of every stage.
+        date: the current date in the prompts.
+        checkpoint: to resume from; None: start from the beginning.
+        folder: saves the checkpoints.
+        stop: polled before each step for a requested stop.
+        watchdog: receives stage changes.
 
     Raises:
-        ConfigError: one line; anything a person wrote that cannot be trained on.
+        ConfigError: one line; the configuration or its data cannot be trained on.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class WarmStart:
         )
 
     def train(self) -> bool:
-        """The remaining steps, and the model's folder; False: stopped before the end, with a checkpoint."""
+        """Run the remaining steps and write the model; return False if stopped early, with a checkpoint."""
         try:
             if self.step == 0:
                 self._evaluate()
@@ -128,7 +128,7 @@ class WarmStart:
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - begin)
 
     def _evaluate(self) -> None:
-        """The mean cross-entropy of the policy's own tokens in what is held out."""
+        """Compute the mean cross-entropy of the policy's own tokens in the held-out examples."""
         held_out, size = self.examples.held_out, self.settings.batch_size
         if not held_out:
             return
@@ -173,9 +173,9 @@ class WarmStart:
         return int(state["step"])
 
     def _export(self) -> None:
-        """Write model.path, and remove the checkpoints that it makes needless."""
+        """Write model.path, then remove the checkpoints, which are no longer needed."""
         with self.timers.stage("export"):
-            require_target(self.config)  # it may have been filled meanwhile
+            require_target(self.config)  # the folder may have been filled meanwhile
             settings = {
                 key: value for key, value in flat_config(self.config).items() if key.startswith("warmstart.")
             }
@@ -184,5 +184,5 @@ class WarmStart:
             self.folder.remove_checkpoints()
 
     def _is_due(self, every: int) -> bool:
-        """After the last step, and every so many steps (0: never in between)."""
+        """Return True after the last step and after every `every` steps (0: only after the last)."""
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)

@@ -1,7 +1,7 @@
 """Rejection sampling: a run's good rollouts become demonstrations.
 
-A rollout is taken if it ended with an answer and passes every filter; of a question's, the best few. What is refused
-is counted by the first filter that refused it.
+A rollout is accepted if it ended with an answer and passes every filter; of each question's rollouts, the best few
+are kept. Each rejected rollout counts for the first filter that rejected it.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What makes a rollout good."""
+    """Requirements for an accepted rollout."""
 
     min_reward: float | None = None
-    """Least outcome reward; None: any."""
+    """Least outcome reward; None: no minimum."""
     needs_exact_match: bool = True
     needs_format: bool = True
     max_failed_calls: int = 0
-    """Calls that the tool did not answer."""
+    """Most tool calls without an answer."""
     max_tokens: int = 0
-    """Of what the policy wrote; 0: any number."""
+    """Most tokens sampled by the policy; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A rollout that passed, with what it is chosen by."""
+    """A rollout that passed the filters, with its sort criteria."""
 
     step: int
     record: dict[str, Any]
 
     @property
     def order(self) -> tuple[float, int, int, int, int]:
-        """Best first: reward, then fewest calls, then fewest tokens, then the latest step."""
+        """Sort key, best first: reward, then fewest calls, then fewest tokens, then the latest step."""
         return (
             -self.record["outcome_reward"],
             _num_calls(self.record),
@@ -52,7 +52,7 @@ class Candidate:
 
 
 def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[int, list[Path]]:
-    """The files of each step's rollouts in a run's folder, by step.
+    """Return the files of each step's rollouts in a run's folder, by step.
 
     Raises:
         ConfigError: one line; there are none between `first` and `last`.
@@ -68,7 +68,7 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
 
 
 def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The trajectories in the files of a step, a file in memory at a time.
+    """Yield the trajectories in a step's files, with one file in memory at a time.
 
     Raises:
         ConfigError: one line; a file cannot be read or is damaged.
@@ -88,7 +88,7 @@ def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def reject(record: Mapping[str, Any], filters: Filters) -> str:
-    """Why a rollout is no demonstration, in a few words; empty: it is one."""
+    """Return why a rollout is rejected, in a few words; empty if it is accepted."""
     turns = record["turns"]
     if record["stop_reason"] != "answer" or not turns or turns[-1]["query"] is not None:
         return "without an answer"
@@ -106,7 +106,7 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
 
 
 def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counter[str]) -> list[Candidate]:
-    """The best `per_question` rollouts of each question, in the order of first appearance; no text twice."""
+    """Choose the best `per_question` rollouts of each question, in order of first appearance; no text twice."""
     by_question: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_question.setdefault(candidate.record["prompt_id"], []).append(candidate)
@@ -126,12 +126,12 @@ def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counte
 
 
 def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]:
-    """The record of a demonstration file (`data.demonstrations.load_demonstrations`)."""
+    """Return the record for a demonstration file (`data.demonstrations.load_demonstrations`)."""
     record = candidate.record
     turns = []
     for turn in record["turns"][:-1]:
         closing = f"</{turn['tool']}>"
-        end = turn["text"].rfind(closing)  # the last token may reach past the tag
+        end = turn["text"].rfind(closing)  # the last token may extend past the tag
         turns.append({"text": turn["text"][: end + len(closing)], "observation": turn["observation_text"]})
     turns.append({"text": record["turns"][-1]["text"]})
     found: dict[str, Any] = {
@@ -153,15 +153,15 @@ def demonstrations_of(
     first: int = 0,
     last: int | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str], int]:
-    """The demonstrations in a run's rollouts.
+    """Make demonstrations from a run's rollouts.
 
     Args:
-        questions: the run's training set; its rollouts name them by id.
-        per_question: most of one question.
-        first, last: steps to read; None: to the newest.
+        questions: the run's training set; rollouts refer to them by id.
+        per_question: most demonstrations per question.
+        first, last: steps to read; None: up to the newest.
 
     Returns:
-        The records, how many rollouts were left out by reason, and how many were read.
+        The records, the number of rejected rollouts by reason, and the number of rollouts read.
 
     Raises:
         ConfigError: one line; no rollouts, a damaged file, or questions that are not the run's.

@@ -1,4 +1,4 @@
-"""What a warm start tells: a progress line, metrics, a closing line."""
+"""Report a warm start: a progress line, metrics, a closing line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from a2tgpo.trajectory import Trajectory
 
 
 class Report:
-    """Speaks on rank 0; silent on the others.
+    """Reports on rank 0; silent on the other ranks.
 
     Args:
         folder: of the warm start.
-        out: the folder of the model that it makes.
+        out: the folder of the resulting model.
         step: steps done before this start.
     """
 
     def __init__(self, folder: Path, *, out: str, steps: int, step: int, enabled: bool) -> None:
         self._folder, self._out, self._steps, self._enabled = folder, out, steps, enabled
-        # The writer's own progress line is about rollouts: it goes nowhere here.
+        # Discard the writer's own progress line, which is about rollouts.
         self._writer = MetricWriter(
             folder, total_steps=steps, enabled=enabled, resume_step=step or None, stream=io.StringIO()
         )
@@ -59,7 +59,7 @@ class Report:
         self._bar.update()
 
     def add_held_out(self, step: int, loss: float) -> None:
-        """Record the loss on what is held out after `step` steps."""
+        """Record the held-out loss after `step` steps."""
         self._held_out.append(loss)
         self._writer.log(step, {"warmstart/held_out_loss": loss})
         self._last = time.perf_counter()
@@ -69,7 +69,7 @@ class Report:
             self._bar.write(text, file=sys.stderr)
 
     def say_done(self) -> None:
-        """Say what came out."""
+        """Print the result."""
         if not self._enabled:
             return
         self._bar.close()
@@ -83,7 +83,7 @@ class Report:
         )
 
     def say_stopped(self, step: int, reason: str) -> None:
-        """Say that the warm start has ended early as it was asked to, and that the next start goes on."""
+        """Print that the warm start stopped early on request, and that the next start resumes it."""
         if self._enabled:
             self._bar.close()
             saved = f"saved as {self._folder}/checkpoints/step_{step}" if step else "nothing to save yet"

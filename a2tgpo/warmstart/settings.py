@@ -1,4 +1,4 @@
-"""What a warm start makes of a run's configuration."""
+"""Derive a warm start's settings from a run's configuration."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 
 
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """`warmstart.lr`, or one by the model's size.
+    """Return `warmstart.lr`, or a default by the model's size.
 
-    A rule of thumb between what whole models of 7 to 70 billion parameters are fine-tuned with in publications
+    The default is a rule of thumb within published rates for fine-tuning whole models of 7 to 70 billion parameters
     (2e-5 to 2e-6); it has not been tuned here.
     """
     if config.warmstart.lr:
@@ -32,7 +32,7 @@ def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
 
 
 def source_dimensions(config: RunConfig) -> ModelDimensions:
-    """Those of the model at `warmstart.source`; ConfigError, one line, that names this key."""
+    """Return the dimensions of the model at `warmstart.source`; a ConfigError names this key."""
     try:
         return read_dimensions(config.warmstart.source)
     except ConfigError as error:
@@ -40,13 +40,13 @@ def source_dimensions(config: RunConfig) -> ModelDimensions:
 
 
 def cold_model(config: RunConfig) -> ModelConfig:
-    """The model that is trained: the source, in FP8 only where the warm start is asked for it."""
+    """Return the model to train: the source, in FP8 only if the warm start's settings request it."""
     fp8 = config.model.fp8 if config.warmstart.fp8 else Fp8Config()
     return dataclasses.replace(config.model, path=config.warmstart.source, fp8=fp8)
 
 
 def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
-    """The run's optimizer settings with the warm start's rates; nothing leaves the card, which no engine shares."""
+    """Return the run's optimizer settings with the warm start's rates, without offload: no engine shares the GPU."""
     settings = config.warmstart
     return dataclasses.replace(
         config.update,
@@ -60,7 +60,7 @@ def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
 
 
 def as_planned(config: RunConfig, *, lr: float) -> RunConfig:
-    """The configuration as far as machines are checked for it: no engine, no reference, no method."""
+    """Return the configuration for planning: without engine, reference and method."""
     update = dataclasses.replace(
         update_settings(config, lr=lr), prompts_per_minibatch=UpdateConfig().prompts_per_minibatch
     )

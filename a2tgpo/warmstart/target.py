@@ -1,4 +1,4 @@
-"""Where a warm start writes: never over its own input, nor over a folder that no warm start has written."""
+"""Where a warm start writes: never over its own input or over a folder that no warm start wrote."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
 
 MARKER = "warmstart.json"
-"""In a folder that a warm start has written: what it was made from."""
+"""File in a folder that a warm start wrote, with the settings it was made from."""
 
 
 def target_of(config: RunConfig) -> Path:
-    """The folder that is written, symbolic links followed: a link at model.path stays one."""
+    """Return the folder to write, with symbolic links resolved, so that a link at model.path stays one."""
     return Path(config.model.path).resolve()
 
 
 def folder_of(config: RunConfig) -> Path:
-    """The folder of the warm start's metrics and checkpoints."""
+    """Return the folder of the warm start's metrics and checkpoints."""
     return Path(config.run.root) / f"{config.run.name}-warmstart"
 
 
 def require_target(config: RunConfig) -> None:
-    """Raise `ConfigError`, one line, unless model.path may be written; nothing is written here.
+    """Raise `ConfigError`, one line, unless model.path may be written; write nothing.
 
-    It must not be, hold, or lie in what the warm start reads, and must be new, empty, or written by a warm start.
+    It must not be, contain, or be inside an input of the warm start, and must be new, empty, or written by a warm
+    start.
     """
     settings, given = config.warmstart, config.model.path
     for field in ("source", "demonstrations"):
@@ -52,7 +53,7 @@ def require_target(config: RunConfig) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Whether both are there and one folder under two names, as with bind mounts."""
+    """Return whether both exist and are one folder under two names, as with bind mounts."""
     try:
         return os.path.samefile(one, other)
     except OSError:
