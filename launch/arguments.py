@@ -1,4 +1,4 @@
-"""The arguments that training and warm start have in common."""
+"""Arguments shared by training and warm start."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from a2tgpo.config.expand import path_argument, text_argument
 
 
 def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
-    """A parser of CONFIG, of how to start, and of overrides.
+    """Return a parser of CONFIG, of the start's options, and of overrides.
 
     Args:
-        resume: what --resume takes besides auto and none, for the help; empty: nothing.
+        resume: metavar that --resume accepts besides auto and none, for the help; empty: none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -48,12 +48,12 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
 
 
 def parse_start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of this start.
+    """Parse the arguments of this start.
 
-    A scheduler starts a job again with the arguments of its first start. `--resume` and `--accept-changes` are meant
-    for that one: a later start goes on from the newest checkpoint, and accepts nothing.
+    A scheduler restarts a job with the arguments of its first start. `--resume` and `--accept-changes` apply only to
+    the first start: a later one resumes from the newest checkpoint and accepts no changes.
     """
-    args = parser.parse_intermixed_args()  # overrides may stand behind options
+    args = parser.parse_intermixed_args()  # overrides may follow options
     if args.as_started is not None and args.as_started.exists():
         args.resume, args.accept_changes = "auto", False
     return args

@@ -1,4 +1,4 @@
-"""Whether the GPU driver and the CUDA toolkit of this machine fit the CUDA version that torch is built for."""
+"""Check that this machine's GPU driver and CUDA toolkit fit the CUDA version of torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LEAST_DRIVERS = {12: 525, 13: 580}
-"""By CUDA's major version: the first driver branch that runs it, on which all its minor versions run."""
+"""By CUDA's major version: the first driver branch that runs all its minor versions."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 """Written by the loaded kernel module."""
 
 
 def driver_version() -> str:
-    """Version of the loaded NVIDIA driver, e.g. 580.95.05; empty without one."""
+    """Return the version of the loaded NVIDIA driver, e.g. 580.95.05; empty if there is none."""
     try:
         text = DRIVER_FILE.read_text()
     except OSError:
@@ -26,9 +26,9 @@ def driver_version() -> str:
 
 
 def unusable_gpus() -> list[str]:
-    """Why torch sees no GPU though this machine has some; empty if it has none.
+    """Return why torch sees no GPU although this machine has some; empty if it has none.
 
-    A run would train on the CPUs, at a hundredth of the speed.
+    Such a run would train on the CPUs, at a hundredth of the speed.
     """
     import torch
 
@@ -40,12 +40,12 @@ def unusable_gpus() -> list[str]:
 
 
 def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
-    """Why CUDA does not start though there are `cards`, and what to do.
+    """Return why CUDA does not start although there are `cards`, and how to mend it.
 
     Args:
         cards: device files, e.g. nvidia0.
-        cuda: of `torch.version.cuda`; None: torch is built for CPUs.
-        driver: of `driver_version`; empty: unknown.
+        cuda: `torch.version.cuda`; None: torch is built for CPUs.
+        driver: from `driver_version`; empty: unknown.
         visible: the variable CUDA_VISIBLE_DEVICES; None: not set.
     """
     start = f"torch sees no GPU, but there is {', '.join(cards)}: "
@@ -60,14 +60,14 @@ def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, vis
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
-    """The compiler of kernels that are compiled at run time, empty without one; and its source, CUDA_HOME or PATH."""
+    """Return the compiler for kernels compiled at run time, empty if none; and its source, CUDA_HOME or PATH."""
     if home := environment.get("CUDA_HOME"):
         return str(Path(home) / "bin" / "nvcc"), "CUDA_HOME"
     return shutil.which("nvcc", path=environment.get("PATH")) or "", "PATH"
 
 
 def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """A warning if kernels would be compiled at run time with another CUDA than torch's, `cuda`; else nothing."""
+    """Return a warning if kernels would be compiled at run time with another CUDA than torch's, `cuda`."""
     nvcc, source = find_nvcc(environment)
     if cuda is None or not nvcc:
         return []

@@ -1,4 +1,4 @@
-"""What a launched program says when it fails: one line, once."""
+"""Report a launched program's failure: one line, once."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ import time
 from a2tgpo.config.check import ConfigError
 
 DOES_NOT_FIT = 1
-"""Exit code of a dry run whose plan does not fit the cards."""
+"""Exit code of a dry run whose plan does not fit the GPUs."""
 BAD_CONFIG = 2
 BROKEN_RUN = 3
-"""Exit code of a run that failed, or that its guards stopped."""
+"""Exit code of a run that failed or that its guards stopped."""
 GRACE_S = 3.0
-"""All ranks fail on the same mistake; the others leave rank 0 this long to say it, and the launcher to end them."""
+"""All ranks fail on the same mistake; the others give rank 0 this long to report it, and the launcher to end them."""
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""torchrun's, srun's, Open MPI's and MPICH's: the launcher's own hold where joining it has failed."""
+"""Ranks as named by torchrun, srun, Open MPI and MPICH: the launcher's names are valid even if joining failed."""
 ANOTHER_RANK_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -23,20 +23,20 @@ ANOTHER_RANK_IS_GONE = (
     "remote process exited",
     "communicator was aborted",
 )
-"""What gloo and NCCL say where a rank has ended: an echo of a failure that is told elsewhere."""
+"""Messages of gloo and NCCL after another rank has ended, whose own failure is reported elsewhere."""
 
 
 class ToldByRank0(RuntimeError):
-    """A failure that rank 0 has printed for all: the ranks end with `BROKEN_RUN`, and say nothing more."""
+    """A failure that rank 0 has printed for all ranks: they exit with `BROKEN_RUN` and print nothing more."""
 
 
 def exit_code(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
 
-    With `is_ending` this process has been told to end already, and what another rank's end broke is not told again.
+    If `is_ending`, this process is already stopping, so errors caused only by another rank's exit are suppressed.
 
-    A RuntimeError of several lines is not one of this program's own and is raised again: its traceback is worth
-    more than its message.
+    A RuntimeError with several lines is not from this program and is raised again: its traceback is worth more than
+    its message.
     """
     if isinstance(error, ToldByRank0):
         return BROKEN_RUN
@@ -52,7 +52,7 @@ def exit_code(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = 
         message = str(error)
     if is_echo and is_ending:
         return BROKEN_RUN
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's signal to end the other ranks
     if rank != "0" or is_echo:
         time.sleep(GRACE_S)
         message = f"rank {rank}: {message}"

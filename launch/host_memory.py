@@ -1,4 +1,4 @@
-"""Host memory that is left on this machine: what the kernel has, and what control groups allow."""
+"""Host memory left on this machine, within the limits of the kernel and of control groups."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = "sys/fs/cgroup"
-"""Under the root of the file system."""
+"""Folder below the file system's root."""
 
 
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
-    """Bytes that processes started here can still take, and what says so.
+    """Return the bytes that processes started here can still take, and what limits them.
 
-    A control group's page cache counts as left, as MemAvailable counts the machine's: it is given up first.
+    A control group's page cache counts as free, as in MemAvailable for the machine: the kernel reclaims it first.
 
     Args:
         root: where `proc` and `sys` are mounted.
@@ -25,7 +25,7 @@ def memory_left(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
-    """The same for each control group with a limit that this process is in, of either version."""
+    """Yield the same for each control group with a limit that holds this process, of version 1 or 2."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -42,7 +42,7 @@ def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """None where the group has no limit, or its files cannot be read."""
+    """Return the bytes left; None if the group has no limit or its files cannot be read."""
     try:
         allowed = int((folder / limit).read_text())
         used = int((folder / usage).read_text())

@@ -1,4 +1,4 @@
-"""Where ranks find each other: torch's TCP store, then the process group over it, each within a time."""
+"""Connect the ranks: torch's TCP store, then the process group over it, each within a time limit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
 
 MAX_LINES = 20
-"""Ranks whose causes are told one by one."""
+"""Number of ranks whose causes are printed one by one."""
 SELF_CONNECT_S = 15.0
-"""Longest wait of rank 0 for a connection to the store that it serves itself."""
+"""Rank 0's longest wait for a connection to the store that it serves itself."""
 
 
 def say(line: str) -> None:
@@ -29,10 +29,10 @@ def say(line: str) -> None:
 
 
 def open_store(timeout_s: float) -> Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 serves unless torchrun does.
+    """Open the store at MASTER_ADDR:MASTER_PORT, which rank 0 serves unless torchrun does.
 
     Raises:
-        RuntimeError: one line; it cannot be served, or not reached within `timeout_s`.
+        RuntimeError: one line; it cannot be served, or cannot be reached within `timeout_s`.
     """
     from torch.distributed import DistError, PrefixStore, TCPStore
 
@@ -66,10 +66,10 @@ def open_store(timeout_s: float) -> Store:
 def join(
     config: RunConfig, store: Store | None, *, rank: int, world_size: int
 ) -> tuple[ParallelGroups, float]:
-    """Join the process group and sum one number over it, within `parallel.start_timeout_s`; every rank calls this.
+    """Join the process group and all-reduce one number within `parallel.start_timeout_s`; every rank must call this.
 
     Returns:
-        The groups, and the seconds it took, without those of importing Megatron.
+        The groups, and the seconds taken, without the import of Megatron.
 
     Raises:
         RuntimeError: one line; the backend could not connect this rank.
@@ -105,11 +105,11 @@ def join(
 
 
 class Deadline:
-    """Ends the process unless `met` is called in time: a collective that hangs cannot be given up."""
+    """Ends the process unless `met` is called in time, because a hanging collective cannot be cancelled."""
 
     def __init__(self, store: Store, seconds: float, *, rank: int, world_size: int):
         self._store, self._seconds, self._rank, self._world_size = store, seconds, rank, world_size
-        # Rank 0 speaks first.
+        # Rank 0 reports first.
         self._timer = threading.Timer(seconds + (GRACE_S if rank else 0), self._end)
         self._timer.daemon = True
         self._timer.start()
@@ -121,7 +121,7 @@ class Deadline:
         if self._rank == 0:
             late = [rank for rank in range(self._world_size) if not self._store.check([f"ready/{rank}"])]
             for rank in late[:MAX_LINES]:
-                key = f"here/{rank}"  # not told where the machines were not looked at
+                key = f"here/{rank}"  # missing if the machines were not checked
                 host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
                 say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
             if not late:

@@ -1,9 +1,9 @@
-"""torchrun on one machine, without its traceback: the failing rank has said what was wrong in a line of its own.
+"""Run torchrun on one machine, without its traceback: the failing rank has already printed its own line.
 
     python launch/local_ranks.py NUM_RANKS SCRIPT [ARGUMENT ...]
 
-Exits with the code of the rank that failed first; the others are ended by torchrun. SIGTERM and SIGUSR1 are passed
-on to the ranks, which then end by themselves, a run that trains with a checkpoint (a2tgpo/stop_signal.py).
+Exits with the code of the rank that failed first; torchrun ends the others. SIGTERM and SIGUSR1 are passed on to the
+ranks, which then end on their own, a training run with a checkpoint (a2tgpo/stop_signal.py).
 """
 
 import logging
@@ -26,15 +26,15 @@ from launch.rendezvous import forget_torchrun
 OPTIONS = (
     "--standalone",
     *("--local-addr", "127.0.0.1"),  # the machine's own name may have no address
-    # Not SIGTERM: torchrun would end the ranks itself, with half a minute for whatever they have to save.
+    # Without SIGTERM: torchrun would end the ranks itself, with only half a minute to save.
     *("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"),
 )
-"""Of torchrun."""
+"""Options of torchrun."""
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
     ranks = psutil.Process().children()
-    if not ranks:  # none was started yet
+    if not ranks:  # no rank was started yet
         os._exit(EXIT_CODE)
     for rank in ranks:
         rank.send_signal(number)

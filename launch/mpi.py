@@ -1,13 +1,13 @@
-"""What mpirun starts: the ranks agree over MPI where to meet, then each becomes launch/train.py.
+"""Start ranks under mpirun: they agree over MPI where to meet, then each becomes launch/train.py.
 
     mpirun -n RANKS python launch/mpi.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
     srun --mpi=pmix ... python launch/mpi.py --config CONFIG ...
     mpirun -n RANKS python launch/mpi.py --script launch/warmstart.py --config CONFIG [OVERRIDE ...]
 
-Rank and size are MPI's, the local rank counts the ranks that share this machine's memory; rank 0 chooses address and
-port, unless MASTER_ADDR and MASTER_PORT are set. MPI is finalised before training, and the program then takes the
-process over (exec): neither MPI's handlers and memory hooks nor its threads are there when vLLM and NCCL start. The
-exit code goes to mpirun, which ends the other ranks where it is not 0.
+Rank and size are MPI's; the local rank counts the ranks that share this machine's memory. Rank 0 chooses address and
+port, unless MASTER_ADDR and MASTER_PORT are set. MPI is finalised before training, and the program then replaces the
+process (exec), so that MPI's handlers, memory hooks and threads are gone when vLLM and NCCL start. The exit code goes
+to mpirun, which ends the other ranks if it is not 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TRAIN = Path(__file__).with_name("train.py")
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Number of processes, as Open MPI's, MPICH's and Slurm's launchers tell it, in the order that is believed."""
+"""Number of processes as set by the launchers of Open MPI, MPICH and Slurm; the first one found is used."""
 
 
 def main() -> int:
@@ -63,14 +63,14 @@ def main() -> int:
 
 
 def meet() -> dict[str, str]:
-    """torchrun's names for this process, agreed over MPI, which is started and ended here.
+    """Return torchrun's names for this process, agreed over MPI, which is started and finalised here.
 
     Raises:
-        RuntimeError: one line; there is no MPI library, or not that of the launcher, or rank 0's name means nothing
-            elsewhere.
+        RuntimeError: one line; there is no MPI library, it is not the launcher's, or the other machines cannot
+            resolve rank 0's name.
     """
     mpi = load_mpi()
-    # mpi4py's suspicion about mpirun is told by `agree`, in one line.
+    # `agree` reports mpi4py's suspicion about mpirun in one line.
     warnings.filterwarnings("ignore", message="suspicious MPI", category=RuntimeWarning)
     mpi.Init()
     try:
@@ -80,10 +80,10 @@ def meet() -> dict[str, str]:
 
 
 def load_mpi() -> ModuleType:
-    """mpi4py's MPI, not started yet."""
+    """Return mpi4py's MPI module, not initialised yet."""
     import mpi4py
 
-    mpi4py.rc.initialize = False  # import would start it, and end it only when the interpreter ends
+    mpi4py.rc.initialize = False  # the import would start MPI, and finalise it only at the interpreter's exit
     mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI
@@ -97,7 +97,7 @@ def load_mpi() -> ModuleType:
 
 
 def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
-    """torchrun's names for this process; every rank calls this."""
+    """Return torchrun's names for this process; every rank must call this."""
     rank, size = world.Get_rank(), world.Get_size()
     started = next((int(os.environ[name]) for name in SIZES if name in os.environ), 1)
     if size == 1 < started:
@@ -128,7 +128,7 @@ def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
 
 
 def choose_place(*, is_one_machine: bool) -> tuple[str, str]:
-    """Address and free port of this process, which is rank 0, for the others."""
+    """Return an address and a free port of this process, rank 0, for the other ranks."""
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if is_one_machine else socket.gethostname())
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -1,4 +1,4 @@
-"""What a program takes of the machines, besides the files that it reads: room on disks, and an engine."""
+"""A program's needs of the machines, apart from its input files: disk space, and an engine."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from a2tgpo.config.run import RunConfig
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 BYTES_PER_PARAMETER = {"bfloat16": 14, "float32": 12}
-"""Of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
+"""Bytes per parameter of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiskNeed:
-    """What is going to be written."""
+    """Data that will be written."""
 
     key: str
-    """The setting that names the place."""
+    """The setting that names the folder."""
     folder: Path
-    """An existing one on its disk."""
+    """An existing folder on the same disk."""
     num_bytes: float
     what: str
     change: str
-    """What makes it fit, besides room on the disk."""
+    """How to reduce the need, as an alternative to more disk space."""
 
 
 def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
-    """What is wrong with the space that is left where `needs` are written; those on one disk share it."""
+    """Return faults of the disks that lack space for `needs`; needs on one disk are added up."""
     faults = []
     taken: dict[int, float] = {}
     for need in needs:
@@ -49,15 +49,15 @@ def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a program takes of the machines, besides the files that it reads."""
+    """A program's needs of the machines, apart from its input files."""
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """It plays: the engine has its share of the cards, and the search server must answer."""
+    """Whether it plays, so that the engine needs its share of the GPUs, and the search server must answer."""
 
 
 def training_needs(config: RunConfig) -> Needs:
-    """Of a training run."""
+    """Return the needs of a training run."""
     return Needs(
         disk=(
             DiskNeed(
@@ -73,11 +73,11 @@ def training_needs(config: RunConfig) -> Needs:
 
 
 def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
-    """Of a warm start with the configuration that it is planned by: two checkpoints for a moment, and its model.
+    """Return a warm start's needs, from its planning configuration: briefly two checkpoints, and its model.
 
     Args:
-        target: the folder of the model that it writes.
-        root: its own folder.
+        target: the folder of the model to write.
+        root: the warm start's folder.
     """
     checkpoint = DiskNeed(
         key="run.root",
@@ -97,12 +97,12 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 
 def checkpoint_bytes(config: RunConfig) -> float:
-    """Size of one checkpoint; 0 where the model cannot be read, which is told when it is."""
+    """Return the size of one checkpoint; 0 if the model cannot be read, which is reported when it is loaded."""
     return saved_parameters(config) * BYTES_PER_PARAMETER[config.model.dtype]
 
 
 def saved_parameters(config: RunConfig) -> float:
-    """Parameters of the model; 0 where it cannot be read."""
+    """Return the model's number of parameters; 0 if it cannot be read."""
     from a2tgpo.plan.dimensions import read_dimensions
     from a2tgpo.plan.parameters import checkpoint_parameters
 
@@ -113,7 +113,7 @@ def saved_parameters(config: RunConfig) -> float:
 
 
 def copies_to_come(config: RunConfig) -> int:
-    """Checkpoints that will stand beside those already there: a new one is whole before the oldest goes."""
+    """Return how many checkpoints will join the existing ones: a new one is complete before the oldest goes."""
     planned = 1 + (config.run.steps - 1) // config.checkpoint.every if config.checkpoint.every else 1
     best = config.checkpoint.best_by != "none"
     there = len(list((Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")))
@@ -121,6 +121,6 @@ def copies_to_come(config: RunConfig) -> int:
 
 
 def existing_folder(path: Path) -> Path:
-    """`path`, or the nearest folder above it that is there."""
+    """Return `path`, or its nearest existing parent."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -1,8 +1,8 @@
-"""Before any model is built: every rank looks at its machine, rank 0 compares and tells once, all go on or none does.
+"""Check all ranks before any model is built: each inspects its machine, rank 0 compares, and all continue or none.
 
-`start_ranks` meets over torch's TCP store, compares facts (launch/rank_facts.py), makes the plan, joins the process
-group and sums over all ranks. Whatever fails, and whoever does not come, all ranks end with an exit code that is not
-0, and rank 0 prints one line for each rank that is to blame.
+`start_ranks` opens torch's TCP store, compares facts (launch/rank_facts.py), makes the plan, joins the process group
+and all-reduces once over all ranks. If anything fails or a rank does not arrive, all ranks exit with a code other
+than 0, and rank 0 prints one line for each rank at fault.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""That rank 0 says in a meeting: where to look, and whether to go on."""
+"""Rank 0's words in a meeting: where to look, and whether to continue."""
 END = "end"
 LISTEN_S = 1.0
-"""Of one wait for a word, which no signal interrupts."""
+"""Seconds of one wait for a word, which no signal interrupts."""
 PLAN_MARGIN = 0.1
-"""A plan this share above a card's memory is let through: no plan has been held against a card yet."""
+"""Tolerance of the memory estimate before a start is refused: no plan has been compared with a GPU yet."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
-    """Check all ranks, then join them as `initialize` does; every rank calls this, first.
+    """Check all ranks, then join them like `initialize`; every rank must call this first.
 
     Args:
-        paths: by configuration key, what every rank must be able to read.
-        needs: what the program takes of the machines; None: what a training run does.
+        paths: by configuration key, the paths that every rank must be able to read.
+        needs: the program's needs of the machines; None: those of a training run.
 
     Raises:
-        ToldByRank0: a rank failed; rank 0 has said which and why.
-        ConfigError: the plan does not fit, on all ranks alike.
+        ToldByRank0: a rank failed; rank 0 has printed which and why.
+        ConfigError: the plan does not fit; raised on all ranks.
         RuntimeError: one line; rank 0 cannot be reached from here.
     """
     raise_limit()
@@ -74,7 +74,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
 
 def meet_ranks(config: RunConfig) -> ParallelGroups:
-    """Join the ranks without a look at their machines, for what only reads a run; every rank calls this, first.
+    """Join the ranks without checking their machines, for programs that only read a run; every rank calls this first.
 
     Raises:
         RuntimeError: one line; rank 0 cannot be reached from here.
@@ -87,21 +87,21 @@ def meet_ranks(config: RunConfig) -> ParallelGroups:
 
 
 class Meeting:
-    """Where ranks bring their facts, and hear rank 0's verdict. No wait is without an end.
+    """Collects all ranks' facts and distributes rank 0's verdict. Every wait has a limit.
 
     Args:
         store: None for a rank that is alone.
-        patience_s: longest wait for the last rank to come, and again to look at its machine.
+        patience_s: longest wait for the last rank to arrive, and again for it to check its machine.
     """
 
     def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
         self._num_words = 0
-        """Of rank 0 so far: said by it, heard by the others."""
+        """Number of words so far, said by rank 0 or heard by another rank."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
-        """The facts of all ranks on rank 0, and this one's elsewhere, if all is well."""
+        """Return the facts of all ranks on rank 0, only this rank's elsewhere, if no rank has a fault."""
         if self._rank == 0:
             return self._lead(config, paths, needs)
         self._set(f"here/{self._rank}", platform.node())
@@ -136,7 +136,7 @@ class Meeting:
         try:
             marker.touch()
         except OSError:
-            seen = ""  # that it cannot be written is told when it is opened
+            seen = ""  # that it cannot be written is reported when it is opened
         else:
             seen = str(marker)
         place = {"clock_s": time.time(), "marker": seen}
@@ -179,7 +179,7 @@ class Meeting:
         raise ToldByRank0
 
     def _linger(self) -> None:
-        """The store goes with rank 0: leave the others a moment to hear."""
+        """Wait for the other ranks to read the verdict: the store ends with rank 0."""
         from torch.distributed import DistError
 
         deadline = time.monotonic() + GRACE_S
@@ -204,10 +204,10 @@ class Meeting:
         self._num_words += 1
 
     def _hear(self) -> str:
-        """The next word of rank 0, which waits for others itself. The store tells when it is there: nobody polls.
+        """Return rank 0's next word; rank 0 may wait for other ranks. The store notifies, so nobody polls.
 
         Raises:
-            ToldByRank0: it is `END`.
+            ToldByRank0: the word is `END`.
         """
         from torch.distributed import DistError, DistStoreError
 
@@ -218,7 +218,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # not yet; Python can now see to signals
+            except DistStoreError:  # not yet; Python can handle signals now
                 continue
             except DistError:
                 break
@@ -230,7 +230,7 @@ class Meeting:
         raise RuntimeError("preflight: rank 0 has ended, or does not answer; its own message tells why")
 
     def _missing(self, keys: list[str]) -> list[int]:
-        """Ranks whose key has not come when patience ends."""
+        """Return the ranks whose key is missing when patience ends."""
         from torch.distributed import DistError
 
         deadline = time.monotonic() + self._patience_s
@@ -249,7 +249,7 @@ def _local_rank() -> int:
 
 
 def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
-    """Say in `facts` if the search server is too slow, measured now; only where there are cards to be kept idle."""
+    """Add a fault to `facts` if a measurement shows that the search server is too slow; only with GPUs."""
     import torch
 
     if not torch.cuda.is_available() or facts.faults:
@@ -260,9 +260,9 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """What each rank takes of its machine's memory beside its card; empty without a card.
+    """Return each rank's planned host memory, beside its GPU's; empty without a GPU.
 
-    Empty as well where there is no plan, for which `check_plan` gives the reason.
+    Also empty if there is no plan; `check_plan` reports why.
     """
     import torch
 
@@ -276,10 +276,10 @@ def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
 
 
 def check_plan(config: RunConfig, world_size: int, needs: Needs) -> Plan | None:
-    """The plan of `config` on the cards that are seen; None without a card. All ranks call this.
+    """Return the plan of `config` on the visible GPUs; None without a GPU. All ranks must call this.
 
-    Of a program without an engine only the update is checked. Without a card only the layout is checked, when the
-    ranks are laid out.
+    For a program without an engine, only the update is checked. Without a GPU, only the layout is checked, later when
+    the ranks are laid out.
 
     Raises:
         ConfigError: the plan does not fit.

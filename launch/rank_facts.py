@@ -1,4 +1,4 @@
-"""What one rank sees before a run, and which ranks see something else than the others."""
+"""Collect facts about each rank's machine before a run, and find ranks that differ from the others."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from launch.cuda_versions import check_toolkit, unusable_gpus
 from launch.host_memory import memory_left
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Between rank 0 and another machine. Two machines that keep time differ by milliseconds; the rest is how long a
-loaded machine takes to look at its clock."""
+"""Largest difference to rank 0's clock, seconds. Synchronised machines differ by milliseconds; the rest allows for
+the delay with which a loaded machine reads its clock."""
 SAMPLED_BYTES = 4096
-"""Read of each file of a path, at its start and at its end."""
+"""Bytes read of each file of a path, at its start and at its end."""
 SEARCH_TIMEOUT_S = 10.0
 UNREADABLE = "cannot be read"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """What a rank tells rank 0. Everything in `equal` must be the same on all ranks."""
+    """Facts that a rank reports to rank 0. Everything in `equal` must be the same on all ranks."""
 
     rank: int
     host: str = field(default_factory=platform.node)
     equal: dict[str, str]
-    """Versions, number of GPUs seen, kind of GPU, configuration."""
+    """Versions, number of visible GPUs, kind of GPU, configuration."""
     paths: dict[str, str]
-    """By configuration key: fingerprint of what is there, or `UNREADABLE` with the reason."""
+    """By configuration key: fingerprint of the files, or `UNREADABLE` with the reason."""
     gpu: str = ""
-    """Names the card this rank will use, among all cards of the cluster; empty without one."""
+    """Identifies the GPU that this rank will use within the cluster; empty without a GPU."""
     clock_ahead_s: float = 0.0
-    """Of rank 0's clock."""
+    """Difference to rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
-    """Host memory that processes can still take on its machine, bytes, and what says so."""
+    """Host memory still available to processes on this machine, bytes, and what limits it."""
     faults: list[str] = field(default_factory=list)
-    """What is wrong whatever other ranks see."""
+    """Faults of this rank, independent of other ranks."""
     warnings: list[str] = field(default_factory=list)
-    """What may go wrong later."""
+    """Possible later problems."""
 
 
 def gather_facts(
@@ -62,13 +62,13 @@ def gather_facts(
     clock_s: float,
     marker: str,
 ) -> RankFacts:
-    """Look at this machine.
+    """Collect this machine's facts.
 
     Args:
-        paths: by configuration key, what every rank must be able to read.
-        asks_search: the server of search.url must answer.
+        paths: by configuration key, the paths that every rank must be able to read.
+        asks_search: check that the server of search.url answers.
         clock_s: rank 0's clock now, seconds since the epoch.
-        marker: a file that rank 0 has just written where the run's folder will be; empty: it could not.
+        marker: a file that rank 0 has just written in the run's place; empty: rank 0 could not write it.
     """
     ahead_s = time.time() - clock_s
     gpus, faults, warnings = see_gpus(local_rank)
@@ -101,7 +101,7 @@ class Gpus:
 
 
 def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
-    """The cards that torch sees here, what is wrong with them, and what may go wrong with them later."""
+    """Return the GPUs that torch sees here, their faults, and warnings about them."""
     import torch
 
     if not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
 
 
 def ask_search_server(config: RunConfig) -> list[str]:
-    """What is wrong with the server of search.url, asked once from here."""
+    """Query the server of search.url once from here; return its faults."""
     from dataclasses import replace
 
     from a2tgpo.search.tool import build_search
@@ -137,7 +137,7 @@ def ask_search_server(config: RunConfig) -> list[str]:
 
 
 def fingerprint(path: str) -> str:
-    """Names, sizes and both ends of the files at `path`: equal on two machines that see the same."""
+    """Fingerprint names, sizes and both ends of the files at `path`: equal on two machines with the same files."""
     root = Path(path)
     digest = hashlib.sha256()
     try:
@@ -157,11 +157,11 @@ def fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """By the first rank of each machine that has less memory left than all its ranks together take.
+    """Return a fault, by its first rank, for each machine with less memory left than its ranks need together.
 
     Args:
-        found: of all ranks, by rank.
-        planned: what each rank takes, by rank.
+        found: facts of all ranks, by rank.
+        planned: bytes that each rank needs, by rank.
     """
     by_host: dict[str, list[RankFacts]] = {}
     for facts in found:
@@ -179,11 +179,12 @@ def host_memory_faults(
 
 
 def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:
-    """By rank, what is wrong with it: of its own, or against most of the ranks. Empty: all is well.
+    """Map ranks to the faults that they reported or their values that differ from the majority; empty if none.
 
     Args:
-        found: of all ranks, by rank; where two say one thing and two another, rank 0 is right.
-        paths: by configuration key. What no rank can read is a mistake in the configuration, and told as one later.
+        found: facts of all ranks, by rank; in a tie, rank 0 is right.
+        paths: by configuration key. Paths that no rank can read are a mistake in the configuration, reported later
+            as one.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):
@@ -208,11 +209,11 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    """(rank, name, its value, the usual one) wherever a rank has another value than most, the first among equals."""
+    """Yield (rank, name, its value, the usual value) for each value that differs from the majority."""
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]
-        usual = Counter(column).most_common(1)[0][0]  # ties: the one that rank 0 or the next one has
-        if usual.startswith(UNREADABLE):  # one rank that can read it is right
+        usual = Counter(column).most_common(1)[0][0]  # in a tie, the value of the lowest rank
+        if usual.startswith(UNREADABLE):  # a single rank that can read it is right
             usual = next((value for value in column if not value.startswith(UNREADABLE)), usual)
         yield from ((rank, name, value, usual) for rank, value in enumerate(column) if value != usual)

@@ -1,4 +1,4 @@
-"""Who this process is among those that a launcher started, and where they meet, in torchrun's names."""
+"""This process's rank and meeting point, from its launcher's variables, under torchrun's names."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from collections.abc import Mapping, MutableMapping
 from a2tgpo.config.check import ConfigError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets, and what torch.distributed, Megatron and vLLM read."""
+"""Set by torchrun; read by torch.distributed, Megatron and vLLM."""
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""What srun calls three of them. A batch script outside of srun has no number of tasks of a step."""
+"""srun's names of three of them. A batch script outside srun has no number of tasks per step."""
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE"),
 }
-"""What each launcher but torchrun calls a process's rank and the number of processes."""
+"""Names of a process's rank and of the number of processes, for each launcher except torchrun."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""Above the ports of services, below those that Linux hands out by itself (32768 and up)."""
+"""Above the ports of services, below the ports that Linux assigns itself (32768 and up)."""
 PORTS_PER_JOB = 32
 
 
 def join_launcher() -> None:
-    """Give this process torchrun's names where srun started it as one of several; before torch is imported.
+    """Set torchrun's names if srun started this process as one of several; call before importing torch.
 
     Raises:
-        ConfigError: one line; names are missing or unusable, or mpirun started what is no MPI program.
+        ConfigError: one line; names are missing or unusable, or mpirun started a script that does not use MPI.
     """
     found = launched(os.environ)
     if found is None:
@@ -42,9 +42,9 @@ def join_launcher() -> None:
 
 
 def forget_torchrun(environment: MutableMapping[str, str]) -> None:
-    """Remove another job's torchrun variables: its options (PET_*) and what it tells its ranks (TORCHELASTIC_*).
+    """Remove another job's torchrun variables: its options (PET_*) and its ranks' settings (TORCHELASTIC_*).
 
-    A shell, a pod or a job hands them on to everything it starts. PET_NNODES=2 makes torchrun wait for a second node,
+    A shell, a pod or a job passes them on to its child processes. PET_NNODES=2 makes torchrun wait for a second node;
     TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that nobody serves.
     """
     for name in [name for name in environment if name.startswith(("PET_", "TORCHELASTIC_"))]:
@@ -52,9 +52,9 @@ def forget_torchrun(environment: MutableMapping[str, str]) -> None:
 
 
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """`NAMES` of this process if a launcher started it as one of several; None if it is alone.
+    """Return `NAMES` of this process if a launcher started it as one of several; None if it is alone.
 
-    srun's processes meet at the first node of their step, at a port that job and step give, unless MASTER_ADDR and
+    srun's processes meet at the first node of their step, at a port derived from job and step, unless MASTER_ADDR and
     MASTER_PORT are set.
 
     Raises:
@@ -64,7 +64,7 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
         found = _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
         _refuse_left_over(environment)
         return found
-    # srun sets MPICH's name too; Open MPI's mpirun starts its processes from a step of srun.
+    # srun also sets MPICH's name; Open MPI's mpirun starts its processes from a step of srun.
     _refuse_mpirun(environment, "OMPI_COMM_WORLD_SIZE")
     if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _of_slurm(environment)
@@ -83,7 +83,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _complete(found: dict[str, str], because: str) -> dict[str, str]:
-    """`found` if nothing is missing and all numbers are numbers."""
+    """Return `found` if no name is missing and all numbers are numbers."""
     missing = [name for name in NAMES if name not in found]
     if missing:
         sources = " ".join(SLURM_NAMES.get(name, name) for name in missing)
@@ -135,7 +135,7 @@ def _refuse_mpirun(environment: Mapping[str, str], name: str) -> None:
 
 
 def first_host(node_list: str) -> str:
-    """The first name of Slurm's node list, e.g. rack1node07 of rack[1-2]node[07-09,12],login."""
+    """Return the first name of Slurm's node list, e.g. rack1node07 of rack[1-2]node[07-09,12],login."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", node_list)
     if first is None or (first.group() != node_list and node_list[first.end()] != ","):
         raise ConfigError(f"SLURM_STEP_NODELIST is {node_list!r}; allowed: names, such as node[01-04]")
@@ -143,7 +143,7 @@ def first_host(node_list: str) -> str:
 
 
 def address_of(node: str) -> str:
-    """What the node is reached by: its name, or where no host has that name, the address that Slurm itself uses."""
+    """Return the node's name, or if no host has that name, the address that Slurm uses itself."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -169,6 +169,6 @@ def address_of(node: str) -> str:
 
 
 def step_port(environment: Mapping[str, str]) -> int:
-    """The port of this job's step, equal on all its tasks: another one for a neighbouring job or step."""
+    """Return the port of this job's step: equal on its tasks, different for neighbouring jobs and steps."""
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     return FIRST_PORT + (job * PORTS_PER_JOB + step) % NUM_PORTS

@@ -1,4 +1,4 @@
-"""The plan of a run on the cards it will have: what the dry run prints, and what the pre-flight holds it to."""
+"""The plan of a run on its GPUs, as printed by the dry run and checked by the pre-flight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
-    """The plan on `num_gpus` cards like the one here, where the model's dimensions are from, and which card it is."""
+    """Return the plan on `num_gpus` GPUs like the one here, and the sources of the model's dimensions and the GPU."""
     from a2tgpo.plan.dimensions import model_dimensions
     from a2tgpo.plan.plan import make_plan
 
@@ -23,7 +23,7 @@ def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """The card that is here, or the one the configuration is meant for; and which of the two, in words."""
+    """Return the GPU here, or the one that the configuration is meant for; and which of the two, in words."""
     import torch
 
     from a2tgpo.plan.hardware import GIB, GPUS

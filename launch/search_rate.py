@@ -1,4 +1,4 @@
-"""Whether the search server keeps up with the planned rollout: measured before the run, from here."""
+"""Measure before the run whether the search server is fast enough for the planned rollout."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from a2tgpo.config.run import RunConfig
 from launch.run_plan import plan_of_run
 
 NUM_QUERIES = 500
-"""Training questions that stand for the policy's searches."""
+"""Number of training questions used as queries in place of the policy's searches."""
 
 
 def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
-    """What is wrong with the server's speed, in one line, and whether the run is refused for it.
+    """Return the fault of the server's speed in one line, and whether it refuses the run.
 
     Returns:
-        An empty line where the server is fast enough, or there is none; or where it does not answer, or no plan can
-        be made, which is told elsewhere.
+        An empty line if the server is fast enough or there is none; also if the server does not answer or no plan can
+        be made, which is reported elsewhere.
     """
     from a2tgpo.data.question_set import load_questions
     from a2tgpo.search.burst import judge_burst, measure_burst

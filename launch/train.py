@@ -1,4 +1,4 @@
-"""What every rank of a training run executes.
+"""Train: the program that every rank of a run executes.
 
     launch/local.sh -n RANKS CONFIG [OPTION ...] [OVERRIDE ...]
     torchrun ... launch/train.py --config CONFIG [OPTION ...] [OVERRIDE ...]
@@ -6,7 +6,7 @@
 
 OPTION is --dry-run, --resume auto|PATH|none, --accept-changes, or --as-started FILE (see --help).
 OVERRIDE is section.field=value or a YAML file, such as a method of configs/algorithm/; later ones win.
-Without a launcher it runs as one process.
+Without a launcher, the run is one process.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
-    """What every rank must be able to read, by configuration key."""
+    """Return the paths that every rank must be able to read, by configuration key."""
     paths = {"model.path": config.model.path, "data.train": config.data.train, "data.test": config.data.test}
     if "search" in config.tools.selected:
         if config.search.backend == "bm25":
@@ -117,14 +117,14 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         require_same_run(*found, hf_config, sampler)
     config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
     build_tools(config).close()
-    # Alone it plans for the cluster the configuration is meant for, so that a login node can check it.
+    # Without a launcher, plan for the configuration's cluster, so that a login node can check it.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         print(dump_config(config), end="")
         for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
-            print(f"# {line}".rstrip())  # what is printed can be read as a configuration
+            print(f"# {line}".rstrip())  # commented, so that the output can be read as a configuration
         print(
             f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
         )
@@ -138,7 +138,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
-    """Join the other ranks, build, resume, train; returns the program's exit code."""
+    """Join the other ranks, build, resume and train; return the program's exit code."""
     import torch.distributed as dist
 
     from a2tgpo.assemble import assemble
@@ -196,7 +196,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
         watchdog.close()
         recorder.close()
     parts.close()
-    # A launcher ends the others as soon as one has left with a code that is not 0.
+    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return code

@@ -7,10 +7,10 @@
 OPTION is --dry-run, --resume auto|none, --accept-changes, or --as-started FILE (see --help).
 OVERRIDE is section.field=value or a YAML file; later ones win.
 Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
-policy should have written (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint
-to `model.path`, where training then finds it. Every step's demonstrations, and so the result up to rounding, are
-the same for any number of ranks. Metrics and checkpoints go to ROOT/NAME-warmstart/. Stopped or killed, it goes on
-where it was when it is started again.
+policy should write (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint
+to `model.path`, where training finds it. Each step's demonstrations do not depend on the number of ranks, so the
+result is the same up to rounding. Metrics and checkpoints go to ROOT/NAME-warmstart/. After a stop or a crash, the
+next start resumes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def dry_run(config: RunConfig) -> int:
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
-    """Join the other ranks, build, resume, train, write; returns the program's exit code."""
+    """Join the other ranks, build, resume, train and write; return the program's exit code."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.initialize import shutdown
@@ -122,14 +122,14 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     finally:
         watchdog.close()
         warm_start.report.close()
-    # A launcher ends the others as soon as one has left with a code that is not 0.
+    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return 0 if is_done else EXIT_CODE
 
 
 def join_ranks(config: RunConfig) -> ParallelGroups:
-    """Check machines for what a warm start takes of them, and join the ranks; every rank calls this."""
+    """Check that the machines meet a warm start's needs, and join the ranks; every rank must call this."""
     from a2tgpo.warmstart.settings import as_planned, learning_rate, source_dimensions
     from launch.needs import warm_start_needs
     from launch.preflight import start_ranks
