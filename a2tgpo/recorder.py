@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.metrics.host_memory import resident_bytes, return_free_memory
+from a2tgpo.metrics.ratio_noise import RatioNoise
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.rollout_metrics import add_rollout_metrics
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -32,6 +33,7 @@ class Recorder:
         run_dir: the run's folder.
         num_texts: rollouts of a step shown in TensorBoard, half of them the best, half the worst.
         slow_ranks: compares the ranks' times.
+        ratio_noise: reads each step's metrics.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Recorder:
         tokenizer: PreTrainedTokenizerBase,
         num_texts: int,
         slow_ranks: SlowRanks,
+        ratio_noise: RatioNoise,
     ):
         self.writer = writer
         self._rollouts = RolloutWriter(
@@ -52,6 +55,7 @@ class Recorder:
         self._tokenizer = tokenizer
         self._num_texts = num_texts
         self._slow_ranks = slow_ranks
+        self._ratio_noise = ratio_noise
 
     def record_step(
         self,
@@ -89,12 +93,14 @@ class Recorder:
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         # Model-parallel ranks each reduce the same samples; decisions need values that are equal to the bit.
         metrics = broadcast_object(metrics, world, source=0)
-        spread, line = self._slow_ranks.compare(all_gather_object(seconds, world))
+        noise, noise_line = self._ratio_noise.watch(metrics)
+        metrics |= noise
+        spread, slow_line = self._slow_ranks.compare(all_gather_object(seconds, world))
         if self._groups.is_replica_first:
             turn_values = {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios}
             self._record_rollouts(step, trajectories, turn_values)
         self.writer.log(step, metrics | seconds | spread)
-        if line:
+        for line in filter(None, (noise_line, slow_line)):
             self.writer.print(f"step {step}: {line}")
         return metrics
 

@@ -27,6 +27,7 @@ from a2tgpo.experiment.claim import claim
 from a2tgpo.experiment.rules import TRAINING, settings_of, told
 from a2tgpo.experiment.starts import ACCEPT
 from a2tgpo.metrics.guards import Guards
+from a2tgpo.metrics.ratio_noise import RatioNoise
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import broadcast_object
@@ -280,6 +281,7 @@ class RunFolder:
             slow_ranks=SlowRanks(
                 ratio=self._config.watchdog.slow_ratio, steps=self._config.watchdog.slow_steps
             ),
+            ratio_noise=RatioNoise(self._config),
         )
         return self._recorder
 

@@ -21,7 +21,7 @@ class GuardConfig:
     max_format_error_rise: float = 0.2
     """Alarm when the share of ill-formed responses has grown by so much."""
     max_noise_share: float = 0.5
-    """Alarm when the ratio's noise floor passes this share of the smaller of clip_low and clip_high."""
+    """Alarm when the ratio's noise passes this share of the smaller of clip_low and clip_high."""
     max_train_engine_gap: float = 0.05
     """Alarm when trainer and engine differ by more, mean absolute nats per token."""
     max_failed_calls: float = 0.2

@@ -53,7 +53,7 @@ class Guards:
     `baseline_steps` steps that have it.
 
     Args:
-        clip_low, clip_high: the clipping range that the ratio's noise floor is held against.
+        clip_low, clip_high: the clipping range that the ratio's noise is compared with.
     """
 
     def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):
@@ -214,13 +214,14 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            metrics=("ratio/noise_floor",),
+            # The floor is that of unchanged weights, 0 in bfloat16 too; a step of few mini-batches has nothing else.
+            metrics=("ratio/noise", "ratio/noise_floor"),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
             limit=lambda _: config.max_noise_share * narrower_clip,
             advice="rounding, not the policy, decides what is clipped: train in bfloat16 where model.fp8 is on, "
             "raise update.prompts_per_minibatch (one mini-batch a step clips nothing), or widen algorithm.clip_low "
-            "and clip_high to twice ratio/noise_floor",
+            "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
             # No token has a gap where no log-prob is finite; their number is then past any sensible limit.

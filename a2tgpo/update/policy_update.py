@@ -20,6 +20,7 @@ from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.update.importance import record_correction, weigh
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import LearningRateSchedule
+from a2tgpo.update.ratio_spread import record_spread, spread_sums
 from a2tgpo.update.score import TokenScores, score
 from a2tgpo.update.train_step import train_step
 
@@ -104,7 +105,8 @@ def update_policy(
             log_ratio = sampled.detach() - inputs.old_logprobs
             shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
             minibatch.turn_ratios[index] = shared.clamp(max=MAX_LOG_RATIO).exp().float()
-            return result.loss, _loss_sums(result, log_ratio, batch)
+            sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
+            return result.loss, sums
 
         metrics.add("update/lr", schedule.lr, 1)
         result = train_step(policy, optimizer, minibatch.batches, loss_function, distribution=distribution)
@@ -116,6 +118,7 @@ def update_policy(
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
+            record_spread(metrics, result.metrics, num_updates=number)
     if not minibatches[0].is_scored:
         _record_scores(policy, score_sums, metrics)
     record_correction(minibatches, config.correction, policy.groups, metrics)

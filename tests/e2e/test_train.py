@@ -17,7 +17,7 @@ CONFIG = "configs/quickstart.yaml"
 SMALL = [
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
-    "update.prompts_per_minibatch=2",
+    "update.prompts_per_minibatch=1",
     "evaluation.max_questions=6",
     "evaluation.every=0",
     "checkpoint.every=1",
@@ -71,6 +71,7 @@ def undisturbed(tmp_path_factory, warm_model) -> Path:
     result = start(CONFIG, f"model.path={warm_model}", f"run.root={root}", "run.steps=3", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "held-out EM" in result.stderr and "step 3/3" in result.stderr
+    assert result.stderr.count("step 3: noise of the turn ratio over 3 steps: ") == 1
     return root / "quickstart"
 
 
@@ -84,6 +85,7 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
         assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"
         assert 0 < record["gain/engine_trainer_gap_max"] < 1e-3, "they disagree on answers"
         assert record["ratio/noise_floor"] < 1e-6, "the ratio is not 1 at the first mini-batch"
+        assert record["ratio/noise_share"] >= 0
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
 
 

@@ -135,6 +135,12 @@ def test_zero_turns_an_alarm_off(name):
     assert all(f"alarm/{name}" not in alarms and not any(alarms.values()) for alarms, _ in played)
 
 
+def test_noise_where_weights_have_moved_counts_rather_than_the_floor_where_they_have_not():
+    noisy, quiet = ({"ratio/noise": a, "ratio/noise_floor": b} for a, b in ((2e-3, 0.0), (1e-4, 2e-3)))
+    assert alarms_of(make(), [SOUND | noisy] * 2, "noise_floor") == [0, 1]
+    assert alarms_of(make(), [SOUND | quiet] * 2, "noise_floor") == [0, 0]
+
+
 def test_format_errors_of_everything_played_count_rather_than_those_of_the_kept_groups():
     kept, played = "reward/format_error_rate", "sampling/format_error_rate_all"
     rising, falling = ({kept: a, played: b} for a, b in ((0.1, 0.9), (0.9, 0.1)))

@@ -1,0 +1,88 @@
+"""How much of a ratio's distance from 1 is rounding: estimated from a step's mini-batches, and what to do about it.
+
+At a step's first mini-batch the weights are those of the old log-probs, and rounding is the same in both passes. Once
+weights have moved, activations are rounded anew: from the second mini-batch on the ratio holds the whole noise. What
+the policy has moved grows from update to update, the noise does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from a2tgpo.config.run import RunConfig
+
+SPREAD_METRICS = {1: "ratio/mean_square_after_1", 2: "ratio/mean_square_after_2"}
+"""By the number of updates since the rollout: mean of (log s)^2 over the ratios s that are clipped."""
+FIRST_STEPS = 3
+"""Measured steps whose mean is told."""
+
+
+def noise_of(after_one: float, after_two: float) -> float:
+    """Standard deviation of log s that rounding alone brings, nats.
+
+    A straight line through both mean squares, down to no update at all. The policy's movement adds as much with every
+    update if updates point anywhere, and more if they agree: it is never taken for noise, but may hide some.
+    """
+    return math.sqrt(min(max(2 * after_one - after_two, 0.0), after_one))
+
+
+class RatioNoise:
+    """Watches the steps of one start of a run; given the same metrics, all ranks come to the same result."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._clip = min(config.algorithm.clip_low, config.algorithm.clip_high)
+        self._first: list[tuple[float, float]] | None = []
+
+    def watch(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], str]:
+        """Judge one step.
+
+        Args:
+            metrics: of the step, reduced over all ranks.
+
+        Returns:
+            `ratio/noise` (nats) and `ratio/noise_share` (of the smaller of clip_low and clip_high), nothing for a
+            step of fewer than three mini-batches; and a line with advice once, after `FIRST_STEPS` of these.
+        """
+        after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
+        if not (math.isfinite(after_one) and math.isfinite(after_two)):
+            return {}, ""
+        noise = noise_of(after_one, after_two)
+        judged = {"ratio/noise": noise, "ratio/noise_share": noise / self._clip}
+        if self._first is None:
+            return judged, ""
+        self._first.append((after_one, after_two))
+        if len(self._first) < FIRST_STEPS:
+            return judged, ""
+        means = [sum(squares) / FIRST_STEPS for squares in zip(*self._first, strict=True)]
+        self._first = None
+        return judged, self._line(noise_of(*means))
+
+    def _line(self, noise: float) -> str:
+        algorithm, share = self._config.algorithm, noise / self._clip
+        told = (
+            f"noise of the {algorithm.ratio} ratio over {FIRST_STEPS} steps: {noise:.2g}, {share:.0%} "
+            f"of the clipping range (clip_low {algorithm.clip_low:g}, clip_high {algorithm.clip_high:g})"
+        )
+        limit = self._config.guard.max_noise_share
+        if limit == 0 or share <= limit * (1 + 1e-6):
+            return f"{told}: the policy decides what is clipped"
+        return f"{told}: rounding decides what is clipped; {self._advice(share / limit)}"
+
+    def _advice(self, wider: float) -> str:
+        config = self._config
+        low, high = (
+            round_up(wider * clip) for clip in (config.algorithm.clip_low, config.algorithm.clip_high)
+        )
+        fp8 = "take model.fp8 out, or " if config.model.fp8.enabled else ""
+        return (
+            f"{fp8}set update.prompts_per_minibatch={config.rollout.prompts_per_step} (one mini-batch a step: no "
+            f"noise, no clipping), or algorithm.clip_low={low:g} algorithm.clip_high={high:g}"
+        )
+
+
+def round_up(value: float) -> float:
+    """The next number of two digits and zeros."""
+    unit = 10 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit - 1e-9) * unit

@@ -1,0 +1,32 @@
+"""How far the ratios that are clipped lie from 1, by the number of updates since the step's rollout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from a2tgpo.loss.policy_loss import LossInputs, segments
+from a2tgpo.loss.turn_ratio import segment_mean
+from a2tgpo.metrics.ratio_noise import SPREAD_METRICS
+from a2tgpo.metrics.reduce import MetricSums
+
+
+def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, Tensor]:
+    """Sum of (log s)^2 over the turns, sequences or tokens that share a ratio s, and their number; float64 scalars.
+
+    Args:
+        log_ratio: [n] of the micro-batch's sampled tokens, without gradient.
+        level: of the ratio: token | turn | sequence.
+    """
+    ids, num_segments = segments(inputs, level)
+    shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)
+    if ids is not None:
+        shared = segment_mean(shared, ids, num_segments)
+        is_ratio = torch.zeros_like(shared, dtype=torch.bool).index_fill(0, ids, True)
+    return {"spread": shared.square().sum(), "ratios": is_ratio.sum().double()}
+
+
+def record_spread(metrics: MetricSums, sums: dict[str, Tensor], *, num_updates: int) -> None:
+    """Add a mini-batch's mean square, if `metrics.ratio_noise` takes it."""
+    if num_updates in SPREAD_METRICS and int(sums["ratios"]):
+        metrics.add(SPREAD_METRICS[num_updates], float(sums["spread"]), int(sums["ratios"]))
