@@ -97,6 +97,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
 
     Args:
         resume_from: the checkpoint that is loaded next; assemble refuses the checkpoint of another run.
+            Neither the policy's nor the engine's weights are then read from `model.path`.
 
     Raises:
         ConfigError: one line; the configuration cannot be run.
@@ -134,7 +135,9 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_tools"):
         toolset = build_tools(config)
     with timers.stage("startup_model"):
-        policy = build_policy(config.model, config.parallel, groups, update=config.update)
+        policy = build_policy(
+            config.model, config.parallel, groups, update=config.update, with_weights=resume_from is None
+        )
         reference = build_reference(config, groups)
         minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
         optimizer, schedule = build_optimizer(
@@ -142,7 +145,9 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         )
         phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
     with timers.stage("startup_engine"):
-        engine = phases.build_engine(functools.partial(build_engine, config, replicas))
+        engine = phases.build_engine(
+            functools.partial(build_engine, config, replicas, with_weights=resume_from is None)
+        )
     return RunParts(
         config=config,
         groups=groups,
@@ -171,8 +176,12 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
-def build_engine(config: RunConfig, replicas: Replicas) -> VllmEngine:
-    """Build the engine of `config`, awake, with the weights of `model.path`; every rank must call this."""
+def build_engine(config: RunConfig, replicas: Replicas, *, with_weights: bool = True) -> VllmEngine:
+    """Build the engine of `config`, awake, with the weights of `model.path`; every rank must call this.
+
+    Args:
+        with_weights: False: the caller loads weights into the engine before it computes anything.
+    """
     config = settle_engine_share(config)
     return VllmEngine(
         config.model.path,
@@ -181,6 +190,7 @@ def build_engine(config: RunConfig, replicas: Replicas) -> VllmEngine:
         max_model_len=config.max_model_len,
         seed=config.run.seed,
         replica_group=replicas.group,
+        with_weights=with_weights,
     )
 
 

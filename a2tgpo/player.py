@@ -110,10 +110,9 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     else:
         policy = load_policy(config, groups, model)
         phases = MemoryPhases(policy)
-        engine = phases.build_engine(functools.partial(build_engine, config, replicas))
+        engine = phases.build_engine(functools.partial(build_engine, config, replicas, with_weights=False))
         holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
-        # Step 0 would mean that the engine already has its weights from model.path.
-        sync_engine(holders, step=max(1, model.step))
+        sync_engine(holders, step=model.step)
     return Player(
         config=config,
         replicas=replicas,
@@ -130,7 +129,9 @@ def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     if model.is_hf:
         hf = dataclasses.replace(config.model, path=str(model.path))
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)
-    policy = build_policy(config.model, config.parallel, groups, update=None, trainable=False)
+    policy = build_policy(
+        config.model, config.parallel, groups, update=None, trainable=False, with_weights=False
+    )
     try:
         checkpoint.load_weights(model.path, policy)
     except ValueError as error:

@@ -55,7 +55,9 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
         root = Path(config.run.root) / config.run.name / "checkpoints"
         paths = [root / f"step_{step}" for step in checkpoint.steps_in(root)]
     for path in paths:
-        if not (path / checkpoint.MARKER).is_file():
+        if not (path / checkpoint.MARKER).is_file() or (
+            resume == "auto" and checkpoint.has_weights_only(path)
+        ):
             continue
         try:
             return path, checkpoint.read_record(path)

@@ -37,7 +37,7 @@ from a2tgpo.recorder import Recorder
 from a2tgpo.resume import changed_settings, check_resume, follow_settings, trained_so_far
 from a2tgpo.rollout_bank import drop_covered
 from a2tgpo.run_date import read_date
-from a2tgpo.update import checkpoint
+from a2tgpo.update import checkpoint, retention
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class RunFolder:
         self._complete: tuple[int, dict | None] = (0, None)
         """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
         self._saving: tuple[int, dict | None] = self._complete
+        self._is_auto = False
         self.evaluation_is_due = False
         """The evaluation after the last step is still to be done; set by `restore`."""
         self._reported = 0
@@ -79,6 +80,7 @@ class RunFolder:
                 process's, or holds another experiment.
         """
         check_resume(resume)
+        self._is_auto = resume == "auto"
         fault = [""]
         if self._groups.rank == 0:
             try:
@@ -106,6 +108,9 @@ class RunFolder:
     def restore(self, path: Path | None, parts: RunParts, guards: Guards) -> int:
         """Put the checkpoint's state in place; None: a new run. Returns the steps done.
 
+        Where `open` chose the checkpoint and its tensors turn out to be damaged, the newest whole one before it is
+        taken instead.
+
         Checkpoints of later steps are set aside, and one of the same step if `path` is not that one. The best one so
         far is the one known at the checkpoint, if it is this run's own.
         """
@@ -113,9 +118,11 @@ class RunFolder:
         if path is not None:
             parts.phases.enter("checkpoint")
             try:
-                state = checkpoint.load(
-                    path, policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule
-                )
+                held = dict(policy=parts.policy, optimizer=parts.optimizer, schedule=parts.schedule)
+                if self._is_auto:
+                    path, state = checkpoint.load_newest(path, **held)
+                else:
+                    state = checkpoint.load(path, **held)
             except ValueError as error:
                 raise ConfigError(f"--resume: {error}") from error
             step = int(state["step"])
@@ -133,7 +140,7 @@ class RunFolder:
                 guards.load_state_dict(state["guards"])
             # That of another run speaks of checkpoints which are not here.
             self.best.load_state_dict(self._if_comparable(state, parts) if is_own else None)
-        checkpoint.set_aside_after(self._checkpoints, step if is_own else step - 1)
+        retention.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
         self._complete = (step, self.best.state_dict())
         if is_own:
@@ -144,8 +151,8 @@ class RunFolder:
         """Begin a checkpoint of `step` steps, after the one before is done; every rank must call this.
 
         With `evaluation_is_due` a run that goes on from it first makes the evaluation after that step.
-        Once it is complete the oldest past `checkpoint.keep` goes, unless it is the best or due to stay. The rollouts
-        of the steps before it are on disk by then, since a run that goes on from it does not play them again.
+        Once it is complete, `retention` removes what of older ones is not kept. The rollouts of the steps before it
+        are on disk by then, since a run that goes on from it does not play them again.
         """
         self.finish_saving(is_last=False)
         if self._recorder is not None:
@@ -253,11 +260,12 @@ class RunFolder:
     def _tidy(self, step: int, best: dict | None) -> None:
         """What rank 0 does once a checkpoint is complete. In this order best.json names one that is there."""
         write_best(self._checkpoints, best)
-        retention = self._config.checkpoint
-        checkpoint.drop_old(
+        kept = self._config.checkpoint
+        retention.drop_old(
             self._checkpoints,
-            keep=retention.keep,
-            keep_every=retention.keep_every,
+            keep=kept.keep,
+            keep_every=kept.keep_every,
+            keep_gb=kept.keep_gb,
             spare=best["step"] if best else None,
         )
         drop_covered(self.bank, step)
@@ -306,7 +314,10 @@ class RunFolder:
         last_good = ""
         if guards.num_skipping:
             steps = [
-                old for old in checkpoint.steps_in(self._checkpoints) if old <= step - guards.num_skipping
+                old
+                for old in checkpoint.steps_in(self._checkpoints)
+                if old <= step - guards.num_skipping
+                and not checkpoint.has_weights_only(self._checkpoints / f"step_{old}")
             ]
             place = f"{self._checkpoints}/step_{steps[0]}" if steps else "the untrained model"
             last_good = f"last checkpoint before the first skipped update: {place}. "

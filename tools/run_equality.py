@@ -61,7 +61,8 @@ def differences(first: Path, second: Path) -> list[str]:
 
 def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
     """Rollouts and the tensors of checkpoints that both runs have of `steps` and that are not equal byte by byte."""
-    from a2tgpo.update.checkpoint import MARKER  # with Megatron, which takes seconds to import
+    # With Megatron, which takes seconds to import.
+    from a2tgpo.update.checkpoint import MARKER, has_weights_only
 
     ours, theirs = recorded_steps(first), recorded_steps(second)
     found = []
@@ -70,8 +71,11 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
         if len(rollouts) == 2 and not _hold_the_same(*rollouts):
             found.append(f"step {step}: the rollouts differ")
         markers = [run / "checkpoints" / f"step_{step}" / MARKER for run in (first, second)]
-        if all(path.is_file() for path in markers) and _tensors(markers[0]) != _tensors(markers[1]):
-            found.append(f"step {step}: the tensors of the checkpoints differ")
+        if all(path.is_file() for path in markers):
+            of_weights = any(has_weights_only(path.parent) for path in markers)
+            mine, others = (_tensors(path, of_weights=of_weights) for path in markers)
+            if mine != others:
+                found.append(f"step {step}: the tensors of the checkpoints differ")
     return found
 
 
@@ -84,10 +88,16 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
     )
 
 
-def _tensors(marker: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of a checkpoint's tensor files, by name."""
+def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
+    """Size and checksum of a checkpoint's tensor files, by name; of the weights' alone, or of all."""
+    from a2tgpo.update.checkpoint import is_of_weights
+
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]
-    return {name: value for name, value in files.items() if name.endswith(".distcp")}
+    return {
+        name: value
+        for name, value in files.items()
+        if name.endswith(".distcp") and (is_of_weights(name) or not of_weights)
+    }
 
 
 def _shown(value: Any) -> str:

@@ -78,16 +78,19 @@ class CheckpointConfig:
     every: int = 20
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept whole; a run goes on from these."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good, besides; 0: none."""
+    """Of older checkpoints whose step is a multiple of this the weights are kept; 0: none."""
+    keep_gb: float = 0.0
+    """Most that weights of older checkpoints may take, GB; the oldest are removed, never the best; 0: no limit."""
     max_failures: int = 3
     """Saves in a row that may fail, for want of space for example, before the run ends."""
     margin_s: float = 120.0
     """Kept free before the end of a Slurm job (SLURM_JOB_END_TIME), besides what an update and a save have taken so
     far, seconds."""
     best_by: str = "em"
-    """Held-out score whose best checkpoint is kept besides: em | em_format_gated | f1 | none."""
+    """Held-out score that decides which checkpoint is the best, whose weights are kept: em | em_format_gated | f1 |
+    none."""
 
     def __post_init__(self) -> None:
         require(
@@ -100,6 +103,7 @@ class CheckpointConfig:
         require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
         require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
         require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, ">= 0")
+        require(self.keep_gb >= 0, "checkpoint.keep_gb", self.keep_gb, ">= 0")
         require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, ">= 1")
 
 

@@ -56,6 +56,7 @@ def build_policy(
     *,
     update: UpdateConfig | None,
     trainable: bool = True,
+    with_weights: bool = True,
 ) -> Policy:
     """Build this rank's part of the checkpoint in `model.path` and load its weights; every rank must call this.
 
@@ -63,6 +64,8 @@ def build_policy(
         update: states whether the optimizer is distributed; required when trainable.
         trainable: wrap in DistributedDataParallel, ready for `get_megatron_optimizer`. Otherwise (a reference
             model) parameters have no gradients.
+        with_weights: read the weights; False: leave them as Megatron initialises them, for a caller that loads a
+            checkpoint next.
 
     Raises:
         ConfigError: if the checkpoint is missing, malformed or unsupported, the layout does not divide the model, or
@@ -89,7 +92,8 @@ def build_policy(
         trainable=trainable,
     )
     # Before wrapping: the distributed optimizer copies its float32 weights from the model.
-    load_hf_weights(policy)
+    if with_weights:
+        load_hf_weights(policy)
     if update is not None and trainable:
         overlap = groups.device.type == "cuda" and groups.dp_cp_group.size() > 1
         wrap_for_training(policy, update, overlap=overlap)

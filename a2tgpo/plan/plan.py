@@ -18,6 +18,7 @@ from a2tgpo.plan.memory import Phase, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.search_rate import SearchDemand, search_demand
+from a2tgpo.plan.storage import restart_bytes
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
 from a2tgpo.plan.workload import Workload, geometry
 
@@ -98,6 +99,12 @@ class Plan(PlanInputs):
     def host(self) -> HostMemory:
         """Host memory of the fullest node."""
         return fullest_node(self.host_by_rank, ranks_per_node=self.gpu.gpus_per_node)
+
+    @property
+    def restart_bytes(self) -> int:
+        """Read from storage by all ranks of a start that goes on from a checkpoint."""
+        per_node = self.gpu.gpus_per_node
+        return restart_bytes(self.config, self.dimensions, gpus=self.gpus, gpus_per_node=per_node)
 
     @property
     def fits_on_hosts(self) -> bool:

@@ -71,6 +71,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "total": round(plan.host.total),
             "capacity": round(plan.gpu.host_memory_gib * GIB),
         },
+        "restart_read_bytes": plan.restart_bytes,
         "faults": faults(plan),
         "geometry": {**dataclasses.asdict(plan.geometry), "displaced": round(plan.geometry.displaced, 1)},
         "operations": {"token_forward": plan.token_flops, **plan.stage_flops},
@@ -225,6 +226,7 @@ def _host_table(plan: Plan) -> str:
         ["sum", f"{_size(host.offloaded + host.saving + host.processes)} of {_size(capacity)}"],
         ["while loading, without the first two", _size(host.loading + host.processes)],
     ]
+    rows.append(["read from storage at a restart, by all nodes", _size(plan.restart_bytes)])
     return table(
         [f"host memory of the fullest node, {min(plan.gpu.gpus_per_node, plan.gpus)} ranks", ""], rows
     )

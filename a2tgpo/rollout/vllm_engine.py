@@ -127,6 +127,8 @@ class VllmEngine:
 
     Args:
         model_path: Hugging Face folder; its weights are loaded as version 0.
+        with_weights: False: the engine needs a `load_weights` before it computes anything, and reads no weights
+            itself. Where they are quantised as they are loaded it reads them nevertheless.
         config: the `rollout` section.
         model_dtype: number format where `config.dtype` is auto.
         max_model_len: longest sequence, tokens.
@@ -147,12 +149,14 @@ class VllmEngine:
         max_model_len: int,
         seed: int,
         replica_group: dist.ProcessGroup | None = None,
+        with_weights: bool = True,
     ):
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
         self._failure: str | None = None  # of a step; permanent
-        self._weights_fault: str | None = None  # cleared by a complete load
+        # Cleared by a complete load.
+        self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # request id -> tokens of the answer, for scorings in flight
@@ -165,6 +169,8 @@ class VllmEngine:
         arguments = engine_arguments(
             model_path, hf_config, config, dtype=self.dtype, max_model_len=self.max_model_len, seed=seed
         )
+        if not with_weights and config.quantization == "none":
+            arguments["load_format"] = "dummy"
         if self.num_token_ids < self.vocab_size:
             arguments["logits_processors"] = [MaskUnusedIds]
             arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}

@@ -1,10 +1,11 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-`ROOT/step_N/` holds `sharded/`, Megatron's torch_dist checkpoint of model and optimizer, `rng/rank_R.pt` with
-each rank's random state, `state.json` with the learning rate schedule, the layout, the model's architecture and the
-caller's own values, and files of the caller's. Nothing in it can run code when it is read. It is written
-(`checkpoint_writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files with their sizes and
-checksums, is in place: a folder without a matching list is not a checkpoint.
+`ROOT/step_N/` holds `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of the model and of the
+optimizer, `rng/rank_R.pt` with each rank's random state, `state.json` with the learning rate schedule, the layout,
+the model's architecture and the caller's own values, and files of the caller's. Nothing in it can run code when it is
+read. It is written (`checkpoint_writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files
+with their sizes and checksums, is in place: a folder without a matching list is not a checkpoint. Tensors have
+checksums of their own (`checked_files.py`), which are compared as they are read.
 
 Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
 otherwise.
@@ -19,8 +20,7 @@ import os
 import pickle
 import re
 import shutil
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,61 +36,78 @@ from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import set_rng_state
+from a2tgpo.update.checked_files import DamagedFileError, Piece, size_and_checksum, size_and_crc
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.optimizer_shards import is_distributed
-from a2tgpo.update.sharded_state import load_sharded, load_sharded_weights
+from a2tgpo.update.sharded_state import WEIGHTS, load_sharded, load_sharded_weights
 
 logger = logging.getLogger(__name__)
 
 MARKER = "complete.json"
 STATE = "state.json"
-SHARDED = "sharded"
+WEIGHTS_ONLY = "weights_only"
+"""In `complete.json` where everything else has been removed (`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
-def drop_old(root: str | Path, *, keep: int, keep_every: int, spare: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints under `root`; one rank calls this.
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose tensors are not those that were written; one line."""
 
-    Not counted and not removed: that of step `spare`, and those whose step is a multiple of `keep_every` (0: none).
+
+def load_newest(
+    path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
+) -> tuple[Path, dict[str, Any]]:
+    """`load` the checkpoint `path`, which `latest` has found, or the newest before it whose tensors are whole.
+
+    Returns:
+        The one that was loaded, and its state.
+
+    Raises:
+        ValueError: one line; `load`'s, or there is none.
     """
-    steps = [step for step in steps_in(Path(root)) if step != spare and (not keep_every or step % keep_every)]
-    for old in steps[keep:]:
-        shutil.rmtree(Path(root) / f"step_{old}")
-
-
-def set_aside_after(root: str | Path, step: int) -> None:
-    """Move checkpoints of later steps to `root/dropped_N/`, since a run that goes on from `step` has another future.
-
-    Left in place they would count as the newest: resumed from, and kept while those of the new future are removed.
-    """
-    root = Path(root)
-    if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
-        number = 1
-        while (aside := root / f"dropped_{number}").exists():
-            number += 1
-        aside.mkdir()
-        for old in later:
-            (root / f"step_{old}").rename(aside / f"step_{old}")
-        logger.warning("checkpoints after step %d are set aside in %s", step, aside)
-    dist.barrier()
+    newest: Path | None = path
+    while newest is not None:
+        try:
+            state = load(newest, policy=policy, optimizer=optimizer, schedule=schedule, is_checked=True)
+        except DamagedCheckpointError as error:
+            if dist.get_rank() == 0:
+                logger.warning("checkpoint %s is passed over: %s", newest, error)
+            newest = latest(path.parent, before=step_of(newest))
+        else:
+            return newest, state
+    raise ValueError(f"no checkpoint in {path.parent} is whole; --resume none begins the run anew")
 
 
 def load(
-    path: str | Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
+    path: str | Path,
+    *,
+    policy: Policy,
+    optimizer: Any,
+    schedule: LearningRateSchedule,
+    is_checked: bool = False,
 ) -> dict[str, Any]:
     """Put a checkpoint's weights, optimizer state, schedule and random states in place.
 
     The layout may differ from the one that saved it; random states are then left as they are, with a warning,
     since they belong to ranks.
 
+    Args:
+        is_checked: `latest` has just found it; only the tensors are still to be compared with their checksums.
+
     Returns:
         The `state` given to `CheckpointWriter.start`.
 
     Raises:
+        DamagedCheckpointError: on all ranks; its tensors are not whole. Some of them may be in place.
         ValueError: one line; `path` is not a complete checkpoint of this program, or one of another model.
     """
     path = Path(path)
-    _require_complete(path)
+    if has_weights_only(path):
+        raise ValueError(
+            f"{path} holds weights alone, which a run cannot go on from; give one of the newest checkpoints"
+        )
+    if not is_checked:
+        _require_complete(path)
     record = read_record(path)
     rng = None
     require_same_model(path, record, policy.hf_config)
@@ -102,8 +119,8 @@ def load(
             raise ValueError(f"{path / rng_file(policy.groups.rank)} holds no random states") from error
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
-    with _told_as_another_model(path):
-        load_sharded(path / SHARDED, policy, optimizer)
+    with _in_one_line(path):
+        load_sharded(path, policy, optimizer, pieces=_pieces_of(path))
     schedule.load_state_dict(record["schedule"])
     if rng is not None:
         set_rng_state(_from_plain(rng))
@@ -111,16 +128,16 @@ def load(
 
 
 def load_weights(path: str | Path, policy: Policy) -> None:
-    """Put only a checkpoint's weights in place, saved by any layout.
+    """Put only a checkpoint's weights in place, saved by any layout; nothing else of it is read or checked.
 
     Raises:
         ValueError: one line; `path` is not a complete checkpoint, or one of another model.
     """
     path = Path(path)
-    _require_complete(path)
+    _require_complete(path, weights_only=True)
     require_same_model(path, read_record(path), policy.hf_config)
-    with _told_as_another_model(path):
-        load_sharded_weights(path / SHARDED, policy)
+    with _in_one_line(path):
+        load_sharded_weights(path, policy, pieces=_pieces_of(path))
 
 
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
@@ -155,11 +172,14 @@ def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) 
 
 
 @contextlib.contextmanager
-def _told_as_another_model(path: Path) -> Iterator[None]:
-    """What torch says where shapes are not the policy's, as one line; that the files are whole is known."""
+def _in_one_line(path: Path) -> Iterator[None]:
+    """What torch says where tensors are damaged, or shapes are not the policy's, as one line."""
     try:
         yield
     except CheckpointException as error:  # holds what each rank raised
+        for cause, _ in error.failures.values():
+            if isinstance(cause, DamagedFileError):
+                raise DamagedCheckpointError(f"{path} cannot be loaded: {cause} is damaged") from error
         cause, _ = next(iter(error.failures.values()))
         raise ValueError(f"{path} does not fit the model at model.path ({first_line(cause):.200})") from error
 
@@ -185,15 +205,21 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def latest(root: str | Path) -> Path | None:
+def latest(root: str | Path, *, before: int | None = None) -> Path | None:
     """The newest complete checkpoint under `root`, None where there is none.
 
-    Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. All files are read,
-    shared out over the ranks.
+    Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. Whether tensors are
+    damaged is not looked at, but for checkpoints from before tensors had checksums: `load` does so. Ranks share the
+    looking.
+
+    Args:
+        before: only checkpoints of earlier steps than this one; None: any.
     """
     for step in steps_in(Path(root)):
+        if before is not None and step >= before:
+            continue
         path = Path(root) / f"step_{step}"
-        fault = _fault_of(path)
+        fault = "it holds weights alone" if has_weights_only(path) else _fault_of(path)
         if not fault:
             return path
         if dist.get_rank() == 0:
@@ -201,63 +227,101 @@ def latest(root: str | Path) -> Path | None:
     return None
 
 
-def _require_complete(path: Path) -> None:
-    fault = _fault_of(path)
+def has_weights_only(path: Path) -> bool:
+    """Whether all but its weights has been removed from the checkpoint; one process may call this."""
+    try:
+        return bool(json.loads((path / MARKER).read_text()).get(WEIGHTS_ONLY))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def step_of(path: Path) -> int:
+    """The step that names a checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether this file of a checkpoint is one that `load_weights` reads."""
+    return name == STATE or name.startswith(f"{WEIGHTS}/")
+
+
+def _require_complete(path: Path, *, weights_only: bool = False) -> None:
+    fault = _fault_of(path, weights_only=weights_only)
     if fault:
         raise ValueError(f"{path} cannot be loaded: {fault}")
 
 
-def _fault_of(path: Path) -> str:
-    """What is wrong with the checkpoint at `path`, in a few words; empty: nothing. Equal on all ranks."""
+def _fault_of(path: Path, *, weights_only: bool = False) -> str:
+    """What is wrong with the checkpoint at `path`, tensors aside, in a few words; empty: nothing.
+
+    With `weights_only` files that `load_weights` does not read are left out.
+
+    Equal on all ranks.
+    """
     try:
-        files = json.loads((path / MARKER).read_text())["files"]
-        expected = {name: (int(size), int(checksum)) for name, (size, checksum) in files.items()}
-    except FileNotFoundError:
-        return f"it has no {MARKER}: it was not written to the end"
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError):
-        return f"its {MARKER} is damaged"
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
-        return f"its {MARKER} names files elsewhere"
-    # os.path's says False for a name that no file can have, where `Path.is_file` raises.
-    missing = [name for name in expected if not os.path.isfile(path / name)]
-    if missing:
-        return f"{missing[0]} is missing"
-    assert dist.group.WORLD is not None, "checkpoints are read by joined processes"
-    found = describe(path, list(expected), dist.group.WORLD)
-    damaged = [name for name in expected if tuple(found[name]) != expected[name]]
-    return f"{damaged[0]} is damaged" if damaged else ""
+        expected, pieces = _read_marker(path)
+    except ValueError as error:
+        return str(error)
+    world = dist.group.WORLD
+    assert world is not None, "checkpoints are read by joined processes"
+    names = [name for name in expected if is_of_weights(name) or not weights_only]
+    share = names[world.rank() :: world.size()]
+    faults = all_gather_object(_first_fault(path, {name: expected[name] for name in share}, pieces), world)
+    return next((fault for fault in faults if fault), "")
 
 
-def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file; the ranks of `group` share the reading, and all must call this.
+def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[Piece]]]:
+    """Size and checksum of each file of a checkpoint, and what those of tensors are made of.
 
     Raises:
-        OSError: on every rank, if any could not read its share.
+        ValueError: a few words; the checkpoint is incomplete, or its list of files damaged.
     """
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    mine: dict[str, tuple[int, int]] | str
     try:
-        mine = {name: _size_and_crc(folder / name) for name in names[rank::world_size]}
-    except OSError as error:
-        mine = f"{error.filename} cannot be read: {error.strerror}"
-    merged: dict[str, tuple[int, int]] = {}
-    for part in all_gather_object(mine, group):
-        if isinstance(part, str):
-            raise OSError(part)
-        merged.update(part)
-    return {name: merged[name] for name in names}
+        marker = json.loads((path / MARKER).read_text())
+        expected = {name: (int(size), int(checksum)) for name, (size, checksum) in marker["files"].items()}
+        pieces = _parse_pieces(marker)
+        is_sound = all(expected[name] == size_and_checksum(of_file) for name, of_file in pieces.items())
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MARKER}: it was not written to the end") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"its {MARKER} is damaged")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
+        raise ValueError(f"its {MARKER} names files elsewhere")
+    return expected, pieces
 
 
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    size = crc = 0
-    # Every save has a thread of its own, and glibc keeps what a thread has used for the next one that it gives the
-    # same arena: a buffer of megabytes would stay in all of a process's arenas.
-    block = memoryview(bytearray(1 << 18))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(block):
-            size += count
-            crc = zlib.crc32(block[:count], crc)
-    return size, crc
+def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
+    """What is wrong with these files; of those in `pieces` only the size is looked at."""
+    # os.path's says False for a name that no file can have, where `Path.is_file` raises.
+    for name in expected:
+        if not os.path.isfile(path / name):
+            return f"{name} is missing"
+    for name, (size, checksum) in expected.items():
+        try:
+            is_whole = (
+                (path / name).stat().st_size == size
+                if name in pieces
+                else size_and_crc(path / name) == (size, checksum)
+            )
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if not is_whole:
+            return f"{name} is damaged"
+    return ""
+
+
+def _pieces_of(path: Path) -> dict[str, list[Piece]]:
+    """What the files of tensors are made of, by name; empty in a checkpoint from before this was kept."""
+    return _parse_pieces(json.loads((path / MARKER).read_text()))
+
+
+def _parse_pieces(marker: dict[str, Any]) -> dict[str, list[Piece]]:
+    return {
+        name: [(int(start), int(size), int(checksum)) for start, size, checksum in of_file]
+        for name, of_file in marker.get("pieces", {}).items()
+    }
 
 
 def files_of(folder: Path) -> list[str]:
@@ -281,9 +345,17 @@ def remove_leftovers(root: Path) -> None:
             shutil.rmtree(entry)
 
 
-def put_in_place(partial: Path, final: Path, files: dict[str, tuple[int, int]]) -> None:
-    """Mark `partial` as complete with the list of its `files`, and rename it; one rank calls this."""
-    write_text(partial / MARKER, json.dumps({"files": files}, indent=0))
+def put_in_place(
+    partial: Path, final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]
+) -> None:
+    """Mark `partial` as complete with the lists of its files, and rename it; one rank calls this.
+
+    Args:
+        files: size and checksum of those that are not in `pieces`.
+        pieces: what the others are made of.
+    """
+    sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}
+    write_text(partial / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
     old = final.with_suffix(".old")
     if final.exists():
         final.rename(old)

@@ -26,10 +26,11 @@ from a2tgpo.error_line import first_line
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import get_rng_state
-from a2tgpo.update import checkpoint
+from a2tgpo.update import checked_files, checkpoint
+from a2tgpo.update.checked_files import Piece
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.optimizer_shards import is_distributed
-from a2tgpo.update.sharded_state import ShardedCopy, copy_sharded, write_sharded
+from a2tgpo.update.sharded_state import OPTIMIZER, WEIGHTS, ShardedCopy, copy_sharded, write_sharded
 
 
 class CheckpointWriter:
@@ -144,7 +145,7 @@ class CheckpointWriter:
 
         def make_folders() -> None:
             checkpoint.remove_leftovers(self._root)
-            for folder in (checkpoint.SHARDED, "rng"):
+            for folder in (WEIGHTS, OPTIMIZER, "rng"):
                 (partial / folder).mkdir(parents=True)
             with naming(partial / checkpoint.STATE):
                 (partial / checkpoint.STATE).write_text(record)
@@ -157,18 +158,25 @@ class CheckpointWriter:
                     (partial / name).write_bytes(content)
 
         def complete() -> None:
-            checkpoint.put_in_place(partial, final, files)
+            checkpoint.put_in_place(partial, final, files, pieces)
             on_complete()
 
         try:
             _together(make_folders if is_first else None, group, partial)
-            write_tensors = functools.partial(write_sharded, partial / checkpoint.SHARDED, model, group)
-            _together(write_tensors, group, partial / checkpoint.SHARDED)
-            _together(write_own, group, partial)
+            pieces: dict[str, list[Piece]] = {}
             files: dict[str, tuple[int, int]] = {}
 
+            def write_tensors() -> None:
+                pieces.update(write_sharded(partial, model, group))
+
             def describe() -> None:
-                files.update(checkpoint.describe(partial, checkpoint.files_of(partial), group))
+                for of_rank in all_gather_object(dict(pieces), group):
+                    pieces.update(of_rank)
+                others = [name for name in checkpoint.files_of(partial) if name not in pieces]
+                files.update(checked_files.describe(partial, others, group))
+
+            _together(write_tensors, group, partial)
+            _together(write_own, group, partial)
 
             _together(describe, group, partial)
             _together(complete if is_first else None, group, final)

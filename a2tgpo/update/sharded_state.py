@@ -1,4 +1,8 @@
-"""Model and optimizer on disk, in Megatron's sharded torch_dist format."""
+"""Model and optimizer on disk, in Megatron's sharded torch_dist format.
+
+A checkpoint holds two of Megatron's folders, `WEIGHTS` and `OPTIMIZER`: either can be read, and removed, without the
+other. One from before they were separated has both in `WEIGHTS`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import io
 import pickle
 import pickletools
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,12 +32,16 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a2tgpo.model.policy import Policy, gather_weights
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.update.checked_files import CheckedWriter, Piece, checked_reading
 from a2tgpo.update.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
 from a2tgpo.update.shared_read import send_shared, share_reads
 
+WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
 """Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
@@ -86,13 +96,30 @@ def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
     return ShardedCopy(tensors=mcore_to_pyt_state_dict(by_key, False), common=_to_host(common))
 
 
-def write_sharded(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> None:
-    """Write the copies of all ranks into the empty `folder`; every rank of `group`, which is all, must call this.
+def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
+    """Write the copies of all ranks into empty folders of the checkpoint `path`; every rank of `group`, which is all,
+    must call this.
+
+    Returns:
+        What this rank has written, by file, relative to `path`.
 
     Raises:
         CheckpointException: on all ranks, if one could not write.
         OSError: on the first rank, before the others write, which they then do in vain.
     """
+    weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
+    others = {key: value for key, value in copy.tensors.items() if key not in weights}
+    parts = {WEIGHTS: ShardedCopy(tensors=weights, common={})}
+    parts[OPTIMIZER] = ShardedCopy(tensors=others, common=copy.common)
+    written: dict[str, list[Piece]] = {}
+    for name, part in parts.items():
+        pieces = write_part(path / name, part, group)
+        written |= {f"{name}/{file}": of_file for file, of_file in pieces.items()}
+    return written
+
+
+def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
+    """Write the copies of all ranks into the empty `folder`, as `write_sharded` does; returns pieces by file name."""
     fault = None
     try:
         if dist.get_rank(group) == 0:
@@ -103,67 +130,68 @@ def write_sharded(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> None:
     # By threads of this process: Megatron's own writer leaves a manager process behind on every rank, spawned anew
     # from the main script, and forks a process per file (filesystem_async.py), which a process with an engine's
     # threads in it should not do.
+    writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,
-        storage_writer=_Writer(folder),
+        storage_writer=writer,
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )
     if fault is not None:
         raise fault
+    return writer.pieces
 
 
-class _Writer(torch_checkpoint.FileSystemWriter):
-    """Torch's, which tells a full disk from other troubles."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # Closing the file after an error complains of its position, in place of the error.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
-
-
-def load_sharded(folder: Path, policy: Policy, optimizer: Any) -> None:
+def load_sharded(
+    path: Path, policy: Policy, optimizer: Any, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
+) -> None:
     """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
 
     Each rank reads its own slice of the optimizer's state and a share of the weights that data-parallel ranks hold
     alike (`shared_read`), into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in
     a checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
 
+    Args:
+        pieces: what `write_sharded` returned on all ranks, to compare with; empty: nothing is compared.
+
     Raises:
         ValueError: if the checkpoint's index is not what it should be.
+        CheckpointException: on all ranks, if shapes are not the policy's, or a piece is not the one that was written
+            (`DamagedFileError`).
     """
-    _check_index(folder / ".metadata")
+    with_optimizer = path / OPTIMIZER
+    folder = with_optimizer if with_optimizer.is_dir() else path / WEIGHTS
+    for part in {path / WEIGHTS, folder}:
+        _check_index(part / ".metadata")
     models, shared = model_shards(policy), []
     if is_distributed(optimizer):
         common = dist_checkpointing.load_common_state_dict(str(folder))
         optimizer.load_state_dict(_settings(common["optimizer"]))  # makes the moments where there are none
         slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
+        _read(folder, {_SLICES: slices}, pieces)
         shared = share_reads(models, policy.groups)
-        loaded = _read(folder, {**models, _SLICES: slices})
     else:
         state = optimizer.sharded_state_dict(
             dict(models), is_loading=True, metadata=sharding_metadata(policy)
         )
-        loaded = _read(folder, {**models, "optimizer": state})
+        loaded = _read(folder, {"optimizer": state}, pieces)
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
+    loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
         # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`, and other ranks read the rest.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
 
-def load_sharded_weights(folder: Path, policy: Policy) -> None:
+def load_sharded_weights(
+    path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
+) -> None:
     """Read only the model of what `write_sharded` wrote, on any layout; every rank calls this.
 
-    Raises:
-        ValueError: if the checkpoint's index is not what it should be.
+    Arguments and errors are those of `load_sharded`.
     """
+    folder = path / WEIGHTS
     _check_index(folder / ".metadata")
     metadata = sharding_metadata(policy)
     state = {
@@ -171,7 +199,7 @@ def load_sharded_weights(folder: Path, policy: Policy) -> None:
         for number, model in enumerate(policy.gpt_models)
     }
     shared = share_reads(state, policy.groups)
-    loaded = _read(folder, state)
+    loaded = _read(folder, state, pieces)
     for number, model in enumerate(policy.gpt_models):
         tensors = loaded.get(_model_key(policy, number), {})
         model.load_state_dict(
@@ -180,11 +208,30 @@ def load_sharded_weights(folder: Path, policy: Policy) -> None:
     send_shared(shared)
 
 
-def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    with warnings.catch_warnings():
+def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
+    """`dist_checkpointing.load`, whose errors of reading reach all ranks; every rank calls this.
+
+    Megatron-Core 0.19 loads on each rank by itself, so that one could fail where the others go on.
+    """
+    inside = {
+        name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
+    }
+    with warnings.catch_warnings(), checked_reading(folder, inside):
         # Megatron reads through functions and attributes that torch has marked for removal.
         warnings.simplefilter("ignore", FutureWarning)
-        return dist_checkpointing.load(state, str(folder))
+        loaded: dict[str, Any] = {}
+        failures: dict[int, Any] = {}
+        try:
+            loaded = dist_checkpointing.load(state, str(folder))
+        except CheckpointException as error:
+            failures = error.failures
+    world = dist.group.WORLD
+    assert world is not None, "checkpoints are read by joined processes"
+    of_ranks = all_gather_object(failures, world)
+    if any(of_ranks):
+        first = {rank: next(iter(found.values())) for rank, found in enumerate(of_ranks) if found}
+        raise CheckpointException("load", first)
+    return loaded
 
 
 def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.resume import trained_so_far
-from a2tgpo.update import checkpoint
+from a2tgpo.update import checkpoint, retention
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.warmstart.target import folder_of
@@ -75,12 +75,12 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load a checkpoint; return the state that was saved with it."""
+        """Load a checkpoint, or the newest whole one before it; return the state that was saved with it."""
         try:
-            state = checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule)
+            _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
             raise ConfigError(f"--resume: {error}") from error
-        checkpoint.set_aside_after(self._checkpoints, state["step"])
+        retention.set_aside_after(self._checkpoints, state["step"])
         self.saved_step = state["step"]
         return state
 
@@ -102,7 +102,7 @@ class WarmStartFolder:
             schedule=schedule,
             state=state | {"step": step, "settings": settings_of(self._config)},
             on_complete=functools.partial(
-                checkpoint.drop_old, self._checkpoints, keep=1, keep_every=0, spare=None
+                retention.drop_old, self._checkpoints, keep=1, keep_every=0, keep_gb=0, spare=None
             ),
         )
         self.saved_step = step

@@ -20,16 +20,19 @@ from update_bench import Bench, assert_close, hf_weights
 
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.update import checkpoint, sharded_state
+from a2tgpo.update import checkpoint, retention, sharded_state
 from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.offload import optimizer_tensors, weight_tensors
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.sharded_state import (
+    OPTIMIZER,
+    WEIGHTS,
     copy_sharded,
     copy_state,
     load_sharded,
     model_shards,
     sharding_metadata,
+    write_part,
     write_sharded,
 )
 
@@ -134,7 +137,7 @@ def check_another_layout(bench: Bench) -> None:
 
 def check_values_of_another_layout(bench: Bench) -> None:
     """Loaded from four data-parallel ranks and saved again, every saved value is the same, to the bit."""
-    check_values_again(bench, bench.folder / "checkpoints" / "dp4dtype" / "step_2" / "sharded")
+    check_values_again(bench, bench.folder / "checkpoints" / "dp4dtype" / "step_2")
 
 
 def check_earlier_format_of_another_layout(bench: Bench) -> None:
@@ -158,7 +161,10 @@ def check_earlier_format(bench: Bench) -> None:
         models = model_shards(policy)
         gathered = optimizer.sharded_state_dict(dict(models), metadata=sharding_metadata(policy))
         earlier = write(
-            bench, f"earlier_{bench.name}_{dtype}", copy_state({**models, "optimizer": gathered}, policy)
+            bench,
+            f"earlier_{bench.name}_{dtype}",
+            copy_state({**models, "optimizer": gathered}, policy),
+            together=True,
         )
         now = write(bench, f"now_{bench.name}_{dtype}", copy_sharded(policy, optimizer))
         if bench.groups.rank == 0:
@@ -230,7 +236,7 @@ def check_retention(bench: Bench) -> None:
         dist.barrier()
         save(root, step, **parts, state={"step": step})
         if bench.groups.rank == 0:
-            checkpoint.drop_old(root, keep=2, keep_every=0, spare=None)
+            retention.drop_old(root, keep=2, keep_every=0, keep_gb=0, spare=None)
         dist.barrier()
     assert sorted(p.name for p in root.iterdir()) == ["step_10", "step_2"]
 
@@ -242,6 +248,8 @@ def check_retention(bench: Bench) -> None:
         dist.barrier()
         with captured_warnings() as lines:
             found = checkpoint.latest(root)
+            assert found is not None
+            found, _ = checkpoint.load_newest(found, **parts)
         with contextlib.suppress(ValueError):
             checkpoint.load(root / "step_11", **parts)
             raise AssertionError("a damaged checkpoint was loaded")
@@ -284,22 +292,31 @@ def stepped(bench: Bench, *, dtype: str = "bfloat16") -> tuple[Policy, Any]:
     return policy, optimizer
 
 
-def write(bench: Bench, name: str, copy: Any) -> Path:
+def write(bench: Bench, name: str, copy: Any, *, together: bool = False) -> Path:
+    """The tensors of a checkpoint; weights and optimizer in one folder, as they were once, if `together`."""
     folder = bench.folder / "checkpoints" / name
     if bench.groups.rank == 0:
-        folder.mkdir(parents=True)
+        for part in (WEIGHTS,) if together else (WEIGHTS, OPTIMIZER):
+            (folder / part).mkdir(parents=True)
     dist.barrier()
     assert dist.group.WORLD is not None
-    write_sharded(folder, copy, dist.group.WORLD)
+    if together:
+        write_part(folder / WEIGHTS, copy, dist.group.WORLD)
+    else:
+        write_sharded(folder, copy, dist.group.WORLD)
     return folder
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, in full."""
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-    state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
-    torch_checkpoint.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-    return state
+    found: dict[str, Tensor] = {}
+    for part in (path for path in (folder / WEIGHTS, folder / OPTIMIZER) if path.is_dir()):
+        entries = FileSystemReader(part).read_metadata().state_dict_metadata
+        state = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items()}
+        torch_checkpoint.load(state, storage_reader=FileSystemReader(part), no_dist=True)
+        assert not found.keys() & state.keys()
+        found |= state
+    return found
 
 
 def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -119,7 +119,7 @@ def check_from_two_expert_ranks(bench: Bench) -> None:
         bench.step(policy, optimizer)
         schedule.step()
     assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
-    check_values_again(bench, root / "step_2" / "sharded", dtype="float32")
+    check_values_again(bench, root / "step_2", dtype="float32")
 
 
 CHECKS = {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,11 +153,19 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
                 assert turn["ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit(tmp_path, warm_model, undisturbed):
-    common = [CONFIG, f"model.path={warm_model}", f"run.root={tmp_path}", *SMALL]
+def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_weights(
+    tmp_path, warm_model, undisturbed
+):
+    model = shutil.copytree(warm_model, tmp_path / "model")
+    common = [CONFIG, f"model.path={model}", f"run.root={tmp_path}", *SMALL]
     # The learning rate is constant, so a shorter run takes the same first steps.
     first = start(*common, "run.steps=2")
     assert first.returncode == 0, first.stderr[-3000:]
+    weights = model / "model.safetensors"
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    with weights.open("r+b") as stream:
+        stream.seek(header)
+        stream.write(b"\xff" * (weights.stat().st_size - header))  # every one of them not a number
     second = start(*common, "run.steps=3")
     assert second.returncode == 0, second.stderr[-3000:]
     assert "step 2 of 3" in second.stderr

@@ -150,7 +150,7 @@ def install() -> None:
     from a2tgpo.rollout.held_calls import HeldCalls
     from a2tgpo.rollout.tool_pool import ToolPool
     from a2tgpo.search.tool import CachedSearch
-    from a2tgpo.update import checkpoint, checkpoint_writer, policy_update
+    from a2tgpo.update import checkpoint, checkpoint_writer, policy_update, retention
 
     step = trainer.Trainer.train_step
 
@@ -182,7 +182,7 @@ def install() -> None:
     passing(torch.distributed.checkpoint.FileSystemWriter, "write_data", "save: written", after=True)
     passing(checkpoint, "put_in_place", "save: before the rename")
     passing(run_folder.RunFolder, "_tidy", "save: after the rename")
-    passing(checkpoint, "drop_old", "save: before old ones go")
+    passing(retention, "drop_old", "save: before old ones go")
     build = CachedSearch.__init__
 
     def remembered(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -27,6 +27,7 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
+from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run_folder import RunFolder
 from a2tgpo.trajectory import Prompt
@@ -48,14 +49,21 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
     """A process group of one and the parts of a run that a checkpoint holds, before any update."""
     environment = dict(os.environ)
     groups = initialize(ParallelConfig(), seed=0)
-    model = tmp_path_factory.mktemp("model")
-    build_model("llama", vocab_size=250).save_pretrained(model)
+    yield SimpleNamespace(groups=groups, parts=new_parts(groups, tmp_path_factory.mktemp("model")))
+    shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def new_parts(groups: ParallelGroups, model: Path, *, vocab_size: int = 250) -> SimpleNamespace:
+    """The parts of a run with a random model, which is written to `model` first."""
+    build_model("llama", vocab_size=vocab_size).save_pretrained(model)
     update = UpdateConfig()
     policy = build_policy(
         ModelConfig(path=str(model), dtype="float32"), ParallelConfig(), groups, update=update
     )
     optimizer, schedule = build_optimizer(policy, update, total_steps=100)
-    parts = SimpleNamespace(
+    return SimpleNamespace(
         policy=policy,
         optimizer=optimizer,
         schedule=schedule,
@@ -67,10 +75,6 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
         carried=CarriedPool(),
         replicas=SimpleNamespace(index=0, count=1, is_first=True, group=None),
     )
-    yield SimpleNamespace(groups=groups, parts=parts)
-    shutdown()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 class Questions:
@@ -100,6 +104,7 @@ class Run:
         keep: int = 1,
         keep_every: int = 0,
         keep_rollouts_gb: float = 0.0,
+        keep_gb: float = 0,
         partial: PartialConfig = PartialConfig(),  # noqa: B008 (frozen)
         **rollout: Any,
     ):
@@ -110,7 +115,7 @@ class Run:
             search=SearchConfig(corpus="unused"),
             rollout=RolloutConfig(partial=partial, **rollout),
             algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
-            checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, max_failures=2),
+            checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, keep_gb=keep_gb, max_failures=2),
         )
         self.parts: Any = world.parts
         self.folder = RunFolder(self.config, world.groups)

@@ -175,7 +175,8 @@ def test_what_a_policy_writes():
 def test_checkpoint_metadata(tmp_path):
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from a2tgpo.update.checkpoint import MARKER, STATE, _fault_of, read_record
+    from a2tgpo.update.checked_files import size_and_checksum
+    from a2tgpo.update.checkpoint import MARKER, STATE, _first_fault, _read_marker, read_record
     from a2tgpo.update.sharded_state import _check_index
 
     index = pickle.dumps(Metadata(state_dict_metadata={}))
@@ -196,13 +197,16 @@ def test_checkpoint_metadata(tmp_path):
 
     assert survives(read_index, [index], ValueError) > CASES / 4
     assert survives(read_state, [json.dumps(record).encode()], ValueError) > CASES / 4
-    marker = json.dumps({"files": {"absent": [3, 4], "rng/rank_0.pt": [1, 2]}}).encode()
+    size, checksum = size_and_checksum([(0, 2, 7), (2, 1, 9)])
+    files = {"absent": [3, 4], "sharded/0": [size, checksum], "rng/rank_0.pt": [1, 2]}
+    markers = [{"files": files}, {"files": files, "pieces": {"sharded/0": [[0, 2, 7], [2, 1, 9]]}}]
 
     def judge(content: bytes) -> None:
         (tmp_path / MARKER).write_bytes(content)
-        assert _fault_of(tmp_path), "a list of absent files passes"
+        expected, pieces = _read_marker(tmp_path)
+        assert _first_fault(tmp_path, expected, pieces), "a list of absent files passes"
 
-    survives(judge, [marker])
+    survives(judge, [json.dumps(marker).encode() for marker in markers], ValueError)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside"])

@@ -10,13 +10,15 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from saved_run import Run, scores, world
+from saved_run import Run, new_parts, scores, world
 from tiny_models import build_model
 
 from a2tgpo.carried_pool import Carried, Entry
+from a2tgpo.config.check import ConfigError
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
@@ -24,7 +26,7 @@ from a2tgpo.model.build import build_policy
 from a2tgpo.record.rollout_files import part_path, recorded_steps
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
-from a2tgpo.update import checkpoint, checkpoint_writer
+from a2tgpo.update import checked_files, checkpoint, checkpoint_writer
 
 __all__ = ["world"]
 
@@ -34,6 +36,53 @@ def test_every_mth_checkpoint_stays_besides_the_newest(world, tmp_path):
     for step in range(1, 11):
         run.save(step)
     assert run.steps == [4, 8, 9, 10]
+    assert [checkpoint.has_weights_only(run.checkpoints / f"step_{step}") for step in run.steps] == [
+        *(True, True),
+        *(False, False),
+    ]
+
+
+def test_of_the_best_the_weights_alone_stay_and_are_what_was_saved(world, tmp_path):
+    """They can be evaluated, not gone on from; the newest, though best, stays whole until others have come."""
+    weight = next(world.parts.policy.gpt_models[0].parameters())
+    run = Run(world, tmp_path, keep=2)
+    run.save(1, 0.5)
+    assert not checkpoint.has_weights_only(run.checkpoints / "step_1")
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    for step in (2, 3):
+        run.save(step)
+    best = run.checkpoints / "step_1"
+    assert run.steps == [1, 2, 3] and run.best_step == 1 and checkpoint.has_weights_only(best)
+    assert sorted(path.name for path in best.iterdir()) == ["complete.json", "sharded", "state.json"]
+    checkpoint.load_weights(best, run.parts.policy)
+    assert torch.equal(weight, before)
+    with pytest.raises(ConfigError, match="holds weights alone, which a run cannot go on from"):
+        Run(world, tmp_path, resume=str(best))
+    for step in (2, 3):
+        shutil.rmtree(run.checkpoints / f"step_{step}")
+    assert checkpoint.latest(run.checkpoints) is None
+
+
+def test_weights_that_are_kept_for_good_stay_within_their_gigabytes(world, tmp_path):
+    run = Run(world, tmp_path, keep=1, keep_every=1)
+    run.save(1, 0.5)
+    run.save(2)
+    size = size_of(run.checkpoints / "step_1")
+    run = Run(world, tmp_path, keep=1, keep_every=1, keep_gb=2.5 * size / 1e9)
+    for step in range(3, 7):
+        run.save(step)
+    assert run.steps == [1, 5, 6], "the best, the newest weights, the newest"
+
+
+def test_of_dropped_checkpoints_the_newest_two_folders_are_kept(world, tmp_path):
+    run = Run(world, tmp_path, keep=9)
+    for _ in range(4):
+        for step in (1, 2):
+            run.save(step)
+        run = Run(world, tmp_path, keep=9, resume=str(run.checkpoints / "step_1"))
+    assert sorted(path.name for path in run.checkpoints.glob("dropped_*")) == ["dropped_3", "dropped_4"]
 
 
 def test_a_complete_checkpoint_removes_the_oldest_recorded_rollouts_that_it_covers(world, tmp_path):
@@ -100,6 +149,7 @@ def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
     run.save(1)
     run.save(2)
     newest, draw = run.checkpoints / "step_2", random.Random(0)
+    held = {name: getattr(run.parts, name) for name in ("policy", "optimizer", "schedule")}
     files = [newest / name for name in checkpoint.files_of(newest)]
     for _ in range(200):
         path = draw.choice(files)
@@ -118,11 +168,63 @@ def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
         path.unlink() if kind == "remove" else path.write_bytes(damaged)
         try:
             found = checkpoint.latest(run.checkpoints)
+            if found == newest and path.suffix == ".distcp":
+                found, _ = checkpoint.load_newest(newest, **held)
             harmless = path.name == checkpoint.MARKER and kind == "grow" and chr(damaged[place]).isspace()
             assert found == run.checkpoints / "step_1" or harmless, (path.name, kind, place)
         finally:
             path.write_bytes(content)
     assert checkpoint.latest(run.checkpoints) == newest
+
+
+def bytes_read() -> int:
+    """By this process so far, from files and the page cache alike."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_restart_reads_its_checkpoint_once_and_an_evaluation_the_weights_alone(world, tmp_path):
+    """The model that they go into is built without reading weights. 37 MB, so that little else counts."""
+    model = ModelConfig(path=str(tmp_path / "model"), dtype="float32")
+    parts = new_parts(world.groups, tmp_path / "model", vocab_size=24_000)
+    larger = SimpleNamespace(groups=world.groups, parts=parts)
+    Run(larger, tmp_path).save(1)
+    path = tmp_path / "r" / "checkpoints" / "step_1"
+    whole, weights = size_of(path), size_of(path / "sharded")
+    assert whole == pytest.approx(3 * weights, rel=0.01) and weights > 12e6
+
+    before = bytes_read()
+    Run(larger, tmp_path)
+    restart = bytes_read() - before
+    assert whole < restart < 1.05 * whole
+
+    before = bytes_read()
+    policy = build_policy(
+        model, ParallelConfig(), world.groups, update=None, trainable=False, with_weights=False
+    )
+    assert bytes_read() - before < 0.01 * weights
+    checkpoint.load_weights(path, policy)
+    assert weights < bytes_read() - before < 1.05 * weights
+
+
+def test_a_save_does_not_read_its_tensors_back(world, tmp_path):
+    run, before = Run(world, tmp_path), bytes_read()
+    run.save(1)
+    assert bytes_read() - before < 0.1 * size_of(run.checkpoints / "step_1")
+
+
+def test_where_no_checkpoint_has_whole_tensors_the_start_is_refused_in_one_line(world, tmp_path):
+    run = Run(world, tmp_path)
+    run.save(1)
+    path = next((run.checkpoints / "step_1").rglob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^--resume: no checkpoint in .* is whole; --resume none begins"):
+        Run(world, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +257,7 @@ def test_a_checkpoint_from_before_models_were_recorded_is_loaded(world, tmp_path
     del record["model"]
     (path / checkpoint.STATE).write_text(json.dumps(record))
     (path / checkpoint.MARKER).unlink()
-    files = checkpoint.describe(path, checkpoint.files_of(path), torch.distributed.group.WORLD)
+    files = checked_files.describe(path, checkpoint.files_of(path), torch.distributed.group.WORLD)
     (path / checkpoint.MARKER).write_text(json.dumps({"files": files}))
     assert Run(world, tmp_path).step == 1
     checkpoint.load_weights(path, world.parts.policy)

@@ -87,6 +87,15 @@ def test_the_large_models_compute_in_bfloat16_and_one_file_puts_them_into_fp8(na
         assert min(phase.headroom for phase in plan.phases) >= LEAST_HEADROOM
 
 
+def test_a_restart_of_72b_reads_its_checkpoint_once_and_no_other_weights():
+    """14 bytes a parameter; the files of model.path only for a reference, and for engines that quantise them."""
+    assert plan_70b(CONFIG_70B).restart_bytes == 14 * 72_706_203_648 < 1.3e12
+    reference = plan_70b(changed(CONFIG_70B, "algorithm", kl_coef=1e-3))
+    assert reference.restart_bytes == (14 + 8 * 2) * 72_706_203_648
+    quantised = plan_70b(load_config(ROOT / "configs/train_70b.yaml", [FP8]))
+    assert quantised.restart_bytes == (14 + 8 * 2) * 72_706_203_648
+
+
 def test_fp8_in_a_plan_by_hand():
     config = changed(
         CONFIG_70B, "model", fp8=Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=2)

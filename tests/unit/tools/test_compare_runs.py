@@ -68,15 +68,19 @@ def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path)
         part.parent.mkdir(parents=True)
         part.write_bytes(text)
         (run / "checkpoints" / "step_1").mkdir(parents=True)
-        files = {"files": {"model/__0_0.distcp": [5, 1], "state.json": [len(str(run)), 2]}}
-        (run / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
+        files = {"files": {"sharded/__0_0.distcp": [5, 1], "state.json": [len(str(run)), 2]}}
+        marker = run / "checkpoints" / "step_1" / "complete.json"
+        if run == one:  # of which two has kept the weights alone
+            marker.write_text(json.dumps({"files": files["files"] | {"optimizer/__0_0.distcp": [7, 3]}}))
+        else:
+            marker.write_text(json.dumps(files | {"weights_only": True}))
     same = compare(one, two, "--exact")
     assert (same.returncode, same.stdout) == (0, "equal to the bit in all steps that both have recorded\n")
 
     (two / "metrics.jsonl").write_text(lines[0] + "\n" + lines[1].replace("0.8", "0.8000000000000002") + "\n")
     part_path(two, 1, replica=0, num_replicas=1).write_bytes(b"b")
-    files["files"]["model/__0_0.distcp"] = [5, 7]
-    (two / "checkpoints" / "step_1" / "complete.json").write_text(json.dumps(files))
+    files["files"]["sharded/__0_0.distcp"] = [5, 7]
+    marker.write_text(json.dumps(files | {"weights_only": True}))
     other = compare(one, two, "--exact")
     assert other.returncode == 1
     assert other.stdout.splitlines() == [

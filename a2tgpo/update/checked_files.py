@@ -1,0 +1,182 @@
+"""Checksums of files. Those of tensors are computed as they are written, and compared as they are read.
+
+Torch's distributed checkpoints put many tensors into one file and read them one at a time. Each of these pieces has a
+checksum of its own, so that neither saving nor loading reads a file a second time to check it, and what is not loaded
+is not read at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from a2tgpo.parallel.collectives import all_gather_object
+
+Piece = tuple[int, int, int]
+"""Where a piece begins in its file, its length in bytes, and its CRC-32."""
+
+
+class DamagedFileError(Exception):
+    """A piece is not what was written; the message names its file."""
+
+
+class ChecksummingStream:
+    """A stream of a file being written that cuts what passes into pieces wherever its position is asked for.
+
+    Torch asks before and after each tensor.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._start = self._checksum = 0
+        self.pieces: list[Piece] = []
+
+    def write(self, data: Any) -> int:
+        self._checksum = zlib.crc32(data, self._checksum)
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        position = self._stream.tell()
+        if position > self._start:
+            self.pieces.append((self._start, position - self._start, self._checksum))
+            self._start, self._checksum = position, 0
+        return position
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _ChecksummingFiles(FileSystem):
+    def __init__(self) -> None:
+        self.pieces: dict[str, list[Piece]] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb" or not str(path).endswith(torch_checkpoint.filesystem.DEFAULT_SUFFIX):
+                yield stream
+                return
+            checked = ChecksummingStream(stream)
+            yield checked
+            self.pieces[Path(path).name] = checked.pieces
+
+
+class CheckedWriter(torch_checkpoint.FileSystemWriter):
+    """Torch's, which notes the checksums of what it writes, and tells a full disk from other troubles."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._files = self.fs = _ChecksummingFiles()
+
+    @property
+    def pieces(self) -> dict[str, list[Piece]]:
+        """What this rank has written, by the file's name."""
+        return self._files.pieces
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # Closing the file after an error complains of its position, in place of the error.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+class _CheckedReader(torch_checkpoint.FileSystemReader):
+    """Torch's, which compares each piece with its checksum, and reads the index once."""
+
+    def __init__(self, folder: Path, pieces: Mapping[str, list[Piece]]):
+        super().__init__(folder)
+        self._expected = {
+            name: {(start, size): checksum for start, size, checksum in of_file}
+            for name, of_file in pieces.items()
+        }
+        self._index: Any = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        file.seek(sinfo.offset)
+        content = file.read(sinfo.length)
+        expected = self._expected.get(sinfo.relative_path, {}).get((sinfo.offset, sinfo.length))
+        if zlib.crc32(content) != expected:
+            raise DamagedFileError(sinfo.relative_path)
+        return io.BytesIO(content)
+
+
+@contextlib.contextmanager
+def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator[None]:
+    """While this is entered, Megatron compares what it reads of the checkpoint in `folder` with its checksums.
+
+    Reading a piece that differs raises `DamagedFileError`, which torch wraps in a CheckpointException on all ranks.
+
+    Args:
+        folder: the only one that is read meanwhile.
+        pieces: by file name; empty: nothing is compared.
+    """
+    if not pieces:
+        yield
+        return
+    reader = _CheckedReader(folder, pieces)
+    # Megatron's strategy chooses its reader by this function, and takes none from its caller.
+    choose = torch_strategy._get_filesystem_reader
+    torch_strategy._get_filesystem_reader = lambda *_, **__: reader
+    try:
+        yield
+    finally:
+        torch_strategy._get_filesystem_reader = choose
+
+
+def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
+    """Size of a file that is made of these pieces, bytes, and a checksum of their checksums."""
+    return sum(size for _, size, _ in pieces), zlib.crc32(
+        json.dumps([list(piece) for piece in pieces]).encode()
+    )
+
+
+def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of each file; the ranks of `group` share the reading, and all must call this.
+
+    Raises:
+        OSError: on every rank, if any could not read its share.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    mine: dict[str, tuple[int, int]] | str
+    try:
+        mine = {name: size_and_crc(folder / name) for name in names[rank::world_size]}
+    except OSError as error:
+        mine = f"{error.filename} cannot be read: {error.strerror}"
+    merged: dict[str, tuple[int, int]] = {}
+    for part in all_gather_object(mine, group):
+        if isinstance(part, str):
+            raise OSError(part)
+        merged.update(part)
+    return {name: merged[name] for name in names}
+
+
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """Size of a file, bytes, and its CRC-32."""
+    size = crc = 0
+    # Every save has a thread of its own, and glibc keeps what a thread has used for the next one that it gives the
+    # same arena: a buffer of megabytes would stay in all of a process's arenas.
+    block = memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(block):
+            size += count
+            crc = zlib.crc32(block[:count], crc)
+    return size, crc
