@@ -9,10 +9,8 @@ from pathlib import Path
 
 from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
-
-ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
-BYTES_PER_PARAMETER = {"bfloat16": 14, "float32": 12}
-"""Bytes per parameter of a checkpoint: weights, two moments, and float32 weights beside those in bfloat16."""
+from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
+from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, most_kept, weights_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +56,15 @@ class Needs:
 
 def training_needs(config: RunConfig) -> Needs:
     """Return the needs of a training run."""
+    model = read_model(config)
     return Needs(
         disk=(
             DiskNeed(
                 key="run.root",
                 folder=existing_folder(Path(config.run.root) / config.run.name),
-                num_bytes=checkpoint_bytes(config) * copies_to_come(config),
+                num_bytes=kept_bytes(config, model, kept_to_come(config)) if model else 0.0,
                 what="the checkpoints to come",
-                change="choose another run.root, or lower checkpoint.keep",
+                change="choose another run.root, or lower checkpoint.keep or checkpoint.keep_gb",
             ),
         ),
         has_engine=True,
@@ -79,45 +78,42 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
         target: the folder of the model to write.
         root: the warm start's folder.
     """
+    sizes = read_model(config)
     checkpoint = DiskNeed(
         key="run.root",
         folder=existing_folder(root),
-        num_bytes=2 * checkpoint_bytes(config),
+        num_bytes=2 * checkpoint_bytes(config, sizes) if sizes else 0.0,
         what="two checkpoints",
         change="or choose another run.root",
     )
     model = DiskNeed(
         key="model.path",
         folder=existing_folder(target),
-        num_bytes=saved_parameters(config) * ELEMENT_BYTES[config.model.dtype],
+        num_bytes=weights_bytes(config, sizes) if sizes else 0.0,
         what="the model that is written",
         change="or choose another model.path",
     )
     return Needs(disk=(checkpoint, model), has_engine=False)
 
 
-def checkpoint_bytes(config: RunConfig) -> float:
-    """Return the size of one checkpoint; 0 if the model cannot be read, which is reported when it is loaded."""
-    return saved_parameters(config) * BYTES_PER_PARAMETER[config.model.dtype]
-
-
-def saved_parameters(config: RunConfig) -> float:
-    """Return the model's number of parameters; 0 if it cannot be read."""
-    from a2tgpo.plan.dimensions import read_dimensions
-    from a2tgpo.plan.parameters import checkpoint_parameters
-
+def read_model(config: RunConfig) -> ModelDimensions | None:
+    """Return the model's sizes; None if it cannot be read, which is reported when it is loaded."""
     try:
-        return checkpoint_parameters(read_dimensions(config.model.path))
+        return read_dimensions(config.model.path)
     except (ConfigError, OSError):
-        return 0.0
+        return None
 
 
-def copies_to_come(config: RunConfig) -> int:
-    """Return how many checkpoints will join the existing ones: a new one is complete before the oldest goes."""
-    planned = 1 + (config.run.steps - 1) // config.checkpoint.every if config.checkpoint.every else 1
-    best = config.checkpoint.best_by != "none"
-    there = len(list((Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")))
-    return max(1, min(config.checkpoint.keep + 1 + best, planned) - there)
+def kept_to_come(config: RunConfig) -> Kept:
+    """Return how many checkpoints will join the existing ones: at least the next one."""
+    most = most_kept(config)
+    markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
+    # Of one that was reduced to its weights the random states are gone.
+    are_whole = [(marker.parent / "rng").is_dir() for marker in markers]
+    return Kept(
+        whole=max(1, most.whole - are_whole.count(True)),
+        weights_only=max(0, most.weights_only - are_whole.count(False)),
+    )
 
 
 def existing_folder(path: Path) -> Path:

@@ -83,6 +83,8 @@ class CheckpointConfig:
     """Of older checkpoints whose step is a multiple of this the weights are kept; 0: none."""
     keep_gb: float = 0.0
     """Most that weights of older checkpoints may take, GB; the oldest are removed, never the best; 0: no limit."""
+    keep_previous: int = 0
+    """Newest folders NAME.previous_N kept when --resume none sets one more aside; 0: all of them."""
     max_failures: int = 3
     """Saves in a row that may fail, for want of space for example, before the run ends."""
     margin_s: float = 120.0
@@ -104,6 +106,7 @@ class CheckpointConfig:
         require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
         require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, ">= 0")
         require(self.keep_gb >= 0, "checkpoint.keep_gb", self.keep_gb, ">= 0")
+        require(self.keep_previous >= 0, "checkpoint.keep_previous", self.keep_previous, ">= 0")
         require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, ">= 1")
 
 

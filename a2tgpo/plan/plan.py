@@ -18,7 +18,7 @@ from a2tgpo.plan.memory import Phase, memory_phases
 from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.search_rate import SearchDemand, search_demand
-from a2tgpo.plan.storage import restart_bytes
+from a2tgpo.plan.storage import checkpoint_bytes, kept_bytes, most_kept, restart_bytes
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
 from a2tgpo.plan.workload import Workload, geometry
 
@@ -99,6 +99,16 @@ class Plan(PlanInputs):
     def host(self) -> HostMemory:
         """Host memory of the fullest node."""
         return fullest_node(self.host_by_rank, ranks_per_node=self.gpu.gpus_per_node)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint."""
+        return checkpoint_bytes(self.config, self.dimensions)
+
+    @property
+    def kept_bytes(self) -> float:
+        """Of all checkpoints that are on the disk at a time, at the most."""
+        return kept_bytes(self.config, self.dimensions, most_kept(self.config))
 
     @property
     def restart_bytes(self) -> int:

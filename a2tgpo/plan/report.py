@@ -71,7 +71,11 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "total": round(plan.host.total),
             "capacity": round(plan.gpu.host_memory_gib * GIB),
         },
-        "restart_read_bytes": plan.restart_bytes,
+        "storage": {
+            "checkpoint": plan.checkpoint_bytes,
+            "kept": round(plan.kept_bytes),
+            "restart_read": plan.restart_bytes,
+        },
         "faults": faults(plan),
         "geometry": {**dataclasses.asdict(plan.geometry), "displaced": round(plan.geometry.displaced, 1)},
         "operations": {"token_forward": plan.token_flops, **plan.stage_flops},
@@ -214,7 +218,7 @@ def _memory_table(plan: Plan) -> str:
         "memory of the fullest rank",
         *(f"{phase.name} (stage {phase.stage})" for phase in plan.phases),
     ]
-    return f"{table(header, rows)}\n\n{_host_table(plan)}"
+    return f"{table(header, rows)}\n\n{_host_table(plan)}\n\n{_storage_table(plan)}"
 
 
 def _host_table(plan: Plan) -> str:
@@ -226,10 +230,18 @@ def _host_table(plan: Plan) -> str:
         ["sum", f"{_size(host.offloaded + host.saving + host.processes)} of {_size(capacity)}"],
         ["while loading, without the first two", _size(host.loading + host.processes)],
     ]
-    rows.append(["read from storage at a restart, by all nodes", _size(plan.restart_bytes)])
     return table(
         [f"host memory of the fullest node, {min(plan.gpu.gpus_per_node, plan.gpus)} ranks", ""], rows
     )
+
+
+def _storage_table(plan: Plan) -> str:
+    rows = [
+        ["a checkpoint", _disk_size(plan.checkpoint_bytes)],
+        ["all checkpoints at the most, with one being written", _disk_size(plan.kept_bytes)],
+        ["read at a restart, by all nodes", _disk_size(plan.restart_bytes)],
+    ]
+    return table(["shared file system", ""], rows)
 
 
 def _verdict(plan: Plan) -> str:
@@ -374,6 +386,10 @@ def _expert_lines(plan: Plan) -> list[str]:
         "  experts: the rank that the router sends most to gets "
         f"{EXPERT_CROWDING - 1:.0%} more tokens than the mean, and the others wait for it"
     ]
+
+
+def _disk_size(size: float) -> str:
+    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB"
 
 
 def _size(size: float) -> str:

@@ -68,7 +68,7 @@ def set_aside_after(root: str | Path, step: int) -> None:
     """Move checkpoints of later steps to `root/dropped_N/`, since a run that goes on from `step` has another future.
 
     Left in place they would count as the newest: resumed from, and kept while those of the new future are removed.
-    Only the newest `MAX_DROPPED` of these folders are kept.
+    The newest of them stays whole, of the others the weights; only the newest `MAX_DROPPED` of these folders stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
@@ -78,6 +78,7 @@ def set_aside_after(root: str | Path, step: int) -> None:
         for old in later:
             (root / f"step_{old}").rename(aside / f"step_{old}")
         logger.warning("checkpoints after step %d are set aside in %s", step, aside)
+        drop_old(aside, keep=1, keep_every=1, keep_gb=0, spare=None)
         for number in dropped[: len(dropped) + 1 - MAX_DROPPED]:
             shutil.rmtree(root / f"dropped_{number}")
             logger.warning("%s is removed: %d newer ones are there", root / f"dropped_{number}", MAX_DROPPED)

@@ -35,8 +35,9 @@ from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 
 
-def scores(em: float) -> dict[str, float]:
-    return {"em": em, "em_format_gated": em / 2, "f1": 1 - em}
+def scores(em: float, *, error: float = 0.0) -> dict[str, float]:
+    values = {"em": em, "em_format_gated": em / 2, "f1": 1 - em}
+    return values | {f"standard_error_{name}": error for name in values}
 
 
 def best_of(root: Path) -> dict | None:
@@ -105,6 +106,7 @@ class Run:
         keep_every: int = 0,
         keep_rollouts_gb: float = 0.0,
         keep_gb: float = 0,
+        keep_previous: int = 0,
         partial: PartialConfig = PartialConfig(),  # noqa: B008 (frozen)
         **rollout: Any,
     ):
@@ -115,7 +117,13 @@ class Run:
             search=SearchConfig(corpus="unused"),
             rollout=RolloutConfig(partial=partial, **rollout),
             algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
-            checkpoint=CheckpointConfig(keep=keep, keep_every=keep_every, keep_gb=keep_gb, max_failures=2),
+            checkpoint=CheckpointConfig(
+                keep=keep,
+                keep_every=keep_every,
+                keep_gb=keep_gb,
+                keep_previous=keep_previous,
+                max_failures=2,
+            ),
         )
         self.parts: Any = world.parts
         self.folder = RunFolder(self.config, world.groups)

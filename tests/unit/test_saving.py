@@ -76,13 +76,33 @@ def test_weights_that_are_kept_for_good_stay_within_their_gigabytes(world, tmp_p
     assert run.steps == [1, 5, 6], "the best, the newest weights, the newest"
 
 
-def test_of_dropped_checkpoints_the_newest_two_folders_are_kept(world, tmp_path):
+def test_of_dropped_checkpoints_two_folders_with_a_whole_one_each_are_kept(world, tmp_path, caplog):
     run = Run(world, tmp_path, keep=9)
-    for _ in range(4):
-        for step in (1, 2):
+    for _ in range(3):
+        for step in (1, 2, 3):
             run.save(step)
         run = Run(world, tmp_path, keep=9, resume=str(run.checkpoints / "step_1"))
-    assert sorted(path.name for path in run.checkpoints.glob("dropped_*")) == ["dropped_3", "dropped_4"]
+    dropped = sorted(run.checkpoints.glob("dropped_*"))
+    assert [path.name for path in dropped] == ["dropped_2", "dropped_3"]
+    assert "dropped_1 is removed: 2 newer ones are there" in caplog.text
+    for folder in dropped:
+        assert checkpoint.has_weights_only(folder / "step_2")
+        assert not checkpoint.has_weights_only(folder / "step_3")
+
+
+def test_a_run_set_aside_is_told_with_its_size_and_the_oldest_goes_if_so_configured(world, tmp_path, caplog):
+    for number in range(1, 4):
+        run = Run(world, tmp_path, resume="none")
+        run.save(1)
+        (run.folder.path / "large").write_bytes(bytes(50_000_000 * number))
+    Run(world, tmp_path, resume="none", keep_previous=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "r.previous_2", "r.previous_3"]
+    lines = [record.message for record in caplog.records if "previous" in record.message]
+    assert re.fullmatch(
+        r".*/r is set aside as r.previous_1 \(0.05\d* GB; all of r.previous_N: .*\)", lines[0]
+    )
+    assert re.fullmatch(r".*/r.previous_1 is removed \(0.05\d* GB\): checkpoint.keep_previous is 2", lines[2])
+    assert re.fullmatch(r".*r.previous_3 \(0.15\d* GB; all of r.previous_N: 0.25\d* GB\)", lines[3])
 
 
 def test_a_complete_checkpoint_removes_the_oldest_recorded_rollouts_that_it_covers(world, tmp_path):

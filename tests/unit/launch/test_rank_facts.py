@@ -54,26 +54,29 @@ def test_a_fingerprint_sees_names_sizes_and_ends_and_not_where_the_folder_is(tmp
     assert fingerprint(str(tmp_path / "c")) == "cannot be read (No such file or directory)"
 
 
-def test_the_checkpoints_to_come_are_counted_with_the_best_and_the_new_one(tmp_path, monkeypatch):
-    def copies(**settings: object) -> int:
+def test_the_checkpoints_to_come_are_counted_with_the_new_one_and_the_weights_that_stay(tmp_path):
+    def to_come(**settings: object) -> tuple[int, int]:
         overrides = [f"run.root={tmp_path}", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())]
-        return needs.copies_to_come(load_config("configs/quickstart.yaml", overrides))
+        kept = needs.kept_to_come(load_config("configs/quickstart.yaml", overrides))
+        return kept.whole, kept.weights_only
 
     settings = {
         "run__steps": 100,
+        "evaluation__every": 50,
         "checkpoint__every": 10,
         "checkpoint__keep": 2,
         "checkpoint__best_by": "em",
     }
-    assert copies(**settings) == 4
-    assert copies(**settings | {"checkpoint__best_by": "none"}) == 3
-    assert copies(**settings | {"run__steps": 20}) == 2
-    assert copies(**settings | {"checkpoint__every": 0}) == 1
-    for step in (10, 20):
+    assert to_come(**settings) == (3, 1)
+    assert to_come(**settings | {"checkpoint__best_by": "none"}) == (3, 0)
+    assert to_come(**settings | {"run__steps": 20}) == (2, 0)
+    assert to_come(**settings | {"checkpoint__every": 0, "evaluation__every": 0}) == (1, 0)
+    assert to_come(**settings | {"checkpoint__keep_every": 20}) == (3, 1 + 4), "100 is among the newest"
+    for step in (10, 20, 30):
         folder = tmp_path / "quickstart" / "checkpoints" / f"step_{step}"
-        folder.mkdir(parents=True)
+        (folder / ("rng" if step > 10 else "sharded")).mkdir(parents=True)
         (folder / "complete.json").write_text("{}")
-    assert copies(**settings) == 2
+    assert to_come(**settings | {"checkpoint__keep_every": 20}) == (1, 4)
 
 
 def machine(root: Path, *, available_kb: int, cgroup: str, **files: str) -> Path:

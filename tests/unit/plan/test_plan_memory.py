@@ -96,6 +96,19 @@ def test_a_restart_of_72b_reads_its_checkpoint_once_and_no_other_weights():
     assert quantised.restart_bytes == (14 + 8 * 2) * 72_706_203_648
 
 
+def test_checkpoints_of_72b_are_counted_as_whole_ones_and_weights_within_their_gigabytes():
+    def kept(**settings):
+        config = changed(CONFIG_70B, "run", steps=1000)
+        config = changed(config, "evaluation", every=20)
+        return plan_70b(changed(config, "checkpoint", every=20, keep=2, **settings)).kept_bytes
+
+    assert kept(best_by="none") == 3 * 14 * 72_706_203_648
+    assert kept() == (3 * 14 + 2) * 72_706_203_648
+    assert kept(keep_every=100) == (3 * 14 + 2 * (1 + 9)) * 72_706_203_648
+    assert kept(keep_every=100, keep_gb=500.0) == 3 * 14 * 72_706_203_648 + 500e9
+    assert kept(keep_gb=1.0) == kept(), "the best is never removed"
+
+
 def test_fp8_in_a_plan_by_hand():
     config = changed(
         CONFIG_70B, "model", fp8=Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=2)
