@@ -22,14 +22,20 @@ class Best:
     """Of the checkpoint with its weights; 0: the untrained ones, which lie at model.path and are not saved again."""
     score: float
     metric: str
+    standard_error: float = 0.0
+    """Of the score, over the questions; 0 where a checkpoint of an earlier version did not say."""
 
 
 class BestCheckpoint:
-    """The best held-out score among policies that still exist; of equal ones the earliest.
+    """The best held-out score among policies that still exist.
 
-    `ROOT/best.json` names it as {"step", "score", "metric"}. What a resumed run compares with comes from the
-    checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So should be one
-    without weights: its checkpoint made room for a later and better one that is now dropped itself.
+    A score is better only if it is higher by more than the standard error of the difference, sqrt(a^2 + b^2) of the
+    two scores' own. Of policies that the questions cannot tell apart the earliest is therefore the best. (Both answer
+    the same questions, so the true error of the difference is smaller.)
+
+    `ROOT/best.json` names it as {"step", "score", "metric", "standard_error"}. What a resumed run compares with comes
+    from the checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So should
+    be one without weights: its checkpoint made room for a later and better one that is now dropped itself.
 
     Args:
         root: folder of the checkpoints.
@@ -52,13 +58,18 @@ class BestCheckpoint:
         """Compare an evaluation after `step` steps; True: it is the best so far and its checkpoint is to be saved.
 
         Step 0 needs no checkpoint: its file is written here and the answer is False.
+
+        Args:
+            scores: what `evaluate` returns.
         """
         if self._metric == "none":
             return False
-        score = scores[self._metric]
-        if not math.isfinite(score) or (self._best and score <= self._best.score):
+        score, error = scores[self._metric], scores[f"standard_error_{self._metric}"]
+        if not math.isfinite(score):
             return False
-        self._best = Best(step=step, score=score, metric=self._metric)
+        if self._best and score - self._best.score <= math.hypot(error, self._best.standard_error):
+            return False
+        self._best = Best(step=step, score=score, metric=self._metric, standard_error=error)
         if step == 0:
             self.write()
         return step > 0
@@ -73,7 +84,7 @@ class BestCheckpoint:
         if self._best is None:
             return "none"
         place = self._root / f"step_{self._best.step}" if self._best.step else "the untrained model"
-        return f"{place} ({self._best.metric} {self._best.score:.3f})"
+        return f"{place} ({self._best.metric} {self._best.score:.3f} ± {self._best.standard_error:.3f})"
 
     def state_dict(self) -> dict | None:
         """What `load_state_dict` needs; plain JSON values."""

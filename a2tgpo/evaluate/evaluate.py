@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.group_rollout import GroupRollout, Progress
 from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.trajectory import Prompt, Trajectory
+
+_SQUARE = "square of "
+"""Before the name of a score whose squares are summed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +67,9 @@ def evaluate(
         stop: reports a requested stop, which interrupts the evaluation; `group` must then be the world. None: never.
 
     Returns:
-        Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1,
-        format_ok_rate, tool_calls, num_questions, and em by hops as em_1_hops and so on; and the trajectories
-        that this replica played.
+        Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1, the standard
+        errors of these three as standard_error_em and so on, format_ok_rate, tool_calls, num_questions, and em by
+        hops as em_1_hops and so on; and the trajectories that this replica played.
 
     Raises:
         StopAgreed: on all ranks, if interrupted.
@@ -86,7 +90,7 @@ def evaluate(
     sums.add("num_questions", 0, 0)
     for answer in answers if is_replica_first else ():
         _add(sums, answer)
-    return sums.reduce(group), trajectories
+    return _with_standard_errors(sums.reduce(group)), trajectories
 
 
 def answer_questions(
@@ -169,11 +173,24 @@ def _judge(
     )
 
 
+def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
+    """`metrics` with the standard error of each score in place of the mean of its squares.
+
+    sqrt((mean of squares - square of mean) / n); for em, which is 0 or 1, that is sqrt(em (1 - em) / n).
+    """
+    found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
+    for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):
+        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # below 0 by rounding
+        found[f"standard_error_{name}"] = math.sqrt(variance / metrics["num_questions"])
+    return found
+
+
 def _add(sums: MetricSums, answer: Answer) -> None:
     sums.add("num_questions", 1, 0)
-    sums.add("em", answer.exact_match, 1)
-    sums.add("em_format_gated", answer.exact_match_gated, 1)
-    sums.add("f1", answer.f1, 1)
+    scores = {"em": answer.exact_match, "em_format_gated": answer.exact_match_gated, "f1": answer.f1}
+    for name, score in scores.items():
+        sums.add(name, score, 1)
+        sums.add(f"{_SQUARE}{name}", score**2, 1)
     sums.add("format_ok_rate", answer.format_ok, 1)
     sums.add("tool_calls", answer.tool_calls, 1)
     if answer.hops:

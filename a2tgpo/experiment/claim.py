@@ -45,7 +45,7 @@ def claim(
 
 
 def _set_aside(folder: Path, *, keep: int) -> None:
-    """Rename `folder` to NAME.previous_N; keep the newest `keep` of these folders (0: all). Log sizes and removals."""
+    """Rename `folder` to NAME.previous_N; keep the newest `keep` of these (0: all). Log sizes and removals."""
     lock = FolderLock(folder)  # fails if a run is still using the folder
     stem = f"{folder.name}.previous_"
     numbers = sorted(

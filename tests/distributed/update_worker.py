@@ -166,7 +166,7 @@ def check_one_best(bench: Bench) -> None:
     seen_by_0, seen_by_others = bench.folder / "seen_by_0", bench.folder / "seen_by_others"
     folder = run_folder(seen_by_0)
     folder.open("auto")
-    folder.best.offer(1, {"em": 0.5})
+    folder.best.offer(1, {"em": 0.5, "standard_error_em": 0.0})
     folder.save(1, parts, guards)
     folder.save(2, parts, guards)
     folder.finish_saving()

@@ -117,11 +117,15 @@ def test_the_closing_summary_gives_each_stage_of_a_step_one_row(undisturbed):
 
 
 def test_the_best_evaluation_is_named(undisturbed):
-    scores = {r["step"]: r["evaluation/em"] for r in metrics_of(undisturbed) if "evaluation/em" in r}
+    scores, errors = (
+        {r["step"]: r[f"evaluation/{name}"] for r in metrics_of(undisturbed) if "evaluation/em" in r}
+        for name in ("em", "standard_error_em")
+    )
     assert scores.keys() == {0, 3}
-    step = max(scores, key=lambda step: (scores[step], -step))
+    assert errors[3] == pytest.approx(math.sqrt(scores[3] * (1 - scores[3]) / 6))
+    step = 3 if scores[3] - scores[0] > math.hypot(errors[0], errors[3]) else 0
     best = json.loads((undisturbed / "checkpoints" / "best.json").read_text())
-    assert best == {"step": step, "score": scores[step], "metric": "em"}
+    assert best == {"step": step, "score": scores[step], "metric": "em", "standard_error": errors[step]}
 
 
 def test_every_turn_group_of_two_or_more_has_finite_gains_that_are_not_all_zero(undisturbed):

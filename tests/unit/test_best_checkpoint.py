@@ -29,7 +29,22 @@ def test_only_a_higher_score_is_better_and_a_tie_keeps_the_earlier(tmp_path):
     best = BestCheckpoint(tmp_path, "em", is_writer=True)
     answers = [best.offer(step, scores(em)) for step, em in enumerate([0.2, 0.5, 0.5, 0.4, 0.6], start=1)]
     assert answers == [True, True, False, False, True]
-    assert best.state_dict() == {"step": 5, "score": 0.6, "metric": "em"}
+    assert best.state_dict() == {"step": 5, "score": 0.6, "metric": "em", "standard_error": 0.0}
+
+
+def test_a_score_is_better_by_more_than_the_standard_error_of_the_difference(tmp_path):
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    assert best.offer(1, scores(0.5, error=0.03))
+    assert not best.offer(2, scores(0.549, error=0.04)) and not best.offer(3, scores(0.4, error=0.5))
+    assert best.offer(4, scores(0.551, error=0.04))
+    assert best.state_dict() == {"step": 4, "score": 0.551, "metric": "em", "standard_error": 0.04}
+    assert "0.551 ± 0.040" in best.describe()
+
+
+def test_a_best_from_before_standard_errors_is_gone_on_with(tmp_path):
+    best = BestCheckpoint(tmp_path, "em", is_writer=True)
+    best.load_state_dict({"step": 1, "score": 0.5, "metric": "em"})
+    assert not best.offer(2, scores(0.52, error=0.03)) and best.offer(3, scores(0.54, error=0.03))
 
 
 def test_the_score_that_counts_is_the_configured_one(tmp_path):
@@ -53,7 +68,12 @@ def test_none_keeps_no_best(tmp_path):
 def test_the_untrained_policy_is_the_best_until_beaten_without_a_checkpoint(tmp_path):
     best = BestCheckpoint(tmp_path / "checkpoints", "em", is_writer=True)
     assert not best.offer(0, scores(0.3))
-    assert best_of(tmp_path / "checkpoints") == {"step": 0, "score": 0.3, "metric": "em"}
+    assert best_of(tmp_path / "checkpoints") == {
+        "step": 0,
+        "score": 0.3,
+        "metric": "em",
+        "standard_error": 0.0,
+    }
     assert "untrained" in best.describe() and "0.300" in best.describe()
     assert not best.offer(1, scores(0.3)) and best.offer(2, scores(0.31))
 
@@ -68,16 +88,16 @@ def test_only_the_writer_writes(tmp_path):
 @pytest.mark.parametrize(
     ("state", "is_kept"),
     [
-        ({"step": 4, "score": 0.5, "metric": "em"}, True),
-        ({"step": 0, "score": 0.5, "metric": "em"}, True),
-        ({"step": 4, "score": 0.5, "metric": "f1"}, False),
+        ({"step": 4, "score": 0.5, "metric": "em", "standard_error": 0.0}, True),
+        ({"step": 0, "score": 0.5, "metric": "em", "standard_error": 0.0}, True),
+        ({"step": 4, "score": 0.5, "metric": "f1", "standard_error": 0.0}, False),
         (None, False),
     ],
     ids=["own metric", "untrained", "another metric", "none"],
 )
 def test_a_record_of_the_same_metric_is_gone_on_with(tmp_path, state, is_kept):
     best = BestCheckpoint(tmp_path, "em", is_writer=True)
-    best.load_state_dict({"step": 1, "score": 0.9, "metric": "em"})
+    best.load_state_dict({"step": 1, "score": 0.9, "metric": "em", "standard_error": 0.0})
     best.load_state_dict(state)
     assert best.state_dict() == (state if is_kept else None)
     assert best.offer(5, scores(0.4)) == (not is_kept)
@@ -101,7 +121,7 @@ def test_the_best_checkpoint_outlives_the_newest_ones_until_it_is_beaten(world, 
         run.save(step, em)
         seen.append((run.steps, run.best_step))
     assert seen == [([1], 1), ([1, 2], 1), ([1, 3], 1), ([4], 4), ([4, 5], 4)]
-    assert best_of(run.checkpoints) == {"step": 4, "score": 0.6, "metric": "em"}
+    assert best_of(run.checkpoints) == {"step": 4, "score": 0.6, "metric": "em", "standard_error": 0.0}
 
 
 def test_a_resumed_run_knows_its_best_and_its_alarms(world, tmp_path):
@@ -112,7 +132,7 @@ def test_a_resumed_run_knows_its_best_and_its_alarms(world, tmp_path):
     (first.checkpoints / BEST_FILE).unlink()
     second = Run(world, tmp_path)
     assert second.step == 2 and second.guards.stop_is_due
-    assert best_of(second.checkpoints) == {"step": 1, "score": 0.5, "metric": "em"}
+    assert best_of(second.checkpoints) == {"step": 1, "score": 0.5, "metric": "em", "standard_error": 0.0}
     assert not second.folder.best.offer(3, scores(0.5))
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import statistics
 
 import pytest
 from scripted_search import ScriptedSearch, toolset_of
@@ -58,6 +59,10 @@ def test_metrics_over_all_questions(rollout, prompts):
     assert metrics["em_1_hops"] == pytest.approx(2 / 3)
     assert metrics["em_2_hops"] == pytest.approx(1 / 2)
     assert metrics["f1"] == pytest.approx((3 + 2 / 3) / 5)
+    assert metrics["standard_error_em"] == pytest.approx(math.sqrt(3 / 5 * 2 / 5 / 5))
+    assert metrics["standard_error_f1"] == pytest.approx(
+        statistics.pstdev([1, 1, 1, 2 / 3, 0]) / math.sqrt(5)
+    )
     assert metrics["format_ok_rate"] == pytest.approx(4 / 5)
     assert metrics["tool_calls"] == pytest.approx((1 + 1 + 2 + 2 + 0) / 5)
     assert [t.prompt_id for t in trajectories] == ["0", "1", "2", "3", "4"]
