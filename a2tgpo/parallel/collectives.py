@@ -1,4 +1,4 @@
-"""Collectives in the shapes this program needs, on gloo and NCCL alike."""
+"""The collectives that this program needs, for gloo and NCCL."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.distributed import ProcessGroup
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Where tensors must lie to travel over `group`."""
+    """Return the device of tensors that `group` can communicate."""
     if dist.get_backend(group) == dist.Backend.NCCL:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Sum over the ranks of `group`, as a new tensor on the input's device; every rank of `group` calls this."""
+    """Return the sum over the ranks of `group` as a new tensor on the input's device; every rank must call this."""
     return _all_reduce(tensor, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Maximum over the ranks of `group`, as a new tensor; every rank of `group` calls this."""
+    """Return the maximum over the ranks of `group` as a new tensor; every rank must call this."""
     return _all_reduce(tensor, dist.ReduceOp.MAX, group)
 
 
@@ -34,28 +34,28 @@ def _all_reduce(tensor: torch.Tensor, op: Any, group: ProcessGroup) -> torch.Ten
 
 
 def all_gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """`value` of every rank of `group`, in its order; for small picklable records."""
+    """Return the `value` of every rank of `group`, in rank order; for small picklable records."""
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """`value` of every rank of `group`, in its order, on its first rank; [] on the others."""
+    """Return on the first rank of `group` the `value` of every rank, in rank order; [] on the other ranks."""
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, values, group=group, group_dst=0)
     return values or []
 
 
 def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
-    """`value` of the rank at position `source` in `group`; what the others pass is ignored."""
+    """Return the `value` of the rank at position `source` in `group`; the other ranks' values are ignored."""
     box = [value]
     dist.broadcast_object_list(box, group_src=source, group=group, device=device_of(group))
     return box[0]
 
 
 def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
-    """`content` of the first rank of `group`, on all of its ranks; what the others pass is ignored."""
+    """Return the `content` of the first rank of `group` on all its ranks; the other ranks' content is ignored."""
     if group.size() == 1:
         return content
     device = device_of(group)
@@ -70,11 +70,11 @@ def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
 
 
 def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup) -> list[bytes]:
-    """Send `payloads[i]` to rank `to[i]` of `group`; return what each rank sent here, by source.
+    """Send `payloads[i]` to rank `to[i]` of `group` and return the payloads received here, by source.
 
-    Every rank of `group` calls this, also with nothing to send, and all give the same `to`, which names no rank
-    twice. One all-gather of the lengths, 8 bytes for each sender and receiver, and one all-to-all of the bytes, in
-    which only ranks that have something for each other talk.
+    Every rank of `group` must call this, even with nothing to send, and with the same `to`, which has no rank twice.
+    Costs one all-gather of the lengths, 8 bytes per sender and receiver, and one all-to-all of the bytes, in which
+    only pairs with a payload communicate.
     """
     if len(payloads) != len(to):
         raise ValueError(f"{len(payloads)} payloads for {len(to)} ranks; give one for each, b'' for none")
@@ -93,7 +93,7 @@ def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup
 
 
 def _as_tensor(parts: Sequence[bytes]) -> torch.Tensor:
-    """All parts end to end, [bytes] uint8."""
-    # bytearray: torch warns about, and may not write to, memory that Python holds immutable. It takes no empty one.
+    """Concatenate all parts to a tensor, [bytes] uint8."""
+    # bytearray, since torch warns about immutable memory; frombuffer rejects an empty one.
     joined = bytearray().join(parts)
     return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)

@@ -1,10 +1,10 @@
-"""The one seam that lets Megatron-Core run on a machine without a GPU; inactive where there is one.
+"""The only adaptation of Megatron-Core to machines without a GPU; inactive with a GPU.
 
-Megatron writes `torch.cuda.current_device()` and `device="cuda"` into its code. `install()` registers an import
-hook that gives every module of `megatron.core` a view of `torch` in which those mean the CPU; torch itself is
-left alone, but for `Tensor.cuda` and `Tensor.type`, which are methods and so cannot be seen through a view.
-Megatron is not imported here: the adaptations run as its modules are. The kernels that a CPU compiles are bounded in
-number on the way.
+Megatron's code contains `torch.cuda.current_device()` and `device="cuda"`. `install()` registers an import hook that
+gives every module of `megatron.core` a view of `torch` in which these mean the CPU. torch itself is unchanged, except
+for `Tensor.cuda` and `Tensor.type`: these are methods, which a view cannot replace. This module does not import
+Megatron; the adaptations run when Megatron's modules are imported. `install()` also limits the number of kernels that
+a CPU keeps compiled.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 
 SCOPE = "megatron.core"
 KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-"""oneDNN, which runs the engine's matrix products and those in bfloat16, compiles a kernel for every shape and keeps
-1,024 of them by default. Each number of tokens is a shape, so that the default is full within ten steps: 0.25 GiB,
-replaced bit by bit ever after, all over a heap that then cannot shrink. Compiling one takes 0.3 ms."""
+"""oneDNN, which computes the engine's matrix products and those in bfloat16, compiles a kernel for every shape and
+keeps 1,024 of them by default. Each number of tokens is a shape, so this cache is full within ten steps: 0.25 GiB,
+whose entries are then replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a kernel
+takes 0.3 ms."""
 
 _FACTORIES = (
     "arange",
@@ -51,14 +52,14 @@ _EXPECTED_WARNINGS = (
     "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
     "|If you are using transformer_engine"
 )
-"""What Megatron says about GPU libraries that are absent by intent, and about its own defaults."""
+"""Megatron's warnings about GPU libraries that are absent on purpose, and about its own defaults."""
 
 
 def install() -> None:
-    """Adapt Megatron-Core to the CPU; nothing happens where a GPU is seen, or on a second call.
+    """Adapt Megatron-Core to the CPU; do nothing on a machine with a GPU, or on a second call.
 
     Raises:
-        RuntimeError: if megatron was imported before, since what it bound then cannot be rebound.
+        RuntimeError: if megatron was imported before, since its references to torch cannot be replaced afterwards.
     """
     if torch.cuda.is_available() or any(isinstance(finder, ImportHook) for finder in sys.meta_path):
         return
@@ -72,7 +73,7 @@ def install() -> None:
 
 
 class ImportHook:
-    """Gives modules of the package `scope` the adapted `torch` and runs their adaptation, right after import."""
+    """Import hook that gives modules of the package `scope` the adapted `torch` and then runs their adaptation."""
 
     def __init__(
         self, scope: str, torch_view: types.ModuleType, adaptations: dict[str, Callable[[Any], None]]
@@ -101,7 +102,7 @@ class ImportHook:
 
 
 class TorchView(types.ModuleType):
-    """`torch` whose factories make CPU tensors where a CUDA device is asked for, and whose `cuda` is inert."""
+    """`torch` with an inert `cuda` and factories that create CPU tensors where a CUDA device is requested."""
 
     def __init__(self, cuda: types.ModuleType) -> None:
         super().__init__("torch")
@@ -125,7 +126,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NoStream:
-    """Streams and events of a device that does its work at once."""
+    """Streams and events of a device that works synchronously."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -146,7 +147,7 @@ class _NoStream:
 
 
 class CudaView(types.ModuleType):
-    """`torch.cuda` with one device, the CPU; what is not named here is the real thing."""
+    """`torch.cuda` with one device, the CPU; all attributes not defined here are the real ones."""
 
     Stream = _NoStream
     Event = _NoStream
@@ -191,9 +192,9 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _TypeName(str):
-    """Name of a CPU tensor type that also equals its `torch.cuda.` spelling.
+    """Name of a CPU tensor type that also equals its `torch.cuda.` name.
 
-    The optimizers sort parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
+    The optimizers group parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
     (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
     """
 
@@ -219,15 +220,15 @@ def _type_with_device_alias(tensor_type: Callable[..., Any]) -> Callable[..., An
 
 
 def _without_compilation(jit: Any) -> None:
-    # Before the modules that decorate with it are imported: compiling small CPU kernels costs more than it gives.
+    # Compiling small CPU kernels costs more than it saves. Runs before modules that use the decorator are imported.
     jit.disable_jit_fuser()
 
 
 def _cpu_generator(random: Any) -> None:
-    """The tracker of tensor-parallel random states keeps states of the CPU generator."""
+    """Make the tracker of tensor-parallel random states keep states of the CPU generator."""
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    # fork() warns when the CPU state moves, which here is its purpose.
+    # fork() warns when the CPU state changes, which is intended here.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -249,8 +250,10 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
 
 
 def _plain_splits(moe_utils: Any) -> None:
-    """The token dispatcher hands all-to-all its splits as NumPy arrays where they came from a GPU, else as tensors,
-    which torch refuses."""
+    """Make the token dispatcher pass its all-to-all splits as NumPy arrays, as it does on a GPU.
+
+    On a CPU it would pass tensors, which torch rejects.
+    """
     move = moe_utils.maybe_move_tensor_to_cpu
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -9,9 +9,9 @@ import torch
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Stands in for FusedAdam, so that Megatron's optimizers and checkpoints are the same on CPU and GPU.
+    """Twin of FusedAdam, so that Megatron's optimizers and checkpoints are the same on CPU and GPU.
 
-    Like it, and unlike torch's Adam, it counts steps once per parameter group (`group["step"]`) and keeps only
+    Like FusedAdam, and unlike torch's Adam, it counts steps per parameter group (`group["step"]`) and keeps only
     `exp_avg` and `exp_avg_sq` per parameter, in float32.
     """
 
@@ -35,7 +35,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
-        # Megatron asks whether the optimizer keeps the float32 weights itself; Megatron does that here.
+        # Megatron checks whether the optimizer keeps the float32 weights; here Megatron keeps them.
         self.master_weights = None
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Where this process stands in the layout, as a record that is passed in, never fetched."""
+"""This process's place in the layout, as a record passed as an argument, never a global."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ParallelGroups:
     """Ranks, sizes and process groups of one process.
 
     Global rank = tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)): tensor-parallel ranks are
-    neighbours, since they talk most, then context-parallel ones; pipeline stages are furthest apart. Of the ranks of
-    a stage, expert-parallel ones are neighbours too: ep_rank is the place in the stage modulo ep_size.
+    neighbours, since they communicate most, then context-parallel ones; pipeline stages are furthest apart.
+    Expert-parallel ranks are also neighbours within a stage: ep_rank is the place in the stage modulo ep_size.
     """
 
     rank: int
@@ -22,30 +22,30 @@ class ParallelGroups:
     local_rank: int
     """Position on this machine; the GPU's number."""
     device: torch.device
-    """Where this process computes."""
+    """The device on which this process computes."""
     tp_rank: int
     tp_size: int
     tp_group: ProcessGroup
     cp_rank: int
     cp_size: int
     cp_group: ProcessGroup
-    """The ranks that share this replica's sequences, each with a part of every one."""
+    """The ranks that share this data-parallel replica's sequences, each with a part of every sequence."""
     pp_rank: int
     pp_size: int
     pp_group: ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
-    """One rank of each replica. Whatever is counted by trajectory or by token is reduced over it."""
+    """One rank of each data-parallel replica. Counts of trajectories and tokens are reduced over this group."""
     dp_cp_group: ProcessGroup
     """The ranks that hold the same weights: those of `dp_group`, each with its context-parallel ranks. Gradients are
-    reduced, and optimizer state is cut, over it."""
+    reduced, and optimizer state is split, over this group."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup
-    """The ranks that share out the experts of a stage's layers; each expert is whole on one of them."""
+    """The ranks over which the experts of a stage's layers are distributed, each expert whole on one rank."""
     edp_group: ProcessGroup
-    """Expert-data-parallel: the ranks of a stage that hold the same experts, and reduce their gradients."""
+    """Expert-data-parallel: the ranks of a stage that hold the same experts and reduce their gradients."""
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -57,11 +57,11 @@ class ParallelGroups:
 
     @property
     def is_replica_first(self) -> bool:
-        """This process is the first of its data-parallel replica."""
+        """Whether this process is the first of its data-parallel replica."""
         return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     def dp_ranks_of(self, dp_index: int) -> list[int]:
-        """Global ranks that form data-parallel replica `dp_index`, stage by stage, ascending."""
+        """Return the global ranks of data-parallel replica `dp_index`, stage by stage, ascending."""
         assert 0 <= dp_index < self.dp_size, f"replica {dp_index} of {self.dp_size}"
         in_a_stage = self.tp_size * self.cp_size
         return [
@@ -71,9 +71,9 @@ class ParallelGroups:
         ]
 
     def cp_rank_of(self, rank: int) -> int:
-        """The position of global rank `rank` in its context-parallel group."""
+        """Return the position of global rank `rank` in its context-parallel group."""
         return rank // self.tp_size % self.cp_size
 
     def dp_index_of(self, rank: int) -> int:
-        """The data-parallel replica that global rank `rank` belongs to."""
+        """Return the data-parallel replica of global rank `rank`."""
         return rank // (self.tp_size * self.cp_size) % self.dp_size

@@ -21,19 +21,19 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.parallel.groups import ParallelGroups
 
 _set_here: list[str] = []
-"""Variables of `_be_alone`, which processes started after `shutdown` must not take for a launcher's."""
+"""Environment variables set by `_be_alone`; processes started after `shutdown` must not inherit them."""
 
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
-    """Join the other processes and lay them out; every process calls this once, first.
+    """Join the other processes and create the layout; every process must call this once, first.
 
-    The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment; where
-    they are absent the process is alone. NCCL where a GPU is seen, gloo elsewhere.
+    Reads the launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment; without them
+    the process is alone. Uses NCCL on a machine with a GPU, gloo elsewhere.
 
     Args:
-        seed: of Python's, NumPy's and torch's generators, equal on all ranks; Megatron's tracker gets one state
+        seed: seed of Python's, NumPy's and torch's generators, equal on all ranks; Megatron's tracker gets one state
             per tensor-parallel rank.
-        store: where the processes already meet; None: at MASTER_ADDR and MASTER_PORT.
+        store: the processes' existing rendezvous store; None: rendezvous at MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ConfigError: if the layout does not divide the processes.
@@ -42,9 +42,9 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
         _be_alone()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_layout(config, world_size)
-    # Orders a layer's communication and computation on the device; Megatron expects it wherever tensor > 1.
+    # Orders a layer's communication and computation on the device; Megatron requires it with tensor > 1.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Megatron calls collectives by names that torch 2.13 renames.
+    # Megatron uses names of collectives that torch 2.13 renamed.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
@@ -58,8 +58,8 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     dist.init_process_group(
         "nccl" if device else "gloo",
         timeout=timeout,
-        # Without a device_id, with which every group would split the communicator of all ranks as it is made: a
-        # communicator is made when its group first talks, and those of one rank never.
+        # No device_id: with it, creating any group would split the communicator of all ranks. Without it, a group's
+        # communicator is created at its first collective, and for groups of one rank never.
         store=store,
         rank=rank,
         world_size=world_size,
@@ -68,9 +68,9 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
 
 
 def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
-    """Divide the joined processes as `config` says, in place of an earlier layout; every process calls this.
+    """Divide the joined processes according to `config`, replacing an earlier layout; every process must call this.
 
-    `initialize` does so once; by itself it is for programs that go through several layouts.
+    `initialize` calls this once; programs that use several layouts call it directly.
     """
     check_layout(config, dist.get_world_size())
     if parallel_state.is_initialized():
@@ -79,7 +79,7 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         expert_model_parallel_size=config.expert,
-        expert_tensor_parallel_size=1,  # experts are narrow: they are shared out whole, never sliced
+        expert_tensor_parallel_size=1,  # experts are narrow: they are distributed whole, never sliced
         virtual_pipeline_model_parallel_size=config.virtual if config.virtual > 1 else None,
         context_parallel_size=config.context,
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
@@ -92,8 +92,7 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless tensor x context x pipeline ranks divide `world_size` processes, and expert ones a
-    stage."""
+    """Raise `ConfigError` unless tensor x context x pipeline divides `world_size`, and expert a stage's ranks."""
     if world_size % config.model_ranks:
         raise ConfigError(
             f"parallel.tensor ({config.tensor}) x parallel.context ({config.context}) x parallel.pipeline "
@@ -110,7 +109,7 @@ def check_layout(config: ParallelConfig, world_size: int) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; every process calls this last, and may call it again."""
+    """Leave the process group; every process must call this last, and may call it again."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -121,8 +120,8 @@ def shutdown() -> None:
 
 
 def _leave_layout() -> None:
-    """Close the groups of a layout: each of gloo's keeps a thread that wakes a hundred times a second."""
-    dist.barrier()  # nobody still sends in one of them
+    """Destroy the groups of a layout: each gloo group has a thread that wakes a hundred times a second."""
+    dist.barrier()  # no rank still sends in one of them
     for group in parallel_state._global_process_group_list:
         if group is not None:
             dist.destroy_process_group(group)
@@ -130,7 +129,7 @@ def _leave_layout() -> None:
 
 
 def _be_alone() -> None:
-    """Set the variables a launcher would set for one process on a free port."""
+    """Set a launcher's environment variables for one process on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -173,7 +172,7 @@ def _groups() -> ParallelGroups:
         ep_group=parallel_state.get_expert_model_parallel_group(),
         edp_group=parallel_state.get_expert_data_parallel_group(),
     )
-    # The tensor x pipeline ranks of this context-parallel rank: with those of the others, its replica.
+    # This context-parallel rank's tensor x pipeline ranks; those of all context-parallel ranks form the replica.
     model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
     assert model_ranks == [
         rank for rank in groups.dp_ranks_of(groups.dp_rank) if groups.cp_rank_of(rank) == groups.cp_rank

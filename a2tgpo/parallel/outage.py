@@ -1,4 +1,4 @@
-"""A rollout's wait for a service that does not answer, as those who watch the rollout see it."""
+"""A rollout's wait for an unavailable service, visible to the code that watches the rollout."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 class Outage:
-    """Whether this rank waits for a service, since when and why; read from any thread, told from one.
+    """Whether this rank waits for a service, since when and why; one thread writes, any thread reads.
 
     Args:
-        limit_s: longest wait, seconds; then the run is to end.
-        clock: seconds, never going back.
+        limit_s: longest wait, seconds; then the run must end.
+        clock: monotonic, seconds.
     """
 
     def __init__(self, *, limit_s: float, clock: Callable[[], float] = time.monotonic):
@@ -19,16 +19,16 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self.cause = ("", "")
-        """The tool, and one line why; of the last wait."""
+        """Tool and one-line reason of the last wait."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:
-        """The rank waits for what is behind the tool `name` from now on, unless it waits already; one line why."""
+        """Start a wait for the service of tool `name`, unless the rank already waits; `cause` is one line."""
         if self._since is None:
             self._since, self.cause = self._clock(), (name, cause)
 
     def end(self) -> None:
-        """The service answers, or nobody waits for it any more."""
+        """End the wait: the service answers, or no call waits for it any more."""
         self._past_s, self._since = self._past_s + self.seconds, None
 
     @property
@@ -37,18 +37,18 @@ class Outage:
 
     @property
     def seconds(self) -> float:
-        """Of the present wait; 0.0 where there is none."""
+        """Length of the present wait; 0.0 without one."""
         since = self._since
         return 0.0 if since is None else self._clock() - since
 
     @property
     def total_s(self) -> float:
-        """Of all waits of this rank, the present one included."""
+        """Length of all waits of this rank, including the present one."""
         return self._past_s + self.seconds
 
     @property
     def verdict(self) -> str:
-        """Why the run is to end, one line; empty: it is not, for this."""
+        """Why this outage must end the run, one line; empty if it need not."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
         name, cause = self.cause

@@ -1,4 +1,4 @@
-"""Every random generator of the process as one record: saved in checkpoints, and set aside around guests."""
+"""All random generators of the process as one record, for checkpoints and for code that changes the generators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def get_rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's generators, the GPU's, and Megatron's tracker; per rank."""
+    """Return this rank's states of Python's, NumPy's and torch's generators, the GPU's, and Megatron's tracker."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -22,7 +22,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `get_rng_state` returned, on the same rank of the same layout."""
+    """Restore the states that `get_rng_state` returned, on the same rank of the same layout."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

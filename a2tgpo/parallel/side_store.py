@@ -1,4 +1,4 @@
-"""The store in which the ranks met, for what they tell each other beside the training."""
+"""The rendezvous store of the ranks, for their messages outside of training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch.distributed as dist
 
 
 def side_store(name: str, *, timeout_s: float) -> dist.Store:
-    """Keys of their own in the default store, over a connection of their own, whose waits end after `timeout_s`.
+    """Return a view of the default store with its own prefix, connection and timeout.
 
-    A timeout holds for a whole connection: on the default one it would also end the waits in which communicators are
-    made.
+    A timeout applies to a whole connection: on the default one it would also limit the creation of communicators.
     """
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
     store.set_timeout(timedelta(seconds=timeout_s))

@@ -1,8 +1,8 @@
-"""Ending a run early so that the next start goes on from there: asked for on one rank, agreed on by all.
+"""Stopping a run early so that the next start continues it: one rank requests the stop, all ranks agree on it.
 
-A rank is asked by a signal, by the nearing end of the job, or by an outage that has lasted too long. It tells the
-others through the store in which the ranks met; long stages look there by themselves and break off. All ranks then
-meet in `agree`, which is called where nothing is half done.
+A signal, the approaching end of the job or too long an outage makes a rank request the stop. The request reaches the
+other ranks through the rendezvous store, which long stages poll; they then interrupt their work. All ranks then call
+`agree`, at a point where no work is half done.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from a2tgpo.parallel.side_store import side_store
 from a2tgpo.stop_signal import END_TIME, StopSignal, job_deadline
 
 LOOK_S = 1.0
-"""Between two looks into the store."""
+"""Time between two reads of the store."""
 STORE_TIMEOUT_S = 10.0
 _REASON = "reason"
 
 
 class StopAgreed(Exception):
-    """Raised on all ranks at the same point. No error: the run is to save and end."""
+    """Raised on all ranks at the same point. Not an error: the run must save and end."""
 
 
 class StopRequest:
-    """Whether the run is to save and end; every rank holds one.
+    """This rank's view of whether the run must save and end; every rank has one.
 
     Args:
-        signal: what this process is told; None: signals are not heard.
-        margin_s: kept free before the end of the job, besides what saving takes.
-        outage: of this rank; None: none ends the run.
+        signal: receives this process's signals; None: ignore signals and the end of the job.
+        margin_s: time to keep free before the end of the job, in addition to the time for saving.
+        outage: this rank's outage; None: no outage ends the run.
     """
 
     def __init__(
         self, signal: StopSignal | None = None, *, margin_s: float = 0.0, outage: Outage | None = None
     ):
         self.reason = ""
-        """Why, in a few words; empty: nobody has asked, as far as this rank knows."""
+        """Why the run must stop, in a few words; empty: this rank knows of no request."""
         self.is_agreed = False
-        """`agree` has raised."""
+        """Whether `agree` has raised."""
         self._signal = signal
         self._margin_s = margin_s
         self._outage = outage
@@ -52,14 +52,14 @@ class StopRequest:
         self._looked = -LOOK_S
 
     def is_asked(self, *, needed_s: float = 0.0) -> bool:
-        """Whether this rank knows that the run is to end, or must since less than `needed_s` and the margin are left.
+        """Whether this rank knows of a stop request, or less than `needed_s` plus the margin is left of the job.
 
-        No collective, and cheap enough for every pass of a loop. Ranks come to know at different times.
+        Runs no collective and is cheap enough for every pass of a loop. Ranks learn of a request at different times.
         """
         if not self.reason:
             self.reason = self._own_reason(needed_s)
             if self.reason:
-                # It fails where the rank that holds the store is gone: told elsewhere.
+                # Fails if the rank that holds the store is gone, which is reported elsewhere.
                 with contextlib.suppress(RuntimeError):
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():
@@ -89,7 +89,7 @@ class StopRequest:
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
     def _told(self) -> str:
-        """The reason of a rank that was asked."""
+        """Return the reason of a rank that requested the stop; empty if none did."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):
                 return str(self._store.get(_REASON).decode())

@@ -1,4 +1,4 @@
-"""The trained weights into the running engine."""
+"""Refit: moving the trained weights to the running engine."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ MIB = 2**20
 
 @dataclass(kw_only=True)
 class RefitReport:
-    """What one refit did on this rank."""
+    """The result of one refit on this rank."""
 
     skipped: bool
-    """The engine held these weights already."""
+    """Whether the engine already held these weights."""
     num_tensors: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
 
 
 def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) -> RefitReport:
-    """Give the engine the policy's weights; every rank calls this, with an idle engine whose weights are awake.
+    """Load the policy's weights into the engine; every rank must call this.
 
-    Nothing is done where the engine holds `version` already. Each rank hands full tensors to its own engine,
-    which keeps the part that it needs; the next bucket is gathered while it does.
+    The engine must be idle, with its weights awake. Does nothing if the engine already holds `version`. Each rank
+    passes full tensors to its own engine, which keeps its part; the next bucket is gathered meanwhile.
 
     Args:
-        version: names the policy's weights, equal on all ranks: the number of updates since `policy.path`,
-            which is version 0.
-        bucket_mib: largest group of weights gathered at once, MiB; two are alive.
+        version: version of the policy's weights, equal on all ranks: the number of updates since `policy.path`, which
+            is version 0.
+        bucket_mib: most weights gathered at once, MiB; two such buckets are alive.
 
     Raises:
-        RuntimeError: one line, on all ranks, if one rank's engine refused what it was given: its names and shapes
-            are not the export's, for example. By itself on this rank, if the gathering failed.
+        RuntimeError: one line, on all ranks, if one rank's engine refused the weights, for example because names or
+            shapes differ. Only on this rank, if the gathering failed.
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)
@@ -55,10 +55,10 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     try:
         engine.load_weights(export, version=version)
     except Exception as error:
-        if export.failed:  # nothing can be agreed on with ranks that wait in a gather
+        if export.failed:  # the other ranks wait in a gather, so no agreement with them is possible
             raise
         refusal, problem = error, first_line(error)
-    for _ in export:  # this rank's part in gathering, should its engine have stopped early
+    for _ in export:  # join the rest of the gathering if this rank's engine stopped early
         pass
     world = dist.group.WORLD
     assert world is not None
@@ -71,7 +71,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
 
 
 class _Export(Iterator[tuple[str, torch.Tensor]]):
-    """What goes to the engine, counted in `report`; each tensor is dropped here when it is given out."""
+    """Iterator over the weights for the engine, counted in `report`; keeps no reference to a tensor."""
 
     def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]):
         self._weights = weights

@@ -1,4 +1,4 @@
-"""The proof, after every refit, that the engine computes with the trainer's weights."""
+"""The check, after every refit, that the engine computes with the trainer's weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
-"""Largest mean |difference| per probe token, nats, by the less exact of the two sides. FP8 alone moves the ids of the
-probe, which no model expects, by 0.4 in a model of 135M (docs/fp8.md)."""
+"""Largest mean |difference| per probe token, nats, by the less exact of the two sides. The probe's ids are improbable
+in any model; FP8 alone changes their log-probs by 0.4 in a model of 135M (docs/fp8.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeGap:
-    """|log-prob in the engine - log-prob in the trainer| over the probe, the worst rank's, nats."""
+    """|log-prob in the engine - log-prob in the trainer| over the probe, on the worst rank, nats."""
 
     mean: float
     max: float
 
 
 def probe_tokens(num_token_ids: int, length: int) -> list[int]:
-    """A fixed sequence of `length` ids below `num_token_ids`, spread over the vocabulary; equal everywhere."""
+    """Return a fixed sequence of `length` ids below `num_token_ids`, spread over the vocabulary; equal everywhere."""
     state, tokens = 1, []
     for _ in range(length):
         state = (6364136223846793005 * state + 1442695040888963407) % 2**64  # Knuth's MMIX generator
@@ -38,7 +38,7 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
 
 
 def probe_trajectory(probe: Sequence[int]) -> Trajectory:
-    """The probe as a record that the trainer packs and scores like any other; its first token is the prompt."""
+    """Return the probe as a trajectory that the trainer can pack and score; its first token is the prompt."""
     sampled = TokenIds(probe[1:])
     return Trajectory(
         prompt_index=0,
@@ -51,7 +51,7 @@ def probe_trajectory(probe: Sequence[int]) -> Trajectory:
 
 
 def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:
-    """`refit.probe_tolerance`, or where that is 0 what the number formats allow."""
+    """Return `refit.probe_tolerance`, or the default of the less exact number format where it is 0."""
     return configured or max(TOLERANCES[trainer_dtype], TOLERANCES[engine_dtype])
 
 
@@ -64,19 +64,19 @@ def verify_refit(
     tolerance: float,
     group: dist.ProcessGroup | None,
 ) -> ProbeGap:
-    """Compare the engine's log-probs of the probe with the trainer's; every rank of `group` calls this.
+    """Compare the engine's log-probs of the probe with the trainer's; every rank of `group` must call this.
 
     Args:
         engine: idle and awake.
         probe: as from `probe_tokens`, the same on all ranks.
         trainer_logprobs: [len(probe) - 1] float; log p of probe[1:] by the trainer at temperature 1, nats.
-        step: named in the message.
-        tolerance: largest allowed mean |difference|.
-        group: whose ranks stop together, all of them if one differs; None: this rank alone.
+        step: for the message.
+        tolerance: largest allowed mean |difference|, nats.
+        group: the ranks that raise together if one of them differs; None: this rank alone.
 
     Raises:
-        RuntimeError: one line, on all ranks of `group`, if the mean differs by more, or if log-probs of the trainer
-            are not numbers: then its weights are broken, and the engine is not to blame.
+        RuntimeError: one line, on all ranks of `group`, if the mean difference exceeds `tolerance`, or if the
+            trainer's log-probs are not finite: then the trainer's weights are broken, not the engine.
     """
     engine_logprobs = torch.tensor(engine.sequence_logprobs(probe), dtype=torch.float64)
     expected = trainer_logprobs.detach().to("cpu", torch.float64).flatten()

@@ -1,3 +1,3 @@
 """Scoring and training the policy through Megatron's pipeline schedules, and keeping its state on disk."""
 
-import a2tgpo.parallel  # noqa: F401  Megatron is adapted to the machine before the modules here import it
+import a2tgpo.parallel  # noqa: F401  adapts Megatron to the machine before the modules here import it

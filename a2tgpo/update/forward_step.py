@@ -1,4 +1,4 @@
-"""One pass of all micro-batches through the pipeline: what scoring and training have in common."""
+"""One pass of all micro-batches through the pipeline, for scoring and training."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def run_pipeline(
     distribution: TokenDistribution,
     forward_only: bool,
 ) -> None:
-    """Run the policy over `microbatches` and hand each one's log-probs to `token_function` on the last stage.
+    """Run the policy over `microbatches` and pass each one's log-probs to `token_function` on the last stage.
 
-    Every rank calls this, each data-parallel replica with its own micro-batches, the same on all of the
-    replica's ranks. Replicas may hold different numbers of them, none included: those that have fewer run
-    empty ones, which `token_function` never sees, so that all reach every collective. Interleaved stages take
-    whole rounds of them, which empty ones fill up. Context-parallel ranks run a part of each micro-batch, but
+    Every rank must call this, each data-parallel replica with its own micro-batches, the same on all of the replica's
+    ranks. Replicas may have different numbers of micro-batches, even none. Replicas with fewer run additional empty
+    ones, so that all reach every collective; `token_function` never sees these. Interleaved stages need whole rounds,
+    which are also filled up with empty micro-batches. Context-parallel ranks run a part of each micro-batch, but
     `token_function` sees all of it on each of them.
 
-    The gradients left in the model are those of the sum, over micro-batches and data-parallel replicas, of what
-    `token_function` returned: Megatron's averaging over both is undone here.
+    The gradients left in the model are those of the sum of `token_function`'s values over micro-batches and
+    data-parallel replicas: this function reverts Megatron's averaging over both.
 
     Args:
-        distribution: whose log-probs and entropies `token_function` sees.
-        forward_only: no gradients; what `token_function` returns is then ignored.
+        distribution: the distribution of the log-probs and entropies that `token_function` sees.
+        forward_only: compute no gradients and ignore the values of `token_function`.
 
     Raises:
-        RuntimeError: if the weights are off the card.
+        RuntimeError: if the weights are off the GPU.
     """
     require_weights(policy)
     groups = policy.groups
@@ -92,21 +92,21 @@ def run_pipeline(
         data_iterator=iterators,
         model=policy.chunks,
         num_microbatches=count,
-        seq_length=max(batch.num_tokens for batch in batches),  # unused: stages tell each other their shapes
+        seq_length=max(batch.num_tokens for batch in batches),  # unused: stages send each other their shapes
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
 class _Asked(NamedTuple):
-    """Where a micro-batch is cut and asked for log-probs."""
+    """The division of a micro-batch over context-parallel ranks, and the rows that need log-probs."""
 
     positions: Tensor
-    """[cp, T / cp] int64, those of the batch that each context-parallel rank runs."""
+    """[cp, T / cp] int64: the batch's positions that each context-parallel rank runs."""
     rows: Tensor
-    """[n] int64, n >= 1: at which of those that this rank runs a target is asked for.
+    """[n] int64, n >= 1: indices into this rank's positions where `loss_mask` is True.
 
-    Without any the first, so that the micro-batch still reaches every parameter and every collective.
+    [0] if none, so that the micro-batch still reaches every parameter and every collective.
     """
 
 
@@ -122,7 +122,7 @@ def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
 def _logprobs(
     policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked, distribution: TokenDistribution
 ) -> tuple[Tensor, Tensor]:
-    """log p of the batch's targets and the entropies, [T] each and 0 where masked, from the logits of its rows."""
+    """Compute log p of the batch's targets and the entropies, [T] each and 0 where masked, from the rows' logits."""
     groups, own = policy.groups, asked.positions[policy.groups.cp_rank]
     targets = batch.targets[0, own[asked.rows]]
     found = token_logprobs(
@@ -137,7 +137,7 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, asked.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, asked.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # also of the one row where none is asked for
+        return values.where(batch.loss_mask[0], 0.0)  # also masks row [0] if no row is needed
 
-    # One by one: put together, entropies of which no loss is made would take a backward pass of their own.
+    # Scatter separately: stacked, autograd would run backward through entropies that no loss uses.
     return over_the_row(found[0]), over_the_row(found[1])

@@ -1,4 +1,4 @@
-"""Does the trainer find the answers as probable as the engine did?"""
+"""Comparison of the trainer's and the engine's probabilities of the gold answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from a2tgpo.update.probe_scores import score_probes
 
 
 class GainCheck:
-    """Scores a sample of a step's contexts again, by the weights that played them.
+    """Rescore a sample of a step's contexts with the trainer, under the weights that played them.
 
     Args:
-        policy: of this rank.
-        config: how often, and how many trajectories of each replica.
-        answer_tokens: those of the engine's scorer.
+        policy: this rank's policy.
+        config: how often to check, and how many trajectories of each data-parallel replica.
+        answer_tokens: the `AnswerTokens` of the engine's scorer.
         answers: gold answers by question id.
         max_tokens: positions of one row of the model.
     """
@@ -42,21 +42,21 @@ class GainCheck:
         self._max_tokens = max_tokens
 
     def run(self, step: int, trajectories: Sequence[Trajectory], metrics: MetricSums) -> None:
-        """In steps whose turn it is, add how far engine and trainer are apart; every rank must call this.
+        """Every `verify_every` steps, record the gap between engine and trainer; every rank must call this.
 
         `gain/engine_trainer_gap` is the mean over contexts of |log P by the engine - log P by the trainer|, where
-        log P is the best alias's mean log-prob of a token, nats; `gain/engine_trainer_gap_max` is the largest. Left
-        out of a step without a context that the engine scored.
+        log P is the best alias's mean log-prob per token, nats; `gain/engine_trainer_gap_max` is the largest. Both
+        are omitted if the engine scored no context.
 
         Args:
-            step: of the run, from 0.
-            trajectories: this replica's share of the step, not yet trained on.
+            step: step of the run, from 0.
+            trajectories: this data-parallel replica's share of the step, before training on it.
             metrics: to be reduced over the data-parallel group.
         """
         every = self._config.verify_every
         if every == 0 or step % every:
             return
-        # One that was finished in an earlier step was scored by weights that are no longer there.
+        # A trajectory that ended in an earlier step was scored under weights that no longer exist.
         current = [trajectory for trajectory in trajectories if trajectory.turns[-1].step == step]
         sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]
@@ -87,7 +87,7 @@ class GainCheck:
         return ProbedSequence(tokens=trajectory.tokens, probes=probes)
 
     def _by_context(self, trajectory: Trajectory, scores: list[list[float]]) -> list[float | None]:
-        """The best alias's mean log-prob in each context."""
+        """Return the best alias's mean log-prob in each context."""
         count = len(self._aliases(trajectory))
         contexts = range(len(trajectory.context_lengths))
         return [answer_logprob(scores[context * count : (context + 1) * count]) for context in contexts]
@@ -97,6 +97,6 @@ class GainCheck:
 
 
 def _spread(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
-    """At most `count`, evenly over the list: of as many groups as there are."""
+    """Select at most `count` trajectories, evenly over the list, so that they cover as many groups as possible."""
     count = min(count, len(trajectories))
     return [trajectories[number * len(trajectories) // count] for number in range(count)]

@@ -1,4 +1,4 @@
-"""Rollout correction: each sampled token's importance weight, and what those of a step look like."""
+"""Rollout correction: each sampled token's importance weight, and the metrics of a step's weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from a2tgpo.update.minibatch import Minibatch
 def weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> None:
     """Fill in `importance` of micro-batch `index` from its `old_logprobs`; on the last pipeline stage.
 
-    Leaves all as it is with `kind: none`.
+    Does nothing with `kind: none`.
     """
     if config.kind == "none":
         return
@@ -32,16 +32,16 @@ def weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> None:
 def record_correction(
     minibatches: Sequence[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
 ) -> None:
-    """Add what the weights of a step's mini-batches look like; nothing with `kind: none`.
+    """Record metrics of a step's importance weights; nothing with `kind: none`.
 
-    Every rank must call this, also without trajectories. The metrics speak of all sampled tokens of the step:
+    Every rank must call this, even without trajectories. The metrics cover all sampled tokens of the step:
 
-    - `correction/mean`, `max`, `min`: of w before it is bounded, where it can be computed; left out of a step
-      without such a token;
-    - `correction/truncated_share`, `masked_share`: of all tokens;
-    - `correction/unusable_tokens`: a number of tokens, whose weight is 0 since a log-prob is not finite;
-    - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights that the loss gets, from sums over
-      all replicas: 1 where all weights are equal, 0 where all are 0.
+    - `correction/mean`, `max`, `min`: of w before truncation or masking, over tokens where w can be computed; omitted
+      in steps without such a token;
+    - `correction/truncated_share`, `masked_share`: shares of all tokens;
+    - `correction/unusable_tokens`: number of tokens with weight 0 because a log-prob is not finite;
+    - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights in the loss, from sums over all
+      data-parallel replicas: 1 if all weights are equal, 0 if all are 0.
     """
     if config.kind == "none":
         return
@@ -55,7 +55,7 @@ def record_correction(
 
 
 def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:
-    """Over one replica's tokens; extremes are left out where no token has a usable weight."""
+    """Return sums over one data-parallel replica's tokens; extremes are omitted if no token has a usable weight."""
 
     def joined(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([value.double() for value in values] or [torch.zeros(0, dtype=torch.float64)])
@@ -86,4 +86,4 @@ def _record(metrics: MetricSums, sums: dict[str, float], totals: Sequence[float]
     metrics.add("correction/unusable_tokens", sums["tokens"] - sums["usable"], 0)
     weight, weight_squared, tokens = totals
     share = weight * weight / (tokens * weight_squared) if weight_squared else 0.0
-    metrics.add("correction/effective_sample_share", share, 1)  # equal on all replicas, so is their mean
+    metrics.add("correction/effective_sample_share", share, 1)  # the mean of equal values on all replicas

@@ -1,17 +1,17 @@
-"""The card's memory from phase to phase: trainer and engine make room for each other by the table of `residency.py`.
+"""GPU memory by phase: trainer and engine make room for each other according to the table in `residency.py`.
 
-Each change runs in one order: what the next phase does not need leaves (gradients, optimizer, reference, weights,
-then the engine), the allocator's cache is emptied, what it needs comes. Before and after, it is asserted on the
-tensors' storages and the engine's allocations, not on notes about them, that all is where the table says. Reported at
-every change, for the phase that begins, the fullest rank's:
+A change of phase has a fixed order. First the parts that the next phase does not need leave: gradients, optimizer,
+reference, weights, then the engine. Then the allocator's cache is emptied, and the needed parts come back. Before and
+after, a check of the tensors' storages and the engine's allocations verifies that every part is where the table
+says. Metrics at every change, for the new phase, from the rank with the largest value:
 
-    memory/PHASE_trainer_gib    trainer state on the card
-    memory/PHASE_used_gib       in use on the card, by whatever; without a GPU, resident memory of the process
+    memory/PHASE_trainer_gib    trainer state on the GPU
+    memory/PHASE_used_gib       all memory in use on the GPU; without a GPU, resident memory of the process
     memory/PHASE_allocated_gib  held by torch's tensors; GPUs only
-    memory/PHASE_reserved_gib   and with what its allocator keeps; GPUs only
-    memory/PHASE_peak_gib       the most that torch's tensors held in the phase that ends; GPUs only
+    memory/PHASE_reserved_gib   the same plus the cache of torch's allocator; GPUs only
+    memory/PHASE_peak_gib       most memory held by torch's tensors in the phase that ends; GPUs only
 
-and over a step, the mean of the ranks: `memory/moved_gib` to and from the host, and `memory/move_s`.
+Metrics per step, as the mean over ranks: `memory/moved_gib` (to and from the host) and `memory/move_s`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""The engine's own names of its parts, in the order in which they wake."""
+"""The engine's names of its parts, in the order in which they wake."""
 
 
 class Engine(Protocol):
-    """What the phases need of an engine; `VllmEngine` is one."""
+    """The engine's methods that the phases call; `VllmEngine` has them."""
 
     def sleep(self) -> None: ...
 
@@ -52,13 +52,13 @@ EngineType = TypeVar("EngineType", bound=Engine)
 
 
 class MemoryPhases:
-    """Moves what a rank holds from phase to phase, beginning with `build`; every rank makes the same calls.
+    """Move a rank's state from phase to phase, beginning with `build`; every rank must make the same calls.
 
     Args:
-        policy: with all of it on the card, as the others.
+        policy: entirely on the GPU, like optimizer and reference.
         optimizer: None: nothing is trained.
-        reference: None: there is none.
-        engine: asleep; None: there is none yet (see `build_engine`), or never.
+        reference: None: the run has no reference.
+        engine: asleep; None: the run has no engine, or `build_engine` builds it later.
         offload: `update.offload`.
     """
 
@@ -83,14 +83,14 @@ class MemoryPhases:
         self._offload = offload
         self._metrics = MetricSums()
         self.phase = "build"
-        """Where the run is, of `residency.PHASES`."""
+        """The current phase, one of `residency.PHASES`."""
         self._check()
 
     def enter(self, phase: str) -> None:
-        """Bring the card's memory to what `phase` needs; nothing happens within the same phase.
+        """Move everything to where `phase` needs it; do nothing within the same phase.
 
         Raises:
-            RuntimeError: one line; `phase` cannot follow, or something is not where the table says.
+            RuntimeError: one line; `phase` cannot follow the current one, or a part is not where the table says.
         """
         self._check()
         if phase == self.phase:
@@ -107,7 +107,7 @@ class MemoryPhases:
         self._record(moved, time.perf_counter() - start)
 
     def build_engine(self, build: Callable[[], EngineType]) -> EngineType:
-        """The engine that `build` makes, awake, while the trainer leaves it the card."""
+        """Free the trainer's GPU memory, then return the engine that `build` creates, awake."""
         assert self._engine is None and self.phase == "build", "one engine, before anything else"
         self._free(self._wanted("start"))
         self._engine = engine = build()
@@ -116,10 +116,10 @@ class MemoryPhases:
         return engine
 
     def take_metrics(self) -> MetricSums:
-        """What the changes since the last call have reported, to be reduced over the world."""
+        """Return the metrics of the changes since the last call, to be reduced over the world."""
         taken, self._metrics = self._metrics, MetricSums()
         for name in (_MOVED, _SECONDS):
-            taken.add(name, 0.0, 1)  # one sample a rank, of all its changes together
+            taken.add(name, 0.0, 1)  # one sample per rank, over all its changes
         return taken
 
     def _wanted(self, phase: str) -> frozenset[str]:
@@ -151,7 +151,7 @@ class MemoryPhases:
         ):
             engine.sleep()
         if ON_GPU:
-            # The engine takes its memory past torch's allocator, which would keep what is free.
+            # The engine does not allocate through torch's allocator, which would keep freed memory.
             torch.cuda.empty_cache()
         return moved
 
@@ -167,7 +167,7 @@ class MemoryPhases:
         return moved
 
     def _check(self) -> None:
-        """All is where the table says."""
+        """Raise RuntimeError unless every part is where the table says."""
         wanted = self._wanted(self.phase)
         for name, part in self._parts.items():
             if not (part.is_resident() if name in wanted else part.is_away()):
@@ -194,7 +194,7 @@ class MemoryPhases:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Bytes in use: on the card, and of that what torch's allocator knows of; without a GPU, of this process."""
+    """Return the bytes in use on the GPU, and torch's allocator's part of them; without a GPU, this process's."""
     if not ON_GPU:
         return {"used": resident_bytes()}
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""A step's trajectories cut into mini-batches (one optimizer step each) and these into packed micro-batches."""
+"""Division of a step's trajectories into mini-batches (one optimizer step each), and these into micro-batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(kw_only=True)
 class Minibatch:
-    """What one optimizer step trains on, on this rank."""
+    """This rank's data for one optimizer step."""
 
     batches: list[PackedBatch]
     turn_advantages: list[torch.Tensor]
@@ -33,20 +33,20 @@ class Minibatch:
     sequence_is_correct: list[torch.Tensor]
     """Per micro-batch [S] bool: the trajectory's answer matches exactly."""
     is_scored: bool = False
-    """`old_logprobs` are there before the update; equal on all ranks."""
+    """Whether `old_logprobs` exist before the update; equal on all ranks."""
     old_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch [T] float32, on the last pipeline stage: by the policy that played. Filled by scoring, else by
-    the training pass."""
+    """By micro-batch [T] float32, on the last pipeline stage: under the policy that played. Filled by scoring, or
+    else by the training pass."""
     ref_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch [T] float32, on the last pipeline stage: by the reference; empty without one."""
+    """By micro-batch [T] float32, on the last pipeline stage: under the reference; empty without one."""
     importance: dict[int, ImportanceWeights] = field(default_factory=dict)
-    """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update where a rollout
+    """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update if a rollout
     correction is configured."""
     turn_ratios: dict[int, torch.Tensor] = field(default_factory=dict)
     """By micro-batch [U] float32, on the last pipeline stage; filled by the update (`policy_update.turn_ratios`)."""
 
     def loss_inputs(self, index: int) -> LossInputs:
-        """Flat per-token inputs of the loss for micro-batch `index`, on the batch's device; on the last stage."""
+        """Return the loss's flat per-token inputs for micro-batch `index`, on the batch's device; last stage only."""
         batch, old = self.batches[index], self.old_logprobs[index]
         mask = batch.loss_mask[0]
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
@@ -74,14 +74,14 @@ def build_minibatches(
     config: RunConfig,
     groups: ParallelGroups,
 ) -> list[Minibatch]:
-    """Mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
+    """Build mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
 
-    Every rank must call this, also without trajectories: loss normalisers are summed over the data-parallel
-    group, and the number of micro-batches is agreed on: all replicas cut a mini-batch into as many as the one that
-    needs most. Only a replica with fewer trajectories than that has fewer.
+    Every rank must call this, even without trajectories: loss normalisers are summed over the data-parallel group,
+    and the replicas agree on the number of micro-batches. All data-parallel replicas cut a mini-batch into as many as
+    the replica that needs most; only a replica with fewer trajectories has fewer.
 
     Args:
-        trajectories: this replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
+        trajectories: this data-parallel replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
     """
     align = alignment(config.parallel, config.model.fp8)
     prompts = config.update.prompts_per_minibatch
@@ -116,15 +116,16 @@ def build_minibatches(
 def agreed_microbatches(
     lengths: Sequence[int], max_tokens: int, row: int, groups: ParallelGroups
 ) -> list[list[int]]:
-    """Group a replica's trajectories into micro-batches, as many as the replica with most of them needs.
+    """Group a data-parallel replica's trajectories into micro-batches, equally many on all replicas where possible.
 
-    Those of the others are then smaller; none is empty. Every rank must call this.
+    The replica that needs most micro-batches sets the number; the others get smaller ones, none of them empty. Every
+    rank must call this.
 
     Args:
-        lengths: tokens of each trajectory, see `balance.microbatches`; as the other arguments.
+        lengths: tokens of each trajectory; this and the other arguments as in `balance.microbatches`.
 
     Returns:
-        Places in `lengths` of each micro-batch, ascending within it.
+        Indices into `lengths` of each micro-batch, ascending within it.
     """
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=row)))
     agreed = int(all_reduce_max(fewest, groups.dp_group))

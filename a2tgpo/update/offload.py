@@ -1,8 +1,8 @@
-"""Tensors that leave the card and come back in place, equal to the bit.
+"""Offloading: tensors leave the GPU and come back in place, equal to the bit.
 
-What moves is the storage under the tensors, not the tensors: a storage is emptied and filled again, and every view of
-it (parameters and gradients are views of Megatron's buffers, the optimizer's shards are views of those) stays what it
-was. On a CPU, card and host are the same memory; storages are emptied and filled all the same.
+Offloading empties and refills storages but keeps the tensors, so every view of a storage stays valid: parameters and
+gradients are views of Megatron's buffers, and so are the optimizer's shards. On a CPU, where both memories are the
+same, storages are still emptied and refilled.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Host memory is taken in pages of this size: torch rounds page-locked memory up to a power of two."""
+"""Size of the pages of host memory: torch rounds page-locked memory up to a power of two."""
 
 
 class MovablePart:
-    """Tensors that are on the card together or not at all.
+    """Tensors that are all on the GPU or all off it.
 
-    Between `leave` and `come_back` nothing may touch them: their memory is gone.
+    Between `leave` and `come_back` the tensors have no memory and must not be used.
 
     Args:
-        tensors: gives them as they are at the time; may share storages, and be replaced between two calls.
+        tensors: returns the current tensors; they may share storages, and be replaced between two calls.
         keeps_values: False: nothing is copied, and the tensors come back as zeros.
     """
 
@@ -40,15 +40,15 @@ class MovablePart:
         return sum(storage.nbytes() for storage in self._storages())
 
     def is_resident(self) -> bool:
-        """All of it is on the card."""
+        """Whether all storages are on the GPU."""
         return all(storage.nbytes() > 0 for storage in self._storages())
 
     def is_away(self) -> bool:
-        """None of it is on the card."""
+        """Whether no storage is on the GPU."""
         return self.bytes_on_card() == 0
 
     def leave(self) -> int:
-        """Free the card's memory; returns the bytes copied to the host."""
+        """Free the GPU memory and return the number of bytes copied to the host."""
         storages = self._storages()
         self._away = {storage._cdata: storage.nbytes() for storage in storages}
         copied = self._copy(storages, to_host=True) if self._keeps_values else 0
@@ -57,7 +57,7 @@ class MovablePart:
         return copied
 
     def come_back(self) -> int:
-        """Take the card's memory again; returns the bytes copied from the host."""
+        """Allocate the GPU memory again and return the number of bytes copied from the host."""
         storages = self._storages()
         assert self._away.keys() == {storage._cdata for storage in storages}, "tensors changed while away"
         for storage in storages:
@@ -73,7 +73,7 @@ class MovablePart:
         total = sum(storage.nbytes() for storage in storages)
         is_gpu = any(storage.device.type == "cuda" for storage in storages)
         if self._host is None or self._host.num_bytes < total:
-            self._host = None  # before more is taken
+            self._host = None  # free the old pages before allocating more
             self._host = _HostPages(total, page_locked=is_gpu)
         start = 0
         for storage in storages:
@@ -84,11 +84,11 @@ class MovablePart:
         if is_gpu:
             torch.cuda.synchronize()
         elif not to_host:
-            self._host = None  # page-locked memory is slow to take and kept, other memory is not
+            self._host = None  # keep only page-locked memory, which is slow to allocate
         return total
 
     def _storages(self) -> list[UntypedStorage]:
-        """Those that hold something, or would, each once."""
+        """Return the distinct storages of all non-empty tensors."""
         found = {}
         for tensor in self._tensors():
             if tensor.numel():
@@ -104,7 +104,7 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`on_card` [bytes] piece by piece, with the host's place for each, from its byte `start` on."""
+        """Yield pieces of `on_card` [bytes], each with its place in the host's pages from byte `start` on."""
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)
@@ -122,7 +122,7 @@ def weight_tensors(policy: Policy) -> list[Tensor]:
 
 
 def gradient_tensors(policy: Policy) -> list[Tensor]:
-    """Megatron's gradient buffers; none in a model that is not trained."""
+    """Return Megatron's gradient buffers; none for a model that is not trained."""
     wrapped = [chunk for chunk in policy.chunks if isinstance(chunk, DistributedDataParallel)]
     return [
         buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
@@ -130,7 +130,7 @@ def gradient_tensors(policy: Policy) -> list[Tensor]:
 
 
 def optimizer_tensors(policy: Policy, optimizer: Any) -> list[Tensor]:
-    """Adam's moments, and the float32 weights where they are not the model's own."""
+    """Return Adam's moments, and the float32 weights where they are not the model's own."""
     of_model = {tensor.untyped_storage()._cdata for tensor in weight_tensors(policy)}
     adams = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
     stepped = [tensor.data for adam in adams for group in adam.param_groups for tensor in group["params"]]

@@ -1,4 +1,4 @@
-"""Megatron's AdamW over the policy's parameters, and the learning rate of every step."""
+"""Megatron's AdamW over the policy's parameters, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from a2tgpo.model.policy import Policy
 def build_optimizer(
     policy: Policy, config: UpdateConfig, *, total_steps: int
 ) -> tuple[Any, LearningRateSchedule]:
-    """The optimizer of the policy's trainable parameters and its learning rate schedule.
+    """Build the optimizer of the policy's trainable parameters and its learning rate schedule.
 
-    Every rank calls this. Weight decay spares biases and norm weights.
+    Every rank must call this. Weight decay does not apply to biases and norm weights.
 
     Args:
-        total_steps: optimizer steps until the schedule has come down to `config.min_lr`; without effect on a
-            constant one.
+        total_steps: optimizer steps until the schedule reaches `config.min_lr`; no effect on a constant schedule.
     """
     bf16 = policy.dtype == torch.bfloat16
     optimizer = get_megatron_optimizer(
@@ -48,8 +47,8 @@ def build_optimizer(
 class LearningRateSchedule:
     """Linear warm-up, then constant, linear or cosine, one `step()` per optimizer step.
 
-    Update k (0-based) runs at the rate Megatron's scheduler gives for k + 1 steps done, so that the first update
-    of a warm-up is not made at a rate of 0.
+    Update k (0-based) uses the rate of Megatron's scheduler after k + 1 steps, so that the first update of a warm-up
+    does not have rate 0.
     """
 
     def __init__(self, optimizer: Any, config: UpdateConfig, *, total_steps: int) -> None:
@@ -78,16 +77,16 @@ class LearningRateSchedule:
         return self._scheduler.get_lr({})
 
     def step(self) -> None:
-        """Move on to the next update's rate."""
+        """Advance to the next update's rate."""
         self._scheduler.step(1)
 
     def state_dict(self) -> dict[str, int]:
         return {"steps_done": self._scheduler.num_steps - 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken; rates follow this run's config, not the saved run's.
+        """Continue from the step of `state`; rates follow this run's config, not the saved run's.
 
-        Call after the optimizer's state was loaded, which brings the saved run's rates with it.
+        Call this after loading the optimizer's state, which contains the saved run's rates.
         """
         self._set_steps_done(state["steps_done"])
 

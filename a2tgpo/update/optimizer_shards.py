@@ -1,9 +1,9 @@
 """A distributed optimizer's state as the slices that each data-parallel rank owns.
 
-The distributed optimizer cuts its buffers into equal parts without regard to parameters, so a rank owns a range
-`start:stop` of a flattened parameter. On disk the state of a parameter is one tensor of the parameter's global shape,
-whatever the layout. A range is described as the few rectangles of that tensor that it covers, each a view of the
-optimizer's own memory: saving gathers nothing, loading reads into place, and any layout can read what another wrote.
+The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
+`start:stop` of a flattened parameter. On disk a parameter's state is one tensor of the parameter's global shape in
+any layout. A range is described as the few rectangles of that tensor that it covers, each a view of the optimizer's
+own memory. So saving gathers nothing, loading reads into place, and any layout can read another layout's checkpoint.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 PIECE_BYTES = 2**26
-"""Largest shard that is saved, if a row is not larger: a reader takes a whole one into host memory for any part."""
+"""Largest saved shard, unless a row is larger: a reader loads a whole shard into host memory for any part of it."""
 UNCUT = 2**62
-"""As few shards as there can be: best for reading, since each saved one is read anew for each that has part of it."""
+"""As few shards as possible, for reading: each saved shard is read once for every shard here that overlaps it."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a rectangle."""
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Whether the state of `optimizer`, Megatron's chain of them, is cut over data-parallel ranks."""
+    """Whether the state of `optimizer`, Megatron's chain of optimizers, is cut over data-parallel ranks."""
     return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
 
 def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) -> dict[str, ShardedTensor]:
-    """What this rank owns of the state of a distributed optimizer: views, by a name of this rank's own.
+    """Return views of this rank's part of a distributed optimizer's state, under names local to this rank.
 
-    Float32 parameters are their own master weights: these are saved with the model only.
+    Float32 parameters are their own master weights, which are saved only with the model.
 
     Args:
         optimizer: Megatron's chain of distributed optimizers, with their moments.
-        models: sharded state dicts of the model chunks, with the parameters themselves in them.
-        piece_bytes: largest shard, if a row is not larger.
+        models: sharded state dicts of the model chunks, which contain the parameters themselves.
+        piece_bytes: largest shard, unless a row is larger.
 
     Returns:
         Shards with keys `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`, float32.
@@ -60,9 +60,9 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The rectangles that elements `start:stop` of a row-major tensor make up, in the order of the elements.
+    """Yield the rectangles that elements `start:stop` of a row-major tensor form, in the order of the elements.
 
-    At most 2 * len(shape) - 1 of them: part of a row, whole rows, part of a row, for each dimension.
+    At most 2 * len(shape) - 1 rectangles: part of a row, whole rows, part of a row, for each dimension.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
@@ -86,7 +86,7 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """`start:stop` cut at multiples of as many rows as have `max_elements`, at least one row."""
+    """Yield `start:stop` cut at multiples of as many rows as fit into `max_elements`, at least one row."""
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]
@@ -94,7 +94,7 @@ def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) ->
 
 
 def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    """Parameter, first element owned of it, and the flat tensors of what is owned: its master weights and moments."""
+    """Yield each parameter, the first element that this rank owns, and the owned flat master weights and moments."""
     for ranges_by_dtype in part.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
@@ -107,7 +107,7 @@ def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
                         {
                             name: value.detach()
                             for name, value in states.items()
-                            # The step is kept with the parameter groups.
+                            # The step belongs to the parameter groups.
                             if name != "step" and value.untyped_storage()._cdata != own
                         },
                     )
@@ -119,9 +119,9 @@ def _tensors_and_factories(models: dict[str, Any]) -> Iterator[ShardedTensor | S
 
 
 def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
-    """The tensors on disk that a parameter is saved as, each with its first element in the flattened parameter.
+    """Yield a parameter's tensors on disk, each with the index of its first element in the flattened parameter.
 
-    There are several where Megatron saves halves by themselves, as it does with gate and up projections.
+    A parameter has several where Megatron saves its halves separately, as with gate and up projections.
     """
     if isinstance(base, ShardedTensor):
         yield 0, base
@@ -139,7 +139,7 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Shards of `flat`, elements `start` and on of a flattened parameter that is saved as `templates`."""
+    """Yield shards of `flat`, the elements from `start` of a flattened parameter that is saved as `templates`."""
     for first, template in templates:
         shape = template.local_shape
         low = max(start, first) - first
@@ -157,7 +157,7 @@ def _shards_of(
 def _shard(
     template: ShardedTensor, prefix: str, data: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> ShardedTensor:
-    """The rectangle of `template` with these offsets and sizes, in the template's own coordinates."""
+    """Return the rectangle of `template` with these offsets and sizes, in the template's coordinates."""
     ahead = template.prepend_axis_num
     data = data.view(*(1 for _ in range(ahead)), *sizes)
     return ShardedTensor(

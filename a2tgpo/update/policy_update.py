@@ -1,5 +1,4 @@
-"""The update stage: one optimizer step on each of a step's mini-batches, which are scored before the first if there
-are several."""
+"""The update stage: one optimizer step per mini-batch; if there are several, all are scored before the first."""
 
 from __future__ import annotations
 
@@ -33,18 +32,18 @@ def score_minibatches(
     distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill in `old_logprobs`: log-probs under the policy that played the rollouts, by the trainer.
+    """Fill in `old_logprobs`: the trainer's log-probs under the policy that played the trajectories.
 
-    Every rank must call this. A single mini-batch is left to `update_policy`: nothing is updated before its training
-    pass, which gives the same log-probs.
+    Every rank must call this. A single mini-batch is left to `update_policy`: no update precedes its training pass,
+    which computes the same log-probs.
 
-    Also measures the entropy, the likelihood of what was sampled (`likelihood/correct`: in trajectories whose answer
-    matches, left out of a step without any) and how far the trainer's log-probs are from the engine's:
-    `gap/train_engine_*` over the tokens where both are finite, left out of a step without any, and
-    `gap/unusable_tokens`, the number of the others.
+    Also records the entropy; the likelihood of the sampled tokens (`likelihood/correct`: in trajectories whose answer
+    matches; omitted in steps without any); and the gap between the trainer's log-probs and the engine's:
+    `gap/train_engine_*` over the tokens where both are finite (omitted in steps without any), and
+    `gap/unusable_tokens`, the number of the other tokens.
 
     Args:
-        distribution: the one that the engine sampled from; all of these metrics refer to it.
+        distribution: the distribution from which the engine sampled; all of these metrics refer to it.
         before_each: called before every mini-batch, on all ranks.
     """
     if len(minibatches) == 1:
@@ -62,7 +61,7 @@ def score_minibatches(
 def score_reference(
     reference: Policy, minibatches: Sequence[Minibatch], *, distribution: TokenDistribution
 ) -> None:
-    """Fill in `ref_logprobs`, of the same `distribution` as the policy's; every rank must call this."""
+    """Fill in `ref_logprobs` under the same `distribution` as the policy's; every rank must call this."""
     for minibatch in minibatches:
         scores = enumerate(score(reference, minibatch.batches, distribution=distribution))
         minibatch.ref_logprobs = {index: s.logprobs for index, s in scores if s is not None}
@@ -78,13 +77,14 @@ def update_policy(
     *,
     distribution: TokenDistribution,
 ) -> None:
-    """One optimizer step per mini-batch, in order; its rollouts are weighed where a correction is configured.
+    """Take one optimizer step per mini-batch, in order, with importance weights if a correction is configured.
 
     Every rank must call this.
 
-    At the first mini-batch the policy is still the one that played, so its ratio is 1: the measured deviation is the
-    noise floor against which the clipping range is to be held. If it has not been scored, its training pass brings
-    `old_logprobs` and the metrics of `score_minibatches`, and ratio 1 without any noise.
+    At the first mini-batch the policy is still the one that played, so its true ratio is 1. The measured deviation
+    from 1 is the noise floor, with which the clipping range should be compared. If the first mini-batch has no
+    scores, its training pass provides `old_logprobs` and the metrics of `score_minibatches`; the ratio is then
+    exactly 1.
     """
     assert all(m.is_scored for m in minibatches[1:]), "only a step's first mini-batch can go without scoring"
     score_sums: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        # All replicas skip together; the sum over them is to count it once.
+        # All data-parallel replicas skip together; the sum over them must count one.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
@@ -125,15 +125,15 @@ def update_policy(
 
 
 def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequence[int]) -> Tensor:
-    """Each turn's ratio (Eq. 10) when its mini-batch was trained on, whatever level the loss shares ratios at.
+    """Return each turn's ratio (Eq. 10) in its mini-batch's training pass, regardless of `algorithm.ratio`.
 
     Every rank must call this, after `update_policy`.
 
     Args:
-        shape: (N, T + 1), of this replica's advantages.
+        shape: (N, T + 1), the shape of this data-parallel replica's advantages.
 
     Returns:
-        [N, T + 1] float32 on the CPU, equal on all ranks of a replica; NaN where there is no such turn.
+        [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica; NaN where no turn exists.
     """
     found = torch.full(tuple(shape), float("nan"))
     for minibatch in minibatches:
@@ -144,7 +144,7 @@ def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequ
 
 
 def _take_scores(minibatch: Minibatch, index: int, scores: TokenScores, sums: dict[str, Tensor]) -> None:
-    """Those of the policy that played become micro-batch `index`'s; what metrics are made of is added to `sums`."""
+    """Store the scores as micro-batch `index`'s `old_logprobs` and add the sums for the metrics to `sums`."""
     minibatch.old_logprobs[index] = scores.logprobs
     device = scores.logprobs.device
     is_correct = minibatch.sequence_is_correct[index].to(device)
@@ -198,7 +198,7 @@ def _from_last_stage(policy: Policy, sums: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Sums over the micro-batch's sampled tokens; the `by_turn` ones are [max turns + 1] histograms."""
+    """Return sums over the micro-batch's sampled tokens; those named `by_turn` are histograms over turn indices."""
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),
@@ -218,7 +218,7 @@ MAX_TURNS_SHOWN = 64
 
 
 def _histogram(turn_index: Tensor, counted: Tensor) -> Tensor:
-    """[MAX_TURNS_SHOWN] float64: how many counted tokens each turn index has."""
+    """Return [MAX_TURNS_SHOWN] float64: the number of counted tokens per turn index."""
     zeros = torch.zeros(MAX_TURNS_SHOWN, dtype=torch.float64, device=turn_index.device)
     return zeros.index_add_(0, turn_index.clamp(max=MAX_TURNS_SHOWN - 1), counted.double())
 

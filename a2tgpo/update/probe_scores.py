@@ -1,4 +1,4 @@
-"""Log-probs of answers at many places of sequences, by the trainer, each sequence run once."""
+"""The trainer's log-probs of answers at many places of sequences, in one pass per sequence."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from a2tgpo.update.score import score
 def score_probes(
     policy: Policy, sequences: Sequence[ProbedSequence], *, max_tokens: int
 ) -> list[list[list[float]]]:
-    """log p of each answer token given prefix, scaffold and the answer before it, nats.
+    """Return log p of each answer token given prefix, scaffold and the answer tokens before it, nats.
 
-    Every rank calls this; each data-parallel replica with its own sequences, none included, the same on all of the
-    replica's ranks. The model runs `packed_length` positions a sequence, and padding.
+    Every rank must call this, each data-parallel replica with its own sequences, possibly none, the same on all of
+    the replica's ranks. The model runs `packed_length` positions per sequence, plus padding.
 
     Args:
-        max_tokens: positions of one row; a sequence that takes more has a row of its own.
+        max_tokens: positions of one row; a longer sequence gets its own row.
 
     Returns:
-        Per sequence and probe, one value per answer token; equal on all ranks of a replica.
+        Per sequence and probe, one value per answer token; equal on all ranks of a data-parallel replica.
     """
     rows = microbatches(
         [sequence.packed_length for sequence in sequences], max_tokens, row=policy.alignment.row

@@ -15,7 +15,7 @@ from a2tgpo.update.forward_step import run_pipeline
 
 
 class TokenScores(NamedTuple):
-    """One micro-batch, aligned on the predicting position."""
+    """Scores of one micro-batch, aligned on the predicting position."""
 
     logprobs: Tensor
     """[T] float32, log p(`targets`), nats; 0 where `loss_mask` is False."""
@@ -32,10 +32,10 @@ def score(
 ) -> list[TokenScores | None]:
     """Score every micro-batch in one forward-only pipeline pass.
 
-    Every rank calls this; see `run_pipeline` for what each passes in.
+    Every rank must call this, with the micro-batches that `run_pipeline` describes.
 
     Returns:
-        For each of `microbatches` its scores on the policy's device; None on all but the last pipeline stage.
+        The scores of each micro-batch on the policy's device; None on all but the last pipeline stage.
     """
     scores: list[TokenScores | None] = [None] * len(microbatches)
 

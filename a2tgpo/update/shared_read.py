@@ -1,7 +1,7 @@
-"""Weights that several ranks hold alike are read from a checkpoint by one of them, which sends them to the others.
+"""Shared reading of a checkpoint: one rank reads the weights that several ranks hold, and sends them to the others.
 
-Storage is what all ranks share: read by every data-parallel rank, the weights would be read as often as there are
-replicas, all at the same time.
+All ranks share the storage. If every data-parallel rank read the weights, the storage would serve them once per
+data-parallel replica, all at the same time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class Shared:
-    """A parameter that all ranks of `group` hold alike, and the one of them that reads it."""
+    """A parameter that all ranks of `group` hold alike, and the rank that reads it."""
 
     parameter: Tensor
     owner: int
@@ -29,11 +29,11 @@ class Shared:
 
 
 def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> list[Shared]:
-    """Leave in `models` what this rank is to read, and say which parameters are to be sent; every rank calls this.
+    """Keep in `models` only what this rank must read, and return the parameters to send; every rank must call this.
 
     Args:
-        models: sharded state dicts of the model chunks, with the parameters themselves in them; changed in place.
-            What is no parameter, each rank goes on to read by itself.
+        models: sharded state dicts of the model chunks, which contain the parameters themselves; changed in place.
+            Every rank still reads all entries that are no parameters.
     """
     shared = []
     loads: dict[ProcessGroup, list[int]] = {}
@@ -58,11 +58,11 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
 
 @torch.no_grad()
 def send_shared(shared: list[Shared]) -> None:
-    """Send each parameter from the rank that has read it to the others of its group; every rank calls this."""
+    """Send each parameter from the rank that read it to the other ranks of its group; every rank must call this."""
     for item in shared:
         if item.group.size() == 1:
             continue
-        # Bytes: gloo knows fewer number formats than models do.
+        # As bytes: gloo supports fewer dtypes than models use.
         own = item.parameter.detach().view(-1).view(torch.uint8)
         sent = own.to(device_of(item.group))
         dist.broadcast(sent, group_src=item.owner, group=item.group)

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over all micro-batches, then the update, or none where something is not finite."""
+"""One optimizer step: gradients over all micro-batches, then the update, unless loss or gradients are not finite."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(number of the micro-batch, logprobs [T] float32, entropy [T] float32, both 0 where masked) -> (loss, metrics).
 
 The loss is a scalar, normalised globally: its sum over all micro-batches and data-parallel replicas is the
-objective. Metrics are sums (of any shape) which add up over micro-batches.
+objective. Metrics are sums of any shape, to be added over micro-batches.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did; equal on all ranks but for `metrics`."""
+    """The result of one optimizer step; equal on all ranks except for `metrics`."""
 
     loss: float
     """The objective before the update, summed over micro-batches and data-parallel replicas."""
     grad_norm: float
     """Global L2 norm of the gradients before clipping."""
     update_ok: bool
-    """False: the loss or the gradients were not finite and nothing was changed."""
+    """False: the loss or the gradients were not finite, and weights and optimizer state are unchanged."""
     metrics: dict[str, Tensor]
-    """The loss function's metrics summed over this replica's micro-batches, on the CPU; equal on all ranks of
-    the replica, not reduced over replicas."""
+    """The loss function's metrics summed over this data-parallel replica's micro-batches, on the CPU; equal on all
+    ranks of the replica, not reduced over replicas."""
 
 
 def train_step(
@@ -51,13 +51,13 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on the loss of `microbatches`.
 
-    Every rank calls this; see `run_pipeline` for what each passes in. `loss_function` is called on the last
-    pipeline stage only, once per micro-batch, in order. A loss or gradient that is not finite on any rank
-    leaves weights and optimizer state of all ranks as they were.
+    Every rank must call this, with the micro-batches that `run_pipeline` describes. `loss_function` is called only on
+    the last pipeline stage, once per micro-batch, in order. If loss or gradients are not finite on any rank, weights
+    and optimizer state stay unchanged on all ranks.
 
     Args:
         optimizer: from `optimizer.build_optimizer`.
-        distribution: whose log-probs and entropies `loss_function` sees.
+        distribution: the distribution of the log-probs and entropies that `loss_function` sees.
     """
     metrics = compute_gradients(policy, microbatches, loss_function, distribution=distribution)
     loss = float(metrics.pop(_LOSS))
@@ -75,13 +75,13 @@ def compute_gradients(
     *,
     distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> dict[str, Tensor]:
-    """Leave the gradients of the loss in the model's buffers, reduced over all ranks; return the metric sums.
+    """Leave the gradients of the loss in the model's buffers, reduced over all ranks, and return the metric sums.
 
-    Every rank calls this. Under the distributed optimizer a rank's buffer holds the full sum only in the part
+    Every rank must call this. Under the distributed optimizer a rank's buffer holds the full sum only in the part
     that the rank updates.
 
     Raises:
-        RuntimeError: if weights or gradients are off the card.
+        RuntimeError: if weights or gradients are off the GPU.
     """
     if not all(tensor.untyped_storage().nbytes() for tensor in gradient_tensors(policy)):
         raise RuntimeError("the gradients are off the card; enter memory phase update first")
@@ -100,7 +100,7 @@ def compute_gradients(
 
     run_pipeline(policy, microbatches, add_up, distribution=distribution, forward_only=False)
     groups = policy.groups
-    # On stages before the last the sum is 0, but all ranks must reduce.
+    # Before the last stage the sum is 0, but all ranks must reduce.
     sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)
     sums = {name: value.cpu() for name, value in sums.items()}
     if groups.pp_size > 1:
@@ -110,9 +110,9 @@ def compute_gradients(
 
 @torch.no_grad()
 def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
-    """Clip and step, as Megatron's ChainedOptimizer.step, but skip where the loss or the norm is not finite.
+    """Clip and step like Megatron's ChainedOptimizer.step, but skip the update if loss or norm is not finite.
 
-    Megatron itself looks for infinities only with loss scaling (fp16); a NaN would reach the weights. The norm is
+    Megatron checks for infinities only with loss scaling (fp16), so a NaN would reach the weights. The norm is
     reduced over all ranks that hold different gradients, so all of them take the same branch.
     """
     found_inf = optimizer.prepare_grads()
