@@ -4,11 +4,11 @@
                              [--tuned DIR] [section.field=value ...]
     python tools/ablation.py --report DIR
 
-A method NAME is configs/algorithm/NAME.yaml over CONFIG, then NAME.yaml from the --tuned folder where it has one:
-what an experiment's scale asks of the method, such as learning rate and clipping range. Runs of one seed are
-dealt the same questions and draw with the same seeds. Started again, finished runs are left alone and the others
-go on from their checkpoints; a run that fails stops no other. DIR holds runs/, logs/, results.csv, curves.csv,
-report.md, figures and tensorboard/, written anew after every run that ends; --report writes them from what is there.
+A method NAME is configs/algorithm/NAME.yaml over CONFIG, then NAME.yaml of the --tuned folder, if it exists, for
+settings that depend on the experiment's scale, such as learning rate and clipping range. Runs of one seed draw the
+same questions with the same seeds. Started again, the comparison skips finished runs and resumes the others from
+their checkpoints; a failed run does not stop the others. DIR holds runs/, logs/, results.csv, curves.csv, report.md,
+figures and tensorboard/, rewritten after every run that ends; --report writes them from the existing runs.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
 PRESETS = ROOT / "configs" / "algorithm"
 OWN_KEYS = ("run.name", "run.root", "run.seed")
-"""Set for every run here, hence not on the command line."""
+"""Set for every run here, so not allowed on the command line."""
 POLL_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """What all runs of a comparison share."""
+    """Settings shared by all runs of a comparison."""
 
     config: str
     overrides: Sequence[str]
@@ -64,10 +64,10 @@ class Experiment:
     tuned: Path | None
     ranks: int
     launcher: Sequence[str]
-    """Takes what launch/local.sh takes."""
+    """A command with the arguments of launch/local.sh."""
 
     def arguments(self, run: Run) -> list[str]:
-        """What follows CONFIG: files, then values; later ones win."""
+        """Return the arguments after CONFIG: files, then values; later ones win."""
         files = [self.presets / f"{run.method}.yaml"]
         if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
             files.append(self.tuned / f"{run.method}.yaml")
@@ -78,19 +78,19 @@ class Experiment:
         return [*self.launcher, "-n", str(self.ranks), self.config, *self.arguments(run)]
 
     def check(self, run: Run) -> RunConfig:
-        """The configuration that `run` would have; ConfigError if it was begun with another one."""
+        """Return the configuration for `run`; ConfigError if the run was started with another one."""
         config = load_config(self.config, self.arguments(run))
         refuse_other_config(run.folder, config)
         return config
 
 
 def refuse_other_config(folder: Path, config: RunConfig) -> None:
-    """ConfigError if the run in `folder` was begun with another configuration than `config`."""
+    """Raise ConfigError if the run in `folder` was started with another configuration than `config`."""
     if not (folder / CONFIG_FILE).exists():
         return
     begun = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
     for key, value in leaves(config_to_dict(config)):
-        # The folder as a whole may have been moved.
+        # The whole folder may have been moved.
         if key != "run.root" and begun[key] != value:
             raise ConfigError(
                 f"{folder} was begun with {key}={begun[key]!r}, now it is {value!r}; "
@@ -99,7 +99,7 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
 
 
 def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of everything in nested dicts."""
+    """Yield (dotted key, value) of all entries in nested dicts."""
     for name, value in mapping.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -109,7 +109,7 @@ def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 @dataclass(kw_only=True)
 class Job:
-    """A run being played."""
+    """A run in progress."""
 
     run: Run
     slot: int
@@ -117,7 +117,7 @@ class Job:
 
 
 class Progress:
-    """Steps over all runs, with the time left: a bar in a terminal, else a line for each run that ends."""
+    """Shows steps over all runs and the time left: a bar in a terminal, else a line per run that ends."""
 
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)
@@ -131,15 +131,15 @@ class Progress:
             initial=self._done,
             desc="steps",
             dynamic_ncols=True,
-            disable=None,  # where stderr is no terminal
+            disable=None,  # disabled if stderr is no terminal
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )
 
     def look(self, jobs: Sequence[Job]) -> None:
-        """Count the steps made since the last look."""
+        """Count the steps done since the last call."""
         for job in jobs:
             changed, steps = self._seen[job.run.name]
-            with contextlib.suppress(OSError, ValueError):  # being written, or not there yet
+            with contextlib.suppress(OSError, ValueError):  # being written, or missing yet
                 if (now := job.run.metrics_file.stat().st_mtime) != changed:
                     step = job.run.step()
                     self._seen[job.run.name] = (now, step)
@@ -148,7 +148,7 @@ class Progress:
         self._bar.set_postfix_str(", ".join(job.run.name for job in jobs), refresh=False)
 
     def end(self, result: RunResult) -> None:
-        """Say what became of a run."""
+        """Print the outcome of a run."""
         self._ended_runs += 1
         scores = [record["evaluation/em"] for record in result.evaluations()]
         became = f"held-out EM {scores[0]:.3f} to {scores[-1]:.3f}" if result.is_finished else result.fault
@@ -164,15 +164,15 @@ class Progress:
 
 
 def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list[RunResult]:
-    """Bring all runs of `plan` to their end, `jobs` at a time; returns those that failed.
+    """Run all runs of `plan` to their end, `jobs` at a time; return those that failed.
 
     Raises:
-        ConfigError: before anything is started, if a configuration is wrong or a run was begun with another one.
+        ConfigError: before any start; a configuration is wrong or a run was started with another one.
     """
     runs = plan.runs(out)
     total_steps = sum(experiment.check(run).run.steps for run in runs)
     if (out / PLAN_FILE).exists():
-        with contextlib.suppress(ConfigError):  # a damaged one is written anew
+        with contextlib.suppress(ConfigError):  # a damaged plan is written anew
             plan.widen(load_plan(out))
     require(
         len(plan.methods) <= MAX_METHODS,
@@ -194,7 +194,7 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
 def play(
     experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
 ) -> list[RunResult]:
-    """Start `runs` in order, `jobs` at a time, and report after each; returns those that failed."""
+    """Start `runs` in order, `jobs` at a time, and report after each; return those that failed."""
     waiting, running, failed = list(runs), list[Job](), list[RunResult]()
     try:
         while waiting or running:
@@ -220,7 +220,7 @@ def play(
 
 
 def report_so_far(out: Path) -> None:
-    """Write the report; a file that cannot be read now is no reason to end the runs."""
+    """Write the report; a file that cannot be read at present does not end the runs."""
     try:
         write_report(out)
     except (OSError, ValueError) as error:
@@ -228,7 +228,7 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start one run, its output to its log; on its own share of the cores where there are enough."""
+    """Start one run with its output in its log, on its own share of the cores if there are enough."""
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:
@@ -244,7 +244,7 @@ def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
     share = sorted(os.sched_getaffinity(0))
     share = share[slot * len(share) // jobs : (slot + 1) * len(share) // jobs]
     if jobs > 1 and len(share) >= experiment.ranks:
-        with contextlib.suppress(ProcessLookupError):  # it may have ended already
+        with contextlib.suppress(ProcessLookupError):  # the process may have ended already
             os.sched_setaffinity(process.pid, share)
     return Job(run=run, slot=slot, process=process)
 
@@ -269,12 +269,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report", type=path_argument, metavar="DIR", help="only write tables and figures of DIR anew"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    # Values may stand behind options: the plain parser would hand all positionals out at the first of them.
+    # Values may follow options: the plain parser would consume all positionals at the first one.
     return parser.parse_intermixed_args(argv)
 
 
 def parse_plan(options: argparse.Namespace) -> Plan:
-    """Methods and seeds of the command line, checked."""
+    """Check and return methods and seeds of the command line."""
     for name in ("config", "methods", "out"):
         require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
     require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")
@@ -323,6 +323,6 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
 
 
 if __name__ == "__main__":
-    # Ended by a batch system, it ends its runs too.
+    # If a batch system ends this program, it ends its runs too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

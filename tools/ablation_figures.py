@@ -4,7 +4,7 @@ learning_curves.png   held-out EM, training reward, entropy and turns over train
 figure4.png           gains and advantages by turn index, IGPO's and A2TGPO's on the same rollouts
 figure5.png           spread of the advantage by turns still to come
 figure10.png          tool calls over training, and exact match by tool calls
-needless.png          what each method thinks of rollouts with more searches than the question needs
+needless.png          each method's advantage for rollouts with more searches than the question needs
 
 The numbers are those of the paper's figures (arXiv 2605.06200); needless.png is not in the paper.
 """
@@ -47,24 +47,24 @@ ENVELOPE_LABELS = {
 }
 
 SIGNAL_STEPS = 8
-"""Steps of each run whose rollouts figures 4 and 5 are made of."""
+"""Steps of each run whose rollouts enter figures 4 and 5."""
 LAST_STEPS = 4
-"""Steps of each run, its last ones, whose rollouts EM by tool calls is made of."""
+"""Last steps of each run whose rollouts enter EM by tool calls."""
 SMOOTHED_FROM = 12
-"""Training curves of so many steps are shown as moving averages."""
+"""Training curves with at least this many steps are shown as moving averages."""
 
 LEARNING_PANELS: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("Held-out exact match, greedy", "", ("evaluation/em",)),
-    # Dynamic sampling trains on chosen groups; the policy's reward is that over all it played.
+    # Dynamic sampling trains on selected groups; the policy's reward is the mean over all played groups.
     ("Reward while training", "", ("sampling/reward_all_mean", "reward/mean")),
     ("Policy entropy", "nats a token", ("entropy/mean",)),
     ("Tool calls while training", "a rollout", ("turns/process_turns",)),
 )
-"""Title, unit, and the metrics of which the first that a run has is drawn."""
+"""Title, unit, and metrics; the first metric that a run has is drawn."""
 
 
 def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
-    """Draw what the finished runs `results` allow; returns file name -> caption of the pictures made."""
+    """Draw the figures that the finished runs `results` allow; return captions by file name."""
     captions: dict[str, str] = {}
     if not results:
         return captions
@@ -85,7 +85,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         envelopes = [envelope_signals(rollouts) for rollouts in signal_batches(by_method[source])]
         captions["figure5.png"] = write_figure5(join(envelopes), out, origin)
         needless = [needless_signals(rollouts) for rollouts in signal_batches(by_method[source])]
-        if len(join(needless)["needless"]):  # not where the data set says nothing of hops
+        if len(join(needless)["needless"]):  # empty if the data set has no hops
             captions["needless.png"] = write_needless(join(needless), out, origin)
     calls = {method: last_calls(own) for method, own in by_method.items()}
     captions["figure10.png"] = write_figure10(by_method, {m: c for m, c in calls.items() if c}, out)
@@ -93,7 +93,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
 
 
 def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """The method whose rollouts figures 4 and 5 show: the last one with turn-group advantages, else the last one."""
+    """Return the method for figures 4 and 5: the last one with turn-group advantages, else the last."""
     grouped = [
         method
         for method, own in by_method.items()
@@ -107,12 +107,12 @@ def signal_steps(result: RunResult) -> list[int]:
 
 
 def signal_batches(results: Sequence[RunResult]) -> list[list[Trajectory]]:
-    """Rollouts of single steps, spread over the training of every run."""
+    """Return rollouts of single steps, spread over the training of every run."""
     return [read_step(result.run.folder, step) for result in results for step in signal_steps(result)]
 
 
 def last_calls(results: Sequence[RunResult]) -> Columns | None:
-    """Tool calls and exact match of the rollouts in the last steps of a method's runs; None without any."""
+    """Return tool calls and exact match of rollouts in the last steps of a method's runs; None if none."""
     steps = [(r, step) for r in results for step in list(recorded_steps(r.run.folder))[-LAST_STEPS:]]
     parts = [call_signals(read_step(result.run.folder, step)) for result, step in steps]
     return join(parts) if parts else None
@@ -129,7 +129,7 @@ def draw_learning_curves(by_method: Mapping[str, Sequence[RunResult]]) -> Figure
 
 
 def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Sequence[str]) -> None:
-    """Mean and range over seeds of the first of `names` that a run has, a line a method."""
+    """Draw, one line per method, mean and range over seeds of the first of `names` that its runs have."""
     for number, (method, results) in enumerate(by_method.items()):
         steps, values = seed_curves(results, names)
         if not len(steps):
@@ -151,7 +151,7 @@ def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Se
 
 
 def seed_curves(results: Sequence[RunResult], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps [n] at which all runs have a value, and the values [runs, n]."""
+    """Return the steps [n] at which all runs have a value, and the values [runs, n]."""
     curves = []
     for result in results:
         found = [{r["step"]: r[name] for r in result.records if r.get(name) is not None} for name in names]
@@ -161,7 +161,7 @@ def seed_curves(results: Sequence[RunResult], names: Sequence[str]) -> tuple[np.
 
 
 def write_figure4(columns: Columns, out: Path, origin: str) -> str:
-    """figure4.csv, figure4_drift.csv and figure4.png; returns the caption."""
+    """Write figure4.csv, figure4_drift.csv and figure4.png; return the caption."""
     rows = list(distributions(columns, "turn"))
     found = drifts(rows)
     write_csv(out / "figure4.csv", rows)
@@ -179,7 +179,7 @@ def write_figure4(columns: Columns, out: Path, origin: str) -> str:
             drift = by_signal[name]["drift"]
             shown = "unknown" if drift is None else f"{drift:.2f}"
             decorate(ax, f"{name}: drift {shown}", "", "turn index")
-        for row_axes in (axes[0, 1:], axes[1, 1:]):  # one scale for what is to be compared
+        for row_axes in (axes[0, 1:], axes[1, 1:]):  # one scale for panels to be compared
             limits = [ax.get_ylim() for ax in row_axes]
             for ax in row_axes:
                 ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -195,7 +195,7 @@ def write_figure4(columns: Columns, out: Path, origin: str) -> str:
 
 
 def draw_boxes(ax: Axes, rows: Sequence[Mapping], color: str) -> None:
-    """A box for each turn index, faint where it has too few values; dots for the means."""
+    """Draw a box for each turn index, faint if it has too few values, and dots for the means."""
     for row in rows:
         is_enough = row["count"] >= MIN_SAMPLES
         box = {
@@ -241,7 +241,7 @@ def draw_counts(ax: Axes, rows: Sequence[Mapping]) -> None:
 
 
 def write_figure5(columns: Columns, out: Path, origin: str) -> str:
-    """figure5.csv and figure5.png; returns the caption."""
+    """Write figure5.csv and figure5.png; return the caption."""
     rows = list(distributions(columns, "remaining"))
     write_csv(out / "figure5.csv", rows)
     names = list(dict.fromkeys(row["signal"] for row in rows))
@@ -279,7 +279,7 @@ def write_figure5(columns: Columns, out: Path, origin: str) -> str:
 def write_figure10(
     by_method: Mapping[str, Sequence[RunResult]], calls: Mapping[str, Columns], out: Path
 ) -> str:
-    """figure10.csv (right panel; the left one is in curves.csv) and figure10.png; returns the caption."""
+    """Write figure10.csv (right panel; the left one is in curves.csv) and figure10.png; return the caption."""
     rows = [
         {
             "method": method,
@@ -319,7 +319,7 @@ def write_figure10(
 
 
 def seeds_text(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """How many runs the lines are means of."""
+    """Return how many runs the lines average."""
     counts = sorted({len(own) for own in by_method.values()})
     if len(counts) > 1:
         return f", {counts[0]} to {counts[-1]} seeds"

@@ -1,4 +1,4 @@
-"""What each method thinks of rollouts with more searches than the question needs, as a figure and its numbers."""
+"""Plot each method's advantage for rollouts with more searches than the question needs, and write the numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.plot_run import MUTED, STYLE
 
 
 def write_needless(columns: Columns, out: Path, origin: str) -> str:
-    """needless.csv and needless.png; returns the caption."""
+    """Write needless.csv and needless.png; return the caption."""
     rows: list[dict] = []
     for outcome, reward in OUTCOMES.items():
         of_outcome = {

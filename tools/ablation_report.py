@@ -1,4 +1,4 @@
-"""Tables of a comparison: results.csv, curves.csv, report.md, and TensorBoard curves averaged over seeds."""
+"""Write a comparison's tables: results.csv, curves.csv, report.md, and TensorBoard curves averaged over seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.ablation_statistics import Estimate, estimate, paired_difference
 from tools.ablation_tables import markdown_table, write_csv
 
 LAST_EVALUATIONS = 3
-"""Averaged for the comparison of methods: less of an accident than the last one alone."""
+"""Number of last evaluations to average for comparing methods, which is less noisy than the last one alone."""
 TRAINING_CURVES = (
     "reward/mean",
     "reward/em",
@@ -25,17 +25,17 @@ TRAINING_CURVES = (
     "clip/fraction",
     "update/grad_norm",
 )
-"""Beside all held-out scores, what curves.csv holds."""
+"""Metrics in curves.csv, in addition to all held-out scores."""
 HOPS_COLUMN = re.compile(r"em_(\d+)_hops")
 
 Row = dict[str, str | int | float | None]
 
 
 def write_report(out: Path) -> str:
-    """Write all tables and figures of the comparison in `out`; returns where the report is, in a line.
+    """Write all tables and figures of the comparison in `out`; return a line that names the report.
 
     Raises:
-        ConfigError: if `out` holds no comparison.
+        ConfigError: `out` holds no comparison.
     """
     plan, results = read_results(out)
     rows = [result_row(result) for result in results]
@@ -50,7 +50,7 @@ def write_report(out: Path) -> str:
 
 
 def result_row(result: RunResult) -> Row:
-    """One line of results.csv; scores are empty where the run is not finished."""
+    """Return one line of results.csv; scores are empty if the run is not finished."""
     evaluations = result.evaluations() if result.is_finished else []
     trained = [record["evaluation/em"] for record in evaluations if record["step"] > 0]
     last = evaluations[-1] if evaluations else {}
@@ -80,7 +80,7 @@ def result_row(result: RunResult) -> Row:
 
 
 def played_groups(result: RunResult) -> int:
-    """Groups played in training, with those that dynamic sampling dropped."""
+    """Return the number of groups played in training, including those that dynamic sampling dropped."""
     if result.config is None:
         return 0
     usual = result.config.rollout.prompts_per_step
@@ -93,7 +93,7 @@ def total(result: RunResult, *metrics: str) -> float:
 
 
 def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
-    """curves.csv: one line a value."""
+    """Yield the rows of curves.csv, one per value."""
     for result in results:
         for record in result.records:
             for name, value in record.items():
@@ -108,7 +108,7 @@ def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
 
 
 def write_boards(results: Sequence[RunResult], folder: Path) -> None:
-    """A TensorBoard run for each method: every metric's mean over the seeds, where all of them have it."""
+    """Write a TensorBoard run for each method: every metric's mean over the seeds, where all of them have it."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -125,7 +125,7 @@ def write_boards(results: Sequence[RunResult], folder: Path) -> None:
 
 
 def report_text(methods: Sequence[str], results: Sequence[RunResult], rows: Sequence[Row]) -> str:
-    """report.md without its figures."""
+    """Return the text of report.md without its figures."""
     finished = [row for row in rows if row["status"] == "finished"]
     by_method = {method: [row for row in finished if row["method"] == method] for method in methods}
     by_method = {method: own for method, own in by_method.items() if own}
@@ -157,7 +157,7 @@ def setting_text(results: Sequence[RunResult]) -> str:
 
 
 def em_table(by_method: Mapping[str, Sequence[Row]], *, base: str) -> str:
-    """Scores over training, and the paired difference to the first method."""
+    """Format the scores over training, and the paired difference to the first method."""
     header = ["method", "seeds", "step 0", "last", "best", f"mean of last {LAST_EVALUATIONS}"]
     lines = []
     for method, rows in by_method.items():
@@ -216,7 +216,7 @@ def fault_line(result: RunResult) -> str:
 
 
 def figure_text(figures: Mapping[str, str]) -> str:
-    """Pictures with their captions; the file's name -> caption."""
+    """Format pictures with captions, given by file name."""
     return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
 
 

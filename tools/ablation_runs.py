@@ -1,8 +1,8 @@
-"""The runs of a comparison: which there are, where they lie, how far each has come.
+"""The runs of a comparison: their list, their folders, their progress.
 
 DIR/ablation.json      methods, seeds, and the exit codes of runs that have ended
 DIR/runs/NAME-seedS/   the run's folder
-DIR/logs/NAME-seedS.log   what it printed, attempt after attempt
+DIR/logs/NAME-seedS.log   output of all attempts
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 PLAN_FILE = "ablation.json"
 CONFIG_FILE = "config.yaml"
 ATTEMPT_MARK = "$ "
-"""Begins the line of a log that holds an attempt's command."""
+"""Start of the log line that holds an attempt's command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +61,20 @@ class Run:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What DIR compares, kept in DIR/ablation.json, so that a report needs nothing but DIR."""
+    """The methods and seeds that DIR compares, kept in DIR/ablation.json, so that a report needs only DIR."""
 
     methods: list[str]
-    """The first is the one that the others are compared with."""
+    """The other methods are compared with the first."""
     seeds: list[int]
     exit_codes: dict[str, int] = field(default_factory=dict)
-    """By the run's name; of runs whose last attempt has ended."""
+    """By the run's name, of runs whose last attempt has ended."""
 
     def runs(self, out: Path) -> list[Run]:
-        """Seed by seed, so that a comparison that is cut short has all methods of its first seeds."""
+        """Return the runs ordered by seed, so that an interrupted comparison has all methods of its first seeds."""
         return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
 
     def widen(self, earlier: Plan) -> None:
-        """Take in what an earlier call on the same folder compared; this call's methods lead."""
+        """Add the methods and seeds of an earlier call on the same folder, after this call's."""
         self.methods += [method for method in earlier.methods if method not in self.methods]
         self.seeds = sorted({*self.seeds, *earlier.seeds})
         self.exit_codes = earlier.exit_codes | self.exit_codes
@@ -84,7 +84,7 @@ class Plan:
 
 
 def load_plan(out: Path) -> Plan:
-    """The plan kept in `out`; ConfigError if there is none."""
+    """Load the plan in `out`; ConfigError if there is none."""
     try:
         return Plan(**json.loads((out / PLAN_FILE).read_text(encoding="utf-8")))
     except OSError:
@@ -95,17 +95,17 @@ def load_plan(out: Path) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run has left behind so far."""
+    """The current results of a run."""
 
     run: Run
     config: RunConfig | None
-    """As resolved when the run was last started; None if it never was."""
+    """As resolved at the run's last start; None if it never started."""
     records: Sequence[dict]
-    """metrics.jsonl: one record a step."""
+    """metrics.jsonl: one record per step."""
     status: str
-    """finished (last step and its evaluation are there) | failed (ended before) | unfinished."""
+    """finished (last step and its evaluation exist) | failed (ended earlier) | unfinished."""
     fault: str
-    """Why it is not finished, one line; empty if it is."""
+    """Why the run is not finished, one line; empty if it is."""
 
     @property
     def is_finished(self) -> bool:
@@ -121,10 +121,10 @@ class RunResult:
 
 
 def read_result(run: Run, exit_code: int | None) -> RunResult:
-    """What lies in the run's folder.
+    """Read a run's folder.
 
     Args:
-        exit_code: of its last attempt; None if it has not ended, or never began.
+        exit_code: of its last attempt; None if that has not ended, or never began.
     """
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)
@@ -139,7 +139,7 @@ def read_result(run: Run, exit_code: int | None) -> RunResult:
 
 
 def read_results(out: Path) -> tuple[Plan, list[RunResult]]:
-    """The plan of `out` and what each of its runs has left, methods in the plan's order."""
+    """Return the plan of `out` and each run's results, methods in the plan's order."""
     plan = load_plan(out)
     results = [read_result(run, plan.exit_codes.get(run.name)) for run in plan.runs(out)]
     return plan, sorted(results, key=lambda result: plan.methods.index(result.run.method))
@@ -152,7 +152,7 @@ def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """The line in which the last attempt says why it ended: its last error, else its last line."""
+    """Return the line that explains the end of the last attempt: its last error, else its last line."""
     if not log.exists():
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]

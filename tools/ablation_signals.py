@@ -1,7 +1,6 @@
-"""What the advantages of IGPO and of A2TGPO would have been on the same recorded rollouts.
+"""Compute the advantages of IGPO and of A2TGPO for the same recorded rollouts.
 
-Both are computed by the functions that the trainer calls, step by step, since a step's groups are what they
-normalise in.
+Uses the trainer's own functions for both, step by step, because normalisation is within a step's groups.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ IGPO = AlgorithmConfig(advantage="igpo_joint", gamma=1.0)
 GRPO = AlgorithmConfig(advantage="grpo")
 
 MAX_NEEDLESS = 3
-"""Searches beyond those a question needs are told apart up to so many; the last column is that many or more."""
+"""Largest number of searches beyond a question's need that has its own column; it includes larger numbers."""
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
-"""Fewer values at a turn index say too little of its mean to count for a drift."""
+"""A turn index with fewer values has too uncertain a mean to count for a drift."""
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]
-"""Equally long columns: int64 for what tells rows apart (turn, remaining or tool_calls), float64 for each signal."""
+"""Equally long columns: int64 for keys (turn, remaining or tool_calls), float64 for each signal."""
 
 
 def spread_out(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of `steps`, from the first to the last at even distances."""
+    """Return at most `count` of `steps`, equally spaced from the first to the last."""
     if len(steps) <= count:
         return list(steps)
     return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, count)]
 
 
 def read_step(run_dir: Path, step: int) -> list[Trajectory]:
-    """The rollouts that `run_dir` trained on in one step."""
+    """Return the rollouts that `run_dir` trained on in one step."""
     records = read_records(recorded_steps(run_dir)[step])
-    # advantages and texts, recorded beside the trajectory, are left out
+    # Drops advantages and texts, which are recorded with each trajectory.
     return [from_dict(record) for record in records]
 
 
@@ -59,7 +58,7 @@ def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
 
 
 def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Every process turn of one step whose gain was computed: its index from 1 as `turn`, and its signals."""
+    """Return every process turn of one step with a computed gain: its index from 1 as `turn`, and its signals."""
     table = table_of(trajectories)
     has_gain = table.has_gain
     igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))
@@ -75,10 +74,11 @@ def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Every turn of one step: process turns from it on as `remaining`, 0 at the final one, and its advantages."""
+    """Return every turn of one step: the number of process turns from it on as `remaining` (final turn: 0), and its
+    advantages."""
     table = table_of(trajectories)
     column = torch.arange(table.max_turns + 1)
-    # A response that a limit cut off right behind an observation has no final turn.
+    # A response that a limit cut off right after an observation has no final turn.
     present = column < torch.tensor([len(t.turns) for t in trajectories])[:, None]  # [N, T + 1]
     remaining = table.num_process_turns[:, None] - column
     configs = {"sum": SUMMED, "rescaled": RESCALED, "IGPO": IGPO}
@@ -91,7 +91,7 @@ def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Every rollout: its `tool_calls`, and its exact match as `em`."""
+    """Return every rollout: its `tool_calls`, and its exact match as `em`."""
     return {
         "tool_calls": np.array([t.num_process_turns for t in trajectories], dtype=np.int64),
         "em": np.array([t.exact_match for t in trajectories], dtype=np.float64),
@@ -99,10 +99,10 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Every rollout with as many searches as its question needs, or more: what each method thinks of it.
+    """Return every rollout with at least as many searches as its question needs.
 
-    `needless` searches, `reward`, and per method the advantage of the rollout: the mean over its sampled tokens,
-    which is what the sequence mean of token means goes by.
+    Columns: `needless` searches, `reward`, and per method the rollout's advantage, which is the mean over its sampled
+    tokens, the weighting of the sequence mean of token means.
     """
     table = table_of(trajectories)
     num_tokens = torch.zeros(len(trajectories), table.max_turns + 1, dtype=torch.float64)
@@ -123,12 +123,12 @@ def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def join(parts: Sequence[Columns]) -> Columns:
-    """Rows of several steps together."""
+    """Concatenate rows of several steps."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
-    """For every signal and value of the column `by`: how many there are, their mean, spread and percentiles."""
+    """Yield count, mean, spread and percentiles of every signal for each value of the column `by`."""
     for name, values in columns.items():
         if name == by:
             continue
@@ -145,10 +145,10 @@ def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
 
 
 def drifts(rows: Sequence[Mapping]) -> list[dict]:
-    """How far apart a signal's means at different turn indices lie, where there are enough turns.
+    """Return how far apart a signal's means at different turn indices lie, if enough turns have values.
 
     Args:
-        rows: of `distributions` by turn.
+        rows: from `distributions` by turn.
 
     Returns:
         For every signal its `drift` (largest less smallest mean; None unless two turn indices count) and the

@@ -1,4 +1,4 @@
-"""Means over seeds with their uncertainty: plain numbers in, plain numbers out."""
+"""Means over seeds with their uncertainty, from and to plain numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and how far the true one may lie from it."""
+    """A mean over seeds and its uncertainty."""
 
     mean: float
-    """NaN where there is no value."""
+    """NaN if there is no value."""
     half_width: float | None
-    """Half of the 95 % interval (Student's t); None where fewer than two values leave it unknown."""
+    """Half of the 95 % interval (Student's t); None for fewer than two values."""
     count: int
 
     @property
@@ -24,16 +24,16 @@ class Estimate:
         return self.half_width is not None and abs(self.mean) > self.half_width
 
     def text(self, spec: str = ".3f") -> str:
-        """ "0.512 ± 0.034"; a question mark where one seed tells nothing of the interval."""
+        """ "0.512 ± 0.034"; a question mark for an unknown interval."""
         if self.count == 0:
             return "–"
         width = "?" if self.half_width is None else format(self.half_width, spec.lstrip("+"))
-        mean = round(self.mean, 9) + 0.0  # rounding to -0 would show a sign
+        mean = round(self.mean, 9) + 0.0  # rounding to -0 would print a sign
         return f"{mean:{spec}} ± {width}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval of independent values, normally distributed."""
+    """Return mean and 95 % interval of independent, normally distributed values."""
     count = len(values)
     if count == 0:
         return Estimate(math.nan, None, 0)
@@ -45,15 +45,15 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
-    """Mean of `values` - `base` over the seeds that both have.
+    """Return the mean of `values` - `base` over the seeds that both have.
 
-    Runs of one seed are dealt the same prompts in the same order: what a seed makes easy or hard for both drops out.
+    Runs of one seed draw the same prompts in the same order, so a seed's difficulty for both cancels.
     """
     return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
 
 
 def t_quantile(degrees: int) -> float:
-    """t with P(|T| <= t) = 0.95 for Student's T, to rounding; `degrees` of freedom >= 1."""
+    """Return t with P(|T| <= t) = 0.95 for Student's T, to rounding; `degrees` of freedom >= 1."""
     low, high = 0.0, 1000.0
     while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
@@ -62,7 +62,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def t_coverage(t: float, degrees: int) -> float:
-    """P(|T| <= t) for Student's T: the finite sums of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    """Return P(|T| <= t) for Student's T: finite sums of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
     angle = math.atan(t / math.sqrt(degrees))
     term, total = math.cos(angle) ** (degrees % 2), 0.0
     for power in range(degrees % 2, degrees - 1, 2):

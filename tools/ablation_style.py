@@ -1,4 +1,4 @@
-"""What the figures of a comparison have in common: colours, marks, titles and legends."""
+"""The common style of a comparison's figures: colours, marks, titles and legends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from a2tgpo.atomic_file import atomic_file
 from tools.plot_run import INK, MUTED
 
-# Okabe and Ito's palette, told apart with any colour vision; grey for its yellow, which is lost on white.
+# Okabe and Ito's palette, distinct for any colour vision; grey replaces yellow, which is invisible on white.
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 MAX_METHODS = len(PALETTE)
@@ -42,7 +42,7 @@ def decorate(ax: Axes, title: str, unit: str, across: str) -> None:
 
 
 def finish(figure: Figure, labelled: Axes | None, title: str) -> None:
-    """Title, and the legend of one panel's lines below all panels."""
+    """Add the title, and the legend of one panel's lines below all panels."""
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
     if labelled is not None:
         handles, labels = labelled.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Rows of a comparison as CSV and as Markdown."""
+"""Write a comparison's rows as CSV and as Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Columns in the order in which they first appear; what a row lacks, or is None, is empty."""
+    """Write columns in the order of first appearance; missing and None values are empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")

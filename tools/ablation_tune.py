@@ -3,11 +3,11 @@
     python tools/ablation_tune.py CONFIG --methods grpo,igpo,a2tgpo --out DIR --write configs/ablation [--jobs J]
                                   [--ranks R] [section.field=value ...]
 
-First the learning rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the
-best rate. A trial is one short run of a seed that no comparison uses; it is judged by its mean reward on
-training questions over the second half of its steps: no test question has a say. The choice goes to
-WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. What else WRITE/METHOD.yaml sets is kept, also during the
-trials. Trials that are finished are not repeated.
+First it tries the rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the best
+rate. A trial is one short run with a seed that no comparison uses; its score is the mean reward on training
+questions over the second half of its steps, so no test question has an influence. The choice goes to
+WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. Other settings in WRITE/METHOD.yaml are kept, also during the
+trials. Finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Trial:
 
 
 class Tuner:
-    """Plays trials, `jobs` at a time, and remembers how they went."""
+    """Runs trials, `jobs` at a time, and stores their scores."""
 
     def __init__(self, args: argparse.Namespace, launcher: Sequence[str]):
         self._args = args
@@ -88,7 +88,7 @@ class Tuner:
         ]  # fmt: skip
 
     def play(self, trials: Sequence[Trial]) -> None:
-        """Score all `trials`; one that fails scores -inf and is reported."""
+        """Score all `trials`; a failed one scores -inf and is reported."""
         todo = [trial for trial in trials if trial not in self.scores]
         with ThreadPoolExecutor(self._args.jobs) as pool:
             for trial, score in zip(todo, pool.map(self._score, todo), strict=True):
@@ -96,7 +96,7 @@ class Tuner:
                 print(f"{trial.name}: {score:.3f}", flush=True)
 
     def best(self, trials: Sequence[Trial]) -> Trial:
-        """The trial of the highest score; the first one of equals. ConfigError if all of them failed."""
+        """Return the first trial with the highest score. ConfigError if all failed."""
         best = max(trials, key=lambda trial: self.scores[trial])
         require(math.isfinite(self.scores[best]), "--methods", best.method, "methods of which a trial ends")
         return best
@@ -119,8 +119,8 @@ class Tuner:
 
 
 def rewards(folder: Path) -> list[float]:
-    """Mean reward of all rollouts played, step by step; [] where there is no step yet."""
-    name = "sampling/reward_all_mean"  # where groups are dropped
+    """Return the mean reward of all rollouts played, per step; [] if there is no step yet."""
+    name = "sampling/reward_all_mean"  # recorded if groups are dropped
     records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
 
@@ -130,13 +130,13 @@ def preset(method: str) -> Path:
 
 
 def files_of(method: str, folder: str) -> list[str]:
-    """The preset, and what the experiment has set for it."""
+    """Return the preset, and the experiment's settings for it."""
     own = Path(folder) / f"{method}.yaml"
     return [str(preset(method)), *([str(own)] if own.exists() else [])]
 
 
 def trials_of(method: str) -> tuple[list[Trial], list[float]]:
-    """The trials over learning rates, and the other clipping ranges to try after them."""
+    """Return the trials over learning rates, and the other clipping ranges to try afterwards."""
     algorithm = yaml.safe_load(preset(method).read_text(encoding="utf-8"))["algorithm"]
     ranges = CLIP_LOW[algorithm["ratio"]]
     middle = ranges[len(ranges) // 2]
@@ -150,7 +150,7 @@ def scaled(clip_low: float, proportion: float) -> float:
 
 
 def with_clip(trial: Trial, clip_low: float) -> Trial:
-    """`trial` with another clipping range of the same proportion."""
+    """Return `trial` with another clipping range of the same proportion."""
     clip_high = scaled(clip_low, trial.clip_high / trial.clip_low)
     return dataclasses.replace(trial, clip_low=clip_low, clip_high=clip_high)
 
@@ -170,7 +170,7 @@ def tune(args: argparse.Namespace, launcher: Sequence[str]) -> None:
 
 
 def write_choice(trial: Trial, folder: Path) -> None:
-    """The tuned values, and what the file says besides, as a file to lay over the preset."""
+    """Write the tuned values and the file's other settings as a file to lay over the preset."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{trial.method}.yaml"
     sections: dict[str, dict] = (
@@ -184,7 +184,7 @@ def write_choice(trial: Trial, folder: Path) -> None:
 
 
 def write_table(scores: dict[Trial, float], path: Path) -> None:
-    """One row a trial; rows of methods that were not tuned this time are kept."""
+    """Write one row per trial; keep rows of methods that were not tuned this time."""
     rows: dict[tuple[str, ...], list] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as handle:

@@ -1,4 +1,4 @@
-"""The arithmetic data set: sums too long for the head, and demonstrations of working them out with the calculator."""
+"""The arithmetic data set: sums that need a calculator, and demonstrations of using it."""
 
 import argparse
 import random
@@ -14,15 +14,15 @@ from tools.json_lines_file import write_lines
 SYNTAX = CallSyntax(("calculator",))
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
-"""What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
+"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
 MAX_QUESTIONS = 1_000_000
-"""There are 43.7 million different ones; towards their number drawing a new one would take ever longer."""
+"""There are 43.7 million different questions; close to that number, drawing a new one would take ever longer."""
 GOOD_SHARE = 0.5
 """Share of demonstrations that calculate; the others guess, so that there is something to learn."""
 
 
 def build_arithmetic(args: argparse.Namespace) -> dict:
-    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; returns the report."""
+    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; return the report."""
     count = args.train_questions + args.test_questions
     require(count <= MAX_QUESTIONS, "--train-questions + --test-questions", count, f"at most {MAX_QUESTIONS}")
     draw = random.Random(f"arithmetic-{args.seed}")
@@ -44,7 +44,7 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
 
 
 def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
-    """Questions whose answers follow from one expression, no expression twice."""
+    """Yield questions whose answers follow from one expression, without repeating an expression."""
     calculator = Calculator(CalculatorConfig())
     seen: set[str] = set()
     while len(seen) < count:
@@ -69,7 +69,7 @@ def without_sum(question: dict) -> dict:
 
 
 def demonstrate(question: dict, draw: random.Random) -> dict:
-    """One demonstration: a calculation, or a guess that is wrong."""
+    """Return one demonstration: a calculation, or a wrong guess."""
     (right,) = question["answers"]
     if draw.random() >= GOOD_SHARE:
         guess = str(int(right) + draw.choice((-100, -10, 10, 100)))

@@ -5,15 +5,15 @@
         [--query-prefix "query: " --passage-prefix "passage: "] [--part I/N]
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
-The corpus is JSONL in Search-R1's format (`id`, `contents`) and stays where it is; the index holds the place of every
-passage in it and the corpus's fingerprint, which is checked when the index is loaded. --part builds one of N parts,
-for as many servers (tools/retrieval_server.py --shards).
+The corpus is JSONL in Search-R1's format (`id`, `contents`) and is not copied; the index has the place of every
+passage in it and the corpus's fingerprint, which is checked on load. --part builds one of N parts, for N servers
+(tools/retrieval_server.py --shards).
 
-Embeddings are kept in FOLDER.embeddings until the index is written: started again after an error, a signal or a time
-limit, the build goes on with what is there. --workers N embeds in N processes of this machine, one a GPU in turn.
+Embeddings are kept in FOLDER.embeddings until the index is written: after an error, a signal or a time limit, the
+same command resumes the build. --workers N embeds in N processes of this machine, assigned to the GPUs in turn.
 --worker I/N is one of N processes of your own, on any machines that see the folder; each ends when all passages are
-embedded, and the same command without it then writes the index. --from-faiss takes a FAISS index over the corpus that
-was made elsewhere, such as Search-R1's e5_Flat.index.
+embedded, and the same command without it then writes the index. --from-faiss takes an existing FAISS index over the
+corpus, such as Search-R1's e5_Flat.index.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from a2tgpo.search.encoder import DTYPES, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 
 POLL_S = 1.0
-"""Between two looks at what other processes have embedded."""
+"""Interval of polls for other processes' embeddings."""
 
 
 class Bars:
-    """One progress bar after the other."""
+    """Shows one progress bar after the other."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -61,7 +61,7 @@ class Bars:
 
 
 def parse_part(text: str, option: str = "--part") -> tuple[int, int]:
-    """(0, 4) for 0/4."""
+    """Parse 0/4 as (0, 4)."""
     first, _, second = text.partition("/")
     good = first.isdecimal() and second.isdecimal() and int(first) < int(second)
     require(good, option, text, "I/N with 0 <= I < N")
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, bars: Bars) -> str:
-    """Do what the options ask for; what was done, in one line.
+    """Execute the options; return a line about the result.
 
     Raises:
         ConfigError: one line; an option, the corpus or the encoder cannot be used.
@@ -160,7 +160,7 @@ def build(args: argparse.Namespace, bars: Bars) -> str:
 
 
 def use_all_cpus() -> None:
-    """Whatever OMP_NUM_THREADS is, which jobs set for their ranks."""
+    """Use all CPUs despite OMP_NUM_THREADS, which jobs set for their ranks."""
     import faiss
     import torch
 
@@ -176,10 +176,10 @@ def num_gpus() -> int:
 
 
 def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
-    """Have `num_workers` processes make blocks until all have ended; what one that failed leaves is missing then."""
+    """Compute blocks in `num_workers` processes until all have ended; blocks of a failed one stay missing."""
     cpus, gpus = len(os.sched_getaffinity(0)), num_gpus()
     processes = []
-    # By which schedulers end a job: the workers end with this process.
+    # Schedulers end a job with SIGTERM: the workers end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for worker in range(num_workers):
@@ -196,7 +196,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
             done = dense.blocks.num_done
             bars("embedding", done - told, total)
             told = done
-        bars("embedding", -told, total)  # counted again by the embedding of what is missing
+        bars("embedding", -told, total)  # counted again when the missing blocks are embedded
     finally:
         for process in processes:
             process.terminate()
@@ -204,7 +204,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
 
 
 def visible_gpu(number: int) -> str:
-    """The name that CUDA_VISIBLE_DEVICES has for the GPU which torch numbers so here."""
+    """Return CUDA_VISIBLE_DEVICES's name of the GPU with this number in torch."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return names.split(",")[number] if names else str(number)
 

@@ -3,8 +3,8 @@
     python tools/chat.py --config CONFIG --checkpoint PATH [--question TEXT] [--sample] [OVERRIDE ...]
 
 PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
-configuration. Each question is put anew, as in training: the agent remembers nothing of earlier ones. An empty line
-or end of input ends it.
+configuration. Each question starts a new conversation, as in training: the agent does not remember earlier ones. An
+empty line or end of input ends the program.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions until there are no more; every rank calls this, rank 0 reads and prints."""
+    """Answer questions until there are no more; every rank must call this, and rank 0 reads and prints."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import broadcast_object
@@ -94,7 +94,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def read_question(given: str | None, number: int) -> str:
-    """The one of the command line, or the next line; empty at the end."""
+    """Return the command line's question, or the next input line; empty at the end."""
     if given is not None:
         return whole(given).strip() if number == 0 else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -103,15 +103,15 @@ def read_question(given: str | None, number: int) -> str:
 
 
 def whole(text: str) -> str:
-    """`text` with what was no UTF-8 in the terminal or on the command line replaced: no tokenizer takes it."""
+    """Replace invalid UTF-8 from the terminal or the command line, which no tokenizer accepts."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def ask(player: Player, question: str, *, number: int, sample: bool, paint: Painter) -> str:
-    """Play one question; the rollout as text.
+    """Play one question; return the rollout as text.
 
     Raises:
-        ConfigError: if the question is too long.
+        ConfigError: the question is too long.
     """
     from a2tgpo.trajectory import Prompt
 
@@ -130,7 +130,7 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
 
 
 def render(player: Player, trajectory: Trajectory, paint: Painter) -> str:
-    """Turns, calls, results, and the answer last."""
+    """Format turns, calls, results, and finally the answer."""
     from a2tgpo.reward.outcome import extract_answer
 
     texts = player.rollout.turn_texts(trajectory)

@@ -1,10 +1,10 @@
-"""Run golden vectors through the functions the trainer itself calls.
+"""Run golden vectors through the trainer's own functions.
 
     python tools/check_golden.py DIR [--tolerance 1e-9] [-v]
 
 DIR holds *.json files with `schema` a2tgpo-golden/{advantage,loss,ig,em}/1. Prints the largest absolute error of
-each file (with -v: of each case). Exits with 1 if one is past the tolerance, with 2 if a file cannot be checked. All
-in float64.
+each file (with -v: of each case). Exits with 1 if one exceeds the tolerance, with 2 if a file cannot be checked.
+Computes in float64.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def check_file(golden: dict) -> Iterator[Check]:
-    """The checks of one golden file, by its schema."""
+    """Yield the checks of one golden file, by its schema."""
     kind = golden["schema"].split("/")[1]
     checkers = {"advantage": check_advantages, "loss": check_losses, "ig": check_gains, "em": check_rewards}
     if kind not in checkers:
@@ -149,7 +149,7 @@ def check_rewards(golden: dict) -> Iterator[Check]:
 
 
 def turn_values(trajectories: list[Trajectory], config: dict) -> tuple[torch.Tensor, ...]:
-    """Advantages and clip scales [N, T + 1], normalised gains [N, T] and outcomes [N]."""
+    """Return advantages and clip scales [N, T + 1], normalised gains [N, T] and outcomes [N]."""
     table = build_turn_table(
         trajectories,
         num_prompts=1 + max(t.prompt_index for t in trajectories),
@@ -179,7 +179,7 @@ def batch_advantage_error(batch: dict) -> float:
 
 
 def loss_error(batch: dict, run: dict) -> float:
-    """Largest error of one run's loss, ratios, token losses, gradients and clip fractions."""
+    """Return the largest error of one run's loss, ratios, token losses, gradients and clip fractions."""
     config, expect = run["config"], run["expect"]
     tokens = flatten_sampled_tokens(batch["trajectories"])
     weights = token_weights(
@@ -234,7 +234,7 @@ def loss_error(batch: dict, run: dict) -> float:
 
 
 def flatten_sampled_tokens(trajectories: list[dict]) -> dict[str, list]:
-    """Per sampled token: old and new log-prob, advantage, clip scale, turn and sequence id."""
+    """Return per sampled token: old and new log-prob, advantage, clip scale, turn and sequence id."""
     flat: dict[str, list] = {key: [] for key in ("old", "new", "adv", "scale", "turn", "sequence")}
     turn_id = 0
     for sequence_id, item in enumerate(trajectories):
@@ -260,7 +260,7 @@ def indexed_by_prompt(items: list[dict]) -> list[dict]:
 
 
 def to_trajectory(item: dict) -> Trajectory:
-    """A record with the golden turns; token ids are placeholders, their number is what counts."""
+    """Build a trajectory with the golden turns; token ids are placeholders, only their number matters."""
     turns = [
         Turn(
             tokens=TokenIds([0] * num_gen),
@@ -287,7 +287,7 @@ def float64(values: list) -> torch.Tensor:
 
 
 def max_error(values: torch.Tensor, expect: list) -> float:
-    """Largest |difference|; inf when the lengths differ or a value is missing."""
+    """Return the largest |difference|; inf if lengths differ or a value is missing."""
     if values.numel() != len(expect):
         return math.inf
     if not expect:

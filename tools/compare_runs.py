@@ -1,11 +1,11 @@
-"""Runs side by side: curves as one picture, the last and the best values as a table, and how their settings differ.
+"""Compare runs: curves in one picture, a table of last and best values, and the differences of settings.
 
     python tools/compare_runs.py RUN RUN ... [--out FOLDER] [--metrics evaluation/em,reward/mean,...]
     python tools/compare_runs.py RUN RUN --exact
 
-RUN is a run's folder (runs/NAME). Writes curves.png and table.md to FOLDER, runs/comparison unless --out says
-otherwise. --exact writes nothing: it tells whether two runs computed the same to the bit, as a resumed run and one
-that was never interrupted should, and ends with 1 if they did not.
+RUN is a run's folder (runs/NAME). Writes curves.png and table.md to FOLDER, by default runs/comparison. --exact
+writes nothing: it checks whether two runs computed the same to the bit, as a resumed run and an uninterrupted one
+should, and exits with 1 if not.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def read_run(folder: Path) -> Series:
-    """A run's finite values; ConfigError if there are none."""
+    """Return a run's finite values; ConfigError if there are none."""
     try:
         records = read_metrics(folder / METRICS_FILE)
     except (OSError, ValueError) as error:
@@ -71,7 +71,7 @@ def read_run(folder: Path) -> Series:
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of what is above them as tells them apart."""
+    """Return the folders' names, with as many parents as needed to distinguish them."""
     for depth in range(1, 10):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):
@@ -80,7 +80,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
-    """One panel a metric, one curve a run."""
+    """Draw one panel per metric with one curve per run."""
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     with plt.rc_context(STYLE):
@@ -90,7 +90,7 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
         for axis, metric in zip(axes.flat, metrics, strict=False):
             for number, (label, series) in enumerate(runs.items()):
                 points = series.get(metric, [])
-                # The first keeps its colour whatever is compared with it.
+                # The first run keeps its colour in any comparison.
                 axis.plot(
                     [step for step, _ in points],
                     [value for _, value in points],
@@ -111,7 +111,7 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
 
 
 def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> list[str]:
-    """Last value of each metric, and the best where there is such a thing, with its step."""
+    """Format each metric's last value and, where one exists, its best value, with its step."""
     lines = ["| metric | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
     for metric in metrics:
         lines.append(f"| {metric}, last | " + " | ".join(_last(s.get(metric)) for s in runs.values()) + " |")
@@ -134,7 +134,7 @@ def _best(points: list[tuple[int, float]] | None) -> str:
 
 
 def differences(folders: Mapping[str, Path]) -> list[str]:
-    """A table of the settings in which the runs differ; empty where one has no config.yaml."""
+    """Return a table of the settings in which the runs differ; empty if a run has no config.yaml."""
     configs: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         try:
@@ -162,7 +162,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compare_exactly(folders: Sequence[Path]) -> int:
-    """Print what two runs computed differently; the exit code."""
+    """Print the differences between two runs; return the exit code."""
     require(len(folders) == 2, "number of runs with --exact", len(folders), "2")
     found = exact_differences(*folders)
     print("\n".join(found) or "equal to the bit in all steps that both have recorded")

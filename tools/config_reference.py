@@ -1,8 +1,8 @@
-"""Write the configuration reference from the dataclasses that are the configuration.
+"""Write the configuration reference from the configuration's dataclasses.
 
     python tools/config_reference.py [--out docs/configuration.md] [--check]
 
-With --check nothing is written; exit 1 if the file differs from what would be.
+With --check, writes nothing; exits with 1 if the file is out of date.
 """
 
 import argparse
@@ -47,7 +47,7 @@ false, as in YAML; where a text is meant, put them in quotes. Files are in UTF-8
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One key: what a row of the reference says."""
+    """One key: a row of the reference."""
 
     key: str
     kind: str
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def reference() -> str:
-    """The whole page: a table for each section and each section inside it."""
+    """Return the whole page: a table for each section and subsection."""
     parts = [HEAD]
     for name, section in _sections(RunConfig):
         parts.append(f"\n## {name}\n")
@@ -87,7 +87,7 @@ def reference() -> str:
 
 
 def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """(dotted name, class) of every section below `section`, a section before those inside it."""
+    """Yield (dotted name, class) of every section below `section`, each before its subsections."""
     for name, kind in get_type_hints(section).items():
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
@@ -108,7 +108,7 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
 
 
 def _field_texts(section: type) -> dict[str, str]:
-    """The string under each field."""
+    """Return the docstring under each field."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(section))).body)  # type: ignore[attr-defined]
     texts = {}
     for field, below in itertools.pairwise(body):
@@ -124,7 +124,7 @@ def _field_texts(section: type) -> dict[str, str]:
 
 def _class_text(section: type) -> str:
     text = section.__doc__ or ""
-    return "" if text.startswith(f"{section.__name__}(") else _in_one_line(text)  # the one dataclass makes up
+    return "" if text.startswith(f"{section.__name__}(") else _in_one_line(text)  # made by dataclass
 
 
 def _shown(value: object) -> str:

@@ -1,15 +1,15 @@
-"""Weights from a run's checkpoint to a Hugging Face folder, and back.
+"""Convert weights from a run's checkpoint to a Hugging Face folder, and back.
 
     python tools/convert.py megatron-to-hf --in RUN/checkpoints/step_N --out FOLDER [--config CONFIG] [OVERRIDE ...]
     python tools/convert.py hf-to-megatron --in FOLDER --out CHECKPOINTS --config CONFIG [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/convert.py CONFIG megatron-to-hf --in ... --out ...
 
-An exported folder holds agent.json besides, which says how the agent is played (tools/serve.py, tools/chat.py).
+An exported folder also has agent.json, which says how to play the agent (tools/serve.py, tools/chat.py).
 
-A checkpoint needs the configuration of its run for architecture and tokenizer (`model.path`); without --config, that
-of the run which it lies in is taken. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to start a run
-from with `--resume CHECKPOINTS/step_0`. The processes that are started share out the model, whatever the layout of
-the run; `parallel.tensor=N` and the like override that.
+A checkpoint needs its run's configuration for architecture and tokenizer (`model.path`); the default of --config is
+the configuration in the checkpoint's run folder. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to
+start a run with `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the model among themselves,
+whatever the run's layout; `parallel.tensor=N` and the like override that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_beside(source: Path) -> Path:
-    """The resolved configuration of the run that a checkpoint lies in (RUN/checkpoints/step_N)."""
+    """Return the resolved configuration of a checkpoint's run (RUN/checkpoints/step_N)."""
     path = source.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--config is not given and {path} is not there; give the run's YAML file")
@@ -71,7 +71,7 @@ def require_new(out: Path) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Checkpoint to Hugging Face folder; every rank calls this."""
+    """Convert a checkpoint to a Hugging Face folder; every rank must call this."""
     from a2tgpo.config.load import load_config
     from a2tgpo.model.inference_layout import UNDIVIDED
     from a2tgpo.model.weights import save_hf
@@ -87,14 +87,14 @@ def export(args: argparse.Namespace) -> None:
     groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
-        # As the run says it: engines of this conversion's processes are not those that will play the model.
+        # The run's own configuration: other engines than this conversion's processes will play the model.
         write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()
 
 
 def import_hf(args: argparse.Namespace) -> None:
-    """Hugging Face folder to a checkpoint of step 0; every rank calls this."""
+    """Convert a Hugging Face folder to a checkpoint of step 0; every rank must call this."""
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import load_saved
@@ -123,7 +123,7 @@ def import_hf(args: argparse.Namespace) -> None:
     if fault:
         if groups.rank == 0:
             with contextlib.suppress(OSError):
-                out.rmdir()  # what was written in it is removed
+                out.rmdir()  # its partial content is removed already
         raise RuntimeError(f"--out: {out} could not be written: {fault}")
     path = out / "step_0"
     if groups.rank == 0:

@@ -4,8 +4,8 @@
     launch/local.sh -n RANKS --script tools/evaluate.py CONFIG --checkpoint PATH [...]
 
 PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
-configuration (runs/NAME/config.yaml will do), which says how to play. Writes report.md, report.json, answers.jsonl
-and tensorboard/ to --out. Answers are kept in OUT.partial/ as they come: the same command goes on from there.
+configuration, for example runs/NAME/config.yaml, and says how to play. Writes report.md, report.json, answers.jsonl
+and tensorboard/ to --out. Answers are kept in OUT.partial/ as they come, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Question]]:
-    """Questions by data set; ConfigError if a file is bad or two sets have one name."""
+    """Return questions by data set; ConfigError if a file is bad or two sets share a name."""
     sets: dict[str, list[Question]] = {}
     for part in text.split(",") if text else [config.data.test]:
         name, equals, file = part.strip().partition("=")
@@ -103,12 +103,12 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
 
 
 def set_name(file: Path) -> str:
-    """hotpotqa for data/hotpotqa/test.jsonl, bamboogle for data/bamboogle.jsonl."""
+    """Return hotpotqa for data/hotpotqa/test.jsonl, bamboogle for data/bamboogle.jsonl."""
     return file.parent.name if file.stem in ("test", "dev", "train") and file.parent.name else file.stem
 
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
-    """Join the other ranks, play every set, write the report; every rank calls this. Returns the exit code."""
+    """Join the other ranks, play every set, write the report; every rank must call this. Return the exit code."""
     import torch.distributed as dist
 
     from a2tgpo.evaluate.answer_log import open_log
@@ -142,14 +142,14 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
             write_report(out, config, model, greedy, sampled)
             shutil.rmtree(partial, ignore_errors=True)
     player.close()
-    # A launcher ends the others as soon as one has left with a code that is not 0.
+    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return EXIT_CODE if stop.is_agreed else 0
 
 
 def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, PromptSet]:
-    """The sets as prompts; ConfigError if one is too long."""
+    """Return the sets as prompts; ConfigError if a prompt is too long."""
     from a2tgpo.data.template import PromptSet
 
     limit = player.config.data.max_prompt_tokens
@@ -163,7 +163,7 @@ def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, Pr
 
 
 def on_rank_0(work: Callable[[], Result]) -> Result:
-    """What `work` returns on rank 0, on all ranks; a ConfigError of it is raised on all. Every rank calls this."""
+    """Run `work` on rank 0; return its result or raise its ConfigError on all ranks; every rank must call this."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import broadcast_object
@@ -191,7 +191,7 @@ def play(
     partial: Path,
     stop: StopRequest,
 ) -> tuple[Answers, Answers]:
-    """Greedy and sampled answers of all ranks, in the sets' order; every rank calls this."""
+    """Return greedy and sampled answers of all ranks, in the sets' order; every rank must call this."""
     import torch.distributed as dist
     from tqdm import tqdm
 
@@ -207,7 +207,7 @@ def play(
     ) as bar:
 
         def show() -> None:
-            # Replicas hold equal shares: one's progress stands for all.
+            # Replicas have equal shares, so one's progress is extrapolated to all.
             bar.update(min(replicas.count, total - bar.n))
 
         try:
@@ -233,7 +233,7 @@ def play(
 
 
 def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answers, sampled: Answers) -> None:
-    """Replace the folder `out` by a new one, complete or not at all, and print the tables."""
+    """Replace the folder `out` atomically by a new one, and print the tables."""
     from torch.utils.tensorboard import SummaryWriter
 
     from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE

@@ -1,4 +1,4 @@
-"""How the tools that write into an --out folder end."""
+"""Exit codes of the tools that write into an --out folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from a2tgpo.config.check import ConfigError
 
 
 def exit_code(write: Callable[[], object]) -> int:
-    """0 once `write` is done; 2, after one line on stderr, for a user's mistake or a place that cannot be written."""
+    """Return 0 once `write` is done; 2, after one line on stderr, if the user made a mistake or a write failed."""
     try:
         write()
     except ConfigError as error:

@@ -1,11 +1,10 @@
-"""Every fault at every point of a step, in real runs on this machine; the outcome goes into docs/reliability.md.
+"""Run every fault at every point of a step in real runs on this machine; write the table in docs/reliability.md.
 
     python tools/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
-Takes a quarter of an hour on two cores with nothing else to do, up to an hour on busy ones. Mounts a small tmpfs for
-the full disk, which needs root. What has been run is kept in FOLDER, and an interrupted table goes on from there;
-parts that FOLDER has no rows of are named as not run. With --only and without --work the table is only printed. Exits
-with 1 if a row fails.
+Takes a quarter of an hour on two idle cores, up to an hour on busy ones. Mounts a small tmpfs for the full disk,
+which needs root. FOLDER keeps finished parts, so an interrupted table resumes; parts without rows in FOLDER are named
+as not run. With --only and without --work, the table is only printed. Exits with 1 if a row fails.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from harness import Row, preload, start, write_inputs
 
 BEGIN, END = "<!-- fault table: written by tools/fault_table.py -->", "<!-- end of the fault table -->"
 CHAIN_FAULTS = 6
-"""Faults in a row in one run: it has at least a step for each."""
+"""Consecutive faults in one run, which has at least a step for each."""
 
 
 def chains() -> dict[str, list[Fault]]:
-    """By the name of their run."""
+    """Return the faults by the name of their run."""
     wholes = {
         "kills0": kills(0),
         "kills1": kills(1),
@@ -51,7 +50,7 @@ def chains() -> dict[str, list[Fault]]:
 
 
 def parts(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]:
-    """What can run side by side; in the order of the table."""
+    """Return the parts that can run in parallel, in the order of the table."""
     work: dict[str, Callable[[], list[Row]]] = {}
     for name, faults in chains().items():
         work[name] = functools.partial(
@@ -70,7 +69,7 @@ def parts(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]
 
 
 def prepare(folder: Path) -> Path:
-    """The inputs of all runs and the run without faults, unless they are there already; the configuration."""
+    """Make the inputs of all runs and the run without faults, unless they exist; return the configuration."""
     config = folder / "config.yaml"
     if not (folder / "ready").exists():
         write_inputs(folder)
@@ -83,7 +82,7 @@ def prepare(folder: Path) -> Path:
 
 
 def run_part(folder: Path, name: str, work: Callable[[], list[Row]]) -> None:
-    """Leave its rows in `folder`, from an earlier start if all of them passed there."""
+    """Write the part's rows to `folder`, unless an earlier start wrote them and all passed."""
     path = folder / f"{name}.rows.json"
     if (rows := read_rows(path)) and all(row.passed for row in rows):
         return
@@ -142,7 +141,7 @@ def main() -> int:
         for name in waiting:
             run_part(folder, name, work[name])
 
-    # Not a pool of concurrent.futures, which a process forked from one of its threads would wait for at its end.
+    # Not concurrent.futures, whose pool a process forked from one of its threads would wait for at its exit.
     threads = [threading.Thread(target=work_off) for _ in range(options.jobs)]
     for thread in threads:
         thread.start()

@@ -1,9 +1,9 @@
-"""FP8 linear layers by rounding: the forward pass that Transformer Engine's recipes compute, on any machine.
+"""Emulate FP8 linear layers by rounding: the forward pass of Transformer Engine's recipes, on any machine.
 
-Operands are rounded to the values that scaled FP8 numbers can have, multiplied and summed in float32, and the result
-is rounded to the format of the layer's input, as a tensor core with full accumulation does it. What differs from a
-GPU run: order of summation; a scale per tensor is taken over one matrix of Hugging Face's layout, where Megatron
-fuses query, key and value, and gate and up; and over one sequence, where training packs many.
+Operands are rounded to the values of scaled FP8 numbers, multiplied and summed in float32, and the result is rounded
+to the format of the layer's input, like a tensor core with full accumulation. Differences from a GPU run: the order
+of summation; a scale per tensor covers one matrix of Hugging Face's layout, where Megatron fuses query, key and
+value, and gate and up; and it covers one sequence, where training packs many.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EXPONENT_BITS = 0x7F800000
-"""Of a float32; alone they are the largest power of two that is no larger than the value."""
+"""Exponent bits of a float32; alone they are the largest power of two that does not exceed the value."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A floating point format with a sign, gradual underflow, and saturation at its largest number."""
+    """A signed floating point format with gradual underflow that saturates at its largest number."""
 
     mantissa_bits: int
     min_exponent: int
-    """Of normal numbers; below, the spacing stays what it is there."""
+    """Smallest exponent of normal numbers; below it, the spacing stays constant."""
     largest: float
 
 
@@ -36,13 +36,13 @@ E5M2 = Format(mantissa_bits=2, min_exponent=-14, largest=57344.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a linear layer's operands are scaled into FP8, both cut in blocks (rows, channels); None: one block."""
+    """How to scale a linear layer's operands into FP8, both in blocks (rows, channels); None: one block."""
 
     format: Format
     input_block: tuple[int, int] | None
     weight_block: tuple[int, int] | None
     power_of_two: bool
-    """Scales are powers of two, as Transformer Engine has them by default with blocks."""
+    """Scales are powers of two, Transformer Engine's default with blocks."""
 
 
 _TENSORWISE = Recipe(E4M3, input_block=None, weight_block=None, power_of_two=False)
@@ -54,14 +54,14 @@ RECIPES = {
     "e5m2-tensorwise": replace(_TENSORWISE, format=E5M2),
     "e5m2-blockwise": replace(_BLOCKWISE, format=E5M2),
 }
-"""Those of `model.fp8.recipe` (whose forward pass is e4m3 with either format), and e5m2 to compare."""
+"""Recipes of `model.fp8.recipe` (whose forward pass is e4m3 with either format), and e5m2 for comparison."""
 
 
 def round_to(values: Tensor, number_format: Format) -> Tensor:
-    """Finite float32 values rounded to the nearest of `number_format`, ties to even, same shape."""
+    """Round finite float32 values to the nearest of `number_format`, ties to even; same shape."""
     power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     step = power.clamp(min=2.0**number_format.min_exponent) * 2.0**-number_format.mantissa_bits
-    rounded = torch.round(values / step) * step  # exact but for the rounding: step is a power of two
+    rounded = torch.round(values / step) * step  # exact except for the rounding: step is a power of two
     return rounded.clamp(-number_format.largest, number_format.largest)
 
 
@@ -72,8 +72,8 @@ def quantise(
 
     Args:
         values: [rows, channels] float32.
-        block: rows and channels that share a scale; blocks at the end may be smaller. None: all do.
-        power_of_two: take the largest scale of that kind that does not overflow.
+        block: rows and channels that share a scale; blocks at the end may be smaller. None: all values share one.
+        power_of_two: use the largest power of two that does not overflow.
 
     Returns:
         [rows, channels] float32.
@@ -91,7 +91,7 @@ def quantise(
 
 
 class EmulatedLinear(nn.Module):
-    """`linear` with its input and weight quantised by `recipe`; forward only."""
+    """`linear` with input and weight quantised by `recipe`; forward only."""
 
     def __init__(self, linear: nn.Linear, recipe: Recipe):
         super().__init__()
@@ -114,7 +114,7 @@ class EmulatedLinear(nn.Module):
 
 @contextmanager
 def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Inside, all linear layers of `decoder` are `EmulatedLinear`; what is outside of it, the LM head, is not."""
+    """Make all linear layers of `decoder` `EmulatedLinear` within the block; the LM head is outside."""
     replaced = [
         (module, name, child)
         for module in decoder.modules()

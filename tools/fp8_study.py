@@ -1,4 +1,4 @@
-"""How far FP8 moves log-probs and turn-mean log-ratios, measured on a CPU by emulation, against bfloat16's own noise.
+"""Measure how far FP8 moves log-probs and turn-mean log-ratios, by emulation on a CPU, against bfloat16's own noise.
 
     python tools/fp8_study.py MODEL TEXTS --out DIR [--sequences 16] [--sample TOKENS] [--drift 8e-6]
 
@@ -8,12 +8,12 @@ model writes one turn of that many tokens after each prompt, and these turns are
 
 Three questions, each for whole turns and for turns cut into pieces of equal length:
 
-rounding   log p in a format minus log p in float32, equal weights: what a format is off by
+rounding   log p in a format minus log p in float32, equal weights: the format's error
 gap        log p in FP8 minus log p in bfloat16, equal weights: trainer and engine in different formats
-ratio      log(p_new / p_old) in a format minus the same in float32: what old log-probs scored by the trainer itself,
-           in the format it trains in, leave of the error. The new weights are the old ones moved by `--drift`
-           (some learning rates) up or down at random, rounded to bfloat16 stochastically, as the float32 weights
-           behind them would be on average
+ratio      log(p_new / p_old) in a format minus the same in float32: the error that remains if the trainer scores
+           the old log-probs itself, in its training format. The new weights are the old ones moved by `--drift`
+           (some learning rates) up or down at random, stochastically rounded to bfloat16, like the underlying
+           float32 weights on average
 
 Writes DIR/noise.csv, noise.json and noise.png. epsilon is the paper's clipping range, 3e-3, for turn-mean log-ratios.
 """
@@ -43,25 +43,25 @@ from tools.fp8_emulation import RECIPES, emulated
 
 EPSILON = 3e-3
 PIECES = (1, 8, 16, 32, 64, 128, 256)
-"""Lengths of the pieces that turns are cut into, tokens."""
+"""Lengths of the pieces of turns, tokens."""
 MIN_PIECES = 8
-"""Fewer say nothing about a spread."""
+"""Least number of values for a spread."""
 WHOLE = 0
-"""Stands for whole turns where a length is asked for."""
+"""As a length, means whole turns."""
 
 Logprobs = list[list[Tensor]]
 """By sequence, by turn: [tokens] float64, log p of each token of the turn, nats."""
 Pieces = tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[int]]]]
-"""Prompt, and by turn what the policy wrote and what it was answered."""
+"""Prompt, and per turn the policy's text and the observation."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """Token ids, and which of them the policy wrote."""
+    """Token ids, and the parts written by the policy."""
 
     tokens: list[int]
     turns: list[tuple[int, int]]
-    """First and past-the-last position of each turn; at least 1, since a first token has no log-prob."""
+    """First and past-the-end position of each turn; at least 1, since a first token has no log-prob."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,10 +97,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def study(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, write the files of `args.out`, return the table's rows.
+    """Measure, write the files of `args.out`, and return the table's rows.
 
     Raises:
-        ConfigError: one line, if the model or the texts cannot be read.
+        ConfigError: one line; the model or the texts cannot be read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -112,7 +112,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(args.model)
     sequences = read_sequences(args.texts, tokenizer, limit=args.sequences)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    # Not the same one cast back and forth: its tables of rotary frequencies are float32 in both.
+    # Loaded twice instead of cast back and forth, so that the rotary tables of both are exact float32.
     exact = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.sample:
         sequences = written_by(model, sequences, args.sample, tokenizer, seed=args.seed)
@@ -139,7 +139,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
-    """The first `limit` records of `path`, turns without a token left out.
+    """Read the first `limit` records of `path`, without turns that have no token.
 
     Raises:
         ConfigError: one line; the file or a record cannot be read, or none has a turn.
@@ -169,7 +169,7 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
 
 
 def _pieces(record: dict, where: str, tokenizer: Any) -> Pieces:
-    """Those of a rollout or a plain text."""
+    """Return the pieces of a rollout or a plain text."""
     if isinstance(record.get("text"), str):
         first, *rest = tokenizer(record["text"], add_special_tokens=False)["input_ids"] or [0]
         return [first], [(rest, [])]
@@ -196,7 +196,7 @@ def _sequence(prompt: Sequence[int], turns: Sequence[tuple[Sequence[int], Sequen
 def written_by(
     model: Any, sequences: Sequence[Written], length: int, tokenizer: Any, *, seed: int
 ) -> list[Written]:
-    """For each prompt (what stands before the first turn) one turn of `length` tokens sampled from `model`."""
+    """Sample one turn of `length` tokens from `model` for each prompt (the text before the first turn)."""
     torch.manual_seed(seed)
     prompts = [sequence.tokens[: sequence.turns[0][0]] for sequence in sequences]
     longest = max(map(len, prompts))
@@ -220,11 +220,11 @@ def written_by(
 def measure(
     model: Any, exact: Any, sequences: Sequence[Written], recipes: Sequence[str]
 ) -> dict[str, Logprobs]:
-    """Log-probs of all turns by format: float32, bfloat16, and each of `recipes` in a bfloat16 model.
+    """Return the log-probs of all turns by format: float32, bfloat16, and each of `recipes` in a bfloat16 model.
 
     Args:
         model: in bfloat16.
-        exact: the same architecture in float32; is given the weights of `model`.
+        exact: the same architecture in float32; receives the weights of `model`.
     """
     for target, source in zip(exact.parameters(), model.parameters(), strict=True):
         target.copy_(source)
@@ -238,7 +238,7 @@ def measure(
 
 @torch.no_grad()
 def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
-    """As the trainer scores: logits in the model's format, normalised in float32."""
+    """Score like the trainer: logits in the model's format, normalised in float32."""
     results = []
     for sequence in sequences:
         targets = torch.tensor(sequence.tokens)
@@ -254,19 +254,19 @@ def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
 
 @torch.no_grad()
 def move_weights(model: Any, drift: float, *, seed: int) -> None:
-    """Move every bfloat16 weight by `drift` up or down, rounding stochastically to bfloat16."""
+    """Move every bfloat16 weight by `drift` up or down, with stochastic rounding."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
         moved = (weight.float() + drift * signs).view(torch.int32)
-        # A bfloat16 is the upper half of a float32; cutting off the rest after adding noise to it rounds up as
-        # often as the rest is large.
+        # A bfloat16 is the upper half of a float32. Adding noise to the lower half and cutting it off rounds up with
+        # a probability proportional to that half.
         moved += torch.randint(0, 2**16, weight.shape, generator=generator, dtype=torch.int32)
         weight.copy_((moved & -(2**16)).view(torch.float32))
 
 
 def noise_rows(old: Mapping[str, Logprobs], new: Mapping[str, Logprobs]) -> list[dict[str, Any]]:
-    """One row per question, format and length."""
+    """Return one row per question, format and length."""
     formats = [name for name in old if name != "float32"]
     true_ratio = _difference(new["float32"], old["float32"])
     cases = [("rounding", name, _difference(old[name], old["float32"])) for name in formats]
@@ -288,7 +288,7 @@ def _difference(left: Logprobs, right: Logprobs) -> Logprobs:
 
 
 def piece_means(differences: Logprobs, length: int) -> Tensor:
-    """[pieces] means over whole turns (`WHOLE`) or over pieces of `length` tokens, what is left over dropped."""
+    """Return [pieces] means over whole turns (`WHOLE`) or pieces of `length` tokens; drop incomplete pieces."""
     turns = [turn for sequence in differences for turn in sequence]
     if length == WHOLE:
         return torch.stack([turn.mean() for turn in turns])
@@ -296,7 +296,7 @@ def piece_means(differences: Logprobs, length: int) -> Tensor:
 
 
 def statistics(means: Tensor) -> dict[str, float | int]:
-    """Of turn-mean log-ratios [n]: how many, mean and spread, and how large they are against epsilon."""
+    """Summarise turn-mean log-ratios [n]: count, mean, spread, and size relative to epsilon."""
     size = means.abs()
     return {
         "count": len(means),

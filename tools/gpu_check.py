@@ -1,12 +1,12 @@
-"""Whether this machine or cluster computes what it should: one command before the first run.
+"""Check that this machine or cluster computes correctly: one command before the first run.
 
     python tools/gpu_check.py [--json FILE]                      all GPUs of this machine, or its CPUs
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/gpu_check.py                      several machines
     srun --ntasks-per-node 8 python tools/gpu_check.py       the same, with MASTER_ADDR and MASTER_PORT
 
-Each check runs in processes of its own: one that fails or hangs does not keep the others from running, and --json
-holds what was measured so far from the first check on. Without a GPU those run that mean something on a CPU; the
-others are skipped and say why. Exit code 0: no row failed; 1: a row failed; 2: a mistake in the arguments.
+Each check runs in its own processes, so a failed or hung check does not stop the others, and --json has the
+measurements so far from the first check on. Without a GPU, checks that make sense on a CPU run; the others are
+skipped with a reason. Exit code 0: no row failed; 1: a row failed; 2: a mistake in the arguments.
 docs/cluster_check.md lists the checks and their limits.
 """
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], folder: Path) -> list[Row]:
-    """The rows of one check as this process sees it."""
+    """Return the rows of one check as this process sees them."""
     check = CHECKS[name]
     if check.needs_gpu and not machine["gpus_seen_by_torch"]:
         is_first = args.launched is None or args.launched["RANK"] == "0"
@@ -86,7 +86,7 @@ def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], fold
 
 
 def run_one(args: argparse.Namespace) -> int:
-    """What each process of a check does."""
+    """Run one check, in one of its processes."""
     bench = Bench(
         check=args.one,
         work=args.work,
@@ -101,7 +101,7 @@ def run_one(args: argparse.Namespace) -> int:
 def write_results(
     args: argparse.Namespace, machine: dict[str, Any], seconds: dict[str, float], rows: list[Row]
 ) -> None:
-    """All results so far; `unfinished` names the checks that have not ended."""
+    """Write all results so far; `unfinished` names the checks that have not ended."""
     content = {
         "machine": machine,
         "settings": args.settings.as_json(),
@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _checks(text: str | None) -> list[str]:
-    """The wanted checks in the order of `CHECKS`."""
+    """Return the selected checks in the order of `CHECKS`."""
     wanted = list(CHECKS) if text is None else text.split(",")
     for name in wanted:
         if name not in CHECKS:
@@ -195,7 +195,7 @@ def _checks(text: str | None) -> list[str]:
 
 
 def _limits(given: list[str]) -> dict[str, float]:
-    """Seconds by check; a limit of one check is stronger than one of all."""
+    """Return the limits in seconds by check; a check's own limit overrides the general one."""
     limits = {name: check.timeout_s for name, check in CHECKS.items()}
     for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):
         name, equals, number = text.rpartition("=")
@@ -218,7 +218,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
     if args.tensor < 1:
         raise ConfigError(f"--tensor is {args.tensor}; allowed: 1 or more")
-    # Its shapes are looked at here, so that a mistake is one line and not a failed check.
+    # Checks the shapes here, so that a mistake is one line and not a failed check.
     slice_dimensions(args.like, tensor=args.tensor, layers=args.layers, on_gpu=True)
     lengths = None if args.lengths is None else _lengths(args.lengths)
     return Settings(

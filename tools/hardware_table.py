@@ -1,8 +1,8 @@
-"""What tools/gpu_check.py found, as the table of docs/hardware.md: a column for each file.
+"""Print results of tools/gpu_check.py as the table of docs/hardware.md: a column for each file.
 
     python tools/hardware_table.py found.json [found.json ...]
 
-Prints Markdown. Exit code 2: a file is not what tools/gpu_check.py --json writes.
+Prints Markdown. Exit code 2: a file is not from tools/gpu_check.py --json.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(file: str) -> dict[str, Any]:
-    """The results in `file`.
+    """Return the results in `file`.
 
     Raises:
-        ConfigError: one line, if they cannot be read.
+        ConfigError: one line; they cannot be read.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """The table of `results`, each as from `read`."""
+    """Format the table of `results`, each from `read`."""
     checks = list(dict.fromkeys(name for result in results for name in result["seconds"]))
     lines = [
         _line("", [_card(result) for result in results]),
@@ -90,7 +90,7 @@ def _versions(result: dict[str, Any]) -> str:
 
 
 def _verdict(result: dict[str, Any], check: str) -> str:
-    """How many rows of the check passed, failed, were skipped, and its seconds."""
+    """Return how many rows of the check passed, failed and were skipped, and its seconds."""
     rows = [row for row in result["checks"] if row["check"] == check]
     if not rows and check not in result["seconds"]:
         return "not run"

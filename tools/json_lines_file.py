@@ -1,4 +1,4 @@
-"""Writing JSONL files, complete or not at all."""
+"""Write JSONL files atomically."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from a2tgpo.atomic_file import atomic_file
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Write JSONL, complete or not at all; OSError that names `path` where it cannot be written."""
+    """Write JSONL atomically; an OSError names `path`."""
     with atomic_file(path) as stream:
         for record in records:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

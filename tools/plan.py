@@ -1,4 +1,4 @@
-"""Whether a configuration fits a cluster, how a step is divided, and how long it should take: arithmetic, no GPU.
+"""Estimate whether a configuration fits a cluster, how a step is divided, and how long it takes; needs no GPU.
 
     python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
     python tools/plan.py CONFIG --passages 21015324 [--search-dim 768] [--search-cores 16]
@@ -6,9 +6,9 @@
     python tools/plan.py --validate
 
 OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu the plan is for cluster.gpus
-and cluster.gpu, what CONFIG is meant for. --measured takes a JSON of tools/gpu_check.py: what was measured on such a
-card replaces the assumptions, and each replacement is printed. Exit code 1: some phase does not fit, or no layout
-does; 2: a mistake in the configuration or in the arguments.
+and cluster.gpu of CONFIG. --measured takes a JSON of tools/gpu_check.py: measurements on such a GPU replace the
+assumptions, and each replacement is printed. Exit code 1: some phase does not fit, or no layout does; 2: a mistake
+in the configuration or in the arguments.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tools.terminal import end_with_reader
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    args = parser.parse_intermixed_args(arguments)  # overrides may stand behind options
+    args = parser.parse_intermixed_args(arguments)  # overrides may follow options
     if args.validate:
         print(validation_text(PUBLISHED))
         return 0
@@ -87,7 +87,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def search_text(made: Plan, args: argparse.Namespace) -> str:
-    """What a Flat index would answer on CPUs, against what the plan asks."""
+    """Compare the queries that a Flat index answers on CPUs with those that the plan needs."""
     needed, cores = made.searches.per_second, args.search_cores
     found = flat_queries_per_s(passages=args.passages, dim=args.search_dim, cores=cores)
     verdict = "enough" if found >= needed else f"{needed / found:.1f} times too few"
@@ -165,7 +165,7 @@ def _share(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """NaN, which no rule allows, where it is none."""
+    """Parse a number; NaN, which no rule allows, if it is none."""
     try:
         return float(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""Curves of a run as one PNG, and its closing summary.
+"""Plot a run's curves as one PNG, and print its closing summary.
 
     python tools/plot_run.py RUN [--out FILE]
 
-RUN is a run's folder (runs/NAME); the picture goes to RUN/curves.png unless --out says otherwise.
+RUN is a run's folder (runs/NAME); the default of --out is RUN/curves.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INK, MUTED, GRID = "#1f2328", "#6e7781", "#e7e9ec"
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2a78d6", "#e8662d", "#159b6c", "#7a4fc9", "#d64550"
 STAGE_COLORS = ["#2a78d6", "#e8662d", "#159b6c", "#e0a100", "#7a4fc9", "#d6689d", "#5b9aa0", "#8a8f98"]
 BETWEEN_STEPS = ("evaluation", "checkpoint")
-"""Stages that run between steps, hence no part of a step's time."""
+"""Stages between steps, which are not part of a step's time."""
 
 
 STYLE: Any = {
@@ -68,21 +68,21 @@ class History:
         return self._records[-1]["step"]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) [n] where `name` was recorded as a finite number; both empty if it never was."""
+        """Return (steps, values) [n] where `name` was recorded as a finite number; both empty if it never was."""
         points = [(r["step"], r[name]) for r in self._records if r.get(name) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
     def numbered(self, pattern: str) -> dict[int, str]:
-        """number -> name of all metrics whose name matches `pattern`, which has one group of digits."""
+        """Map numbers to names for all metrics that match `pattern`, which has one group of digits."""
         names = {name for record in self._records for name in record}
         matches = [match for name in names if (match := re.fullmatch(pattern, name))]
         return {int(match.group(1)): match.string for match in sorted(matches, key=lambda m: int(m.group(1)))}
 
     def stages(self) -> dict[str, np.ndarray]:
-        """stage -> seconds in each training step [num_steps], the longest stage first."""
+        """Map each stage to its seconds in each training step [num_steps], the longest stage first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
-        # `time/startup_*` is no part of a step; `_min_s` and `_max_s` are the spread of a stage over the ranks.
+        # `time/startup_*` is not part of a step; `_min_s` and `_max_s` are the spread of a stage over the ranks.
         stage = r"time/(?!startup_)\w+(?<!_min)(?<!_max)_s"
         names = {name for record in steps for name in record if re.fullmatch(stage, name)}
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
@@ -91,7 +91,7 @@ class History:
 
 
 def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
-    """Exponential moving average, corrected for its start. [n] -> [n]."""
+    """Return the exponential moving average, corrected for its start. [n] -> [n]."""
     averages, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value
@@ -101,7 +101,7 @@ def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
 
 
 def draw_line(ax: Axes, history: History, name: str, label: str, color: object, *, marker: str = "") -> None:
-    """A series; one that is long and noisy as a faint line with its moving average over it."""
+    """Draw a series; a long and noisy one faintly, with its moving average on top."""
     steps, values = history.series(name)
     if not len(steps):
         return
@@ -151,7 +151,7 @@ def draw_clipping(ax: Axes, history: History) -> None:
 
 
 def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
-    """One line a turn index, pale to dark."""
+    """Draw one line per turn index, pale to dark."""
     names = history.numbered(pattern)
     shades = plt.get_cmap("YlGnBu")(np.linspace(0.4, 0.95, max(len(names), 1)))
     for (turn, name), shade in zip(names.items(), shades, strict=False):
@@ -196,7 +196,7 @@ PANELS = (
 
 
 def draw_run(history: History, title: str) -> Figure:
-    """All panels on one figure."""
+    """Draw all panels on one figure."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, 4, figsize=(18, 8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
@@ -219,7 +219,7 @@ def draw_run(history: History, title: str) -> Figure:
 
 
 def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
-    """(set, first EM, last EM) of the held-out questions: all of them, then by hops."""
+    """Return (set, first EM, last EM) of the held-out questions: all of them, then by hops."""
     names = {"all": "evaluation/em"}
     names |= {
         f"{hops} hop{'s' * (hops > 1)}": name
@@ -229,18 +229,18 @@ def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
-    """Means over the first and the last fifth of a series, at least one value each: single steps are noisy."""
+    """Return means over the first and the last fifth of a series, at least one value each, to reduce noise."""
     count = max(1, len(values) // 5)
     return float(values[:count].mean()), float(values[-count:].mean())
 
 
 def summary(history: History) -> str:
-    """The closing table: EM before and after by hops, gain by turn, time by stage."""
+    """Format the closing table: EM before and after by hops, gain by turn, time by stage."""
     return "\n".join([*evaluation_lines(history), *gain_lines(history), *time_lines(history)])
 
 
 def evaluation_lines(history: History) -> list[str]:
-    """EM of the first and the last evaluation, all questions and by hops."""
+    """Return EM of the first and the last evaluation, for all questions and by hops."""
     lines = []
     steps, _ = history.series("evaluation/em")
     if len(steps):
@@ -251,7 +251,7 @@ def evaluation_lines(history: History) -> list[str]:
 
 
 def gain_lines(history: History) -> list[str]:
-    """Mean gain by turn index at both ends of the run, and the share of positive ones at its end."""
+    """Return the mean gain by turn index at both ends of the run, and the final share of positive gains."""
     lines = []
     gains = history.numbered(r"gain/turn_(\d+)_mean")
     if gains:
@@ -267,14 +267,14 @@ def gain_lines(history: History) -> list[str]:
 
 
 def spread_columns(history: History, stage: str) -> str:
-    """Mean seconds of the rank that was fastest in `stage`, and of the slowest; they may be others in each step."""
+    """Return mean seconds of the fastest and of the slowest rank in `stage`, which may differ between steps."""
     metric = "step" if stage == "whole step" else stage
     fastest, slowest = (history.series(f"time/{metric}_{end}_s")[1] for end in ("min", "max"))
     return f"   {fastest.mean():>12.2f}   {slowest.mean():>12.2f}" if len(fastest) else ""
 
 
 def time_lines(history: History) -> list[str]:
-    """Mean seconds of each stage of a step on rank 0, and on the rank that was fastest and slowest in it."""
+    """Return mean seconds of each stage on rank 0, on its fastest and on its slowest rank."""
     lines = []
     steps = history.series("time/step_s")[1]
     stages = history.stages() | {"whole step": steps}

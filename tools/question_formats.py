@@ -1,16 +1,16 @@
-"""Question sets in the formats they are published in, read item by item.
+"""Read question sets in their published formats, item by item.
 
 hotpotqa    hotpot_*_v1*.json                         a JSON list; yes/no answers; hops from the number of titles
 2wiki       {train,dev}.json, with id_aliases.json    a JSON list; aliases by the answer's Wikidata id
 musique     musique_{ans,full}_v1.0_*.jsonl           JSONL; aliases; unanswerable items in `full`
 bamboogle   *.csv                                     columns Question, Answer
 nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items. The
-            development file of that name is in the format before simplification, which is read too
+            development file of that name is not simplified, and is supported too
 triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
 popqa       *.tsv                                     possible_answers is a JSON list inside a column
-jsonl       any JSONL or Parquet with what data.train takes: `question` and `answers`, or search agents' training sets
+jsonl       any JSONL or Parquet for data.train: `question` and `answers`, or search agents' training sets
 
-All but Parquet may be packed by gzip, bzip2, xz or zstd. JSONL and tables are read line by line, packed or not.
+All but Parquet may be compressed by gzip, bzip2, xz or zstd. JSONL and tables are read line by line in any case.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ class Item:
     """File and line or item, for error messages."""
     question: str
     answers: list[str] = field(default_factory=list)
-    """Gold answer first, then its aliases; empty where the set gives none."""
+    """Gold answer first, then its aliases; empty if the set gives none."""
     id: str | None = None
     """None: the set has no ids."""
     hops: int = 0
     source: str = ""
     """The set that an item of a joined set is from."""
     left_out: str = ""
-    """Why it makes no question; empty: it does."""
+    """Why the item makes no question; empty if it does."""
 
 
 def read_items(name: str, path: Path, *, aliases: Path | None = None) -> Iterator[Item]:
-    """The items of the set `name` in the file `path`, in file order.
+    """Yield the items of the set `name` in the file `path`, in file order.
 
     Args:
-        aliases: 2WikiMultihopQA's id_aliases.json; of the other sets none.
+        aliases: 2WikiMultihopQA's id_aliases.json; None for the other sets.
 
     Raises:
-        ConfigError: one line; unreadable file, another format, a broken item (with its line or number).
+        ConfigError: one line; unreadable file, another format, or a malformed item (with its line or number).
     """
     if aliases is not None and name != "2wiki":
         raise ConfigError(f"--aliases is {str(aliases)!r}; allowed: with 2wiki only")
@@ -96,7 +96,7 @@ def _read_2wiki(path: Path, aliases: Path | None) -> Iterator[Item]:
 
 
 def _load_aliases(path: Path) -> dict[str, list[str]]:
-    """Names and demonyms by Wikidata id, from id_aliases.json (one object a line)."""
+    """Return names and demonyms by Wikidata id, from id_aliases.json (one object per line)."""
     known: dict[str, list[str]] = {}
     for where, record in read_json_lines(path, key="--aliases"):
         names = [*(record.get("aliases") or ()), *(record.get("demonyms") or ())]
@@ -140,7 +140,7 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Natural Questions with its document, simplified or not: short answers are spans of the document's tokens."""
+    """Parse Natural Questions with document, simplified or not: short answers are spans of the document's tokens."""
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:
@@ -159,7 +159,7 @@ def _annotated_nq(where: str, record: dict) -> Item:
 
 
 def _nq_tokens(where: str, record: dict) -> list[str]:
-    """The document's tokens, HTML tags as empty texts where the format tells them apart.
+    """Return the document's tokens, with HTML tags as empty texts if the format marks them.
 
     Simplified: `document_text`, separated by spaces. Not simplified: `document_tokens`, a list of objects.
     """
@@ -234,7 +234,7 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 
 def _json_items(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """The records of one JSON document: a list, or TriviaQA's {"Data": list}."""
+    """Yield the records of one JSON document: a list, or TriviaQA's {"Data": list}."""
     with open_unpacked(path, key=IN) as stream:
         text = decode(stream.read(), str(path))
     try:
@@ -287,7 +287,7 @@ def _text(record: dict, name: str, where: str) -> str:
 
 
 def _texts(value: Any, where: str, name: str) -> list[str]:
-    """One text, number or truth value, or a list of them, as the non-empty ones, each once, as `gold_text`."""
+    """Normalise one text, number or truth value, or a list of them, to non-empty, unique `gold_text`s."""
     values = value if isinstance(value, list) else [value]
     texts: list[str] = []
     for entry in values:

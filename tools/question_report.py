@@ -1,4 +1,4 @@
-"""Is a question set what it should be: counts, doubles, lengths, overlap with another set."""
+"""Describe a question set: counts, duplicates, lengths, overlap with another set."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PERCENTILES = (0, 5, 50, 95, 100)
 def describe_questions(
     questions: Sequence[Question], left_out: Counter[str], others: Sequence[Question] | None
 ) -> dict:
-    """Plain values for a JSON report.
+    """Return plain values for a JSON report.
 
     Args:
         questions: the set as written.
-        left_out: items of the source that make no question, by reason.
-        others: the set whose overlap is to be known, such as the training set; None: not asked.
+        left_out: number of the source's items that make no question, by reason.
+        others: a set to compare for overlap, such as the training set; None: no comparison.
     """
     texts = Counter(normalize_answer(question.question) for question in questions)
     first_golds = [normalize_answer(question.answers[0]) for question in questions]
@@ -30,7 +30,7 @@ def describe_questions(
         "left_out": dict(sorted(left_out.items())),
         "repeated_questions": sum(count - 1 for count in texts.values()),
         "yes_no_answers": sum(gold in ("yes", "no") for gold in first_golds),
-        # "The The" or "?" would normalise to nothing: only the very same text is right.
+        # "The The" or "?" would normalise to nothing, so only exactly the same text is right.
         "answers_empty_when_normalized": sum(
             any(map(is_kept_as_written, question.answers)) for question in questions
         ),

@@ -1,17 +1,17 @@
-"""Retrieval server over one corpus, Search-R1's wire format.
+"""Serve retrieval over one corpus, in Search-R1's wire format.
 
     python tools/retrieval_server.py --corpus FILE [--index bm25|FOLDER] [--host 127.0.0.1] [--port 8000]
         [--threads N] [--gpu] [--url-file FILE]
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
-POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} answers {"result": [[{"document":
+POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} returns {"result": [[{"document":
 {"id", "contents"}, "score": x}, ...], ...]}, or with return_scores false (the default, as in Search-R1) the
-documents themselves. GET /health answers {"status": "ok", "passages": n, "index": kind} once the index is there, GET
-/metrics counts for Prometheus, GET /docs describes the interface. FOLDER is an index made by tools/build_index.py,
-BM25 or dense; bm25 builds one in memory. --shards asks other servers, each with a part of the corpus, and merges.
-Anyone who reaches the port can search the corpus: it listens on this machine only unless --host says otherwise, and
-asks for a bearer token where --token-file or A2TGPO_SEARCH_TOKEN gives one. SIGTERM lets requests under way end;
-SIGUSR1 too, with exit code 75: to be started again. --url-file tells clients where the server is (search.url_file).
+documents themselves. GET /health returns {"status": "ok", "passages": n, "index": kind} once the index is loaded, GET
+/metrics counts for Prometheus, GET /docs the description of the interface. FOLDER is an index made by
+tools/build_index.py, BM25 or dense; bm25 builds one in memory. --shards queries other servers, each with a part of
+the corpus, and merges. Anyone who reaches the port can search the corpus: the default --host listens on this machine
+only, and --token-file or A2TGPO_SEARCH_TOKEN makes a bearer token required. SIGTERM finishes pending requests, then
+ends; SIGUSR1 too, with exit code 75: to be started again. --url-file publishes the address (search.url_file).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from a2tgpo.search.token import read_token
 from a2tgpo.stop_signal import EXIT_CODE
 
 LISTEN_BACKLOG = 4096
-"""Connections that wait to be accepted: a burst of clients must not be turned away."""
+"""Most connections that wait to be accepted, so that a burst of clients is not refused."""
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
-"""Requests under way get so long to end, seconds."""
+"""Time for pending requests to finish, seconds."""
 
 
 def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:
-    """What is to be searched, and its number of passages.
+    """Return the index to search, and its number of passages.
 
     Raises:
         ConfigError: one line; bad corpus or index, or a shard that does not answer.
@@ -73,12 +73,12 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
 
 
 def health_url(url: str) -> httpx.URL:
-    """Where the server that answers searches at `url` tells its health: the last part of the path is replaced."""
+    """Return the health address of the server that searches at `url`: the last part of the path is replaced."""
     return httpx.URL(url.rstrip("/")).join("health")
 
 
 def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
-    """The servers at `urls`, all of which must answer; and the sum of their passages."""
+    """Connect to the servers at `urls`, all of which must answer; return them with the sum of their passages."""
     num_passages = 0
     for url in urls:
         try:
@@ -182,17 +182,17 @@ def main() -> int:
         index,
         num_passages=num_passages,
         default_top_k=options.top_k,
-        # An encoder and FAISS use all threads for one batch; a shard's answer is waited for.
+        # An encoder and FAISS use all threads for one batch; threads for shards mostly wait.
         num_threads={"dense": 1, "shards": 16}.get(index.kind, options.threads),
         token=token,
         max_requests_per_s=options.max_requests_per_s,
     )
-    bound.listen(LISTEN_BACKLOG)  # before it is said: who connects from now on is answered
+    bound.listen(LISTEN_BACKLOG)  # before the address is published, so that every client is answered
     url = address_of(bound)
     if options.url_file:
         write_address(options.url_file, url)
     print(f"{num_passages} passages, listening on {url}", flush=True)
-    # uvicorn raises the signal that ended it once more when it is done: a clean end is no failure.
+    # uvicorn raises the signal that ended it again when it is done; a clean end is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(
@@ -216,7 +216,7 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Where clients find a server that listens on `bound`: by the machine's name if it listens on all addresses."""
+    """Return the clients' address of `bound`, with the machine's name if it listens on all addresses."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = platform.node()

@@ -1,6 +1,6 @@
-"""A run's rollouts as one self-contained page: group view, turns, gains, tokens coloured by log-prob.
+"""Write a run's rollouts as one self-contained page: group view, turns, gains, tokens coloured by log-prob.
 
-The records lie in the page as gzip in base64; the page itself is rollouts_page.html, which shows text as text only.
+The records are in the page as gzip in base64; rollouts_page.html is the page itself and never renders text as HTML.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from a2tgpo.atomic_file import write_text
 
 MAX_TRAJECTORIES = 4096
-"""Of one page: more steps than that holds are thinned out evenly."""
+"""Most trajectories of one page; if there are more, steps are left out at equal distances."""
 TEMPLATE = Path(__file__).with_name("rollouts_page.html")
 PLACE = "@DATA@"
 MAX_BYTES = 4
-"""Of a character: as many tokens without one hold none."""
+"""Bytes of a character: no more tokens than this are without a complete one."""
 
 _SPECIAL = re.compile(r"<[|｜][^|｜>]{1,40}[|｜]>")
 _ROLE = re.compile(r"^(?:system|user|assistant)(?=\s|$)")
@@ -28,7 +28,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
-    """Steps that the page shows, the first and the last among them, given the trajectories of each."""
+    """Return the steps to show, including first and last, given the number of trajectories of each."""
     steps = sorted(sizes)
     room = max(2, MAX_TRAJECTORIES // max(1, max(sizes.values())))
     if len(steps) <= room:
@@ -37,12 +37,12 @@ def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
 
 
 def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode: Decode | None) -> None:
-    """Write the page, complete or not at all.
+    """Write the page atomically.
 
     Args:
         name: of the run.
         steps: recorded rollouts by step.
-        decode: token ids to text, for colours token by token; None: the turns' texts without.
+        decode: converts token ids to text, for colours per token; None: only the turns' texts.
     """
     content = {
         "name": name,
@@ -57,7 +57,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
 
 
 def _slim(record: dict, decode: Decode | None) -> dict:
-    """What the page shows of a record."""
+    """Return the parts of a record that the page shows."""
     kept = (
         "prompt_index prompt_id sample_index hops outcome_reward exact_match format_ok stop_reason "
         "baseline_prob prompt_text"
@@ -79,7 +79,7 @@ def _slim_turn(turn: dict, decode: Decode | None) -> dict:
 
 
 def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> list[tuple[str, float]]:
-    """(text, log-prob) token by token; tokens that only together make a character are one piece, with their sum."""
+    """Return (text, log-prob) per token; tokens that form one character together are one piece, with their sum."""
     found: list[tuple[str, float]] = []
     pending: list[int] = []
     logprob = 0.0
@@ -96,7 +96,7 @@ def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> 
 
 
 def _question(prompt_text: str) -> str:
-    """What stands last in a rendered prompt besides special tokens and roles: the question."""
+    """Return the question: the end of a rendered prompt without special tokens and roles."""
     parts = [part.strip() for part in _SPECIAL.split(prompt_text)]
     worded = [_ROLE.sub("", part).strip() for part in parts]
     return next((part for part in reversed(worded) if part), "")[-300:]

@@ -1,11 +1,11 @@
-"""Good rollouts of a run as demonstrations for a warm start: rejection sampling.
+"""Turn good rollouts of a run into demonstrations for a warm start: rejection sampling.
 
     python tools/rollouts_to_demonstrations.py RUN --out FILE [--steps FIRST-LAST] [--per-question 2]
         [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
 
-RUN is a run's folder (runs/NAME). Taken are rollouts that ended with an answer which matches exactly, in the right
-format and without a failed call; of each question the best ones, by reward, then fewest calls, then fewest tokens.
-FILE is what `warmstart.demonstrations` takes (docs/warmstart.md).
+RUN is a run's folder (runs/NAME). By default, rollouts are accepted if they ended with an exactly matching answer in
+the right format and without a failed call; of each question the best ones, by reward, then fewest calls, then fewest
+tokens. FILE is for `warmstart.demonstrations` (docs/warmstart.md).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def steps_of(text: str) -> tuple[int, int | None]:
-    """The first and the last step that --steps names."""
+    """Return the first and the last step of --steps."""
     if not text:
         return 0, None
     match = re.fullmatch(r"(\d+)(-(\d*))?", text)
@@ -104,7 +104,7 @@ def steps_of(text: str) -> tuple[int, int | None]:
 
 
 def questions_of(run: Path) -> str:
-    """The run's data.train."""
+    """Return the run's data.train."""
     path = run / "config.yaml"
     try:
         return expand(

@@ -1,4 +1,4 @@
-"""Whether two runs computed the same, to the bit: metrics, rollouts, checkpoints."""
+"""Compare two runs to the bit: metrics, rollouts, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ NOT_COMPARED = (
     "memory/",
     "refit/",
 )
-"""Metrics of the clock, of failures, and of what an engine held before: a new one always gets all weights."""
+"""Metrics that depend on the clock, on failures, or on an engine's earlier weights: a new engine always gets all."""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
-    """The metrics of each step that a second run with the same settings must reproduce.
+    """Return the metrics of each step that a second run with the same settings must reproduce.
 
     Raises:
-        ConfigError: one line, if the run has none.
+        ConfigError: one line; the run has none.
     """
     try:
         records = read_metrics(run / METRICS_FILE)
@@ -41,10 +41,10 @@ def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What differs between two runs in the steps that both have recorded, a line each; empty if nothing does.
+    """Return the differences between two runs, one per line, in the steps that both recorded; empty if none.
 
     Raises:
-        ConfigError: one line, if a run has no metrics, or they have no step in common.
+        ConfigError: one line; a run has no metrics, or they have no step in common.
     """
     ours, theirs = comparable_metrics(first), comparable_metrics(second)
     steps = sorted(ours.keys() & theirs.keys())
@@ -60,8 +60,8 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
-    """Rollouts and the tensors of checkpoints that both runs have of `steps` and that are not equal byte by byte."""
-    # With Megatron, which takes seconds to import.
+    """Return rollouts and checkpoints' tensor files of `steps` that both runs have and whose bytes differ."""
+    # Imports Megatron, which takes seconds.
     from a2tgpo.update.checkpoint import MARKER, has_weights_only
 
     ours, theirs = recorded_steps(first), recorded_steps(second)
@@ -80,7 +80,7 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
 
 
 def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
-    """Whether two recordings of a step are equal: byte by byte, or record by record if they are divided otherwise."""
+    """Compare two recordings of a step by bytes, or by records if the files are divided differently."""
     if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
         return True
     return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(
@@ -89,7 +89,7 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
 
 
 def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
-    """Size and checksum of a checkpoint's tensor files, by name; of the weights' alone, or of all."""
+    """Return size and checksum of a checkpoint's tensor files, by name; only of weights if `of_weights`."""
     from a2tgpo.update.checkpoint import is_of_weights
 
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]

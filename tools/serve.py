@@ -3,11 +3,11 @@
     python tools/serve.py --model FOLDER [--host 127.0.0.1] [--port 8100] [--queue 256] [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
 
-FOLDER is written by `tools/convert.py megatron-to-hf`; its agent.json says how the agent is played. POST
-/v1/chat/completions takes one user message and answers with what stands in the agent's box; `agent` beside it holds
-turns, calls and results. It listens on this machine only unless --host says otherwise, and asks for a bearer token
-where --token-file gives one. Ranks share out the model, and questions where there are several engines. SIGTERM lets
-the questions that are played end.
+FOLDER is written by `tools/convert.py megatron-to-hf`; its agent.json says how to play the agent. POST
+/v1/chat/completions takes one user message and returns the content of the agent's box; the field `agent` has turns,
+calls and results. The default --host listens on this machine only; --token-file makes a bearer token required. Ranks
+divide the model, and the questions if there are several engine replicas. SIGTERM finishes the questions being played,
+then ends.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from a2tgpo.serve.inbox import Inbox, Order, Played
 
 LOOK_S = 0.5
-"""Between two looks whether the server is to end."""
+"""Interval of checks whether the server must end."""
 KEEP_ALIVE_S = 60.0
-"""Other ranks hear from rank 0 at least as often, or their wait for it would run into parallel.timeout_s."""
+"""Longest time between messages from rank 0, so that the other ranks' wait does not reach parallel.timeout_s."""
 GRACE_S = 30.0
-"""Answers get so long to reach their clients once the server ends."""
+"""Time for answers to reach their clients once the server ends."""
 
 
 def main() -> int:
@@ -73,14 +73,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Play what is asked until SIGTERM or Ctrl-C; every rank calls this, rank 0 listens."""
+    """Play requests until SIGTERM or Ctrl-C; every rank must call this, and rank 0 listens."""
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.player import load_saved, open_player
     from a2tgpo.search.bound_socket import bind
     from a2tgpo.serve.agent_file import AGENT_FILE
 
     file = args.config or args.model / AGENT_FILE
-    # A client is told that a search failed, rather than left to wait for the server.
+    # Report a failed search to the client instead of making it wait for the search server.
     given = [f"model.path={escape(str(args.model))}", "search.on_outage=continue", *args.overrides]
     config, model = load_saved(file, given, args.model, key="--model")
     require(model.is_hf, "--model", str(args.model), "a folder written by tools/convert.py megatron-to-hf")
@@ -101,7 +101,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: threading.Event) -> None:
-    """Rank 0: listen in a thread, and play with all ranks what was asked in the meantime."""
+    """Listen in a thread on rank 0, and play each batch of requests with all ranks."""
     import uvicorn
 
     from a2tgpo.data.template import PromptTemplate
@@ -114,7 +114,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
     template = PromptTemplate(
         load_tokenizer(
             config.model.path
-        ),  # of its own: requests come in other threads than the one that plays
+        ),  # separate, because requests come in other threads than the one that plays
         config.data.instructions,
         kwargs=config.data.chat_template_kwargs,
         date=player.template.date,
@@ -139,11 +139,11 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
         inbox.close()
         server.should_exit = True
         thread.join(GRACE_S)
-    exchange(None)  # the other ranks end
+    exchange(None)  # ends the other ranks
 
 
 def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
-    """Play batch after batch until `stopping`; what waits then is refused by the inbox."""
+    """Play batch after batch until `stopping`; the inbox then refuses the waiting requests."""
     from a2tgpo.serve.inbox import InboxClosedError
 
     most = player.config.rollout.max_concurrent * player.replicas.count
@@ -164,7 +164,7 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
 
 
 def exchange(orders: list[Order] | None) -> list[Order] | None:
-    """Rank 0's `orders`, on all ranks; None: the end. Every rank calls this."""
+    """Return rank 0's `orders` on all ranks; None: the end. Every rank must call this."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import broadcast_object
@@ -176,7 +176,7 @@ def exchange(orders: list[Order] | None) -> list[Order] | None:
 
 
 def play(player: Player, orders: list[Order]) -> list[Played]:
-    """What comes of `orders`, which are all greedy or all drawn, in their order; every rank calls this."""
+    """Play `orders`, all greedy or all drawn; return their results in order. Every rank must call this."""
     import torch.distributed as dist
 
     from a2tgpo.parallel.collectives import all_gather_object

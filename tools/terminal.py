@@ -1,4 +1,4 @@
-"""Text for a terminal: colours where they are wanted, nothing that could change its state."""
+"""Text for a terminal: optional colours, and no characters that could change its state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import unicodedata
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
-# Parts of words in Persian, Indic scripts and emoji, though Python does not count them as printable.
+# These occur within words in Persian, Indic scripts and emoji, but Python considers them unprintable.
 _JOINERS = "\u200c\u200d"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
 class Painter:
-    """Colours, or none."""
+    """Adds colours if enabled."""
 
     def __init__(self, colored: bool):
         self._colored = colored
@@ -24,22 +24,22 @@ class Painter:
         return f"\033[{_STYLES[style]}m{text}\033[0m" if self._colored else text
 
     def tags(self, text: str) -> str:
-        """`text` with its tags in colour."""
+        """Colour the tags in `text`."""
         return _TAG.sub(lambda tag: self(tag.group(), "cyan"), text)
 
 
 def painter_for(stream: TextIO) -> Painter:
-    """Colours if `stream` is a terminal whose user has not refused them (NO_COLOR)."""
+    """Return a painter with colours if `stream` is a terminal and NO_COLOR is not set."""
     return Painter(stream.isatty() and "NO_COLOR" not in os.environ)
 
 
 def end_with_reader() -> None:
-    """Have this process end without a word, as other programs do, when what reads its output (`| head`) has."""
+    """End this process silently, like other programs, when the reader of its output (`| head`) ends."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def indented(text: str) -> str:
-    """`text` set in, with control characters, which a model may well write, made visible."""
+    """Indent `text`, and make control characters, which a model may write, visible."""
     clean = "".join(
         c if c in "\n\t" or c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs" else "\ufffd"
         for c in text

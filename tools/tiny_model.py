@@ -1,4 +1,4 @@
-"""A tiny Qwen3 model with a tokenizer of its own, small enough to be trained on two CPU cores in minutes."""
+"""A tiny Qwen3 model with its own tokenizer, small enough to train on two CPU cores in minutes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TAGS = (
     "Doc 1 (Title: ",
     ") ",
 )
-"""One token each: the protocol should cost a small model no attention."""
-# A space stands apart from the capital after it, so that a name is written with the same tokens wherever it is.
+"""One token each, so that a small model spends no attention on the protocol."""
+# A space is separate from a following capital, so that a name has the same tokens everywhere.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
 ROPE_THETA = 10_000.0
@@ -38,7 +38,7 @@ EMBEDDING_STD = 0.06
 
 
 def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `VOCAB_SIZE` ids, learned from `texts`: names fall into shared pieces."""
+    """Learn byte-level BPE of at most `VOCAB_SIZE` ids from `texts`; names are split into shared pieces."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +68,7 @@ def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
-    """A third of a million parameters in two layers, random but for the circuit of `place_induction_heads`."""
+    """Build two layers with a third of a million parameters, random except for `place_induction_heads`."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -96,12 +96,12 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
 
 
 def place_induction_heads(model: PreTrainedModel) -> None:
-    """Start the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
+    """Initialise the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
 
-    Layer 0 looks at the token before; layer 1 looks for places that stand after an earlier occurrence of the
-    current token, and copies the token found there. Trained from purely random weights, a model of this size takes
-    well over ten times as long to find this, and until then no name it copies comes out right. Everything stays
-    trainable. Call without gradients.
+    Layer 0 attends to the previous token; layer 1 attends to positions after an earlier occurrence of the current
+    token, and copies the token there. From purely random weights, a model of this size takes well over ten times as
+    long to learn this, and until then copies no name correctly. All parameters stay trainable. Call without
+    gradients.
     """
     import torch
 
@@ -109,17 +109,17 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     frequency = ROPE_THETA ** (-torch.arange(size // 2) / (size // 2))
 
-    # The other heads and the MLPs start quiet, or their noise would drown the two.
+    # The other heads and the MLPs start small; otherwise their noise would drown out these two heads.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.1
         layer.mlp.down_proj.weight *= 0.1
-    # A constant coordinate in every embedding gives queries and keys a part that depends on position alone. (The
-    # tied output adds it to all logits alike.)
+    # A constant coordinate in every embedding gives queries and keys a part that depends only on position. (The tied
+    # output adds it equally to all logits.)
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0.0, EMBEDDING_STD)
     embedding[:, 0] = 6 * EMBEDDING_STD
 
-    # The fast rotations, with the query turned back by one position: its best match is the key one place before.
+    # The fast rotations, with the query turned back by one position, match best with the previous key.
     fast = torch.zeros(size)
     fast[:5] = 1.0
     back = torch.cat([torch.cos(frequency) * fast[: size // 2], -torch.sin(frequency) * fast[: size // 2]])
@@ -127,11 +127,11 @@ def place_induction_heads(model: PreTrainedModel) -> None:
         projection.weight[:size] *= 0.1
         projection.weight[:size, 0] = 0.5 * constant
 
-    # Three orthogonal subspaces of a token's content: what layer 0 hands on, where it puts that, what is copied.
+    # Three orthogonal subspaces of a token's content: what layer 0 reads, where it writes that, and what is copied.
     basis = torch.zeros(width, width)
     basis[1:, 1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
-    read, write, copied = basis[1:].split(size)[:3]  # [size, width] each; the constant coordinate is in none
-    # The slow rotations hardly turn over a few hundred positions: there, content is compared with content.
+    read, write, copied = basis[1:].split(size)[:3]  # [size, width] each, without the constant coordinate
+    # The slow rotations hardly turn over a few hundred positions, so they compare content with content.
     slow = (frequency < 0.006).nonzero()[:, 0]
     slow = torch.cat([slow, slow + size // 2])
     compare = torch.linalg.qr(torch.randn(size, len(slow)))[0].T
@@ -148,10 +148,10 @@ def place_induction_heads(model: PreTrainedModel) -> None:
 
 
 def texts_of(data: Path) -> Iterator[str]:
-    """Training texts of a prepared data set: questions, and what policy and tool write.
+    """Yield the training texts of a prepared data set: questions, and the texts of policy and tool.
 
     Raises:
-        ConfigError: one line; the demonstrations are missing, malformed or none.
+        ConfigError: one line; the demonstrations are missing, malformed or empty.
     """
     from a2tgpo.data.demonstrations import load_demonstrations
 

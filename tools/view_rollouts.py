@@ -3,11 +3,10 @@
     python tools/view_rollouts.py RUN [--step N] [--prompt ID] [--limit 5] [--order index|reward|gain]
     python tools/view_rollouts.py RUN --html FILE [--step N] [--prompt ID]
 
-RUN is a run's folder (runs/NAME). Shown for every trajectory: reward, exact match, format, why it stopped, the
-gold answer's probability given the prompt alone; and for every turn what the policy wrote, what the search
-answered, its gain, advantage and clip scale, and its ratio when it was trained on. The page needs nothing but
-itself: choose step, question and right or wrong answers, see a question's siblings turn by turn, and each token
-coloured by its log-prob.
+RUN is a run's folder (runs/NAME). Shows for every trajectory: reward, exact match, format, stop reason, and the gold
+answer's probability given the prompt alone; for every turn: the policy's text, the observation, its gain, advantage
+and clip scale, and its ratio if it was trained on. The page is self-contained: choose step, question and right or
+wrong answers, see a question's group turn by turn, and each token coloured by its log-prob.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _SHOWN_OF_TURN = {
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
-    """One trajectory (a line of the recorded rollouts) as text."""
+    """Format one trajectory (a line of the recorded rollouts)."""
     reward = record["outcome_reward"]
     head = [
         f"{record['prompt_id']} #{record['sample_index']}",
@@ -69,7 +68,7 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
             "" if turn["answer_prob"] is None else f" to P {turn['answer_prob']:.4f}"
         )
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
-    # One that was not finite is null; rollouts of older versions have no ratio.
+    # A value that was not finite is null; rollouts of older versions have no ratio.
     weights = {"advantage": "+.3f", "clip_scale": ".3f", "ratio": ".5f"}
     shown_weights = [
         f"{name.replace('_', ' ')} {turn[name]:{digits}}"
@@ -85,7 +84,7 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
 
 
 def read_records(files: Sequence[Path]) -> list[dict]:
-    """The trajectories in the files of one step; ConfigError (one line) if one cannot be read or is damaged."""
+    """Return the trajectories in a step's files; ConfigError (one line) if one cannot be read or is damaged."""
     try:
         return read_step(files)
     except OSError as error:
@@ -95,7 +94,7 @@ def read_records(files: Sequence[Path]) -> list[dict]:
 
 
 def _is_trajectory(record: object) -> bool:
-    """Whether `record` has all that is shown of one."""
+    """Return whether `record` has all fields that are shown."""
     if not isinstance(record, dict) or not record.keys() >= _SHOWN or not isinstance(record["turns"], list):
         return False
     return all(
@@ -107,7 +106,7 @@ def _is_trajectory(record: object) -> bool:
 
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:
-    """(step, its trajectories in order); the newest step unless one is named. ConfigError if there are none."""
+    """Return (step, its trajectories in order), by default of the newest step; ConfigError if there are none."""
     files = rollout_files(run_dir)
     if step is None:
         step = max(files)
@@ -124,7 +123,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
 
 
 def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
-    """The files of rollouts by step, ascending; ConfigError if there are none."""
+    """Return the files of rollouts by step, ascending; ConfigError if there are none."""
     files = recorded_steps(run_dir)
     if not files:
         raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")
@@ -132,7 +131,7 @@ def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:
-    """Write the page of one step or, where none is named, of all that it holds; returns what to say."""
+    """Write the page of one step or, if None, of all steps that fit; return the line to print."""
     if step is not None:
         steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
     else:
@@ -149,7 +148,7 @@ def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> s
 
 
 def decoder(run_dir: Path) -> Decode | None:
-    """Token ids to text by the run's tokenizer; None, with a warning, where that is not there any more."""
+    """Return a decoder by the run's tokenizer; None, with a warning, if the tokenizer no longer exists."""
     import yaml
 
     try:
@@ -206,7 +205,7 @@ def main() -> int:
             print(render_trajectory(record, paint, with_prompt=record["prompt_id"] != shown_prompt))
             shown_prompt = record["prompt_id"]
         print(paint(f"step {step}: {len(shown)} of {len(records)} trajectories shown", "dim"), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; Python would complain when it closes the pipe
+    except BrokenPipeError:  # `| head` has ended; Python would complain when it closes the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

@@ -1,4 +1,4 @@
-"""The worldqa data set: questions of 1, 2 and 3 hops about countries and cities, corpus and demonstrations."""
+"""Build the worldqa data set: questions of 1, 2 and 3 hops about countries and cities, corpus and demonstrations."""
 
 import argparse
 import functools
@@ -18,11 +18,12 @@ from tools.worldqa_facts import load_world
 from tools.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Share of good demonstrations with 1, 2 and 3 hops: so few that the most probable course is often a bad habit."""
+"""Share of good demonstrations with 1, 2 and 3 hops; so few that the model's most probable course is often a bad
+habit."""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
-    """Write the data set to `args.out`; returns the report."""
+    """Write the data set to `args.out`; return the report."""
     world = load_world()
     corpus = build_corpus(world)
     index = Bm25Index(corpus)
@@ -36,7 +37,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         return SEARCH_CALLS.format_result(passages or [NOTHING_FOUND])
 
     def answerable(hop: Hop) -> bool:
-        """Its passage is the first hit, so that every top_k shows it."""
+        """Return whether its passage is the first hit, so that every top_k shows it."""
         return search(hop.query)[0].id == hop.passage_id
 
     splits = {}
@@ -77,7 +78,7 @@ def unique(questions: Iterable[Question]) -> list[Question]:
 
 
 def interleave(questions: dict[int, list[Question]], seed: int) -> list[Question]:
-    """All questions, mixed so that the first N hold every number of hops about equally."""
+    """Mix all questions so that the first N hold every number of hops about equally."""
     placed = []
     for hops, pool in sorted(questions.items()):
         order = random.Random(f"order-{hops}-{seed}").sample(pool, len(pool))
@@ -91,7 +92,7 @@ def describe(
     test: Sequence[Question],
     demonstrations: Sequence[dict],
 ) -> dict:
-    """Counts that show whether the data set is as meant."""
+    """Return counts that show whether the data set is as intended."""
     subjects = {
         name: {code for question in questions for code in question.entities}
         for name, questions in (("train", train), ("test", test))

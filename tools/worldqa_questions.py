@@ -1,7 +1,7 @@
 """The worldqa corpus and its questions, from the facts of `worldqa_facts`.
 
-Every question is a chain of hops. Each hop is one fact, stated by one passage; the subject of a hop is the
-answer of the hop before, so that the searches must be made one after another.
+Every question is a chain of hops. Each hop is one fact in one passage; the subject of a hop is the answer of the
+previous hop, so that the searches must follow one another.
 """
 
 import random
@@ -12,7 +12,7 @@ from a2tgpo.search.passage import Passage
 from tools.worldqa_facts import City, Country, Name
 
 TEST_SHARE = 0.3
-"""Share of the countries (with their cities) that only test questions are about."""
+"""Share of the countries (with their cities) that occur only in test questions."""
 
 PHRASES = {
     "country": "the country in which {} lies",
@@ -85,7 +85,7 @@ class Hop:
 class Question:
     hops: tuple[Hop, ...]
     entities: tuple[str, ...]
-    """Codes of the countries that the chain touches, the answer's included."""
+    """Codes of the chain's countries, including the answer's."""
 
     @property
     def id(self) -> str:
@@ -108,7 +108,7 @@ class Question:
 
 
 def rounded(number: int) -> str:
-    """A count as one says it: 66987244 -> "67 million", 520774 -> "521 thousand"."""
+    """Round a count as people say it: 66987244 -> "67 million", 520774 -> "521 thousand"."""
     if number >= 10_000_000:
         return f"{round(number / 1e6)} million"
     if number >= 1_000_000:
@@ -117,7 +117,7 @@ def rounded(number: int) -> str:
 
 
 def build_corpus(world: dict[str, Country]) -> list[Passage]:
-    """Up to six short passages a country, and three a city; passages of one subject share their title."""
+    """Write up to six short passages per country and three per city; passages of one subject share their title."""
     passages = []
     for country in world.values():
         passages += _country_passages(country, world)
@@ -173,7 +173,7 @@ def city_passage_id(city: City) -> str:
 
 
 def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set[str]]:
-    """Countries for training and countries for test; disjoint, together all."""
+    """Divide the countries into disjoint sets for training and for test."""
     codes = sorted(world)
     random.Random(f"split-{seed}").shuffle(codes)
     num_test = round(TEST_SHARE * len(codes))
@@ -183,7 +183,7 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Every chain whose countries all lie in `codes` and whose hops are all `answerable`, by number of hops."""
+    """Return all chains with countries in `codes` and only `answerable` hops, by number of hops."""
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
@@ -203,7 +203,7 @@ def build_questions(
 
 
 def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str, ...]) -> Question | None:
-    """The question that `chain` asks about `subject`; None where a fact is missing or the chain turns back."""
+    """Return the question of `chain` about `subject`; None if a fact is missing or the chain turns back."""
     hops, codes, seen = [], [], {subject.name.text}
     at: Country | City | None = subject
     for relation in chain:
@@ -227,7 +227,7 @@ def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str
 def _step(
     world: dict[str, Country], at: Country | City, relation: str
 ) -> tuple[Name, str, Country | City | None] | None:
-    """Answer of one hop, the passage that states it, and the entity it leads to, if it is one."""
+    """Return a hop's answer, the passage that states it, and the entity that it leads to, if any."""
     if isinstance(at, City):
         if relation == "country":
             return world[at.country_code].name, city_passage_id(at), world[at.country_code]
