@@ -4,7 +4,7 @@ import torch
 
 
 def discounted_suffix_sums(values: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    """D_t = sum_{k >= t} gamma^{k-t} values_k along the last axis; columns past a trajectory's end must be 0.
+    """Return D_t = sum_{k >= t} gamma^{k-t} values_k along the last axis; columns past a trajectory's end must be 0.
 
     Args:
         values: [N, T] float64.
@@ -23,12 +23,12 @@ def discounted_suffix_sums(values: torch.Tensor, *, gamma: float) -> torch.Tenso
 def accumulate_process_turns(
     normalized_gain: torch.Tensor, num_process_turns: torch.Tensor, *, gamma: float, rescale: bool
 ) -> torch.Tensor:
-    """D_{i,t} / sqrt(n_i - t + 1): the sum keeps unit variance whatever its number of terms (Eq. 8).
+    """Return D_{i,t} / sqrt(n_i - t + 1): the sum has unit variance for any number of terms (Eq. 8).
 
     Args:
         normalized_gain: [N, T] float64, 0 in columns past n_i.
         num_process_turns: [N] int64.
-        rescale: False gives the plain discounted sum.
+        rescale: False returns the plain discounted sum.
 
     Returns:
         [N, T] float64, 0 in columns past n_i.
@@ -44,7 +44,7 @@ def accumulate_process_turns(
 def place_turns(
     process_values: torch.Tensor, outcome: torch.Tensor, num_process_turns: torch.Tensor
 ) -> torch.Tensor:
-    """Add the outcome to every turn, and give the final turn (column n_i) the outcome alone.
+    """Add the outcome to every process turn, and assign the final turn (column n_i) the outcome alone.
 
     Args:
         process_values: [N, T]; outcome: [N]; num_process_turns: [N].

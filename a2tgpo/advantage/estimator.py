@@ -11,9 +11,9 @@ from a2tgpo.config.algorithm import METHODS_PACKAGE, AlgorithmConfig
 def compute_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Advantages by the module in `advantage/methods/` that `algorithm.advantage` names.
+    """Compute advantages with the module in `advantage/methods/` that `algorithm.advantage` names.
 
-    Every rank of `dp_group` must call this, also with an empty table.
+    Every rank of `dp_group` must call this, even with an empty table.
     """
     method = importlib.import_module(f"{METHODS_PACKAGE}.{config.advantage}")
     return method.advantages(table, config, dp_group=dp_group)

@@ -1,4 +1,4 @@
-"""Statistics and normalisation inside groups whose members may sit on different ranks."""
+"""Statistics and normalisation within groups whose members may be on different ranks."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum
 
 EPS = 1e-6
-"""Added to the standard deviation (ALGORITHM: eps)."""
+"""Added to the standard deviation (eps)."""
 VARIANCE_FLOOR = 1e-8
 """Added to the population variance before the square root."""
 
@@ -23,19 +23,20 @@ def normalize_groups(
 ) -> torch.Tensor:
     """Z-score each value within its group; statistics are merged over `dp_group`.
 
-    Every rank of `dp_group` must call this, also with no values: two all-reduces of `[2, num_groups]` float64 run
-    over it. Mean and centred second moment are taken in two passes, so the result stays exact when a group's mean
-    is large against its spread, and does not depend on how members are spread over ranks (to rounding in float64).
+    Every rank of `dp_group` must call this, even with no values; it costs two all-reduces of `[2, num_groups]`
+    float64. Mean and centred second moment are computed in two passes, so the result is exact even if a group's mean
+    is large compared with its spread. It does not depend on how members are distributed over ranks (up to rounding in
+    float64).
 
     Args:
         values: [n] float64.
         group_index: [n] int64 in [0, num_groups), equal on all ranks for equal groups.
         num_groups: number of groups over all ranks.
         dp_group: ranks that hold members; None: this rank holds all of them.
-        by_std: divide by the standard deviation, not only subtract the mean.
-        sample_std: n - 1 in the variance and no floor under it (GRPO's convention); otherwise population variance
+        by_std: divide by the standard deviation; False: only subtract the mean.
+        sample_std: divide the variance by n - 1, without floor (GRPO's convention); otherwise population variance
             plus the floor.
-        keep_single: a group of one keeps its value: mean 0, std 1 (GRPO's convention); otherwise it gives 0.
+        keep_single: a group of one keeps its value: mean 0, std 1 (GRPO's convention); otherwise it becomes 0.
 
     Returns:
         [n] float64.
@@ -47,7 +48,7 @@ def normalize_groups(
     count, total = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     mean = total / count.clamp(min=1)
     deviation = values - mean[group_index]
-    # Chan et al.'s correction term: the mean itself carries rounding, its effect on M2 is removed.
+    # Chan et al.'s correction term removes the effect of the mean's rounding on M2.
     moments = torch.stack([deviation * deviation, deviation])
     m2, drift = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     m2 = (m2 - drift * drift / count.clamp(min=1)).clamp(min=0)
@@ -66,7 +67,7 @@ def normalize_groups(
 def group_sums(
     values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Sum of each group's values over all ranks; every rank of `dp_group` must call this, also with no values.
+    """Sum each group's values over all ranks; every rank of `dp_group` must call this, even with no values.
 
     Args:
         values: [k, n] float64: k quantities of n members.
@@ -85,9 +86,9 @@ def group_sums(
 
 
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
-    """Number groups that are known by a key, such as `TurnTable.state`, alike on all ranks.
+    """Number the groups of equal keys, such as `TurnTable.state`, in the same way on all ranks.
 
-    Every rank of `dp_group` must call this, also with no keys: the distinct ones are gathered over it.
+    Every rank of `dp_group` must call this, even with no keys: the distinct keys are gathered over it.
 
     Args:
         keys: [n] int64.

@@ -1,4 +1,4 @@
-"""GRPO's outcome (arXiv 2402.03300): R_i against the other rollouts of its prompt, for methods that start from it."""
+"""GRPO's outcome advantage (arXiv 2402.03300), used by several methods: R_i normalised within its prompt's group."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def grpo_outcome(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """R_i z-scored with the sample standard deviation; the only rollout of a prompt keeps its R_i: [N] float64."""
+    """Return R_i z-scored with the sample standard deviation, [N] float64; a group of one keeps its R_i."""
     return normalize_groups(
         table.outcome,
         table.prompt_index,

@@ -16,13 +16,13 @@ def pooled_advantages(
     outcome_pool: torch.Tensor,
     dp_group: dist.ProcessGroup | None,
 ) -> TurnAdvantages:
-    """A_t = r_t + gamma A_{t+1} through the final turn, r the normalised gains and, last, outcome.
+    """Compute A_t = r_t + gamma A_{t+1} through the final turn, where r is the normalised gain, at last the outcome.
 
-    Every rank of `dp_group` must call this, also with an empty table.
+    Every rank of `dp_group` must call this, even with an empty table.
 
     Args:
-        outcome_pool: [N] int64 in [0, 2 num_prompts): where each outcome is normalised; gains of prompt q are in
-            pool q.
+        outcome_pool: [N] int64 in [0, 2 num_prompts): pool in which each outcome is normalised; gains of prompt q are
+            in pool q.
     """
     rows, columns = table.has_gain.nonzero(as_tuple=True)
     normalized = normalize_groups(

@@ -1,4 +1,4 @@
-"""Normalisation inside turn groups: the same turn of a prompt's rollouts."""
+"""Normalisation within turn groups: the same turn index of one prompt's trajectories."""
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,9 @@ from a2tgpo.advantage.turn_table import TurnTable
 def normalize_turn_groups(
     table: TurnTable, *, by_std: bool, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Z-score every gain within its (prompt, turn_index) bucket (Eq. 6-7): [N, T] float64, 0 where neutral.
+    """Z-score every gain within its turn group (prompt, turn_index) (Eq. 6-7): [N, T] float64, 0 where neutral.
 
-    Every rank of `dp_group` must call this, also with an empty table.
+    Every rank of `dp_group` must call this, even with an empty table.
     """
     present = table.has_gain
     normalized = torch.zeros_like(table.info_gain)

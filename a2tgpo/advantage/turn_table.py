@@ -1,4 +1,4 @@
-"""A rank's trajectories as padded per-turn matrices: what the advantage functions work on."""
+"""A rank's trajectories as padded per-turn matrices, the input of the advantage functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class TurnTable:
     num_process_turns: torch.Tensor
     """[N] int64: n_i."""
     info_gain: torch.Tensor
-    """[N, T] float64: ig_{i,t} in column t-1; 0 where there is none."""
+    """[N, T] float64: ig_{i,t} in column t-1; 0 without a gain."""
     has_gain: torch.Tensor
-    """[N, T] bool: the turn exists and has a gain that counts: not after a failed call, if such a call is neutral."""
+    """[N, T] bool: the turn exists and has a finite gain; False after a failed call if such calls are neutral."""
     num_prompts: int
     """Prompts of the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]
-    """[N], what the rows were laid out from."""
+    """[N], the trajectories of the rows."""
 
     @property
     def max_turns(self) -> int:
@@ -47,7 +47,7 @@ class TurnTable:
     def state(self) -> torch.Tensor:
         """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn.
 
-        Made when it is first asked for: it hashes every observation, and few methods compare states.
+        Computed on first access, since it hashes every observation and few methods compare states.
         """
         columns = self.max_turns + 1
         keys = [turn_states(trajectory) for trajectory in self.trajectories]

@@ -1,6 +1,6 @@
-"""Who trains on what: trajectories over data-parallel ranks, and a rank's trajectories over micro-batches.
+"""Load balancing: trajectories over data-parallel replicas, and a replica's trajectories over micro-batches.
 
-Both answers depend on the lengths alone, so every rank that knows them reaches the same one by itself.
+Both results depend only on the lengths, so all ranks that know the lengths compute the same result.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 
 def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
-    """Give each item to a bin so that the bins' total lengths come close to each other.
+    """Assign each item to a bin so that the bins have similar total lengths.
 
-    Longest first, each to the bin with the least so far (within 4/3 of the best possible, far closer with
-    many items); ties go to the earlier item and the lower bin.
+    The longest item first, each to the bin with the fewest tokens so far (the largest bin is within 4/3 of the
+    optimum, and far closer with many items); ties go to the earlier item and the lower bin.
 
     Args:
         lengths: tokens of each item.
         num_bins: >= 1.
 
     Returns:
-        For each item its bin, in [0, num_bins).
+        The bin of each item, in [0, num_bins).
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
-    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin): a heap as it stands
+    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin): already a heap
     bins = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         tokens, items, number = loads[0]
@@ -35,22 +35,22 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
 def microbatches(
     lengths: Sequence[int], max_tokens: int, *, min_count: int = 0, row: int = 1
 ) -> list[list[int]]:
-    """Group items into micro-batches of at most `max_tokens`, few and of near-equal size.
+    """Group items into few micro-batches of near-equal size, at most `max_tokens` each.
 
-    Where rows are padded to a multiple, equal sizes would waste half a multiple each: they are then filled to the
-    limit, one after the other, and the last ones are smaller.
+    Where rows are padded to a multiple, equal sizes would waste about half a multiple each. Micro-batches are then
+    filled to the limit, one after the other, and the last ones are smaller.
 
-    Items of length 0 (see `packing.packed_length`) are left out. An item longer than `max_tokens` gets a
-    micro-batch of its own.
+    Items of length 0 (see `packing.packed_length`) are left out. An item longer than `max_tokens` gets its own
+    micro-batch.
 
     Args:
         lengths: tokens of each item.
         max_tokens: limit of one micro-batch.
-        min_count: fewest micro-batches to return; the surplus ones are smaller, or empty past one item each.
-        row: what the length of a micro-batch is padded to a multiple of.
+        min_count: fewest micro-batches to return; more micro-batches than items leave some of them empty.
+        row: the length of a micro-batch is padded to a multiple of this number.
 
     Returns:
-        Item numbers of each micro-batch, ascending within it; none at all without items.
+        Indices of the items of each micro-batch, ascending within it; without items, `min_count` empty micro-batches.
     """
     items = [item for item, length in enumerate(lengths) if length > 0]
     sizes = [lengths[item] for item in items]
@@ -65,8 +65,8 @@ def microbatches(
 
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Of near-equal size, as few as `deal` can make."""
-    num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit together
+    """Return micro-batches of near-equal size, as few as `deal` can make."""
+    num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of these items fit together
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]
@@ -78,16 +78,16 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
 
 
 def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """The longest that is left, with those of the others that fill up `max_tokens` best; and so on.
+    """Repeatedly combine the longest remaining item with the other items that best fill `max_tokens`.
 
-    If that makes fewer than `min_count`, the largest are halved.
+    If this makes fewer than `min_count` micro-batches, the largest ones are halved.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     groups = []
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k]: some of the first k others have n tokens together (subset sums, at most `room`).
+        # Bit n of reachable[k]: a subset of the first k others has n tokens in total (subset sums, at most `room`).
         reachable = [1]
         for place in others:
             longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)

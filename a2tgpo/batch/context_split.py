@@ -1,4 +1,4 @@
-"""How a packed row is divided over context-parallel ranks."""
+"""Division of a packed row over context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
-    """Which positions of the row each context-parallel rank holds, in the order in which it holds them.
+    """Return the row's positions that each context-parallel rank holds, in the rank's order.
 
-    Causal attention makes late positions dearer than early ones. Every segment is therefore cut into 2 * cp_size
-    equal pieces, of which rank r holds piece r and piece 2 * cp_size - 1 - r ("zigzag"): all ranks do the same
-    work, whatever the segments. Transformer Engine and Megatron's rotary embedding expect this division.
+    With causal attention late positions cost more than early ones. Every segment is therefore cut into 2 * cp_size
+    equal pieces; rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"), so that all ranks do equal work for any
+    segments. Transformer Engine and Megatron's rotary embedding expect this division.
 
     Args:
-        cu_seqlens: [segments + 1] integers, where segments begin and end, from 0 to T; lengths are multiples of
+        cu_seqlens: [segments + 1] integers, the segments' boundaries from 0 to T; lengths are multiples of
             2 * cp_size (see `packing.alignment`).
 
     Returns:
@@ -27,5 +27,5 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     position = torch.arange(segment.numel(), device=lengths.device)
     piece = (position - cu_seqlens[segment]) // (lengths // num_pieces)[segment]
     rank = torch.minimum(piece, num_pieces - 1 - piece)
-    # Stable, and every rank has equally many: rows of ascending positions.
+    # The sort is stable and every rank has equally many positions, so each row of the result ascends.
     return torch.argsort(rank, stable=True).view(cp_size, -1)

@@ -1,4 +1,4 @@
-"""Trajectories go from the engine that played them to the data-parallel replica that trains on them."""
+"""Exchange of trajectories: from the engine that played them to the data-parallel replica that trains on them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 def exchange(
     trajectories: Sequence[Trajectory], groups: ParallelGroups, *, prompts_per_minibatch: int
 ) -> list[Trajectory]:
-    """Deal the step's trajectories to the data-parallel replicas, token-balanced inside each mini-batch.
+    """Distribute the step's trajectories over the data-parallel replicas, token-balanced inside each mini-batch.
 
-    Every rank of the world must call this, also with none. Only lengths are known everywhere (a few bytes per
-    trajectory, all-gathered); the trajectories themselves are sent once, to the first rank of their replica, which
-    hands them on to its other ranks. Who gets what depends on lengths and ids alone, not on who played it.
+    Every rank of the world must call this, even with no trajectory. Only the lengths are all-gathered (a few bytes
+    per trajectory). Each trajectory is sent once, to the first rank of its data-parallel replica, which passes it on
+    to the replica's other ranks. The distribution depends only on lengths and ids, not on which engine played a
+    trajectory.
 
     Args:
-        trajectories: those this rank's engine played; empty on ranks that only follow an engine.
-        prompts_per_minibatch: prompts [m k, (m + 1) k) form mini-batch m.
+        trajectories: the trajectories that this rank's engine played; empty on ranks that only follow an engine.
+        prompts_per_minibatch: prompts [m k, (m + 1) k) form mini-batch m, where k is this number.
 
     Returns:
-        This replica's trajectories, equal on all its ranks, by (prompt_index, sample_index).
+        This data-parallel replica's trajectories, equal on all its ranks, by (prompt_index, sample_index).
     """
     world = dist.group.WORLD
     assert world is not None, "torch.distributed is not initialised"
@@ -54,7 +55,7 @@ def exchange(
 
 
 def _in_replica(payloads: list[bytes], groups: ParallelGroups) -> list[bytes]:
-    """`payloads` of the replica's first rank, on all its ranks: stage by stage, then within each stage."""
+    """Broadcast the `payloads` of the data-parallel replica's first rank: to all stages, then within each stage."""
     if len(groups.dp_ranks_of(groups.dp_rank)) == 1:
         return payloads
     joined = encode_records(payloads)

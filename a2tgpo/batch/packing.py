@@ -1,9 +1,9 @@
 """Trajectories laid end to end in one row of tokens, every field aligned on the predicting position.
 
-A trajectory with tokens x_0 .. x_{n-1} becomes the inputs x_0 .. x_{m-1} and the targets x_1 .. x_m, where
-x_m is the last token the policy sampled: nothing after it is ever predicted, so a closing observation is not
-run. At position k the model has read `tokens[k]` and `logprobs[k]` is log p(`targets[k]`), so `loss_mask`,
-`turn_ids` and `rollout_logprobs` speak of `targets[k]`, not of `tokens[k]`.
+A trajectory with tokens x_0 .. x_{n-1} becomes the inputs x_0 .. x_{m-1} and the targets x_1 .. x_m, where x_m is the
+last token that the policy sampled. No later token is predicted, so the model does not run a final observation. At
+position k the model has read `tokens[k]`, and `logprobs[k]` is log p(`targets[k]`). So `loss_mask`, `turn_ids` and
+`rollout_logprobs` refer to `targets[k]`, not to `tokens[k]`.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ NOT_SAMPLED = -1
 class PackedBatch:
     """One micro-batch: S trajectories in one row of T positions, U turns.
 
-    Positions that only fill a segment up to the alignment are at its end, where no other position attends to them;
-    those that fill the row form one last segment of their own. They are masked everywhere.
+    Padding of a segment is at its end, where no other position attends to it; padding of the row forms a last
+    segment. All padding is masked in every field.
     """
 
     tokens: Tensor
-    """[1, T] int64, what the model reads."""
+    """[1, T] int64, the model's input."""
     positions: Tensor
     """[1, T] int64, 0 at the start of every segment."""
     cu_seqlens: Tensor
-    """[segments + 1] int32, where segments begin and end; the last entry is T. Stays in host memory, see `to`."""
+    """[segments + 1] int32, the segments' boundaries; the last entry is T. Stays in host memory, see `to`."""
     targets: Tensor
-    """[1, T] int64, the token that follows; 0 on padding."""
+    """[1, T] int64, the next token; 0 on padding."""
     loss_mask: Tensor
-    """[1, T] bool, True where the target's log-prob is asked for: where the policy sampled it."""
+    """[1, T] bool, True where the target's log-prob is needed: where the policy sampled the target."""
     turn_ids: Tensor
-    """[1, T] int64 in [0, U), the turn that the target belongs to; 0 where masked."""
+    """[1, T] int64 in [0, U), the target's turn; 0 where masked."""
     sequence_ids: Tensor
-    """[1, T] int64 in [0, S), the trajectory in this micro-batch; PADDING on padding."""
+    """[1, T] int64 in [0, S), the trajectory within this micro-batch; PADDING on padding."""
     rollout_logprobs: Tensor
     """[1, T] float32, the engine's log p of the target, nats; 0 where masked."""
     trajectory_indices: tuple[int, ...]
-    """[S], where the trajectories stand in the list they were packed from."""
+    """[S], the trajectories' indices in the list from which they were packed."""
     turn_trajectory: Tensor
-    """[U] int64, the turn's trajectory as an index into that same list."""
+    """[U] int64, the turn's trajectory as an index into the same list."""
     turn_index: Tensor
     """[U] int64, 0-based place of the turn in its trajectory."""
     tree: tuple[TreeNode, ...] | None = None
-    """Who attends to whom, where it is not everyone to those before it in its segment; see `probes`."""
+    """The attention pattern if it is not causal within each segment; see `probes`."""
 
     @property
     def num_tokens(self) -> int:
-        """T, padding included."""
+        """T, including padding."""
         return self.tokens.size(1)
 
     @property
@@ -77,9 +77,9 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with its tensors on `device`; itself where they are there already.
+        """Return the batch with its tensors on `device`; itself if they already are.
 
-        But for `cu_seqlens`: the host lays out each pass by them, and would wait for the card to read them back.
+        `cu_seqlens` stays in host memory: the host reads it in every pass, and would otherwise wait for the GPU.
         """
         if self.tokens.device == device:
             return self
@@ -93,23 +93,23 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """What lengths in a micro-batch must be multiples of."""
+    """The multiples to which lengths in a micro-batch are padded."""
 
     row: int = 1
-    """The whole row, T."""
+    """For the whole row, T."""
     segment: int = 1
-    """Every segment: a trajectory's positions and the padding behind them."""
+    """For every segment: a trajectory's positions and their padding."""
 
     def segment_length(self, length: int) -> int:
-        """Positions that a trajectory of `length` takes in the row."""
+        """Return the padded length of a trajectory of `length` positions."""
         return length + -length % self.segment
 
 
 def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
-    """The rules of the layout and the number format, all of them.
+    """Return the alignment that layout and number format require together.
 
-    Context parallelism deals 2 x `context` equal pieces of every segment out (see `context_split`); sequence
-    parallelism cuts what a rank then has of the row into `tensor` equal pieces; FP8 takes pieces of certain lengths.
+    Context parallelism divides every segment into 2 x `context` equal pieces (see `context_split`); sequence
+    parallelism divides a rank's part of the row into `tensor` equal pieces; FP8 needs pieces of certain lengths.
     """
     segment = 2 * parallel.context if parallel.context > 1 else 1
     piece = (parallel.tensor if parallel.sequence else 1) * fp8.token_multiple
@@ -117,7 +117,7 @@ def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
 
 
 def packed_length(trajectory: Trajectory) -> int:
-    """Positions a trajectory takes in a micro-batch: all before its last sampled token; 0 without one."""
+    """Return a trajectory's positions in a micro-batch: the number before its last sampled token; 0 without one."""
     turns = trajectory.turns
     while turns and not turns[-1].tokens:
         turns = turns[:-1]
@@ -130,12 +130,12 @@ def packed_length(trajectory: Trajectory) -> int:
 def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: Alignment) -> PackedBatch:
     """Lay `trajectories[i] for i in indices` end to end, in that order.
 
-    A trajectory without a sampled token has nothing to teach and is left out, as is a turn without tokens.
-    With nothing left the batch is `align.row` masked positions: the model can run it, and it adds nothing.
+    Trajectories without a sampled token and turns without tokens are left out. If no trajectory remains, the batch
+    has `align.row` masked positions: the model can run it, and it contributes nothing.
 
     Args:
-        trajectories: the list that `indices`, `trajectory_indices` and `turn_trajectory` point into.
-        align: segments and T are rounded up to multiples; see `alignment`.
+        trajectories: the list to which `indices`, `trajectory_indices` and `turn_trajectory` refer.
+        align: multiples to which segments and T are rounded up; see `alignment`.
 
     Raises:
         ValueError: if a trajectory has an empty prompt (its first token has no predicting position) or a turn
@@ -159,7 +159,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
             spans.append((turn.observation_tokens, NOT_SAMPLED))
         while spans[-1][1] == NOT_SAMPLED:  # nothing after the last sampled token is predicted
             spans.pop()
-    # All sequences end to end, each up to its last target: one token more than it has positions.
+    # All sequences end to end, each up to its last target: one token more than the sequence has positions.
     read = _flat([tokens for tokens, _ in spans], np.int64)
     span_lengths = torch.tensor([len(tokens) for tokens, _ in spans], dtype=torch.int64)
     turns = torch.tensor([turn for _, turn in spans], dtype=torch.int64).repeat_interleave(span_lengths)
@@ -174,7 +174,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
     cu_seqlens = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in segments])
     sequence = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))  # [real]
-    # Of real positions: where `read` has the token, and where the row does.
+    # For real positions: index of the token in `read`, and place in the row.
     source = torch.arange(len(sequence)) + sequence
     target = source + 1
     padding_before = torch.tensor([0, *accumulate(map(operator.sub, segments, lengths))], dtype=torch.int64)
@@ -202,12 +202,12 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
 
 
 def empty_batch(align: Alignment) -> PackedBatch:
-    """A micro-batch without trajectories, for ranks that must keep step with others that still have some."""
+    """Return a micro-batch without trajectories, for ranks with fewer micro-batches than others."""
     return pack([], [], align=align)
 
 
 def _check(trajectory: Trajectory, index: int) -> None:
-    """Raise ValueError where `pack` says so."""
+    """Raise the ValueErrors that `pack` documents."""
     where = f"trajectory {index} ({trajectory.prompt_id})"
     if not trajectory.prompt_tokens:
         raise ValueError(f"{where} has an empty prompt")
@@ -220,7 +220,7 @@ def _check(trajectory: Trajectory, index: int) -> None:
 
 
 def _flat(lists: Sequence[Sequence[float]], dtype: type) -> Tensor:
-    """All values end to end."""
+    """Concatenate all values."""
     return torch.from_numpy(
         np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in lists)])
     )

@@ -1,11 +1,11 @@
-"""Texts to be scored at many places of one sequence, packed so that the sequence is run once.
+"""Packing of texts to be scored at many places of a sequence, so that the model runs the sequence only once.
 
     row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
     positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...
 
-A branch attends to the c tokens of the trunk that it continues and to itself, and its positions go on from there:
-every log-prob is that of the prefix and the branch run as a sequence of their own. The row costs the trunk and the
-branches, where running every prefix in full would cost the trunk over and over.
+A branch attends to the c tokens of the trunk that it continues and to itself, and its positions start at c. So every
+log-prob equals that of a separate sequence of prefix and branch. The row contains the trunk once, plus the branches;
+separate sequences would repeat the trunk for every branch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from a2tgpo.batch.tree import TreeNode
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """log p(answer | the sequence's first `prefix_length` tokens, scaffold) is asked for."""
+    """A request for log p(answer | the sequence's first `prefix_length` tokens, scaffold)."""
 
     prefix_length: int
     """>= 1, tokens."""
@@ -32,36 +32,36 @@ class Probe:
 
     @property
     def branch(self) -> tuple[int, ...]:
-        """What is run of it: the answer's last token predicts nothing that is asked for."""
+        """The tokens that the model runs: all but the answer's last token, whose prediction is not needed."""
         return (*self.scaffold, *self.answer[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedSequence:
-    """A sequence and what is asked along it."""
+    """A sequence and its probes."""
 
     tokens: Sequence[int]
     probes: Sequence[Probe]
 
     @property
     def trunk_length(self) -> int:
-        """Tokens that some probe continues."""
+        """Longest prefix of a probe, tokens."""
         return max((probe.prefix_length for probe in self.probes), default=0)
 
     @property
     def packed_length(self) -> int:
-        """Positions it takes in a row: the trunk once, and every branch."""
+        """Positions in a row: the trunk once, and every branch."""
         return self.trunk_length + sum(len(probe.branch) for probe in self.probes)
 
 
 def pack_probes(
     sequences: Sequence[ProbedSequence], indices: Sequence[int], *, align: Alignment
 ) -> PackedBatch:
-    """Lay `sequences[i] for i in indices` out as trees in one row; those without probes are left out.
+    """Lay out `sequences[i] for i in indices` as trees in one row, without the sequences that have no probes.
 
-    In the result a probe is a turn: `loss_mask` is True where an answer's token is predicted, `turn_ids` numbers the
+    In the result a probe is a turn: `loss_mask` is True where an answer token is predicted, `turn_ids` numbers the
     probes, `turn_trajectory` is the probe's sequence and `turn_index` its place among the sequence's probes.
-    `cu_seqlens` holds the one segment of the row: `tree` says who attends to whom.
+    `cu_seqlens` describes the row as one segment; `tree` determines the attention.
     """
     assert align.segment == 1, "trees are not divided over context-parallel ranks"
     tokens: list[int] = []

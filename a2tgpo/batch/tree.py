@@ -1,4 +1,4 @@
-"""The shape of a row in which sequences branch off a common beginning."""
+"""The shape of a row in which sequences branch off a common prefix."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TreeNode:
-    """Positions [start, end) of a row: each attends to the node's prefix, and to its own up to itself.
+    """Positions [start, end) of a row: each attends to the node's prefix, and causally within the node.
 
-    A trunk has an empty prefix; a branch has the beginning of a trunk as its prefix.
+    A trunk has an empty prefix; the prefix of a branch is the beginning of a trunk.
     """
 
     start: int

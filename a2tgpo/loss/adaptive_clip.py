@@ -1,15 +1,15 @@
-"""Clipping ranges that follow the gain of the turn (Eq. 11-12)."""
+"""Clipping ranges that depend on the turn's gain (Eq. 11-12)."""
 
 import torch
 
 
 def clip_scale(normalized_gain: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """c = 1 + beta (2 sigmoid(gain) - 1), in (1 - beta, 1 + beta); 1 where the gain is 0 (neutral turns)."""
+    """Return c = 1 + beta (2 sigmoid(gain) - 1), in (1 - beta, 1 + beta); 1 where the gain is 0 (neutral turns)."""
     return 1.0 + beta * (2.0 * torch.sigmoid(normalized_gain) - 1.0)
 
 
 def clipped_ratio(
     ratio: torch.Tensor, scale: torch.Tensor, *, clip_low: float, clip_high: float
 ) -> torch.Tensor:
-    """clip(s, 1 - c eps_low, 1 + c eps_high), elementwise on [n]."""
+    """Return clip(s, 1 - c eps_low, 1 + c eps_high), elementwise on [n]."""
     return torch.maximum(torch.minimum(ratio, 1.0 + scale * clip_high), 1.0 - scale * clip_low)

@@ -1,6 +1,6 @@
-"""How token losses become one number, as one weight per trajectory's tokens.
+"""Aggregation of token losses to one number, as one weight for all tokens of a trajectory.
 
-Normalisers are global over the mini-batch, so the weighted sum, and its gradient, do not depend on micro-batches,
+Normalisers are global over the mini-batch, so the weighted sum and its gradient do not depend on micro-batches,
 packing or the data-parallel split.
 """
 
@@ -17,15 +17,15 @@ def token_weights(
     norm_length: int,
     dp_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Weight w_i of each sampled token of trajectory i, so that loss = sum_i w_i sum_k l_{i,k}.
+    """Return the weight w_i of each sampled token of trajectory i, so that loss = sum_i w_i sum_k l_{i,k}.
 
-    Every rank of `dp_group` must call this, also with no trajectory. A trajectory without sampled tokens
-    contributes nothing and is not counted.
+    Every rank of `dp_group` must call this, even with no trajectory. A trajectory without sampled tokens contributes
+    nothing and is not counted.
 
     Args:
         num_sampled_tokens: [N] int64: |M_i| of this rank's trajectories.
         aggregation: seq-mean-token-mean (Eq. 12) | token-mean | seq-mean-token-sum | seq-mean-token-sum-norm.
-        norm_length: the constant that divides under seq-mean-token-sum-norm, tokens.
+        norm_length: the constant divisor of seq-mean-token-sum-norm, tokens.
 
     Returns:
         [N] float64.

@@ -12,6 +12,6 @@ def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: st
         return difference
     if estimator == "k2":
         return 0.5 * difference * difference
-    # The log-ratio may be past what exp can hold early after a bad update; the estimate itself is bounded too.
+    # After a bad update exp could overflow, so the log-ratio is clamped; the estimate is bounded as well.
     d = (-difference).clamp(-20.0, 20.0)
     return (d.exp() - d - 1.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -15,9 +15,9 @@ class LossInputs:
     """Flat tensors over the sampled tokens of one micro-batch; n may be 0."""
 
     old_logprobs: torch.Tensor
-    """[n] by the trainer, before the first update of the step."""
+    """[n] from the trainer, before the first update of the step."""
     advantages: torch.Tensor
-    """[n]: the advantage of the token's turn."""
+    """[n]: advantage of the token's turn."""
     clip_scale: torch.Tensor
     """[n]: c of the token's turn."""
     weights: torch.Tensor
@@ -29,34 +29,34 @@ class LossInputs:
     num_turns: int
     num_sequences: int
     ref_logprobs: torch.Tensor | None = None
-    """[n] by the reference; needed when kl_coef > 0."""
+    """[n] from the reference; required when kl_coef > 0."""
     importance: torch.Tensor | None = None
     """[n] without gradient: see `rollout_correction.importance_weights`; None: no correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The loss, and the per-token quantities the metrics are made of (all detached, [n])."""
+    """The loss, and the per-token quantities for the metrics (all detached, [n])."""
 
     loss: torch.Tensor
     token_loss: torch.Tensor
     """The policy term alone, before importance and weights."""
     ratio: torch.Tensor
     is_clipped: torch.Tensor
-    """The clipped branch is strictly larger."""
+    """Whether the clipped branch is strictly larger."""
     is_dual_clipped: torch.Tensor
-    """The dual clip binds."""
+    """Whether the dual clip binds."""
     kl: torch.Tensor
     """KL to the reference; zeros without one."""
 
 
 def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
-    """Weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
+    """Compute the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
 
-    Importance multiplies this policy term, not the KL penalty that is added to it.
+    Importance weights multiply this policy term, not the KL penalty added to it.
 
     Args:
-        logprobs: [n] current policy, with gradient.
+        logprobs: [n] from the current policy, with gradient.
 
     Returns:
         `PolicyLoss`; its `loss` is this micro-batch's share of the globally normalised loss.
@@ -87,9 +87,10 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 
 
 def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
-    """Segment ids [n] and their number where a level (token | turn | sequence) shares one value.
+    """Return segment ids [n] and the number of segments within which a level (token | turn | sequence) shares one
+    value.
 
-    None, 0 at token level, where every token is a segment of its own.
+    None, 0 at token level, where every token is its own segment.
     """
     if level == "turn":
         return inputs.turn_ids, inputs.num_turns

@@ -1,10 +1,10 @@
-"""Weights that correct for an engine which samples with other probabilities than the trainer computes.
+"""Importance weights for the difference between the engine's and the trainer's probabilities.
 
-A rollout comes from the engine's policy, while the loss treats it as drawn from the trainer's; with the same weights
-the two still differ by their kernels and number formats. w = pi_trainer / pi_engine makes up for it. Unbounded it
-has a large variance, so it is bounded: truncated importance sampling takes min(w, upper) (Yao et al. 2025, "Your
-Efficient RL Framework Secretly Brings You Off-Policy RL Training"), masking drops what is outside [lower, upper]
-(IcePop, in the Ring-1T report, arXiv 2510.18855).
+The engine samples the trajectories, but the loss treats them as drawn from the trainer's policy. Even with the same
+weights the two policies differ by kernels and number formats. The weight w = pi_trainer / pi_engine corrects this.
+Unbounded weights have a large variance, so they are bounded: truncated importance sampling uses min(w, upper) (Yao et
+al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); masking drops tokens with w
+outside [lower, upper] (IcePop, in the Ring-1T report, arXiv 2510.18855).
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 
 @dataclass(frozen=True, kw_only=True)
 class ImportanceWeights:
-    """Per sampled token, all [n] and without gradient."""
+    """Importance weights per sampled token, all [n] and without gradient."""
 
     weights: torch.Tensor
-    """What multiplies the token's policy loss."""
+    """Factor of the token's policy loss."""
     ratio: torch.Tensor
-    """w before it is truncated or masked, at most e^10; 0 where unusable."""
+    """w before truncation or masking, at most e^10; 0 where unusable."""
     is_truncated: torch.Tensor
     """bool: w was above `upper` and is `upper` now."""
     is_masked: torch.Tensor
     """bool: w was outside [`lower`, `upper`] and is 0 now."""
     is_unusable: torch.Tensor
-    """bool: w could not be computed, since a log-prob is not finite; the weight is 0.
+    """bool: w could not be computed because a log-prob is not finite; the weight is 0.
 
-    That is enough for one of the engine's. One of the trainer's is in the policy ratio as well, and 0 times NaN is
-    NaN: the loss is then not finite, and the update is skipped.
+    The weight 0 suffices if the log-prob is the engine's. The trainer's log-prob is also in the policy ratio, and 0
+    times NaN is NaN: the loss is then not finite, and the update is skipped.
     """
 
 
@@ -43,14 +43,14 @@ def importance_weights(
     num_segments: int,
     config: CorrectionConfig,
 ) -> ImportanceWeights:
-    """w = exp(old - rollout), shared by the tokens of a segment as their geometric mean, then bounded.
+    """Compute w = exp(old - rollout), as the geometric mean over a segment's tokens, then bound it.
 
-    The geometric mean rather than the product, as in Eq. 10: over many tokens the product leaves any bounds.
-    One log-prob that is not finite makes its whole segment unusable.
+    The geometric mean rather than the product, as in Eq. 10: over many tokens the product exceeds any bounds. One
+    log-prob that is not finite makes its whole segment unusable.
 
     Args:
-        old_logprobs: [n] by the trainer, before the first update of the step.
-        rollout_logprobs: [n] by the engine, while it sampled.
+        old_logprobs: [n] from the trainer, before the first update of the step.
+        rollout_logprobs: [n] from the engine, recorded at sampling.
         segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
         num_segments: number of segments.
         config: its `kind` is truncate or mask.

@@ -1,4 +1,4 @@
-"""The importance ratio, shared by the tokens of a turn, a sequence, or by none (Eq. 10)."""
+"""The importance ratio, per token or shared by the tokens of a turn or a sequence (Eq. 10)."""
 
 import torch
 
@@ -6,7 +6,7 @@ MAX_LOG_RATIO = 10.0
 
 
 def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Mean of `values` [n] over each segment: [num_segments]; 0 for an empty one. Differentiable."""
+    """Return the mean of `values` [n] over each segment: [num_segments]; 0 for an empty segment. Differentiable."""
     total = values.new_zeros(num_segments).index_add(0, segment_ids, values)
     count = values.new_zeros(num_segments).index_add(0, segment_ids, torch.ones_like(values))
     return total / count.clamp(min=1)
@@ -15,7 +15,7 @@ def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: 
 def shared_log_ratio(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, segment_ids: torch.Tensor | None, num_segments: int
 ) -> torch.Tensor:
-    """log s per token: the segment's mean of log pi - log pi_old, at most 10.
+    """Return log s per token: the segment's mean of log pi - log pi_old, at most 10.
 
     Args:
         logprobs: [n] with gradient; a token of a turn of length L gets 1/L of the ratio's gradient.

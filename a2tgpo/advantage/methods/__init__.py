@@ -1,6 +1,6 @@
-"""The methods: module NAME is what `algorithm.advantage: NAME` asks for, so a new method is one new file here.
+"""The advantage methods: `algorithm.advantage: NAME` selects module NAME, so a new method is one new file here.
 
-Each has one function, called by every rank of `dp_group`, also with an empty table:
+Each module has one function, which every rank of `dp_group` calls, even with an empty table:
 
     def advantages(table: TurnTable, config: AlgorithmConfig, *, dp_group) -> TurnAdvantages
 """

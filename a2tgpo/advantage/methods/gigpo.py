@@ -1,19 +1,19 @@
-"""GiGPO's advantage (arXiv:2505.10978): outcomes among the rollouts of a prompt, and turns among equal states.
+"""GiGPO's advantage (arXiv:2505.10978): outcomes within a prompt's group, and turns within groups of equal states.
 
     A_{i,t} = A^E_i + alpha A^S_{i,t}                                                                     (Eq. 8)
 
-A^E is GRPO's advantage (Eq. 3): R_i against the other rollouts of its prompt. For A^S every turn, the final one too,
-has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). Turns of a prompt that were written in
-the same state form a step group (Eq. 6), whatever their rollout and their place in it, and the return is normalised
-in that group (Eq. 7).
+A^E is GRPO's advantage (Eq. 3): R_i normalised within its prompt's group. For A^S every turn, including the final
+one, has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). A prompt's turns that were
+written in the same state form a step group (Eq. 6), in any trajectory and at any turn index. Returns are normalised
+within the step group (Eq. 7).
 
-What the paper leaves open is decided so:
+Decisions where the paper leaves a choice:
 - Two states are the same only if equal: same query, same passages (`anchor_state.turn_states`). The authors' code can
   also join states whose texts are similar.
 - Both parts divide by the sample standard deviation, or neither does (`normalize_by_std`); the paper's F_norm.
-- A turn that is alone in its state has nothing to be compared with: A^S = 0.
-- A rollout counts once in its prompt's statistics. The authors' code counts it once per turn, by default.
-- Information gain plays no part.
+- A turn that is alone in its step group has A^S = 0.
+- A trajectory counts once in its prompt's statistics. The authors' code counts it once per turn, by default.
+- Information gain is not used.
 """
 
 import torch
@@ -30,7 +30,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """The outcome's advantage, plus alpha times the step's."""
+    """Return A^E + alpha A^S."""
     outcome = grpo_outcome(table, config, dp_group=dp_group)
     no_gain = torch.zeros_like(table.info_gain)
     episode = place_turns(no_gain, outcome, table.num_process_turns)
@@ -44,7 +44,7 @@ def advantages(
 def step_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """A^S: discounted returns normalised among turns of equal state: [N, T + 1] float64, 0 past the last turn."""
+    """Return A^S, discounted returns normalised within step groups: [N, T + 1] float64, 0 past the last turn."""
     written = table.state != NO_STATE
     rows, columns = written.nonzero(as_tuple=True)
     turns_to_come = written.sum(dim=1)[rows] - 1 - columns  # T_i - t

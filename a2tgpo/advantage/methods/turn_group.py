@@ -12,7 +12,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i for process turns, R_i for the final one (Eq. 6-9)."""
+    """Return A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i for process turns, R_i for the final one (Eq. 6-9)."""
     normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
     outcome = normalize_groups(
         table.outcome,
