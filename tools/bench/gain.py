@@ -1,19 +1,19 @@
-"""What information gain adds to a step: by the engine, by the trainer's tree, and by running every prefix in full.
+"""Measure the cost of information gain per step: by the engine, by the trainer's tree, and with full prefixes.
 
     python tools/bench/gain.py [--json FILE]
 
-A step of SmolLM2-135M in float32, which every CPU computes in: four trajectories of 2,000 tokens, six process turns
+A step of SmolLM2-135M in float32, which every CPU supports: four trajectories of 2,000 tokens, with six process turns
 and a final one, played by the engine, scored and trained on by the trainer. After the prompt and after every process
 turn the gold answer is scored,
 
-    engine   as requests on the cached prefix: what the product does
-    tree     by the trainer, a trajectory once with all its answers as branches: what checks it
-    in full  by the trainer, one row per (trajectory, turn): what the paper's authors do
+    engine   as requests on the cached prefix: the product
+    tree     by the trainer, each trajectory once with all answers as branches: the product's check
+    in full  by the trainer, one row per (trajectory, turn): as in the paper's code
 
-Share of step time: CPU seconds of the scoring over those of generation, scoring of the old policy (a step of several
-mini-batches needs it), update, and that scoring. Tokens that the model runs are counted. Here the engine scores all
-contexts after the rollout, from its cache; in a training step they come along with generation, in passes that are
-made anyway.
+Share of step time: CPU seconds of the scoring, over those of generation, scoring of the old policy (needed by a step
+of several mini-batches), update, and that scoring. Tokens that the model runs are counted. Here the engine scores all
+contexts after the rollout, from its cache; in a training step it scores them during generation, in passes that run
+anyway.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 NUM_TRAJECTORIES = 4
 PROMPT, NUM_CALLS, SAMPLED, OBSERVED, FINAL = 200, 6, 100, 190, 60
-"""Tokens of the prompt, process turns and their tokens, tokens of the last turn: 2,000 together."""
+"""Tokens of the prompt; process turns, their sampled and observed tokens; tokens of the last turn: 2,000 in all."""
 SCAFFOLD, ANSWER = 10, 6
 MAX_TOKENS = 4096
-"""Positions of a row of the trainer."""
+"""Positions of a row in the trainer."""
 
 
 def random_tokens(rng: random.Random, count: int) -> list[int]:
@@ -58,7 +58,7 @@ def random_tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
-    """Trajectories of given lengths, each turn generated in the context of those before it."""
+    """Generate trajectories of given lengths, each turn in the context of those before it."""
     rng = random.Random(seed)
     prompt = random_tokens(rng, PROMPT)
     played = [
@@ -98,7 +98,7 @@ def drain(engine: EngineWithoutEnd) -> list[EngineOutput | ScoreOutput]:
 
 
 class Step:
-    """One step's parts, each timed by itself, on the same trajectories."""
+    """One step's parts, each timed separately, on the same trajectories."""
 
     def __init__(self, engine: EngineWithoutEnd, policy: Policy, optimizer: object, seed: int):
         self.engine, self.policy, self.optimizer = engine, policy, optimizer
@@ -121,7 +121,7 @@ class Step:
         self.sampled_gap = torch.cat(differences).mean().item()
 
     def share(self, scorer: str) -> tuple[float, float]:
-        """CPU seconds of the scorer, and of a step with it."""
+        """Return CPU seconds of the scorer, and of a step with it."""
         rest = sum(self.seconds[part] for part in ("generation", "old", "update"))
         return self.seconds[scorer], rest + self.seconds[scorer]
 

@@ -1,11 +1,11 @@
-"""A corpus of many passages: time and memory to index it, to start serving it, and to answer.
+"""Measure time and memory to index a large corpus, to start its server, and to answer.
 
     python tools/bench/large_corpus.py --passages 1000000 [--words 100] [--keep FOLDER] [--json FILE]
 
-The passages are made up: words drawn from a Zipf distribution over 200,000, in Search-R1's format. The index is
-built by tools/build_index.py and served by tools/retrieval_server.py, each in a process of its own; the peak of
-memory is what the kernel counted. The server's memory is told apart: its own, and pages of the mapped files, which
-the kernel takes back when it needs the room.
+The passages are synthetic: words drawn from a Zipf distribution over 200,000, in Search-R1's format. The index is
+built by tools/build_index.py and served by tools/retrieval_server.py, each in its own process; peak memory is the
+kernel's count. The server's memory is divided into its own, and pages of mapped files, which the kernel reclaims if
+necessary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 def write_corpus(path: Path, *, passages: int, words: int) -> None:
-    """Passages of about `words` words; the same for the same sizes."""
+    """Write passages of about `words` words, the same for equal sizes."""
     generator = np.random.default_rng(0)
     names = np.array([f"w{number:x}" for number in range(VOCABULARY)])
     with open(path, "w", encoding="ascii") as handle:
@@ -45,7 +45,7 @@ def write_corpus(path: Path, *, passages: int, words: int) -> None:
 
 
 def build(corpus: Path, index: Path) -> dict[str, float]:
-    """Seconds and the peak of resident memory of tools/build_index.py."""
+    """Return seconds and the peak resident memory of tools/build_index.py."""
     start = time.perf_counter()
     command = [sys.executable, "tools/build_index.py", "bm25", "--corpus", str(corpus), "--out", str(index)]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -54,7 +54,7 @@ def build(corpus: Path, index: Path) -> dict[str, float]:
 
 
 def memory(process_id: int) -> dict[str, float]:
-    """Resident MiB of a process: its own, and mapped from files."""
+    """Return resident MiB of a process: its own, and mapped from files."""
     fields = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{process_id}/status").read_text().splitlines()
@@ -67,7 +67,7 @@ def memory(process_id: int) -> dict[str, float]:
 
 
 def ask(connection: http.client.HTTPConnection, query: str) -> float:
-    """Seconds that one query takes."""
+    """Return the seconds of one query."""
     body = json.dumps({"queries": [query], "topk": TOP_K, "return_scores": True})
     start = time.perf_counter()
     connection.request("POST", "/retrieve", body, {"Content-Type": "application/json"})
@@ -77,9 +77,9 @@ def ask(connection: http.client.HTTPConnection, query: str) -> float:
 
 
 def serve(corpus: Path, index: Path) -> dict[str, float]:
-    """Seconds until the first answer, latency of fresh queries one at a time, memory before and after them."""
+    """Return seconds to the first answer, latency of new queries one at a time, and memory before and after them."""
     draw = random.Random(1)
-    # Words of middling frequency, as names and nouns have; the rarest ones would match nothing.
+    # Words of medium frequency, like names and nouns; the rarest ones would match nothing.
     queries = [
         " ".join(f"w{draw.randrange(50, 20_000):x}" for _ in range(QUERY_WORDS)) for _ in range(QUERIES)
     ]

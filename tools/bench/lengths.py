@@ -1,4 +1,4 @@
-"""What a planned policy does in a turn: drawn from the request's seed alone."""
+"""The turns of a planned policy, drawn from the request's seed alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 
 def planned_turn(seed: int, *, median: int, longest: int, call_share: float) -> tuple[int, bool]:
-    """Tokens of the turn, log-normal around `median` and at most `longest`, and whether it ends with a search."""
+    """Return the turn's tokens, log-normal around `median`, at most `longest`, and whether it ends with a search."""
     rng = random.Random(seed)
     length = min(longest, max(4, round(median * rng.lognormvariate(0.0, 0.6))))
     return length, rng.random() < call_share

@@ -1,10 +1,10 @@
-"""The turn-level loss, forward and backward, of 128 trajectories of 2,000 tokens against loops.
+"""Compare the turn-level loss, forward and backward, of 128 trajectories of 2,000 tokens with loops.
 
     python tools/bench/loss.py [--json FILE]
 
-The loops are written here from Eq. 10-12: over trajectories and turns with a mask for each turn, as trainers with one
-padded row per trajectory do it; and over single tokens, on an eighth of the trajectories since autograd keeps a graph
-node for every operation. Loss and gradient of all variants are equal.
+The loops implement Eq. 10-12: over trajectories and turns with a mask for each turn, as trainers with one padded row
+per trajectory do it; and over single tokens, on an eighth of the trajectories, because autograd keeps a graph node
+for every operation. Loss and gradient of all variants are equal.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Case:
     """[n], flat over the sampled tokens."""
     inputs: LossInputs
     padded_logprobs: Tensor
-    """[N, longest] of every token, sampled or not; as the others below."""
+    """[N, longest], every token, sampled or not; the others below have the same shape."""
     padded_old: Tensor
     padded_turns: Tensor
-    """Turn in the trajectory, -1 where the token was not sampled."""
+    """Index of the turn in the trajectory, -1 where the token was not sampled."""
     turn_advantages: list[list[float]]
     turn_clip_scales: list[list[float]]
 
@@ -86,7 +86,7 @@ def make_case(count: int) -> Case:
 
 
 def ours(case: Case) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient at the sampled tokens."""
+    """Return the loss and its gradient at the sampled tokens."""
     logprobs = case.logprobs.clone().requires_grad_()
     result = policy_loss(logprobs, case.inputs, CONFIG)
     result.loss.backward()

@@ -1,4 +1,4 @@
-"""What every bench shares: rounds of two variants side by side, the record of a result, the program around them.
+"""Shared by all benches: rounds of two variants side by side, the record of a result, the main program.
 
 A bench is a script here with `rows() -> list[Row]` that ends in `sys.exit(measure.main(__doc__, rows))`.
 """
@@ -32,25 +32,25 @@ class Row:
     """One line of the table: ours against a baseline, measured in one run."""
 
     name: str
-    """What was measured, at which size."""
+    """The quantity and its size."""
     ours: float
     baseline: float
     baseline_is: str
     unit: str
-    """Of both: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s", "bytes", ..."""
+    """Unit of both: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s", "bytes", ..."""
     ratio: float
-    """Median of the rounds' ratios, each as `ratio_is` says."""
+    """Median of the rounds' ratios, each defined by `ratio_is`."""
     ratio_is: str
     """baseline / ours | ours / baseline"""
     noise: float
-    """Half the range of the rounds' ratios over their median; 0 where the values are counted, not measured."""
+    """Half the range of the rounds' ratios over their median; 0 if the values are counted, not measured."""
     target: str = ""
-    """">= 200", "<= 0.03"; empty: none is set."""
+    """">= 200", "<= 0.03"; empty: no target."""
     note: str = ""
 
     @property
     def is_met(self) -> bool | None:
-        """None without a target."""
+        """Whether the target is met; None without a target."""
         if not self.target:
             return None
         relation, limit = self.target.split()
@@ -68,7 +68,7 @@ def compared(
     target: str = "",
     note: str = "",
 ) -> Row:
-    """The row of two variants' values, round by round; one value each where they are counted."""
+    """Return the row of two variants' values, one per round, or a single value each if counted."""
     above, below = (baseline, ours) if ratio_is == "baseline / ours" else (ours, baseline)
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     ratio = statistics.median(ratios)
@@ -93,13 +93,13 @@ def interleaved(
     clock: Callable[[], float] = time.process_time,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; every other round runs them in the opposite order.
+    """Return the seconds of each variant in each round; every other round runs them in the opposite order.
 
-    Side by side in one process, so that what else the machine does falls on all of them.
+    The variants alternate in one process, so that other load on the machine affects all of them.
 
     Args:
-        clock: process time by default: all threads, no waiting for the machine's other work.
-        warm_up: run each once before, uncounted.
+        clock: process time by default: all threads, without waits for the machine's other work.
+        warm_up: run each variant once before, uncounted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     if warm_up:
@@ -115,9 +115,10 @@ def interleaved(
 
 
 def run_program(name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
-    """Run `command` in the checkout, with `environment` besides this one; quietly, unless it fails.
+    """Run `command` in the checkout, with `environment` added to this one; quietly, unless it fails.
 
     Raises:
+        RuntimeError: it failed; one line that begins with `name`, after the end of its output.
         RuntimeError: one line that begins with `name`, behind the end of its output; it failed.
     """
     process = subprocess.run(
@@ -134,10 +135,10 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
 
 def peak_megabytes(variant: Variant) -> float:
-    """Resident memory that `variant` takes at most beyond what is there before it, MB; by a forked child (Linux).
+    """Return the peak resident memory of `variant` beyond the memory before it, MB; in a forked child (Linux).
 
-    Memory that an earlier run freed and the allocator kept would hide the need for it: hence a child, which leaves
-    none behind, and glibc gives back what it holds first.
+    Memory that an earlier run freed but the allocator kept would hide the need; a child leaves none behind, and glibc
+    returns its free memory first.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -146,8 +147,8 @@ def peak_megabytes(variant: Variant) -> float:
     if child == 0:
         status = 1
         try:
-            torch.set_num_threads(1)  # a forked process has none of the parent's threads
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            torch.set_num_threads(1)  # a forked process lacks the parent's threads
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             before = _resident_megabytes("VmRSS")
             variant()
             os.write(writing, str(_resident_megabytes("VmHWM") - before).encode())
@@ -170,7 +171,7 @@ def _resident_megabytes(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Describe the machine of the measurements."""
     names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
         "cpu": names[0] if names else platform.processor(),
@@ -184,7 +185,7 @@ def machine() -> dict[str, Any]:
 
 
 def main(description: str | None, rows: Callable[[], list[Row]]) -> int:
-    """The program of one bench: its rows printed, and written where --json says."""
+    """Run one bench: print its rows, and write them where --json says."""
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,5 +220,5 @@ def described(row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits; with an exponent below 0.0001 only."""
+    """Format with three significant digits; with an exponent only below 0.0001."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

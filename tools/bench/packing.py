@@ -1,10 +1,10 @@
-"""How many positions of the training micro-batches are real tokens, and what packing costs.
+"""Measure the share of real tokens in training micro-batches, and the cost of packing.
 
     python tools/bench/packing.py [--json FILE]
 
-Trajectories of 500 to 6,000 tokens, dealt to data-parallel replicas and cut into micro-batches as a training step
-does it, at the layouts of the shipped configurations. The baselines pad every row to the longest of its micro-batch,
-under the same limit of tokens: in the order in which rollouts come, and sorted by length.
+Trajectories of 500 to 6,000 tokens, distributed to data-parallel replicas and cut into micro-batches like a training
+step, at the layouts of the shipped configurations. The baselines pad every row to the longest of its micro-batch,
+under the same token limit: in rollout order, and sorted by length.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.trajectory import Trajectory
 
 COUNT, TOKENS = 128, 2400
-"""Of one mini-batch: 8 prompts × 16."""
+"""Trajectories of one mini-batch (8 prompts × 16) and their mean tokens."""
 LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 """Configuration and its number of data-parallel replicas."""
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Real tokens over positions, the slowest replica's positions counted for all: they wait for it."""
+    """Return real tokens over positions, with the slowest replica's positions for all, because they wait for it."""
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]
@@ -43,7 +43,7 @@ def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas
 
 
 def padded_share(trajectories: Sequence[Trajectory], limit: int, *, by_length: bool) -> float:
-    """The same with rows padded to the longest of their micro-batch, on one replica."""
+    """Return the same with rows padded to the longest of their micro-batch, on one replica."""
     lengths = [packed_length(t) for t in trajectories]
     if by_length:
         lengths.sort()

@@ -1,10 +1,10 @@
-"""How many engine steps a training step takes with partial rollouts, and how many of them with few slots busy.
+"""Count the engine steps of a training step with partial rollouts, and those with few busy slots.
 
     python tools/bench/partial.py [--json FILE]
 
-Nothing is measured: a rollout whose trajectories take given numbers of tokens is counted through, one token of every
-busy slot a step; tools answer at once, scoring and prefill count nothing. Which groups are played and taken is the
-product's (`partial_rollout.py`), and so are the seeds, from which the lengths are drawn as for the bench `rollout`.
+Nothing is measured: the bench simulates a rollout whose trajectories have given numbers of tokens, with one token per
+busy slot and step; tools answer at once, scoring and prefill are free. The product (`partial_rollout.py`) chooses
+which groups are played and taken, and sets the seeds, from which the lengths are drawn as for the bench `rollout`.
 One engine plays 16 groups of 16 trajectories in 256 slots, with up to six searches each.
 """
 
@@ -46,7 +46,7 @@ VARIANTS = (
 
 
 class CountedRollout:
-    """Stands in for engine and rollout: turns of planned lengths, in slots."""
+    """Replaces engine and rollout: turns of planned lengths, in slots."""
 
     def __init__(self) -> None:
         self.steps_by_busy: Counter[int] = Counter()
@@ -72,7 +72,7 @@ class CountedRollout:
     def _time_of(
         self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
     ) -> int:
-        """Play it on; the engine steps that it takes."""
+        """Continue the trajectory; return the engine steps needed."""
         sampled = 0
         while not trajectory.stop_reason and (budget is None or sampled < budget):
             turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))
@@ -119,7 +119,7 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Engine steps of a training step, and of those that with under a quarter of the slots busy."""
+    """Return the engine steps of a training step, and those with under a quarter of the slots busy."""
     rollout = CountedRollout()
     parts: Any = SimpleNamespace(
         config=SimpleNamespace(

@@ -1,10 +1,10 @@
-"""What recording a step's rollouts costs the step, and the memory of it.
+"""Measure the step's time and memory for recording its rollouts.
 
     python tools/bench/record.py [--json FILE]
 
-1,024 trajectories of 8,192 tokens, on one replica. The step waits for what TensorBoard shows, and for the start of
-a thread that writes the file. The baseline is the way of earlier versions, where the step waited for the file: tokens
-in lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
+1,024 trajectories of 8,192 tokens, on one replica. The step waits for the values shown in TensorBoard, and for the
+start of a thread that writes the file. The baseline is the code of earlier versions, where the step waited for the
+file: tokens in lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def turn_values() -> dict[str, torch.Tensor]:
 
 
 def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGroups) -> None:
-    """What the step computes for TensorBoard."""
+    """Compute the values that a step shows in TensorBoard."""
     values = turn_values()
     summaries = gather_summaries(trajectories, groups)
     gains_by_turn(summaries)
@@ -64,7 +64,7 @@ def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGro
 
 
 def with_lists(trajectories: Sequence[Trajectory]) -> Any:
-    """The same with lists of Python numbers, as records held them earlier."""
+    """Return the same with lists of Python numbers, as in earlier records."""
     copies = copy.deepcopy(list(trajectories))
     for trajectory in copies:
         for part, names in (
@@ -77,7 +77,7 @@ def with_lists(trajectories: Sequence[Trajectory]) -> Any:
 
 
 def as_earlier(trajectories: Sequence[Trajectory], tokenizer: Any, path: Path) -> None:
-    """The whole step as one document."""
+    """Write the whole step as one document."""
     values, records = turn_values(), []
     for row, trajectory in enumerate(trajectories):
         record = dataclasses.asdict(trajectory)

@@ -1,11 +1,11 @@
-"""A refit of SmolLM2-135M in bfloat16 on one rank, against one copy of its weights.
+"""Compare a refit of SmolLM2-135M in bfloat16 on one rank with one copy of its weights.
 
     python tools/bench/refit.py [--json FILE]
 
-CPU seconds of `refit` (export, handover, the engine's load), of the export by itself, and of the engine's load of
-weights that lie ready under their Hugging Face names, each against copying as many bytes once, tensor by tensor,
-into memory that is there. On a CPU the engine's load packs every matrix anew for its kernels, which a GPU's does not.
-Bytes handed to the engine are counted against those of the weights.
+CPU seconds of `refit` (export, handover, the engine's load), of the export alone, and of the engine's load alone,
+from weights under their Hugging Face names, each against copying as many bytes once, tensor by tensor, into allocated
+memory. On a CPU the engine's load repacks every matrix for its kernels, unlike on a GPU. Bytes passed to the engine
+are compared with those of the weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Load on a retrieval server: throughput and latency by number of clients, every answer compared with the right one.
+"""Load a retrieval server: throughput and latency by number of clients, with every answer checked.
 
     python tools/bench/retrieval.py URL --questions FILE [--clients 1,8,80] [--seconds 5] [--topk 3] [--json FILE]
 
-The client is Python's own http.client, so that nothing of the server's project is on both sides. The right answers
-are those that the server gives one at a time before the load begins. The query cache makes repeated queries cheap:
-each request therefore carries a query of its own, unless --repeat is given.
+The client is Python's own http.client, so that client and server share no project code. The expected answers are the
+server's own, one at a time before the load begins. The query cache makes repeated queries cheap, so each request
+carries a new query, unless --repeat is given.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import numpy as np
 
 @dataclass
 class Outcome:
-    """What one level of load gave."""
+    """Result of one level of load."""
 
     clients: int
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     wrong: int = 0
     lost: int = 0
-    """Requests without an answer: refused, cut off, or past the time limit."""
+    """Requests without an answer: refused, interrupted, or past the time limit."""
 
     def describe(self) -> dict[str, float]:
         milliseconds = np.array(self.latencies) * 1000
@@ -57,7 +57,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
 
     def retrieve(self, queries: Sequence[str], top_k: int) -> list:
-        """The `result` of one request; OSError or ValueError if there is none."""
+        """Return the `result` of one request; OSError or ValueError if there is none."""
         body = json.dumps({"queries": list(queries), "topk": top_k, "return_scores": True})
         try:
             self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -74,10 +74,10 @@ class Client:
 
 
 def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: float, top_k: int) -> Outcome:
-    """Ask with `clients` connections at once for `seconds`.
+    """Query with `clients` concurrent connections for `seconds`.
 
     Args:
-        cases: (query, the hits that are right).
+        cases: (query, expected hits).
     """
     outcome, lock = Outcome(clients=clients), threading.Lock()
     turns: Iterator[tuple[str, list]] = itertools.cycle(cases)
@@ -111,7 +111,7 @@ def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: 
 
 
 def right_answers(url: str, queries: Sequence[str], top_k: int) -> list[tuple[str, list]]:
-    """Each query with its hits, asked one at a time."""
+    """Return each query with its hits, queried one at a time."""
     client = Client(url)
     cases = [(query, client.retrieve([query], top_k)[0]) for query in queries]
     client.close()
@@ -140,7 +140,7 @@ def main() -> int:
         print(f"error: {args.questions} or {args.url} cannot be used ({error})", file=sys.stderr)
         return 2
     if not args.repeat:
-        # Punctuation makes another query to the cache, and none to BM25.
+        # Punctuation makes a different query for the cache, but not for BM25.
         marks = ("!" * i for i in range(1, 400))
         cases = [(f"{query} {mark}", right) for mark in marks for query, right in cases]
     table = []

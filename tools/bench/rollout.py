@@ -1,16 +1,16 @@
-"""How near the agent loop comes to the engine's own speed, with tools that take 0, 50 and 200 ms.
+"""Compare the agent loop's speed with the engine's own, with tools that take 0, 50 and 200 ms.
 
     python tools/bench/rollout.py [--json FILE]
 
-64 trajectories on a small model, two for each place in the engine, up to four searches each. Lengths of turns are
-drawn from a long-tailed distribution, some 130 tokens on average, and are the same in all variants:
+64 trajectories on a small model, two for each slot of the engine, up to four searches each. Lengths of turns are
+drawn from a long-tailed distribution, about 130 tokens on average, and are the same in all variants:
 
-    loop      the product: every trajectory goes on as soon as its own search has answered
+    loop      the product: every trajectory continues as soon as its own search has answered
     waves     all trajectories generate until the slowest is done, then all search until the slowest has answered
-    engine    vLLM alone: every turn follows the last at once, no tool, nothing tokenised, nothing judged
+    engine    vLLM alone: every turn follows the previous one at once, without tools, tokenisation or judging
 
-Tokens/s are sampled tokens over wall time. The model is so small that an engine step takes as long as on a large GPU
-(some 10 ms), and a tool as many steps; what our loop costs in Python then weighs most.
+Tokens/s are sampled tokens over wall time. With such a small model, an engine step takes as long as on a large GPU
+(about 10 ms), and a tool as many steps; this makes the loop's Python cost most visible.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MAX_MODEL_LEN = 3072
 
 
 class WaitingTool:
-    """Answers everything with one passage, after a while."""
+    """Answers everything with one passage, after a delay."""
 
     def __init__(self, delay_s: float):
         self.delay_s = delay_s
@@ -58,12 +58,12 @@ class WaitingTool:
         return [f"{text} " + "la " * OBSERVED]
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
 
 @dataclass
 class Played:
-    """What the other variants need of a trajectory to play it again."""
+    """The parts of a trajectory that the other variants need to replay it."""
 
     prompt: list[int]
     lengths: list[int]
@@ -85,7 +85,7 @@ def make_prompts() -> list[Prompt]:
 
 
 class Variants:
-    """The loops, over one engine."""
+    """The loops, over one shared engine."""
 
     def __init__(self, model: Path) -> None:
         self.config = RolloutConfig(
@@ -127,7 +127,7 @@ class Variants:
         return result
 
     def play_alone(self) -> None:
-        """The engine with the next turn always at hand."""
+        """Run the engine with the next turn always ready."""
         self.engine.forget()
         contexts = {str(number): list(played.prompt) for number, played in enumerate(self.played)}
         turns = dict.fromkeys(contexts, 0)
@@ -143,7 +143,7 @@ class Variants:
                     self._submit(name, contexts[name], turns[name])
 
     def play_waves(self, delay_ms: int) -> None:
-        """All generate, then all search."""
+        """Let all trajectories generate, then all search."""
         self.engine.forget()
         tool = WaitingTool(delay_ms / 1000)
         contexts = {str(number): list(played.prompt) for number, played in enumerate(self.played)}
@@ -177,7 +177,7 @@ def _played(trajectory: Trajectory) -> Played:
 
 
 def longer_model(folder: Path) -> Path:
-    """A copy of the model that takes longer sequences than it was made for; what it writes does not matter."""
+    """Copy the model with a longer context limit than it was made for; the generated text does not matter."""
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}))

@@ -2,9 +2,9 @@
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without names all of them, about half an hour on two cores; the longest is `gain`, where the CPU does not compute in
-bfloat16. Lines of benches that were not run stay as they are.
-Exit code 1 if a bench fails; a target that is missed is a line in the table, not a failure.
+Without names, runs all, in about half an hour on two cores; the longest is `gain`, if the CPU does not support
+bfloat16. Table lines of other benches stay. Exit code 1 if a bench fails; a missed target is a line in the table, not
+a failure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BENCHES = (
     "record",
     "start_up",
 )
-"""In the order of the table; each is a script of that name beside this one."""
+"""In the order of the table; each is the name of a script in this folder."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"
 HEADER = (
     "| bench | what | ours | baseline | ratio | noise | target |",
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def run(bench: str, record: Path) -> bool:
-    """Whether the bench came to its end."""
+    """Run a bench; return whether it completed."""
     start = time.monotonic()
     script = Path(__file__).with_name(f"{bench}.py")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -81,7 +81,7 @@ def run(bench: str, record: Path) -> bool:
 
 
 def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
-    """Replace the bench's lines in the table of `page`, or add them in the order of `BENCHES`."""
+    """Replace the bench's lines in the table of `page`, or insert them in the order of `BENCHES`."""
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(START)
     table, tail = rest.split(END)

@@ -1,13 +1,14 @@
-"""What one rank does in a step, and at the start, that depends on how many ranks there are.
+"""Measure the work of one rank, per step and at the start, that depends on the number of ranks.
 
     python tools/bench/scale.py [--ranks 8,64,512,1024] [--real 2,4,8] [--page docs/performance.md]
 
-A process stands for rank 0 of so many ranks of a 72B model's layout (8 x tensor, 4 x pipeline from 64 ranks on,
-engines of 8 ranks): torch's fake process group makes the groups, and collectives hand it back what its peers would
-have sent, so that Python's share of the work is done. A step has 1,024 trajectories of about 8,192 tokens at every
-size. Collectives and bytes are counted, seconds are CPU seconds of Python on rank 0, without the network.
+A process plays rank 0 of a 72B model's layout (8 x tensor, 4 x pipeline from 64 ranks on, engine replicas of 8
+ranks): torch's fake process group makes the groups, and collectives return what the peers would have sent, so that
+Python's part of the work is done. A step has 1,024 trajectories of about 8,192 tokens at every size. Collectives and
+bytes are counted; seconds are CPU seconds of Python on rank 0, without the network.
 
-With --real the quickstart takes three steps on so many gloo processes of this machine, and what they hold is read.
+With --real, the quickstart takes three steps on that many gloo processes of this machine, and their resources are
+read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ROWS = {
     "record_calls": "step: metrics and rollouts, collectives",
     "step_s": "step: all of these, s",
 }
-"""Name in a rank's record -> line of the table."""
+"""Name in a rank's record -> label in the table."""
 REAL_ROWS = {
     "open_files": "open files of the rank with most",
     "exchange_s": "exchange, mean of the fastest rank, s",
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def one_rank(size: int) -> dict[str, float]:
-    """The record of rank 0 of `size`, by a process of its own."""
+    """Return the record of rank 0 of `size`, from a separate process."""
     done = subprocess.run(
         [sys.executable, str(RANK), str(size)],
         cwd=ROOT,
@@ -86,7 +87,7 @@ def one_rank(size: int) -> dict[str, float]:
 
 
 def real_ranks(size: int) -> dict[str, float]:
-    """Three steps of the quickstart on `size` processes."""
+    """Run three steps of the quickstart on `size` processes."""
     with tempfile.TemporaryDirectory() as root:
         overrides = [
             "--resume",
@@ -146,12 +147,12 @@ def _environment() -> dict[str, str]:
 
 
 def _open_files(pid: int) -> int:
-    """Of the process below `pid` that has most."""
+    """Return the largest number of open files of a process below `pid`."""
     most = 0
     for child in _below(pid):
         try:
             most = max(most, len(list(Path(f"/proc/{child}/fd").iterdir())))
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     return most
 

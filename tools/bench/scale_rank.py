@@ -1,4 +1,4 @@
-"""Rank 0 of a number of ranks, by itself: run by scale.py, prints one record as JSON.
+"""Play rank 0 of a number of ranks alone: run by scale.py, prints one record as JSON.
 
 python tools/bench/scale_rank.py RANKS
 """
@@ -51,13 +51,13 @@ ROUNDS = 3
 
 
 class Peers:
-    """Stands in for the other ranks: collectives give back this rank's own part for each of them, and are counted."""
+    """Replaces the other ranks: collectives return this rank's own part for each of them, and are counted."""
 
     def __init__(self) -> None:
         self.calls = self.sent = self.received = 0
         self.made: Counter[str] = Counter()
         self.of_peer: Callable[[int, Any], Any] = lambda rank, own: own
-        """What another rank would have given, by its rank and this one's."""
+        """Returns another rank's part, from its rank and this rank's part."""
 
     def patches(self) -> list[Any]:
         names = (
@@ -151,7 +151,7 @@ def measure_exchange(
         if not isinstance(own, list):
             return own
         engine = rank // ENGINE_RANKS
-        # Lengths of its own: trajectories of equal length would go to the first replica one after the other.
+        # Different lengths: trajectories of equal length would all go to the first replica, one after the other.
         return [
             (p + engine, s, n + (37 * engine + 11 * s + p) % 101) for p, s, n in own if p + engine < PROMPTS
         ]
@@ -213,7 +213,7 @@ def measure_record(
 
 
 def seconds_of(action: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """CPU seconds, the least of the rounds."""
+    """Return the least CPU seconds of the rounds."""
     found = []
     for _ in range(rounds):
         gc.collect()

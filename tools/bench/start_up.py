@@ -1,17 +1,17 @@
-"""How long the product takes from a process's start to the first sampled token, stage by stage.
+"""Measure the time from the product's start to the first sampled token, stage by stage.
 
     python tools/bench/start_up.py [--json FILE]
 
-The product's own command in one process, without a launcher, with SmolLM2-135M in float32 on worldqa; turns of a
-single token, so that the first rollout is finished with its first token. Times are wall seconds, by the run's own
-`time/startup_*` metrics. Beside it transformers and vLLM alone: imports, tokenizer, an engine with the same settings,
-one token. Neither policy, questions, search nor refit are there.
+Runs the product's own command in one process, without a launcher, with SmolLM2-135M in float32 on worldqa; turns have
+a single token, so that the first rollout ends with its first token. Times are wall seconds, from the run's own
+`time/startup_*` metrics. The baseline is transformers and vLLM alone: imports, tokenizer, an engine with the same
+settings, one token, without policy, questions, search and refit.
 
-Warm: vLLM's folder of what it found out about the model's class is filled (the product keeps it in .cache/a2tgpo).
-Cold: an empty one. Nothing else is kept between runs: the search index in process is built from its corpus, prompts
-are tokenised, weights are read. What Python compiles (__pycache__) and the system's file cache are warm in both.
+Warm: vLLM's cache of the model class's properties is filled (the product keeps it in .cache/a2tgpo). Cold: the cache
+is empty. Nothing else is kept between runs: the in-process search index is built from its corpus, prompts are
+tokenised, weights are read. Python's __pycache__ and the system's file cache are warm in both.
 
-Some 4 minutes.
+Takes about 4 minutes.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ STAGES = {
     "model": "policy and optimizer",
     "engine": "engine",
 }
-"""Of `time/startup_STAGE_s`."""
+"""Stages of `time/startup_STAGE_s`."""
 MAX_MODEL_LEN, KV_CACHE_GIB = 768, 0.5
-"""As configs/smollm2_cpu.yaml has them."""
+"""The values of configs/smollm2_cpu.yaml."""
 
 ALONE = """
 import json, sys
@@ -54,11 +54,11 @@ made = process_age_s()
 engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
 Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - imports, "total": process_age_s()}))
 """
-"""A program of its own; arguments: model, longest sequence, bytes of the cache, file of its answer."""
+"""A separate program; arguments: model, longest sequence, bytes of the cache, file of its answer."""
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """What both run in: the variables that the product sets, and the place of vLLM's cache."""
+    """Return the environment of both variants: the product's own variables, and the folder of vLLM's cache."""
     return {
         "PYTHONPATH": str(measure.ROOT),
         "VLLM_CACHE_ROOT": str(cache),
@@ -74,7 +74,7 @@ def start(command: list[str], cache: Path) -> None:
 
 
 def product(cache: Path) -> dict[str, float]:
-    """Seconds by stage, `refit` that of the first step, `total` to the first token."""
+    """Return seconds by stage; `refit` is of the first step, `total` to the first token."""
     with tempfile.TemporaryDirectory() as root:
         start(
             [
@@ -99,7 +99,7 @@ def product(cache: Path) -> dict[str, float]:
 
 
 def alone(cache: Path) -> dict[str, float]:
-    """Seconds by stage, `total` to the first token, of transformers and vLLM."""
+    """Return seconds by stage, `total` to the first token, of transformers and vLLM."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         start(["-c", ALONE, MODEL, str(MAX_MODEL_LEN), str(int(KV_CACHE_GIB * 2**30)), str(answer)], cache)
@@ -110,7 +110,7 @@ def rows() -> list[measure.Row]:
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            # Each variant has a cache of its own, empty at first and filled by its own first run.
+            # Each variant has its own cache, empty at first and filled by its own first run.
             runs = [(name, Path(folder, name)) for name in ("ours", "alone")]
             for name, cache in runs[:: -1 if number % 2 else 1]:
                 for state in ("cold", "warm"):

@@ -1,23 +1,23 @@
-"""One update of SmolLM2-135M against a plain loop of transformers and torch.optim with padding.
+"""Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim with padding.
 
     python tools/bench/train_step.py [--json FILE]
 
 Both run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step of
-AdamW, in float32 with one thread, on the same trajectories. In both the old policy's log-probs are those of this
-pass: a step of one mini-batch scores nothing before it. Ours packs trajectories and runs the output layer where a
-token was sampled; the loop pads on the right, rows as they come or sorted by length, and runs it everywhere. The loop
-computes no entropies and no metrics, which ours does.
+AdamW, in float32 with one thread, on the same trajectories. In both, the old policy's log-probs are those of this
+pass: a step of one mini-batch scores nothing before it. Ours packs trajectories and runs the output layer only where
+a token was sampled; the loop pads on the right, with rows as they come or sorted by length, and runs it everywhere.
+The loop computes no entropies and no metrics, unlike ours.
 
-TRL's GRPOTrainer comes along where `make setup-trl` was run: its own training loop, in its own environment, on the
-same tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads
-prompts on the left and completions on the right, each to the longest of the batch, and computes entropies. It scores
-no old policy either. Not comparable: it knows ratios of tokens or sequences, not of turns (in the first update on a
-batch both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs
-at every position without one, and once more in the backward pass.
+After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
+tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads prompts
+on the left and completions on the right, each to the longest of the batch, computes entropies, and scores no old
+policy either. Differences: it has ratios of tokens or sequences, not of turns (in the first update on a batch both
+are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at every
+position, and once more in the backward pass.
 
-Each variant runs in a process of its own, from loading the model on, so that its memory is all that training takes;
-an update on one trajectory comes first, uncounted. Loss, mean log-prob and gradient norm of all variants are equal.
-Some 4 minutes.
+Each variant runs in its own process, from the model's load on, so that its memory is all that training needs; an
+uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are equal.
+Takes about 4 minutes.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ from a2tgpo.update.policy_update import score_minibatches, update_policy
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 LENGTHS = (64, 96, 70, 128, 180, 80, 104, 66)
-"""Tokens: a standard deviation of 0.4 of the mean and a long tail, as rollouts have; 20 times shorter than those."""
+"""Tokens: a standard deviation of 0.4 of the mean and a long tail, like rollouts, but 20 times shorter."""
 NUM_MICROBATCHES = 2
 CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
 
 Update = Callable[[list[Trajectory]], dict[str, float]]
-"""One update on these trajectories -> its loss, mean log-prob, gradient norm."""
+"""Runs one update on these trajectories; returns its loss, mean log-prob, gradient norm."""
 
 
 def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
@@ -73,7 +73,7 @@ def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
 
 
 def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
-    """Advantage and clip scale of each turn, made up."""
+    """Return a synthetic advantage and clip scale of each turn."""
     return [
         (math.cos(len(trajectory.tokens) + turn), 1 + 0.3 * math.sin(turn))
         for turn in range(len(trajectory.turns))
@@ -81,7 +81,7 @@ def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
 
 
 def packed() -> Update:
-    """Ours, as the trainer's stages `score` and `update`."""
+    """Return our update, as in the trainer's stages `score` and `update`."""
     groups = initialize(ParallelConfig(), seed=0)
     policy = build_policy(ModelConfig(path=MODEL, dtype="float32"), ParallelConfig(), groups, update=UPDATE)
     optimizer, schedule = build_optimizer(policy, UPDATE, total_steps=10)
@@ -122,7 +122,7 @@ def packed_minibatch(trajectories: list[Trajectory]) -> Minibatch:
 
 
 def padded(*, is_sorted: bool) -> Update:
-    """The loop: [rows, longest] tokens, a mask, SDPA, log-probs by logsumexp."""
+    """Return the loop's update: [rows, longest] tokens, a mask, SDPA, log-probs by logsumexp."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -133,7 +133,7 @@ def padded(*, is_sorted: bool) -> Update:
     )
 
     def logprobs_of(rows: list[Trajectory]) -> Tensor:
-        """[rows, longest - 1] of every token but the first."""
+        """Return [rows, longest - 1] log-probs of every token except the first."""
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(t.tokens) for t in rows], batch_first=True)
         lengths = torch.tensor([len(t.tokens) for t in rows])
         mask = torch.arange(tokens.size(1)) < lengths[:, None]
@@ -162,7 +162,7 @@ def padded(*, is_sorted: bool) -> Update:
 
 
 def sampled_spans(trajectory: Trajectory) -> list[slice]:
-    """Of each turn, where its tokens are predicted."""
+    """Return the positions that predict each turn's tokens."""
     spans, at = [], len(trajectory.prompt_tokens) - 1
     for turn in trajectory.turns:
         spans.append(slice(at, at + len(turn.tokens)))
@@ -171,7 +171,7 @@ def sampled_spans(trajectory: Trajectory) -> list[slice]:
 
 
 def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Tensor:
-    """Eq. 10-12 written plainly: sum over rows of the mean over their sampled tokens."""
+    """Compute Eq. 10-12 plainly: sum over rows of the mean over their sampled tokens."""
     total = logprobs.new_zeros(())
     for row, trajectory in enumerate(rows):
         values = turn_values(trajectory)
@@ -184,7 +184,7 @@ def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Te
 
 
 def by_trl() -> dict[str, float]:
-    """What `measured` gives, by TRL's trainer; its loss and gradient norm only."""
+    """Return the values of `measured`, by TRL's trainer; only its loss and gradient norm."""
     rows = []
     for trajectory in trajectories_of(LENGTHS):
         completion: list[int] = []
@@ -221,7 +221,7 @@ VARIANTS: dict[str, Callable[[], Update]] = {
 
 
 def measured(build: Callable[[], Update]) -> dict[str, float]:
-    """What the update found, its CPU seconds, and the peak memory in MB of everything since the model's loading."""
+    """Return the update's results, its CPU seconds, and the peak memory in MB since the model's load."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "found.json")
 
@@ -285,12 +285,12 @@ def rows() -> list[measure.Row]:
 
 
 def sampled_share() -> float:
-    """Share of the tokens at which our output layer runs."""
+    """Return the share of tokens at which our output layer runs."""
     return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 
 def padded_share(name: str) -> float:
-    """Share of the baseline's positions that hold a token."""
+    """Return the share of the baseline's positions that hold a token."""
     if name == trl_peer.NAME:
         prompts = [len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]
         completions = [len(t.tokens) - len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]

@@ -1,4 +1,4 @@
-"""Trajectories of a given shape, made up: what the benches of the training side work on."""
+"""Synthetic trajectories of a given shape, for the benches of training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def make_trajectories(
     vocab_size: int = 1000,
     seed: int = 0,
 ) -> list[Trajectory]:
-    """`count` rollouts, groups of 16, of about `mean_tokens` tokens; the same for the same arguments.
+    """Make `count` rollouts, in groups of 16, of about `mean_tokens` tokens; deterministic.
 
     Args:
         spread: standard deviation of the length over its mean.
-        max_turns: process turns; a rollout has 1 to so many, then its final turn.
-        observed: share of a rollout's tokens after the prompt that are observations.
+        max_turns: largest number of process turns; a rollout has at least 1, then its final turn.
+        observed: share of observations in a rollout's tokens after the prompt.
     """
     rng = random.Random(seed)
 

@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer as another process, in an environment of its own: .venv-trl, made by `make setup-trl`."""
+"""Run TRL's GRPO trainer in another process, in its own environment: .venv-trl, made by `make setup-trl`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ NAME = "TRL's GRPOTrainer"
 
 
 def is_there() -> bool:
-    """Whether its environment is; says so once where it is not."""
+    """Return whether its environment exists; print a line if not."""
     if not PYTHON.exists():
         print(f"rows of {NAME} are left out: no {PYTHON.parents[1].name} here; make setup-trl makes it")
     return PYTHON.exists()
 
 
 def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
-    """What `script`, beside this file, answers to `request`: it is called with the files of both, JSON.
+    """Run `script`, in this folder, and return its answer; both files are JSON, given as arguments.
 
     Args:
-        script: its name.
-        request: whatever it takes.
-        ranks: processes, started by torchrun where there are several; the first one answers.
+        script: file name.
+        request: the script's input.
+        ranks: processes, started by torchrun if there are several; the first one answers.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", str(ranks)]

@@ -1,11 +1,11 @@
-"""One update by TRL's GRPOTrainer on given trajectories; run by train_step.py in .venv-trl.
+"""Run one update of TRL's GRPOTrainer on given trajectories; called by train_step.py in .venv-trl.
 
     .venv-trl/bin/python tools/bench/trl_train_step.py REQUEST ANSWER
 
-Its own training loop: rollouts are handed to it by `rollout_func`, observations masked by `env_mask`. Advantages
-stand at each token instead of each sequence. Ratios are 1 in the only update on a batch, so loss and gradient are
-those of the turn-level loss, which tells that both train on the same. Gradient checkpointing, on by TRL's default,
-is off as in the other variants.
+Uses its own training loop: `rollout_func` supplies the rollouts, `env_mask` masks observations. Advantages are per
+token instead of per sequence. Ratios are 1 in the only update on a batch, so loss and gradient equal those of the
+turn-level loss, which verifies that both train on the same. Gradient checkpointing, on by TRL's default, is off as in
+the other variants.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 Rows = list[dict[str, list]]
-"""Of each trajectory: `prompt`, `completion` (tokens), `env_mask` (1: sampled), `advantages` (of each of them)."""
+"""Per trajectory: `prompt`, `completion` (tokens), `env_mask` (1: sampled), `advantages` (per token)."""
 
 
 class GivenAdvantages(GRPOTrainer):
-    """Trains with the advantages that the rollouts bring."""
+    """Trains with the advantages in the rollouts."""
 
     rows: Rows
 
@@ -41,7 +41,7 @@ class GivenAdvantages(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of each optimizer step, from its first micro-batch on."""
+    """Measures CPU seconds of each optimizer step, from its first micro-batch on."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
 
 
 def train(request: dict[str, Any]) -> dict[str, float]:
-    """Two updates, the first one uncounted on copies of the shortest trajectory."""
+    """Run two updates, the first one uncounted on copies of the shortest trajectory."""
     rows, settings = request["rows"], request["update"]
     batches = [[rows[0]] * len(rows), rows]
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""Whole steps of TRL's GRPOTrainer on a configuration's task; run by whole_step.py in .venv-trl, by torchrun.
+"""Run whole steps of TRL's GRPOTrainer on a configuration's task; called by whole_step.py in .venv-trl, by torchrun.
 
     .venv-trl/bin/python -m torch.distributed.run --nproc-per-node 2 tools/bench/trl_whole_step.py REQUEST ANSWER
 
-The questions, prompts, search, observations, budgets and rewards are this project's own; `rollout_func` plays them by
+Questions, prompts, search, observations, budgets and rewards are this project's own; `rollout_func` plays them with
 transformers' generate: all trajectories of a rank generate until the slowest turn is done, then all search, and the
-next turn reads the whole context again. Two updates a step, as the configuration has it: the generation batch is cut
-in two, and TRL scores the policy that played before the first one.
+next turn reads the whole context again. Each step has two updates, like the configuration: the generation batch is
+cut in two, and TRL scores the old policy before the first one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
 class TimedTrainer(GRPOTrainer):
-    """Notes the wall time of its stages; `score` is what runs without gradients."""
+    """Records the wall time of its stages; `score` is the part without gradients."""
 
     seconds: dict[str, float]
 
@@ -57,7 +57,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Wall seconds of every whole step, that is of `updates` optimizer steps, and of the stages in it."""
+    """Measures wall seconds of every whole step, that is of `updates` optimizer steps, and of its stages."""
 
     def __init__(self, trainer: TimedTrainer, player: Player, updates: int):
         self.steps: list[dict[str, float]] = []
@@ -87,7 +87,7 @@ class Clock(TrainerCallback):
 
 
 class Player:
-    """Plays groups of trajectories by transformers' generate, turn by turn."""
+    """Plays groups of trajectories with transformers' generate, turn by turn."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
         self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
@@ -99,7 +99,7 @@ class Player:
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
-        """TRL's `rollout_func`: a trajectory for each entry, which is the number of its prompt."""
+        """Play a trajectory for each entry, the number of its prompt, as TRL's `rollout_func`."""
         played = [
             Trajectory(
                 prompt_index=0,
@@ -142,7 +142,7 @@ class Player:
         }
 
     def _generate(self, model: Any, live: list[Trajectory]) -> list[list[int]]:
-        """One turn of each, end of sequence included where it was sampled."""
+        """Generate one turn of each trajectory, with the end of sequence if it was sampled."""
         contexts = [t.tokens for t in live]
         longest, end = max(map(len, contexts)), self._tokenizer.eos_token_id
         tokens = torch.tensor([[*[end] * (longest - len(context)), *context] for context in contexts])
@@ -165,7 +165,7 @@ class Player:
         ]
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """Without what pads the row: what ended by a stop string has no end of sequence."""
+        """Remove the row's padding; a turn that ended by a stop string has no end of sequence."""
         end = self._tokenizer.eos_token_id
         before = tokens[: tokens.index(end)] if end in tokens else tokens
         text = self._tokenizer.decode(before)
@@ -177,13 +177,13 @@ class Player:
         return self._config.rollout.max_response_tokens - response
 
     def _goes_on(self, trajectory: Trajectory, texts: list[str], tokens: list[int]) -> bool:
-        """Append what was sampled, and the search's answer; whether another turn follows."""
+        """Append the sampled tokens, and the observation; return whether another turn follows."""
         text = self._syntax.cut_at_stop(self._tokenizer.decode(tokens, skip_special_tokens=True))
         texts.append(text)
         turn = Turn(tokens=TokenIds(tokens), rollout_logprobs=LogProbs())
         trajectory.turns.append(turn)
         query = self._syntax.find_query(text, "search") if text.endswith("</search>") else ""
-        # An observation leaves room for 32 tokens after it, as in the product.
+        # An observation must leave 32 tokens, as in the product.
         room = self._room(trajectory) - 32
         if (
             not query
@@ -201,7 +201,7 @@ class Player:
 
 
 def train(request: dict[str, Any]) -> list[dict[str, float]]:
-    """Stages of every whole step on this rank."""
+    """Return the stages of every whole step on this rank."""
     config = load_config(request["config"], request["overrides"])
     rollout, update = config.rollout, config.update
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, padding_side="left")
@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     request, answer = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     steps = train(request)
-    # Tokens are of all ranks, times those of the first, which waits for the others in every update.
+    # Tokens are of all ranks; times are the first rank's, which waits for the others in every update.
     for step in steps:
         for name in ("sampled_tokens", "tokens"):
             total = torch.tensor(float(step[name]))

@@ -1,4 +1,4 @@
-"""Packed sequences against single ones: the attention kernels of this machine."""
+"""Check packed sequences against single ones, to test this machine's attention kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:
-    """Packed sequences of different lengths against transformers, which runs them one by one in float32."""
+    """Compare packed sequences of different lengths with transformers, which runs them one by one in float32."""
     import torch
 
     groups, dtype = passes.join(bench), passes.default_dtype()
@@ -34,13 +34,13 @@ def check_packed_attention(bench: Bench) -> None:
 
 
 def check_context_parallel(bench: Bench) -> None:
-    """Sequences split over two ranks against whole ones."""
+    """Compare sequences split over two ranks with whole ones."""
     if bench.world_size < 2 or bench.world_size % 2:
         return bench.skip("context parallel", f"{bench.world_size} ranks; it takes an even number")
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import lay_out
 
-    # Before the ranks join: transformers then writes on the first one only.
+    # Before the ranks join: afterwards transformers writes only on the first rank.
     path = write_model(bench.work / f"model-{bench.rank}")
     groups, dtype = passes.join(bench), passes.default_dtype()
     whole = passes.logprobs_and_gradients(path, groups, dtype=dtype)

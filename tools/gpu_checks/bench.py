@@ -1,4 +1,4 @@
-"""Results of the checks: the rows that a check writes, as a table and as JSON."""
+"""Results of the checks: rows, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ class Row:
     """One line of the table."""
 
     check: str
-    """The check that wrote it, of `catalogue.CHECKS`."""
+    """The check that wrote the row, from `catalogue.CHECKS`."""
     name: str
     status: str
     """PASS | FAIL | SKIP | INFO (measured, without a limit)."""
     measured: float | None = None
     limit: float | None = None
-    """What `measured` was compared with."""
+    """The limit that `measured` was compared with."""
     relation: str = ""
-    """How: `<=` or `>=`."""
+    """The comparison: `<=` or `>=`."""
     unit: str = ""
     note: str = ""
-    """Why it failed or was skipped; otherwise, what else was seen."""
+    """Why the row failed or was skipped; otherwise, additional observations."""
     quantity: str = ""
-    """Of `QUANTITIES`: what `measured` calibrates in a plan; empty if nothing."""
+    """The entry of `QUANTITIES` that `measured` calibrates in a plan; empty if none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line says to the checks."""
+    """Options of the command line for the checks."""
 
     min_bus_gb_s: float | None = None
     """Least bus bandwidth of the largest all-reduce, GB/s; None: by backend."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of the packed sequences with wide heads; None: long ones on a GPU, short ones on a CPU."""
+    """Tokens of the packed sequences with wide heads; None: long sequences on a GPU, short ones on a CPU."""
     like: str | None = None
     """The model whose slice is checked: a built-in name or a folder with config.json; None: by machine."""
     tensor: int = 8
-    """The slice is the part of one of this many tensor-parallel ranks."""
+    """The slice is one rank's part with this many tensor-parallel ranks."""
     layers: int = 4
     """Layers of the slice."""
 
@@ -67,11 +67,11 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Bench:
-    """What a check is given: where to write, and which rank it is; the rows of rank 0 are the check's."""
+    """A check's folder, rank and rows; only the rows of rank 0 count."""
 
     check: str
     work: Path
-    """A folder to write to. Ranks may share it or not: each writes under names of its own."""
+    """A folder to write to. Ranks may share it, so each uses its own file names."""
     rank: int
     world_size: int
     settings: Settings = Settings()
@@ -80,17 +80,17 @@ class Bench:
     def at_most(
         self, name: str, measured: float, limit: float, unit: str = "", note: str = "", quantity: str = ""
     ) -> None:
-        """PASS if `measured` <= `limit`; a NaN fails."""
+        """Add PASS if `measured` <= `limit`, else FAIL, also for NaN."""
         self._compare(name, measured <= limit, measured, limit, "<=", unit, note, quantity)
 
     def at_least(
         self, name: str, measured: float, limit: float, unit: str = "", note: str = "", quantity: str = ""
     ) -> None:
-        """PASS if `measured` >= `limit`; a NaN fails."""
+        """Add PASS if `measured` >= `limit`, else FAIL, also for NaN."""
         self._compare(name, measured >= limit, measured, limit, ">=", unit, note, quantity)
 
     def info(self, name: str, measured: float, unit: str, note: str = "", quantity: str = "") -> None:
-        """A measurement without a limit."""
+        """Add a measurement without a limit."""
         self._add(name=name, status="INFO", measured=measured, unit=unit, note=note, quantity=quantity)
 
     def skip(self, name: str, reason: str) -> None:
@@ -122,12 +122,12 @@ class Bench:
         row = Row(check=self.check, **columns)
         assert not row.quantity or row.quantity in QUANTITIES, row.quantity
         self.rows.append(row)
-        if self.rank == 0:  # at once: what was measured before a hang or a crash is kept
+        if self.rank == 0:  # at once, so that measurements before a hang or a crash are kept
             write_json(self.work / f"{self.check}.json", as_json(self.rows))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, a line each."""
+    """Format the rows as text, one line each."""
     lines = []
     for row in rows:
         shown = ""
@@ -139,7 +139,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as JSON knows them: what is not finite becomes null."""
+    """Convert the rows to JSON types; values that are not finite become null."""
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -150,6 +150,6 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """How many rows of each status, in one line."""
+    """Return the number of rows of each status, in one line."""
     passed, failed, skipped, measured = (sum(row.status == status for row in rows) for status in STATUSES)
     return f"{passed} passed, {failed} failed, {skipped} skipped, {measured} measured without a limit"

@@ -24,17 +24,17 @@ from tools.gpu_checks.step import (
 class Check:
     run: Callable[[Bench], None]
     alone: bool = False
-    """One rank is enough: the check is of a card, not of what joins several."""
+    """One rank suffices: the check is about a GPU, not about connections between several."""
     needs_gpu: str = ""
-    """Why it is skipped where there is none; empty: it means something on a CPU."""
+    """Why the check is skipped without a GPU; empty: it makes sense on a CPU."""
     timeout_s: float = 600.0
-    """Longest time, unless --timeout-s says otherwise: that of a first run, which compiles kernels."""
+    """Default of --timeout-s: the longest time of a first run, which compiles kernels."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of its processes."""
+    """Environment variables of its processes."""
 
 
 COLD_ENGINE_S = 1200.0
-"""Of checks that build engines: torch.compile with one thread and nothing in its cache takes minutes."""
+"""Limit of checks that build engines: torch.compile with one thread and an empty cache takes minutes."""
 _FP8 = "FP8 is computed by Transformer Engine and vLLM on cards from compute capability 8.9 on"
 
 CHECKS: dict[str, Check] = {

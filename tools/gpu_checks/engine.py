@@ -1,4 +1,4 @@
-"""The engine by itself: memory that it gives back, speed, and what asynchronous scheduling changes."""
+"""Check the engine alone: memory that sleep frees, speed, and the effect of asynchronous scheduling."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from tools.gpu_checks.models import SMALL, VOCAB_SIZE, slice_dimensions, write_c
 
 CACHE_GIB = 4.0
 MIN_SHARE = 0.9
-"""Of the cache's bytes that must come back when the engine sleeps, and be taken again when it wakes."""
+"""Share of the KV cache's bytes that sleep must free and wake must allocate again."""
 PREFILL_TOKENS = 2048
 MAX_RESCORED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean |difference| of sampled tokens' log-probs, as they were sampled and scored again, nats. As between engine and
-trainer: another computation of the same numbers."""
+"""Mean |difference| between sampled tokens' log-probs as sampled and as scored again, nats. Like engine and trainer,
+these are two computations of the same numbers."""
 MAX_RESCORED = 16
-"""Requests that are scored again, one by one."""
+"""Requests to score again, one by one."""
 MAX_SHARE_OTHER = 0.5
-"""Of the requests that may get other tokens under asynchronous scheduling. bfloat16 rounds by what else is in the
-batch, which asynchronous scheduling changes, and one other token changes all after it; a scheduler that mixes up
-requests would change nearly all, and their scores."""
+"""Share of the requests that may get other tokens under asynchronous scheduling. bfloat16 rounding depends on the
+rest of the batch, which asynchronous scheduling changes, and one other token changes all later ones. A scheduler that
+mixes up requests would change nearly all of them, and their scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """What an engine is to play, and how; travels to a process of its own."""
+    """Work for an engine; pickled to a separate process."""
 
     path: str
     dtype: str
     cache_gib: float
     sequences: int
-    """Decoded at once, twice: the second time behind what they sampled and an observation, as in a second turn."""
+    """Decoded concurrently, twice: the second time after the sampled tokens and an observation, as a second turn."""
     tokens: int
-    """Sampled by each at most."""
+    """Most tokens sampled per sequence."""
     async_scheduling: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
     tokens: dict[str, list[int]]
-    """Sampled, by request id."""
+    """Sampled tokens, by request id."""
     alone_s: float
-    """One engine step while one sequence runs, seconds."""
+    """Time of one engine step while one sequence runs, seconds."""
     together_s: float
-    """One engine step while `sequences` run, in the mean over the first round, seconds."""
+    """Mean time of one engine step of the first round while `sequences` run, seconds."""
     tokens_per_s: float
     rescored_gap: float
-    """Mean |difference| of the second turns' log-probs, as sampled and scored again without the cache, nats."""
+    """Mean |difference| of the second turns' log-probs, as sampled and as scored again without the cache, nats."""
 
 
 def check_engine_memory(bench: Bench) -> None:
-    """Bytes in use on the card around sleep and wake, part by part."""
+    """Measure bytes in use on the GPU around sleep and wake, part by part."""
     import torch
 
     from a2tgpo.config.rollout import RolloutConfig
@@ -87,11 +87,11 @@ def check_engine_memory(bench: Bench) -> None:
 
 
 def check_engine_speed(bench: Bench) -> None:
-    """Host time of decoding, asynchronous scheduling on and off, and the prefill of a model slice."""
+    """Measure host time of decoding, asynchronous scheduling on and off, and the prefill of a model slice."""
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # No ids past the tokenizer's: log-probs of samples leave those out, log-probs of whole sequences do not.
+    # No ids beyond the tokenizer's: log-probs of samples exclude those, log-probs of whole sequences do not.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     asked = Play(
         path=path,
@@ -134,24 +134,24 @@ def check_engine_speed(bench: Bench) -> None:
 
 
 def write_engine_slice(folder: Path, dimensions: ModelDimensions) -> str:
-    """The slice as an engine takes it; returns its folder.
+    """Write the slice in an engine's format; return its folder.
 
-    vLLM's Qwen2 takes a head's channels to be the hidden size over the heads, which is wrong for a slice; Qwen3 reads
-    them from its configuration, and has the same matrices.
+    vLLM's Qwen2 computes a head's channels as hidden size over heads, which is wrong for a slice; Qwen3 reads them
+    from its configuration and has the same matrices.
     """
     as_qwen3 = dataclasses.replace(dimensions, architecture="qwen3")
     return write_checkpoint(folder, as_qwen3, max_positions=PREFILL_TOKENS + 64)
 
 
 def in_own_process(function: Callable[[Any], Any], argument: Any) -> Any:
-    """`function(argument)` in a fresh process: vLLM's memory pool serves one engine in the life of a process."""
+    """Run `function(argument)` in a fresh process: vLLM's memory pool serves one engine per process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
         return pool.submit(function, argument).result()
 
 
 def play(asked: Play) -> Played:
-    """Play `asked` with an engine built for it."""
+    """Build an engine for `asked`, and play it."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
@@ -169,9 +169,9 @@ def play(asked: Play) -> Played:
 
 
 def play_on(engine: Any, asked: Play) -> Played:
-    """One sequence alone, then `asked.sequences` together in two rounds; each samples with a seed of its own.
+    """Play one sequence alone, then `asked.sequences` concurrently in two rounds, each with its own seed.
 
-    Every second one stops at a text that a small vocabulary soon brings: a turn that calls a tool ends so.
+    Every second sequence stops at a text that a small vocabulary soon produces, like a turn that calls a tool.
     """
     from a2tgpo.refit.verify import probe_tokens
 
@@ -213,7 +213,7 @@ def play_on(engine: Any, asked: Play) -> Played:
 
 
 def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
-    """Operations per second of running eight long prompts through the engine, and how long that took."""
+    """Run eight long prompts through the engine; return operations per second, and the time as text."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.plan.flops import forward_flops
     from a2tgpo.refit.verify import probe_tokens
@@ -236,7 +236,7 @@ def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
 
 
 def _drain(engine: Any) -> tuple[dict[str, Any], float, int]:
-    """Step until nothing is in flight; the outputs by request, the seconds, and the steps."""
+    """Step until nothing is in flight; return the outputs by request, the seconds, and the steps."""
     outputs: dict[str, Any] = {}
     steps, start = 0, time.perf_counter()
     while engine.has_unfinished:

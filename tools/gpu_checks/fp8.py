@@ -1,4 +1,4 @@
-"""FP8 against bfloat16: each recipe on a small model, and on a slice of a large one in its real shapes."""
+"""Check FP8 against bfloat16: each recipe on a small model, and on a slice of a large model in its real shapes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tools.gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
-"""Of FP8 from bfloat16, in the measures of `passes`. Log-probs are off by 0.06 with every recipe if its forward pass
-is emulated (tools/fp8_emulation.py), gradients by 0.17 if Transformer Engine's own layers run over kernels that round
-in PyTorch; a slice is at 0.10."""
+"""Largest gaps between FP8 and bfloat16, in the measures of `passes`. Log-probs differ by 0.06 with every recipe if
+its forward pass is emulated (tools/fp8_emulation.py), gradients by 0.17 if Transformer Engine's own layers run over
+kernels that round in PyTorch, for a slice by 0.10."""
 TIMED_PASSES = 8
 
 
 def check_fp8(bench: Bench) -> None:
-    """Each recipe against bfloat16 on a small model."""
+    """Compare each recipe with bfloat16 on a small model."""
     groups, path = passes.join(bench), write_model(bench.work / "model")
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     _compare_recipes(bench, "fp8", path, groups, plain, number_format="hybrid")
 
 
 def check_slice(bench: Bench) -> None:
-    """A tensor-parallel rank's part of a large model in its real shapes: bfloat16, FP8, and how fast they are."""
+    """Check a tensor-parallel rank's part of a large model in its real shapes: bfloat16, FP8, and their speed."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -36,7 +36,7 @@ def check_slice(bench: Bench) -> None:
     groups = passes.join(bench)
     timed = 8192 if on_gpu else 256
     path = write_model(bench.work / "slice", dimensions, max_positions=timed, device=groups.device)
-    # bfloat16 on a CPU too: these rows are about formats, `packed_attention` about the computation.
+    # bfloat16 on a CPU too: these rows test formats, `packed_attention` the computation.
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     expected = passes.by_transformers(path, groups.device)
     gap = (plain[0] - expected[0]).abs().mean().item()
@@ -48,7 +48,7 @@ def check_slice(bench: Bench) -> None:
     _time(bench, path, groups, dimensions, tokens=timed, recipe=None)
     if not on_gpu:
         return bench.skip("slice in fp8", "needs a GPU: FP8 is computed by Transformer Engine")
-    # The format of configs/train_70b.yaml; `fp8` has the other one.
+    # The format of configs/train_70b.yaml; `fp8` uses the other one.
     for recipe in _compare_recipes(bench, "slice in fp8", path, groups, plain, number_format="e4m3"):
         _time(bench, path, groups, dimensions, tokens=timed, recipe=recipe)
     return None
@@ -63,7 +63,7 @@ def _compare_recipes(
     *,
     number_format: str,
 ) -> list[str]:
-    """A pair of rows for each recipe; returns those that computed. One that the libraries refuse is a failed row."""
+    """Add two rows for each recipe; return the recipes that computed. One that the libraries refuse fails its row."""
     from a2tgpo.config.check import ConfigError
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
 
@@ -75,7 +75,7 @@ def _compare_recipes(
         except ConfigError as error:
             bench.skip(f"{what} {recipe}", str(error))
             continue
-        except (RuntimeError, AssertionError, ValueError) as error:  # a shape that cuBLASLt does not take
+        except (RuntimeError, AssertionError, ValueError) as error:  # cuBLASLt refuses the shape
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
             bench.at_most(f"{what} {recipe}, log-probs", float("nan"), MAX_FP8_LOGPROB_GAP, "nats", reason)
             continue
@@ -94,7 +94,7 @@ def _compare_recipes(
 
 
 def _time(bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: str | None) -> None:
-    """Operations per second of forward and backward pass over four sequences, counted as a plan counts them."""
+    """Measure operations per second of forward and backward pass over four sequences, counted like a plan."""
     import torch
 
     from a2tgpo.config.fp8 import Fp8Config
@@ -137,7 +137,7 @@ def _time(bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int,
 
 
 def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: int) -> None:
-    """The bytes that a pass took beyond what was there before it, against a plan's."""
+    """Compare the bytes that a pass allocated with the plan's estimate."""
     planned = planned_activations(dimensions, tokens)
     note = f"{measured / 2**30:.3g} GiB, planned {planned / 2**30:.3g}"
     bench.info(
@@ -146,7 +146,7 @@ def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: i
 
 
 def planned_activations(dimensions: Any, tokens: int) -> float:
-    """What a plan counts for a pass over `tokens` in bfloat16 without recomputation, its logits included, bytes."""
+    """Return a plan's bytes for a pass over `tokens` in bfloat16 without recomputation, including its logits."""
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.plan.activations import MicrobatchShape
 

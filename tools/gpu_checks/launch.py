@@ -1,4 +1,4 @@
-"""Who starts the ranks of tools/gpu_check.py: it alone, or torchrun or srun a copy of it for each rank."""
+"""Start the ranks of tools/gpu_check.py: alone, or as one of the copies that torchrun or srun started."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from tools.gpu_checks.bench import Row
 
 
 def launched_environment() -> dict[str, str] | None:
-    """This process's environment with torchrun's names, if a launcher started it as one of several; else None.
+    """Return this process's environment with torchrun's names if a launcher started it as one of several; else None.
 
     Raises:
-        ValueError: if it is one of several that do not know where to meet.
+        ValueError: it is one of several without a meeting point.
     """
     names = launched(os.environ)
     if names is None:
         return None
-    # torchrun's own store serves its port only; the checks meet at ports of theirs.
+    # torchrun's own store serves only its port; the checks use other ports.
     return {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")} | names
 
 
 def rank_environments(
     launched: dict[str, str] | None, *, num_ranks: int, alone: bool, index: int
 ) -> list[dict[str, str]]:
-    """The variables of each rank that this process starts for check number `index`.
+    """Return the variables of each rank that this process starts for check number `index`.
 
     Args:
-        launched: of `launched_environment`; then it is one at most, this process's own. The port moves on with every
-            check, since the launcher or the last check may still hold it.
-        alone: the check is of one rank, the first.
+        launched: from `launched_environment`; then this process starts at most its own rank. The port changes with
+            every check, since the launcher or the last check may still occupy the previous one.
+        alone: the check has one rank, the first.
     """
     if launched is not None:
         environment = launched | {"MASTER_PORT": str(int(launched["MASTER_PORT"]) + 2 + index)}
@@ -52,9 +52,10 @@ def rank_environments(
 
 
 class Meeting:
-    """Where the copies that a launcher started wait for each other, check by check; nothing to do for one alone.
+    """Synchronises the copies that a launcher started after each check; does nothing for a single process.
 
-    The first one hears what failed elsewhere, and all end with its verdict: a launcher ends all as soon as one fails.
+    The first copy receives the others' failures, and all exit with its verdict: a launcher ends all as soon as one
+    fails.
     """
 
     def __init__(self, launched: dict[str, str] | None, *, timeout_s: float):
@@ -64,7 +65,7 @@ class Meeting:
         if launched and self._world_size > 1:
             from torch.distributed import TCPStore
 
-            # The slowest check of another rank takes its time, then some for what it leaves.
+            # The slowest check of another rank, plus time for its cleanup.
             patience = timedelta(seconds=timeout_s + 60)
             port = int(launched["MASTER_PORT"]) + 1
             self._store = TCPStore(
@@ -72,7 +73,7 @@ class Meeting:
             )
 
     def share(self, check: str, rows: list[Row]) -> list[Row]:
-        """At the first rank its rows and those of the others, which only have some of failures; elsewhere none."""
+        """Return this rank's rows and the others' failures on the first rank, an empty list elsewhere."""
         if self._store is None:
             return rows
         if self.rank > 0:
@@ -87,7 +88,7 @@ class Meeting:
         return rows
 
     def agree(self, exit_code: int) -> int:
-        """The first rank's exit code, on all; the last call."""
+        """Return the first rank's exit code on all ranks; must be the last call."""
         if self._store is None:
             return exit_code
         if self.rank > 0:
@@ -97,5 +98,5 @@ class Meeting:
         self._store.set("exit code", str(exit_code))
         deadline = time.monotonic() + 30
         while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)  # the store goes with this process
+            time.sleep(0.05)  # the store ends with this process
         return exit_code

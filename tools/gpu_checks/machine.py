@@ -1,4 +1,4 @@
-"""What a check ran on: versions, driver, cards."""
+"""Describe the machine of a check: versions, driver, GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, driver, cards and how they are connected, as far as this machine tells."""
+    """Return versions, driver, GPUs and their connections, as far as known."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    # device_count alone counts cards that an old driver cannot use.
+    # device_count alone includes GPUs that an old driver cannot use.
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     first = torch.cuda.get_device_properties(0) if seen else None
     return {
@@ -47,7 +47,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def see_gpus(machine: dict[str, Any]) -> Row:
-    """Without this row, a torch built for CPUs would pass as a machine without a GPU."""
+    """Return a row that fails if torch cannot use the GPUs, so that this does not pass as a machine without a GPU."""
     seen = machine["gpus_seen_by_torch"]
     return Row(
         check="machine",
@@ -61,7 +61,7 @@ def see_gpus(machine: dict[str, Any]) -> Row:
 
 
 def output_of(command: list[str]) -> str:
-    """What the command prints; nothing if it is missing or fails."""
+    """Return the command's output; empty if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Training state that leaves the card and comes back: equal to the bit, and how fast."""
+"""Check that training state leaves the GPU and comes back equal to the bit, and how fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.gpu_checks.passes import LENGTHS
 
 GIB = 2**30
 MIN_SHARE_FREED = 0.9
-"""Of the bytes that torch's tensors hold on the card, those that must leave it."""
+"""Share of the tensors' bytes on the GPU that must be freed."""
 UPDATES = 2
 
 
@@ -22,22 +22,22 @@ class Trained:
     """One training of `UPDATES` updates."""
 
     tensors: list[Any]
-    """Weights, float32 weights and moments at its end, on the CPU."""
+    """Final weights, float32 weights and moments, on the CPU."""
     losses: list[float]
     held_gib: float = 0.0
-    """By tensors on the card before all left it, the last time; 0 on a CPU."""
+    """GiB of tensors on the GPU before the last offload; 0 on a CPU."""
     freed_gib: float = 0.0
     copied_gib: float = 0.0
-    """To the host, the last time, and as much back."""
+    """GiB of the last copy to the host; the copy back is as large."""
     out_s: float = 0.0
     back_s: float = 0.0
     optimizer_s: float = 0.0
-    """The last optimizer step, gradient norm and clipping included."""
+    """Time of the last optimizer step, gradient norm and clipping included."""
     optimizer_parameters: int = 0
 
 
 def check_memory(bench: Bench) -> None:
-    """The same updates three times: twice with all on the card throughout, once with all of it off in between."""
+    """Run the same updates three times: twice with everything on the GPU, once with offload in between."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -111,7 +111,7 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
 
 
 def _move(phases: Any, done: Trained) -> None:
-    """All off the card, as for a rollout, and what is kept back again; the first time also takes the host's pages."""
+    """Offload everything as for a rollout and load it as for a checkpoint; the first time allocates host pages."""
     import torch
 
     on_gpu = torch.cuda.is_available()

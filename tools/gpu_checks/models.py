@@ -1,4 +1,4 @@
-"""The random models that the checks compute with, written as Hugging Face folders."""
+"""Random models for the checks, written as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SMALL = ModelDimensions(
     vocab=VOCAB_SIZE,
     tied=False,
 )
-"""Four layers in shapes that the kernels for large models take."""
+"""Four layers in shapes that kernels for large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
-"""Heads of 128 channels, eight queries to a key: what a rank of Qwen2.5-72B or Llama-3.1-70B on 8 ranks has."""
+"""Heads of 128 channels, eight queries per key, like one of 8 ranks of Qwen2.5-72B or Llama-3.1-70B."""
 STAND_IN = ModelDimensions(
     architecture="qwen2",
     hidden=256,
@@ -47,7 +47,7 @@ STAND_IN = ModelDimensions(
     vocab=152064,
     tied=False,
 )
-"""In place of Qwen2.5-72B where there is no GPU: one of 8 ranks has 464 feed-forward channels, no multiple of 128."""
+"""Replaces Qwen2.5-72B without a GPU: one of 8 ranks has 464 feed-forward channels, not a multiple of 128."""
 DEFAULT_LIKE = "qwen2.5-72b"
 
 
@@ -58,10 +58,10 @@ def write_model(
     max_positions: int = 1024,
     device: torch.device | str = "cpu",
 ) -> str:
-    """A random model of `dimensions` in bfloat16; returns its folder.
+    """Write a random model of `dimensions` in bfloat16; return its folder.
 
     Args:
-        device: where it is drawn; a large model takes minutes on a CPU.
+        device: where to draw it; a large model takes minutes on a CPU.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -73,16 +73,16 @@ def write_model(
         for parameter in model.parameters():
             if (
                 parameter.ndim == 1
-            ):  # biases and norms: off their initial value, else errors in them do not show
+            ):  # biases and norms: moved off their initial values, which would hide errors in them
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            else:  # twice transformers' width at 256 channels, else distributions are flat and errors do not show
+            else:  # twice transformers' std at 256 channels, because flat distributions would hide errors
                 parameter.normal_(0, 0.64 * parameter.shape[-1] ** -0.5)
     model.bfloat16().save_pretrained(folder)
     return str(folder)
 
 
 def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_positions: int = 1024) -> str:
-    """A random model with a tokenizer of its own, as an engine needs one; returns its folder."""
+    """Write a random model with its own tokenizer, as an engine requires; return its folder."""
     from tools.tiny_model import build_tokenizer
 
     texts = [f"what is the capital of {country}? {city}" for country, city in CITIES.items()] * 4
@@ -94,14 +94,14 @@ def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_p
 
 
 def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool) -> ModelDimensions:
-    """What one of `tensor` tensor-parallel ranks holds of `layers` layers of a model, as a model of its own.
+    """Return the part of `layers` layers that one of `tensor` tensor-parallel ranks holds, as a separate model.
 
     Args:
-        like: a built-in name or a folder with config.json, of which only that file is read; None: `DEFAULT_LIKE` on
-            a GPU, `STAND_IN` elsewhere.
+        like: a built-in name or a folder, of which only config.json is read; None: `DEFAULT_LIKE` on a GPU,
+            `STAND_IN` elsewhere.
 
     Raises:
-        ConfigError: one line; there is no such model, it has experts, or `tensor` or `layers` do not fit it.
+        ConfigError: one line; the model does not exist or has experts, or `tensor` or `layers` do not fit it.
     """
     whole = STAND_IN if like is None and not on_gpu else _read_like(like or DEFAULT_LIKE)
     require(not whole.experts, "--like", like, "a model without experts")
@@ -117,7 +117,7 @@ def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool
         heads=whole.heads // tensor,
         kv_heads=whole.kv_heads // tensor,
         ffn=whole.ffn // tensor,
-        vocab=1024,  # the output layer and the embedding are not what is checked
+        vocab=1024,  # output layer and embedding are not checked
         tied=False,
     )
 

@@ -1,4 +1,4 @@
-"""All-reduce: that it sums, and how fast."""
+"""Check that all-reduce sums correctly, and how fast it is."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     import torch
 
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
-"""Bus bandwidth of the largest message. 20 GB/s is what one 200 Gb/s network port gives: below it, NCCL has fallen
-back to TCP. A DGX H100 is at several hundred inside a node."""
+"""Least bus bandwidth of the largest message. One 200 Gb/s network port reaches 20 GB/s; below, NCCL has fallen back
+to TCP. A DGX H100 reaches several hundred within a node."""
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16
-"""An all-reduce that is all latency: the hidden states of a few sequences."""
+"""Size of an all-reduce dominated by latency: the hidden states of a few sequences."""
 
 
 def check_all_reduce(bench: Bench) -> None:
-    """Bus bandwidth by size, as nccl-tests define it: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
+    """Measure bus bandwidth by size like nccl-tests: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
     import torch
     import torch.distributed as dist
 
@@ -36,13 +36,13 @@ def check_all_reduce(bench: Bench) -> None:
     repeats = 20 if on_gpu else 4
     seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
     bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
-    # A rank's share of the network is not the bus bandwidth over several nodes: that one calibrates no plan.
+    # Over several nodes, bus bandwidth is not a rank's share of the network, so it calibrates no plan.
     one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
     for size in SIZES_MIB[backend]:
         seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)
         bandwidth = 2 * (bench.world_size - 1) / bench.world_size * size * 2**20 / seconds / 1e9
         name, note = f"all-reduce {size} MiB", f"{backend}, {bench.world_size} ranks, {seconds * 1e3:.3g} ms"
-        if size != SIZES_MIB[backend][-1]:  # bound by latency
+        if size != SIZES_MIB[backend][-1]:  # dominated by latency
             bench.info(name, bandwidth, "GB/s", note)
             continue
         given = bench.settings.min_bus_gb_s
@@ -53,10 +53,10 @@ def check_all_reduce(bench: Bench) -> None:
 
 
 def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: int) -> float:
-    """Seconds of one all-reduce of `num_bytes`, the slowest rank's.
+    """Return the seconds of one all-reduce of `num_bytes` on the slowest rank.
 
     Raises:
-        RuntimeError: if the sum is wrong.
+        RuntimeError: the sum is wrong.
     """
     import torch
     import torch.distributed as dist

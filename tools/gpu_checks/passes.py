@@ -1,4 +1,4 @@
-"""Forward and backward passes of a random model by the project's own code, and by transformers."""
+"""Run forward and backward passes of a random model with the project's code, and with transformers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from tools.gpu_checks.models import VOCAB_SIZE
 
 LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
-"""What `--lengths` replaces, on a GPU; elsewhere it is `LENGTHS`."""
+"""Default of `--lengths` on a GPU; `LENGTHS` elsewhere."""
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
 """Mean |difference| of log-probs from transformers in float32, nats. The CPU twin is at 2e-7 and 0.005; attention
-that does not stop at the end of a packed sequence is at 0.5 or more."""
+across the end of a packed sequence is at 0.5 or more."""
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
-"""|difference| / |gradient|, over all weights as one vector. The twin is at 5e-7 and 0.015, that attention at 1.2."""
+"""|difference| / |gradient|, over all weights as one vector. The CPU twin is at 5e-7 and 0.015; such
+attention is at 1.2."""
 
 
 def join(bench: Bench) -> Any:
-    """Join the other ranks of the check; the process groups of a layout without model parallelism."""
+    """Join the other ranks of the check; return the process groups of a layout without model parallelism."""
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import initialize
 
@@ -27,14 +28,14 @@ def join(bench: Bench) -> Any:
 
 
 def default_dtype() -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where it is exact enough to tell a wrong computation from rounding."""
+    """Return bfloat16 on a GPU; float32 on a CPU, exact enough to tell a wrong computation from rounding."""
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def trajectories(lengths: Sequence[int]) -> list[Any]:
-    """Sequences with `lengths` sampled tokens behind one prompt token each."""
+    """Return sequences with one prompt token and `lengths` sampled tokens each."""
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
 
     ids, made, start = probe_tokens(VOCAB_SIZE, sum(lengths) + len(lengths)), [], 0
@@ -45,7 +46,7 @@ def trajectories(lengths: Sequence[int]) -> list[Any]:
 
 
 def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> Any:
-    """The sequences of `trajectories` in one row."""
+    """Pack the sequences of `trajectories` in one row."""
     from a2tgpo.batch.packing import alignment, pack
     from a2tgpo.config.fp8 import Fp8Config
     from a2tgpo.config.parallel import ParallelConfig
@@ -55,7 +56,7 @@ def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> 
 
 
 def build(path: str, groups: Any, *, dtype: str, parallel: Any = None, fp8: Any = None) -> Any:
-    """A policy whose gradients are whole on every rank."""
+    """Build a policy whose gradients are complete on every rank."""
     from a2tgpo.config.fp8 import Fp8Config
     from a2tgpo.config.model import ModelConfig
     from a2tgpo.config.parallel import ParallelConfig
@@ -76,7 +77,7 @@ def logprobs_and_gradients(
     parallel: Any = None,
     fp8: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Log-probs [tokens] of all sampled tokens, and the gradient of their mean by HF name, on the CPU."""
+    """Return log-probs [tokens] of all sampled tokens, and the gradient of their mean by HF name, on the CPU."""
     import torch
 
     from a2tgpo.model.weights import iterate_hf_weights
@@ -93,7 +94,7 @@ def logprobs_and_gradients(
         return logprobs[sampled].mean() / groups.dp_size, {}
 
     compute_gradients(policy, [batch], mean_logprob)
-    with torch.no_grad():  # gradients go back to Hugging Face's names by the way that weights do
+    with torch.no_grad():  # maps gradients to Hugging Face's names like weights
         for parameter in policy.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
     gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}
@@ -101,7 +102,7 @@ def logprobs_and_gradients(
 
 
 def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
-    """Log-probs of the tokens of the last of `LENGTHS` from the third on, ten at a time, as branches."""
+    """Return log-probs of the last of `LENGTHS` from the third token on, ten at a time, computed as branches."""
     import torch
 
     from a2tgpo.batch.probes import Probe, ProbedSequence
@@ -124,7 +125,7 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
 
 
 def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) -> tuple[Any, dict[str, Any]]:
-    """As `logprobs_and_gradients`, by transformers in float32, each sequence by itself."""
+    """Compute like `logprobs_and_gradients`, with transformers in float32, each sequence separately."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -143,18 +144,18 @@ def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) ->
 
 
 def distance(gradients: dict[str, Any], expected: dict[str, Any]) -> float:
-    """|difference| / |expected| over all weights."""
+    """Return |difference| / |expected| over all weights."""
     assert gradients.keys() == expected.keys(), "the same weights"
     difference = sum((gradients[name] - expected[name]).square().sum().item() for name in expected)
     return (difference / sum(tensor.square().sum().item() for tensor in expected.values())) ** 0.5
 
 
 def release() -> None:
-    """Give the card's memory of a model that nothing names any more back."""
+    """Free the GPU memory of models without references."""
     import gc
 
     import torch
 
-    gc.collect()  # Megatron's models refer to themselves
+    gc.collect()  # Megatron's models have reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint against one that was never interrupted, by the program that users start."""
+"""Compare a resumed run with an uninterrupted one, using the program that users start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tools.run_equality import differences
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Transformer Engine's and cuBLAS' switches: without them the backward pass of attention sums in any order."""
+"""Switches of Transformer Engine and cuBLAS; without them, attention's backward pass sums in arbitrary order."""
 
 
 def check_resume(bench: Bench) -> None:
-    """Run to the last step with a checkpoint after each; run its last step again from the checkpoint before it."""
+    """Run to the last step with a checkpoint after each; repeat the last step from the checkpoint before it."""
     config = write_run(bench, {"checkpoint": {"every": 1, "keep": STEPS}, "evaluation": {"at_start": False}})
     settings = json.loads(config.read_text())
     write_checkpoint(Path(settings["model"]["path"]))
@@ -32,10 +32,10 @@ def check_resume(bench: Bench) -> None:
 
 
 def _train(config: Path, *arguments: str) -> None:
-    """launch/train.py in a process of its own, which writes into this one's log.
+    """Run launch/train.py in its own process, with its output in this process's log.
 
     Raises:
-        RuntimeError: if it does not end with 0.
+        RuntimeError: its exit code is not 0.
     """
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode

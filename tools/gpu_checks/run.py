@@ -1,4 +1,4 @@
-"""Runs a check in processes of its own, one a rank, within a time limit."""
+"""Run a check in its own processes, one per rank, within a time limit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tools.gpu_checks.bench import Row, Settings
 
 TOOL = Path(__file__).parents[1] / "gpu_check.py"
 GRACE_S = 5.0
-"""How long the other ranks of a check go on after one has failed, so that their own messages reach the logs."""
+"""Time for a check's other ranks after one has failed, so that their own messages reach the logs."""
 
 
 def run_check(
     name: str, environments: list[dict[str, str]], *, settings: Settings, work: Path, timeout_s: float
 ) -> list[Row]:
-    """Start the check's ranks and wait for them; its rows, with a FAIL at the end if a rank failed or hung."""
+    """Start the check's ranks and wait for them; return its rows, plus a FAIL if a rank failed or hung."""
     logs = [work / f"{name}.{environment['RANK']}.log" for environment in environments]
     arguments = ["--one", name, "--work", str(work), "--settings", settings.dumps()]
     processes = []
@@ -38,7 +38,7 @@ def run_check(
             )
     try:
         fault = _wait(processes, logs, timeout_s)
-    finally:  # also when this process is told to end
+    finally:  # also if this process is told to end
         _end(processes)
     file = work / f"{name}.json"
     rows = [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
@@ -48,7 +48,7 @@ def run_check(
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> str:
-    """Wait for all; what went wrong in one line, empty if nothing."""
+    """Wait for all; return the failure in one line, empty if none."""
     deadline, fault = time.monotonic() + timeout_s, ""
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         failed = [i for i, process in enumerate(processes) if process.poll()]
@@ -66,7 +66,7 @@ def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float)
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """Kill what still runs of each rank's session: its children may outlive it."""
+    """Kill the remaining processes of each rank's session: a rank's children may outlive it."""
     for process in processes:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -78,7 +78,7 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 def _describe(process: subprocess.Popen, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Interpreters and libraries may say more after the exception, whose line begins with a name and a colon.
+    # Interpreters and libraries may print more after the exception, whose line begins with a name and a colon.
     errors = [
         line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "error:" in line[:60]
     ]

@@ -1,4 +1,4 @@
-"""Whole training steps: refit and probe, rollout with searches and gains, update; in bfloat16 and in FP8."""
+"""Check whole training steps: refit and probe, rollout with searches and gains, update; in bfloat16 and in FP8."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tools.gpu_checks.models import CITIES, write_checkpoint
 
 MAX_UPDATES = 50
 STEPS = 2
-"""Before the second one the engine has slept twice."""
+"""Before the second step, the engine has slept twice."""
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. The CPU is at 1e-6; 0.05 is
-what guard.max_train_engine_gap allows a run, several times the rounding of bfloat16 in this model."""
+"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. The CPU is at 1e-6; 0.05 is a
+run's limit by guard.max_train_engine_gap, several times the rounding of bfloat16 in this model."""
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
-"""The same of gold answers, which the policy does not expect, as of the probe's tokens (refit.verify.TOLERANCES)."""
+"""The same for gold answers, improbable for the policy like the probe's tokens (refit.verify.TOLERANCES)."""
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
-"""Sampled tokens again, if one side or both compute in FP8. Below the least gap FP8 was not in force: bfloat16 gives
-less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (tools/fp8_emulation.py), by 0.09 if both sides
-round independently; the limit is three times that, since scales of fused matrices and of packed rows are coarser than
-the emulated ones."""
+"""Limits for sampled tokens if engine, trainer or both compute in FP8. Below the lower limit, FP8 was not used:
+bfloat16 gives less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (tools/fp8_emulation.py), by 0.09
+if both sides round independently; the upper limit is three times that, because scales of fused matrices and of packed
+rows are coarser than the emulated ones."""
 MAX_FP8_GAIN_GAP = 0.8
-"""As refit.verify.TOLERANCES has it for FP8."""
+"""The value of refit.verify.TOLERANCES for FP8."""
 
 SAMPLED = "gap/train_engine_abs_mean"
 GAIN = "gain/engine_trainer_gap"
@@ -34,7 +34,7 @@ CORRECTION = {"algorithm": {"correction": {"kind": "truncate"}}}
 
 
 def check_training_step(bench: Bench) -> None:
-    """Refit and probe, two steps of the trainer with searches, and the proof that moved weights arrive."""
+    """Refit and probe, run two training steps with searches, and verify that moved weights arrive in the engine."""
     import torch.distributed as dist
 
     from a2tgpo.refit.verify import TOLERANCES
@@ -58,7 +58,7 @@ def check_training_step(bench: Bench) -> None:
         note = "CUDA, NCCL, cuBLAS and the graphs of a tiny model"
         bench.info("card memory outside torch, engine asleep", context, "GiB", note, "context_gib")
 
-    # As far as four times the tolerance: an engine that kept its weights could not pass.
+    # Move by up to four times the tolerance, so that an engine that kept its weights fails.
     moved_by = _move_weights(parts, target=4 * tolerance)
     bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
     gap = sync_engine(parts, step=STEPS + 1).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
@@ -67,24 +67,24 @@ def check_training_step(bench: Bench) -> None:
 
 
 def check_fp8_rollout_step(bench: Bench) -> None:
-    """A quantised engine beside a bfloat16 trainer."""
+    """Check a quantised engine with a bfloat16 trainer."""
     _fp8_steps(bench, FP8_ROLLOUT)
 
 
 def check_fp8_trainer_step(bench: Bench) -> None:
-    """A trainer in FP8 beside a bfloat16 engine."""
+    """Check an FP8 trainer with a bfloat16 engine."""
     _fp8_steps(bench, FP8_TRAINER)
 
 
 def check_fp8_step(bench: Bench) -> None:
-    """Both in FP8, as configs/train_70b.yaml has it."""
+    """Check both in FP8, as in configs/train_70b.yaml."""
     _fp8_steps(bench, FP8_ROLLOUT, FP8_TRAINER)
 
 
 def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
-    """Steps whose gaps must be those of FP8: neither as small as in bfloat16 nor larger than its noise.
+    """Run steps whose gaps must be those of FP8: larger than bfloat16's, but within FP8's noise.
 
-    The trainer itself fails a step whose probe is off by more than FP8's tolerance.
+    The trainer itself fails a step whose probe differs by more than FP8's tolerance.
     """
     parts, trainer = _start(bench, CORRECTION, *settings)
     for step in range(1, STEPS + 1):
@@ -98,7 +98,7 @@ def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
 
 
 def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
-    """All parts of a run, and its trainer."""
+    """Build all parts of a run, and its trainer."""
     from a2tgpo.assemble import assemble
     from a2tgpo.config.load import load_config
     from a2tgpo.metrics.guards import Guards
@@ -107,7 +107,7 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     from a2tgpo.trainer import Trainer
 
     config = load_config(str(write_run(bench, *settings)))
-    write_checkpoint(Path(config.model.path))  # transformers writes on the first rank only, once joined
+    write_checkpoint(Path(config.model.path))  # before joining: then only the first rank writes
     groups = initialize(config.parallel, seed=0)
     folder = RunFolder(config, groups)
     folder.open("none")
@@ -137,10 +137,10 @@ def _end(parts: Any, trainer: Any) -> None:
 
 
 def _move_weights(parts: Any, *, target: float) -> float:
-    """Optimizer steps up the likelihood of the probe, by the trainer's own backward pass and update.
+    """Take optimizer steps that raise the probe's likelihood, by the trainer's own backward pass and update.
 
     Returns:
-        By how much the probe's log-probs have moved then, nats in the mean: `target`, if `MAX_UPDATES` were enough.
+        The mean movement of the probe's log-probs, nats: `target`, if `MAX_UPDATES` were enough.
     """
     from a2tgpo.batch.packing import alignment, pack
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
@@ -173,10 +173,11 @@ def _move_weights(parts: Any, *, target: float) -> float:
 
 
 def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
-    """Questions, corpus and configuration of a run, equal on all ranks but for the folder; returns the configuration.
+    """Write questions, corpus and configuration of a run, equal on all ranks except the folder; return the
+    configuration.
 
     Args:
-        settings: further ones, section by section; later ones win.
+        settings: further settings by section; later ones win.
     """
     import torch
 
@@ -184,7 +185,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
     folder.mkdir()
     prompts_per_step = 2 * bench.world_size
     capitals = list(CITIES.items())
-    # As many questions as a step has prompts: it must not ask for more than there are.
+    # As many questions as a step has prompts, since it must not need more than there are.
     asked = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
     questions = [
         {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}
