@@ -21,7 +21,7 @@ MAX_CHARACTER_TOKENS = 4
 class ObservationEncoder:
     """Encode a tool's answer as the tokens appended to a trajectory.
 
-    The result has the protocol's tags and no other control token, whatever the tool answers.
+    The result has the protocol's tags and no other control token, for any answer.
 
     Args:
         tokenizer: the policy's.

@@ -50,8 +50,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 if not ON_GPU:
-    # Log-probs would otherwise trigger a C++ compilation of 25 s, even in eager mode. If torch._dynamo was imported
-    # earlier, it has already read the variable; hence both settings.
+    # Log-probs would trigger a C++ compilation of 25 s, even in eager mode. An already imported torch._dynamo has
+    # read the variable before, hence both settings.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     import torch._dynamo
 
@@ -127,14 +127,12 @@ class VllmEngine:
 
     Args:
         model_path: Hugging Face folder; its weights are loaded as version 0.
-        with_weights: False: the engine needs a `load_weights` before it computes anything, and reads no weights
-            itself. Where they are quantised as they are loaded it reads them nevertheless.
+        with_weights: False: read no weights (except with quantisation); `load_weights` must precede the first step.
         config: the `rollout` section.
         model_dtype: number format where `config.dtype` is auto.
         max_model_len: longest sequence, tokens.
         seed: seed of the engine's own generator, which no request uses: each request has its own seed.
-        replica_group: CPU group of the ranks that share the engine, for `config.check_lockstep_every`; None: this
-            rank has the engine alone, or nothing is compared.
+        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`; None: compare nothing.
 
     Raises:
         ConfigError: one line; a missing model, a cache too small for one sequence, an unsupported model.
@@ -180,8 +178,7 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        # The engine finds stop strings with the trainer's tokenizer; vLLM's own choice may split texts differently
-        # (data/tokenizer.py).
+        # For stop strings: vLLM's own tokenizer may split texts differently from the trainer's (data/tokenizer.py).
         self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
         self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
         client: Any = self._engine.engine_core  # the client for an engine in this process
@@ -296,8 +293,7 @@ class VllmEngine:
             version: stored as `weight_version`.
 
         Raises:
-            RuntimeError: unless the names and shapes are exactly those of the model. The engine is then
-                unusable until a complete load succeeds.
+            RuntimeError: if names or shapes are not exactly the model's; the engine then needs a complete load.
         """
         assert not self.has_unfinished, "weights cannot be replaced while requests are in flight"
         assert "weights" not in self._asleep, "wake the weights before they are loaded"

@@ -1,4 +1,4 @@
-"""How far the ratios that are clipped lie from 1, by the number of updates since the step's rollout."""
+"""The spread around 1 of the loss's ratios before clipping, by the number of updates since the step's rollout."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from a2tgpo.metrics.reduce import MetricSums
 
 
 def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, Tensor]:
-    """Sum of (log s)^2 over the turns, sequences or tokens that share a ratio s, and their number; float64 scalars.
+    """Return the sum of (log s)^2 over the turns, sequences or tokens that share a ratio s, and their number,
+    float64.
 
     Args:
-        log_ratio: [n] of the micro-batch's sampled tokens, without gradient.
-        level: of the ratio: token | turn | sequence.
+        log_ratio: [n] log-ratios of the micro-batch's sampled tokens, without gradient.
+        level: level of the ratio: token | turn | sequence.
     """
     ids, num_segments = segments(inputs, level)
     shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)
@@ -27,6 +28,6 @@ def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, 
 
 
 def record_spread(metrics: MetricSums, sums: dict[str, Tensor], *, num_updates: int) -> None:
-    """Add a mini-batch's mean square, if `metrics.ratio_noise` takes it."""
+    """Record a mini-batch's mean square, if `SPREAD_METRICS` has a metric for this number of updates."""
     if num_updates in SPREAD_METRICS and int(sums["ratios"]):
         metrics.add(SPREAD_METRICS[num_updates], float(sums["spread"]), int(sums["ratios"]))
