@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 
 def gather_context(own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
-    """Gather the values of a packed row, of which each rank of `cp_group` has those at its own positions.
+    """Gather a packed row's values from the ranks of `cp_group`, each of which has the values at its own positions.
 
     Every rank of `cp_group` must call this and compute the same from the result. Each rank then knows the full
     gradient at its own positions. So the backward pass needs no communication, and the weights' gradients, summed

@@ -103,7 +103,7 @@ def _packed_seq_params(
         qkv_format="thd",
         cu_seqlens_q=segments,
         cu_seqlens_kv=segments,
-        # The kernels treat padding inside a segment as part of it; context parallelism requires these fields.
+        # The kernels treat a segment's padding as part of the segment; context parallelism requires these fields.
         cu_seqlens_q_padded=segments if cp_size > 1 else None,
         cu_seqlens_kv_padded=segments if cp_size > 1 else None,
         max_seqlen_q=longest,

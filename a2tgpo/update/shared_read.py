@@ -1,4 +1,4 @@
-"""Shared reading of a checkpoint: one rank reads the weights that several ranks hold, and sends them to the others.
+"""Shared reading of a checkpoint: where several ranks hold the same weights, one reads and sends them to the others.
 
 All ranks share the storage. If every data-parallel rank read the weights, the storage would serve them once per
 data-parallel replica, all at the same time.
