@@ -41,7 +41,6 @@ def answer_sets(
 
     Raises:
         StopAgreed: on all ranks, if interrupted; `log` holds the answers so far.
-        StopAgreed: on all ranks, if it was broken off; `log` holds what was answered.
     """
     world = dist.group.WORLD
     assert world is not None, "the processes are joined"

@@ -119,7 +119,6 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
     Raises:
         RuntimeError: it failed; one line that begins with `name`, after the end of its output.
-        RuntimeError: one line that begins with `name`, behind the end of its output; it failed.
     """
     process = subprocess.run(
         command,
