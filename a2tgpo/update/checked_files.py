@@ -27,13 +27,13 @@ Piece = tuple[int, int, int]
 
 
 class DamagedFileError(Exception):
-    """A piece is not what was written; the message names its file."""
+    """A piece differs from what was written; the message names its file."""
 
 
 class ChecksummingStream:
-    """A stream of a file being written that cuts what passes into pieces wherever its position is asked for.
+    """A stream to a file that starts a new piece whenever its position is read.
 
-    Torch asks before and after each tensor.
+    Torch reads the position before and after each tensor.
     """
 
     def __init__(self, stream: Any):
@@ -72,7 +72,7 @@ class _ChecksummingFiles(FileSystem):
 
 
 class CheckedWriter(torch_checkpoint.FileSystemWriter):
-    """Torch's, which notes the checksums of what it writes, and tells a full disk from other troubles."""
+    """Torch's writer, which also records checksums, and raises the disk's own error."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -80,14 +80,14 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
 
     @property
     def pieces(self) -> dict[str, list[Piece]]:
-        """What this rank has written, by the file's name."""
+        """The pieces that this rank has written, by file name."""
         return self._files.pieces
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # Closing the file after an error complains of its position, in place of the error.
+            # Closing the file after an error raises one about its position, which hides the first.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -95,7 +95,7 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
 
 
 class _CheckedReader(torch_checkpoint.FileSystemReader):
-    """Torch's, which compares each piece with its checksum, and reads the index once."""
+    """Torch's reader, which also compares each piece with its checksum, and reads the index only once."""
 
     def __init__(self, folder: Path, pieces: Mapping[str, list[Piece]]):
         super().__init__(folder)
@@ -121,19 +121,19 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
 
 @contextlib.contextmanager
 def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator[None]:
-    """While this is entered, Megatron compares what it reads of the checkpoint in `folder` with its checksums.
+    """Within this context Megatron compares each piece that it reads in `folder` with its checksum.
 
     Reading a piece that differs raises `DamagedFileError`, which torch wraps in a CheckpointException on all ranks.
 
     Args:
-        folder: the only one that is read meanwhile.
+        folder: the only folder that Megatron reads within the context.
         pieces: by file name; empty: nothing is compared.
     """
     if not pieces:
         yield
         return
     reader = _CheckedReader(folder, pieces)
-    # Megatron's strategy chooses its reader by this function, and takes none from its caller.
+    # Megatron's strategy gets its reader from this function; its caller cannot pass one.
     choose = torch_strategy._get_filesystem_reader
     torch_strategy._get_filesystem_reader = lambda *_, **__: reader
     try:
@@ -143,7 +143,7 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
 
 
 def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
-    """Size of a file that is made of these pieces, bytes, and a checksum of their checksums."""
+    """Return the size in bytes of a file made of these pieces, and a checksum of their checksums."""
     return sum(size for _, size, _ in pieces), zlib.crc32(
         json.dumps([list(piece) for piece in pieces]).encode()
     )

@@ -41,9 +41,9 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
 
 
 def reduce_to_weights(path: Path) -> None:
-    """Remove all but the weights of a complete checkpoint, and its record; one rank calls this.
+    """Remove everything but the weights and the record of a complete checkpoint; one rank calls this.
 
-    One from before the optimizer's state had a folder of its own stays as it is.
+    A checkpoint of an earlier version, with weights and optimizer in one folder, is left unchanged.
     """
     if not has_weights_only(path):
         if not (path / OPTIMIZER).is_dir():
@@ -55,9 +55,9 @@ def reduce_to_weights(path: Path) -> None:
                 for key in ("files", "pieces")
             }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            logger.warning("%s stays as it is: its %s is damaged", path, MARKER)
+            logger.warning("%s is left unchanged: its %s is damaged", path, MARKER)
             return
-        # First: whoever reads the folder from here on does not miss what is being removed.
+        # Before the removal, so that no reader expects a file that is about to be removed.
         write_text(path / MARKER, json.dumps(kept | {WEIGHTS_ONLY: True}))
     for entry in path.iterdir():
         if entry.is_dir() and entry.name != WEIGHTS:
@@ -96,7 +96,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def _bound(reduced: list[Path], keep_gb: float, *, spare: int | None) -> None:
-    """Remove the oldest of these, given newest first, but that of step `spare`, as far as needed."""
+    """Remove the oldest of these until the rest take at most `keep_gb`; never that of step `spare`.
+
+    Args:
+        reduced: newest first.
+    """
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in reduced}
     for path in reversed(reduced):
         if sum(sizes.values()) <= 1e9 * keep_gb:
