@@ -1,4 +1,4 @@
-"""Learn that this process is to end, from a signal or from the job's time limit; without torch.
+"""Detect that this process must end, by a signal or by the job's time limit; without torch.
 
 SIGTERM and SIGUSR1 request that the run save and exit with `EXIT_CODE`. Before training there is nothing to save, so
 the process exits at once. During training the signal is recorded, and the run stops once all ranks agree

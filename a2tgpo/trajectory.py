@@ -85,7 +85,7 @@ class Turn:
 
 @dataclass(kw_only=True)
 class Trajectory:
-    """One rollout of one prompt: process turns, then (unless cut short) the turn that carries the answer."""
+    """One trajectory of a prompt: process turns, then (unless cut short) the turn that carries the answer."""
 
     prompt_index: int
     prompt_id: str

@@ -41,7 +41,8 @@ END = "end"
 LISTEN_S = 1.0
 """Seconds of one wait for a word, which no signal interrupts."""
 PLAN_MARGIN = 0.1
-"""Tolerance of the memory estimate before a start is refused: no plan has been compared with a GPU yet."""
+"""Share by which the memory estimate may exceed a GPU's memory before a start is refused: no plan has been compared
+with a GPU yet."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:

@@ -1,1 +1,1 @@
-"""What the policy acts on: tools that take a text and return a text."""
+"""The policy's environment: tools that take a text and return a text."""

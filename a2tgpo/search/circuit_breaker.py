@@ -1,4 +1,4 @@
-"""Stop sending requests to a server that does not answer, so that neither it nor the rollouts wait."""
+"""Stop sending requests to a server that does not answer, to spare it and the rollouts that would wait for it."""
 
 import threading
 import time

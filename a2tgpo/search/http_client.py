@@ -49,8 +49,8 @@ class HttpSearch:
         break_after: consecutive queries without an answer that stop further queries for `break_s`; then one is sent.
         break_s: seconds.
         token: bearer token, if the server requires one.
-        first_wait_s: wait before the second try, seconds; doubles with each further try up to 8 s, with equally
-            much jitter.
+        first_wait_s: wait before the second try, seconds; doubles with each further try, plus jitter of up
+            to `first_wait_s`; at most 8 s.
     """
 
     def __init__(

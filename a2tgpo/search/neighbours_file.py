@@ -17,7 +17,7 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""Passages used to train an index that needs training (IVF, PQ), about, at most."""
+"""Approximate maximum of the passages that train an index which needs training (IVF, PQ)."""
 COUNT_OFFSET = 8
 """Where a Flat index's file has the number of vectors, bytes. The header's last 8 bytes count their components."""
 
