@@ -86,8 +86,7 @@ class Geometry:
     def displaced(self) -> float:
         """Trajectories of an engine and step that find no room to grow: each is preempted once.
 
-        vLLM preempts as many where a half or more of those in flight have room, and up to twice as many where fewer
-        do (docs/performance.md).
+        vLLM preempts between one and two times as many (docs/performance.md).
         """
         return self.trajectories_per_engine * (1 - self.concurrent / self.in_flight)
 

@@ -79,7 +79,7 @@ class EmbeddingBlocks:
 
     def sample(self, num_passages: int) -> np.ndarray:
         """Return about `num_passages` rows at most, equally spaced over all blocks: [rows, dim] float32."""
-        step = max(1, self.num_passages // num_passages)
+        step = max(1, -(-self.num_passages // num_passages))
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 
     def _path(self, number: int) -> Path:
