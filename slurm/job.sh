@@ -58,14 +58,15 @@ copy_code() {
   mv "$CODE.unfinished" "$CODE"
 }
 
-# edited_after TIME [ARGUMENT ...]: this folder's programs and configurations, and the arguments that are files, which are
-# younger than TIME, whose second is the last that does not count.
+# edited_after TIME [ARGUMENT ...]: the programs as they were copied, the configurations, and the arguments that are files,
+# which are younger than TIME, whose second is the last that does not count. Copies keep their times.
 edited_after() {
-  local since argument places=(a2tgpo launch slurm tools configs)
+  local since argument places=(configs)
   since="$(date -d "$1" +%s)" || return 0
   for argument in "${@:2}"; do if [ -f "$argument" ]; then places+=("$argument"); fi; done
-  find "${places[@]}" -type f -newermt "@$((since + 1))" ! -name '*.pyc' 2>/dev/null | sort -u || true
+  { (cd "$CODE" && younger_than "$since" a2tgpo launch slurm tools); younger_than "$since" "${places[@]}"; } | sort -u
 }
+younger_than() { find "${@:2}" -type f -newermt "@$(($1 + 1))" ! -name '*.pyc' 2>/dev/null || true; }
 
 # What the job takes over at its first start, and what of it was edited while the job waited: Slurm keeps the batch script alone.
 tell_start() {

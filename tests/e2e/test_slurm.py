@@ -197,8 +197,8 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     (checkout / "configs" / "edited.yaml").write_text("{}\n")
     cluster.run("scontrol", "release", second)
     # All that the three take from the checkout is copied before they build a model.
-    for copied in (copies / cut / "config.yaml", copies / second / "code"):
-        cluster.wait_until(copied.exists, cut)
+    cluster.wait_until((copies / cut / "config.yaml").exists, cut)
+    cluster.wait_until(lambda: "edited after" in cluster.log(second), second)
     # The experiment that is prepared next, in the same files.
     config.write_text(
         inputs.read_text().replace("name: run", "name: next").replace("lr: 0.0001", "lr: 0.001")

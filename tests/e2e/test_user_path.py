@@ -172,8 +172,8 @@ def kill_half_way(clone: Clone, command: list[str], log: Path) -> Path:
     return kept
 
 
-def test_a_checkpoint_scores_the_same_cut_into_2_x_2_ranks_on_two_and_whole_on_one(path, work, trained):
-    """README's command evaluates the run's own on one process; its export, cut by four, is read by two."""
+def test_a_checkpoint_cut_into_2_x_2_scores_the_same_on_two_processes_and_on_one(path, work, trained):
+    """Two processes begin and are killed, one goes on; compared with the whole checkpoint, which README evaluates."""
     cut = work / "cut.yaml"
     cut.write_text(
         f"base: {trained}/config.yaml\nparallel: {{tensor: 2, pipeline: 2}}\nrollout: {{tensor_parallel: 2}}\n"
@@ -183,12 +183,13 @@ def test_a_checkpoint_scores_the_same_cut_into_2_x_2_ranks_on_two_and_whole_on_o
     layout = ["parallel.tensor=2", "parallel.pipeline=2"]
     path.clone([*start, "4", "--script", "tools/convert.py", "cut.yaml", *convert, *layout])
     evaluate = [
-        *(*start, "2", "--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut", "--limit", "21"),
+        *("--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut", "--limit", "21"),
         *("--sets", "worldqa=artifacts/worldqa/test.jsonl", "--out", "cut/report"),
         "rollout.max_concurrent=2",  # so that answers come one after the other
     ]
-    kept = kill_half_way(path.clone, evaluate, work / "cut" / "report.partial" / "replica_0.jsonl")
-    path.clone(evaluate)
+    log = work / "cut" / "report.partial" / "replica_0.jsonl"
+    kept = kill_half_way(path.clone, [*start, "2", *evaluate], log)
+    path.clone([*start, "1", *evaluate])
     asked = [json.loads(line)["question_id"] for line in kept.read_text().splitlines() if line.endswith("}")]
     assert sorted(asked) == sorted(set(asked)) and len(asked) == 21, "a question was asked twice, or never"
     reports = trained / "evaluation"
