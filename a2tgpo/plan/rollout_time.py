@@ -77,17 +77,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
 def rollout_time_with_room(given: PlanInputs) -> RolloutTime:
     """The same with a cache for all trajectories in flight."""
     roomy = dataclasses.replace(given.geometry, concurrent=given.geometry.in_flight)
-    return rollout_time(
-        PlanInputs(
-            config=given.config,
-            dimensions=given.dimensions,
-            gpu=given.gpu,
-            gpus=given.gpus,
-            workload=given.workload,
-            assumed=given.assumed,
-            geometry=roomy,
-        )
-    )
+    return rollout_time(dataclasses.replace(given, geometry=roomy))
 
 
 def _experts_read(dimensions: ModelDimensions, running: float) -> float:

@@ -38,7 +38,7 @@ def run_check(
             )
     try:
         fault = _wait(processes, logs, timeout_s)
-    finally:  # also if this process is told to end
+    finally:  # a signal that ends this process also runs this block
         _end(processes)
     file = work / f"{name}.json"
     rows = [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
