@@ -137,12 +137,12 @@ artifacts/models/tiny-qwen3-wanders/config.json: artifacts/models/tiny-qwen3-det
 	PYTHON=$(PY) launch/local.sh -n 2 --script launch/warmstart.py configs/ablation.yaml
 
 ablation: setup artifacts/models/tiny-qwen3-wanders/config.json
-	$(PY) tools/ablation.py configs/ablation.yaml --methods $(ABLATION_METHODS) --seeds $(ABLATION_SEEDS) \
+	$(PY) tools/ablation/compare.py configs/ablation.yaml --methods $(ABLATION_METHODS) --seeds $(ABLATION_SEEDS) \
 		--tuned configs/ablation --jobs $(RANKS) --out runs/ablation
 
 # What chose configs/ablation/*.yaml.
 ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
-	$(PY) tools/ablation_tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
+	$(PY) tools/ablation/tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
 		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
 
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
@@ -177,7 +177,7 @@ lint: setup
 
 # The configuration reference is written from the dataclasses; the site goes to site/.
 docs: setup
-	$(PY) tools/config_reference.py
+	$(PY) tools/upkeep/config_reference.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d site
 
 format: setup

@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["a2tgpo", "a2tgpo.*"]),
-    package_data={"a2tgpo": ["py.typed"]},
+    package_data={"a2tgpo": ["py.typed", "record/rollouts_page.html"]},
     install_requires=CORE,
     extras_require={
         "cpu": [

@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from a2tgpo.carried_pool import CarriedPool
-from a2tgpo.config.check import ConfigError, require
+from a2tgpo.checkpoint.folder import read_record
+from a2tgpo.collect.carried_pool import CarriedPool
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
@@ -20,8 +20,8 @@ from a2tgpo.data.stratified_subset import stratified_subset
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
-from a2tgpo.error_line import first_line
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.io.errors import ConfigError, first_line, require
+from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
@@ -29,15 +29,14 @@ from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.resume import require_same_run
 from a2tgpo.reward.overlong import overlong_penalty
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
-from a2tgpo.run_date import run_date
-from a2tgpo.update.checkpoint import read_record
+from a2tgpo.run.date import run_date
+from a2tgpo.run.resume import require_same_run
 from a2tgpo.update.gain_check import GainCheck
-from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 

@@ -7,23 +7,23 @@ import time
 import torch
 import torch.distributed as dist
 
+from a2tgpo.advantage.step import step_advantages
 from a2tgpo.assemble import RunParts, gain_check
 from a2tgpo.batch.exchange import exchange
-from a2tgpo.early_end import EarlyEnd
+from a2tgpo.collect.bank import RolloutBank
+from a2tgpo.collect.step import StepRollout
 from a2tgpo.evaluate.evaluate import evaluate
+from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
+from a2tgpo.lifecycle.watchdog import Watchdog
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
-from a2tgpo.parallel.stop_request import StopAgreed, StopRequest
-from a2tgpo.recorder import Recorder
-from a2tgpo.rollout_bank import RolloutBank
-from a2tgpo.run_folder import RunFolder
-from a2tgpo.step_advantages import step_advantages
-from a2tgpo.step_rollout import StepRollout
+from a2tgpo.record.recorder import Recorder
+from a2tgpo.refit.sync import sync_engine
+from a2tgpo.run.early_stop import EarlyEnd
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import score_minibatches, score_reference, turn_ratios, update_policy
-from a2tgpo.watchdog import Watchdog
-from a2tgpo.weight_sync import sync_engine
 
 
 class Trainer:

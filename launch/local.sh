@@ -21,5 +21,6 @@ config="$1"; shift
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONUNBUFFERED=1
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-python="${PYTHON:-python}"
-exec "$python" "$(dirname "$0")/local_ranks.py" "$ranks" "$script" --config "$config" "$@"
+# The package of this checkout, whichever is installed.
+export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python}" -m a2tgpo.launch.local_ranks "$ranks" "$script" --config "$config" "$@"

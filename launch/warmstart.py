@@ -18,22 +18,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
-from a2tgpo.experiment.job import keep, load_as_started
-from a2tgpo.stop_signal import EXIT_CODE, StopSignal
-from a2tgpo.warmstart.target import folder_of, require_target, target_of
-from launch.arguments import parse_start, start_parser
-from launch.failure import DOES_NOT_FIT, exit_code
-from launch.rendezvous import join_launcher
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.launch.arguments import parse_start, start_parser
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.stop_signal import EXIT_CODE, StopSignal
+from a2tgpo.run.job import keep, load_as_started
+from a2tgpo.warmstart.target import require_target
 
 if TYPE_CHECKING:
-    from a2tgpo.parallel.groups import ParallelGroups
+    pass
 
 
 def main() -> int:
@@ -47,57 +44,25 @@ def main() -> int:
         require(args.resume in ("auto", "none"), "--resume", args.resume, "auto or none, for a warm start")
         require_target(config)
         if args.dry_run:
+            from a2tgpo.launch.warm_start import dry_run
+
             return dry_run(config)
         return run(config, args, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
         return exit_code(error, is_ending=bool(stop_signal.name))
 
 
-def dry_run(config: RunConfig) -> int:
-    """Check target, demonstrations, layout and plan without building a model, as one process.
-
-    Returns:
-        The exit code: 0, or `DOES_NOT_FIT`.
-    """
-    from a2tgpo.config.load import dump_config
-    from a2tgpo.data.template import today
-    from a2tgpo.model.hf_config import load_hf_config
-    from a2tgpo.model.transformer_config import check_layout
-    from a2tgpo.run_date import read_date
-    from a2tgpo.warmstart.examples import load_examples
-    from a2tgpo.warmstart.settings import as_planned, learning_rate, source_dimensions
-    from launch.run_plan import plan_of_run
-
-    date = read_date(Path(config.run.root) / config.run.name) or today()
-    examples = load_examples(config, date=date)
-    lr = learning_rate(config, source_dimensions(config))
-    planned = as_planned(config, lr=lr)
-    check_layout(load_hf_config(planned.model.path), planned.parallel, planned.model.fp8)
-    gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
-    plan, _, card = plan_of_run(planned, num_gpus=gpus)
-    update = next(phase for phase in plan.phases if phase.name == "update")
-    if os.environ.get("RANK", "0") == "0":
-        print(dump_config(config), end="")
-        print(
-            f"# dry run: {len(examples.trained)} demonstrations, {len(examples.held_out)} held out; peak learning "
-            f"rate {lr:.3g}\n# planned for {gpus} x {card}: the update takes {update.peak / 2**30:.1f} of "
-            f"{update.capacity / 2**30:.1f} GiB"
-        )
-        if not update.fits:
-            print(f"error: does not fit {gpus} x {plan.gpu.name}", file=sys.stderr, flush=True)
-    return 0 if update.fits else DOES_NOT_FIT
-
-
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
     """Join the other ranks, build, resume, train and write; return the program's exit code."""
     import torch.distributed as dist
 
+    from a2tgpo.launch.warm_start import join_ranks
+    from a2tgpo.lifecycle.stop_request import StopRequest
+    from a2tgpo.lifecycle.watchdog import Watchdog
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.parallel.stop_request import StopRequest
-    from a2tgpo.run_date import run_date
+    from a2tgpo.run.date import run_date
     from a2tgpo.warmstart.folder import WarmStartFolder
     from a2tgpo.warmstart.loop import WarmStart
-    from a2tgpo.watchdog import Watchdog
 
     groups = join_ranks(config)
     folder = WarmStartFolder(config, groups)
@@ -126,19 +91,6 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     dist.barrier()
     shutdown()
     return 0 if is_done else EXIT_CODE
-
-
-def join_ranks(config: RunConfig) -> ParallelGroups:
-    """Check that the machines meet a warm start's needs, and join the ranks; every rank must call this."""
-    from a2tgpo.warmstart.settings import as_planned, learning_rate, source_dimensions
-    from launch.needs import warm_start_needs
-    from launch.preflight import start_ranks
-
-    settings = config.warmstart
-    paths = {"warmstart.source": settings.source, "warmstart.demonstrations": settings.demonstrations}
-    planned = as_planned(config, lr=learning_rate(config, source_dimensions(config)))
-    needs = warm_start_needs(planned, target=target_of(config), root=folder_of(config))
-    return start_ranks(planned, paths, needs)
 
 
 if __name__ == "__main__":

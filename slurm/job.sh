@@ -37,7 +37,7 @@ job_field() { scontrol show job "$JOB" --oneliner | sed -n "s/.* $1=\([^ ]*\).*/
 LOGS="runs/slurm/$JOB"
 CODE="$LOGS/code"
 
-# What a commit is called in a2tgpo/versions.py.
+# What a commit is called in a2tgpo/run/versions.py.
 commit_line() {
   local commit changed=""
   commit="$(git -c safe.directory='*' rev-parse HEAD 2>/dev/null)" || { echo unknown; return; }
@@ -98,6 +98,8 @@ for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_
 . "$CODE/slurm/nccl.sh"
 # Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task: every rank would run on one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
+# The package of the job's own copy, whichever is installed.
+export PYTHONPATH="$PWD/$CODE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 PYTHON="${PYTHON:-.venv/bin/python}"
 # What ranks compile, or find out about a model, is kept on the node: all ranks of a job in one folder of a network

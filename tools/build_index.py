@@ -24,14 +24,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument, text_argument
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.search.encoder import DTYPES, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 

@@ -13,20 +13,17 @@ import argparse
 import contextlib
 import itertools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import text_argument
-from launch.failure import exit_code
-from launch.preflight import meet_ranks
-from launch.rendezvous import join_launcher
-from tools.terminal import Painter, indented, painter_for
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.terminal import Painter, indented, painter_for
+from a2tgpo.launch.preflight import meet_ranks
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import exit_code
 
 if TYPE_CHECKING:
-    from a2tgpo.player import Player
+    from a2tgpo.serve.player import Player
     from a2tgpo.trajectory import Trajectory
 
 
@@ -68,7 +65,7 @@ def chat(args: argparse.Namespace) -> None:
 
     from a2tgpo.parallel.collectives import broadcast_object
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import load_saved, open_player
+    from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     groups = meet_ranks(config)

@@ -23,15 +23,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import atomic_file, write_text
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument
+from a2tgpo.io.atomic_file import atomic_file, write_text
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.terminal import end_with_reader
+from a2tgpo.metrics.figure_style import STAGE_COLORS, STYLE
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
-from tools.plot_run import STAGE_COLORS, STYLE
-from tools.run_equality import differences as exact_differences
-from tools.terminal import end_with_reader
+from a2tgpo.run.equality import differences as exact_differences
 
 METRICS = (
     "evaluation/em",

@@ -20,13 +20,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument
-from launch.failure import exit_code
-from launch.preflight import meet_ranks
-from launch.rendezvous import join_launcher
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.launch.preflight import meet_ranks
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import exit_code
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
@@ -76,8 +74,8 @@ def export(args: argparse.Namespace) -> None:
     from a2tgpo.model.inference_layout import UNDIVIDED
     from a2tgpo.model.weights import save_hf
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import load_policy, load_saved
     from a2tgpo.serve.agent_file import write_agent_file
+    from a2tgpo.serve.player import load_policy, load_saved
 
     source, out = args.source, args.out
     file = args.config or config_beside(source)
@@ -95,10 +93,10 @@ def export(args: argparse.Namespace) -> None:
 
 def import_hf(args: argparse.Namespace) -> None:
     """Convert a Hugging Face folder to a checkpoint of step 0; every rank must call this."""
+    from a2tgpo.checkpoint.writer import CheckpointWriter
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import load_saved
-    from a2tgpo.update.checkpoint_writer import CheckpointWriter
+    from a2tgpo.serve.player import load_saved
     from a2tgpo.update.optimizer import build_optimizer
 
     source, out = args.source, args.out

@@ -17,26 +17,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import atomic_folder, write_json, write_text
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import expand, path_argument, text_argument
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
-from a2tgpo.stop_signal import EXIT_CODE, StopSignal
-from launch.failure import exit_code
-from launch.preflight import meet_ranks
-from launch.rendezvous import join_launcher
-from tools.json_lines_file import write_lines
+from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.json_lines import write_lines
+from a2tgpo.launch.preflight import meet_ranks
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.stop_signal import EXIT_CODE, StopSignal
 
 if TYPE_CHECKING:
+    from a2tgpo.checkpoint.find import SavedModel
     from a2tgpo.data.template import PromptSet
     from a2tgpo.evaluate.answer_log import Key
     from a2tgpo.evaluate.evaluate import Answer
-    from a2tgpo.parallel.stop_request import StopRequest
-    from a2tgpo.player import Player
-    from a2tgpo.saved_model import SavedModel
+    from a2tgpo.lifecycle.stop_request import StopRequest
+    from a2tgpo.serve.player import Player
 
 Result = TypeVar("Result")
 Answers = dict[str, list["Answer"]]
@@ -113,9 +111,9 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
 
     from a2tgpo.evaluate.answer_log import open_log
     from a2tgpo.evaluate.evaluation_settings import evaluation_settings
+    from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.parallel.stop_request import StopAgreed, StopRequest
-    from a2tgpo.player import load_saved, open_player
+    from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     sets = load_sets(args.sets, config, limit=args.limit)

@@ -23,17 +23,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import write_json
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
-from tools.gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict
-from tools.gpu_checks.catalogue import CHECKS
-from tools.gpu_checks.launch import Meeting, launched_environment, rank_environments
-from tools.gpu_checks.machine import describe_machine, machine_text, see_gpus
-from tools.gpu_checks.models import slice_dimensions
-from tools.gpu_checks.run import run_check
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError
+
+from gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict
+from gpu_checks.catalogue import CHECKS
+from gpu_checks.launch import Meeting, launched_environment, rank_environments
+from gpu_checks.machine import describe_machine, machine_text, see_gpus
+from gpu_checks.models import slice_dimensions
+from gpu_checks.run import run_check
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,14 +15,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from a2tgpo.atomic_file import write_json
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import load_config
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import suggest
@@ -32,7 +30,6 @@ from a2tgpo.plan.published import PUBLISHED
 from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
 from a2tgpo.plan.search_rate import flat_queries_per_s
 from a2tgpo.plan.workload import Workload
-from tools.terminal import end_with_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 
@@ -23,34 +22,25 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from a2tgpo.atomic_file import atomic_file
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
+from a2tgpo.io.atomic_file import atomic_file
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.metrics.figure_style import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    RED,
+    STAGE_COLORS,
+    STYLE,
+    smooth,
+)
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 
-INK, MUTED, GRID = "#1f2328", "#6e7781", "#e7e9ec"
-BLUE, ORANGE, GREEN, PURPLE, RED = "#2a78d6", "#e8662d", "#159b6c", "#7a4fc9", "#d64550"
-STAGE_COLORS = ["#2a78d6", "#e8662d", "#159b6c", "#e0a100", "#7a4fc9", "#d6689d", "#5b9aa0", "#8a8f98"]
 BETWEEN_STEPS = ("evaluation", "checkpoint")
 """Stages between steps, which are not part of a step's time."""
-
-
-STYLE: Any = {
-    "font.size": 10,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "text.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 
 
 class History:
@@ -88,16 +78,6 @@ class History:
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
         parts = {name: s for name, s in stages.items() if name not in ("step", *BETWEEN_STEPS)}
         return dict(sorted(parts.items(), key=lambda item: -item[1].sum()))
-
-
-def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
-    """Return the exponential moving average, corrected for its start. [n] -> [n]."""
-    averages, total, norm = [], 0.0, 0.0
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        averages.append(total / norm)
-    return np.array(averages)
 
 
 def draw_line(ax: Axes, history: History, name: str, label: str, color: object, *, marker: str = "") -> None:

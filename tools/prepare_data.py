@@ -20,20 +20,18 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import write_json
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument
+from a2tgpo.data.question_formats import NO_ANSWER, READERS, read_items
 from a2tgpo.data.question_set import Question, load_questions, unique_ids
-from tools.arithmetic import build_arithmetic
-from tools.exit_code import exit_code
-from tools.json_lines_file import write_lines
-from tools.question_formats import NO_ANSWER, READERS, read_items
-from tools.question_report import describe_questions
-from tools.worldqa import GOOD_SHARE, build_worldqa
+from a2tgpo.evaluate.question_report import describe_questions
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.exit_code import exit_code
+from a2tgpo.io.json_lines import write_lines
+
+from worlds.arithmetic import build_arithmetic
+from worlds.worldqa import GOOD_SHARE, build_worldqa
 
 
 def build_questions(args: argparse.Namespace) -> dict:

@@ -17,14 +17,12 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import atomic_folder
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import path_argument
-from a2tgpo.error_line import first_line
-from tools.exit_code import exit_code
-from tools.tiny_model import build_model, build_tokenizer, texts_of
+from a2tgpo.io.atomic_file import atomic_folder
+from a2tgpo.io.errors import ConfigError, first_line, require
+from a2tgpo.io.exit_code import exit_code
+
+from worlds.tiny_model import build_model, build_tokenizer, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

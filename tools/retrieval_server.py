@@ -27,10 +27,9 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument, text_argument
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.lifecycle.stop_signal import EXIT_CODE
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.bound_socket import bind
 from a2tgpo.search.corpus import load_corpus
@@ -42,7 +41,6 @@ from a2tgpo.search.index_folder import SearchIndex, load_index
 from a2tgpo.search.server_address import write_address
 from a2tgpo.search.shards import ShardedIndex
 from a2tgpo.search.token import read_token
-from a2tgpo.stop_signal import EXIT_CODE
 
 LISTEN_BACKLOG = 4096
 """Most connections that wait to be accepted, so that a burst of clients is not refused."""

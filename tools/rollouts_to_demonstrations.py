@@ -18,12 +18,10 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.atomic_file import write_text
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import expand, path_argument
 from a2tgpo.data.question_set import load_questions
+from a2tgpo.io.atomic_file import write_text
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.record.rollout_files import step_ranges
 from a2tgpo.warmstart.rejection import Filters, demonstrations_of, step_files
 

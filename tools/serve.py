@@ -17,22 +17,19 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import escape, path_argument, text_argument
-from launch.failure import exit_code
-from launch.preflight import meet_ranks
-from launch.rendezvous import join_launcher
+from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.launch.preflight import meet_ranks
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import exit_code
 
 if TYPE_CHECKING:
     from socket import socket
 
-    from a2tgpo.player import Player
     from a2tgpo.serve.inbox import Inbox, Order, Played
+    from a2tgpo.serve.player import Player
 
 LOOK_S = 0.5
 """Interval of checks whether the server must end."""
@@ -75,9 +72,9 @@ def parse_arguments() -> argparse.Namespace:
 def serve(args: argparse.Namespace) -> None:
     """Play requests until SIGTERM or Ctrl-C; every rank must call this, and rank 0 listens."""
     from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.player import load_saved, open_player
     from a2tgpo.search.bound_socket import bind
     from a2tgpo.serve.agent_file import AGENT_FILE
+    from a2tgpo.serve.player import load_saved, open_player
 
     file = args.config or args.model / AGENT_FILE
     # Report a failed search to the client instead of making it wait for the search server.

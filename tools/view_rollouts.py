@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import path_argument
-from a2tgpo.record.rollout_files import read_step, recorded_steps, step_ranges
-from tools.rollouts_page import Decode, chosen_steps, write_page
-from tools.terminal import Painter, end_with_reader, indented, painter_for
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.terminal import Painter, end_with_reader, indented, painter_for
+from a2tgpo.record.rollout_files import read_records, recorded_steps, step_ranges
+from a2tgpo.record.rollouts_page import Decode, chosen_steps, write_page
 
 _SHOWN = {
     *("prompt_index", "prompt_id", "sample_index", "hops", "outcome_reward", "exact_match", "format_ok"),
@@ -81,16 +79,6 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
     if turn["observation_text"]:
         lines.append(paint(indented(turn["observation_text"]), "dim"))
     return lines
-
-
-def read_records(files: Sequence[Path]) -> list[dict]:
-    """Return the trajectories in a step's files; ConfigError (one line) if one cannot be read or is damaged."""
-    try:
-        return read_step(files)
-    except OSError as error:
-        raise ConfigError(f"cannot read {error.filename} ({error.strerror})") from None
-    except ValueError as damaged:
-        raise ConfigError(f"{damaged} is damaged; give another --step") from None
 
 
 def _is_trajectory(record: object) -> bool:

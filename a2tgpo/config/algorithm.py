@@ -4,8 +4,8 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, field
 
-from a2tgpo.config.check import require
 from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.io.errors import require
 
 METHODS_PACKAGE = "a2tgpo.advantage.methods"
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")

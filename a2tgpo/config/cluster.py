@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import require
+from a2tgpo.io.errors import require
 
 GPU_KINDS = ("a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180gb", "gb200-186gb")
 

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from a2tgpo.config.check import require
 from a2tgpo.config.expand import Expanded
+from a2tgpo.io.errors import require
 
 SEARCH_INSTRUCTIONS = (
     "Answer the question. Think inside <think> and </think>. When you lack a fact, call the search engine with "

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 
 _MARK = "expanded"
 Expanded = Annotated[str, _MARK]

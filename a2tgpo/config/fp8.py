@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from a2tgpo.config.check import require
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import require
 
 TOKEN_MULTIPLES = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
 """Tokens of a rank's activations come in multiples of this, by recipe: in the weight gradient, tokens are what is

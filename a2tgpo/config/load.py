@@ -21,10 +21,10 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.expand import escape, expand, is_expanded
 from a2tgpo.config.run import RunConfig
-from a2tgpo.config.text_file import decode
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.text_file import decode
 
 BASE_KEY = "base"
 COMMAND_LINE = "command line"

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from a2tgpo.config.check import require
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.io.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)

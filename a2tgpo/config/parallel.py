@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import ConfigError, require
+from a2tgpo.io.errors import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)

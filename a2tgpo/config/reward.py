@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import require
+from a2tgpo.io.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from a2tgpo.config.check import require
+from a2tgpo.io.errors import require
 
 GPU_STEP_TOKENS = 8192
 """Tokens that an engine on a GPU runs in one step at most, prefill and decoding together. vLLM takes as many or more

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.config.check import require
 from a2tgpo.config.cluster import ClusterConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.expand import Expanded
@@ -18,6 +17,7 @@ from a2tgpo.config.tools import CalculatorConfig, ToolsConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.io.errors import require
 
 MAX_NAME_BYTES = 200
 ANSWER_ROOM_TOKENS = 64

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.expand import Expanded
+from a2tgpo.io.errors import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)

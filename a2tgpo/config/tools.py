@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 
-from a2tgpo.config.check import require
+from a2tgpo.io.errors import require
 
 TOOLS_PACKAGE = "a2tgpo.environment.tools"
 RESERVED = ("think", "result", "answer")

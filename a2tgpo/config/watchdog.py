@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from a2tgpo.config.check import require
+from a2tgpo.io.errors import require
 
 STARTUP = ("assemble", "restore")
 """What a start consists of, once the ranks have met."""

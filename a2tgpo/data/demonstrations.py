@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import read_json_lines, text_field
 from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.protocol import THINK_OPEN, tag_pattern, thought_is_open, without_tags
 from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.records import stated
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.json_lines import read_json_lines, text_field
 from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import text_field
 from a2tgpo.data.records import read_records
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.json_lines import text_field
 
 
 @dataclass(frozen=True, kw_only=True)

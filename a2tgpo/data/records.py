@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import read_json_lines
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import ConfigError, first_line
+from a2tgpo.io.json_lines import read_json_lines
 
 _PARQUET = b"PAR1"
 _BATCH_ROWS = 1024

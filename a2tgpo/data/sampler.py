@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from a2tgpo.config.check import ConfigError, require
+from a2tgpo.io.errors import ConfigError, require
 
 
 class PromptSampler:

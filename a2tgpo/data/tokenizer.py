@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from a2tgpo.atomic_file import naming, write_json
-from a2tgpo.config.check import ConfigError
 from a2tgpo.evaluate.evaluate import Answer
+from a2tgpo.io.atomic_file import naming, write_json
+from a2tgpo.io.errors import ConfigError
 
 GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"

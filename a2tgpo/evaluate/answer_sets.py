@@ -9,8 +9,8 @@ import torch.distributed as dist
 from a2tgpo.data.template import PromptSet
 from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE, AnswerLog, Key
 from a2tgpo.evaluate.evaluate import Answer, answer_questions
+from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.parallel.stop_request import StopRequest
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import RolloutCutError
 

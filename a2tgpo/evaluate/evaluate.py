@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.parallel.stop_request import StopRequest
 from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.group_rollout import GroupRollout, Progress
 from a2tgpo.rollout.multi_turn import RolloutCutError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from a2tgpo.atomic_file import naming, write_text
+from a2tgpo.io.atomic_file import naming, write_text
 from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 
 _PREFIX = ".mlp.experts."
 

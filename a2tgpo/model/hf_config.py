@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.weight_files import weight_files, weight_shapes
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
 from a2tgpo.model.rope import rope_of
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.experts import has_experts
 from a2tgpo.model.transformer_config import check_layout
 

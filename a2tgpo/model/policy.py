@@ -45,6 +45,11 @@ class Policy:
         return [unwrapped(chunk) for chunk in self.chunks]
 
     @property
+    def wrapped_chunks(self) -> list[DistributedDataParallel]:
+        """The chunks of a trainable policy, whose wrappers own the gradient buffers; empty if not trainable."""
+        return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+
+    @property
     def tied_embeddings(self) -> bool:
         """Whether the output layer shares the embedding's weight."""
         return bool(self.hf_config.tie_word_embeddings)
@@ -55,7 +60,7 @@ def require_weights(policy: Policy) -> None:
     parameters = (parameter for chunk in policy.chunks for parameter in chunk.parameters())
     if any(p.numel() and not p.untyped_storage().nbytes() for p in parameters):
         raise RuntimeError(
-            "the weights are off the card; enter a memory phase that has them (a2tgpo/residency.py)"
+            "the weights are off the card; enter a memory phase that has them (a2tgpo/memory/residency.py)"
         )
 
 
@@ -69,8 +74,8 @@ def gather_weights(policy: Policy) -> None:
         RuntimeError: if the weights are off the GPU.
     """
     require_weights(policy)
-    for chunk in policy.chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+    for chunk in policy.wrapped_chunks:
+        if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
 
 

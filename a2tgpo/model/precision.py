@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import CAPABILITIES, Fp8Config
+from a2tgpo.io.errors import ConfigError
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config, LinearSizes, fp8_layout_fault
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.experts import check_expert_layout, expert_settings, has_experts
 from a2tgpo.model.rope import rope_of
 

@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from a2tgpo.atomic_file import atomic_folder, write_json
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.weight_files import weight_files
-from a2tgpo.error_line import first_line
+from a2tgpo.io.atomic_file import atomic_folder, write_json
+from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.model.experts import expert_names, is_expert
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.model.weight_gather import ParameterRecord, gather_ahead, record_of

@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import Store
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.parallel.groups import ParallelGroups
 
 _set_here: list[str] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.plan.plan import Plan, make_plan

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import LinearSizes
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.hardware import Gpu
 

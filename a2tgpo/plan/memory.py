@@ -1,6 +1,6 @@
 """Peak bytes on the card of the fullest rank, phase by phase.
 
-What of trainer and engine is on the card in a phase is what the run itself goes by (`residency.py`). What the
+What of trainer and engine is on the card in a phase is what the run itself goes by (`memory/residency.py`). What the
 trainer's allocator keeps is given back at every change of phase.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
+from a2tgpo.memory.residency import resident
 from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
@@ -25,7 +26,6 @@ from a2tgpo.plan.parameters import (
 )
 from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
-from a2tgpo.residency import resident
 
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Parts that `Assumptions.activation_ratio` applies to."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 import zstandard
 
-from a2tgpo.atomic_file import atomic_file
+from a2tgpo.io.atomic_file import atomic_file
+from a2tgpo.io.errors import ConfigError
 
 FOLDER = "rollouts"
 _PART = re.compile(r"replica_(\d+)_of_(\d+)\.jsonl\.zst")
@@ -131,3 +132,13 @@ def _numbers(path: Path) -> tuple[int, int] | None:
     """Parse (replica, number of replicas) from a part's name; None for other files."""
     match = _PART.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None
+
+
+def read_records(files: Sequence[Path]) -> list[dict]:
+    """Return the trajectories in a step's files; ConfigError (one line) if one cannot be read or is damaged."""
+    try:
+        return read_step(files)
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename} ({error.strerror})") from None
+    except ValueError as damaged:
+        raise ConfigError(f"{damaged} is damaged; give another --step") from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import first_line
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.collectives import all_gather_object
 

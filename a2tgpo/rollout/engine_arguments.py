@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from a2tgpo.config.check import require
 from a2tgpo.config.rollout import GPU_STEP_TOKENS, RolloutConfig
+from a2tgpo.io.errors import require
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
 LOAD_FORMAT = "a2tgpo"

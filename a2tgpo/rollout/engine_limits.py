@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.fp8 import ENGINE_CAPABILITY, LinearSizes, quantization_fault
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.io.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from a2tgpo.config.check import require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
+from a2tgpo.io.errors import require
+from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.parallel.collectives import all_reduce_max
-from a2tgpo.parallel.outage import Outage
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.carried_group import CarriedGroup, copied

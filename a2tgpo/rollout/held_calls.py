@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from a2tgpo.environment.tool import ToolUnavailableError
-from a2tgpo.parallel.outage import Outage
+from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.rollout.tool_workers import Call
 
 RETRY_S = 1.0

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from a2tgpo.environment.tool import ToolError, Toolset
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import first_line
+from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.parallel.collectives import broadcast_object
-from a2tgpo.parallel.outage import Outage
 from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 

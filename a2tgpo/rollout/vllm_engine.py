@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import num_token_ids
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.rollout.cpu_reload import reload_weights
 from a2tgpo.rollout.cpu_shared_memory import own_segments
 from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments

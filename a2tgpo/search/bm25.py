@@ -11,7 +11,7 @@ import bm25s
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.words import words_of
 

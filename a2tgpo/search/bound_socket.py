@@ -2,7 +2,7 @@
 
 import socket
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,7 +1,7 @@
 """Load corpora: the passages of an index."""
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import read_json_lines, text_field
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.json_lines import read_json_lines, text_field
 from a2tgpo.search.passage import Passage, parse_contents
 
 

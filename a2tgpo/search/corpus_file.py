@@ -12,9 +12,9 @@ from typing import overload
 
 import numpy as np
 
-from a2tgpo.config.check import ConfigError
-from a2tgpo.config.json_lines import parse_line
-from a2tgpo.config.text_file import is_packed
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.json_lines import parse_line
+from a2tgpo.io.text_file import is_packed
 from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import faiss
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 

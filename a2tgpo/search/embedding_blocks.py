@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from a2tgpo.atomic_file import write_json
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 

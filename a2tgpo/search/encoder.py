@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from a2tgpo.config.check import ConfigError, require
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import ConfigError, first_line, require
 from a2tgpo.search.passage import Passage
 
 DTYPES = ("auto", "float32", "bfloat16")

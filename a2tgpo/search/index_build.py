@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from a2tgpo.atomic_file import atomic_file
-from a2tgpo.config.check import require
+from a2tgpo.io.atomic_file import atomic_file
+from a2tgpo.io.errors import require
 from a2tgpo.search.bm25 import Bm25Index, score_matrix
 from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks, embed_missing

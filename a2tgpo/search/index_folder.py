@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from a2tgpo.atomic_file import atomic_folder, write_json
-from a2tgpo.config.check import ConfigError
-from a2tgpo.error_line import first_line
+from a2tgpo.io.atomic_file import atomic_folder, write_json
+from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus_file import CorpusFile, fingerprint
 from a2tgpo.search.dense import DenseIndex, DenseServing, open_neighbours

@@ -11,8 +11,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from a2tgpo.config.check import ConfigError, require
-from a2tgpo.error_line import first_line
+from a2tgpo.io.errors import ConfigError, first_line, require
 from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from a2tgpo.atomic_file import write_text
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.atomic_file import write_text
+from a2tgpo.io.errors import ConfigError
 
 
 def write_address(path: Path, url: str) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 
 TOKEN_VARIABLE = "A2TGPO_SEARCH_TOKEN"
 _TOKEN = re.compile(r"[!-~]{8,4096}")

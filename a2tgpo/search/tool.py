@@ -4,8 +4,8 @@ import threading
 from dataclasses import dataclass
 from typing import Protocol
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus

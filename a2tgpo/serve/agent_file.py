@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from a2tgpo.atomic_file import write_json
 from a2tgpo.config.expand import escape
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.atomic_file import write_json
 
 AGENT_FILE = "agent.json"
 _WHOLE_SECTIONS = ("tools", "search", "calculator")

@@ -12,11 +12,11 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.memory.offload import gradient_tensors
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.update.forward_step import run_pipeline
-from a2tgpo.update.offload import gradient_tensors
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(number of the micro-batch, logprobs [T] float32, entropy [T] float32, both 0 where masked) -> (loss, metrics).

@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.demonstrations import Demonstration, load_demonstrations, to_trajectory
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.trajectory import Trajectory
 

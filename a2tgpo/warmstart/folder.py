@@ -13,16 +13,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint import retention
+from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.run import RunConfig
-from a2tgpo.experiment.claim import claim
-from a2tgpo.experiment.rules import WARM_START, settings_of
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.resume import trained_so_far
-from a2tgpo.update import checkpoint, retention
-from a2tgpo.update.checkpoint_writer import CheckpointWriter
+from a2tgpo.run.claim import claim
+from a2tgpo.run.resume import trained_so_far
+from a2tgpo.run.rules import WARM_START, settings_of
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.warmstart.target import folder_of
 

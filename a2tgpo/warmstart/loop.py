@@ -8,27 +8,27 @@ from pathlib import Path
 
 import torch
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
+from a2tgpo.lifecycle.watchdog import Watchdog
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.weights import save_hf
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.parallel.stop_request import StopAgreed, StopRequest
+from a2tgpo.run.versions import commit_line
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
-from a2tgpo.versions import commit_line
 from a2tgpo.warmstart.batches import asked_for, cross_entropy, my_microbatches, token_weights
 from a2tgpo.warmstart.examples import load_examples
 from a2tgpo.warmstart.folder import WarmStartFolder
 from a2tgpo.warmstart.report import Report
 from a2tgpo.warmstart.settings import cold_model, learning_rate, source_dimensions, update_settings
 from a2tgpo.warmstart.target import MARKER, require_target, target_of
-from a2tgpo.watchdog import Watchdog
 
 
 class WarmStart:

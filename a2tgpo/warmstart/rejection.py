@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.question_set import Question
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from a2tgpo import stop_signal
+from a2tgpo.lifecycle import stop_signal
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.trajectory import Trajectory
 

@@ -6,13 +6,13 @@ import dataclasses
 import math
 
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.update import UpdateConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
 from a2tgpo.plan.parameters import checkpoint_parameters
 

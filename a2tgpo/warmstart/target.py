@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError, require
 
 MARKER = "warmstart.json"
 """File in a folder that a warm start wrote, with the settings it was made from."""

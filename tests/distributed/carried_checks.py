@@ -15,7 +15,8 @@ from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import CAPITALS
 
 from a2tgpo.assemble import build_rollout, divide_into_replicas
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -29,13 +30,12 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.refit.handover import refit
-from a2tgpo.run_folder import RunFolder
-from a2tgpo.step_rollout import StepRollout
-from a2tgpo.update.memory_phases import MemoryPhases
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.optimizer import build_optimizer
 
 SETTINGS = dict(

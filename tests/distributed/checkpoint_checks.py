@@ -18,13 +18,9 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 from update_bench import Bench, assert_close, hf_weights
 
-from a2tgpo.model.policy import Policy
-from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.update import checkpoint, retention, sharded_state
-from a2tgpo.update.checkpoint_writer import CheckpointWriter
-from a2tgpo.update.offload import optimizer_tensors, weight_tensors
-from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.sharded_state import (
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint import retention, sharded_state
+from a2tgpo.checkpoint.sharded_state import (
     OPTIMIZER,
     WEIGHTS,
     copy_sharded,
@@ -35,6 +31,11 @@ from a2tgpo.update.sharded_state import (
     write_part,
     write_sharded,
 )
+from a2tgpo.checkpoint.writer import CheckpointWriter
+from a2tgpo.memory.offload import optimizer_tensors, weight_tensors
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.update.optimizer import build_optimizer
 
 from storage_tally import StorageTally  # isort: skip  (found by what update_bench adds to the path)
 

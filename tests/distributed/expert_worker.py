@@ -26,9 +26,9 @@ from update_bench import (
 )
 from update_worker import check_nan_is_skipped, run_checks
 
+from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.config.model import ModelConfig
-from a2tgpo.update import checkpoint
-from a2tgpo.update.memory_phases import MemoryPhases
+from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.train_step import compute_gradients
 

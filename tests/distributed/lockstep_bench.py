@@ -14,7 +14,7 @@ from tiny_models import CAPITALS, SCRIPTS
 from transformers import AutoTokenizer
 
 from a2tgpo.assemble import build_rollout, divide_into_replicas
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.carried_pool import CarriedPool
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig

@@ -19,11 +19,10 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from lockstep_bench import PREEMPTING, Bench, ShuffledSearch
 from scripted_search import ScriptedSearch
 
+from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.metrics.reduce import MetricSums
@@ -33,7 +32,6 @@ from a2tgpo.rollout.lockstep import LockstepError
 from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.search.errors import SearchUnavailableError
-from a2tgpo.step_rollout import StepRollout
 
 # -- schedules, each with many seeds -------------------------------------------------------------------------
 

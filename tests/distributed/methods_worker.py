@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from held_memory import held
 
 from a2tgpo.assemble import RunParts, assemble, build_reference, build_rollout
@@ -26,12 +24,12 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
-from a2tgpo.run_folder import RunFolder
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.trainer import Trainer
-from a2tgpo.update.memory_phases import MemoryPhases
 from a2tgpo.update.optimizer import build_optimizer
 
 

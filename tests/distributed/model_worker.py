@@ -16,15 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from tiny_models import checkpoint_tensors
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import token_logprobs

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.bank import RolloutBank
+from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.partial import PartialRollout
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -22,11 +24,9 @@ from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.partial_rollout import PartialRollout
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import RolloutCutError
-from a2tgpo.rollout_bank import RolloutBank
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 

@@ -9,19 +9,16 @@ import os
 import sys
 import time
 from collections import namedtuple
-from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.launch import needs, preflight, rank_facts
+from a2tgpo.launch.needs import training_inputs
+from a2tgpo.launch.rendezvous import join_launcher
+from a2tgpo.lifecycle.failure import ToldByRank0
 from a2tgpo.plan.host_memory import HostMemory
-from a2tgpo.versions import versions
-from launch import needs, preflight, rank_facts
-from launch.failure import ToldByRank0
-from launch.rendezvous import join_launcher
-from launch.train import inputs
+from a2tgpo.run.versions import versions
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -49,7 +46,7 @@ def main(path: str) -> None:
     join_launcher()
     rank = int(os.environ["RANK"])
     config = load_config(path)
-    paths = inputs(config, resume="auto")
+    paths = training_inputs(config, resume="auto")
     mine = rank == 1
     other_torch = mock.patch.object(rank_facts, "versions", lambda: versions() | {"torch": "2.12.0"})
     ahead = mock.patch.object(rank_facts.time, "time", lambda now=time.time: now() + 60)
@@ -116,7 +113,7 @@ def check_side_store(rank: int) -> None:
     """It is heard by the other rank, and its timeout is not that in which communicators are made."""
     import torch.distributed as dist
 
-    from a2tgpo.parallel.side_store import side_store
+    from a2tgpo.lifecycle.side_store import side_store
 
     default = dist.distributed_c10d._get_default_store()
     before, store = default.timeout, side_store("side", timeout_s=7)
@@ -133,7 +130,7 @@ def stuck(path: str) -> None:
         import torch.distributed as dist
 
         dist.all_reduce = lambda tensor: time.sleep(100)
-    preflight.start_ranks(config, inputs(config, resume="auto"))
+    preflight.start_ranks(config, training_inputs(config, resume="auto"))
 
 
 if __name__ == "__main__":

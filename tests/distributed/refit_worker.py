@@ -20,11 +20,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from carried_checks import (
     SETTINGS,
     Run,
@@ -32,9 +27,11 @@ from carried_checks import (
     check_one_engine_over_both_ranks_carries_groups_on,
     trainer_parts,
 )
+from safetensors.torch import load_file
 from scripted_search import ScriptedSearch, toolset_of
 from storage_tally import StorageTally
 from tiny_models import prompt_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.batch.packing import alignment, pack
 from a2tgpo.config.fp8 import Fp8Config
@@ -43,7 +40,6 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.evaluate.evaluate import evaluate
-from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.model import weight_gather
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.experts import is_expert
@@ -53,6 +49,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import probe_tokens, probe_trajectory, verify_refit
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.weight_names import checkpoint_shapes
 from a2tgpo.trajectory import Prompt

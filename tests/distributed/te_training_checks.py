@@ -19,12 +19,12 @@ from te_bench import (
 from torch import Tensor
 from transformer_engine.pytorch.optimizers import FusedAdam
 
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.cpu_adam import CpuFusedAdam
-from a2tgpo.update import checkpoint
-from a2tgpo.update.checkpoint_writer import CheckpointWriter
 from a2tgpo.update.optimizer import build_optimizer
 
 MICROBATCHES = 8

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from harness import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "faults"))
-
-from harness import write_inputs
 
 pytestmark = pytest.mark.distributed
 

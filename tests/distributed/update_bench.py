@@ -5,17 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import checkpoint_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tiny_models import checkpoint_tensors
 
 from a2tgpo.batch.balance import deal, microbatches
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length

@@ -45,7 +45,7 @@ from layout_checks import (
 from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.carried_pool import CarriedPool
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -53,11 +53,11 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
-from a2tgpo.run_folder import RunFolder
-from a2tgpo.update.memory_phases import MemoryPhases
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step

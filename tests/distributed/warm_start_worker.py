@@ -20,12 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from a2tgpo.update import checkpoint
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.launch.preflight import start_ranks
 from a2tgpo.warmstart import loop
 from launch import warmstart
-from launch.preflight import start_ranks
 
 assert start_ranks, "imported here for all ranks"
 

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
+from a2tgpo.checkpoint.folder import MARKER, STATE
 from a2tgpo.model.hf_config import architecture_of, load_hf_config
-from a2tgpo.update.checkpoint import MARKER, STATE
 from launch.train import main
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.e2e
 

@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import metrics_of, rollouts_of, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "faults"))
-
-from harness import metrics_of, rollouts_of, write_inputs
 
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "launch/mpi.py"]
 SMALL = ["run.steps=1", "evaluation.every=0", "checkpoint.every=0"]

@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from safetensors.torch import load_file
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "faults"))
-
 from chain import differences
 from harness import metrics_of, rollouts_of, write_inputs
+from safetensors.torch import load_file
 
 from a2tgpo.search.index_build import build_bm25
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.e2e,

@@ -17,7 +17,6 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 pytestmark = pytest.mark.e2e
 
@@ -210,9 +209,8 @@ def test_a_checkpoint_cut_into_2_x_2_scores_the_same_on_two_processes_and_on_one
 
 
 def test_the_export_comes_back_as_a_checkpoint_with_the_same_weights(work, trained, exported, monkeypatch):
+    import convert
     from safetensors.torch import load_file
-
-    from tools import convert
 
     monkeypatch.chdir(work)
     again = work / "again"

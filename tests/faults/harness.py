@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 from tiny_models import CAPITALS, save_taught
 
-from tools.run_equality import NOT_COMPARED
+from a2tgpo.run.equality import NOT_COMPARED
+
+ROOT = Path(__file__).resolve().parents[2]
 
 INJECTED = Path(__file__).with_name("injected.py")
 RANKS = 2
@@ -125,7 +123,7 @@ def preload() -> None:
     modules = (
         "torch.distributed.run",
         "a2tgpo.parallel",
-        "launch.local_ranks",
+        "a2tgpo.launch.local_ranks",
         "launch.train",
         "a2tgpo.trainer",
     )
@@ -167,7 +165,7 @@ def _launch_here(arguments: list[str], variables: dict[str, str], output: int) -
     os.dup2(output, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    from launch import local_ranks
+    from a2tgpo.launch import local_ranks
 
     main = local_ranks.main
     local_ranks.main = lambda options: main(["--start-method", "fork", "--run-path", *options])

@@ -21,8 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 RANK = int(os.environ.get("RANK", "0"))
 
 
@@ -144,13 +142,19 @@ def install() -> None:
     import torch
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from a2tgpo import recorder, rollout_bank, run_folder, trainer
+    from a2tgpo import trainer
+    from a2tgpo.checkpoint import folder as checkpoint
+    from a2tgpo.checkpoint import retention
+    from a2tgpo.checkpoint import writer as checkpoint_writer
+    from a2tgpo.collect import bank as rollout_bank
     from a2tgpo.metrics.guards import Guards
+    from a2tgpo.record import recorder
     from a2tgpo.rollout.answer_scorer import AnswerScorer
     from a2tgpo.rollout.held_calls import HeldCalls
     from a2tgpo.rollout.tool_pool import ToolPool
+    from a2tgpo.run import folder as run_folder
     from a2tgpo.search.tool import CachedSearch
-    from a2tgpo.update import checkpoint, checkpoint_writer, policy_update, retention
+    from a2tgpo.update import policy_update
 
     step = trainer.Trainer.train_step
 

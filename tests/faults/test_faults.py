@@ -1,4 +1,4 @@
-"""A part of the fault table, which tools/fault_table.py runs as a whole: real runs ended at points of the step."""
+"""Real runs that are ended at points of the step: a part of what fault_table.py runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import rollouts_to_demonstrations
 import yaml
 from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
 from harness import ROOT, Row, metrics_of, start, write_inputs
 from single_runs import outage
 from tiny_models import SCRIPTS, build_model, build_tokenizer
-
-from tools import rollouts_to_demonstrations
 
 FAULTS = [
     Fault("kill", "rollout", 0, call=5),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import load_questions
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.tool_call import SEARCH_CALLS
 from a2tgpo.search import http_client
@@ -175,9 +175,9 @@ def test_what_a_policy_writes():
 def test_checkpoint_metadata(tmp_path):
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from a2tgpo.update.checked_files import size_and_checksum
-    from a2tgpo.update.checkpoint import MARKER, STATE, _first_fault, _read_marker, read_record
-    from a2tgpo.update.sharded_state import _check_index
+    from a2tgpo.checkpoint.checked_files import size_and_checksum
+    from a2tgpo.checkpoint.folder import MARKER, STATE, _first_fault, _read_marker, read_record
+    from a2tgpo.checkpoint.sharded_state import _check_index
 
     index = pickle.dumps(Metadata(state_dict_metadata={}))
     record = {
@@ -211,7 +211,7 @@ def test_checkpoint_metadata(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside"])
 def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path, name):
-    from a2tgpo.update.checkpoint import MARKER, _fault_of
+    from a2tgpo.checkpoint.folder import MARKER, _fault_of
 
     (tmp_path / MARKER).write_text(json.dumps({"files": {name: [1, 1]}}))
     assert "elsewhere" in _fault_of(tmp_path)

@@ -14,16 +14,14 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 import faiss
+import numpy as np
 
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.encoder import Encoder, EncoderSettings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TOP_K = 3
 

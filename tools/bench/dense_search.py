@@ -26,9 +26,6 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.search.burst import measure_burst
 from a2tgpo.search.corpus_file import scan
@@ -36,6 +33,8 @@ from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 from a2tgpo.search.encoder import EncoderSettings
 from a2tgpo.search.index_folder import FAISS_FILE, describe, new_folder
 from a2tgpo.search.neighbours_file import write_neighbours
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DIM = 768
 QUERIES = [f"who was the {role} of {place} in {year}" for role in ("king", "mayor", "first president")

@@ -10,6 +10,7 @@ for every operation. Loss and gradient of all variants are equal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 
 import measure
@@ -151,7 +152,7 @@ def rows() -> list[measure.Row]:
     tokens = measure.interleaved(
         {"ours": lambda: ours(part), "loop": lambda: loop_over_tokens(part)}, rounds=3, warm_up=False
     )
-    peaks = [measure.peak_megabytes(lambda f=f: f(whole)) for f in (ours, loop_over_turns)]
+    peaks = [measure.peak_megabytes(functools.partial(f, whole)) for f in (ours, loop_over_turns)]
     size = f"{COUNT} trajectories × {TOKENS:,} tokens"
     return [
         measure.compared(

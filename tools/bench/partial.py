@@ -3,7 +3,7 @@
     python tools/bench/partial.py [--json FILE]
 
 Nothing is measured: the bench simulates a rollout whose trajectories have given numbers of tokens, with one token per
-busy slot and step; tools answer at once, scoring and prefill are free. The product (`partial_rollout.py`) chooses
+busy slot and step; tools answer at once, scoring and prefill are free. The product (`collect/partial.py`) chooses
 which groups are played and taken, and sets the seeds, from which the lengths are drawn as for the bench `rollout`.
 One engine plays 16 groups of 16 trajectories in 256 slots, with up to six searches each.
 """
@@ -20,13 +20,13 @@ from typing import Any
 import measure
 from lengths import planned_turn
 
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.partial import PartialRollout
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.initialize import initialize, shutdown
-from a2tgpo.partial_rollout import PartialRollout
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import PromptGroup, Sampling

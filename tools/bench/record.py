@@ -25,9 +25,9 @@ import torch
 import zstandard
 from trajectories import make_trajectories
 
-from a2tgpo.atomic_file import atomic_file
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.record.rollout_files import read_step, recorded_steps

@@ -33,8 +33,9 @@ from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.engine_output import EngineOutput
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory
 
@@ -135,6 +136,7 @@ class Variants:
             self._submit(name, contexts[name], 0)
         while self.engine.has_unfinished:
             for output in self.engine.step():
+                assert isinstance(output, EngineOutput)
                 name = output.request_id
                 contexts[name] += output.tokens
                 if self._goes_on(name, turns[name]):
@@ -154,6 +156,7 @@ class Variants:
                     self._submit(name, tokens, turn)
                 while self.engine.has_unfinished:
                     for output in self.engine.step():
+                        assert isinstance(output, EngineOutput)
                         contexts[output.request_id] += output.tokens
                 contexts = {name: c for name, c in contexts.items() if self._goes_on(name, turn)}
                 list(pool.map(tool.call, contexts))

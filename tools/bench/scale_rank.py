@@ -29,6 +29,8 @@ from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.launch.open_files import FILES_PER_RANK
+from a2tgpo.launch.rank_facts import RankFacts, compare
 from a2tgpo.metrics.host_memory import resident_bytes
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -39,8 +41,6 @@ from a2tgpo.record.rollout_record import as_text, to_record
 from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
 from a2tgpo.record.rollout_writer import RolloutWriter
 from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
-from launch.open_files import FILES_PER_RANK
-from launch.rank_facts import RankFacts, compare
 
 MODEL = "artifacts/models/smollm2-135m"
 PROMPTS, GROUP_SIZE, TOKENS, TURNS = 128, 8, 8192, 6

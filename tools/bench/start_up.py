@@ -42,7 +42,7 @@ MAX_MODEL_LEN, KV_CACHE_GIB = 768, 0.5
 ALONE = """
 import json, sys
 from pathlib import Path
-from a2tgpo.metrics.process_age import process_age_s
+from a2tgpo.lifecycle.process_age import process_age_s
 import transformers
 from vllm import LLM, SamplingParams
 imports = process_age_s()

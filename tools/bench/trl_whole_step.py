@@ -28,7 +28,7 @@ from a2tgpo.data.question_set import load_questions
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.environment.tool import ToolError, build_tools
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools.gpu_checks import passes
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import WIDE_HEADS, write_model
-from tools.gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
+from gpu_checks import passes
+from gpu_checks.bench import Bench
+from gpu_checks.models import WIDE_HEADS, write_model
+from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from a2tgpo.atomic_file import write_json
+from a2tgpo.io.atomic_file import write_json
 from a2tgpo.plan.measured import QUANTITIES
 
 STATUSES = ("PASS", "FAIL", "SKIP", "INFO")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from tools.gpu_checks.attention import check_context_parallel, check_packed_attention
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.engine import check_engine_memory, check_engine_speed
-from tools.gpu_checks.fp8 import check_fp8, check_slice
-from tools.gpu_checks.memory import check_memory
-from tools.gpu_checks.network import check_all_reduce
-from tools.gpu_checks.resume import DETERMINISTIC, check_resume
-from tools.gpu_checks.step import (
+from gpu_checks.attention import check_context_parallel, check_packed_attention
+from gpu_checks.bench import Bench
+from gpu_checks.engine import check_engine_memory, check_engine_speed
+from gpu_checks.fp8 import check_fp8, check_slice
+from gpu_checks.memory import check_memory
+from gpu_checks.network import check_all_reduce
+from gpu_checks.resume import DETERMINISTIC, check_resume
+from gpu_checks.step import (
     check_fp8_rollout_step,
     check_fp8_step,
     check_fp8_trainer_step,

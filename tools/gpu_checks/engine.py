@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from a2tgpo.plan.dimensions import ModelDimensions
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import SMALL, VOCAB_SIZE, slice_dimensions, write_checkpoint
+
+from gpu_checks.bench import Bench
+from gpu_checks.models import SMALL, VOCAB_SIZE, slice_dimensions, write_checkpoint
 
 CACHE_GIB = 4.0
 MIN_SHARE = 0.9

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from tools.gpu_checks import passes
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import slice_dimensions, write_model
-from tools.gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
+from gpu_checks import passes
+from gpu_checks.bench import Bench
+from gpu_checks.models import slice_dimensions, write_model
+from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
 """Largest gaps between FP8 and bfloat16, in the measures of `passes`. Log-probs differ by 0.06 with every recipe if
-its forward pass is emulated (tools/fp8_emulation.py), gradients by 0.17 if Transformer Engine's own layers run over
+its forward pass is emulated (`fp8_study/emulation.py`), gradients by 0.17 if Transformer Engine's own layers run over
 kernels that round in PyTorch, for a slice by 0.10."""
 TIMED_PASSES = 8
 
@@ -64,8 +64,8 @@ def _compare_recipes(
     number_format: str,
 ) -> list[str]:
     """Add two rows for each recipe; return the recipes that computed. One that the libraries refuse fails its row."""
-    from a2tgpo.config.check import ConfigError
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
+    from a2tgpo.io.errors import ConfigError
 
     computed = []
     for recipe in TOKEN_MULTIPLES:

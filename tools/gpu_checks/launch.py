@@ -11,8 +11,9 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from launch.rendezvous import launched
-from tools.gpu_checks.bench import Row
+from a2tgpo.launch.rendezvous import launched
+
+from gpu_checks.bench import Row
 
 
 def launched_environment() -> dict[str, str] | None:

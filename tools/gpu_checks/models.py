@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from a2tgpo.config.check import ConfigError, require
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault, model_dimensions
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def write_model(
 
 def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_positions: int = 1024) -> str:
     """Write a random model with its own tokenizer, as an engine requires; return its folder."""
-    from tools.tiny_model import build_tokenizer
+    from worlds.tiny_model import build_tokenizer
 
     texts = [f"what is the capital of {country}? {city}" for country, city in CITIES.items()] * 4
     tokenizer = build_tokenizer(iter(texts))

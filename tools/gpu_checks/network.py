@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from tools.gpu_checks.bench import Bench
+from gpu_checks.bench import Bench
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import VOCAB_SIZE
+from gpu_checks.bench import Bench
+from gpu_checks.models import VOCAB_SIZE
 
 LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import write_checkpoint
-from tools.gpu_checks.step import STEPS, write_run
-from tools.run_equality import differences
+from a2tgpo.run.equality import differences
+
+from gpu_checks.bench import Bench
+from gpu_checks.models import write_checkpoint
+from gpu_checks.step import STEPS, write_run
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

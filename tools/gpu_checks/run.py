@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.gpu_checks.bench import Row, Settings
+from gpu_checks.bench import Row, Settings
 
 TOOL = Path(__file__).parents[1] / "gpu_check.py"
 GRACE_S = 5.0

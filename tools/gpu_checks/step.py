@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_checks.bench import Bench
-from tools.gpu_checks.models import CITIES, write_checkpoint
+from gpu_checks.bench import Bench
+from gpu_checks.models import CITIES, write_checkpoint
 
 MAX_UPDATES = 50
 STEPS = 2
@@ -20,9 +20,9 @@ MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
 """The same for gold answers, improbable for the policy like the probe's tokens (refit.verify.TOLERANCES)."""
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
 """Limits for sampled tokens if engine, trainer or both compute in FP8. Below the lower limit, FP8 was not used:
-bfloat16 gives less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (tools/fp8_emulation.py), by 0.09
-if both sides round independently; the upper limit is three times that, because scales of fused matrices and of packed
-rows are coarser than the emulated ones."""
+bfloat16 gives less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (`fp8_study/emulation.py`), by
+0.09 if both sides round independently; the upper limit is three times that, because scales of fused matrices and of
+packed rows are coarser than the emulated ones."""
 MAX_FP8_GAIN_GAP = 0.8
 """The value of refit.verify.TOLERANCES for FP8."""
 
@@ -37,8 +37,8 @@ def check_training_step(bench: Bench) -> None:
     """Refit and probe, run two training steps with searches, and verify that moved weights arrive in the engine."""
     import torch.distributed as dist
 
+    from a2tgpo.refit.sync import sync_engine
     from a2tgpo.refit.verify import TOLERANCES
-    from a2tgpo.weight_sync import sync_engine
 
     parts, trainer = _start(bench)
     dtype = parts.config.model.dtype
@@ -103,7 +103,7 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     from a2tgpo.config.load import load_config
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.parallel.initialize import initialize
-    from a2tgpo.run_folder import RunFolder
+    from a2tgpo.run.folder import RunFolder
     from a2tgpo.trainer import Trainer
 
     config = load_config(str(write_run(bench, *settings)))

@@ -9,8 +9,8 @@ import a2tgpo.advantage.methods
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.trajectory import Trajectory, Turn
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.load import dump_config, flat_config, load_config
 from a2tgpo.config.model import ModelConfig
@@ -16,6 +15,7 @@ from a2tgpo.config.rollout import GainConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
+from a2tgpo.io.errors import ConfigError
 
 MINIMAL = """
 run: {name: trial}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.io.errors import ConfigError
 
 REQUIRED = ["run.name=x", "model.path=m", "data.train=a", "data.test=b", "search.corpus=c"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 
 
 @pytest.mark.parametrize(

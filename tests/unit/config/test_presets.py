@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
+from a2tgpo.io.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENT = ROOT / "configs" / "quickstart.yaml"

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.model import ModelConfig
@@ -12,6 +11,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.io.errors import ConfigError
 
 
 def test_dynamic_sampling_needs_groups_whose_rewards_can_differ():

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.io.errors import ConfigError
 
 FIRST = {
     "text": "<think>a <search>x</search> no</think> <search> France </search>",

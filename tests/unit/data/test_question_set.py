@@ -9,8 +9,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.question_set import Question, load_questions, unique_ids
+from a2tgpo.io.errors import ConfigError
 
 GOOD = {"id": "q1", "question": "Capital of France?", "answers": ["Paris", "Paris, France"], "hops": 1}
 

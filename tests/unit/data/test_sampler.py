@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.io.errors import ConfigError
 
 SIZES = st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 

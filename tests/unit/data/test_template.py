@@ -3,10 +3,10 @@ import time
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data import template as template_module
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.io.errors import ConfigError
 
 
 def question(name, text, hops=0):

@@ -34,7 +34,10 @@ def test_the_worked_example_prints_what_the_page_shows() -> None:
 
 def test_the_configuration_reference_is_that_of_the_dataclasses() -> None:
     process = subprocess.run(
-        [sys.executable, "tools/config_reference.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tools/upkeep/config_reference.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
 
@@ -113,20 +116,20 @@ RUN_BY = {
     "launch/mpi.py": "tests/e2e/test_mpi.py",
     "launch/train.py": USER_PATH,
     "launch/warmstart.py": USER_PATH,
-    "tools/ablation.py": "tests/unit/tools/test_ablation.py",
+    "tools/ablation/compare.py": "tests/unit/tools/test_ablation.py",
     "tools/bench/large_corpus.py": "tests/unit/search/test_retrieval_service.py",
     "tools/bench/retrieval.py": "tests/unit/search/test_retrieval_service.py",
     "tools/bench/run.py": "tests/unit/tools/test_bench.py",
     "tools/build_index.py": USER_PATH,
     "tools/chat.py": USER_PATH,
-    "tools/check_golden.py": "tests/unit/test_golden.py",
+    "tools/upkeep/check_golden.py": "tests/unit/test_golden.py",
     "tools/compare_runs.py": "tests/unit/tools/test_compare_runs.py",
     "tools/convert.py": USER_PATH,
     "tools/evaluate.py": USER_PATH,
-    "tools/fault_table.py": "tests/faults/test_faults.py",
-    "tools/fp8_study.py": "tests/unit/tools/test_fp8_study.py",
+    "tests/faults/fault_table.py": "tests/faults/test_faults.py",
+    "tools/fp8_study/study.py": "tests/unit/tools/test_fp8_study.py",
     "tools/gpu_check.py": "tests/unit/tools/test_gpu_check.py",
-    "tools/hardware_table.py": "tests/unit/tools/test_gpu_check.py",
+    "tools/gpu_checks/hardware_table.py": "tests/unit/tools/test_gpu_check.py",
     "tools/plan.py": "tests/unit/tools/test_plan_tool.py",
     "tools/plot_run.py": "tests/unit/metrics/test_run_tools.py",
     "tools/prepare_data.py": USER_PATH,

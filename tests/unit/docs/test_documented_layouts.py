@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import a2tgpo.parallel  # noqa: F401  Megatron is adapted to the machine before the plan imports it
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.dimensions import KNOWN_MODELS
 from a2tgpo.plan.hardware import GPUS

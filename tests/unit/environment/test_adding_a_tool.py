@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 import a2tgpo.environment.tools
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.config.tools import ToolsConfig, tool_names
 from a2tgpo.environment.tool import build_tools
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.outcome import is_well_formed
 from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolPool

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.checkpoint.find import find_model
 from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import Question
 from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE, AnswerLog, open_log
 from a2tgpo.evaluate.evaluate import Answer
 from a2tgpo.evaluate.evaluation_settings import evaluation_settings
-from a2tgpo.saved_model import find_model
+from a2tgpo.io.errors import ConfigError
 
 
 def answer(question_id, sample=0):

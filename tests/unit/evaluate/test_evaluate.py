@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.evaluate.evaluate import answer_questions, evaluate
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 

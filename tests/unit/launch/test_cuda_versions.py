@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cuda_versions
-from launch.cuda_versions import check_toolkit, driver_version, explain_unusable
+from a2tgpo.launch import cuda_versions
+from a2tgpo.launch.cuda_versions import check_toolkit, driver_version, explain_unusable
 
 PROC_FILE = """\
 NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.133.20  Release Build  (root@host)  Sun Mar 30 04:04:10 UTC 2025

@@ -23,7 +23,7 @@ sys.exit(75)
 def test_sigterm_leaves_the_ranks_the_time_to_save_and_the_launcher_ends_with_their_code(tmp_path):
     script, started = tmp_path / "saves.py", tmp_path / "started"
     script.write_text(SAVES)
-    command = [sys.executable, "launch/local_ranks.py", "1", str(script), str(started)]
+    command = [sys.executable, "a2tgpo/launch/local_ranks.py", "1", str(script), str(started)]
     launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not started.exists() and time.monotonic() < deadline:

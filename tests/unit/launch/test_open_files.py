@@ -1,6 +1,6 @@
 import resource
 
-from launch.open_files import limit_fault, raise_limit
+from a2tgpo.launch.open_files import limit_fault, raise_limit
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one():

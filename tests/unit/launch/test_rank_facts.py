@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from a2tgpo.config.load import load_config
+from a2tgpo.launch import needs
+from a2tgpo.launch.host_memory import memory_left
+from a2tgpo.launch.rank_facts import RankFacts, compare, fingerprint, host_memory_faults
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.host_memory import HostMemory
-from launch import needs
-from launch.host_memory import memory_left
-from launch.rank_facts import RankFacts, compare, fingerprint, host_memory_faults
 
 PATHS = {"model.path": "/models/m"}
 

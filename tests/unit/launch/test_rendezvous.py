@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
-from launch import joining, rendezvous
-from launch.rendezvous import first_host, launched
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.launch import joining, rendezvous
+from a2tgpo.launch.rendezvous import first_host, launched
 
 SRUN = {
     "SLURM_JOB_ID": "81214",
@@ -177,7 +177,11 @@ def test_a_node_that_is_no_host_has_the_address_that_slurm_reaches_it_by(tmp_pat
 
 
 def test_the_program_says_it_in_one_line():
-    environment = {"PATH": os.environ["PATH"], "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    environment = {
+        **{name: os.environ[name] for name in ("PATH", "PYTHONPATH")},
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "0",
+    }
     done = subprocess.run(
         [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml"],
         env=environment,
@@ -217,7 +221,7 @@ def test_names_that_a_launcher_left_behind_are_one_line(program, left_over, mess
         monkeypatch.delenv(name, raising=False)
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("launch.failure.GRACE_S", 0.0)
+    monkeypatch.setattr("a2tgpo.lifecycle.failure.GRACE_S", 0.0)
     monkeypatch.setattr(sys, "argv", [program, "--config", "none.yaml", *PROGRAMS[program]])
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     assert module.main() == 2

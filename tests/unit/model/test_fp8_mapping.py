@@ -14,10 +14,10 @@ from megatron.core.enums import Fp8Recipe
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model import build
 from a2tgpo.model import transformer_config as module
 from a2tgpo.model.build import build_policy

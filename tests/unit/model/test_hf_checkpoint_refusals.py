@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.data.weight_files import weight_files, weight_shapes
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.precision import uses_transformer_engine

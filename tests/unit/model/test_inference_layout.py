@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config, overridden_keys
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.inference_layout import UNDIVIDED, inference_config
 
 SIZES = {"num_hidden_layers": 80, "hidden_size": 8192, "intermediate_size": 29568}

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.parallel.collectives import (
     all_gather_object,
     all_reduce_sum,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.dimensions import read_dimensions
 
 SIZES = {"num_attention_heads": 4, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}

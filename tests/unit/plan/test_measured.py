@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import KNOWN_MODELS
 from a2tgpo.plan.hardware import GIB, GPUS

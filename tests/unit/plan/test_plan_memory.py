@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from test_plan_parameters import gpt_models, hf_config_of, in_place_of
 
-from a2tgpo import residency
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.cluster import GPU_KINDS
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.memory import residency
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.plan.activations import MicrobatchShape
 from a2tgpo.plan.advice import faults

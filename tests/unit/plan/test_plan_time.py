@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.load import load_config
 from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.advice import cache_shortage
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import GPU_STEP_TOKENS, RolloutConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.rollout import engine_arguments
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.rollout.vllm_engine import VllmEngine
 
 FP8 = RolloutConfig(quantization="fp8", kv_cache_gib=0.1)

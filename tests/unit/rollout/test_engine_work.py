@@ -11,7 +11,7 @@ from tiny_models import ANSWER, ASK, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
 
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt
 

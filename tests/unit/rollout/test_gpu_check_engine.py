@@ -1,7 +1,7 @@
 """What tools/gpu_check.py has an engine play, on the engine of this folder."""
 
-from tools.gpu_checks.engine import Play, play_on, prefill, write_engine_slice
-from tools.gpu_checks.models import STAND_IN, slice_dimensions
+from gpu_checks.engine import Play, play_on, prefill, write_engine_slice
+from gpu_checks.models import STAND_IN, slice_dimensions
 
 
 def test_the_same_play_gives_the_same_tokens_though_the_second_finds_more_cached(engine):

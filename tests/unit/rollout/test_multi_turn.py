@@ -11,11 +11,11 @@ from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import GainConfig
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
-from a2tgpo.evaluate.score import score_trajectory
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import ANSWER_ROOM, RolloutCutError
 from a2tgpo.rollout.tool_pool import ToolFaultError

@@ -13,15 +13,15 @@ from scripted_search import toolset_of
 from tiny_models import CAPITALS, prompt_ids
 from transformers import AutoModelForCausalLM
 
-from a2tgpo.carried_pool import CarriedPool
+from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.evaluate.score import score_trajectory
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import LiveTrajectory, PromptGroup, Sampling
-from a2tgpo.step_rollout import StepRollout
 from a2tgpo.trajectory import Prompt, Trajectory
 
 NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"

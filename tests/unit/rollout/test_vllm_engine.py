@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from tiny_models import build_model, build_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.rollout.engine_output import ScoreOutput
 
 BLOCK = 32

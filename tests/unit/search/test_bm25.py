@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.passage import Passage
 

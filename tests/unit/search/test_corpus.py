@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.corpus_file import CorpusFile, scan
 from a2tgpo.search.passage import Passage, parse_contents

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import zstandard
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch

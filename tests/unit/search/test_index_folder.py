@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a2tgpo.config.check import ConfigError
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search import embedding_blocks
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
@@ -399,7 +399,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(mistake, tmp_path, minilm, monkeypatch, capsys):
-    from tools.build_index import main
+    from build_index import main
 
     arguments, content, message = MISTAKES[mistake]
     corpus = tmp_path / "corpus.jsonl"

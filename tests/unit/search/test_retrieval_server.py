@@ -12,8 +12,8 @@ import pytest
 import requests
 from fastapi.testclient import TestClient
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.token import read_token
@@ -179,7 +179,7 @@ def test_who_connects_when_it_says_so_is_answered(corpus):
 
 
 def test_a_port_that_is_none_is_refused(corpus, monkeypatch, capsys):
-    from tools.retrieval_server import main
+    from retrieval_server import main
 
     # The system would take it modulo 65536.
     monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--port", "99999"])
@@ -190,7 +190,7 @@ def test_a_port_that_is_none_is_refused(corpus, monkeypatch, capsys):
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "x" * 300], ids=["unknown", "no name"])
 def test_a_host_that_is_none_is_one_line(corpus, host, monkeypatch, capsys):
-    from tools.retrieval_server import main
+    from retrieval_server import main
 
     monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--host", host])
     assert main() == 2
@@ -203,7 +203,6 @@ def guarded(corpus, tmp_path):
     """A server that asks for a token and bounds the rate: (its app's client, the token's file)."""
     token_file = tmp_path / "token"
     token_file.write_text("s3cret-token\n")
-    sys.path.insert(0, str(SERVER.parent))
     from a2tgpo.search.http_server import build_app
 
     app = build_app(

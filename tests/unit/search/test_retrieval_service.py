@@ -12,9 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-
-ROOT = Path(__file__).parents[3]
-sys.path.insert(0, str(ROOT))
+from retrieval import load, right_answers
 
 from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
@@ -24,7 +22,8 @@ from a2tgpo.search.http_server import build_app
 from a2tgpo.search.index_build import build_bm25
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.query_batcher import QueryBatcher
-from tools.bench.retrieval import load, right_answers
+
+ROOT = Path(__file__).parents[3]
 
 WORDS = ["river", "capital", "Zürich", "mountain", "currency", "東京", "border", "island", "7", "queen"]
 
@@ -81,7 +80,7 @@ def test_ten_times_as_many_clients_lose_nothing_and_get_right_answers(url):
 
 
 def test_the_bench_of_large_corpora_builds_serves_and_counts(tmp_path, monkeypatch):
-    from tools.bench import large_corpus
+    import large_corpus
 
     out = tmp_path / "found.json"
     arguments = ["--passages", "3000", "--words", "60", "--json", str(out)]

@@ -1,13 +1,9 @@
 """One small worldqa, made as a user makes it, for all tests of this folder."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
-from tools.prepare_data import prepare
+from prepare_data import prepare
 
 SMALL = ["--train-questions", "900", "--test-questions", "240", "--demonstrations", "900"]
 

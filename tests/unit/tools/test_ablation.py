@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from compare import PRESETS, main
+from needless import write_needless
+from report import write_report
+from seed_statistics import estimate, paired_difference, t_quantile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from turn_signals import drifts, gain_signals, needless_signals, spread_out
 
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.trajectory import Trajectory, Turn
-from tools.ablation import PRESETS, main
-from tools.ablation_needless import write_needless
-from tools.ablation_report import write_report
-from tools.ablation_runs import Plan, Run, last_words
-from tools.ablation_signals import drifts, gain_signals, needless_signals, spread_out
-from tools.ablation_statistics import estimate, paired_difference, t_quantile
+from runs import Plan, Run, last_words
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from tools.ablation_tune import main
+from tune import main
 
 LAUNCHER = [sys.executable, str(Path(__file__).with_name("tuning_launcher.py"))]
 ROOT = Path(__file__).parents[3]

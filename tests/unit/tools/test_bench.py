@@ -5,11 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tools" / "bench"))
-
 import measure
+import pytest
 import run
 import trl_peer
 

@@ -1,21 +1,13 @@
-"""tools/fp8_emulation.py against torch's own FP8 numbers; tools/fp8_study.py on a tiny model."""
+"""tools/fp8_study/emulation.py against torch's own FP8 numbers; tools/fp8_study/study.py on a tiny model."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_models import build_model, save_tiny
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
-from tools.fp8_emulation import (
+from emulation import (
     E4M3,
     E5M2,
     RECIPES,
@@ -26,7 +18,9 @@ from tools.fp8_emulation import (
     quantise,
     round_to,
 )
-from tools.fp8_study import (
+from hypothesis import given
+from hypothesis import strategies as st
+from study import (
     EPSILON,
     WHOLE,
     Written,
@@ -38,6 +32,8 @@ from tools.fp8_study import (
     read_sequences,
     statistics,
 )
+from tiny_models import build_model, save_tiny
+from torch import Tensor, nn
 
 WIDE = Format(mantissa_bits=23, min_exponent=-100, largest=1024.0)
 FORMATS = [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)]

@@ -10,19 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_check
+import plan
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import load_questions
-from tools import gpu_check, hardware_table, plan
-from tools.gpu_checks import machine, step
-from tools.gpu_checks import run as gpu_checks_run
-from tools.gpu_checks.bench import Bench, Settings
-from tools.gpu_checks.launch import launched_environment, rank_environments
-from tools.gpu_checks.models import slice_dimensions
-from tools.gpu_checks.run import run_check
-from tools.gpu_checks.step import write_run
+from a2tgpo.io.errors import ConfigError
+
+from gpu_checks import hardware_table, machine, step
+from gpu_checks import run as gpu_checks_run
+from gpu_checks.bench import Bench, Settings
+from gpu_checks.launch import launched_environment, rank_environments
+from gpu_checks.models import slice_dimensions
+from gpu_checks.run import run_check
+from gpu_checks.step import write_run
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOL = [str(ROOT / "tools" / "gpu_check.py")]

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepare_model import main, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
 from a2tgpo.data.template import PromptTemplate
-from tools.prepare_model import main, prepare
-from tools.tiny_model import TAGS, VOCAB_SIZE, build_model
+from a2tgpo.io.errors import ConfigError
+
+from worlds.tiny_model import TAGS, VOCAB_SIZE, build_model
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_a_mistake_is_one_line(run, arguments, message):
 
 
 def test_steps_of_a_long_run_are_thinned_out_evenly():
-    from tools.rollouts_page import chosen_steps
+    from a2tgpo.record.rollouts_page import chosen_steps
 
     assert chosen_steps({1: 8, 2: 8, 3: 8}) == [1, 2, 3]
     chosen = chosen_steps(dict.fromkeys(range(1, 241), 1024))

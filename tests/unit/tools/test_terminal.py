@@ -1,6 +1,6 @@
 """What a terminal is shown."""
 
-from tools.terminal import indented
+from a2tgpo.io.terminal import indented
 
 
 def test_text_of_any_script_is_shown_as_it_was_written():

@@ -4,19 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from prepare_data import prepare
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.question_set import load_questions
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.outcome import judged_text, score_response
 from a2tgpo.rollout.tool_call import SEARCH_CALLS
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import format_passage
 from tests.unit.tools.conftest import SMALL
-from tools.prepare_data import prepare
-from tools.worldqa_facts import ascii_fold, load_world, nearest_town
-from tools.worldqa_questions import rounded
+
+from worlds.worldqa_facts import ascii_fold, load_world, nearest_town
+from worlds.worldqa_questions import rounded
 
 FILES = ("corpus.jsonl", "train.jsonl", "test.jsonl", "demonstrations.jsonl", "demonstrations_good.jsonl")
 

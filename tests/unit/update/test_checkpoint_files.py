@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from a2tgpo.update.checkpoint import _from_plain, steps_in, to_plain
+from a2tgpo.checkpoint.folder import _from_plain, steps_in, to_plain
 
 
 def test_random_states_survive_a_file_that_is_loaded_without_pickled_classes(tmp_path) -> None:

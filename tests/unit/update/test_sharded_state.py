@@ -6,7 +6,7 @@ import pickle
 import pytest
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from a2tgpo.update.sharded_state import _check_index
+from a2tgpo.checkpoint.sharded_state import _check_index
 
 
 class Exploit:

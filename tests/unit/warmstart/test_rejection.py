@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import rollouts_to_demonstrations
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.question_set import Question
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.warmstart.rejection import (
     Candidate,
@@ -20,7 +21,6 @@ from a2tgpo.warmstart.rejection import (
     read_rollouts,
     reject,
 )
-from tools import rollouts_to_demonstrations
 
 QUESTIONS = [Question(id=f"q{i}", question=f"who {i}?", answers=(f"a{i}",), hops=i) for i in range(3)]
 

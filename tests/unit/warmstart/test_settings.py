@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.demonstrations import Demonstration
 from a2tgpo.data.question_set import Question
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.launch import needs
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.plan import make_plan
 from a2tgpo.warmstart.examples import held_out_questions
 from a2tgpo.warmstart.settings import as_planned, cold_model, learning_rate, source_dimensions
-from launch import needs
 
 QWEN_72B = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.config.check import ConfigError
 from a2tgpo.config.load import load_config
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.warmstart.target import MARKER, require_target
 from launch import warmstart
 

@@ -1,0 +1,397 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+`ROOT/step_N/` holds `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of the model and of the
+optimizer, `rng/rank_R.pt` with each rank's random state, `state.json` with the learning rate schedule, the layout,
+the model's architecture and the caller's own values, and files of the caller's. Nothing in it can run code when it is
+read. It is written (`checkpoint_writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files
+with their sizes and checksums, is in place: a folder without a matching list is not a checkpoint. Tensors have
+checksums of their own (`checked_files.py`), which are compared as they are read.
+
+Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import PretrainedConfig
+
+from a2tgpo.checkpoint.checked_files import DamagedFileError, Piece, size_and_checksum, size_and_crc
+from a2tgpo.checkpoint.optimizer_shards import is_distributed
+from a2tgpo.checkpoint.sharded_state import WEIGHTS, load_sharded, load_sharded_weights
+from a2tgpo.io.atomic_file import sync_folder, write_text
+from a2tgpo.io.errors import first_line
+from a2tgpo.model.hf_config import architecture_of
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.rng import set_rng_state
+from a2tgpo.update.optimizer import LearningRateSchedule
+
+logger = logging.getLogger(__name__)
+
+MARKER = "complete.json"
+STATE = "state.json"
+WEIGHTS_ONLY = "weights_only"
+"""In `complete.json` where everything else has been removed (`retention.py`)."""
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose tensors are not those that were written; one line."""
+
+
+def load_newest(
+    path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
+) -> tuple[Path, dict[str, Any]]:
+    """`load` the checkpoint `path`, which `latest` has found, or the newest before it whose tensors are whole.
+
+    Returns:
+        The one that was loaded, and its state.
+
+    Raises:
+        ValueError: one line; `load`'s, or there is none.
+    """
+    newest: Path | None = path
+    while newest is not None:
+        try:
+            state = load(newest, policy=policy, optimizer=optimizer, schedule=schedule, is_checked=True)
+        except DamagedCheckpointError as error:
+            if dist.get_rank() == 0:
+                logger.warning("checkpoint %s is passed over: %s", newest, error)
+            newest = latest(path.parent, before=step_of(newest))
+        else:
+            return newest, state
+    raise ValueError(f"no checkpoint in {path.parent} is whole; --resume none begins the run anew")
+
+
+def load(
+    path: str | Path,
+    *,
+    policy: Policy,
+    optimizer: Any,
+    schedule: LearningRateSchedule,
+    is_checked: bool = False,
+) -> dict[str, Any]:
+    """Put a checkpoint's weights, optimizer state, schedule and random states in place.
+
+    The layout may differ from the one that saved it; random states are then left as they are, with a warning,
+    since they belong to ranks.
+
+    Args:
+        is_checked: `latest` has just found it; only the tensors are still to be compared with their checksums.
+
+    Returns:
+        The `state` given to `CheckpointWriter.start`.
+
+    Raises:
+        DamagedCheckpointError: on all ranks; its tensors are not whole. Some of them may be in place.
+        ValueError: one line; `path` is not a complete checkpoint of this program, or one of another model.
+    """
+    path = Path(path)
+    if has_weights_only(path):
+        raise ValueError(
+            f"{path} holds weights alone, which a run cannot go on from; give one of the newest checkpoints"
+        )
+    if not is_checked:
+        _require_complete(path)
+    record = read_record(path)
+    rng = None
+    require_same_model(path, record, policy.hf_config)
+    _require_same_optimizer(path, record, optimizer)
+    if record["layout"] == record_of(policy)["layout"]:
+        try:
+            rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"{path / rng_file(policy.groups.rank)} holds no random states") from error
+    elif policy.groups.rank == 0:
+        logger.warning("%s was saved with another layout; random states are not restored", path)
+    with _in_one_line(path):
+        load_sharded(path, policy, optimizer, pieces=_pieces_of(path))
+    schedule.load_state_dict(record["schedule"])
+    if rng is not None:
+        set_rng_state(_from_plain(rng))
+    return record["state"]
+
+
+def load_weights(path: str | Path, policy: Policy) -> None:
+    """Put only a checkpoint's weights in place, saved by any layout; nothing else of it is read or checked.
+
+    Raises:
+        ValueError: one line; `path` is not a complete checkpoint, or one of another model.
+    """
+    path = Path(path)
+    _require_complete(path, weights_only=True)
+    require_same_model(path, read_record(path), policy.hf_config)
+    with _in_one_line(path):
+        load_sharded_weights(path, policy, pieces=_pieces_of(path))
+
+
+def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
+    """ValueError, one line, if the checkpoint with this record comes from another model; one process may call this.
+
+    Shapes do not tell: a vocabulary of another size may be padded to fit, a key that only one side has is left out.
+    A checkpoint without the record, from before it was kept, is let through.
+    """
+    mine = architecture_of(hf_config)
+    saved = record.get("model", mine)
+    differing = [
+        f"{name} {saved.get(name)} (here {mine.get(name)})"
+        for name in sorted(mine.keys() | saved.keys())
+        if saved.get(name) != mine.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} does not fit the model at model.path: it was saved from one with {', '.join(differing)}; give "
+            "the model.path of its run"
+        )
+
+
+def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
+    """ValueError, one line, if the state on disk is the other kind of optimizer's; older checkpoints do not say."""
+    mine = is_distributed(optimizer)
+    saved = record.get("distributed_optimizer", mine)
+    if saved != mine:
+        raise ValueError(
+            f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, and its optimizer state "
+            "can be loaded so only; set it"
+        )
+
+
+@contextlib.contextmanager
+def _in_one_line(path: Path) -> Iterator[None]:
+    """What torch says where tensors are damaged, or shapes are not the policy's, as one line."""
+    try:
+        yield
+    except CheckpointException as error:  # holds what each rank raised
+        for cause, _ in error.failures.values():
+            if isinstance(cause, DamagedFileError):
+                raise DamagedCheckpointError(f"{path} cannot be loaded: {cause} is damaged") from error
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"{path} does not fit the model at model.path ({first_line(cause):.200})") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What a checkpoint's `state.json` holds; one process may call this.
+
+    Raises:
+        ValueError: one line; it is not what this program writes.
+    """
+    try:
+        record = json.loads((path / STATE).read_text())
+        is_sound = (
+            type(record["schedule"]["steps_done"]) is int
+            and isinstance(record["layout"], dict)
+            and isinstance(record.get("model", {}), dict)
+            and type(record["state"]["step"]) is int
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"{path / STATE} is not what this program writes")
+    return record
+
+
+def latest(root: str | Path, *, before: int | None = None) -> Path | None:
+    """The newest complete checkpoint under `root`, None where there is none.
+
+    Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. Whether tensors are
+    damaged is not looked at, but for checkpoints from before tensors had checksums: `load` does so. Ranks share the
+    looking.
+
+    Args:
+        before: only checkpoints of earlier steps than this one; None: any.
+    """
+    for step in steps_in(Path(root)):
+        if before is not None and step >= before:
+            continue
+        path = Path(root) / f"step_{step}"
+        fault = "it holds weights alone" if has_weights_only(path) else _fault_of(path)
+        if not fault:
+            return path
+        if dist.get_rank() == 0:
+            logger.warning("checkpoint %s is passed over: %s", path, fault)
+    return None
+
+
+def has_weights_only(path: Path) -> bool:
+    """Whether all but its weights has been removed from the checkpoint; one process may call this."""
+    try:
+        return bool(json.loads((path / MARKER).read_text()).get(WEIGHTS_ONLY))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def step_of(path: Path) -> int:
+    """The step that names a checkpoint's folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether this file of a checkpoint is one that `load_weights` reads."""
+    return name == STATE or name.startswith(f"{WEIGHTS}/")
+
+
+def _require_complete(path: Path, *, weights_only: bool = False) -> None:
+    fault = _fault_of(path, weights_only=weights_only)
+    if fault:
+        raise ValueError(f"{path} cannot be loaded: {fault}")
+
+
+def _fault_of(path: Path, *, weights_only: bool = False) -> str:
+    """What is wrong with the checkpoint at `path`, tensors aside, in a few words; empty: nothing.
+
+    With `weights_only` files that `load_weights` does not read are left out.
+
+    Equal on all ranks.
+    """
+    try:
+        expected, pieces = _read_marker(path)
+    except ValueError as error:
+        return str(error)
+    world = dist.group.WORLD
+    assert world is not None, "checkpoints are read by joined processes"
+    names = [name for name in expected if is_of_weights(name) or not weights_only]
+    share = names[world.rank() :: world.size()]
+    faults = all_gather_object(_first_fault(path, {name: expected[name] for name in share}, pieces), world)
+    return next((fault for fault in faults if fault), "")
+
+
+def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[Piece]]]:
+    """Size and checksum of each file of a checkpoint, and what those of tensors are made of.
+
+    Raises:
+        ValueError: a few words; the checkpoint is incomplete, or its list of files damaged.
+    """
+    try:
+        marker = json.loads((path / MARKER).read_text())
+        expected = {name: (int(size), int(checksum)) for name, (size, checksum) in marker["files"].items()}
+        pieces = _parse_pieces(marker)
+        is_sound = all(expected[name] == size_and_checksum(of_file) for name, of_file in pieces.items())
+    except FileNotFoundError:
+        raise ValueError(f"it has no {MARKER}: it was not written to the end") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError):
+        is_sound = False
+    if not is_sound:
+        raise ValueError(f"its {MARKER} is damaged")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
+        raise ValueError(f"its {MARKER} names files elsewhere")
+    return expected, pieces
+
+
+def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
+    """What is wrong with these files; of those in `pieces` only the size is looked at."""
+    # os.path's says False for a name that no file can have, where `Path.is_file` raises.
+    for name in expected:
+        if not os.path.isfile(path / name):
+            return f"{name} is missing"
+    for name, (size, checksum) in expected.items():
+        try:
+            is_whole = (
+                (path / name).stat().st_size == size
+                if name in pieces
+                else size_and_crc(path / name) == (size, checksum)
+            )
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if not is_whole:
+            return f"{name} is damaged"
+    return ""
+
+
+def _pieces_of(path: Path) -> dict[str, list[Piece]]:
+    """What the files of tensors are made of, by name; empty in a checkpoint from before this was kept."""
+    return _parse_pieces(json.loads((path / MARKER).read_text()))
+
+
+def _parse_pieces(marker: dict[str, Any]) -> dict[str, list[Piece]]:
+    return {
+        name: [(int(start), int(size), int(checksum)) for start, size, checksum in of_file]
+        for name, of_file in marker.get("pieces", {}).items()
+    }
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of all files under `folder`, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps with a folder under `root`, newest first."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what an interrupted save left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    for entry in root.iterdir():
+        if entry.suffix in (".tmp", ".old") and _STEP_FOLDER.fullmatch(entry.stem):
+            shutil.rmtree(entry)
+
+
+def put_in_place(
+    partial: Path, final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]
+) -> None:
+    """Mark `partial` as complete with the lists of its files, and rename it; one rank calls this.
+
+    Args:
+        files: size and checksum of those that are not in `pieces`.
+        pieces: what the others are made of.
+    """
+    sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}
+    write_text(partial / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
+    old = final.with_suffix(".old")
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def record_of(policy: Policy) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of the model and of the ranks it was saved from."""
+    groups = policy.groups
+    sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
+    sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
+    return {"layout": sizes, "model": architecture_of(policy.hf_config)}
+
+
+def rng_file(rank: int) -> str:
+    return f"rng/rank_{rank}.pt"
+
+
+def to_plain(value: Any) -> Any:
+    """NumPy arrays as marked tensors, so that the file loads without unpickling arbitrary classes."""
+    if isinstance(value, np.ndarray):
+        return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_plain(item) for item in value)
+    return value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"numpy", "dtype"}:
+        return value["numpy"].numpy().astype(value["dtype"])
+    if isinstance(value, dict):
+        return {key: _from_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_from_plain(item) for item in value)
+    return value

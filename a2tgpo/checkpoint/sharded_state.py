@@ -1,0 +1,348 @@
+"""Model and optimizer on disk, in Megatron's sharded torch_dist format.
+
+A checkpoint holds two of Megatron's folders, `WEIGHTS` and `OPTIMIZER`: either can be read, and removed, without the
+other. One from before they were separated has both in `WEIGHTS`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import ProcessGroup
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from a2tgpo.checkpoint.checked_files import CheckedWriter, Piece, checked_reading
+from a2tgpo.checkpoint.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
+from a2tgpo.checkpoint.shared_read import send_shared, share_reads
+from a2tgpo.model.policy import Policy, gather_weights
+from a2tgpo.parallel.collectives import all_gather_object
+
+WEIGHTS, OPTIMIZER = "sharded", "optimizer"
+_WRAPPED = "module."
+"""Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
+_SLICES = "optimizer_slices"
+"""What a distributed optimizer's slices are called in a state dict; not on disk."""
+_INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
+"""Whose classes a checkpoint's index, a pickle, is made of."""
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedCopy:
+    """This rank's part of model and optimizer in host memory, which training no longer changes."""
+
+    tensors: dict[str, Any]
+    """What the rank writes, in the form of torch's distributed checkpoints."""
+    common: dict[str, Any]
+    """What is not sharded, equal on all ranks."""
+
+
+def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
+    """Copy model and optimizer as they are now; every rank must call this, and gets its part.
+
+    A rank takes the host memory of what it writes, and no more: its own slice of the optimizer's state, and the
+    weights that fall to it where all data-parallel ranks have the same ones.
+    """
+    gather_weights(policy)
+    # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            part.init_state_fn(part.optimizer, part.config)
+    return copy_state(_saved_state(policy, optimizer), policy)
+
+
+def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
+    """Copy what this rank writes of a sharded state dict, which is used up; every rank must call this.
+
+    The work of `dist_checkpointing.save` up to the writing, in its order.
+    """
+    sharded, common = save_preprocess(state)
+    strategy = FullyParallelSaveStrategyWrapper(
+        TorchDistSaveShardedStrategy("torch_dist", 1), policy.groups.dp_cp_group
+    )
+    strategy.apply_saving_parallelization(sharded)
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    for shard in (shard for shards in by_key.values() for shard in shards):
+        shard.data = _to_host(shard.data)
+    return ShardedCopy(tensors=mcore_to_pyt_state_dict(by_key, False), common=_to_host(common))
+
+
+def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
+    """Write the copies of all ranks into empty folders of the checkpoint `path`; every rank of `group`, which is all,
+    must call this.
+
+    Returns:
+        What this rank has written, by file, relative to `path`.
+
+    Raises:
+        CheckpointException: on all ranks, if one could not write.
+        OSError: on the first rank, before the others write, which they then do in vain.
+    """
+    weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
+    others = {key: value for key, value in copy.tensors.items() if key not in weights}
+    parts = {WEIGHTS: ShardedCopy(tensors=weights, common={})}
+    parts[OPTIMIZER] = ShardedCopy(tensors=others, common=copy.common)
+    written: dict[str, list[Piece]] = {}
+    for name, part in parts.items():
+        pieces = write_part(path / name, part, group)
+        written |= {f"{name}/{file}": of_file for file, of_file in pieces.items()}
+    return written
+
+
+def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
+    """Write the copies of all ranks into the empty `folder`, as `write_sharded` does; returns pieces by file name."""
+    fault = None
+    try:
+        if dist.get_rank(group) == 0:
+            torch.save(copy.common, folder / COMMON_STATE_FNAME)
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    except OSError as error:
+        fault = error
+    # By threads of this process: Megatron's own writer leaves a manager process behind on every rank, spawned anew
+    # from the main script, and forks a process per file (filesystem_async.py), which a process with an engine's
+    # threads in it should not do.
+    writer = CheckedWriter(folder)
+    torch_checkpoint.save(
+        copy.tensors,
+        storage_writer=writer,
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=group,
+    )
+    if fault is not None:
+        raise fault
+    return writer.pieces
+
+
+def load_sharded(
+    path: Path, policy: Policy, optimizer: Any, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
+) -> None:
+    """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
+
+    Each rank reads its own slice of the optimizer's state and a share of the weights that data-parallel ranks hold
+    alike (`shared_read`), into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in
+    a checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
+
+    Args:
+        pieces: what `write_sharded` returned on all ranks, to compare with; empty: nothing is compared.
+
+    Raises:
+        ValueError: if the checkpoint's index is not what it should be.
+        CheckpointException: on all ranks, if shapes are not the policy's, or a piece is not the one that was written
+            (`DamagedFileError`).
+    """
+    with_optimizer = path / OPTIMIZER
+    folder = with_optimizer if with_optimizer.is_dir() else path / WEIGHTS
+    for part in {path / WEIGHTS, folder}:
+        _check_index(part / ".metadata")
+    models, shared = model_shards(policy), []
+    if is_distributed(optimizer):
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        optimizer.load_state_dict(_settings(common["optimizer"]))  # makes the moments where there are none
+        slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
+        _read(folder, {_SLICES: slices}, pieces)
+        shared = share_reads(models, policy.groups)
+    else:
+        state = optimizer.sharded_state_dict(
+            dict(models), is_loading=True, metadata=sharding_metadata(policy)
+        )
+        loaded = _read(folder, {"optimizer": state}, pieces)
+        with torch.no_grad():
+            optimizer.load_state_dict(loaded["optimizer"])
+    loaded = _read(path / WEIGHTS, models, pieces)
+    for number, chunk in enumerate(policy.chunks):
+        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`, and other ranks read the rest.
+        chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
+    send_shared(shared)
+
+
+def load_sharded_weights(
+    path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
+) -> None:
+    """Read only the model of what `write_sharded` wrote, on any layout; every rank calls this.
+
+    Arguments and errors are those of `load_sharded`.
+    """
+    folder = path / WEIGHTS
+    _check_index(folder / ".metadata")
+    metadata = sharding_metadata(policy)
+    state = {
+        _model_key(policy, number): _tensors_of(model.sharded_state_dict(_WRAPPED, metadata=metadata))
+        for number, model in enumerate(policy.gpt_models)
+    }
+    shared = share_reads(state, policy.groups)
+    loaded = _read(folder, state, pieces)
+    for number, model in enumerate(policy.gpt_models):
+        tensors = loaded.get(_model_key(policy, number), {})
+        model.load_state_dict(
+            {name.removeprefix(_WRAPPED): value for name, value in tensors.items()}, strict=False
+        )
+    send_shared(shared)
+
+
+def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
+    """`dist_checkpointing.load`, whose errors of reading reach all ranks; every rank calls this.
+
+    Megatron-Core 0.19 loads on each rank by itself, so that one could fail where the others go on.
+    """
+    inside = {
+        name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
+    }
+    with warnings.catch_warnings(), checked_reading(folder, inside):
+        # Megatron reads through functions and attributes that torch has marked for removal.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded: dict[str, Any] = {}
+        failures: dict[int, Any] = {}
+        try:
+            loaded = dist_checkpointing.load(state, str(folder))
+        except CheckpointException as error:
+            failures = error.failures
+    world = dist.group.WORLD
+    assert world is not None, "checkpoints are read by joined processes"
+    of_ranks = all_gather_object(failures, world)
+    if any(of_ranks):
+        first = {rank: next(iter(found.values())) for rank, found in enumerate(of_ranks) if found}
+        raise CheckpointException("load", first)
+    return loaded
+
+
+def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
+    """What is saved; every rank calls this."""
+    models = model_shards(policy)
+    if not is_distributed(optimizer):
+        metadata = sharding_metadata(policy)
+        return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
+    parts = optimizer.chained_optimizers
+    if len(parts) > 1:
+        optimizer._synchronize_steps()  # of parameter groups that are empty on some ranks
+    settings = [part.state_dict() for part in parts]
+    return {
+        **models,
+        "optimizer": settings[0] if len(parts) == 1 else dict(enumerate(settings)),
+        _SLICES: owned_shards(optimizer, models, piece_bytes=PIECE_BYTES),
+    }
+
+
+def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
+    """Parameter groups and steps of one or several chained optimizers, as `load_state_dict` takes them.
+
+    Checkpoints from before the optimizer was saved in slices say besides how its tensors were laid out.
+    """
+    if "optimizer" not in saved:
+        return {number: _settings(part) for number, part in saved.items()}
+    return {name: value for name, value in saved.items() if not name.startswith("param_state")}
+
+
+def model_shards(policy: Policy) -> dict[str, Any]:
+    """The sharded state dict of each chunk, under its name in a checkpoint."""
+    metadata = sharding_metadata(policy)
+    return {
+        _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
+        for number, chunk in enumerate(policy.chunks)
+    }
+
+
+def sharding_metadata(policy: Policy) -> dict[str, Any]:
+    """Megatron's settings of how a state dict is divided."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": policy.groups.dp_cp_group,
+    }
+
+
+def _check_index(path: Path) -> None:
+    """Refuse a checkpoint index that names anything but the records it is made of, or anything but tensors.
+
+    It is a pickle which torch reads without restriction, so this must come first; and what it calls bytes instead of
+    tensors torch would unpickle as freely.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    try:
+        content = path.read_bytes()
+        _check_memo(content)
+        index = _IndexUnpickler(io.BytesIO(content)).load()
+        entries = dict(index.state_dict_metadata)
+    except ValueError:
+        raise
+    except Exception as error:  # bytes that are no pickle fail in any way
+        raise ValueError(f"the checkpoint's index is damaged ({type(error).__name__})") from None
+    for name, entry in entries.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ValueError(f"the checkpoint's index has no tensor for {name!r:.80}")
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse a pickle that numbers a memo entry past its own length, which no pickler does.
+
+    The unpickler makes its memo twice as long as the number, 64 GiB for one flipped bit, before it reads any more.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
+            raise ValueError(f"the checkpoint's index is damaged (memo entry {argument})")
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = (module, name) in _INDEX_NAMES
+        if module == "torch":
+            known |= isinstance(getattr(torch, name, None), torch.dtype)
+        elif module in _INDEX_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            known = isinstance(found, type) and found.__module__ == module
+        if not known:
+            raise ValueError(
+                f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint"
+            )
+        return super().find_class(module, name)
+
+
+def _to_host(value: Any) -> Any:
+    """A copy of `value` that shares no memory with it, tensors on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_to_host(item) for item in value]
+    return deepcopy(value)
+
+
+def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the modules' `_extra_state`: empty outside FP8 delayed scaling, and a pickle when read back."""
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
+
+
+def _model_key(policy: Policy, number: int) -> str:
+    return "model" if len(policy.chunks) == 1 else f"model{number}"

@@ -1,0 +1,217 @@
+"""Writes checkpoints beside the training: the state is copied to host memory, a thread does the rest.
+
+The thread's collectives run over a gloo group of its own, so that they cannot mix with the training's. What fails on
+one rank fails on all: every stage of the writing ends with an exchange of faults.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from a2tgpo.checkpoint import checked_files
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint.checked_files import Piece
+from a2tgpo.checkpoint.optimizer_shards import is_distributed
+from a2tgpo.checkpoint.sharded_state import OPTIMIZER, WEIGHTS, ShardedCopy, copy_sharded, write_sharded
+from a2tgpo.io.atomic_file import naming
+from a2tgpo.io.errors import first_line
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.rng import get_rng_state
+from a2tgpo.update.optimizer import LearningRateSchedule
+
+
+class CheckpointWriter:
+    """Saves one checkpoint at a time under `root`; every rank holds one and makes the same calls.
+
+    Args:
+        root: folder of the checkpoints.
+        timeout_s: longest wait for another rank's thread, seconds.
+    """
+
+    def __init__(self, root: Path, *, timeout_s: float):
+        self._root = root
+        self._timeout_s = timeout_s
+        self._group: dist.ProcessGroup | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: str | None = None
+        self._error: BaseException | None = None
+        self.longest_s = 0.0
+        """The longest a save has taken so far, from `start` to the end of its thread, seconds."""
+
+    @property
+    def outcome(self) -> str | None:
+        """How the save under way ended, as this rank knows by now; None: not yet, or there is none. See `wait`."""
+        return self._outcome
+
+    def start(
+        self,
+        step: int,
+        *,
+        policy: Policy,
+        optimizer: Any,
+        schedule: LearningRateSchedule,
+        state: dict[str, Any],
+        own_files: Mapping[str, bytes] = MappingProxyType({}),
+        on_complete: Callable[[], None],
+    ) -> None:
+        """Begin to write `root/step_{step}` and return once the state is copied; every rank must call this.
+
+        Args:
+            step: names the checkpoint; an older one of the same step is replaced.
+            state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
+                for tuples (lists).
+            own_files: what this rank alone adds, by path within the checkpoint.
+            on_complete: called by rank 0's thread once the checkpoint is in place; its OSErrors are faults too.
+
+        Raises:
+            TypeError: if `state` holds something JSON does not have.
+        """
+        begin = time.monotonic()
+        assert self._thread is None, "one save at a time: wait() for the last one first"
+        record = {
+            "step": step,
+            **checkpoint.record_of(policy),
+            "distributed_optimizer": is_distributed(optimizer),
+            "schedule": schedule.state_dict(),
+            "state": state,
+        }
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
+        self._outcome = self._error = None
+        write = functools.partial(
+            self._write,
+            step,
+            json.dumps(record),
+            copy_sharded(policy, optimizer),
+            checkpoint.to_plain(get_rng_state()),
+            dict(own_files),
+            on_complete,
+        )
+        # Not a daemon: a program that fails for another reason still ends with a whole checkpoint.
+        self._thread = threading.Thread(target=self._run, args=(write, begin), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """The outcome of the save under way, once it is known: "" or what failed, in a line; None: there was none.
+
+        Equal on all ranks, unless one has died. Every rank must call this.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _run(self, write: Callable[[], None], begin: float) -> None:
+        try:
+            write()
+            self.longest_s = max(self.longest_s, time.monotonic() - begin)
+            self._outcome = ""
+        except _SaveFailedError as error:
+            self._outcome = str(error)
+        except BaseException as error:
+            # A mistake of ours, or a rank that has died: raised where it is waited for.
+            self._error = error
+
+    def _write(
+        self,
+        step: int,
+        record: str,
+        model: ShardedCopy,
+        rng: Any,
+        own_files: dict[str, bytes],
+        on_complete: Callable[[], None],
+    ) -> None:
+        group = self._group
+        assert group is not None, "start() makes the group"
+        final, partial = self._root / f"step_{step}", self._root / f"step_{step}.tmp"
+        is_first = dist.get_rank(group) == 0
+
+        def make_folders() -> None:
+            checkpoint.remove_leftovers(self._root)
+            for folder in (WEIGHTS, OPTIMIZER, "rng"):
+                (partial / folder).mkdir(parents=True)
+            with naming(partial / checkpoint.STATE):
+                (partial / checkpoint.STATE).write_text(record)
+
+        def write_own() -> None:
+            torch.save(rng, partial / checkpoint.rng_file(dist.get_rank()))
+            for name, content in own_files.items():
+                (partial / name).parent.mkdir(exist_ok=True)
+                with naming(partial / name):
+                    (partial / name).write_bytes(content)
+
+        def complete() -> None:
+            checkpoint.put_in_place(partial, final, files, pieces)
+            on_complete()
+
+        try:
+            _together(make_folders if is_first else None, group, partial)
+            pieces: dict[str, list[Piece]] = {}
+            files: dict[str, tuple[int, int]] = {}
+
+            def write_tensors() -> None:
+                pieces.update(write_sharded(partial, model, group))
+
+            def describe() -> None:
+                for of_rank in all_gather_object(dict(pieces), group):
+                    pieces.update(of_rank)
+                others = [name for name in checkpoint.files_of(partial) if name not in pieces]
+                files.update(checked_files.describe(partial, others, group))
+
+            _together(write_tensors, group, partial)
+            _together(write_own, group, partial)
+
+            _together(describe, group, partial)
+            _together(complete if is_first else None, group, final)
+        except _SaveFailedError:
+            if is_first:
+                shutil.rmtree(partial, ignore_errors=True)  # what failed for want of space should not keep it
+            raise
+
+
+class _SaveFailedError(Exception):
+    """A save that failed on some rank; the message is one line with the cause."""
+
+
+def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place: Path) -> None:
+    """Run `action`, which writes to `place`, on the ranks that have one.
+
+    Raises:
+        _SaveFailedError: on all ranks, if it failed on any.
+    """
+    fault = ""
+    try:
+        if action is not None:
+            action()
+    except CheckpointException as error:
+        fault = _describe_fault(next(iter(error.failures.values()))[0], place)
+    except (OSError, RuntimeError) as error:
+        fault = _describe_fault(error, place)
+    faults = [text for text in all_gather_object(fault, group) if text]
+    if faults:
+        raise _SaveFailedError(faults[0])
+
+
+def _describe_fault(error: BaseException, place: Path) -> str:
+    """An error of writing files in one line that names the file, or the folder `place` where it does not say."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename or place})"
+    return f"{first_line(error):.200} ({place})"

@@ -1,0 +1,183 @@
+"""Keep finished rollouts on disk until a checkpoint covers them, so that a crash does not replay them.
+
+`bank/step_N/replica_R.bin` holds the rollout of step N (counted from 0) of engine replica R: its trajectories, the
+metrics so far of each of its ranks, the sampler's state after all draws of the step, and the carried groups. The
+replica's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
+The rollouts are used only if step, weights (bitwise) and rollout configuration match and all ranks' files come from
+one attempt at the step; otherwise all ranks replay it. On CPU, steps replayed after a crash have the same weights. On
+a GPU an update need not repeat bit for bit: the first step after the checkpoint matches, later steps may have other
+weights and are then replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch.distributed as dist
+
+from a2tgpo.collect.carried_pool import Carried
+from a2tgpo.io.atomic_file import atomic_file
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.fingerprint import fingerprint
+from a2tgpo.parallel.collectives import all_gather_object, gather_object
+from a2tgpo.trajectory import Trajectory, decode_records, encode_records
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
+
+logger = logging.getLogger(__name__)
+
+_STEP_FOLDER = re.compile(r"step_(\d+)")
+_DIGEST_BYTES = 32
+
+
+class RankShare(msgspec.Struct, frozen=True):
+    """One rank's own part of a replica's step."""
+
+    key: str
+    """Step, weights and configuration, see `RolloutBank`; the weights are this rank's own shard."""
+    metrics: MetricSums
+
+
+class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
+    """The rollout of a step by one replica."""
+
+    attempt: str
+    """Identifies the attempt at the step, equal on all ranks; another attempt may train on other groups."""
+    ranks: list[RankShare]
+    """One share per rank of the replica, in rank order."""
+    trajectories: list[Trajectory]
+    sampler: dict[str, Any]
+    carried: Carried
+
+
+class RolloutBank:
+    """Stores the rollouts of a step and finds them again; every rank has one and makes the same calls.
+
+    Args:
+        folder: `bank/` of the run.
+    """
+
+    def __init__(self, folder: Path, parts: RunParts):
+        self._folder = folder
+        self._parts = parts
+        self._key = ""
+        self._attempt = ""
+
+    def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
+        """Return the stored rollouts of `step` by the current policy and add their metrics, or None to play the step.
+
+        Advances sampler and carried groups past the step. Enters memory phase bank. Returns no trajectories on ranks
+        other than the first of a replica.
+        """
+        self._parts.phases.enter("bank")
+        self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
+        banked = self._read(step)
+        world = dist.group.WORLD
+        assert world is not None, "a run's processes are joined"
+        found = all_gather_object((banked.attempt if banked else None, uuid.uuid4().hex), world)
+        if banked is None or any(attempt != banked.attempt for attempt, _ in found):
+            self._attempt = found[0][1]
+            return None
+        if self._parts.groups.rank == 0:
+            logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
+        metrics.merge(banked.ranks[self._place].metrics)
+        self._parts.sampler.load_state_dict(banked.sampler)
+        self._parts.carried.state = banked.carried
+        return banked.trajectories if self._parts.replicas.is_first else []
+
+    def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
+        """Store the rollouts just played, after `take` found none; the first rank of each replica writes a file.
+
+        If the disk is full, warn and count `rollout/not_banked`; the run continues.
+        """
+        share, group = RankShare(self._key, metrics), self._parts.replicas.group
+        ranks = gather_object(share, group) if group else [share]
+        if not self._parts.replicas.is_first:
+            return
+        banked = BankedStep(
+            attempt=self._attempt,
+            ranks=ranks,
+            trajectories=trajectories,
+            sampler=self._parts.sampler.state_dict(),
+            carried=self._parts.carried.state,
+        )
+        payload = encode_records(banked)
+        path = self._path(step)
+        try:
+            with atomic_file(path) as stream:
+                stream.write(_digest(payload) + payload)
+        except OSError as error:
+            metrics.add("rollout/not_banked", 1, 0)
+            logger.warning("the rollouts of step %d are not kept: %s (%s)", step + 1, error.strerror, path)
+
+    def _read(self, step: int) -> BankedStep | None:
+        path = self._path(step)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            self._say_if_earlier_version(path.parent, step)
+            return None
+        payload = content[_DIGEST_BYTES:]
+        if content[:_DIGEST_BYTES] != _digest(payload):
+            logger.warning("%s is damaged and passed over", path)
+            return None
+        try:
+            banked = decode_records(payload, BankedStep)
+        except (msgspec.DecodeError, RecursionError):
+            logger.warning("%s was written by another version and is passed over", path)
+            return None
+        place = self._place
+        return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
+
+    def _say_if_earlier_version(self, folder: Path, step: int) -> None:
+        """Warn if the folder has the files of an earlier version, one per rank."""
+        if self._parts.groups.rank == 0 and any(folder.glob("rank_*.bin")):
+            logger.warning(
+                "%s was written by an earlier version and is passed over: step %d is played again",
+                folder,
+                step + 1,
+            )
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step}" / f"replica_{self._parts.replicas.index}.bin"
+
+    @property
+    def _place(self) -> int:
+        """This rank's index within its replica."""
+        group = self._parts.replicas.group
+        return group.rank() if group else 0
+
+
+def drop_covered(folder: Path, step: int) -> None:
+    """Remove the rollouts of steps before `step`, which a checkpoint covers; one rank calls this."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP_FOLDER.fullmatch(entry.name)
+        if match and int(match[1]) < step:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _digest(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
+
+
+def _config_key(parts: RunParts) -> str:
+    """Fingerprint everything except the weights that a replica's rollouts may depend on."""
+    sections = dataclasses.asdict(parts.config)
+    for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
+        del sections[name]
+    groups = parts.groups
+    questions = parts.sampler.fingerprint
+    text = json.dumps(
+        [sections, parts.config.run.seed, questions, groups.rank, groups.world_size], sort_keys=True
+    )
+    return f"config {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

@@ -1,0 +1,175 @@
+"""The rollout of a step that does not wait for its longest trajectories (`rollout.partial`).
+
+A step plays `prompts_per_step` + `extra_prompts` groups: the carried ones, and new prompts for the rest. A trajectory
+pauses once it has sampled `tokens_per_step` tokens in the step. The step trains on the oldest complete groups; the
+others are carried over with everything played so far (Kimi k1.5, arXiv 2501.12599, cuts inside a response; here a
+trajectory pauses only between turns). If too few groups are complete, the oldest are played to their end; so is
+every group that would be too stale for a later step. Nothing is dropped while the settings stay the same, and
+pauses depend on tokens, never on the clock.
+
+    partial/carried_trajectories  unfinished trajectories that continue in the next step
+    partial/carried_tokens        tokens sampled in them so far
+    partial/pool_groups           groups left to later steps, complete ones included
+    partial/unbounded_groups      unfinished groups that were continued without a budget
+    partial/staleness_mean        steps between a trajectory's oldest turn and the step that trains on it
+    partial/staleness_max         the largest such number
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from a2tgpo.collect.carried_pool import (
+    Carried,
+    Entry,
+    is_due,
+    replicas_for,
+    select,
+    to_finish,
+    trajectories_of,
+    with_complete,
+)
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.rollout.carried_group import CarriedGroup
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.group_rollout import Progress
+from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from a2tgpo.assemble import RunParts
+
+
+class PartialRollout:
+    """Plays the steps of a run with `rollout.partial`; each rank has one and makes the same calls."""
+
+    def __init__(self, parts: RunParts):
+        self._parts = parts
+        self._num_groups = parts.config.rollout.prompts_per_step
+        self._config = parts.config.rollout.partial
+
+    def play(
+        self,
+        step: int,
+        counts: RolloutCounts,
+        metrics: MetricSums,
+        is_cut: Callable[[], bool] | None,
+        *,
+        progress: Progress | None = None,
+    ) -> list[Trajectory] | None:
+        """Return this replica's share of the step's groups, like `StepRollout.play`, and advance the carried pool.
+
+        Returns None if any rank interrupted the rollout; the pool must then be restored before its next use.
+        """
+        entries, own = self._in_play(step)
+        due = {
+            entry.key for entry in entries if is_due(entry, step, max_staleness=self._config.max_staleness)
+        }
+        num_unbounded = sum(not entry.is_complete for entry in entries if entry.key in due)
+        played = self._play(own, counts, step=step, unbounded=due, is_cut=is_cut, progress=progress)
+        complete = self._agree_on_complete(played)
+        if complete is None or played is None:
+            return None
+        entries = with_complete(entries, complete)
+        late = {entry.key for entry in to_finish(entries, num_groups=self._num_groups)}
+        if late:
+            chosen = [group for group in played if group.key in late]
+            finished = self._play(chosen, counts, step=step, unbounded=late, is_cut=is_cut, progress=progress)
+            complete = self._agree_on_complete(finished)
+            if complete is None or finished is None:
+                return None
+            played = [group for group in played if group.key not in late] + finished
+            entries = with_complete(entries, complete)
+        taken, left = select(entries, num_groups=self._num_groups)
+        keys = {entry.key for entry in left}
+        self._parts.carried.state = Carried(
+            entries=tuple(left), own=_by_age(group for group in played if group.key in keys)
+        )
+        trajectories = trajectories_of(played, taken)
+        metrics.add("partial/unbounded_groups", num_unbounded + len(late), 1)
+        metrics.add("partial/pool_groups", len(left), 1)
+        if self._parts.replicas.is_first:
+            _add_metrics(metrics, self._parts.carried.state.own, trajectories, step)
+        return trajectories
+
+    def _in_play(self, step: int) -> tuple[list[Entry], list[CarriedGroup]]:
+        """Return all groups of the step, and this replica's groups."""
+        state, replicas = self._parts.carried.state, self._parts.replicas
+        missing = self._num_groups + self._config.extra_prompts - len(state.entries)
+        assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
+        questions = self._parts.sampler.next_indices(
+            missing, asked=[entry.question for entry in state.entries]
+        )
+        owners = replicas_for(state.entries, missing, num_replicas=replicas.count)
+        entries = [
+            *state.entries,
+            *(
+                Entry(begun=step, index=index, question=question, replica=owner)
+                for index, (question, owner) in enumerate(zip(questions, owners, strict=True))
+            ),
+        ]
+        mine = [index for index, owner in enumerate(owners) if owner == replicas.index]
+        prompts = self._parts.train_prompts.prompts(questions, mine)
+        begun = [
+            CarriedGroup(begun=step, question=questions[prompt.index], prompt=prompt) for prompt in prompts
+        ]
+        return entries, [*state.own, *begun]
+
+    def _play(
+        self,
+        groups: Sequence[CarriedGroup],
+        counts: RolloutCounts,
+        *,
+        step: int,
+        unbounded: Collection[tuple[int, int]],
+        is_cut: Callable[[], bool] | None,
+        progress: Progress | None = None,
+    ) -> list[CarriedGroup] | None:
+        """Continue `groups` within the budget, those in `unbounded` to their end; None if interrupted."""
+        budget = self._config.tokens_per_step
+        unfinished = [group for group in groups if not group.is_complete]
+        try:
+            played, counted = self._parts.rollout.play_on(
+                unfinished,
+                budgets=[None if group.key in unbounded else budget for group in unfinished],
+                seed=self._parts.config.run.seed,
+                step=step,
+                progress=progress,
+                is_cut=is_cut,
+            )
+        except RolloutCutError:
+            return None
+        counts.add(counted)
+        return [group for group in groups if group.is_complete] + played
+
+    def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
+        """Return the keys of all complete groups, equal on all ranks; None if any rank was interrupted."""
+        world = dist.group.WORLD
+        assert world is not None, "torch.distributed is not initialised"
+        mine = None if groups is None else [group.key for group in groups if group.is_complete]
+        parts = all_gather_object(mine, world)
+        if any(part is None for part in parts):
+            return None
+        return {key for part in parts for key in part}
+
+
+def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
+    """Sort like `read`, so that a resumed run plays in the same order."""
+    return tuple(sorted(groups, key=lambda group: group.key))
+
+
+def _add_metrics(
+    metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], step: int
+) -> None:
+    """Add the metrics of one replica's carried groups and of the staleness of its share of the step."""
+    paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
+    staleness = [trajectory.staleness(step) for trajectory in trajectories]
+    metrics.add("partial/carried_trajectories", len(paused), 0)
+    metrics.add("partial/carried_tokens", sum(member.num_sampled_tokens for member in paused), 0)
+    metrics.add("partial/staleness_mean", sum(staleness), len(staleness))
+    if staleness:
+        metrics.add_max("partial/staleness_max", max(staleness))

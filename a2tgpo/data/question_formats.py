@@ -1,0 +1,302 @@
+"""Read question sets in their published formats, item by item.
+
+hotpotqa    hotpot_*_v1*.json                         a JSON list; yes/no answers; hops from the number of titles
+2wiki       {train,dev}.json, with id_aliases.json    a JSON list; aliases by the answer's Wikidata id
+musique     musique_{ans,full}_v1.0_*.jsonl           JSONL; aliases; unanswerable items in `full`
+bamboogle   *.csv                                     columns Question, Answer
+nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items. The
+            development file of that name is not simplified, and is supported too
+triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
+popqa       *.tsv                                     possible_answers is a JSON list inside a column
+jsonl       any JSONL or Parquet for data.train: `question` and `answers`, or search agents' training sets
+
+All but Parquet may be compressed by gzip, bzip2, xz or zstd. JSONL and tables are read line by line in any case.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from a2tgpo.data.question_set import answers_of, gold_text, question_of, source_of, whole_number
+from a2tgpo.data.records import read_records
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.json_lines import read_json_lines
+from a2tgpo.io.text_file import decode, decode_line, open_unpacked
+
+UNANSWERABLE = "unanswerable"
+NO_ANSWER = "no answer"
+IN = "--in"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item of a published set."""
+
+    where: str
+    """File and line or item, for error messages."""
+    question: str
+    answers: list[str] = field(default_factory=list)
+    """Gold answer first, then its aliases; empty if the set gives none."""
+    id: str | None = None
+    """None: the set has no ids."""
+    hops: int = 0
+    source: str = ""
+    """The set that an item of a joined set is from."""
+    left_out: str = ""
+    """Why the item makes no question; empty if it does."""
+
+
+def read_items(name: str, path: Path, *, aliases: Path | None = None) -> Iterator[Item]:
+    """Yield the items of the set `name` in the file `path`, in file order.
+
+    Args:
+        aliases: 2WikiMultihopQA's id_aliases.json; None for the other sets.
+
+    Raises:
+        ConfigError: one line; unreadable file, another format, or a malformed item (with its line or number).
+    """
+    if aliases is not None and name != "2wiki":
+        raise ConfigError(f"--aliases is {str(aliases)!r}; allowed: with 2wiki only")
+    if name == "2wiki":
+        return _read_2wiki(path, aliases)
+    return READERS[name](path)
+
+
+def _read_hotpotqa(path: Path) -> Iterator[Item]:
+    for where, record in _json_items(path, "hotpotqa"):
+        titles = {str(fact[0]) for fact in record.get("supporting_facts") or () if fact}
+        yield Item(
+            where=where,
+            id=_text(record, "_id", where),
+            question=_text(record, "question", where),
+            answers=_texts(record.get("answer", ""), where, "answer"),
+            hops=len(titles),
+        )
+
+
+def _read_2wiki(path: Path, aliases: Path | None) -> Iterator[Item]:
+    known = _load_aliases(aliases) if aliases is not None else {}
+    for where, record in _json_items(path, "2wiki"):
+        answers = _texts(record.get("answer", ""), where, "answer")
+        if answers:
+            answers += known.get(str(record.get("answer_id")), [])
+        yield Item(
+            where=where,
+            id=_text(record, "_id", where),
+            question=_text(record, "question", where),
+            answers=answers,
+            hops=len({str(fact[0]) for fact in record.get("supporting_facts") or () if fact}),
+        )
+
+
+def _load_aliases(path: Path) -> dict[str, list[str]]:
+    """Return names and demonyms by Wikidata id, from id_aliases.json (one object per line)."""
+    known: dict[str, list[str]] = {}
+    for where, record in read_json_lines(path, key="--aliases"):
+        names = [*(record.get("aliases") or ()), *(record.get("demonyms") or ())]
+        known[_text(record, "Q_id", where)] = _texts(names, where, "aliases")
+    return known
+
+
+def _read_musique(path: Path) -> Iterator[Item]:
+    for where, record in read_json_lines(path, key=IN):
+        identity = _text(record, "id", where)
+        hops = re.match(r"(\d)hop", identity)
+        answerable = record.get("answerable", True)
+        yield Item(
+            where=where,
+            id=identity,
+            question=_text(record, "question", where),
+            answers=_texts(record.get("answer", ""), where, "answer")
+            + _texts(record.get("answer_aliases") or [], where, "answer_aliases"),
+            hops=int(hops[1]) if hops else 0,
+            left_out="" if answerable else UNANSWERABLE,
+        )
+
+
+def _read_bamboogle(path: Path) -> Iterator[Item]:
+    for where, row in _table(path, delimiter=",", columns=("Question", "Answer")):
+        yield Item(
+            where=where, question=row["Question"], answers=_texts(row["Answer"], where, "Answer"), hops=2
+        )
+
+
+def _read_nq(path: Path) -> Iterator[Item]:
+    for where, record in read_json_lines(path, key=IN):
+        if "annotations" in record:
+            yield _annotated_nq(where, record)
+        else:
+            yield Item(
+                where=where,
+                question=_text(record, "question", where),
+                answers=_texts(record.get("answer", []), where, "answer"),
+            )
+
+
+def _annotated_nq(where: str, record: dict) -> Item:
+    """Parse Natural Questions with document, simplified or not: short answers are spans of the document's tokens."""
+    tokens = _nq_tokens(where, record)
+    answers: list[str] = []
+    for annotation in record["annotations"]:
+        for span in annotation.get("short_answers") or ():
+            answers.append(" ".join(filter(None, tokens[span["start_token"] : span["end_token"]])))
+        if annotation.get("yes_no_answer", "NONE") != "NONE":
+            answers.append(annotation["yes_no_answer"].lower())
+    return Item(
+        where=where,
+        id=str(record.get("example_id", "")) or None,
+        question=_text(record, "question_text", where),
+        answers=_texts(answers, where, "annotations"),
+        # Most have a long answer or none, which exact match cannot judge.
+        left_out="" if answers else UNANSWERABLE,
+    )
+
+
+def _nq_tokens(where: str, record: dict) -> list[str]:
+    """Return the document's tokens, with HTML tags as empty texts if the format marks them.
+
+    Simplified: `document_text`, separated by spaces. Not simplified: `document_tokens`, a list of objects.
+    """
+    if "document_tokens" not in record:
+        return _text(record, "document_text", where).split(" ")
+    try:
+        return ["" if token["html_token"] else str(token["token"]) for token in record["document_tokens"]]
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"{where}: `document_tokens` is not a list of objects with token and html_token"
+        ) from None
+
+
+def _read_triviaqa(path: Path) -> Iterator[Item]:
+    for where, record in _json_items(path, "triviaqa"):
+        answer = record.get("Answer") or {}
+        if not isinstance(answer, dict):
+            raise ConfigError(
+                f"{where}: `Answer` is {answer!r:.40}; allowed: an object with Value and Aliases"
+            )
+        names = [*([answer["Value"]] if answer.get("Value") else []), *(answer.get("Aliases") or ())]
+        yield Item(
+            where=where,
+            id=_text(record, "QuestionId", where),
+            question=_text(record, "Question", where),
+            answers=_texts(names, where, "Answer"),
+        )
+
+
+def _read_popqa(path: Path) -> Iterator[Item]:
+    columns = ("id", "question", "possible_answers")
+    for where, row in _table(path, delimiter="\t", columns=columns):
+        try:
+            answers = json.loads(row["possible_answers"])
+        except ValueError:
+            raise ConfigError(
+                f"{where}: `possible_answers` is no JSON list: {row['possible_answers']:.60}"
+            ) from None
+        yield Item(
+            where=where,
+            id=row["id"],
+            question=row["question"],
+            answers=_texts(answers, where, "possible_answers"),
+            hops=1,
+        )
+
+
+def _read_jsonl(path: Path) -> Iterator[Item]:
+    for where, record in read_records(path, key=IN):
+        name, answers = answers_of(record, where)
+        identity, hops = whole_number(record.get("id")), whole_number(record.get("hops", 0))
+        yield Item(
+            where=where,
+            id=None if identity is None else str(identity),
+            question=question_of(record, where),
+            answers=_texts(answers, where, name),
+            hops=hops if isinstance(hops, int) and hops > 0 else 0,
+            source=source_of(record),
+        )
+
+
+READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+    "hotpotqa": _read_hotpotqa,
+    "2wiki": lambda path: _read_2wiki(path, None),
+    "musique": _read_musique,
+    "bamboogle": _read_bamboogle,
+    "nq": _read_nq,
+    "triviaqa": _read_triviaqa,
+    "popqa": _read_popqa,
+    "jsonl": _read_jsonl,
+}
+
+
+def _json_items(path: Path, name: str) -> Iterator[tuple[str, dict]]:
+    """Yield the records of one JSON document: a list, or TriviaQA's {"Data": list}."""
+    with open_unpacked(path, key=IN) as stream:
+        text = decode(stream.read(), str(path))
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError(f"{path}: not JSON{at}; {name} is published as one JSON document") from None
+    records = content
+    if name == "triviaqa":
+        records = content.get("Data") if isinstance(content, dict) else None
+    if not isinstance(records, list):
+        wanted = '{"Data": [...]}' if name == "triviaqa" else "a list of items"
+        raise ConfigError(f"{path}: not {name}'s format; expected {wanted}")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise ConfigError(
+                f"{path} item {number}: {type(record).__name__} found; each item must be an object"
+            )
+        yield f"{path} item {number}", record
+
+
+def _table(path: Path, *, delimiter: str, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    csv.field_size_limit(2**24)
+    with open_unpacked(path, key=IN) as stream:
+        lines = (decode_line(raw, f"{path} line {number}") for number, raw in enumerate(stream, start=1))
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise ConfigError(
+                f"{path} line 1: no column {missing[0]!r}; the columns are {list(reader.fieldnames or ())!r:.120}"
+            )
+        try:
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                if any(row[column] is None for column in columns):
+                    raise ConfigError(f"{where}: fewer fields than columns")
+                yield where, row
+        except csv.Error as error:
+            raise ConfigError(f"{path} line {reader.line_num}: {error}") from None
+
+
+def _text(record: dict, name: str, where: str) -> str:
+    value = record.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        found = "missing" if name not in record else f"{value!r:.60}"
+        raise ConfigError(f"{where}: `{name}` is {found}; allowed: a non-empty text")
+    return value
+
+
+def _texts(value: Any, where: str, name: str) -> list[str]:
+    """Normalise one text, number or truth value, or a list of them, to non-empty, unique `gold_text`s."""
+    values = value if isinstance(value, list) else [value]
+    texts: list[str] = []
+    for entry in values:
+        if isinstance(entry, bool):
+            entry = "yes" if entry else "no"
+        entry = whole_number(entry)  # 1912.0 would be 19120 without punctuation
+        if isinstance(entry, int | float):
+            entry = str(entry)
+        if not isinstance(entry, str):
+            raise ConfigError(f"{where}: `{name}` holds {entry!r:.40}; allowed: texts")
+        texts.append(gold_text(entry))
+    return [text for text in dict.fromkeys(texts) if text]

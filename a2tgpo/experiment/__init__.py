@@ -1,1 +1,0 @@
-"""An experiment's identity: what each start ran with, and what a later start may change."""

@@ -1,0 +1,75 @@
+"""Read JSONL files, with errors that say where, and write them atomically."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from a2tgpo.io.atomic_file import atomic_file
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.text_file import decode_line, open_unpacked
+
+
+def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]:
+    """Yield (`"FILE line N"`, object) for every line that is not blank; one line is in memory at a time.
+
+    Args:
+        path: UTF-8 file with one JSON object a line; may be packed, see `open_unpacked`.
+        key: what named the file (a configuration key or an option), for the message when it cannot be read.
+
+    Raises:
+        ConfigError: one line; as `open_unpacked` and `parse_line`.
+    """
+    with open_unpacked(path, key=key) as stream:
+        for number, raw in enumerate(stream, start=1):
+            where = f"{path} line {number}"
+            record = parse_line(raw, where)
+            if record is not None:
+                yield where, record
+
+
+def parse_line(raw: bytes, where: str) -> dict | None:
+    """The object in one line of a JSONL file, which a byte order mark may start; None for a blank one.
+
+    Raises:
+        ConfigError: one line starting with `where`; not UTF-8, not JSON, no object, or a text in it that is none.
+    """
+    line = decode_line(raw, where).strip()
+    if not line:
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        detail = "a number too long, or nested too deep"
+        if isinstance(error, json.JSONDecodeError):
+            detail = f"{error.msg}, column {error.colno}"
+        raise ConfigError(f"{where}: not JSON ({detail}); each line must be one JSON object") from None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
+    if "\\u" in line and not _is_encodable(record):
+        raise ConfigError(f"{where}: holds half a character (a lone \\ud800 to \\udfff); remove it")
+    return record
+
+
+def _is_encodable(record: dict) -> bool:
+    """JSON may escape halves of surrogate pairs alone, which no tokenizer and no file takes."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def text_field(record: dict, name: str, where: str) -> str:
+    """The text `record[name]`; ConfigError naming `where` and `name` if it is missing, no text or blank."""
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        found = "missing" if name not in record else f"{value!r:.60}"
+        raise ConfigError(f"{where}: `{name}` is {found}; allowed: a non-empty text")
+    return value
+
+
+def write_lines(path: Path, records: Iterable[dict]) -> None:
+    """Write JSONL atomically; an OSError names `path`."""
+    with atomic_file(path) as stream:
+        for record in records:
+            stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

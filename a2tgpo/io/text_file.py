@@ -1,0 +1,163 @@
+"""Reading the text files that people bring: packed or not, in UTF-8 or refused with the place that is not."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import zstandard
+
+from a2tgpo.io.errors import ConfigError
+
+_READ_BYTES = 2**20
+# By their first bytes, whatever the file is called.
+_GZIP, _BZIP2, _XZ, _ZSTD, _ZIP = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
+# UTF-32's begins with UTF-16's.
+_OTHER_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+@contextlib.contextmanager
+def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
+    """The bytes of `path`, unpacked as they are read if it is packed by gzip, bzip2, xz or zstd.
+
+    Args:
+        key: what named the file (a configuration key or an option), for the message when it cannot be read.
+
+    Raises:
+        ConfigError: one line; the file cannot be opened or, in the block, read to its end: it is damaged, cut short
+            or a ZIP archive.
+    """
+    try:
+        packed = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path} ({error.strerror}); give an existing file") from None
+    with packed:
+        try:
+            head = packed.read(6)
+            packed.seek(0)
+            yield _unpacked(packed, head)
+        except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as error:
+            raise ConfigError(f"{key}: {path} is damaged or cut short ({error}); fetch it again") from None
+        except _ZipArchive:
+            raise ConfigError(f"{key}: {path} is a ZIP archive; unpack it, and give the file in it") from None
+        except OSError as error:
+            if error.filename not in (None, str(path)):
+                raise
+            # bz2 says "Invalid data stream" without a number.
+            reason = error.strerror or error
+            raise ConfigError(f"{key}: cannot read {path} ({reason})") from None
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether `path` is a file that `open_unpacked` unpacks."""
+    with open(path, "rb") as stream:
+        head = stream.read(6)
+    return head.startswith((_GZIP, _BZIP2, _XZ, _ZSTD))
+
+
+def decode(raw: bytes, where: str) -> str:
+    """The text of a whole file, without a byte order mark.
+
+    Raises:
+        ConfigError: one line that starts with `where` and says line and byte; it is not UTF-8.
+    """
+    _refuse_other_encodings(raw, where)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # `error.start` does not count a mark that was taken off.
+        start = error.start + (len(_UTF8_MARK) if raw.startswith(_UTF8_MARK) else 0)
+        line = raw.count(b"\n", 0, start) + 1
+        raise _not_utf8(raw, start, f"{where} line {line}") from None
+
+
+def decode_line(raw: bytes, where: str) -> str:
+    """The text of one line, without a byte order mark; as `decode`, with a `where` that names the line."""
+    _refuse_other_encodings(raw, where)
+    try:
+        return raw.removeprefix(_UTF8_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = len(raw) - len(raw.removeprefix(_UTF8_MARK))
+        raise _not_utf8(raw, error.start + offset, where) from None
+
+
+def _not_utf8(raw: bytes, start: int, where: str) -> ConfigError:
+    column = start - raw.rfind(b"\n", 0, start)
+    return ConfigError(
+        f"{where}: not UTF-8 (byte {column} of the line is 0x{raw[start]:02x}); save the file as UTF-8, for example "
+        "with iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def _refuse_other_encodings(raw: bytes, where: str) -> None:
+    encoding = next((name for mark, name in _OTHER_MARKS.items() if raw.startswith(mark)), "")
+    if not encoding and b"\0" in raw:
+        encoding = f"UTF-16 (byte {raw.index(0) + 1} is NUL)"
+    if encoding:
+        raise ConfigError(
+            f"{where}: not UTF-8 but {encoding}; save the file as UTF-8, for example with iconv -f UTF-16 -t UTF-8"
+        )
+
+
+class _ZipArchive(Exception):
+    """Several files in one: there is no telling which is meant."""
+
+
+def _unpacked(packed: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
+    if head.startswith(_ZIP):
+        raise _ZipArchive
+    if head.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=packed)
+    if head.startswith(_BZIP2):
+        return bz2.BZ2File(packed)
+    if head.startswith(_XZ):
+        return lzma.LZMAFile(packed)
+    if head.startswith(_ZSTD):
+        return io.BufferedReader(_ZstdFile(packed), _READ_BYTES)
+    return packed
+
+
+class _ZstdFile(io.RawIOBase):
+    """Unpacks zstd, frame after frame; zstandard's own reader takes the end of a file cut short for its end."""
+
+    def __init__(self, packed: io.BufferedReader):
+        self._packed = packed
+        self._frame = self._new_frame()
+        self._is_inside = False
+        self._ready = b""
+
+    @staticmethod
+    def _new_frame() -> zstandard.ZstdDecompressionObj:
+        return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()  # zstd --long=31
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._ready:
+            block = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._is_inside = self._new_frame(), False
+            block = block or self._packed.read(_READ_BYTES)
+            if not block:
+                if self._is_inside:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._is_inside = True
+            self._ready = self._frame.decompress(block)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count

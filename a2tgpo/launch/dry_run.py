@@ -1,0 +1,92 @@
+"""Check a training run and print its plan, without building a model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from a2tgpo.config.load import dump_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_set import load_questions
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.environment.tool import build_tools
+from a2tgpo.launch.needs import training_inputs
+from a2tgpo.launch.run_plan import plan_of_run
+from a2tgpo.launch.search_rate import search_shortfall
+from a2tgpo.lifecycle.failure import DOES_NOT_FIT
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.rope import check_positions
+from a2tgpo.model.transformer_config import check_layout
+from a2tgpo.parallel.initialize import shutdown
+from a2tgpo.plan.advice import faults
+from a2tgpo.plan.report import plan_text
+from a2tgpo.run.date import read_date
+from a2tgpo.run.resume import check_resume, find_record, require_same_run, trained_so_far
+from a2tgpo.run.rules import TRAINING
+from a2tgpo.run.starts import require_same
+
+
+def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
+    """Print the resolved configuration and its plan; check files, layout and ranks, without building a model.
+
+    Returns:
+        The exit code: 0, or `DOES_NOT_FIT`.
+    """
+    check_resume(resume)
+    config.check_training()
+    folder = Path(config.run.root) / config.run.name
+    if resume != "none" and (done := trained_so_far(folder)):
+        require_same(folder, config, TRAINING, accept=accept_changes, done=done)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from a2tgpo.launch.preflight import start_ranks
+
+        start_ranks(config, training_inputs(config, resume=resume))
+        shutdown()
+    hf_config = load_hf_config(config.model.path)
+    check_layout(hf_config, config.parallel, config.model.fp8)
+    check_positions(config.model.path, hf_config, config.max_model_len)
+    template = PromptTemplate(
+        load_tokenizer(config.model.path),
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=read_date(folder),
+    )
+    limit = config.data.max_prompt_tokens
+    prompts = {
+        key: PromptSet(
+            load_questions(getattr(config.data, key), key=f"data.{key}"), template, max_prompt_tokens=limit
+        )
+        for key in ("train", "test")
+    }
+    for of_set in prompts.values():
+        of_set.check_lengths()
+    sizes = {key: len(of_set) for key, of_set in prompts.items()}
+    per_step = config.rollout.prompts_per_step
+    sampler = PromptSampler(
+        sizes["train"], per_step, config.run.seed, fingerprint=prompts["train"].fingerprint
+    )
+    if (found := find_record(config, resume)) is not None:
+        require_same_run(*found, hf_config, sampler)
+    config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
+    build_tools(config).close()
+    # Without a launcher, plan for the configuration's cluster, so that a login node can check it.
+    gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
+    plan, source, card = plan_of_run(config, num_gpus=gpus)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if is_first:
+        print(dump_config(config), end="")
+        for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
+            print(f"# {line}".rstrip())  # commented, so that the output can be read as a configuration
+        print(
+            f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
+        )
+        if shortfall := search_shortfall(config, num_gpus=gpus)[0]:
+            print(f"# warning: {shortfall}")
+    if not plan.fits and is_first:
+        first, *others = faults(plan)
+        more = f" (and {len(others)} more, above)" if others else ""
+        print(f"error: does not fit {gpus} x {plan.gpu.name}: {first}{more}", file=sys.stderr, flush=True)
+    return 0 if plan.fits else DOES_NOT_FIT

@@ -1,0 +1,59 @@
+"""Run torchrun on one machine, without its traceback: the failing rank has already printed its own line.
+
+    python -m a2tgpo.launch.local_ranks NUM_RANKS SCRIPT [ARGUMENT ...]
+
+Exits with the code of the rank that failed first; torchrun ends the others. SIGTERM and SIGUSR1 are passed on to the
+ranks, which then end on their own, a training run with a checkpoint (a2tgpo/lifecycle/stop_signal.py).
+"""
+
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+from a2tgpo.launch.rendezvous import forget_torchrun
+from a2tgpo.lifecycle.failure import BAD_CONFIG, BROKEN_RUN
+from a2tgpo.lifecycle.stop_signal import EXIT_CODE, SIGNALS
+
+OPTIONS = (
+    "--standalone",
+    *("--local-addr", "127.0.0.1"),  # the machine's own name may have no address
+    # Without SIGTERM: torchrun would end the ranks itself, with only half a minute to save.
+    *("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"),
+)
+"""Options of torchrun."""
+
+
+def pass_on(number: int, _frame: FrameType | None) -> None:
+    ranks = psutil.Process().children()
+    if not ranks:  # no rank was started yet
+        os._exit(EXIT_CODE)
+    for rank in ranks:
+        rank.send_signal(number)
+
+
+def run(num_ranks: str, script: str, *arguments: str) -> int:
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    forget_torchrun(os.environ)
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
+    try:
+        main([*OPTIONS, "--nproc-per-node", num_ranks, script, *arguments])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if not 0 <= failure.exitcode <= BROKEN_RUN and failure.exitcode != EXIT_CODE:
+            print(f"launch: rank {rank} ended with {failure.exitcode}: {failure.message}", file=sys.stderr)
+        return abs(failure.exitcode) or 1
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal() or int(sys.argv[1]) < 1:
+        print("usage: local_ranks.py NUM_RANKS SCRIPT [ARGUMENT ...], NUM_RANKS >= 1", file=sys.stderr)
+        sys.exit(BAD_CONFIG)
+    sys.exit(run(*sys.argv[1:]))

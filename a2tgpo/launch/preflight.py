@@ -1,0 +1,329 @@
+"""Check all ranks before any model is built: each inspects its machine, rank 0 compares, and all continue or none.
+
+`start_ranks` opens torch's TCP store, compares facts (`launch/rank_facts.py`), makes the plan, joins the process
+group and all-reduces once over all ranks. If anything fails or a rank does not arrive, all ranks exit with a code
+other than 0, and rank 0 prints one line for each rank at fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.launch.joining import MAX_LINES, join, open_store, say
+from a2tgpo.launch.needs import Needs, disk_faults, existing_folder, training_needs
+from a2tgpo.launch.open_files import limit_fault, raise_limit
+from a2tgpo.launch.rank_facts import RankFacts, compare, gather_facts, host_memory_faults
+from a2tgpo.launch.run_plan import plan_of_run
+from a2tgpo.launch.search_rate import search_shortfall
+from a2tgpo.lifecycle.failure import GRACE_S, ToldByRank0
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from a2tgpo.parallel.groups import ParallelGroups
+    from a2tgpo.plan.host_memory import HostMemory
+    from a2tgpo.plan.plan import Plan
+
+NUM_WORDS = 2
+"""Rank 0's words in a meeting: where to look, and whether to continue."""
+END = "end"
+LISTEN_S = 1.0
+"""Seconds of one wait for a word, which no signal interrupts."""
+PLAN_MARGIN = 0.1
+"""Share by which the memory estimate may exceed a GPU's memory before a start is refused: no plan has been compared
+with a GPU yet."""
+
+
+def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
+    """Check all ranks, then join them like `initialize`; every rank must call this first.
+
+    Args:
+        paths: by configuration key, the paths that every rank must be able to read.
+        needs: the program's needs of the machines; None: those of a training run.
+
+    Raises:
+        ToldByRank0: a rank failed; rank 0 has printed which and why.
+        ConfigError: the plan does not fit; raised on all ranks.
+        RuntimeError: one line; rank 0 cannot be reached from here.
+    """
+    raise_limit()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    begin = time.monotonic()
+    store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
+    meeting = Meeting(store, rank=rank, world_size=world_size, patience_s=config.parallel.start_timeout_s)
+    needs = needs or training_needs(config)
+    found = meeting.exchange(config, paths, needs)
+    plan = check_plan(config, world_size, needs)
+    seconds = time.monotonic() - begin
+    groups, seconds_joining = join(config, store, rank=rank, world_size=world_size)
+    if rank == 0 and world_size > 1:
+        say(_summary(found, seconds + seconds_joining))
+    if rank == 0 and plan is not None and needs.has_engine:
+        _tell_engine(plan)
+    return groups
+
+
+def meet_ranks(config: RunConfig) -> ParallelGroups:
+    """Join the ranks without checking their machines, for programs that only read a run; every rank calls this first.
+
+    Raises:
+        RuntimeError: one line; rank 0 cannot be reached from here.
+    """
+    raise_limit()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    store = open_store(config.parallel.start_timeout_s) if world_size > 1 else None
+    groups, _ = join(config, store, rank=rank, world_size=world_size)
+    return groups
+
+
+class Meeting:
+    """Collects all ranks' facts and distributes rank 0's verdict. Every wait has a limit.
+
+    Args:
+        store: None for a rank that is alone.
+        patience_s: longest wait for the last rank to arrive, and again for it to check its machine.
+    """
+
+    def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._patience_s = patience_s
+        self._num_words = 0
+        """Number of words so far, said by rank 0 or heard by another rank."""
+
+    def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
+        """Return the facts of all ranks on rank 0, only this rank's elsewhere, if no rank has a fault."""
+        if self._rank == 0:
+            return self._lead(config, paths, needs)
+        self._set(f"here/{self._rank}", platform.node())
+        facts = self._look(config, paths, needs, json.loads(self._hear()))
+        self._set(f"facts/{self._rank}", json.dumps(dataclasses.asdict(facts)))
+        self._hear()
+        return [facts]
+
+    def _look(
+        self, config: RunConfig, paths: Mapping[str, str], needs: Needs, place: dict[str, Any]
+    ) -> RankFacts:
+        facts = gather_facts(
+            config,
+            paths,
+            rank=self._rank,
+            local_rank=_local_rank(),
+            asks_search=needs.has_engine,
+            **place,
+        )
+        if fault := limit_fault(self._world_size):
+            facts.faults.append(fault)
+        return facts
+
+    def _lead(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
+        others = range(1, self._world_size)
+        late = self._missing([f"here/{rank}" for rank in others])
+        if late:
+            seconds = f"{self._patience_s:g} s (parallel.start_timeout_s)"
+            self._refuse({rank: [f"did not come within {seconds}"] for rank in late})
+        folder = existing_folder(Path(config.run.root) / config.run.name)
+        marker = folder / f".preflight-{secrets.token_hex(8)}"
+        try:
+            marker.touch()
+        except OSError:
+            seen = ""  # that it cannot be written is reported when it is opened
+        else:
+            seen = str(marker)
+        place = {"clock_s": time.time(), "marker": seen}
+        try:
+            self._say_word(json.dumps(place))
+            mine = self._look(config, paths, needs, place)
+            silent = self._missing([f"facts/{rank}" for rank in others])
+        finally:
+            marker.unlink(missing_ok=True)
+        if silent:
+            self._refuse(
+                {
+                    rank: [f"on {host}: did not look at its machine within {self._patience_s:g} s"]
+                    for rank, host in zip(silent, self._get_all("here", silent), strict=True)
+                }
+            )
+        found = [mine] + [RankFacts(**json.loads(told)) for told in self._get_all("facts", others)]
+        mine.faults.extend(disk_faults(needs.disk))
+        if needs.has_engine:
+            add_search_shortfall(mine, config, self._world_size)
+        planned = planned_host_memory(config, self._world_size)
+        if causes := compare(found, paths) or (planned and host_memory_faults(found, planned, config)):
+            self._refuse(
+                {rank: [f"on {found[rank].host}: {'; '.join(told)}"] for rank, told in causes.items()}
+            )
+        first_of = {text: facts for facts in reversed(found) for text in facts.warnings}
+        for text, first in first_of.items():
+            say(f"warning: rank {first.rank} on {first.host}: {text}")
+        self._say_word("go")
+        return found
+
+    def _refuse(self, causes: dict[int, list[str]]) -> None:
+        for rank, told in list(causes.items())[:MAX_LINES]:
+            say(f"rank {rank} {'; '.join(told)}")
+        more = f", of which {MAX_LINES} are named" if len(causes) > MAX_LINES else ""
+        say(f"{len(causes)} of {self._world_size} ranks failed{more}; nothing was built")
+        while self._num_words < NUM_WORDS:
+            self._say_word(END)
+        self._linger()
+        raise ToldByRank0
+
+    def _linger(self) -> None:
+        """Wait for the other ranks to read the verdict: the store ends with rank 0."""
+        from torch.distributed import DistError
+
+        deadline = time.monotonic() + GRACE_S
+        while self._store is not None and time.monotonic() < deadline:
+            try:
+                if self._store.add("left", 0) >= self._world_size - 1:
+                    return
+            except DistError:
+                return
+            time.sleep(0.02)
+
+    def _set(self, key: str, value: str) -> None:
+        if self._store is not None:
+            self._store.set(key, value)
+
+    def _get_all(self, kind: str, ranks: Iterable[int]) -> list[str]:
+        keys = [f"{kind}/{rank}" for rank in ranks]
+        return [value.decode() for value in self._store.multi_get(keys)] if self._store and keys else []
+
+    def _say_word(self, word: str) -> None:
+        self._set(f"word/{self._num_words}", word)
+        self._num_words += 1
+
+    def _hear(self) -> str:
+        """Return rank 0's next word; rank 0 may wait for other ranks. The store notifies, so nobody polls.
+
+        Raises:
+            ToldByRank0: the word is `END`.
+        """
+        from torch.distributed import DistError, DistStoreError
+
+        assert self._store is not None
+        key = f"word/{self._num_words}"
+        deadline = time.monotonic() + 2 * self._patience_s + GRACE_S
+        while time.monotonic() < deadline:
+            try:
+                self._store.wait([key], timedelta(seconds=LISTEN_S))
+                word = self._store.get(key).decode()
+            except DistStoreError:  # not yet; Python can handle signals now
+                continue
+            except DistError:
+                break
+            self._num_words += 1
+            if word == END:
+                self._store.add("left", 1)
+                raise ToldByRank0
+            return word
+        raise RuntimeError("preflight: rank 0 has ended, or does not answer; its own message tells why")
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        """Return the ranks whose key is missing when patience ends."""
+        from torch.distributed import DistError
+
+        deadline = time.monotonic() + self._patience_s
+        missing = []
+        for key in keys:
+            assert self._store is not None
+            try:
+                self._store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+            except DistError:
+                missing.append(key)
+        return [int(key.rpartition("/")[2]) for key in missing]
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
+    """Add a fault to `facts` if a measurement shows that the search server is too slow; only with GPUs."""
+    import torch
+
+    if not torch.cuda.is_available() or facts.faults:
+        return
+    line, is_refused = search_shortfall(config, num_gpus=world_size)
+    if line:
+        (facts.faults if is_refused else facts.warnings).append(line)
+
+
+def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
+    """Return each rank's planned host memory, beside its GPU's; empty without a GPU.
+
+    Also empty if there is no plan; `check_plan` reports why.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    try:
+        plan, _, _ = plan_of_run(config, num_gpus=world_size)
+    except ConfigError:
+        return []
+    return plan.host_by_rank
+
+
+def check_plan(config: RunConfig, world_size: int, needs: Needs) -> Plan | None:
+    """Return the plan of `config` on the visible GPUs; None without a GPU. All ranks must call this.
+
+    For a program without an engine, only the update is checked. Without a GPU, only the layout is checked, later when
+    the ranks are laid out.
+
+    Raises:
+        ConfigError: the plan does not fit.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    plan, _, card = plan_of_run(config, num_gpus=world_size)
+    if needs.has_engine and not plan.holds_a_sequence:
+        key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
+        raise ConfigError(
+            f"rollout.{key} is {getattr(config.rollout, key)}; allowed: so much that the engine's cache holds one "
+            "sequence (tools/plan.py CONFIG shows what takes the memory)"
+        )
+    phases = [phase for phase in plan.phases if needs.has_engine or phase.name == "update"]
+    worst = min(phases, key=lambda phase: phase.headroom)
+    if worst.headroom < -PLAN_MARGIN:
+        raise ConfigError(
+            f"the configuration does not fit {world_size} x {card} of {plan.gpu.memory_gib:.0f} GiB: "
+            f"{worst.name} takes "
+            f"{worst.peak / 2**30:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
+        )
+    return plan
+
+
+def _tell_engine(plan: Plan) -> None:
+    from a2tgpo.plan.advice import cache_shortage
+    from a2tgpo.plan.report import share_text
+
+    say(
+        f"each engine takes {share_text(plan)}, for {plan.geometry.full_sequences} sequences of full length or "
+        f"{plan.geometry.concurrent} of the mean at once"
+    )
+    if shortage := cache_shortage(plan):
+        say(f"warning: {shortage}")
+
+
+def _summary(found: list[RankFacts], seconds: float) -> str:
+    hosts = len({facts.host for facts in found})
+    card = found[0].equal.get("GPU", "no GPU")
+    skew = max(abs(facts.clock_ahead_s) for facts in found)
+    return (
+        f"{len(found)} ranks on {hosts} machine{'s' * (hosts > 1)}, {card}: versions, files and configuration agree, "
+        f"clocks within {skew:.2g} s, first sum over all ranks right; {seconds:.1f} s"
+    )

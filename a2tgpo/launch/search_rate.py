@@ -1,0 +1,32 @@
+"""Measure before the run whether the search server is fast enough for the planned rollout."""
+
+from __future__ import annotations
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.launch.run_plan import plan_of_run
+
+NUM_QUERIES = 500
+"""Number of training questions used as queries in place of the policy's searches."""
+
+
+def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
+    """Return the fault of the server's speed in one line, and whether it refuses the run.
+
+    Returns:
+        An empty line if the server is fast enough or there is none; also if the server does not answer or no plan can
+        be made, which is reported elsewhere.
+    """
+    from a2tgpo.data.question_set import load_questions
+    from a2tgpo.search.burst import judge_burst, measure_burst
+
+    if config.search.backend != "http" or "search" not in config.tools.selected:
+        return "", False
+    try:
+        plan, _, _ = plan_of_run(config, num_gpus=num_gpus)
+        questions = load_questions(config.data.train, key="data.train")[:NUM_QUERIES]
+        demand = plan.searches
+        burst = measure_burst(config.search, [q.question for q in questions], clients=demand.at_once)
+    except ConfigError:
+        return "", False
+    return judge_burst(burst, needed_per_s=demand.per_second, max_shortfall=config.search.max_shortfall)

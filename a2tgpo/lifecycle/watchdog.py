@@ -1,0 +1,223 @@
+"""End a job that hangs, soon, with the cause and the stacks of all ranks.
+
+A thread on every rank publishes its rank's stage in the rendezvous store and checks the clock. The first rank whose
+stage exceeds its deadline prints one line that names the ranks that are behind; all ranks then append their stacks to
+`stacks/rank_R.txt` and exit with `EXIT_CODE`.
+
+While any rank waits for a tool's service (`Outage`), which has its own limit, the clock stops on all ranks: ranks
+that finished their rollout wait for that rank, too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.lifecycle.outage import Outage
+from a2tgpo.lifecycle.side_store import side_store
+
+EXIT_CODE = 3
+"""Exit code of a run that failed (a2tgpo/lifecycle/failure.py)."""
+POLL_S = 1.0
+GRACE_S = 10.0
+"""Time for the other ranks to write their stacks."""
+BACKSTOP_S = 30.0
+"""Time after the deadline when a C thread ends this rank, in case a call that never returns blocks Python."""
+BETWEEN = "between stages"
+STEADY = ("rollout", "evaluation", "score", "update")
+"""Stages whose own longest duration so far predicts the next."""
+WAITING = ("refit", "exchange", "advantage")
+"""Stages in which a rank may wait for the slowest rank, thus as long as any steady stage took."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's current stage; all ranks pass the same sequence of places."""
+
+    number: int
+    stage: str
+    since: float
+    """time.monotonic() of this machine."""
+
+
+class Watchdog:
+    """Watches this rank's stages; every rank has one.
+
+    Args:
+        config: the deadlines.
+        folder: `stacks/` of the run; each rank writes one file there if the job hangs.
+        outage: of this rank.
+    """
+
+    def __init__(
+        self,
+        config: WatchdogConfig,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        outage: Outage | None = None,
+    ):
+        self._config = config
+        self._path = folder / f"rank_{rank}.txt"
+        self._rank = rank
+        self._world_size = world_size
+        self._outage = outage
+        self._outages_told = 0
+        """Number of polls, over all ranks, that found an outage, as last read by this rank."""
+        self._looked_at = time.monotonic()
+        self._standing = (0, 0.0)
+        """Number of the place, and the seconds for which its clock stood still."""
+        self._arming = threading.Lock()
+        self._place = Place(0, BETWEEN, time.monotonic())
+        self._longest: dict[str, float] = {}
+        """Longest duration of each stage that this rank has left, seconds."""
+        self._told = -1
+        self._closed = threading.Event()
+        self._store = side_store("watchdog", timeout_s=GRACE_S)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a")
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+        self.enter(BETWEEN)
+
+    def enter(self, stage: str) -> None:
+        """Record that the rank left its stage and begins `stage`; "" between two stages."""
+        stage = stage or BETWEEN
+        with self._arming:
+            now, left = time.monotonic(), self._place
+            taken_s = now - left.since - self._stood_s(left)
+            self._longest[left.stage] = max(self._longest.get(left.stage, 0.0), taken_s)
+            self._place = Place(left.number + 1, stage, now)
+            self._arm(self._place)
+
+    def follow(self, outage: Outage) -> None:
+        """From now on, stop the clock while `outage` is on."""
+        self._outage = outage
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        if self._path.stat().st_size == 0:
+            self._path.unlink()
+
+    def _run(self) -> None:
+        while not self._closed.wait(POLL_S):
+            try:
+                self._look()
+            except RuntimeError:  # the process that held the store is gone; the deadline still applies
+                place = self._place
+                if self._overdue(place):
+                    self._end(self._verdict(place, {}))
+
+    def _look(self) -> None:
+        self._stand_still_in_outages()
+        place = self._place
+        if place.number != self._told:
+            self._store.set(f"place_{self._rank}", f"{place.number} {place.stage}")
+            self._told = place.number
+        if self._store.check(["verdict"]):
+            self._end(None)
+        elif self._overdue(place) and self._store.add("claims", 1) == 1:
+            verdict = self._verdict(place, self._places())
+            self._store.set("verdict", verdict)
+            self._end(verdict)
+
+    def _stand_still_in_outages(self) -> None:
+        """Do not count the time since the last poll if any rank was waiting for a service."""
+        if self._outage is not None and self._outage.is_on:
+            self._store.add("outages", 1)
+        now, told = time.monotonic(), self._store.add("outages", 0)
+        elapsed_s, self._looked_at = now - self._looked_at, now
+        if told == self._outages_told:
+            return
+        self._outages_told = told
+        with self._arming:
+            place = self._place
+            self._standing = place.number, self._stood_s(place) + min(elapsed_s, now - place.since)
+            self._arm(place)
+
+    def _arm(self, place: Place) -> None:
+        """Set the C thread's timer to the rest of the place's deadline."""
+        left_s = self._left_s(place)
+        if left_s is None:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(max(left_s, 0) + BACKSTOP_S, exit=True, file=self._file)
+
+    def _stood_s(self, place: Place) -> float:
+        return self._standing[1] if self._standing[0] == place.number else 0.0
+
+    def _left_s(self, place: Place) -> float | None:
+        """Return the rest of the place's deadline; None if it has none."""
+        _, deadline_s = self._deadline(place.stage)
+        if not deadline_s:
+            return None
+        return place.since + self._stood_s(place) + deadline_s - time.monotonic()
+
+    def _deadline(self, stage: str) -> tuple[str, float]:
+        """Return the source of the limit as text, and the seconds that `stage` may take (0: unlimited)."""
+        key, limit_s = self._config.deadline(stage)
+        known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
+        longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
+        # A rank that has not seen a whole step does not know yet how long it may have to wait.
+        is_known = longest_s > 0 and (stage in STEADY or "update" in self._longest)
+        allowed_s = max(self._config.min_s, self._config.slack * longest_s)
+        if limit_s and self._config.slack and is_known and allowed_s < limit_s:
+            return f"{allowed_s:g} s by watchdog.slack and min_s; longest so far {longest_s:.0f} s", allowed_s
+        return f"{key}={limit_s:g}", limit_s
+
+    def _overdue(self, place: Place) -> bool:
+        left_s = self._left_s(place)
+        return left_s is not None and left_s < 0
+
+    def _places(self) -> dict[int, tuple[int, str]]:
+        """Return number and stage of every rank that published them."""
+        found = {}
+        for rank in range(self._world_size):
+            if self._store.check([f"place_{rank}"]):
+                number, _, stage = self._store.get(f"place_{rank}").decode().partition(" ")
+                found[rank] = int(number), stage
+        return found
+
+    def _verdict(self, place: Place, places: dict[int, tuple[int, str]]) -> str:
+        taken_s = time.monotonic() - place.since - self._stood_s(place)
+        behind = {rank: stage for rank, (number, stage) in places.items() if number < place.number}
+        limit, _ = self._deadline(place.stage)
+        if behind:
+            ranks = ", ".join(f"rank {rank} (still in {stage})" for rank, stage in sorted(behind.items())[:8])
+            cause = f"not arrived: {ranks}" + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
+        elif not places:
+            cause = "the store of the ranks does not answer"
+        else:
+            cause = "all ranks are in it or past it"
+        return (
+            f"watchdog: {place.stage} has taken {taken_s:.0f} s on rank {self._rank} "
+            f"({limit}); {cause}. Stacks of all ranks: {self._path.parent}"
+        )
+
+    def _end(self, verdict: str | None) -> None:
+        """Write the stacks, give the other ranks time to write theirs, and end this process."""
+        if verdict is not None:
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+            print(verdict, file=self._file, flush=True)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{now}: rank {self._rank} is in {self._place.stage}", file=self._file, flush=True)
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        deadline = time.monotonic() + GRACE_S
+        try:
+            self._store.add("dumped", 1)
+            while self._store.add("dumped", 0) < self._world_size and time.monotonic() < deadline:
+                time.sleep(0.2)
+        except RuntimeError:
+            pass
+        os._exit(EXIT_CODE)

@@ -1,0 +1,143 @@
+"""Offloading: tensors leave the GPU and come back in place, equal to the bit.
+
+Offloading empties and refills storages but keeps the tensors, so every view of a storage stays valid: parameters and
+gradients are views of Megatron's buffers, and so are the optimizer's shards. On a CPU, where both memories are the
+same, storages are still emptied and refilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from a2tgpo.model.policy import Policy
+
+PAGE_BYTES = 2**28
+"""Size of the pages of host memory: torch rounds page-locked memory up to a power of two."""
+
+
+class MovablePart:
+    """Tensors that are all on the GPU or all off it.
+
+    Between `leave` and `come_back` the tensors have no memory and must not be used.
+
+    Args:
+        tensors: returns the current tensors; they may share storages, and be replaced between two calls.
+        keeps_values: False: nothing is copied, and the tensors come back as zeros.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, keeps_values: bool = True) -> None:
+        self._tensors = tensors
+        self._keeps_values = keeps_values
+        self._away: dict[int, int] = {}  # storage -> its bytes
+        self._host: _HostPages | None = None
+
+    def bytes_on_card(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages())
+
+    def is_resident(self) -> bool:
+        """Whether all storages are on the GPU."""
+        return all(storage.nbytes() > 0 for storage in self._storages())
+
+    def is_away(self) -> bool:
+        """Whether no storage is on the GPU."""
+        return self.bytes_on_card() == 0
+
+    def leave(self) -> int:
+        """Free the GPU memory and return the number of bytes copied to the host."""
+        storages = self._storages()
+        self._away = {storage._cdata: storage.nbytes() for storage in storages}
+        copied = self._copy(storages, to_host=True) if self._keeps_values else 0
+        for storage in storages:
+            storage.resize_(0)
+        return copied
+
+    def come_back(self) -> int:
+        """Allocate the GPU memory again and return the number of bytes copied from the host."""
+        storages = self._storages()
+        assert self._away.keys() == {storage._cdata for storage in storages}, "tensors changed while away"
+        for storage in storages:
+            storage.resize_(self._away[storage._cdata])
+        self._away = {}
+        if self._keeps_values:
+            return self._copy(storages, to_host=False)
+        for storage in storages:
+            _bytes_of(storage).zero_()
+        return 0
+
+    def _copy(self, storages: list[UntypedStorage], *, to_host: bool) -> int:
+        total = sum(storage.nbytes() for storage in storages)
+        is_gpu = any(storage.device.type == "cuda" for storage in storages)
+        if self._host is None or self._host.num_bytes < total:
+            self._host = None  # free the old pages before allocating more
+            self._host = _HostPages(total, page_locked=is_gpu)
+        start = 0
+        for storage in storages:
+            for on_card, on_host in self._host.beside(_bytes_of(storage), start):
+                source, target = (on_card, on_host) if to_host else (on_host, on_card)
+                target.copy_(source, non_blocking=True)
+            start += storage.nbytes()
+        if is_gpu:
+            torch.cuda.synchronize()
+        elif not to_host:
+            self._host = None  # keep only page-locked memory, which is slow to allocate
+        return total
+
+    def _storages(self) -> list[UntypedStorage]:
+        """Return the distinct storages of all non-empty tensors."""
+        found = {}
+        for tensor in self._tensors():
+            if tensor.numel():
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = storage
+        return list(found.values())
+
+
+class _HostPages:
+    def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
+        sizes = [min(PAGE_BYTES, num_bytes - start) for start in range(0, num_bytes, PAGE_BYTES)]
+        self.num_bytes = num_bytes
+        self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
+
+    def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pieces of `on_card` [bytes], each with its place in the host's pages from byte `start` on."""
+        done = 0
+        while done < on_card.numel():
+            page, offset = divmod(start + done, PAGE_BYTES)
+            place = self._pages[page][offset : offset + on_card.numel() - done]
+            yield on_card[done : done + place.numel()], place
+            done += place.numel()
+
+
+def _bytes_of(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def weight_tensors(policy: Policy) -> list[Tensor]:
+    return [parameter.data for chunk in policy.chunks for parameter in chunk.parameters()]
+
+
+def gradient_tensors(policy: Policy) -> list[Tensor]:
+    """Return Megatron's gradient buffers; none for a model that is not trained."""
+    wrapped = policy.wrapped_chunks
+    return [
+        buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+    ]
+
+
+def optimizer_tensors(policy: Policy, optimizer: Any) -> list[Tensor]:
+    """Return Adam's moments, and the float32 weights where they are not the model's own."""
+    of_model = {tensor.untyped_storage()._cdata for tensor in weight_tensors(policy)}
+    adams = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+    stepped = [tensor.data for adam in adams for group in adam.param_groups for tensor in group["params"]]
+    moments = [
+        value
+        for adam in adams
+        for state in adam.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    return [t for t in (*stepped, *moments) if t.untyped_storage()._cdata not in of_model]

@@ -1,0 +1,205 @@
+"""GPU memory by phase: trainer and engine make room for each other according to the table in `memory/residency.py`.
+
+A change of phase has a fixed order. First the parts that the next phase does not need leave: gradients, optimizer,
+reference, weights, then the engine. Then the allocator's cache is emptied, and the needed parts come back. Before and
+after, a check of the tensors' storages and the engine's allocations verifies that every part is where the table
+says. Metrics at every change, for the new phase, from the rank with the largest value:
+
+    memory/PHASE_trainer_gib    trainer state on the GPU
+    memory/PHASE_used_gib       all memory in use on the GPU; without a GPU, resident memory of the process
+    memory/PHASE_allocated_gib  held by torch's tensors; GPUs only
+    memory/PHASE_reserved_gib   the same plus the cache of torch's allocator; GPUs only
+    memory/PHASE_peak_gib       most memory held by torch's tensors in the phase that ends; GPUs only
+
+Metrics per step, as the mean over ranks: `memory/moved_gib` (to and from the host) and `memory/move_s`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from a2tgpo.memory.offload import MovablePart, gradient_tensors, optimizer_tensors, weight_tensors
+from a2tgpo.memory.residency import ENGINE, TRAINER, resident
+from a2tgpo.metrics.host_memory import resident_bytes
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.model.policy import Policy
+
+ON_GPU = torch.cuda.is_available()
+GIB = 2**30
+_MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
+_LEAVING = ("gradients", "optimizer", "reference", "weights")
+_COMING = ("weights", "reference", "optimizer", "gradients")
+_TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
+"""The engine's names of its parts, in the order in which they wake."""
+
+
+class Engine(Protocol):
+    """The engine's methods that the phases call; `VllmEngine` has them."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self, part: str) -> None: ...
+
+    def is_on_card(self, part: str) -> bool: ...
+
+
+EngineType = TypeVar("EngineType", bound=Engine)
+
+
+class MemoryPhases:
+    """Move a rank's state from phase to phase, beginning with `build`; every rank must make the same calls.
+
+    Args:
+        policy: entirely on the GPU, like optimizer and reference.
+        optimizer: None: nothing is trained.
+        reference: None: the run has no reference.
+        engine: asleep; None: the run has no engine, or `build_engine` builds it later.
+        offload: `update.offload`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        optimizer: Any = None,
+        reference: Policy | None = None,
+        engine: Engine | None = None,
+        offload: bool = True,
+    ) -> None:
+        self._parts = {
+            "weights": MovablePart(partial(weight_tensors, policy)),
+            "gradients": MovablePart(partial(gradient_tensors, policy), keeps_values=False),
+        }
+        if optimizer is not None:
+            self._parts["optimizer"] = MovablePart(partial(optimizer_tensors, policy, optimizer))
+        if reference is not None:
+            self._parts["reference"] = MovablePart(partial(weight_tensors, reference))
+        self._engine = engine
+        self._offload = offload
+        self._metrics = MetricSums()
+        self.phase = "build"
+        """The current phase, one of `residency.PHASES`."""
+        self._check()
+
+    def enter(self, phase: str) -> None:
+        """Move everything to where `phase` needs it; do nothing within the same phase.
+
+        Raises:
+            RuntimeError: one line; `phase` cannot follow the current one, or a part is not where the table says.
+        """
+        self._check()
+        if phase == self.phase:
+            return
+        self._check_order(phase)
+        wanted = self._wanted(phase)
+        start = time.perf_counter()
+        if ON_GPU:
+            self._metrics.add_max(f"memory/{self.phase}_peak_gib", torch.cuda.max_memory_allocated() / GIB)
+            torch.cuda.reset_peak_memory_stats()
+        moved = self._free(wanted) + self._allocate(wanted)
+        self.phase = phase
+        self._check()
+        self._record(moved, time.perf_counter() - start)
+
+    def build_engine(self, build: Callable[[], EngineType]) -> EngineType:
+        """Free the trainer's GPU memory, then return the engine that `build` creates, awake."""
+        assert self._engine is None and self.phase == "build", "one engine, before anything else"
+        self._free(self._wanted("start"))
+        self._engine = engine = build()
+        self.phase = "start"
+        self._check()
+        return engine
+
+    def take_metrics(self) -> MetricSums:
+        """Return the metrics of the changes since the last call, to be reduced over the world."""
+        taken, self._metrics = self._metrics, MetricSums()
+        for name in (_MOVED, _SECONDS):
+            taken.add(name, 0.0, 1)  # one sample per rank, over all its changes
+        return taken
+
+    def _wanted(self, phase: str) -> frozenset[str]:
+        held = set(self._parts) | (set(ENGINE) if self._engine is not None else set())
+        return resident(phase, offload=self._offload) & held
+
+    def _check_order(self, phase: str) -> None:
+        before, after = self._wanted(self.phase), self._wanted(phase)
+        if phase == "start":
+            raise RuntimeError("memory phase start is that of an engine being built; enter refit")
+        if "engine weights" in after - before and phase != "refit":
+            raise RuntimeError(
+                f"memory phase {phase} cannot follow {self.phase}: the engine that wakes has no weights; "
+                "enter refit first"
+            )
+        if self.phase == "refit" and "KV cache" not in after and self._engine is not None:
+            raise RuntimeError(
+                f"memory phase {phase} cannot follow refit: a half-woken engine cannot sleep; enter rollout first"
+            )
+
+    def _free(self, wanted: frozenset[str]) -> int:
+        moved = 0
+        for name in _LEAVING:
+            if name in self._parts and name not in wanted and not self._parts[name].is_away():
+                moved += self._parts[name].leave()
+        engine = self._engine
+        if engine is not None and any(
+            engine.is_on_card(tag) for name, tag in _TAGS.items() if name not in wanted
+        ):
+            engine.sleep()
+        if ON_GPU:
+            # The engine does not allocate through torch's allocator, which would keep freed memory.
+            torch.cuda.empty_cache()
+        return moved
+
+    def _allocate(self, wanted: frozenset[str]) -> int:
+        moved = 0
+        for name in _COMING:
+            if name in wanted and not self._parts[name].is_resident():
+                moved += self._parts[name].come_back()
+        if self._engine is not None:
+            for name, tag in _TAGS.items():
+                if name in wanted and not self._engine.is_on_card(tag):
+                    self._engine.wake(tag)
+        return moved
+
+    def _check(self) -> None:
+        """Raise RuntimeError unless every part is where the table says."""
+        wanted = self._wanted(self.phase)
+        for name, part in self._parts.items():
+            if not (part.is_resident() if name in wanted else part.is_away()):
+                self._misplaced(name, name in wanted)
+        if self._engine is not None:
+            for name, tag in _TAGS.items():
+                if self._engine.is_on_card(tag) != (name in wanted):
+                    self._misplaced(name, name in wanted)
+
+    def _misplaced(self, name: str, is_wanted: bool) -> None:
+        place, allowed = ("off", "on") if is_wanted else ("on", "off")
+        raise RuntimeError(
+            f"memory phase {self.phase}: {name} {'is' if name == 'KV cache' else 'are'} {place} the card; "
+            f"allowed: {allowed} the card. Something moved them without MemoryPhases.enter"
+        )
+
+    def _record(self, moved: int, seconds: float) -> None:
+        self._metrics.add(_MOVED, moved / GIB, 0)
+        self._metrics.add(_SECONDS, seconds, 0)
+        trainer = sum(self._parts[name].bytes_on_card() for name in TRAINER if name in self._parts)
+        seen = {"trainer": trainer} | memory_in_use()
+        for what, size in seen.items():
+            self._metrics.add_max(f"memory/{self.phase}_{what}_gib", size / GIB)
+
+
+def memory_in_use() -> dict[str, int]:
+    """Return the bytes in use on the GPU, and torch's allocator's part of them; without a GPU, this process's."""
+    if not ON_GPU:
+        return {"used": resident_bytes()}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "used": total - free,
+        "allocated": torch.cuda.memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+    }

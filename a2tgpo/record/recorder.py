@@ -1,0 +1,184 @@
+"""Record a step: metrics of all ranks, rollouts, histograms and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.metrics.host_memory import resident_bytes, return_free_memory
+from a2tgpo.metrics.ratio_noise import RatioNoise
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.metrics.slow_ranks import SlowRanks
+from a2tgpo.metrics.writer import MetricWriter
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.record.rollout_metrics import add_rollout_metrics
+from a2tgpo.record.rollout_record import as_text, to_record
+from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
+from a2tgpo.record.rollout_writer import RolloutWriter
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.trajectory import Trajectory
+
+
+class Recorder:
+    """Gathers metrics from all ranks and writes them on rank 0; each replica's first rank writes its rollouts.
+
+    Args:
+        writer: enabled on rank 0 only.
+        run_dir: the run's folder.
+        num_texts: rollouts of a step shown in TensorBoard, half of them the best, half the worst.
+        slow_ranks: compares the ranks' times.
+        ratio_noise: reads each step's metrics.
+    """
+
+    def __init__(
+        self,
+        writer: MetricWriter,
+        run_dir: Path,
+        *,
+        groups: ParallelGroups,
+        tokenizer: PreTrainedTokenizerBase,
+        num_texts: int,
+        slow_ranks: SlowRanks,
+        ratio_noise: RatioNoise,
+    ):
+        self.writer = writer
+        self._rollouts = RolloutWriter(
+            run_dir, replica=groups.dp_rank, num_replicas=groups.dp_size, tokenizer=tokenizer
+        )
+        self._groups = groups
+        self._tokenizer = tokenizer
+        self._num_texts = num_texts
+        self._slow_ranks = slow_ranks
+        self._ratio_noise = ratio_noise
+
+    def record_step(
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        table: TurnTable,
+        advantages: TurnAdvantages,
+        clip_scales: torch.Tensor,
+        ratios: torch.Tensor,
+        *,
+        engine_metrics: MetricSums,
+        learning_metrics: MetricSums,
+        seconds: dict[str, float],
+    ) -> dict[str, float]:
+        """Write one training step; every rank must call this.
+
+        Args:
+            trajectories: this replica's share; rows of `table`, `advantages`, `clip_scales` and `ratios` [N, T + 1].
+            engine_metrics: of this rank's engine, reduced over the world.
+            learning_metrics: of what this replica trained on, reduced over the data-parallel group.
+            seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
+
+        Returns:
+            The step's metrics except `seconds`, equal on all ranks.
+        """
+        add_rollout_metrics(learning_metrics, trajectories)
+        add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
+        return_free_memory()
+        engine_metrics.add_max("memory/host_gib", resident_bytes() / 2**30)
+        if failures := self._rollouts.take_failures():
+            engine_metrics.add("rollout/not_recorded", failures, 0)
+        world = dist.group.WORLD
+        assert world is not None, "a run's processes are joined"
+        metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
+        metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
+        # Model-parallel ranks each reduce the same samples; decisions need values that are equal to the bit.
+        metrics = broadcast_object(metrics, world, source=0)
+        noise, noise_line = self._ratio_noise.watch(metrics)
+        metrics |= noise
+        spread, slow_line = self._slow_ranks.compare(all_gather_object(seconds, world))
+        if self._groups.is_replica_first:
+            turn_values = {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios}
+            self._record_rollouts(step, trajectories, turn_values)
+        self.writer.log(step, metrics | seconds | spread)
+        for line in filter(None, (noise_line, slow_line)):
+            self.writer.print(f"step {step}: {line}")
+        return metrics
+
+    def _record_rollouts(
+        self, step: int, trajectories: Sequence[Trajectory], turn_values: dict[str, torch.Tensor]
+    ) -> None:
+        """Start writing this replica's rollouts; on rank 0, show rollouts of all replicas in TensorBoard."""
+
+        def text_of(row: int) -> str:
+            return as_text(to_record(trajectories[row], turn_values, row, tokenizer=self._tokenizer))
+
+        summaries = gather_summaries(trajectories, self._groups)
+        chosen = best_and_worst(summaries, self._num_texts)
+        texts = gather_texts(chosen, trajectories, text_of, self._groups)
+        self._rollouts.start(step, trajectories, turn_values)
+        if self.writer.enabled:
+            for turn_index, gains in gains_by_turn(summaries).items():
+                self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
+            for name, text in texts.items():
+                self.writer.log_text(step, f"rollout/{name}", text)
+
+    def finish_rollouts(self) -> None:
+        """Wait until the rollouts of all steps so far are on disk, or their write has failed."""
+        self._rollouts.wait()
+
+    def close(self) -> None:
+        """Finish pending writes."""
+        try:
+            self.finish_rollouts()
+        finally:
+            self.writer.close()
+
+    def record_alarms(self, step: int, alarms: dict[str, float], lines: Sequence[str]) -> None:
+        """Add a step's `alarm/NAME` metrics, and print a line for each alarm that started or ended."""
+        self.writer.log(step, alarms)
+        for line in lines:
+            self.writer.print(line)
+
+    def record_failed_save(self, step: int, line: str) -> None:
+        """Count a checkpoint that could not be written as `checkpoint/failed`, and print why."""
+        self.writer.log(step, {"checkpoint/failed": 1.0})
+        self.writer.print(f"warning: {line}; it is tried again when the next one is due")
+
+    def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
+        """Write one evaluation's scores, equal on all ranks, and the wall time it took."""
+        self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()} | seconds)
+        self.writer.print(
+            f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
+            f"{scores['em_format_gated']:.3f}, on {scores['num_questions']:.0f} questions"
+        )
+
+
+def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
+    """Add an engine replica's counts of the rollout; call on one rank of each replica."""
+    metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
+    metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
+    metrics.add("tools/calls", counts.tool_calls, 0)
+    metrics.add("tools/failures", counts.failed_calls, 0)
+    metrics.add_max("tools/outage_s", counts.outage_s)
+    metrics.add("tools/hung_calls", counts.hung_calls, 0)
+    metrics.add("tools/empty_queries", counts.empty_queries, 0)
+    metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
+    # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
+    metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
+    metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
+
+
+def add_advantage_metrics(
+    metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
+) -> None:
+    """Add extremes and means over all turns of this replica's trajectories."""
+    columns = torch.arange(table.max_turns + 1)
+    present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
+    for prefix, values in (
+        ("advantage/", advantages.advantages[present]),
+        ("clip/scale_", clip_scales[present]),
+    ):
+        metrics.add(f"{prefix}mean", values.sum().item(), values.numel())
+        if values.numel():
+            metrics.add_max(f"{prefix}max", values.max().item())
+            metrics.add_min(f"{prefix}min", values.min().item())

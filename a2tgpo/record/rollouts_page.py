@@ -1,0 +1,102 @@
+"""Write a run's rollouts as one self-contained page: group view, turns, gains, tokens coloured by log-prob.
+
+The records are in the page as gzip in base64; rollouts_page.html is the page itself and never renders text as HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from a2tgpo.io.atomic_file import write_text
+
+MAX_TRAJECTORIES = 4096
+"""Most trajectories of one page; if there are more, steps are left out at equal distances."""
+TEMPLATE = Path(__file__).with_name("rollouts_page.html")
+PLACE = "@DATA@"
+MAX_BYTES = 4
+"""Bytes of a character: no more tokens than this are without a complete one."""
+
+_SPECIAL = re.compile(r"<[|｜][^|｜>]{1,40}[|｜]>")
+_ROLE = re.compile(r"^(?:system|user|assistant)(?=\s|$)")
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
+    """Return the steps to show, including first and last, given the number of trajectories of each."""
+    steps = sorted(sizes)
+    room = max(2, MAX_TRAJECTORIES // max(1, max(sizes.values())))
+    if len(steps) <= room:
+        return steps
+    return sorted({steps[round(i * (len(steps) - 1) / (room - 1))] for i in range(room)})
+
+
+def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode: Decode | None) -> None:
+    """Write the page atomically.
+
+    Args:
+        name: of the run.
+        steps: recorded rollouts by step.
+        decode: converts token ids to text, for colours per token; None: only the turns' texts.
+    """
+    content = {
+        "name": name,
+        "steps": [
+            {"step": step, "records": [_slim(record, decode) for record in records]}
+            for step, records in steps.items()
+        ],
+    }
+    packed = base64.b64encode(gzip.compress(json.dumps(content, ensure_ascii=False).encode(), mtime=0))
+    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
+    write_text(out, before + packed.decode("ascii") + after)
+
+
+def _slim(record: dict, decode: Decode | None) -> dict:
+    """Return the parts of a record that the page shows."""
+    kept = (
+        "prompt_index prompt_id sample_index hops outcome_reward exact_match format_ok stop_reason "
+        "baseline_prob prompt_text"
+    )
+    return {
+        **{name: record[name] for name in kept.split()},
+        "question": _question(record["prompt_text"]),
+        "turns": [_slim_turn(turn, decode) for turn in record["turns"]],
+    }
+
+
+def _slim_turn(turn: dict, decode: Decode | None) -> dict:
+    kept = "query tool tool_failed info_gain answer_prob advantage clip_scale ratio text observation_text"
+    slim = {name: turn.get(name) for name in kept.split()} | {"num_tokens": len(turn["tokens"])}
+    if decode is not None:
+        slim["pieces"] = pieces(turn["tokens"], turn["rollout_logprobs"], decode)
+        del slim["text"]
+    return slim
+
+
+def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> list[tuple[str, float]]:
+    """Return (text, log-prob) per token; tokens that form one character together are one piece, with their sum."""
+    found: list[tuple[str, float]] = []
+    pending: list[int] = []
+    logprob = 0.0
+    for token, value in zip(tokens, logprobs, strict=True):
+        pending.append(token)
+        logprob += value
+        text = decode(pending)
+        if "\ufffd" not in text or len(pending) >= MAX_BYTES:
+            found.append((text, round(logprob, 4)))
+            pending, logprob = [], 0.0
+    if pending:
+        found.append((decode(pending), round(logprob, 4)))
+    return found
+
+
+def _question(prompt_text: str) -> str:
+    """Return the question: the end of a rendered prompt without special tokens and roles."""
+    parts = [part.strip() for part in _SPECIAL.split(prompt_text)]
+    worded = [_ROLE.sub("", part).strip() for part in parts]
+    return next((part for part in reversed(worded) if part), "")[-300:]

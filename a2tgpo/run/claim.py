@@ -1,0 +1,81 @@
+"""Claim an experiment's folder: lock it, check that it is the same experiment, and record the start."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import shutil
+from pathlib import Path
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.run.folder_lock import FolderLock
+from a2tgpo.run.rules import Rules
+from a2tgpo.run.starts import record_start, require_same
+
+logger = logging.getLogger(__name__)
+
+
+def claim(
+    folder: Path, config: RunConfig, rules: Rules, *, begins_anew: bool, accept: bool, done: str
+) -> FolderLock:
+    """Create the folder, lock it until the program ends, and record what this start runs with; call in one process.
+
+    Args:
+        begins_anew: rename an existing folder to NAME.previous_N first; `checkpoint.keep_previous` of these are kept.
+        accept: continue despite all changes since the last start.
+        done: the experiment's progress, in a few words; empty: nothing was trained, so nothing is compared.
+
+    Raises:
+        ConfigError: one line; the folder cannot be written, is locked, or holds another experiment.
+    """
+    try:
+        if begins_anew and folder.exists():
+            _set_aside(folder, keep=config.checkpoint.keep_previous)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder)
+        if done and not begins_anew:
+            require_same(folder, config, rules, accept=accept, done=done)
+        record_start(folder, config)
+    except OSError as error:
+        raise ConfigError(
+            f"run.root: {folder} cannot be written ({error.strerror}); choose another run.root"
+        ) from None
+    return lock
+
+
+def _set_aside(folder: Path, *, keep: int) -> None:
+    """Rename `folder` to NAME.previous_N; keep the newest `keep` of these (0: all). Log sizes and removals."""
+    lock = FolderLock(folder)  # fails if a run is still using the folder
+    stem = f"{folder.name}.previous_"
+    numbers = sorted(
+        int(path.name.removeprefix(stem))
+        for path in folder.parent.glob(f"{glob.escape(stem)}*")
+        if path.name.removeprefix(stem).isdecimal()
+    )
+    numbers.append(numbers[-1] + 1 if numbers else 1)
+    lock.release()
+    folder.rename(folder.with_name(f"{stem}{numbers[-1]}"))
+    sizes = {number: _size_of(folder.with_name(f"{stem}{number}")) for number in numbers}
+    while keep and len(sizes) > keep:
+        oldest = min(sizes)
+        logger.warning(
+            "%s is removed (%.3g GB): checkpoint.keep_previous is %d",
+            folder.with_name(f"{stem}{oldest}"),
+            sizes.pop(oldest) / 1e9,
+            keep,
+        )
+        shutil.rmtree(folder.with_name(f"{stem}{oldest}"))
+    logger.warning(
+        "%s is set aside as %s%d (%.3g GB; all of %sN: %.3g GB)",
+        folder,
+        stem,
+        numbers[-1],
+        sizes[numbers[-1]] / 1e9,
+        stem,
+        sum(sizes.values()) / 1e9,
+    )
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,55 @@
+"""The date in a run's prompts, where the chat template writes one: chosen once, kept in the run's folder."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import torch.distributed as dist
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.template import today
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.groups import ParallelGroups
+
+FILE = "date.txt"
+
+
+def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
+    """Return the run's date, or today's date (UTC) on rank 0 if the run has none yet; every rank must call this.
+
+    Raises:
+        ConfigError: on all ranks, if the run's file holds no date.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "the processes are joined"
+    found: datetime.date | ConfigError | None = None
+    if groups.rank == 0:
+        try:
+            found = read_date(Path(config.run.root) / config.run.name) or today()
+        except ConfigError as error:
+            found = error
+    found = broadcast_object(found, world, source=0)
+    if isinstance(found, ConfigError):
+        raise found
+    assert found is not None
+    return found
+
+
+def read_date(folder: Path) -> datetime.date | None:
+    """Return the date stored in a run's `folder`, or None if it has none yet.
+
+    Raises:
+        ConfigError: one line; the file cannot be read or holds no date.
+    """
+    path = folder / FILE
+    try:
+        return datetime.date.fromisoformat(path.read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no date like 2026-01-31"
+        raise ConfigError(
+            f"{path}: cannot be read ({reason}); write the date of the run's first start"
+        ) from None

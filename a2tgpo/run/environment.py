@@ -1,0 +1,63 @@
+"""What a start ran with apart from its settings: user, time, place, code and packages."""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+
+from a2tgpo.run.rules import Changes, changes
+from a2tgpo.run.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_line, package_versions
+
+
+def describe_environment() -> str:
+    """Return lines of name and value: user, time and place, the command, package versions, and the code."""
+    lines = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "user": _user(),
+        "host": platform.node(),
+        "job": os.environ.get("SLURM_JOB_ID", "none"),
+        "command": shlex.join(sys.argv),
+        "platform": platform.platform(),
+        **package_versions(),
+        "commit": commit_line(),
+        "code": code_fingerprint(),
+    }
+    return "".join(f"{name} {' '.join(value.splitlines())}\n" for name, value in lines.items())
+
+
+def parse_environment(text: str) -> dict[str, str]:
+    """Parse the output of `describe_environment`, by name."""
+    return {name: value for name, _, value in (line.partition(" ") for line in text.splitlines())}
+
+
+def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
+    """Compare packages and code with the last start: return differences that refuse this start, and others to report.
+
+    Code is compared by content, so a commit without effect on what runs is no change. If the last start had
+    uncommitted changes or no checkout, it was a developer's, and changes of code are only reported.
+    """
+    packages = changes(before, {name: now[name] for name in package_versions()})
+    if before.get("code", now["code"]) == now["code"]:
+        return packages, {}
+    was, is_now = before.get("commit", UNKNOWN), now["commit"]
+    code: Changes = {"code": (_short(was), _short(is_now))}
+    if was == UNKNOWN or was.endswith(UNCOMMITTED):
+        return packages, code
+    return packages | code, {}
+
+
+def _short(line: str) -> str:
+    commit, _, rest = line.partition(" ")
+    return f"commit {commit[:10]}" + (f" {rest}" if rest else "")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return str(os.getuid())

@@ -1,0 +1,104 @@
+"""Compare two runs to the bit: metrics, rollouts, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+from a2tgpo.record.rollout_files import read_step, recorded_steps
+
+NOT_COMPARED = (
+    "time/",
+    "speed/",
+    "rollout/tool_wait",
+    "tools/outage",
+    "checkpoint/failed",
+    "memory/",
+    "refit/",
+)
+"""Metrics that depend on the clock, on failures, or on an engine's earlier weights: a new engine always gets all."""
+
+
+def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
+    """Return the metrics of each step that a second run with the same settings must reproduce.
+
+    Raises:
+        ConfigError: one line; the run has none.
+    """
+    try:
+        records = read_metrics(run / METRICS_FILE)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    if not records:
+        raise ConfigError(f"{run} has no {METRICS_FILE} with a step in it; give the folder of a run")
+    return {
+        record["step"]: {name: value for name, value in record.items() if not name.startswith(NOT_COMPARED)}
+        for record in records
+    }
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Return the differences between two runs, one per line, in the steps that both recorded; empty if none.
+
+    Raises:
+        ConfigError: one line; a run has no metrics, or they have no step in common.
+    """
+    ours, theirs = comparable_metrics(first), comparable_metrics(second)
+    steps = sorted(ours.keys() & theirs.keys())
+    if not steps:
+        raise ConfigError(f"{first} and {second} have no step in common; give two runs of the same steps")
+    found = []
+    for step in steps:
+        for name in sorted(ours[step].keys() | theirs[step].keys()):
+            mine, other = ours[step].get(name), theirs[step].get(name)
+            if mine != other:
+                found.append(f"step {step}, {name}: {_shown(mine)} and {_shown(other)}")
+    return found + _differing_files(first, second, steps)
+
+
+def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
+    """Return rollouts and checkpoints' tensor files of `steps` that both runs have and whose bytes differ."""
+    # Imports Megatron, which takes seconds.
+    from a2tgpo.checkpoint.folder import MARKER, has_weights_only
+
+    ours, theirs = recorded_steps(first), recorded_steps(second)
+    found = []
+    for step in steps:
+        rollouts = [recorded[step] for recorded in (ours, theirs) if step in recorded]
+        if len(rollouts) == 2 and not _hold_the_same(*rollouts):
+            found.append(f"step {step}: the rollouts differ")
+        markers = [run / "checkpoints" / f"step_{step}" / MARKER for run in (first, second)]
+        if all(path.is_file() for path in markers):
+            of_weights = any(has_weights_only(path.parent) for path in markers)
+            mine, others = (_tensors(path, of_weights=of_weights) for path in markers)
+            if mine != others:
+                found.append(f"step {step}: the tensors of the checkpoints differ")
+    return found
+
+
+def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
+    """Compare two recordings of a step by bytes, or by records if the files are divided differently."""
+    if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
+        return True
+    return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(
+        theirs
+    )
+
+
+def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
+    """Return size and checksum of a checkpoint's tensor files, by name; only of weights if `of_weights`."""
+    from a2tgpo.checkpoint.folder import is_of_weights
+
+    files = json.loads(marker.read_text(encoding="utf-8"))["files"]
+    return {
+        name: value
+        for name, value in files.items()
+        if name.endswith(".distcp") and (is_of_weights(name) or not of_weights)
+    }
+
+
+def _shown(value: Any) -> str:
+    return "not recorded" if value is None else f"{value!r}"

@@ -1,0 +1,215 @@
+"""Allow one run at a time in a folder: the holder writes its identity and regular signs of life to a file there.
+
+File-system locks are unsuitable: Lustre is often mounted without them, NFS keeps the locks of a crashed node, and a
+forked child keeps the flock of its dead parent. `holder.json` works wherever files work. On the same machine, the
+process id and start time show at once whether the holder lives. If Slurm requeued the holder's own job, the earlier
+process has ended. In all other cases the next start watches whether the file still changes. It compares contents,
+never clocks, and opens the file anew for each read, because only then does NFS ask the server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from a2tgpo.io.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FILE = "holder.json"
+BEAT_S = 5.0
+"""Time between two signs of life."""
+SILENCE_S = 45.0
+"""A holder on another machine that gives no sign of life for this long is considered dead."""
+SETTLE_S = 1.0
+"""Two starts may find the same dead holder; after this long, both read which of them is in the file."""
+BROKEN_RUN = 3
+"""Exit code of a process whose folder another process took; equal to that of a2tgpo.lifecycle.failure."""
+_WIDTH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A process, identified uniquely."""
+
+    host: str
+    pid: int
+    started: int
+    """Start time of the process, in ticks after boot; needed because process ids are reused."""
+    boot: str
+    """Boot id and PID namespace; a pid can be checked only within the same one."""
+    slurm_job: str = ""
+    slurm_restarts: int = 0
+    since: float = 0.0
+    """Seconds since the epoch; for people only."""
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return self.boot, self.pid, self.started
+
+    def describe(self) -> str:
+        """Describe the process and how long it has held the folder."""
+        job = f" (Slurm job {self.slurm_job})" if self.slurm_job else ""
+        minutes = max(0, round((time.time() - self.since) / 60))
+        return f"process {self.pid} on {self.host}{job}, which has held it for {minutes} min"
+
+
+def this_process() -> Holder:
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Holder(
+        host=platform.node(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        boot=f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}",
+        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_restarts=int(restarts) if restarts.isdecimal() else 0,
+        since=time.time(),
+    )
+
+
+class FolderLock:
+    """Holds a folder for this process until it ends or `release` is called; one rank of a run creates one.
+
+    Args:
+        folder: of the run; must exist.
+        key: the setting that names the folder, for the message.
+
+    Raises:
+        ConfigError: one line that names the process which holds the folder.
+    """
+
+    def __init__(self, folder: Path, *, key: str = "run.name"):
+        self._path = folder / FILE
+        self._me = this_process()
+        self._released = threading.Event()
+        self._count = 0
+        other = self._take()
+        if other is not None:
+            raise ConfigError(
+                f"{key}: {folder} is in use by {other.describe()}; end that run first, or choose another {key}"
+            )
+        self._thread = threading.Thread(target=self._beat, name="folder lock", daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+
+    def release(self) -> None:
+        """Release the folder; tolerate that it was moved or removed meanwhile."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join()
+        atexit.unregister(self.release)
+        with contextlib.suppress(OSError):
+            if _is(self._me, _read(self._path)):
+                self._path.unlink()
+
+    def _take(self) -> Holder | None:
+        """Write this process as the holder and return None, or return the holder that still lives."""
+        try:
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:
+            other = _read(self._path)
+            if other is None:  # another start may be about to write itself in
+                time.sleep(SETTLE_S)
+                other = _read(self._path)
+            if other is not None and not _is(self._me, other) and _lives(self._path, other, self._me):
+                return other
+            self._write()
+            if other is None or not _is(self._me, other):
+                time.sleep(SETTLE_S)
+        else:
+            os.close(descriptor)
+            self._write()
+        found = _read(self._path)
+        return None if found is None or _is(self._me, found) else found
+
+    def _write(self) -> None:
+        # Written in place with constant length, so that a reader sees one beat or the next, never a mixture.
+        text = json.dumps({**dataclasses.asdict(self._me), "beat": self._count})
+        with open(self._path, "r+b" if self._path.exists() else "wb") as stream:
+            stream.write(text.encode().ljust(_WIDTH) + b"\n")
+        self._count += 1
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                found = _read(self._path)
+                if found is not None and not _is(self._me, found):
+                    print(
+                        f"error: {self._path.parent} was taken over by process {found.pid} on {found.host}, "
+                        f"which saw no sign of life from this one for {SILENCE_S:.0f} s; this one ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(BROKEN_RUN)
+                self._write()
+            except OSError:  # a file system that is away comes back, or ends the run elsewhere
+                continue
+
+
+def _lives(path: Path, other: Holder, me: Holder) -> bool:
+    if other.boot == me.boot:
+        return _started(other.pid) == other.started
+    if me.slurm_job and other.slurm_job == me.slurm_job and other.slurm_restarts < me.slurm_restarts:
+        return False
+    logger.warning(
+        "%s is in use by %s, or was when that one died; waiting %.0f s for a sign of life",
+        path.parent,
+        other.describe(),
+        SILENCE_S,
+    )
+    return _changes(path)
+
+
+def _changes(path: Path) -> bool:
+    """Return whether the file changes within `SILENCE_S`, not counting time in which the file system hung."""
+    first, silent_s = _content(path), 0.0
+    pause_s = min(BEAT_S, SILENCE_S / 4)
+    while silent_s < SILENCE_S:
+        time.sleep(pause_s)
+        begin = time.monotonic()
+        if _content(path) != first:
+            return True
+        silent_s = silent_s + pause_s if time.monotonic() - begin < pause_s else 0.0
+    return False
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _read(path: Path) -> Holder | None:
+    """Return the holder in the file; None if there is none or the file cannot be read."""
+    try:
+        record = json.loads(_content(path))
+        del record["beat"]
+        return Holder(**record)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is(one: Holder, other: Holder | None) -> bool:
+    return other is not None and one.identity == other.identity
+
+
+def _started(pid: int) -> int | None:
+    """Return the start time of a process in ticks after boot; None if it does not exist or is a zombie."""
+    try:
+        # The second field, the process name, may hold any character but ends at the last ")".
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if fields[0] in ("Z", "X") else int(fields[19])

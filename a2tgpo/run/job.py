@@ -1,0 +1,56 @@
+"""Keep a scheduler's job on the configuration of its first start, even if its files change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from a2tgpo.config.load import dump_config, flat_config, is_file, load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.atomic_file import write_text
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.run.rules import changes, told
+
+logger = logging.getLogger(__name__)
+
+
+def load_as_started(kept: Path | None, path: str, overrides: Sequence[str], *, tells: bool) -> RunConfig:
+    """Load a job's configuration: from `path` and `overrides` at its first start, afterwards from `kept`.
+
+    `section.field=value` after the last file among `overrides` applies at every start: a scheduler passes the same
+    arguments each time, except those that the job itself sets, such as its retrieval server's address.
+
+    Args:
+        kept: written by `keep`; None or missing: a first start.
+        tells: this process reports how the files differ now.
+
+    Raises:
+        ConfigError: one line; as `load_config`.
+    """
+    if kept is None or not kept.exists():
+        return load_config(path, overrides)
+    files = [place for place, override in enumerate(overrides) if is_file(override)]
+    behind = overrides[files[-1] + 1 if files else 0 :]
+    config = load_config(kept, behind)
+    if tells:
+        logger.warning("the job goes on as it was started (%s)%s", kept, _told_live(config, path, overrides))
+    return config
+
+
+def keep(kept: Path, config: RunConfig) -> None:
+    """Record what the job was started with, unless recorded already; one process calls this."""
+    if not kept.exists():
+        write_text(kept, dump_config(config))
+
+
+def _told_live(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
+    """Return how the job's files differ by now, and that the job ignores it."""
+    try:
+        live = load_config(path, overrides)
+    except ConfigError as error:
+        return f"; what it was started from cannot be used any more: {error}"
+    differing = changes(flat_config(config), flat_config(live))
+    if not differing:
+        return ""
+    return f"; what {path} now says otherwise is not followed: {told(differing)}"

@@ -1,0 +1,152 @@
+"""Going on from a checkpoint with what the configuration says now: what is refused, and what is followed and said."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.collect.carried_pool import Held
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.data.template import PromptSet
+from a2tgpo.io.errors import ConfigError, first_line
+from a2tgpo.rollout.carried_group import CarriedGroup, shortened
+from a2tgpo.rollout.multi_turn import Limits
+from a2tgpo.run.rules import Changes, changes, settings_of
+
+logger = logging.getLogger(__name__)
+
+_SCORED_BY = (
+    *(
+        "rollout.gain.measure",
+        "rollout.gain.answer_reduction",
+        "rollout.gain.max_aliases",
+        "rollout.gain.scaffold",
+    ),
+    "reward.",
+)
+"""Settings that rewards and gains of trajectories which have ended depend on."""
+
+
+def check_resume(resume: str) -> None:
+    """Raise `ConfigError` if `resume` is a path, but not that of a checkpoint that was written to its end."""
+    if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
+        raise ConfigError(
+            f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
+        )
+
+
+def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a start would go on from, as far as one process can say, with its record; None: none.
+
+    Of the checkpoint only `state.json` is read; with `auto` it is the newest one of which that can be read.
+
+    Raises:
+        ConfigError: one line; `resume` is a path whose record cannot be read.
+    """
+    paths = [] if resume == "none" else [Path(resume)]
+    if resume == "auto":
+        root = Path(config.run.root) / config.run.name / "checkpoints"
+        paths = [root / f"step_{step}" for step in checkpoint.steps_in(root)]
+    for path in paths:
+        if not (path / checkpoint.MARKER).is_file() or (
+            resume == "auto" and checkpoint.has_weights_only(path)
+        ):
+            continue
+        try:
+            return path, checkpoint.read_record(path)
+        except (OSError, ValueError) as error:
+            if resume != "auto":
+                raise ConfigError(f"--resume: {first_line(error)}") from error
+            # The start passes it over, with a warning.
+    return None
+
+
+def trained_so_far(folder: Path) -> str:
+    """How far the run in `folder` is, in a few words; empty: nothing was trained that a start could go on from."""
+    root = folder / "checkpoints"
+    for step in checkpoint.steps_in(root):
+        if (root / f"step_{step}" / checkpoint.MARKER).is_file():
+            return f"at step {step}"
+    return "without a checkpoint yet" if any((folder / "rollouts").glob("step_*")) else ""
+
+
+def require_same_run(
+    path: Path, record: dict[str, Any], hf_config: PretrainedConfig, sampler: PromptSampler
+) -> None:
+    """Raise `ConfigError`, one line, if the checkpoint with this record is of another model or of other questions.
+
+    Args:
+        sampler: of the questions as they are now.
+    """
+    try:
+        checkpoint.require_same_model(path, record, hf_config)
+    except ValueError as error:
+        raise ConfigError(f"--resume: {error}") from error
+    # A converted model has seen no question yet.
+    if "sampler" in record["state"]:
+        sampler.require_same_questions(record["state"]["sampler"])
+
+
+def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
+    """Settings that were other ones when `state` was saved. Empty where settings were not saved."""
+    return changes(state.get("settings", {}), settings_of(config))
+
+
+def follow_settings(
+    held: Sequence[Held],
+    *,
+    config: RunConfig,
+    prompts: PromptSet,
+    changed: Collection[str],
+) -> tuple[list[Held], dict[str, int]]:
+    """What of the groups that a checkpoint carries over can be played on with the settings of now.
+
+    Trajectories past smaller budgets are cut back to where they fit, and play on from there. Equal on all ranks,
+    which read the same groups.
+
+    Args:
+        held: of all replicas.
+        prompts: the training questions.
+        changed: keys of settings, see `changed_settings`.
+
+    Returns:
+        What is kept, and how many groups are dropped, by reason.
+    """
+    limits = Limits(
+        max_turns=config.rollout.max_turns,
+        max_turn_tokens=config.rollout.max_turn_tokens,
+        max_response_tokens=config.rollout.max_response_tokens,
+        max_model_len=config.max_model_len,
+    )
+    scored_anew = sorted(key for key in changed if key.startswith(_SCORED_BY))
+    kept: list[Held] = []
+    dropped: dict[str, int] = {}
+    for item in held:
+        reason = _misfit(item.group, config, prompts, scored_anew)
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+        else:
+            kept.append(Held(replica=item.replica, group=shortened(item.group, limits)))
+    return kept, dropped
+
+
+def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_anew: Sequence[str]) -> str:
+    """Why a carried group cannot be played on, in a few words; empty: it can."""
+    size = len(group.trajectories)
+    if size and size != config.rollout.group_size:
+        return f"begun with rollout.group_size {size}, which is now {config.rollout.group_size}"
+    (prompt,) = prompts.prompts([group.question])
+    if prompt.tokens != group.prompt.tokens:
+        return "whose prompt is another one now (data.instructions, the chat template or the tokenizer)"
+    tools = {turn.tool for member in group.trajectories for turn in member.turns} - {None}
+    if missing := sorted(str(tool) for tool in tools - set(config.tools.selected)):
+        return f"that call {missing[0]}, which tools.names leaves out"
+    if scored_anew and any(member.stop_reason for member in group.trajectories):
+        return f"scored by another {scored_anew[0]}"
+    return ""

@@ -1,0 +1,139 @@
+"""A trained policy ready to play: engine, tools and rollout, without the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from a2tgpo.assemble import Replicas, build_engine, build_rollout, divide_into_replicas
+from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint.find import SavedModel, find_model
+from a2tgpo.config.load import load_config, overridden_keys
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.template import PromptTemplate
+from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.environment.tool import Toolset, build_tools
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.memory.phases import MemoryPhases
+from a2tgpo.model.build import build_policy
+from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.inference_layout import UNDIVIDED, inference_config
+from a2tgpo.model.policy import Policy
+from a2tgpo.model.rope import check_positions
+from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.refit.sync import sync_engine
+from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.run.date import run_date
+
+
+@dataclass(frozen=True, kw_only=True)
+class _WeightHolders:
+    config: RunConfig
+    groups: ParallelGroups
+    policy: Policy
+    engine: VllmEngine
+    phases: MemoryPhases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """The long-lived objects of one rank that plays."""
+
+    config: RunConfig
+    """`model.path` names the folder that supplied architecture and tokenizer."""
+    replicas: Replicas
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    engine: VllmEngine
+    toolset: Toolset
+    rollout: GroupRollout
+
+    def close(self) -> None:
+        """Stop the tools and the engine; the process group stays."""
+        self.rollout.close()
+        self.toolset.close()
+        self.engine.close()
+
+
+def load_saved(
+    file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
+) -> tuple[RunConfig, SavedModel]:
+    """Load a run's configuration and locate its saved weights, with a layout for the processes of this launch.
+
+    Args:
+        file: YAML file of the run; its layout is ignored (see `inference_config`).
+        overrides: as for `load_config`; a layout set here is kept.
+        path: the weights; see `find_model`.
+        key: the option that names `path`, for error messages.
+
+    Raises:
+        ConfigError: one line; as `load_config`, `find_model` and `inference_config`.
+    """
+    config = load_config(file, [*UNDIVIDED, *overrides])
+    model = find_model(path, untrained=config.model.path, key=key)
+    hf_config = load_hf_config(str(model.path) if model.is_hf else config.model.path)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    explicit = overridden_keys(overrides)
+    return inference_config(config, hf_config, world_size=world_size, explicit=explicit), model
+
+
+def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
+    """Build an engine with the weights of `model`; every rank must call this.
+
+    A checkpoint's weights pass through the trainer's model into the engine, as in training, and are verified on the
+    probe.
+
+    Raises:
+        ConfigError: one line; the weights or settings cannot be played.
+    """
+    if model.is_hf:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
+    replicas = divide_into_replicas(config, groups)
+    check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
+    tokenizer = load_tokenizer(config.model.path)
+    template = PromptTemplate(
+        tokenizer,
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=run_date(config, groups),
+    )
+    toolset = build_tools(config)
+    if model.is_hf:
+        engine = build_engine(config, replicas)
+    else:
+        policy = load_policy(config, groups, model)
+        phases = MemoryPhases(policy)
+        engine = phases.build_engine(functools.partial(build_engine, config, replicas, with_weights=False))
+        holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
+        sync_engine(holders, step=model.step)
+    return Player(
+        config=config,
+        replicas=replicas,
+        tokenizer=tokenizer,
+        template=template,
+        engine=engine,
+        toolset=toolset,
+        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
+    )
+
+
+def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
+    """Build the trainer's model with the weights of `model`, frozen; every rank must call this."""
+    if model.is_hf:
+        hf = dataclasses.replace(config.model, path=str(model.path))
+        return build_policy(hf, config.parallel, groups, update=None, trainable=False)
+    policy = build_policy(
+        config.model, config.parallel, groups, update=None, trainable=False, with_weights=False
+    )
+    try:
+        checkpoint.load_weights(model.path, policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return policy

@@ -1,0 +1,144 @@
+"""Banked rollouts come back for the step, weights and configuration they were played with, and for no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from saved_run import Run, world
+
+from a2tgpo.collect.bank import RolloutBank, drop_covered
+from a2tgpo.collect.carried_pool import Carried, CarriedPool, Entry
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.config.run import CheckpointConfig
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.rollout.carried_group import CarriedGroup
+from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
+
+__all__ = ["world"]
+
+
+def played() -> list[Trajectory]:
+    turns = [
+        Turn(
+            tokens=[5, 6],
+            rollout_logprobs=[-0.1, -1e-17],
+            observation_tokens=[7],
+            query="x",
+            info_gain=0.1 + 0.2,
+        ),
+        Turn(tokens=[8], rollout_logprobs=[-math.inf]),
+    ]
+    trajectory = Trajectory(
+        prompt_index=0, prompt_id="q", sample_index=1, prompt_tokens=[1, 2], turns=turns, stop_reason="answer"
+    )
+    return [trajectory]
+
+
+class Start:
+    """What one start of the run holds."""
+
+    def __init__(self, world: SimpleNamespace, root: Path, **changes: Any):
+        config = dataclasses.replace(Run(world, root).config, **changes)
+        self.parts: Any = SimpleNamespace(**vars(world.parts), config=config, groups=world.groups)
+        self.parts.carried = CarriedPool()
+        self.parts.sampler.load_state_dict(self.parts.sampler.state_dict() | {"position": 0, "epoch": 0})
+        self.bank = RolloutBank(root / "bank", self.parts)
+
+    def take(self, step: int = 3) -> tuple[list[Trajectory] | None, dict[str, float]]:
+        metrics = MetricSums()
+        return self.bank.take(step, metrics), metrics.values()
+
+
+@pytest.fixture
+def banked(world, tmp_path) -> dict[str, float]:
+    """Step 3 played and put on disk; its metrics."""
+    first = Start(world, tmp_path)
+    assert first.take() == (None, {})
+    metrics = MetricSums()
+    metrics.add("reward", 0.1 + 0.2, 3)
+    metrics.add_max("gap", 1e-300)
+    first.parts.sampler.next_indices()
+    first.bank.put(3, played(), metrics)
+    return metrics.values()
+
+
+def test_the_same_step_goes_on_with_rollouts_metrics_and_sampler(world, tmp_path, banked):
+    again = Start(world, tmp_path, checkpoint=CheckpointConfig(every=7))
+    assert again.take() == (played(), banked)
+    assert again.parts.sampler.state_dict()["position"] == 2
+
+
+def test_what_is_carried_over_is_put_back_with_the_step(world, tmp_path):
+    first = Start(world, tmp_path)
+    assert first.take()[0] is None
+    prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
+    group = CarriedGroup(begun=3, question=7, prompt=prompt, trajectories=played())
+    held = Carried(entries=(Entry(begun=3, index=1, question=7, replica=0),), own=(group,))
+    first.parts.carried.state = held
+    first.bank.put(3, played(), MetricSums())
+    again = Start(world, tmp_path)
+    again.parts.carried.state = Carried()
+    assert again.take()[0] == played()
+    assert again.parts.carried.state == held
+
+
+def test_another_step_or_configuration_plays_anew(world, tmp_path, banked):
+    assert Start(world, tmp_path).take(step=2)[0] is None
+    assert Start(world, tmp_path, rollout=RolloutConfig(temperature=0.9)).take()[0] is None
+
+
+def test_other_weights_play_anew_also_where_one_bit_differs(world, tmp_path, banked):
+    weight = next(world.parts.policy.gpt_models[0].parameters())
+    with torch.no_grad():
+        value = weight.view(-1)[0].clone()
+        weight.view(-1)[0] = torch.nextafter(value, torch.tensor(9.0))
+        assert Start(world, tmp_path).take()[0] is None
+        weight.view(-1)[0] = value
+    assert Start(world, tmp_path).take()[0] == played()
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_a_damaged_file_is_passed_over(world, tmp_path, banked, place):
+    path = tmp_path / "bank/step_3/replica_0.bin"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert Start(world, tmp_path).take()[0] is None
+    path.write_bytes(content[:50])
+    assert Start(world, tmp_path).take()[0] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("rank_0.bin", "step_3 was written by an earlier version"), ("replica_0.bin", "by another version")],
+)
+def test_rollouts_of_another_version_are_passed_over_with_one_line(world, tmp_path, caplog, name, said):
+    path = tmp_path / "bank/step_3" / name
+    path.parent.mkdir(parents=True)
+    payload = encode_records({"key": "step 3"})
+    path.write_bytes(hashlib.blake2b(payload, digest_size=32).digest() + payload)
+    assert Start(world, tmp_path).take()[0] is None
+    assert [said in record.message for record in caplog.records] == [True]
+
+
+def test_a_checkpoint_removes_the_steps_it_covers(world, tmp_path, banked):
+    drop_covered(tmp_path / "bank", 3)
+    assert (tmp_path / "bank/step_3").exists()
+    drop_covered(tmp_path / "bank", 4)
+    assert not (tmp_path / "bank/step_3").exists()
+
+
+def test_a_bank_that_cannot_be_written_costs_a_metric_not_the_run(world, tmp_path):
+    (tmp_path / "bank").write_text("in the way")
+    start = Start(world, tmp_path)
+    start.take()
+    metrics = MetricSums()
+    start.bank.put(3, played(), metrics)
+    assert metrics.values() == {"rollout/not_banked": 1.0}

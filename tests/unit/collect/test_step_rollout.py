@@ -1,0 +1,188 @@
+"""Which groups a step under dynamic sampling is made of, and how many prompts it draws."""
+
+import math
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from a2tgpo.collect.step import (
+    StepRollout,
+    draw_size,
+    informative_groups,
+    select_groups,
+    take_groups,
+)
+from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.trajectory import Prompt, Trajectory
+
+
+def trajectory(group: int, sample: int, reward: float = 0.0) -> Trajectory:
+    return Trajectory(
+        prompt_index=group,
+        prompt_id=f"question {group}",
+        sample_index=sample,
+        prompt_tokens=[1],
+        turns=[],
+        stop_reason="answer",
+        outcome_reward=reward,
+        exact_match=max(reward, 0.0),
+        format_ok=reward >= 0,
+    )
+
+
+@st.composite
+def played(draw) -> tuple[list[bool], int]:
+    """(informative, num_groups): at least as many groups as a step has."""
+    num_groups = draw(st.integers(1, 12))
+    return draw(st.lists(st.booleans(), min_size=num_groups, max_size=40)), num_groups
+
+
+@given(played())
+def test_a_step_is_the_first_informative_groups_in_draw_order(case):
+    informative, num_groups = case
+    groups = select_groups(informative, num_groups=num_groups).groups
+    assert groups == sorted(set(groups)) and len(groups) == num_groups
+    positions = [i for i, bit in enumerate(informative) if bit]
+    assert [group for group in groups if informative[group]] == positions[:num_groups]
+
+
+@given(played())
+def test_missing_places_go_to_the_first_dropped_groups_and_both_leftovers_are_counted(case):
+    informative, num_groups = case
+    selection = select_groups(informative, num_groups=num_groups)
+    filling = [group for group in selection.groups if not informative[group]]
+    assert filling == [i for i, bit in enumerate(informative) if not bit][: len(filling)]
+    assert len(filling) == selection.num_unfilled == max(0, num_groups - sum(informative))
+    assert selection.num_surplus == sum(informative) - sum(informative[g] for g in selection.groups)
+    assert selection.num_surplus == 0 or selection.num_unfilled == 0
+
+
+@given(played(), st.randoms())
+def test_taken_groups_are_numbered_from_0_in_draw_order_and_stay_whole(case, random):
+    informative, num_groups = case
+    groups = select_groups(informative, num_groups=num_groups).groups
+    everything = [trajectory(group, sample) for group in range(len(informative)) for sample in range(3)]
+    random.shuffle(everything)  # replicas hold them in another order
+    taken = sorted(take_groups(everything, groups), key=lambda t: (t.prompt_index, t.sample_index))
+    found = [(t.prompt_index, t.sample_index, t.prompt_id) for t in taken]
+    assert found == [
+        (place, sample, f"question {group}") for place, group in enumerate(groups) for sample in range(3)
+    ]
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 4), st.integers(1, 4), st.integers(0, 60))
+def test_a_draw_ends_the_step_or_gives_all_replicas_as_much(informative, replicas, per_replica, num_left):
+    num_groups = replicas * per_replica
+    size = draw_size(informative, num_groups=num_groups, num_replicas=replicas, num_left=num_left)
+    kept = sum(informative)
+    if kept >= num_groups or num_left == 0:
+        assert size == 0
+        return
+    assert 1 <= size <= min(num_groups, num_left)
+    assert size % replicas == 0 or size == num_left
+    # Enough to fill the step at the share kept so far, unless a bound is in the way.
+    if kept:
+        needed = (num_groups - kept) * len(informative) / kept
+        assert size >= min(needed, num_groups, num_left)
+        assert size <= math.ceil(needed) + replicas - 1
+
+
+@pytest.mark.parametrize(
+    ("informative", "num_left", "size"),
+    [
+        ([], 100, 16),  # the first draw is a whole step
+        ([True] * 12 + [False] * 4, 100, 8),  # 4 missing at 3 in 4: 5.3, rounded up for 4 replicas
+        ([True] * 2 + [False] * 14, 100, 16),  # 14 missing at 1 in 8: no draw is larger than a step
+        ([False] * 16, 100, 16),
+        ([True] * 15 + [False], 3, 3),  # what is left of the set
+        ([True] * 16, 100, 0),
+        ([True] * 20, 100, 0),
+    ],
+)
+def test_draw_sizes_by_hand(informative, num_left, size):
+    assert draw_size(informative, num_groups=16, num_replicas=4, num_left=num_left) == size
+
+
+def test_a_group_is_informative_unless_all_its_rewards_are_equal():
+    rewards = {0: (1.0, 1.0, 1.0), 3: (-1.0, 0.0, -1.0), 4: (0.0,), 7: (1.0, 0.75)}
+    trajectories = [trajectory(g, s, r) for s in range(3) for g in rewards for r in rewards[g][s : s + 1]]
+    assert informative_groups(trajectories) == {0: False, 3: True, 4: False, 7: True}
+    assert informative_groups([]) == {}
+
+
+def test_a_length_penalty_makes_no_group_informative():
+    trajectories = [trajectory(0, sample, reward) for sample, reward in enumerate((-1.0, -1.0, -1.0))]
+    trajectories[1].outcome_reward -= 0.25
+    trajectories[2].exact_match = 1.0  # a right answer in an ill-formed response is worth as little
+    assert informative_groups(trajectories) == {0: False}
+
+
+class ScriptedParts:
+    """Stands in for prompts, engine and rollout.
+
+    Answers to questions 0 and 1 are all ill-formed, of those to 2 and 3 half are right.
+    """
+
+    def __init__(self, groups) -> None:
+        self.config = SimpleNamespace(
+            rollout=RolloutConfig(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=3),
+            run=SimpleNamespace(seed=0),
+        )
+        self.groups = groups
+        self.replicas = SimpleNamespace(index=0, count=1, is_first=True)
+        self.sampler = PromptSampler(4, 2, seed=0)
+        self.startup = {"time/startup_engine_s": 3.0}
+        self.train_prompts = self.rollout = self.engine = self
+
+    def prompts(self, asked, positions) -> list[Prompt]:
+        return [
+            Prompt(index=index, id=str(asked[index]), question="", answers=("a",), tokens=(1,))
+            for index in positions
+        ]
+
+    def run(
+        self, prompts, *, seed: int, step: int, is_cut: Any, progress: Any
+    ) -> tuple[list[Trajectory], RolloutCounts]:
+        played = []
+        for prompt in prompts:
+            for sample in range(2):
+                made = trajectory(prompt.index, sample, -1.0)
+                if int(prompt.id) > 1:
+                    made.outcome_reward = made.exact_match = float(sample)
+                    made.format_ok = True
+                played.append(made)
+                progress(len(played), 2 * len(prompts))
+        return played, RolloutCounts()
+
+    def sleep(self) -> None:
+        pass
+
+
+def test_reward_and_format_are_reported_over_everything_played():
+    environment = dict(os.environ)
+    parts: Any = ScriptedParts(initialize(ParallelConfig(), seed=0))
+    metrics, later = MetricSums(), MetricSums()
+    try:
+        rollout = StepRollout(parts)
+        taken = rollout.play(step=0, metrics=metrics)
+        rollout.play(step=1, metrics=later)
+    finally:
+        shutdown()
+        os.environ.clear()
+        os.environ.update(environment)
+    found = metrics.values()
+    assert len(taken) == 4 and all(t.format_ok for t in taken) and found["sampling/groups_played"] == 4
+    assert found["sampling/format_error_rate_all"] == 0.5
+    assert found["sampling/reward_all_mean"] == -0.25
+    # What the start took is told with the first step's rollout only.
+    assert found["time/startup_engine_s"] == 3.0 and 0 < found["time/startup_to_rollout_s"] < 3600
+    assert not [name for name in later.values() if name.startswith("time/startup")]

@@ -1,0 +1,21 @@
+"""How long ago a process was started, as the operating system knows it."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from a2tgpo.lifecycle.process_age import process_age_s
+
+
+def test_the_age_is_that_of_the_process_not_of_the_module():
+    started = psutil.Process().create_time()
+    assert process_age_s() == pytest.approx(time.time() - started, abs=1.0)
+
+
+def test_a_new_process_is_younger():
+    code = "from a2tgpo.lifecycle.process_age import process_age_s; print(process_age_s())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(found.stdout) < process_age_s()

@@ -1,0 +1,1 @@
+from tiny_policy import policy, trajectories  # noqa: F401

@@ -1,0 +1,326 @@
+"""Compare methods: every method with every seed on one experiment, then tables and figures.
+
+    python tools/ablation/compare.py CONFIG --methods grpo,dapo,igpo,a2tgpo --seeds 0,1,2 --out DIR [--ranks R]
+                             [--jobs J] [--tuned DIR] [section.field=value ...]
+    python tools/ablation/compare.py --report DIR
+
+A method NAME is configs/algorithm/NAME.yaml over CONFIG, then NAME.yaml of the --tuned folder, if it exists, for
+settings that depend on the experiment's scale, such as learning rate and clipping range. Runs of one seed draw the
+same questions with the same seeds. Started again, the comparison skips finished runs and resumes the others from
+their checkpoints; a failed run does not stop the others. DIR holds runs/, logs/, results.csv, curves.csv, report.md,
+figures and tensorboard/, rewritten after every run that ends; --report writes them from the existing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import write_report
+from style import MAX_METHODS
+from tqdm import tqdm
+
+from a2tgpo.config.expand import path_argument
+from a2tgpo.config.load import config_to_dict, load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError, require
+from runs import (
+    ATTEMPT_MARK,
+    CONFIG_FILE,
+    PLAN_FILE,
+    Plan,
+    Run,
+    RunResult,
+    load_plan,
+    read_result,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
+PRESETS = ROOT / "configs" / "algorithm"
+OWN_KEYS = ("run.name", "run.root", "run.seed")
+"""Set for every run here, so not allowed on the command line."""
+POLL_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Settings shared by all runs of a comparison."""
+
+    config: str
+    overrides: Sequence[str]
+    presets: Path
+    tuned: Path | None
+    ranks: int
+    launcher: Sequence[str]
+    """A command with the arguments of launch/local.sh."""
+
+    def arguments(self, run: Run) -> list[str]:
+        """Return the arguments after CONFIG: files, then values; later ones win."""
+        files = [self.presets / f"{run.method}.yaml"]
+        if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
+            files.append(self.tuned / f"{run.method}.yaml")
+        own = [f"run.name={run.name}", f"run.root={run.folder.parent}", f"run.seed={run.seed}"]
+        return [*map(str, files), *own, *self.overrides]
+
+    def command(self, run: Run) -> list[str]:
+        return [*self.launcher, "-n", str(self.ranks), self.config, *self.arguments(run)]
+
+    def check(self, run: Run) -> RunConfig:
+        """Return the configuration for `run`; ConfigError if the run was started with another one."""
+        config = load_config(self.config, self.arguments(run))
+        refuse_other_config(run.folder, config)
+        return config
+
+
+def refuse_other_config(folder: Path, config: RunConfig) -> None:
+    """Raise ConfigError if the run in `folder` was started with another configuration than `config`."""
+    if not (folder / CONFIG_FILE).exists():
+        return
+    begun = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
+    for key, value in leaves(config_to_dict(config)):
+        # The whole folder may have been moved.
+        if key != "run.root" and begun[key] != value:
+            raise ConfigError(
+                f"{folder} was begun with {key}={begun[key]!r}, now it is {value!r}; "
+                "give another --out, or remove that folder to run it anew"
+            )
+
+
+def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value) of all entries in nested dicts."""
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A run in progress."""
+
+    run: Run
+    slot: int
+    process: subprocess.Popen
+
+
+class Progress:
+    """Shows steps over all runs and the time left: a bar in a terminal, else a line per run that ends."""
+
+    def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
+        self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)
+        self._seen = {run.name: (0.0, run.step()) for run in runs}
+        """Run -> (time of its metrics' last change, its steps)."""
+        self._total = total_steps
+        self._begun_at = self._done = sum(step for _, step in self._seen.values())
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=self._done,
+            desc="steps",
+            dynamic_ncols=True,
+            disable=None,  # disabled if stderr is no terminal
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
+        )
+
+    def look(self, jobs: Sequence[Job]) -> None:
+        """Count the steps done since the last call."""
+        for job in jobs:
+            changed, steps = self._seen[job.run.name]
+            with contextlib.suppress(OSError, ValueError):  # being written, or missing yet
+                if (now := job.run.metrics_file.stat().st_mtime) != changed:
+                    step = job.run.step()
+                    self._seen[job.run.name] = (now, step)
+                    self._done += step - steps
+                    self._bar.update(step - steps)
+        self._bar.set_postfix_str(", ".join(job.run.name for job in jobs), refresh=False)
+
+    def end(self, result: RunResult) -> None:
+        """Print the outcome of a run."""
+        self._ended_runs += 1
+        scores = [record["evaluation/em"] for record in result.evaluations()]
+        became = f"held-out EM {scores[0]:.3f} to {scores[-1]:.3f}" if result.is_finished else result.fault
+        made = self._done - self._begun_at
+        to_do = self._total - self._done
+        seconds = (time.monotonic() - self._start) / made * to_do if made else 0.0
+        left = f"; about {seconds / 60:.0f} min left" if made and to_do else ""
+        line = f"[{self._ended_runs}/{self._total_runs}] {result.run.name} {result.status}: {became}{left}"
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list[RunResult]:
+    """Run all runs of `plan` to their end, `jobs` at a time; return those that failed.
+
+    Raises:
+        ConfigError: before any start; a configuration is wrong or a run was started with another one.
+    """
+    runs = plan.runs(out)
+    total_steps = sum(experiment.check(run).run.steps for run in runs)
+    if (out / PLAN_FILE).exists():
+        with contextlib.suppress(ConfigError):  # a damaged plan is written anew
+            plan.widen(load_plan(out))
+    require(
+        len(plan.methods) <= MAX_METHODS,
+        f"methods in {out}",
+        ", ".join(plan.methods),
+        f"at most {MAX_METHODS}, or another --out",
+    )
+    waiting = [run for run in runs if not read_result(run, None).is_finished]
+    for run in waiting:
+        plan.exit_codes.pop(run.name, None)
+    plan.save(out)
+    progress = Progress(runs, waiting, total_steps)
+    try:
+        return play(experiment, plan, waiting, progress, jobs=jobs)
+    finally:
+        progress.close()
+
+
+def play(
+    experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
+) -> list[RunResult]:
+    """Start `runs` in order, `jobs` at a time, and report after each; return those that failed."""
+    waiting, running, failed = list(runs), list[Job](), list[RunResult]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                slot = min(set(range(jobs)) - {job.slot for job in running})
+                running.append(start(experiment, waiting.pop(0), slot=slot, jobs=jobs))
+            time.sleep(POLL_S)
+            progress.look(running)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                plan.exit_codes[job.run.name] = job.process.returncode
+                plan.save(job.run.out)
+                result = read_result(job.run, job.process.returncode)
+                progress.end(result)
+                failed += [] if result.is_finished else [result]
+                report_so_far(job.run.out)
+    finally:
+        for job in running:
+            job.process.terminate()  # torchrun ends its ranks
+        for job in running:
+            job.process.wait()
+    return failed
+
+
+def report_so_far(out: Path) -> None:
+    """Write the report; a file that cannot be read at present does not end the runs."""
+    try:
+        write_report(out)
+    except (OSError, ValueError) as error:
+        tqdm.write(f"ablation: no report this time: {error}", file=sys.stderr)
+
+
+def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
+    """Start one run with its output in its log, on its own share of the cores if there are enough."""
+    command = experiment.command(run)
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with run.log.open("a", encoding="utf-8") as log:
+        log.write(f"{ATTEMPT_MARK}{shlex.join(command)}\n")
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHON": sys.executable},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    share = sorted(os.sched_getaffinity(0))
+    share = share[slot * len(share) // jobs : (slot + 1) * len(share) // jobs]
+    if jobs > 1 and len(share) >= experiment.ranks:
+        with contextlib.suppress(ProcessLookupError):  # the process may have ended already
+            os.sched_setaffinity(process.pid, share)
+    return Job(run=run, slot=slot, process=process)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("config", nargs="?", help="YAML file of the experiment")
+    parser.add_argument(
+        "--methods", help="names from configs/algorithm, comma-separated; the first is the base"
+    )
+    parser.add_argument("--seeds", default="0", help="comma-separated (default: %(default)s)")
+    parser.add_argument("--out", type=path_argument, help="folder of the comparison")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--tuned", type=path_argument, help="folder with NAME.yaml for methods that need other values here"
+    )
+    parser.add_argument(
+        "--presets", type=path_argument, default=PRESETS, help="folder of the methods (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--report", type=path_argument, metavar="DIR", help="only write tables and figures of DIR anew"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    # Values may follow options: the plain parser would consume all positionals at the first one.
+    return parser.parse_intermixed_args(argv)
+
+
+def parse_plan(options: argparse.Namespace) -> Plan:
+    """Check and return methods and seeds of the command line."""
+    for name in ("config", "methods", "out"):
+        require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
+    require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")
+    require(options.jobs >= 1, "--jobs", options.jobs, ">= 1")
+    for name in ("tuned", "presets"):
+        folder = getattr(options, name)
+        require(folder is None or folder.is_dir(), f"--{name}", str(folder), "an existing folder")
+    for override in options.overrides:
+        key = override.partition("=")[0].strip()
+        require(
+            key not in OWN_KEYS, "command line", override, f"anything but {', '.join(OWN_KEYS)}, set here"
+        )
+    methods = list(dict.fromkeys(options.methods.split(",")))
+    known = sorted(path.stem for path in options.presets.glob("*.yaml"))
+    for method in methods:
+        require(method in known, "--methods", method, " | ".join(known) or f"*.yaml in {options.presets}")
+    seeds = options.seeds.split(",")
+    require(all(seed.isdecimal() for seed in seeds), "--seeds", options.seeds, "integers >= 0, like 0,1,2")
+    return Plan(methods=methods, seeds=sorted({int(seed) for seed in seeds}))
+
+
+def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
+    options = parse_arguments(argv)
+    try:
+        if options.report is not None:
+            print(write_report(options.report))
+            return 0
+        plan = parse_plan(options)
+        experiment = Experiment(
+            config=options.config,
+            overrides=options.overrides,
+            presets=options.presets,
+            tuned=options.tuned,
+            ranks=options.ranks,
+            launcher=launcher,
+        )
+        failed = compare(experiment, plan, options.out, jobs=options.jobs)
+        print(write_report(options.out))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    # If a batch system ends this program, it ends its runs too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Write a comparison's tables: results.csv, curves.csv, report.md, and TensorBoard curves averaged over seeds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from figures import write_figures
+from seed_statistics import Estimate, estimate, paired_difference
+
+from a2tgpo.io.atomic_file import write_text
+from a2tgpo.io.tables import markdown_table, write_csv
+from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
+from runs import RunResult, read_results
+
+LAST_EVALUATIONS = 3
+"""Number of last evaluations to average for comparing methods, which is less noisy than the last one alone."""
+TRAINING_CURVES = (
+    "reward/mean",
+    "reward/em",
+    "sampling/reward_all_mean",
+    "entropy/mean",
+    "turns/process_turns",
+    "clip/fraction",
+    "update/grad_norm",
+)
+"""Metrics in curves.csv, in addition to all held-out scores."""
+HOPS_COLUMN = re.compile(r"em_(\d+)_hops")
+
+Row = dict[str, str | int | float | None]
+
+
+def write_report(out: Path) -> str:
+    """Write all tables and figures of the comparison in `out`; return a line that names the report.
+
+    Raises:
+        ConfigError: `out` holds no comparison.
+    """
+    plan, results = read_results(out)
+    rows = [result_row(result) for result in results]
+    finished = [result for result in results if result.is_finished]
+    write_csv(out / "results.csv", rows)
+    write_csv(out / "curves.csv", list(curve_rows(finished)))
+    figures = write_figures(finished, out)
+    write_boards(finished, out / "tensorboard")
+    text = report_text(plan.methods, results, rows) + figure_text(figures)
+    write_text(out / "report.md", text)
+    return f"{len(finished)} of {len(results)} runs finished; report: {out / 'report.md'}"
+
+
+def result_row(result: RunResult) -> Row:
+    """Return one line of results.csv; scores are empty if the run is not finished."""
+    evaluations = result.evaluations() if result.is_finished else []
+    trained = [record["evaluation/em"] for record in evaluations if record["step"] > 0]
+    last = evaluations[-1] if evaluations else {}
+    start = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else {}
+    hops = sorted(name.partition("/")[2] for name in last if HOPS_COLUMN.fullmatch(name.partition("/")[2]))
+    group_size = result.config.rollout.group_size if result.config else 0
+    groups = played_groups(result)
+    return {
+        "method": result.run.method,
+        "seed": result.run.seed,
+        "status": result.status,
+        "first_em": start.get("evaluation/em"),
+        "final_em": last.get("evaluation/em"),
+        "best_em": max(trained, default=None),
+        "last3_em": estimate(trained[-LAST_EVALUATIONS:]).mean if trained else None,
+        **{name: last[f"evaluation/{name}"] for name in hops},
+        "em_format_gated": last.get("evaluation/em_format_gated"),
+        "f1": last.get("evaluation/f1"),
+        "format_ok_rate": last.get("evaluation/format_ok_rate"),
+        "tool_calls": last.get("evaluation/tool_calls"),
+        "steps": result.steps,
+        "groups": groups,
+        "rollouts": groups * group_size,
+        "tokens": int(total(result, "speed/sampled_tokens")),
+        "seconds": total(result, "time/step_s", "time/evaluation_s", "time/checkpoint_s"),
+    }
+
+
+def played_groups(result: RunResult) -> int:
+    """Return the number of groups played in training, including those that dynamic sampling dropped."""
+    if result.config is None:
+        return 0
+    usual = result.config.rollout.prompts_per_step
+    played = [record.get("sampling/groups_played") for record in result.records if record["step"] > 0]
+    return sum(usual if groups is None else round(groups) for groups in played)
+
+
+def total(result: RunResult, *metrics: str) -> float:
+    return sum(record.get(name) or 0.0 for record in result.records for name in metrics)
+
+
+def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
+    """Yield the rows of curves.csv, one per value."""
+    for result in results:
+        for record in result.records:
+            for name, value in record.items():
+                if value is not None and (name in TRAINING_CURVES or name.startswith("evaluation/")):
+                    yield {
+                        "method": result.run.method,
+                        "seed": result.run.seed,
+                        "step": record["step"],
+                        "metric": name,
+                        "value": value,
+                    }
+
+
+def write_boards(results: Sequence[RunResult], folder: Path) -> None:
+    """Write a TensorBoard run for each method: every metric's mean over the seeds, where all of them have it."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for method in dict.fromkeys(result.run.method for result in results):
+        seeds = [{record["step"]: record for record in r.records} for r in results if r.run.method == method]
+        board = SummaryWriter(str(folder / method))
+        board.add_custom_scalars(TENSORBOARD_LAYOUT)
+        for step, first in sorted(seeds[0].items()):
+            for name in first:
+                values = [records.get(step, {}).get(name) for records in seeds]
+                if name != "step" and None not in values:
+                    board.add_scalar(name, estimate([v for v in values if v is not None]).mean, step)
+        board.close()
+
+
+def report_text(methods: Sequence[str], results: Sequence[RunResult], rows: Sequence[Row]) -> str:
+    """Return the text of report.md without its figures."""
+    finished = [row for row in rows if row["status"] == "finished"]
+    by_method = {method: [row for row in finished if row["method"] == method] for method in methods}
+    by_method = {method: own for method, own in by_method.items() if own}
+    parts = ["# Comparison of methods", setting_text(results)]
+    if by_method:
+        parts += ["## Held-out exact match", em_table(by_method, base=methods[0])]
+        parts += ["## Last evaluation", last_table(by_method)]
+        parts += ["## What it took", budget_table(by_method)]
+    missing = [result for result in results if not result.is_finished]
+    if missing:
+        parts += ["## Not in the tables", "\n".join(fault_line(result) for result in missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def setting_text(results: Sequence[RunResult]) -> str:
+    begun = next((result for result in results if result.config is not None), None)
+    if begun is None or begun.config is None:
+        return "No run has begun."
+    config = begun.config
+    questions = [r["evaluation/num_questions"] for result in results for r in result.evaluations()]
+    return (
+        f"{config.model.path} on {config.data.train}, {config.run.steps} steps of "
+        f"{config.rollout.prompts_per_step} prompts × {config.rollout.group_size} rollouts"
+        + (f", evaluated greedily on {questions[-1]:.0f} held-out questions. " if questions else ". ")
+        + "± is the half of the 95 % interval of the mean over seeds (Student's t), ? where one seed leaves it "
+        "unknown; what another choice of questions would change is not in it. Runs of one seed were dealt the same "
+        "questions in the same order; those with dynamic sampling asked more of them."
+    )
+
+
+def em_table(by_method: Mapping[str, Sequence[Row]], *, base: str) -> str:
+    """Format the scores over training, and the paired difference to the first method."""
+    header = ["method", "seeds", "step 0", "last", "best", f"mean of last {LAST_EVALUATIONS}"]
+    lines = []
+    for method, rows in by_method.items():
+        cells = [means(rows, name).text() for name in ("first_em", "final_em", "best_em", "last3_em")]
+        difference = paired_difference(
+            by_seed(rows, "last3_em"), by_seed(by_method.get(base, []), "last3_em")
+        )
+        lines.append([method, str(len(rows)), *cells, "" if method == base else difference_cell(difference)])
+    note = (
+        f"The difference is that of the mean of the last {LAST_EVALUATIONS} evaluations after step 0, seed by seed; "
+        "bold where its interval leaves out 0. The best of several evaluations picks luck, so it is too high."
+    )
+    return markdown_table([*header, f"difference to {base}"], lines) + f"\n\n{note}"
+
+
+def difference_cell(difference: Estimate) -> str:
+    if not difference.count:
+        return "–"
+    text = f"{difference.text('+.3f')} (n = {difference.count})"
+    return f"**{text}**" if difference.excludes_zero else text
+
+
+def last_table(by_method: Mapping[str, Sequence[Row]]) -> str:
+    names = {name for rows in by_method.values() for row in rows for name in row}
+    hops = sorted((int(match.group(1)), name) for name in names if (match := HOPS_COLUMN.fullmatch(name)))
+    columns = {f"EM, {number} hop{'s' * (number > 1)}": name for number, name in hops}
+    columns |= {"EM, format gated": "em_format_gated", "F1": "f1"}
+    columns |= {"format ok": "format_ok_rate", "tool calls": "tool_calls"}
+    lines = [
+        [method, *(means(rows, name).text() for name in columns.values())]
+        for method, rows in by_method.items()
+    ]
+    return markdown_table(["method", *columns], lines)
+
+
+def budget_table(by_method: Mapping[str, Sequence[Row]]) -> str:
+    columns: dict[str, Callable[[Sequence[Row]], str]] = {
+        "steps": lambda rows: f"{means(rows, 'steps').mean:.0f}",
+        "groups played": lambda rows: f"{means(rows, 'groups').mean:,.0f}",
+        "rollouts played": lambda rows: f"{means(rows, 'rollouts').mean:,.0f}",
+        "sampled tokens": lambda rows: f"{means(rows, 'tokens').mean:,.0f}",
+        "seconds": lambda rows: f"{means(rows, 'seconds').mean:,.0f}",
+    }
+    lines = [[method, *(cell(rows) for cell in columns.values())] for method, rows in by_method.items()]
+    note = (
+        "Means over a method's runs. Groups dropped by dynamic sampling count as played. Seconds are those of steps, "
+        "evaluations and checkpoints, without start-up; runs played side by side slow each other down. "
+        "Information gain is scored in every run, also where the method makes no use of it."
+    )
+    return markdown_table(["method", *columns], lines) + f"\n\n{note}"
+
+
+def fault_line(result: RunResult) -> str:
+    where = f" (logs/{result.run.log.name})" if result.run.log.exists() else ""
+    return f"- {result.run.name} {result.status}: {result.fault}{where}"
+
+
+def figure_text(figures: Mapping[str, str]) -> str:
+    """Format pictures with captions, given by file name."""
+    return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
+
+
+def by_seed(rows: Sequence[Row], column: str) -> dict[int, float]:
+    return {int(row["seed"] or 0): float(row[column] or 0.0) for row in rows if row.get(column) is not None}
+
+
+def means(rows: Sequence[Row], column: str) -> Estimate:
+    return estimate(list(by_seed(rows, column).values()))

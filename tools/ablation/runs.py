@@ -1,0 +1,162 @@
+"""The runs of a comparison: their list, their folders, their progress.
+
+DIR/ablation.json      methods, seeds, and the exit codes of runs that have ended
+DIR/runs/NAME-seedS/   the run's folder
+DIR/logs/NAME-seedS.log   output of all attempts
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+
+PLAN_FILE = "ablation.json"
+CONFIG_FILE = "config.yaml"
+ATTEMPT_MARK = "$ "
+"""Start of the log line that holds an attempt's command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    out: Path
+    """The comparison's folder, DIR."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "runs" / self.name
+
+    @property
+    def log(self) -> Path:
+        return self.out / "logs" / f"{self.name}.log"
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / CONFIG_FILE
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / METRICS_FILE
+
+    def step(self) -> int:
+        """Steps done; 0 before the first."""
+        records = read_metrics(self.metrics_file)
+        return records[-1]["step"] if records else 0
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The methods and seeds that DIR compares, kept in DIR/ablation.json, so that a report needs only DIR."""
+
+    methods: list[str]
+    """The other methods are compared with the first."""
+    seeds: list[int]
+    exit_codes: dict[str, int] = field(default_factory=dict)
+    """By the run's name, of runs whose last attempt has ended."""
+
+    def runs(self, out: Path) -> list[Run]:
+        """Return the runs ordered by seed, so that an interrupted comparison has all methods of its first seeds."""
+        return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
+
+    def widen(self, earlier: Plan) -> None:
+        """Add the methods and seeds of an earlier call on the same folder, after this call's."""
+        self.methods += [method for method in earlier.methods if method not in self.methods]
+        self.seeds = sorted({*self.seeds, *earlier.seeds})
+        self.exit_codes = earlier.exit_codes | self.exit_codes
+
+    def save(self, out: Path) -> None:
+        write_json(out / PLAN_FILE, asdict(self))
+
+
+def load_plan(out: Path) -> Plan:
+    """Load the plan in `out`; ConfigError if there is none."""
+    try:
+        return Plan(**json.loads((out / PLAN_FILE).read_text(encoding="utf-8")))
+    except OSError:
+        raise ConfigError(f"{out} has no {PLAN_FILE}; give the --out folder of a comparison") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{out / PLAN_FILE} is damaged; start the comparison again to rewrite it") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """The current results of a run."""
+
+    run: Run
+    config: RunConfig | None
+    """As resolved at the run's last start; None if it never started."""
+    records: Sequence[dict]
+    """metrics.jsonl: one record per step."""
+    status: str
+    """finished (last step and its evaluation exist) | failed (ended earlier) | unfinished."""
+    fault: str
+    """Why the run is not finished, one line; empty if it is."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def steps(self) -> int:
+        return self.records[-1]["step"] if self.records else 0
+
+    def evaluations(self) -> list[dict]:
+        """Records with a held-out score, ascending."""
+        return [record for record in self.records if record.get("evaluation/em") is not None]
+
+
+def read_result(run: Run, exit_code: int | None) -> RunResult:
+    """Read a run's folder.
+
+    Args:
+        exit_code: of its last attempt; None if that has not ended, or never began.
+    """
+    config = load_config(run.config_file) if run.config_file.exists() else None
+    records = read_metrics(run.metrics_file)
+    status, fault = "finished", ""
+    if not _is_complete(config, records):
+        status = "unfinished" if exit_code is None else "failed"
+        step = records[-1]["step"] if records else 0
+        fault = "not started" if config is None else f"step {step} of {config.run.steps}"
+        if exit_code is not None:
+            fault += f", exit code {exit_code}: {last_words(run.log)}"
+    return RunResult(run=run, config=config, records=records, status=status, fault=fault)
+
+
+def read_results(out: Path) -> tuple[Plan, list[RunResult]]:
+    """Return the plan of `out` and each run's results, methods in the plan's order."""
+    plan = load_plan(out)
+    results = [read_result(run, plan.exit_codes.get(run.name)) for run in plan.runs(out)]
+    return plan, sorted(results, key=lambda result: plan.methods.index(result.run.method))
+
+
+def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
+    if config is None or not records:
+        return False
+    return records[-1]["step"] == config.run.steps and records[-1].get("evaluation/em") is not None
+
+
+def last_words(log: Path) -> str:
+    """Return the line that explains the end of the last attempt: its last error, else its last line."""
+    if not log.exists():
+        return "no log"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
+    said = [line for line in lines[starts[-1] + 1 if starts else 0 :] if line]
+    errors = [line for line in said if line.startswith("error:")]
+    return (errors or said or ["it said nothing"])[-1]

@@ -1,0 +1,145 @@
+"""Write the configuration reference from the configuration's dataclasses.
+
+    python tools/upkeep/config_reference.py [--out docs/configuration.md] [--check]
+
+With --check, writes nothing; exits with 1 if the file is out of date.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import itertools
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.atomic_file import write_text
+
+ROOT = Path(__file__).parents[2]
+HEAD = """\
+# Configuration
+
+<!-- Written by tools/upkeep/config_reference.py from the dataclasses in a2tgpo/config/. Change those. -->
+
+One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
+`section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so
+is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration
+and checks it.
+
+Paths are relative to the folder the program is started in. Keys without a default must be given.
+
+In paths, `run.name` and `search.url`, a leading `~` or `~USER` and every `${NAME}` or `$NAME` of an environment
+variable are replaced, and `$$` stands for `$`; a variable that is not set or empty is an error. The same holds for
+`base:` and for the paths among the arguments of every program. `runs/NAME/config.yaml` holds the result.
+
+Numbers are in base 10: YAML would read `012` in base 8 and `1:30` in base 60, so both are refused. `1e-5` is a
+number here though YAML reads a text, `1_000` is 1000, and `0x1f` is 31. `yes`, `no`, `on` and `off` are true and
+false, as in YAML; where a text is meant, put them in quotes. Files are in UTF-8.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One key: a row of the reference."""
+
+    key: str
+    kind: str
+    default: str
+    text: str
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "configuration.md")
+    parser.add_argument(
+        "--check", action="store_true", help="only compare; exit 1 if the file is out of date"
+    )
+    args = parser.parse_args()
+    page = reference()
+    if args.check:
+        if args.out.is_file() and args.out.read_text(encoding="utf-8") == page:
+            return 0
+        print(f"{args.out} is out of date; run python tools/upkeep/config_reference.py", file=sys.stderr)
+        return 1
+    write_text(args.out, page)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def reference() -> str:
+    """Return the whole page: a table for each section and subsection."""
+    parts = [HEAD]
+    for name, section in _sections(RunConfig):
+        parts.append(f"\n## {name}\n")
+        if says := _class_text(section):
+            parts.append(f"\n{says}\n")
+        parts.append("\n| key | type | default | |\n|---|---|---|---|\n")
+        for setting in _settings(section, name):
+            parts.append(f"| `{setting.key}` | {setting.kind} | {setting.default} | {setting.text} |\n")
+    return "".join(parts)
+
+
+def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Yield (dotted name, class) of every section below `section`, each before its subsections."""
+    for name, kind in get_type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield f"{prefix}{name}", kind
+            yield from _sections(kind, f"{prefix}{name}.")
+
+
+def _settings(section: type, prefix: str) -> Iterator[Setting]:
+    kinds, texts = get_type_hints(section), _field_texts(section)
+    for field in dataclasses.fields(section):
+        if not dataclasses.is_dataclass(kinds[field.name]):
+            yield Setting(
+                key=f"{prefix}.{field.name}",
+                kind=kinds[field.name].__name__,
+                default="required" if field.default is dataclasses.MISSING else _shown(field.default),
+                text=_cell(texts.get(field.name, "")),
+            )
+
+
+def _field_texts(section: type) -> dict[str, str]:
+    """Return the docstring under each field."""
+    (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(section))).body)  # type: ignore[attr-defined]
+    texts = {}
+    for field, below in itertools.pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            texts[field.target.id] = str(below.value.value)
+    return texts
+
+
+def _class_text(section: type) -> str:
+    text = section.__doc__ or ""
+    return "" if text.startswith(f"{section.__name__}(") else _in_one_line(text)  # made by dataclass
+
+
+def _shown(value: object) -> str:
+    if value == "":
+        return "empty"
+    if isinstance(value, str) and len(value) > 60:
+        return "a text, see below" if "\n" in value else f"`{_cell(value[:50])}…`"
+    return f"`{_cell(str(value).lower() if isinstance(value, bool) else str(value))}`"
+
+
+def _cell(text: str) -> str:
+    return _in_one_line(text).replace("|", "\\|")
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The arithmetic data set: sums that need a calculator, and demonstrations of using it."""
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+
+from a2tgpo.config.tools import CalculatorConfig
+from a2tgpo.environment.tools.calculator import Calculator
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import require
+from a2tgpo.io.json_lines import write_lines
+from a2tgpo.rollout.tool_call import CallSyntax
+
+SYNTAX = CallSyntax(("calculator",))
+WORDS = {"+": "plus", "-": "minus", "*": "times"}
+FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
+"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
+MAX_QUESTIONS = 1_000_000
+"""There are 43.7 million different questions; close to that number, drawing a new one would take ever longer."""
+GOOD_SHARE = 0.5
+"""Share of demonstrations that calculate; the others guess, so that there is something to learn."""
+
+
+def build_arithmetic(args: argparse.Namespace) -> dict:
+    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; return the report."""
+    count = args.train_questions + args.test_questions
+    require(count <= MAX_QUESTIONS, "--train-questions + --test-questions", count, f"at most {MAX_QUESTIONS}")
+    draw = random.Random(f"arithmetic-{args.seed}")
+    questions = list(distinct_questions(draw, count))
+    test, train = questions[: args.test_questions], questions[args.test_questions :]
+    demonstrations = [demonstrate(train[i % len(train)], draw) for i in range(args.demonstrations)]
+    write_lines(args.out / "train.jsonl", (without_sum(question) for question in train))
+    write_lines(args.out / "test.jsonl", (without_sum(question) for question in test))
+    write_lines(args.out / "demonstrations.jsonl", demonstrations)
+    report = {
+        "questions": {"train": len(train), "test": len(test)},
+        "demonstrations": {
+            quality: sum(record["quality"] == quality for record in demonstrations)
+            for quality in ("good", "guess")
+        },
+    }
+    write_json(args.out / "report.json", report)
+    return report
+
+
+def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
+    """Yield questions whose answers follow from one expression, without repeating an expression."""
+    calculator = Calculator(CalculatorConfig())
+    seen: set[str] = set()
+    while len(seen) < count:
+        sign, last = draw.choice("+-*"), draw.choice("+-")
+        numbers = [draw.randint(11, 99), draw.randint(11, 99), draw.randint(100, 999)]
+        expression = f"{numbers[0]} {sign} {numbers[1]} {last} {numbers[2]}"
+        if expression in seen:
+            continue
+        seen.add(expression)
+        text = f"What is {numbers[0]} {WORDS[sign]} {numbers[1]} {WORDS[last]} {numbers[2]}?"
+        yield {
+            "id": f"sum-{len(seen)}",
+            "question": text,
+            "answers": calculator.call(expression),
+            "hops": 1,
+            "sum": expression,
+        }
+
+
+def without_sum(question: dict) -> dict:
+    return {name: value for name, value in question.items() if name != "sum"}
+
+
+def demonstrate(question: dict, draw: random.Random) -> dict:
+    """Return one demonstration: a calculation, or a wrong guess."""
+    (right,) = question["answers"]
+    if draw.random() >= GOOD_SHARE:
+        guess = str(int(right) + draw.choice((-100, -10, 10, 100)))
+        return _record(question, [(f"{FINAL_THOUGHT}{guess}}} </answer>", None)], "guess")
+    call = f"<think> I should calculate. </think> <calculator> {question['sum']} </calculator>"
+    turns = [(call, SYNTAX.format_result([right])), (f" {FINAL_THOUGHT}{right}}} </answer>", None)]
+    return _record(question, turns, "good")
+
+
+def _record(question: dict, turns: Sequence[tuple[str, str | None]], quality: str) -> dict:
+    written = [{"text": text, **({"observation": seen} if seen else {})} for text, seen in turns]
+    return {**without_sum(question), "turns": written, "quality": quality}

@@ -1,0 +1,164 @@
+"""A tiny Qwen3 model with its own tokenizer, small enough to train on two CPU cores in minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from a2tgpo.io.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TAGS = (
+    "<think>",
+    " </think>",
+    " <search>",
+    " </search>",
+    " <result>\n",
+    "\n</result>",
+    " <answer>",
+    " \\boxed{",
+    " </answer>",
+    "Doc 1 (Title: ",
+    ") ",
+)
+"""One token each, so that a small model spends no attention on the protocol."""
+# A space is separate from a following capital, so that a name has the same tokens everywhere.
+WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
+VOCAB_SIZE = 480
+ROPE_THETA = 10_000.0
+EMBEDDING_STD = 0.06
+
+
+def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Learn byte-level BPE of at most `VOCAB_SIZE` ids from `texts`; names are split into shared pieces."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(TAGS),
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
+    """Build two layers with a third of a million parameters, random except for `place_induction_heads`."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,  # the smallest that the engine's attention takes on CPU
+        initializer_range=0.04,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        place_induction_heads(model)
+    return model
+
+
+def place_induction_heads(model: PreTrainedModel) -> None:
+    """Initialise the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
+
+    Layer 0 attends to the previous token; layer 1 attends to positions after an earlier occurrence of the current
+    token, and copies the token there. From purely random weights, a model of this size takes well over ten times as
+    long to learn this, and until then copies no name correctly. All parameters stay trainable. Call without
+    gradients.
+    """
+    import torch
+
+    width, size = model.config.hidden_size, model.config.head_dim
+    first, second = (layer.self_attn for layer in model.model.layers[:2])
+    frequency = ROPE_THETA ** (-torch.arange(size // 2) / (size // 2))
+
+    # The other heads and the MLPs start small; otherwise their noise would drown out these two heads.
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight *= 0.1
+        layer.mlp.down_proj.weight *= 0.1
+    # A constant coordinate in every embedding gives queries and keys a part that depends only on position. (The tied
+    # output adds it equally to all logits.)
+    embedding = model.model.embed_tokens.weight
+    embedding.normal_(0.0, EMBEDDING_STD)
+    embedding[:, 0] = 6 * EMBEDDING_STD
+
+    # The fast rotations, with the query turned back by one position, match best with the previous key.
+    fast = torch.zeros(size)
+    fast[:5] = 1.0
+    back = torch.cat([torch.cos(frequency) * fast[: size // 2], -torch.sin(frequency) * fast[: size // 2]])
+    for projection, constant in ((first.k_proj, fast), (first.q_proj, back)):
+        projection.weight[:size] *= 0.1
+        projection.weight[:size, 0] = 0.5 * constant
+
+    # Three orthogonal subspaces of a token's content: what layer 0 reads, where it writes that, and what is copied.
+    basis = torch.zeros(width, width)
+    basis[1:, 1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
+    read, write, copied = basis[1:].split(size)[:3]  # [size, width] each, without the constant coordinate
+    # The slow rotations hardly turn over a few hundred positions, so they compare content with content.
+    slow = (frequency < 0.006).nonzero()[:, 0]
+    slow = torch.cat([slow, slow + size // 2])
+    compare = torch.linalg.qr(torch.randn(size, len(slow)))[0].T
+    for projection, content in ((second.q_proj, compare @ read), (second.k_proj, compare @ write)):
+        projection.weight[:size] *= 0.1
+        projection.weight[slow] += content
+    first.v_proj.weight[:size] = read
+    first.o_proj.weight[:, :size] = 0.15 * write.T
+    second.v_proj.weight[:size] = copied
+    second.o_proj.weight[:, :size] = 0.3 * copied.T
+    for attention, gain in ((first, 2.3), (second, 2.0)):
+        attention.q_norm.weight.fill_(gain)
+        attention.k_norm.weight.fill_(gain)
+
+
+def texts_of(data: Path) -> Iterator[str]:
+    """Yield the training texts of a prepared data set: questions, and the texts of policy and tool.
+
+    Raises:
+        ConfigError: one line; the demonstrations are missing, malformed or empty.
+    """
+    from a2tgpo.data.demonstrations import load_demonstrations
+
+    path = data / "demonstrations.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"--data {data} holds no demonstrations.jsonl; make it with tools/prepare_data.py")
+    for demonstration in load_demonstrations(str(path), key="--data"):
+        yield demonstration.question.question
+        for text, observation in demonstration.turns:
+            yield text + (observation or "")

@@ -1,0 +1,146 @@
+"""Write trajectories for the warm start: good ones, and bad habits that training must undo."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from worlds.worldqa_questions import QUERIES, Hop, Question
+
+Search = Callable[[str], str]
+"""Maps a query to the observation that a rollout would append."""
+
+FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
+"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
+
+POOR_KINDS = {
+    1: ("guess", "miscopy", "useless_query", "malformed"),
+    2: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
+    3: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
+}
+"""Kinds of poor demonstration by number of hops, as often as they are listed.
+
+guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: finds the answer,
+but gives the subject of its last query. useless_query: queries nothing in particular, then names the question's
+subject. malformed: right answer, broken tags.
+"""
+
+MAX_SEARCHES = 6
+"""Searches of one demonstration, detours included."""
+
+
+def build_demonstrations(
+    questions: Mapping[int, Sequence[Question]],
+    *,
+    num_demonstrations: int,
+    good_share: dict[int, float],
+    detour_share: float,
+    search: Search,
+    seed: int,
+) -> list[dict]:
+    """Return demonstrations as JSON records, shuffled; every number of hops gets an equal part.
+
+    Args:
+        questions: training questions by number of hops.
+        num_demonstrations: approximate number of records.
+        good_share: share of `quality: good`, by number of hops.
+        detour_share: chance, before every search, of a search that does not help; up to `MAX_SEARCHES` in all.
+        search: the rollout's search and observation format.
+        seed: determines all random choices.
+    """
+    draw = random.Random(f"demonstrations-{seed}")
+    records = []
+    for num_hops, pool in sorted(questions.items()):
+        picked = spread(pool, num_demonstrations // len(questions), draw)
+        num_good = round(good_share[num_hops] * len(picked))
+        kinds = ["good"] * num_good
+        while len(kinds) < len(picked):
+            kinds.append(POOR_KINDS[num_hops][(len(kinds) - num_good) % len(POOR_KINDS[num_hops])])
+        draw.shuffle(kinds)
+        for question, kind in zip(picked, kinds, strict=True):
+            turns = _turns(question, kind, pool, search, draw, detour_share)
+            records.append({**question.to_dict(), "turns": turns, "quality": kind})
+    draw.shuffle(records)
+    return records
+
+
+def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
+    """Return `count` questions, chains of relations in proportion to the root of their number, questions in turn.
+
+    The root prevents a chain with few questions from repeating its few names very often.
+    """
+    by_chain: dict[tuple[str, ...], list[Question]] = {}
+    for question in draw.sample(list(pool), len(pool)):
+        by_chain.setdefault(tuple(hop.relation for hop in question.hops), []).append(question)
+    chains = sorted(by_chain)
+    weights = [math.sqrt(len(by_chain[chain])) for chain in chains]
+    picked = []
+    for chain, weight in zip(chains, weights, strict=True):
+        share = round(count * weight / sum(weights))
+        picked += [by_chain[chain][i % len(by_chain[chain])] for i in range(share)]
+    return picked
+
+
+def _turns(
+    question: Question,
+    kind: str,
+    pool: Sequence[Question],
+    search: Search,
+    draw: random.Random,
+    detour_share: float,
+) -> list[dict]:
+    """Return the turns of one demonstration of quality `kind`."""
+    hops, answer = question.hops, question.hops[-1].answer.text
+    turns: list[dict] = []
+    if kind == "guess":
+        return [{"text": _final(_wrong_answer(question, pool, draw))}]
+    if kind == "useless_query":
+        query = QUERIES[hops[-1].relation].format("it") if draw.random() < 0.5 else "the answer"
+        turns.append(_search_turn("First", hops[0], query, search))
+        return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
+    if kind == "early_stop":
+        # A guess instead of the result found so far: otherwise that finding would make the gold answer less likely.
+        hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
+    for number, hop in enumerate(hops):
+        spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
+        while spare > 0 and detour_share and draw.random() < detour_share:
+            turns.append(_search_turn("Next" if turns else "First", hop, _detour(hop, draw), search))
+            spare -= 1
+        turns.append(_search_turn("Next" if turns else "First", hop, hop.query, search))
+    if kind == "miscopy":
+        answer = hops[-1].subject
+    last = _final(answer)
+    if kind == "malformed":
+        last = draw.choice(
+            [
+                last.replace("\\boxed{" + answer + "}", answer),
+                last.replace(" </think>", ""),
+                last.replace(" <answer> \\boxed{" + answer + "} </answer>", f" {answer} </answer>"),
+            ]
+        )
+    return [*turns, {"text": last}]
+
+
+def _detour(hop: Hop, draw: random.Random) -> str:
+    """Return an irrelevant query: another relation of the same subject, or of nothing in particular."""
+    others = sorted(set(QUERIES) - {hop.relation})
+    subject = hop.subject if draw.random() < 0.7 else "it"
+    return QUERIES[draw.choice(others)].format(subject)
+
+
+def _search_turn(ordinal: str, hop: Hop, query: str, search: Search) -> dict:
+    wanted = QUERIES[hop.relation].removesuffix(" of {}")
+    text = f"<think> {ordinal}, the {wanted}. </think> <search> {query} </search>"
+    return {"text": text, "observation": search(query)}
+
+
+def _final(answer: str) -> str:
+    return f"{FINAL_THOUGHT}{answer}}} </answer>"
+
+
+def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
+    """Return another question's answer, of the kind that this question requires."""
+    relation = question.hops[-1].relation
+    others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
+    wrong = sorted(others - {question.hops[-1].answer.text})
+    # Among very few questions, no other may have an answer of this kind.
+    return draw.choice(wrong) if wrong else question.hops[-1].subject
