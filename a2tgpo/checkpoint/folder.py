@@ -3,7 +3,7 @@
 `ROOT/step_N/` holds `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of the model and of the
 optimizer, `rng/rank_R.pt` with each rank's random state, `state.json` with the learning rate schedule, the layout,
 the model's architecture and the caller's own values, and files of the caller's. Nothing in it can run code when it is
-read. It is written (`checkpoint_writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files
+read. It is written (`writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files
 with their sizes and checksums, is in place: a folder without a matching list is not a checkpoint. Tensors have
 checksums of their own (`checked_files.py`), which are compared as they are read.
 

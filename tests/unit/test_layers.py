@@ -1,6 +1,7 @@
 """The shape of the package: which room may import which, and where the big libraries may appear."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,11 @@ def test_every_module_lies_in_a_room():
     assert len(list(PACKAGE.glob("*.py"))) <= 5
     rooms = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name != "py.typed"}
     assert rooms - {"__init__", "__pycache__"} == set(ORDER)
+
+
+def test_the_design_page_lists_the_rooms_in_order():
+    layers = (ROOT / "docs/design.md").read_text().split("## Layers")[1].split("Some rooms")[0]
+    assert re.findall(r"^\| `(\w+)` \|", layers, re.MULTILINE) == list(ORDER)
 
 
 def test_configuration_can_be_read_without_torch():
