@@ -24,14 +24,12 @@ class ScriptedSearch:
         self.failing = set(failing)
         self.text = text
         self.queries = []
-        self.answered_at = {}
         self._lock = threading.Lock()
 
     def search(self, query):
         with self._lock:
             self.queries.append(query)
         time.sleep(self.delays.get(query, 0.0))
-        self.answered_at[query] = time.monotonic()
         if query in self.failing:
             raise SearchError(f"no route to {query}")
         return [Passage("p", query, self.text.format(query))]

@@ -94,7 +94,7 @@ def test_a_missing_tensor_is_refused_in_one_line_on_every_rank(measured: dict) -
     assert "model.layers.3.mlp.up_proj.weight is missing" in message and "\n" not in message
 
 
-def test_a_layout_that_does_not_divide_the_processes_is_refused_before_anything_starts() -> None:
+def test_a_layout_that_does_not_divide_the_processes_is_refused_before_the_start() -> None:
     code = (
         "from a2tgpo.parallel.initialize import initialize\n"
         "from a2tgpo.config.parallel import ParallelConfig\n"

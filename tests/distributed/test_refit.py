@@ -28,5 +28,5 @@ def test_one_engine_per_rank_follows_the_trainer_at_dp2_and_tp2(tmp_path):
 
 
 @pytest.mark.distributed
-def test_one_engine_over_both_ranks_plays_alike_follows_the_trainer_and_hands_on_what_it_carries(tmp_path):
+def test_one_engine_over_both_ranks_plays_alike_and_follows_the_trainer(tmp_path):
     assert passed_ranks("shared", taught_folder().name, str(tmp_path)) == NUM_RANKS

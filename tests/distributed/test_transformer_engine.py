@@ -58,18 +58,11 @@ pytestmark = [
 
 def run_worker(script: str, *arguments: str) -> None:
     """Run a program of this folder on two ranks, to its end."""
-    tests = Path(__file__).resolve().parents[1]
-    environment = {
-        **os.environ,
-        **ENVIRONMENT,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{tests.parent}:{tests}",
-    }
+    paths = os.pathsep.join([os.environ["PYTHONPATH"], str(FOLDER)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.run(
         [*command, str(Path(__file__).with_name(script)), *arguments],
-        env=environment,
-        cwd=tests.parent,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=600,

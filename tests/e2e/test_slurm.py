@@ -215,7 +215,7 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     return Disturbed(*ended, inputs.parent, checkout, (before, after))
 
 
-def test_a_job_of_two_nodes_is_preempted_saves_requeues_and_ends_as_an_undisturbed_one(disturbed):
+def test_a_preempted_job_of_two_nodes_saves_requeues_and_ends_as_an_undisturbed_one(disturbed):
     done, log = disturbed.cut
     assert (done["JobState"], done["Restarts"], done["NumNodes"]) == ("COMPLETED", "1", "2"), log[-3000:]
     assert re.search(r"stopped after step \d of 8: SIGUSR1; saved as", log), log[-3000:]

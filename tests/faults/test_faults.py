@@ -71,7 +71,7 @@ def test_rollouts_that_are_carried_over_go_on_bit_for_bit_after_a_stop_and_a_kil
         assert row.passed, row
 
 
-def test_a_dead_search_server_pauses_the_rollout_and_a_signal_or_its_limit_ends_it_saved(tmp_path):
+def test_a_dead_search_server_pauses_the_rollout_and_a_signal_or_limit_ends_it_saved(tmp_path):
     for row in outage(write_inputs(tmp_path)):
         assert row.passed, row
 

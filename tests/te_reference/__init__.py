@@ -7,8 +7,8 @@ The meaning of each function was read from the signatures and the C++ sources of
 definition: float32 inside, one rounding at the end. This reference cannot show a kernel's order of summation, which
 shapes cuDNN and cuBLASLt accept, streams, or memory.
 
-`install()` patches Transformer Engine and torch.Tensor, so a program that calls it needs a process of its own, and
-`ENVIRONMENT` around it.
+`install()` patches Transformer Engine and torch.Tensor, so a program that calls it needs a process of its own, with
+`ENVIRONMENT` around it and `FOLDER` on its PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ def install() -> None:
 
     Call it after `a2tgpo.parallel` was imported and before anything of megatron is.
     """
-    sys.path.append(str(FOLDER))
     cpu_seam.install()
     sys.modules["transformer_engine_torch"] = _extension()
     import transformer_engine.common

@@ -88,7 +88,7 @@ def test_torch_is_installed_before_the_extension_that_is_compiled_against_it(ste
     assert len(installs) == 3 and all("--constraint .ci/constraints-gpu.txt" in line for line in installs)
 
 
-def test_the_extension_is_built_against_this_torch_by_headers_of_wheels_without_github(steps):
+def test_the_extension_is_built_against_this_torch_by_headers_of_wheels(steps):
     (build,) = [line for line in steps if line.endswith("transformer-engine-torch")]
     environment, _, command = build.partition("/new/venv/bin/python ")
     told = dict(re.findall(r'(\w+)=("[^"]*"|\S+)', environment))

@@ -172,7 +172,7 @@ def test_rescaling_divides_by_the_square_root_of_the_terms():
     assert plain.tolist() == [[1.75, 1.5, 1.0, 0.0]]
 
 
-def test_a_trajectory_cut_after_an_observation_has_no_final_turn_but_keeps_its_process_turns():
+def test_a_trajectory_cut_after_an_observation_keeps_its_process_turns_only():
     trajectory = make_trajectory(0, [0.1, 0.2], -1.0, final=False)
     assert trajectory.num_process_turns == 2
     table = build_turn_table([trajectory], num_prompts=1, max_turns=4)

@@ -224,7 +224,7 @@ def test_rescaled_sum_of_weakly_dependent_gains_has_bounded_variance(rho):
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.2])
-def test_variance_grows_with_the_terms_unscaled_and_shrinks_when_divided_by_their_number(rho):
+def test_variance_grows_with_the_number_of_terms_and_shrinks_when_divided_by_it(rho):
     table = simulate(0, rho)
     gains = normalize_turn_groups(table, by_std=True, dp_group=None)
     terms = (table.num_process_turns[:, None] - torch.arange(MAX_TURNS)).clamp(min=1)
@@ -251,7 +251,7 @@ def test_discounting_only_lowers_the_variance():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_turn_part_does_not_drift_where_the_cumulative_advantage_of_pooled_gains_does(seed):
+def test_the_turn_part_does_not_drift_but_the_advantage_of_pooled_gains_does(seed):
     table = simulate(seed)
     mean, error = mean_and_error(by_prompt(turn_part(table), table.has_gain))
     assert error.max() < 0.005, "too few rollouts to tell"
@@ -262,7 +262,7 @@ def test_turn_part_does_not_drift_where_the_cumulative_advantage_of_pooled_gains
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_envelope_does_not_grow_with_the_remaining_turns_where_that_of_pooled_gains_does(seed):
+def test_the_envelope_does_not_grow_with_the_remaining_turns_but_that_of_pools_does(seed):
     """Envelope: the 99th percentile of |advantage|, outcome included, among turns that sum 1..T terms."""
     table = simulate(seed)
     growth = {}

@@ -56,7 +56,7 @@ def test_a_step_is_the_first_informative_groups_in_draw_order(case):
 
 
 @given(played())
-def test_missing_places_go_to_the_first_dropped_groups_and_both_leftovers_are_counted(case):
+def test_missing_places_go_to_the_first_dropped_groups_and_leftovers_are_counted(case):
     informative, num_groups = case
     selection = select_groups(informative, num_groups=num_groups)
     filling = [group for group in selection.groups if not informative[group]]

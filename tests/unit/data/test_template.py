@@ -175,7 +175,7 @@ def test_a_template_that_knows_no_answers_has_no_end_of_them(tokenizer):
     assert PromptTemplate(tokenizer, "").end_of_turn is None
 
 
-def test_tags_that_the_prompt_ends_with_are_known_and_those_of_the_instructions_do_not_count(tokenizer):
+def test_tags_at_the_end_of_the_prompt_count_and_those_of_the_instructions_do_not(tokenizer):
     def tags(chat_template, **options):
         tokenizer.chat_template = chat_template
         return PromptTemplate(tokenizer, "Think inside <think> and </think>.", **options).opening_tags

@@ -62,7 +62,7 @@ def test_limits_and_padding_that_were_saved_in_the_file_change_no_token(tmp_path
     assert encoder.encode_parts(["Hello", TEXT]) == [encoder.encode("Hello"), expected]
 
 
-def test_a_begin_and_an_end_that_the_file_adds_to_every_text_are_in_no_part_of_a_sequence(tmp_path):
+def test_what_the_tokenizers_file_adds_to_every_text_is_in_no_part_of_a_sequence(tmp_path):
     core = byte_level()
     begin, end = (
         ("<|im_start|>", core.token_to_id("<|im_start|>")),

@@ -86,15 +86,13 @@ def script_of(words: list[str]) -> str | None:
 
 
 HELP = """
-import contextlib, io, json, os, runpy, sys
+import contextlib, io, json, runpy, sys
 found = {}
 for script in sys.argv[1:]:
     sys.argv = [script, "--help"]
-    sys.path.insert(0, os.path.dirname(script))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         runpy.run_path(script, run_name="__main__")
-    sys.path.remove(os.path.dirname(script))
     found[script] = printed.getvalue()
 json.dump(found, sys.stdout)
 """
@@ -104,8 +102,14 @@ json.dump(found, sys.stdout)
 def helps() -> dict[str, str]:
     """What each documented script says of itself; one process, since most of them load torch."""
     scripts = sorted({script_of(words) or "launch/train.py" for _, words in commands()})
+    folders = sorted({str(ROOT / script.rpartition("/")[0]) for script in scripts})
     process = subprocess.run(
-        [sys.executable, "-c", HELP, *scripts], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", HELP, *scripts],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ["PYTHONPATH"]])},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     return json.loads(process.stdout)

@@ -62,7 +62,7 @@ def test_a_cluster_preset_reads_the_address_where_the_retrieval_job_writes_it(na
     assert (search.backend, search.url_file, search.url) == ("http", written, "")
 
 
-def test_an_address_beside_a_file_that_holds_one_is_refused_and_replaces_it_where_the_file_is_left_out():
+def test_an_address_replaces_the_file_that_holds_one_and_is_refused_beside_it():
     address = "search.url=http://127.0.0.1:8000/retrieve"
     with pytest.raises(
         ConfigError, match=r"search.url is 'http.*; allowed: empty with search.url_file \(runs/"

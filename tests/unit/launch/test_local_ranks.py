@@ -20,7 +20,7 @@ sys.exit(75)
 """
 
 
-def test_sigterm_leaves_the_ranks_the_time_to_save_and_the_launcher_ends_with_their_code(tmp_path):
+def test_sigterm_leaves_the_ranks_time_to_save_and_the_launcher_ends_with_their_code(tmp_path):
     script, started = tmp_path / "saves.py", tmp_path / "started"
     script.write_text(SAVES)
     command = [sys.executable, "a2tgpo/launch/local_ranks.py", "1", str(script), str(started)]

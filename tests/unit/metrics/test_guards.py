@@ -135,13 +135,13 @@ def test_zero_turns_an_alarm_off(name):
     assert all(f"alarm/{name}" not in alarms and not any(alarms.values()) for alarms, _ in played)
 
 
-def test_noise_where_weights_have_moved_counts_rather_than_the_floor_where_they_have_not():
+def test_noise_after_a_change_of_weights_counts_rather_than_the_floor_before_it():
     noisy, quiet = ({"ratio/noise": a, "ratio/noise_floor": b} for a, b in ((2e-3, 0.0), (1e-4, 2e-3)))
     assert alarms_of(make(), [SOUND | noisy] * 2, "noise_floor") == [0, 1]
     assert alarms_of(make(), [SOUND | quiet] * 2, "noise_floor") == [0, 0]
 
 
-def test_format_errors_of_everything_played_count_rather_than_those_of_the_kept_groups():
+def test_format_errors_of_everything_played_count_rather_than_of_the_kept_groups():
     kept, played = "reward/format_error_rate", "sampling/format_error_rate_all"
     rising, falling = ({kept: a, played: b} for a, b in ((0.1, 0.9), (0.9, 0.1)))
     sound = SOUND | {played: 0.1}
@@ -219,9 +219,7 @@ def after(stopped: Guards, *, clip_low: float = 3e-3, **settings) -> Guards:
     ],
     ids=str,
 )
-def test_a_stopped_run_goes_on_once_the_rule_or_the_alarm_is_turned_off_or_its_limit_changes(
-    settings, is_due
-):
+def test_a_stopped_run_goes_on_once_its_rule_is_turned_off_or_its_limit_changes(settings, is_due):
     stopped = make(stop_after=1)
     play(stopped, [SOUND | {"gap/train_engine_abs_mean": 1.0}] * 2)
     assert stopped.stop_is_due and after(stopped, **settings).stop_is_due == is_due

@@ -46,7 +46,7 @@ def test_noise_is_told_apart_from_movement_in_drawn_ratios():
     assert noise_of(mean_square(1), mean_square(2)) == pytest.approx(2e-3, rel=0.05)
 
 
-def test_after_three_measured_steps_one_line_says_that_rounding_clips_and_what_to_set():
+def test_after_three_measured_steps_a_line_says_that_rounding_clips_and_what_to_set():
     noise = watch()
     told = [noise.watch(squares(9e-6, 9e-6)) for _ in range(FIRST_STEPS - 1)]
     assert noise.watch({"ratio/mean": 1.0}) == ({}, ""), "too few mini-batches: not measured"

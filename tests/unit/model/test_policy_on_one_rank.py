@@ -61,7 +61,7 @@ def test_smollm2_gives_the_logits_of_transformers_and_its_weights_back(groups: P
     assert set(state) - names == {"lm_head.weight"}  # tied: it is the embedding
 
 
-def test_an_exported_model_has_all_chat_templates_and_settings_of_the_one_it_came_from(
+def test_an_exported_model_has_the_chat_templates_and_settings_of_its_origin(
     checkpoint: Callable[..., Path], groups: ParallelGroups, tmp_path: Path
 ) -> None:
     path = checkpoint("qwen3")

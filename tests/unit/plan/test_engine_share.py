@@ -95,7 +95,7 @@ def test_a_cache_is_no_larger_than_the_sequences_in_flight_can_fill():
     assert chosen("train_4b", *few).kv_cache_gib == 5.0
 
 
-def test_a_card_without_room_gets_a_cache_of_one_sequence_and_the_plan_says_that_it_does_not_fit():
+def test_a_card_without_room_gets_a_cache_of_one_sequence_and_does_not_fit():
     small = dataclasses.replace(H100, memory_gib=20.0)
     plan = make_plan(load("train_70b"), KNOWN_MODELS["qwen2.5-72b"], small, gpus=64)
     assert plan.holds_a_sequence and not plan.fits and plan.config.rollout.kv_cache_gib == 0.5

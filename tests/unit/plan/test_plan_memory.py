@@ -96,7 +96,7 @@ def test_a_restart_of_72b_reads_its_checkpoint_once_and_no_other_weights():
     assert quantised.restart_bytes == (14 + 8 * 2) * 72_706_203_648
 
 
-def test_checkpoints_of_72b_are_counted_as_whole_ones_and_weights_within_their_gigabytes():
+def test_checkpoints_of_72b_are_counted_whole_and_weights_within_their_gigabytes():
     def kept(**settings):
         config = changed(CONFIG_70B, "run", steps=1000)
         config = changed(config, "evaluation", every=20)
@@ -263,7 +263,7 @@ def test_the_plan_has_on_the_card_what_the_run_has():
         assert held == expected or (phase.name == "start" and not held), phase.name
 
 
-def test_the_first_stage_of_a_pipeline_keeps_as_many_microbatches_as_there_are_stages():
+def test_the_first_stage_of_a_pipeline_keeps_as_many_microbatches_as_stages():
     plan = plan_70b(changed(CONFIG_70B, "model", recompute="full"))
     update = next(phase for phase in plan.phases if phase.name == "update")
     assert plan.geometry.microbatches >= 4
@@ -290,7 +290,7 @@ def test_chunks_in_flight_are_those_of_megatrons_schedule(pipeline, virtual, mic
     assert chunks_in_flight(parallel, stage, microbatches) == min(total, warmup + 1)
 
 
-def test_virtual_uneven_and_context_layouts_change_the_activations_of_an_update_as_counted():
+def test_virtual_uneven_and_context_layouts_change_an_updates_activations_as_counted():
     def activations(**layout):
         config = changed(changed(CONFIG_70B, "model", recompute="full"), "parallel", **layout)
         return next(phase for phase in plan_70b(config).phases if phase.name == "update").parts["activations"]
@@ -451,7 +451,7 @@ def test_what_no_setting_mends_is_said():
     assert any("no single setting mends it" in fault for fault in faults(plan))
 
 
-def test_a_refit_holds_the_bucket_being_loaded_the_one_in_flight_and_the_parameter_being_made():
+def test_a_refit_holds_two_buckets_and_the_parameter_being_made():
     embedding, gate_up = (
         152_064 * 8192 * 2,
         2 * 29_568 * 8192 * 2,

@@ -163,7 +163,7 @@ def test_longer_trajectories_never_take_less_time(prompt, response, longer):
     assert other.rollout.decode >= one.rollout.decode * (1 - 1e-9)
 
 
-def test_scoring_takes_a_pass_by_the_policy_where_there_are_several_mini_batches_and_one_by_the_reference():
+def test_scoring_is_one_pass_of_the_reference_and_one_of_the_policy_if_minibatches():
     def passes(*options: str) -> float:
         config = load_config(ROOT / "configs/train_8b.yaml", list(options))
         plan = make_plan(config, QWEN_8B, H100, gpus=8)
@@ -274,7 +274,7 @@ def test_fp8_makes_linear_layers_faster_and_nothing_else():
     assert fast.data == plain.data
 
 
-def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_that_wait_for_the_next_step():
+def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_left_waiting():
     def planned(tokens_per_step):
         partial = PartialConfig(tokens_per_step=tokens_per_step)
         algorithm = dataclasses.replace(CONFIG_8B.algorithm, correction=CorrectionConfig(kind="truncate"))

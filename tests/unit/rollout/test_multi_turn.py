@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import threading
-import time
 
 import pytest
 import torch
@@ -362,24 +361,37 @@ def test_a_rollout_is_broken_off_while_all_trajectories_wait_for_their_tools(ope
 
 
 def test_others_go_on_while_a_search_is_slow(play):
-    """The slow search outlasts whole rollouts of the others: they finish while it runs."""
-    search = ScriptedSearch(delays={"capital of France": 1.5})
-    finished = []
+    """The slow search ends when the whole rollouts of the others have ended."""
+
+    class Slow(ScriptedSearch):
+        def search(self, query):
+            assert query != "capital of France" or others_ended.wait(60)
+            return super().search(query)
+
+    others_ended, finished = threading.Event(), []
+
+    def progress(done, total):
+        finished.append((done, total))
+        if done == 3:
+            others_ended.set()
+
     questions = ["capital of France?", "ruler of Japan?", "ruler of Italy?", "capital of Peru?"]
-    _, counts = play(
-        questions, search, progress=lambda done, total: finished.append((done, total, time.monotonic()))
-    )
-    slow_end = search.answered_at["capital of France"]
-    assert [(done, total) for done, total, _ in finished] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert sum(moment < slow_end for _, _, moment in finished) == 3
-    assert 0 < counts.tool_wait_s < 1.5
+    trajectories, _ = play(questions, Slow(), progress=progress)
+    assert finished == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(trajectory.stop_reason == "answer" for trajectory in trajectories)
 
 
 def test_searches_run_beside_each_other(play):
-    delay = 0.4
-    search = ScriptedSearch(delays={f"capital of {country}": delay for country in CAPITALS})
-    _, counts = play([f"capital of {country}?" for country in CAPITALS], search)
-    assert counts.tool_wait_s < 2.5 * delay < len(CAPITALS) * delay
+    """Each search ends when all have begun."""
+
+    class Meeting(ScriptedSearch):
+        def search(self, query):
+            all_begun.wait(60)
+            return super().search(query)
+
+    all_begun = threading.Barrier(len(CAPITALS))
+    _, counts = play([f"capital of {country}?" for country in CAPITALS], Meeting())
+    assert counts.stop_reasons == {"answer": len(CAPITALS)} and counts.tool_wait_s > 0
 
 
 def test_earlier_turns_are_taken_from_the_cache(play, search, engine):

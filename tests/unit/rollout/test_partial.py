@@ -189,7 +189,7 @@ def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
     assert sum(counts.trajectories for counts in counted) == len(members(whole))
 
 
-def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that_finish_it(
+def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights(
     rollout, begin, tokenizer, reference, other_weights
 ):
     groups = begin(0, 2, 3)
@@ -232,7 +232,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_weights_that
         assert gains == pytest.approx([b - a for a, b in itertools.pairwise(probs)], abs=1e-6)
 
 
-def test_what_is_played_to_its_end_starts_first_then_what_was_carried_over_then_most_hops(begin):
+def test_what_must_end_in_this_step_starts_first_then_the_carried_then_most_hops(begin):
     (prompt,) = (group.prompt for group in begin(0))
 
     def live(name, *, budget, past, hops):

@@ -157,7 +157,7 @@ def test_carried_groups_that_settings_of_now_rule_out_are_dropped_with_a_reason(
         assert not kept and len(dropped) == 1 and next(iter(dropped)).startswith(reason)
 
 
-def test_a_run_that_goes_on_with_less_cuts_back_what_it_carried_and_says_what_it_drops(
+def test_a_run_that_goes_on_with_less_drops_what_it_cannot_carry_and_says_so(
     world,
     tmp_path,
     caplog,

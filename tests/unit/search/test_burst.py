@@ -49,7 +49,7 @@ def test_a_burst_counts_what_is_answered_and_asks_nothing_twice(url):
     assert burst.per_second <= 1 / SECONDS_A_QUERY  # whatever the number of clients
 
 
-def test_a_server_that_does_not_keep_up_is_told_with_numbers_and_refused_past_a_factor():
+def test_a_server_that_does_not_keep_up_is_told_with_numbers_and_then_refused():
     burst = Burst(clients=128, answered=50, failed=78, seconds=20.0)
     line, is_refused = judge_burst(burst, needed_per_s=67.0, max_shortfall=8.0)
     assert is_refused and line.startswith(

@@ -265,10 +265,8 @@ def test_server_that_is_down_fails_within_its_tries_and_comes_back():
     port = free_port()
     url = f"http://127.0.0.1:{port}/retrieve"
     client = HttpSearch(url, timeout_s=1, max_attempts=3, max_connections=2, first_wait_s=0.01, **PATIENT)
-    start = time.monotonic()
     with pytest.raises(SearchError, match=r"cannot be reached \(.*refused"):
         client.search("x", 3)
-    assert time.monotonic() - start < 5
     assert client.num_retries == 2
     client.close()
 

@@ -256,7 +256,7 @@ def test_figure_10_counts_rollouts_and_right_answers_by_tool_calls(drawn):
     assert all((float(row["share"]), float(row["em"])) == (1.0, 0.25) for row in rows)
 
 
-def test_needless_searches_lower_the_advantage_where_gains_are_pooled_and_not_where_turns_are_grouped(
+def test_needless_searches_lower_the_advantage_of_pooled_gains_not_of_grouped_turns(
     tmp_path,
 ):
     """Right answers to one-hop questions; every second rollout searches again, for nothing."""

@@ -197,9 +197,7 @@ def test_a_check_that_fails_or_hangs_is_one_failed_row_and_leaves_no_process(
     )
     monkeypatch.setattr(gpu_checks_run, "TOOL", script)
     environments = rank_environments(None, num_ranks=2, alone=False, index=0)
-    started = time.monotonic()
     rows = run_check("check", environments, settings=Settings(), work=tmp_path, timeout_s=timeout_s)
-    assert time.monotonic() - started < 25
     assert [(row.name, row.status) for row in rows] == [("before", "PASS"), ("check", "FAIL")]
     assert note in rows[1].note
     for rank in range(2):
@@ -208,7 +206,7 @@ def test_a_check_that_fails_or_hangs_is_one_failed_row_and_leaves_no_process(
 
 
 @pytest.mark.parametrize("world_size", [1, 8, 64])
-def test_the_training_step_has_a_question_for_every_prompt_whatever_the_number_of_ranks(tmp_path, world_size):
+def test_the_training_step_has_a_question_for_every_prompt_of_any_number_of_ranks(tmp_path, world_size):
     bench = Bench(check="step", work=tmp_path, rank=0, world_size=world_size)
     config = load_config(str(write_run(bench)))
     questions = load_questions(config.data.train)
@@ -297,7 +295,7 @@ def test_what_srun_started_checks_as_one_rank_at_ports_of_its_own(monkeypatch):
     assert rank_environments(launched, num_ranks=0, alone=True, index=0) == []
 
 
-def test_a_driver_that_is_too_old_is_the_failed_rows_note_and_another_toolkit_a_warning():
+def test_a_driver_that_is_too_old_fails_and_another_toolkit_is_a_warning():
     too_old = "torch sees no GPU, but there is nvidia0: the driver is 570.1, and CUDA 13.0 needs 580 or newer"
     found = {
         "python": "3.12.3",

@@ -113,7 +113,7 @@ def test_most_demonstrations_of_several_hops_are_poor(worldqa: Path):
         assert qualities.count("good") / len(qualities) == pytest.approx(share, abs=0.01)
 
 
-def test_detours_lengthen_demonstrations_but_change_neither_their_quality_nor_their_worth(tmp_path: Path):
+def test_detours_lengthen_demonstrations_but_change_neither_quality_nor_worth(tmp_path: Path):
     prepare(["worldqa", "--out", str(tmp_path), "--detour-share", "0.5", *SMALL])
     mixed = load_demonstrations(str(tmp_path / "demonstrations.jsonl"))
     searches = [len(d.turns) - 1 for d in mixed if d.quality == "good"]

@@ -112,7 +112,7 @@ def test_scores_are_those_of_the_whole_layer_and_zero_elsewhere(policy, trajecto
             assert not ours[~mask].any() and all_of_them[~mask].all()
 
 
-def test_a_micro_batch_without_a_sampled_token_reaches_every_parameter_with_a_gradient_of_zero(
+def test_a_micro_batch_without_sampled_tokens_gives_every_parameter_a_zero_gradient(
     policy,
 ) -> None:
     reached: set[str] = set()

@@ -44,7 +44,7 @@ def by_trajectory(minibatches: list[Minibatch]) -> dict[int, tuple[torch.Tensor,
     return found
 
 
-def test_likelihood_is_the_mean_over_sampled_tokens_and_over_those_of_correct_answers(
+def test_likelihood_is_the_mean_over_sampled_tokens_and_those_of_correct_answers(
     policy, trajectories
 ) -> None:
     minibatches, metrics = scored(trajectories, policy)
@@ -66,9 +66,7 @@ def test_a_step_without_a_correct_answer_has_no_likelihood_of_one(policy, trajec
     assert "likelihood/correct" not in metrics and metrics["likelihood/mean"] < 0
 
 
-def test_the_gap_is_over_tokens_where_both_log_probs_are_finite_and_counts_the_others(
-    policy, trajectories
-) -> None:
+def test_the_gap_is_over_tokens_with_two_finite_log_probs_and_counts_the_others(policy, trajectories) -> None:
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     for turn, bad in zip(turns, (math.nan, math.inf, -math.inf), strict=False):
         turn.rollout_logprobs[0] = bad
@@ -165,7 +163,7 @@ def test_without_correction_nothing_is_added(policy, trajectories) -> None:
     assert all(minibatch.loss_inputs(0).importance is None for minibatch in minibatches)
 
 
-def test_a_trainers_log_prob_that_is_not_finite_skips_the_update_in_spite_of_its_weight_of_0(
+def test_a_log_prob_of_the_trainer_that_is_not_finite_skips_the_update_at_any_weight(
     policy, trajectories
 ) -> None:
     config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))

@@ -36,7 +36,7 @@ def test_each_ratio_counts_once_however_many_tokens_share_it(level, spread, rati
     assert found["spread"] == pytest.approx(spread) and found["ratios"] == ratios
 
 
-def test_the_mean_squares_are_those_of_the_turns_ratios_after_one_update_and_after_two(policy, trajectories):
+def test_the_mean_squares_are_those_of_the_turns_ratios_after_one_update_and_two(policy, trajectories):
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=3)
     minibatches = minibatches_of(trajectories, policy.groups, num_minibatches=3)
     metrics = MetricSums()
