@@ -19,23 +19,25 @@ class Best:
     """One evaluation."""
 
     step: int
-    """Of the checkpoint with its weights; 0: the untrained ones, which lie at model.path and are not saved again."""
+    """Step of the checkpoint that has the weights; 0: the untrained weights at model.path, which are not saved again.
+    """
     score: float
     metric: str
     standard_error: float = 0.0
-    """Of the score, over the questions; 0 where a checkpoint of an earlier version did not say."""
+    """Standard error of the score over the questions; 0 if a checkpoint of an earlier version did not store it."""
 
 
 class BestCheckpoint:
     """The best held-out score among policies that still exist.
 
-    A score is better only if it is higher by more than the standard error of the difference, sqrt(a^2 + b^2) of the
-    two scores' own. Of policies that the questions cannot tell apart the earliest is therefore the best. (Both answer
-    the same questions, so the true error of the difference is smaller.)
+    A score is better only if it is higher by more than the standard error of the difference, sqrt(a^2 + b^2) for
+    scores with standard errors a and b. Among policies that the questions cannot distinguish, the earliest therefore
+    stays the best. (Both answer the same questions, so the true error of the difference is smaller.)
 
-    `ROOT/best.json` names it as {"step", "score", "metric", "standard_error"}. What a resumed run compares with comes
-    from the checkpoint it goes on from, not from the file: a best of steps that were dropped is forgotten. So should
-    be one without weights: its checkpoint made room for a later and better one that is now dropped itself.
+    `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
+    from the checkpoint that it resumes, not from this file, and so forgets a best from dropped steps. The caller must
+    also forget a best without weights: its checkpoint was removed for a later and better one that is now dropped
+    itself.
 
     Args:
         root: folder of the checkpoints.
@@ -51,16 +53,17 @@ class BestCheckpoint:
 
     @property
     def step(self) -> int | None:
-        """Step of the best; None: there is none yet."""
+        """Step of the best policy; None before the first evaluation."""
         return self._best.step if self._best else None
 
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Compare an evaluation after `step` steps; True: it is the best so far and its checkpoint is to be saved.
+        """Compare an evaluation after `step` steps; return True if it is the best so far and its checkpoint must be
+        saved.
 
-        Step 0 needs no checkpoint: its file is written here and the answer is False.
+        Step 0 needs no checkpoint: this method writes the file and returns False.
 
         Args:
-            scores: what `evaluate` returns.
+            scores: as returned by `evaluate`.
         """
         if self._metric == "none":
             return False
@@ -75,32 +78,32 @@ class BestCheckpoint:
         return step > 0
 
     def write(self) -> None:
-        """Bring the file up to date, where the best one's checkpoint is complete."""
+        """Update the file; call this when the checkpoint of the best policy is complete."""
         if self._is_writer:
             write_best(self._root, self.state_dict())
 
     def describe(self) -> str:
-        """Where the best weights lie and their score, in a few words."""
+        """Return the place of the best weights and their score, in a few words."""
         if self._best is None:
             return "none"
         place = self._root / f"step_{self._best.step}" if self._best.step else "the untrained model"
         return f"{place} ({self._best.metric} {self._best.score:.3f} ± {self._best.standard_error:.3f})"
 
     def state_dict(self) -> dict | None:
-        """What `load_state_dict` needs; plain JSON values."""
+        """Return the state for `load_state_dict`, as plain JSON values."""
         return asdict(self._best) if self._best else None
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Go on comparing with `state`, unless it goes by another metric."""
+        """Continue with the best from `state`, unless it was chosen by another metric."""
         self._best = Best(**state) if state is not None and state["metric"] == self._metric else None
 
     def has_weights(self, step: int) -> bool:
-        """Whether this rank sees a complete checkpoint of `step`; step 0 needs none."""
+        """Return whether this rank sees a complete checkpoint of `step`; step 0 needs none."""
         return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()
 
 
 def write_best(root: Path, best: dict | None) -> None:
-    """Make `root/best.json` name `best`, a `BestCheckpoint.state_dict()`; one rank calls this."""
+    """Write `best`, a `BestCheckpoint.state_dict()`, to `root/best.json`; one rank calls this."""
     path = root / BEST_FILE
     if best is None:
         path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Checksums of files. Those of tensors are computed as they are written, and compared as they are read.
+"""Checksums of files; checksums of tensors are computed during the write and compared during the read.
 
-Torch's distributed checkpoints put many tensors into one file and read them one at a time. Each of these pieces has a
-checksum of its own, so that neither saving nor loading reads a file a second time to check it, and what is not loaded
-is not read at all.
+Torch's distributed checkpoints put many tensors into one file and read them one at a time. Each tensor's bytes, a
+piece, have their own checksum. So neither saving nor loading reads a file twice to check it, and a piece that is not
+loaded is not read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from a2tgpo.parallel.collectives import all_gather_object
 
 Piece = tuple[int, int, int]
-"""Where a piece begins in its file, its length in bytes, and its CRC-32."""
+"""Start of a piece in its file, its length in bytes, and its CRC-32."""
 
 
 class DamagedFileError(Exception):
-    """A piece differs from what was written; the message names its file."""
+    """A piece differs from the piece that was written; the message names its file."""
 
 
 class ChecksummingStream:
@@ -72,7 +72,7 @@ class _ChecksummingFiles(FileSystem):
 
 
 class CheckedWriter(torch_checkpoint.FileSystemWriter):
-    """Torch's writer, which also records checksums, and raises the disk's own error."""
+    """Torch's writer, which also records checksums and raises the original OSError."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -87,7 +87,8 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # Closing the file after an error raises one about its position, which hides the first.
+            # After a write error, closing the file raises a second error about the file's position, which hides the
+            # first.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -143,17 +144,17 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
 
 
 def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
-    """Return the size in bytes of a file made of these pieces, and a checksum of their checksums."""
+    """Return the size in bytes of a file that consists of these pieces, and a checksum of their checksums."""
     return sum(size for _, size, _ in pieces), zlib.crc32(
         json.dumps([list(piece) for piece in pieces]).encode()
     )
 
 
 def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file; the ranks of `group` share the reading, and all must call this.
+    """Return size and CRC-32 of each file; the ranks of `group` divide the reading, and all must call this.
 
     Raises:
-        OSError: on every rank, if any could not read its share.
+        OSError: on every rank, if any rank could not read its share.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine: dict[str, tuple[int, int]] | str
@@ -170,10 +171,10 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
-    """Size of a file, bytes, and its CRC-32."""
+    """Return the size of a file in bytes and its CRC-32."""
     size = crc = 0
-    # Every save has a thread of its own, and glibc keeps what a thread has used for the next one that it gives the
-    # same arena: a buffer of megabytes would stay in all of a process's arenas.
+    # Reads in small blocks: every save runs in a new thread, and glibc keeps a thread's freed memory for the next
+    # thread in the same arena. A buffer of megabytes would remain in every arena of the process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):

@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: all state that a run needs to continue as if it had never stopped.
 
-`ROOT/step_N/` holds `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of the model and of the
-optimizer, `rng/rank_R.pt` with each rank's random state, `state.json` with the learning rate schedule, the layout,
-the model's architecture and the caller's own values, and files of the caller's. Nothing in it can run code when it is
-read. It is written (`writer.py`) as `step_N.tmp` and renamed once `complete.json`, the list of its files
-with their sizes and checksums, is in place: a folder without a matching list is not a checkpoint. Tensors have
-checksums of their own (`checked_files.py`), which are compared as they are read.
+`ROOT/step_N/` contains: `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of model and optimizer;
+`rng/rank_R.pt`, each rank's random state; `state.json` with the learning rate schedule, the layout, the model's
+architecture and the caller's own values; and the caller's own files. Reading a checkpoint never executes code from
+it. The checkpoint is written (`writer.py`) as `step_N.tmp` and renamed once it contains `complete.json`, the list of
+its files with their sizes and checksums: a folder without a matching list is not a checkpoint. Each tensor also has a
+checksum (`checked_files.py`), which is compared when the tensor is read.
 
-Every rank sees the same file system, and every rank calls every function here that is not private, unless it says
+All ranks see the same file system. Every rank must call every public function here, unless its docstring says
 otherwise.
 """
 
@@ -46,24 +46,23 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
-"""In `complete.json` where everything else has been removed (`retention.py`)."""
+"""Key of `complete.json`: True if everything except the weights has been removed (`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint whose tensors are not those that were written; one line."""
+    """The tensors of a checkpoint differ from those that were written; one line."""
 
 
 def load_newest(
     path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
 ) -> tuple[Path, dict[str, Any]]:
-    """`load` the checkpoint `path`, which `latest` has found, or the newest before it whose tensors are whole.
+    """`load` the checkpoint `path`, found by `latest`, or the newest earlier one whose tensors are undamaged.
 
     Returns:
-        The one that was loaded, and its state.
 
     Raises:
-        ValueError: one line; `load`'s, or there is none.
+        ValueError: one line; as `load`, or no checkpoint is undamaged.
     """
     newest: Path | None = path
     while newest is not None:
@@ -86,20 +85,20 @@ def load(
     schedule: LearningRateSchedule,
     is_checked: bool = False,
 ) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimizer state, schedule and random states in place.
+    """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    The layout may differ from the one that saved it; random states are then left as they are, with a warning,
-    since they belong to ranks.
+    The layout may differ from that of the saving run; random states are then not restored, with a warning, since they
+    belong to ranks.
 
     Args:
-        is_checked: `latest` has just found it; only the tensors are still to be compared with their checksums.
+        is_checked: `latest` has checked the files; only the tensors remain to be compared with their checksums.
 
     Returns:
         The `state` given to `CheckpointWriter.start`.
 
     Raises:
-        DamagedCheckpointError: on all ranks; its tensors are not whole. Some of them may be in place.
-        ValueError: one line; `path` is not a complete checkpoint of this program, or one of another model.
+        DamagedCheckpointError: on all ranks; a tensor is damaged. Other tensors may have been loaded.
+        ValueError: one line; `path` is not a complete checkpoint of this program, or belongs to another model.
     """
     path = Path(path)
     if has_weights_only(path):
@@ -128,10 +127,10 @@ def load(
 
 
 def load_weights(path: str | Path, policy: Policy) -> None:
-    """Put only a checkpoint's weights in place, saved by any layout; nothing else of it is read or checked.
+    """Load only the weights of a checkpoint saved in any layout; read and check nothing else.
 
     Raises:
-        ValueError: one line; `path` is not a complete checkpoint, or one of another model.
+        ValueError: one line; `path` is not a complete checkpoint, or belongs to another model.
     """
     path = Path(path)
     _require_complete(path, weights_only=True)
@@ -141,10 +140,10 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 
 
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
-    """ValueError, one line, if the checkpoint with this record comes from another model; one process may call this.
+    """Raise ValueError, one line, if the checkpoint with this record is of another model; one process may call this.
 
-    Shapes do not tell: a vocabulary of another size may be padded to fit, a key that only one side has is left out.
-    A checkpoint without the record, from before it was kept, is let through.
+    Comparing shapes is not enough: a vocabulary of another size may be padded to the same shape, and loading skips
+    keys that only one side has. Older checkpoints without a record of the architecture are accepted.
     """
     mine = architecture_of(hf_config)
     saved = record.get("model", mine)
@@ -161,7 +160,7 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """ValueError, one line, if the state on disk is the other kind of optimizer's; older checkpoints do not say."""
+    """Raise ValueError, one line, if the saved state is of the other kind of optimizer; accept older checkpoints."""
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)
     if saved != mine:
@@ -173,10 +172,10 @@ def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) 
 
 @contextlib.contextmanager
 def _in_one_line(path: Path) -> Iterator[None]:
-    """What torch says where tensors are damaged, or shapes are not the policy's, as one line."""
+    """Convert torch's error about damaged tensors or unexpected shapes to one line."""
     try:
         yield
-    except CheckpointException as error:  # holds what each rank raised
+    except CheckpointException as error:  # has the exception of each failed rank
         for cause, _ in error.failures.values():
             if isinstance(cause, DamagedFileError):
                 raise DamagedCheckpointError(f"{path} cannot be loaded: {cause} is damaged") from error
@@ -185,10 +184,10 @@ def _in_one_line(path: Path) -> Iterator[None]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What a checkpoint's `state.json` holds; one process may call this.
+    """Return the content of a checkpoint's `state.json`; one process may call this.
 
     Raises:
-        ValueError: one line; it is not what this program writes.
+        ValueError: one line; this program did not write the file.
     """
     try:
         record = json.loads((path / STATE).read_text())
@@ -206,11 +205,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def latest(root: str | Path, *, before: int | None = None) -> Path | None:
-    """The newest complete checkpoint under `root`, None where there is none.
+    """Return the newest complete checkpoint under `root`, or None if there is none.
 
-    Incomplete and damaged ones are passed over, each with a one-line warning from rank 0. Whether tensors are
-    damaged is not looked at, but for checkpoints from before tensors had checksums: `load` does so. Ranks share the
-    looking.
+    Skips incomplete and damaged checkpoints, each with a one-line warning from rank 0. Reads no tensors, which `load`
+    checks, except in older checkpoints whose tensors have no checksums. The ranks divide the reading.
 
     Args:
         before: only checkpoints of earlier steps than this one; None: any.
@@ -228,7 +226,7 @@ def latest(root: str | Path, *, before: int | None = None) -> Path | None:
 
 
 def has_weights_only(path: Path) -> bool:
-    """Whether all but its weights has been removed from the checkpoint; one process may call this."""
+    """Return whether only the weights of the checkpoint remain; one process may call this."""
     try:
         return bool(json.loads((path / MARKER).read_text()).get(WEIGHTS_ONLY))
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -236,12 +234,12 @@ def has_weights_only(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """The step that names a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step_"))
 
 
 def is_of_weights(name: str) -> bool:
-    """Whether this file of a checkpoint is one that `load_weights` reads."""
+    """Return whether `load_weights` reads this file of a checkpoint."""
     return name == STATE or name.startswith(f"{WEIGHTS}/")
 
 
@@ -252,11 +250,11 @@ def _require_complete(path: Path, *, weights_only: bool = False) -> None:
 
 
 def _fault_of(path: Path, *, weights_only: bool = False) -> str:
-    """What is wrong with the checkpoint at `path`, tensors aside, in a few words; empty: nothing.
+    """Return the fault of the checkpoint at `path` in a few words, without reading tensors; empty if there is none.
 
-    With `weights_only` files that `load_weights` does not read are left out.
+    With `weights_only`, skips the files that `load_weights` does not read.
 
-    Equal on all ranks.
+    The result is equal on all ranks.
     """
     try:
         expected, pieces = _read_marker(path)
@@ -271,10 +269,10 @@ def _fault_of(path: Path, *, weights_only: bool = False) -> str:
 
 
 def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[Piece]]]:
-    """Size and checksum of each file of a checkpoint, and what those of tensors are made of.
+    """Return size and checksum of each file of a checkpoint, and the pieces of its tensor files.
 
     Raises:
-        ValueError: a few words; the checkpoint is incomplete, or its list of files damaged.
+        ValueError: a few words; the checkpoint is incomplete, or its list of files is damaged.
     """
     try:
         marker = json.loads((path / MARKER).read_text())
@@ -293,8 +291,8 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
-    """What is wrong with these files; of those in `pieces` only the size is looked at."""
-    # os.path's says False for a name that no file can have, where `Path.is_file` raises.
+    """Return the first fault of these files, empty if none; of files in `pieces`, only the size is compared."""
+    # os.path.isfile returns False for a name that no file can have, where `Path.is_file` raises.
     for name in expected:
         if not os.path.isfile(path / name):
             return f"{name} is missing"
@@ -313,7 +311,7 @@ def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Colle
 
 
 def _pieces_of(path: Path) -> dict[str, list[Piece]]:
-    """What the files of tensors are made of, by name; empty in a checkpoint from before this was kept."""
+    """Return the pieces of the tensor files by name; empty for an older checkpoint without them."""
     return _parse_pieces(json.loads((path / MARKER).read_text()))
 
 
@@ -325,12 +323,12 @@ def _parse_pieces(marker: dict[str, Any]) -> dict[str, list[Piece]]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of all files under `folder`, sorted."""
+    """Return the names of all files under `folder`, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps with a folder under `root`, newest first."""
+    """Return the steps that have a folder under `root`, newest first."""
     if not root.is_dir():
         return []
     matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir())
@@ -338,7 +336,7 @@ def steps_in(root: Path) -> list[int]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what an interrupted save left behind."""
+    """Remove the files of an interrupted save."""
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.iterdir():
         if entry.suffix in (".tmp", ".old") and _STEP_FOLDER.fullmatch(entry.stem):
@@ -348,11 +346,11 @@ def remove_leftovers(root: Path) -> None:
 def put_in_place(
     partial: Path, final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]
 ) -> None:
-    """Mark `partial` as complete with the lists of its files, and rename it; one rank calls this.
+    """Mark `partial` as complete with the lists of its files, and rename it to `final`; one rank calls this.
 
     Args:
-        files: size and checksum of those that are not in `pieces`.
-        pieces: what the others are made of.
+        files: size and checksum of each file that is not in `pieces`.
+        pieces: the pieces of each other file.
     """
     sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}
     write_text(partial / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
@@ -365,7 +363,7 @@ def put_in_place(
 
 
 def record_of(policy: Policy) -> dict[str, dict[str, Any]]:
-    """What a checkpoint says of the model and of the ranks it was saved from."""
+    """Return a checkpoint's record of the layout that saves it and of the model's architecture."""
     groups = policy.groups
     sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
     sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
@@ -377,7 +375,7 @@ def rng_file(rank: int) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """NumPy arrays as marked tensors, so that the file loads without unpickling arbitrary classes."""
+    """Convert NumPy arrays to marked tensors, so that the file loads without unpickling arbitrary classes."""
     if isinstance(value, np.ndarray):
         return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and how much of them: the newest whole, of some older ones the weights alone."""
+"""Which checkpoints are kept: the newest ones whole, and only the weights of some older ones."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from a2tgpo.io.atomic_file import write_text
 logger = logging.getLogger(__name__)
 
 MAX_DROPPED = 2
-"""Folders of dropped checkpoints that are kept."""
+"""Number of folders of dropped checkpoints that are kept."""
 
 
 def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, spare: int | None) -> None:
-    """Keep the `keep` newest checkpoints under `root` whole, and of older ones few weights; one rank calls this.
+    """Keep the `keep` newest checkpoints under `root` whole, and the weights of a few older ones; one rank calls
+    this.
 
-    The weights that are kept: those of step `spare`, and of steps that are a multiple of `keep_every` (0: none).
-    While they take more than `keep_gb` GB (0: no limit), the oldest of them are removed, but never those of `spare`.
+    Keeps the weights of step `spare` and of steps that are a multiple of `keep_every` (0: none). If these take more
+    than `keep_gb` GB (0: no limit), the oldest are removed, but never those of `spare`.
     """
     root = Path(root)
     steps = steps_in(root)
@@ -65,10 +66,12 @@ def reduce_to_weights(path: Path) -> None:
 
 
 def set_aside_after(root: str | Path, step: int) -> None:
-    """Move checkpoints of later steps to `root/dropped_N/`, since a run that goes on from `step` has another future.
+    """Move checkpoints of later steps to `root/dropped_N/`: a run that resumes from `step` will write its own later
+    steps.
 
-    Left in place they would count as the newest: resumed from, and kept while those of the new future are removed.
-    The newest of them stays whole, of the others the weights; only the newest `MAX_DROPPED` of these folders stay.
+    Left in place, the old checkpoints would count as the newest: a start would resume from them, and retention would
+    remove the new ones instead. Their newest stays whole, the others keep their weights; only the newest
+    `MAX_DROPPED` of these folders stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
@@ -86,7 +89,7 @@ def set_aside_after(root: str | Path, step: int) -> None:
 
 
 def _dropped(root: Path) -> list[int]:
-    """Numbers of the folders of dropped checkpoints, oldest first."""
+    """Return the numbers of the folders of dropped checkpoints, oldest first."""
     numbers = (entry.name.removeprefix("dropped_") for entry in root.glob("dropped_*"))
     return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -96,10 +99,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _bound(reduced: list[Path], keep_gb: float, *, spare: int | None) -> None:
-    """Remove the oldest of these until the rest take at most `keep_gb`; never that of step `spare`.
+    """Remove the oldest of `reduced` until the rest take at most `keep_gb` GB; never remove step `spare`.
 
     Args:
-        reduced: newest first.
+        reduced: folders of checkpoints, newest first.
     """
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in reduced}
     for path in reversed(reduced):

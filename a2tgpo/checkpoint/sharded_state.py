@@ -1,7 +1,7 @@
 """Model and optimizer on disk, in Megatron's sharded torch_dist format.
 
-A checkpoint holds two of Megatron's folders, `WEIGHTS` and `OPTIMIZER`: either can be read, and removed, without the
-other. One from before they were separated has both in `WEIGHTS`.
+A checkpoint has two folders in Megatron's format, `WEIGHTS` and `OPTIMIZER`, so either can be read or removed without
+the other. Checkpoints from before this separation have both in `WEIGHTS`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from a2tgpo.parallel.collectives import all_gather_object
 
 WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
-"""Before every parameter's name on disk: what is saved is the model in its data-parallel wrapper."""
+"""Prefix of every parameter's name on disk, since the model is saved in its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
-"""What a distributed optimizer's slices are called in a state dict; not on disk."""
+"""Key of a distributed optimizer's slices in a state dict; not on disk."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
-"""Whose classes a checkpoint's index, a pickle, is made of."""
+"""Modules whose classes a checkpoint's index, which is a pickle, may contain."""
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -58,22 +58,22 @@ _INDEX_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedCopy:
-    """This rank's part of model and optimizer in host memory, which training no longer changes."""
+    """This rank's part of model and optimizer, copied to host memory, so that training cannot change it."""
 
     tensors: dict[str, Any]
-    """What the rank writes, in the form of torch's distributed checkpoints."""
+    """The tensors that this rank writes, in the form of torch's distributed checkpoints."""
     common: dict[str, Any]
-    """What is not sharded, equal on all ranks."""
+    """The state that is not sharded, equal on all ranks."""
 
 
 def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
-    """Copy model and optimizer as they are now; every rank must call this, and gets its part.
+    """Copy this rank's part of model and optimizer in their present state; every rank must call this.
 
-    A rank takes the host memory of what it writes, and no more: its own slice of the optimizer's state, and the
-    weights that fall to it where all data-parallel ranks have the same ones.
+    The copy takes only the host memory of what the rank writes: its own slice of the optimizer's state, and its share
+    of the weights that all data-parallel ranks have.
     """
     gather_weights(policy)
-    # Adam makes its moments in the first update, which a run that has skipped all of them has not seen.
+    # Adam creates its moments in the first update; if all updates so far were skipped, they do not exist yet.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
@@ -81,9 +81,9 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 
 
 def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
-    """Copy what this rank writes of a sharded state dict, which is used up; every rank must call this.
+    """Copy the part of a sharded state dict that this rank writes; consumes `state`; every rank must call this.
 
-    The work of `dist_checkpointing.save` up to the writing, in its order.
+    Performs the steps of `dist_checkpointing.save` that precede the writing, in the same order.
     """
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -97,15 +97,16 @@ def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
 
 
 def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
-    """Write the copies of all ranks into empty folders of the checkpoint `path`; every rank of `group`, which is all,
-    must call this.
+    """Write the copies of all ranks into empty folders of the checkpoint `path`; every rank must call this.
+
+    `group` contains all ranks.
 
     Returns:
-        What this rank has written, by file, relative to `path`.
+        The pieces that this rank has written, by file name relative to `path`.
 
     Raises:
-        CheckpointException: on all ranks, if one could not write.
-        OSError: on the first rank, before the others write, which they then do in vain.
+        CheckpointException: on all ranks, if a rank could not write.
+        OSError: on the first rank only; the other ranks still write their files.
     """
     weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
     others = {key: value for key, value in copy.tensors.items() if key not in weights}
@@ -119,7 +120,7 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 
 
 def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
-    """Write the copies of all ranks into the empty `folder`, as `write_sharded` does; returns pieces by file name."""
+    """Write the copies of all ranks into the empty `folder`, like `write_sharded`; return pieces by file name."""
     fault = None
     try:
         if dist.get_rank(group) == 0:
@@ -127,9 +128,9 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     except OSError as error:
         fault = error
-    # By threads of this process: Megatron's own writer leaves a manager process behind on every rank, spawned anew
-    # from the main script, and forks a process per file (filesystem_async.py), which a process with an engine's
-    # threads in it should not do.
+    # Use threads of this process. Megatron's own writer starts a manager process on every rank from the main script
+    # and leaves it running, and forks a process per file (filesystem_async.py); a process with an engine's threads
+    # should not fork.
     writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,
@@ -145,18 +146,18 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
 def load_sharded(
     path: Path, policy: Policy, optimizer: Any, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Read into model and optimizer what `write_sharded` wrote, on any layout; every rank calls this.
+    """Load model and optimizer as written by `write_sharded` in any layout; every rank must call this.
 
-    Each rank reads its own slice of the optimizer's state and a share of the weights that data-parallel ranks hold
-    alike (`shared_read`), into place, one saved piece at a time: `optimizer_shards.PIECE_BYTES` of host memory, or in
-    a checkpoint from before the optimizer was saved in pieces a tensor-parallel rank's part of a parameter.
+    Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
+    hold (`shared_read`). It reads into place, one saved piece at a time, which takes `optimizer_shards.PIECE_BYTES`
+    of host memory; for older checkpoints without pieces, as much as a tensor-parallel rank's part of a parameter.
 
     Args:
-        pieces: what `write_sharded` returned on all ranks, to compare with; empty: nothing is compared.
+        pieces: the results of `write_sharded` on all ranks, to compare with; empty: nothing is compared.
 
     Raises:
-        ValueError: if the checkpoint's index is not what it should be.
-        CheckpointException: on all ranks, if shapes are not the policy's, or a piece is not the one that was written
+        ValueError: if the checkpoint's index is damaged or names anything but tensors.
+        CheckpointException: on all ranks, if shapes differ from the policy's, or a piece from what was written
             (`DamagedFileError`).
     """
     with_optimizer = path / OPTIMIZER
@@ -166,7 +167,7 @@ def load_sharded(
     models, shared = model_shards(policy), []
     if is_distributed(optimizer):
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        optimizer.load_state_dict(_settings(common["optimizer"]))  # makes the moments where there are none
+        optimizer.load_state_dict(_settings(common["optimizer"]))  # creates missing moments
         slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
         _read(folder, {_SLICES: slices}, pieces)
         shared = share_reads(models, policy.groups)
@@ -179,7 +180,8 @@ def load_sharded(
             optimizer.load_state_dict(loaded["optimizer"])
     loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
-        # Not strict: the `_extra_state` of modules is not saved, see `_tensors_of`, and other ranks read the rest.
+        # Not strict: the modules' `_extra_state` is not saved (see `_tensors_of`), and other ranks read the remaining
+        # weights.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
@@ -187,9 +189,9 @@ def load_sharded(
 def load_sharded_weights(
     path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Read only the model of what `write_sharded` wrote, on any layout; every rank calls this.
+    """Load only the model as written by `write_sharded` in any layout; every rank must call this.
 
-    Arguments and errors are those of `load_sharded`.
+    Arguments and errors as in `load_sharded`.
     """
     folder = path / WEIGHTS
     _check_index(folder / ".metadata")
@@ -209,15 +211,15 @@ def load_sharded_weights(
 
 
 def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
-    """`dist_checkpointing.load`, whose errors of reading reach all ranks; every rank calls this.
+    """Call `dist_checkpointing.load` and raise a rank's read error on all ranks; every rank must call this.
 
-    Megatron-Core 0.19 loads on each rank by itself, so that one could fail where the others go on.
+    In Megatron-Core 0.19 each rank loads without the others, so one could fail while the others continue.
     """
     inside = {
         name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
     }
     with warnings.catch_warnings(), checked_reading(folder, inside):
-        # Megatron reads through functions and attributes that torch has marked for removal.
+        # Megatron reads through functions and attributes that torch has deprecated.
         warnings.simplefilter("ignore", FutureWarning)
         loaded: dict[str, Any] = {}
         failures: dict[int, Any] = {}
@@ -235,14 +237,14 @@ def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]
 
 
 def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
-    """What is saved; every rank calls this."""
+    """Return the state to save; every rank must call this."""
     models = model_shards(policy)
     if not is_distributed(optimizer):
         metadata = sharding_metadata(policy)
         return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
     parts = optimizer.chained_optimizers
     if len(parts) > 1:
-        optimizer._synchronize_steps()  # of parameter groups that are empty on some ranks
+        optimizer._synchronize_steps()  # some ranks have empty parameter groups, whose steps would differ
     settings = [part.state_dict() for part in parts]
     return {
         **models,
@@ -252,9 +254,10 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
 
 
 def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Parameter groups and steps of one or several chained optimizers, as `load_state_dict` takes them.
+    """Return parameter groups and steps of one or several chained optimizers, in the form that `load_state_dict`
+    takes.
 
-    Checkpoints from before the optimizer was saved in slices say besides how its tensors were laid out.
+    Drops the layout of the optimizer's tensors, which older checkpoints without slices also contain.
     """
     if "optimizer" not in saved:
         return {number: _settings(part) for number, part in saved.items()}
@@ -262,7 +265,7 @@ def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def model_shards(policy: Policy) -> dict[str, Any]:
-    """The sharded state dict of each chunk, under its name in a checkpoint."""
+    """Return the sharded state dict of each chunk, by its name in a checkpoint."""
     metadata = sharding_metadata(policy)
     return {
         _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
@@ -271,7 +274,7 @@ def model_shards(policy: Policy) -> dict[str, Any]:
 
 
 def sharding_metadata(policy: Policy) -> dict[str, Any]:
-    """Megatron's settings of how a state dict is divided."""
+    """Return Megatron's settings for dividing a state dict."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -281,13 +284,13 @@ def sharding_metadata(policy: Policy) -> dict[str, Any]:
 
 
 def _check_index(path: Path) -> None:
-    """Refuse a checkpoint index that names anything but the records it is made of, or anything but tensors.
+    """Refuse a checkpoint index with any class other than those of an index, or with an entry that is not a tensor.
 
-    It is a pickle which torch reads without restriction, so this must come first; and what it calls bytes instead of
-    tensors torch would unpickle as freely.
+    The index is a pickle that torch reads without restriction, so this check must come first. Torch would also
+    unpickle any entry that the index marks as bytes instead of a tensor.
 
     Raises:
-        ValueError: naming what it holds.
+        ValueError: names the unexpected content.
     """
     try:
         content = path.read_bytes()
@@ -296,7 +299,7 @@ def _check_index(path: Path) -> None:
         entries = dict(index.state_dict_metadata)
     except ValueError:
         raise
-    except Exception as error:  # bytes that are no pickle fail in any way
+    except Exception as error:  # a malformed pickle may raise any exception
         raise ValueError(f"the checkpoint's index is damaged ({type(error).__name__})") from None
     for name, entry in entries.items():
         if type(entry) is not TensorStorageMetadata:
@@ -304,9 +307,9 @@ def _check_index(path: Path) -> None:
 
 
 def _check_memo(content: bytes) -> None:
-    """Refuse a pickle that numbers a memo entry past its own length, which no pickler does.
+    """Refuse a pickle with a memo index larger than the pickle itself, which no pickler writes.
 
-    The unpickler makes its memo twice as long as the number, 64 GiB for one flipped bit, before it reads any more.
+    The unpickler allocates a memo of twice that index before it reads on: one flipped bit could cost 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
@@ -329,7 +332,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _to_host(value: Any) -> Any:
-    """A copy of `value` that shares no memory with it, tensors on the CPU."""
+    """Return a copy of `value` that shares no memory with it, with all tensors on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -340,7 +343,9 @@ def _to_host(value: Any) -> Any:
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the modules' `_extra_state`: empty outside FP8 delayed scaling, and a pickle when read back."""
+    """Drop the modules' `_extra_state`: it is empty except in FP8 delayed scaling, and would be read back by
+    unpickling.
+    """
     return {name: value for name, value in state.items() if "_extra_state" not in name}
 
 

@@ -1,7 +1,7 @@
-"""Writes checkpoints beside the training: the state is copied to host memory, a thread does the rest.
+"""Write checkpoints during training: the state is copied to host memory, and a thread writes the copy.
 
-The thread's collectives run over a gloo group of its own, so that they cannot mix with the training's. What fails on
-one rank fails on all: every stage of the writing ends with an exchange of faults.
+The thread has its own gloo group, so that its collectives cannot mix with the training's. Every stage of the writing
+ends with an exchange of faults, so a failure on one rank is a failure on all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from a2tgpo.update.optimizer import LearningRateSchedule
 
 
 class CheckpointWriter:
-    """Saves one checkpoint at a time under `root`; every rank holds one and makes the same calls.
+    """Saves one checkpoint at a time under `root`; every rank has one and makes the same calls.
 
     Args:
         root: folder of the checkpoints.
@@ -50,11 +50,13 @@ class CheckpointWriter:
         self._outcome: str | None = None
         self._error: BaseException | None = None
         self.longest_s = 0.0
-        """The longest a save has taken so far, from `start` to the end of its thread, seconds."""
+        """Duration of the longest save so far, from `start` to the end of its thread, seconds."""
 
     @property
     def outcome(self) -> str | None:
-        """How the save under way ended, as this rank knows by now; None: not yet, or there is none. See `wait`."""
+        """Result of the current save, as far as this rank knows it; None: not known yet, or no save was started. See
+        `wait`.
+        """
         return self._outcome
 
     def start(
@@ -72,13 +74,12 @@ class CheckpointWriter:
 
         Args:
             step: names the checkpoint; an older one of the same step is replaced.
-            state: the caller's own values, equal on all ranks: JSON types only, which come back as they were but
-                for tuples (lists).
-            own_files: what this rank alone adds, by path within the checkpoint.
-            on_complete: called by rank 0's thread once the checkpoint is in place; its OSErrors are faults too.
+            state: the caller's own values, equal on all ranks; JSON types only, and tuples come back as lists.
+            own_files: files that only this rank adds, by path within the checkpoint.
+            on_complete: called by rank 0's thread once the checkpoint is complete; an OSError from it fails the save.
 
         Raises:
-            TypeError: if `state` holds something JSON does not have.
+            TypeError: if `state` contains a type that JSON lacks.
         """
         begin = time.monotonic()
         assert self._thread is None, "one save at a time: wait() for the last one first"
@@ -101,14 +102,15 @@ class CheckpointWriter:
             dict(own_files),
             on_complete,
         )
-        # Not a daemon: a program that fails for another reason still ends with a whole checkpoint.
+        # Not a daemon, so that a program that fails elsewhere still completes the checkpoint.
         self._thread = threading.Thread(target=self._run, args=(write, begin), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> str | None:
-        """The outcome of the save under way, once it is known: "" or what failed, in a line; None: there was none.
+        """Wait for the current save and return its result: "" or the failure in one line; None if no save was
+        started.
 
-        Equal on all ranks, unless one has died. Every rank must call this.
+        The result is equal on all ranks, unless a rank has died. Every rank must call this.
         """
         if self._thread is None:
             return None
@@ -127,7 +129,7 @@ class CheckpointWriter:
         except _SaveFailedError as error:
             self._outcome = str(error)
         except BaseException as error:
-            # A mistake of ours, or a rank that has died: raised where it is waited for.
+            # A bug or a dead rank: `wait` raises it.
             self._error = error
 
     def _write(
@@ -183,7 +185,7 @@ class CheckpointWriter:
             _together(complete if is_first else None, group, final)
         except _SaveFailedError:
             if is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # what failed for want of space should not keep it
+                shutil.rmtree(partial, ignore_errors=True)  # do not let them fill a full disk
             raise
 
 
@@ -195,7 +197,7 @@ def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place
     """Run `action`, which writes to `place`, on the ranks that have one.
 
     Raises:
-        _SaveFailedError: on all ranks, if it failed on any.
+        _SaveFailedError: on all ranks, if `action` failed on any.
     """
     fault = ""
     try:
@@ -211,7 +213,7 @@ def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place
 
 
 def _describe_fault(error: BaseException, place: Path) -> str:
-    """An error of writing files in one line that names the file, or the folder `place` where it does not say."""
+    """Describe a write error in one line that names the file, or the folder `place` if the error names no file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename or place})"
     return f"{first_line(error):.200} ({place})"
