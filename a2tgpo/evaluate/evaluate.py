@@ -16,7 +16,7 @@ from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.trajectory import Prompt, Trajectory
 
 _SQUARE = "square of "
-"""Before the name of a score whose squares are summed."""
+"""Prefix of a metric that sums a score's squares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +174,13 @@ def _judge(
 
 
 def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
-    """`metrics` with the standard error of each score in place of the mean of its squares.
+    """Return `metrics` with each score's mean square replaced by its standard error.
 
     sqrt((mean of squares - square of mean) / n); for em, which is 0 or 1, that is sqrt(em (1 - em) / n).
     """
     found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
     for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):
-        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # below 0 by rounding
+        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # rounding may make it negative
         found[f"standard_error_{name}"] = math.sqrt(variance / metrics["num_questions"])
     return found
 

@@ -1,4 +1,4 @@
-"""The settings that decide an evaluation's answers and scores, and so must not change between its starts."""
+"""The settings that determine an evaluation's answers and scores, and so must not change when it resumes."""
 
 from __future__ import annotations
 

@@ -1,24 +1,24 @@
-"""How the user's mistakes are reported, and other errors summarised: in one line."""
+"""Report users' mistakes, and summarise other errors, in one line."""
 
 MAX_MESSAGE = 2000
-"""Characters of a message that are shown."""
+"""Longer messages are cut to this many characters."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message is one line meant for the person who wrote it."""
+    """The program cannot run as configured; the message is one line for the author of the configuration."""
 
     def __init__(self, message: str):
-        # What it quotes may hold anything: line breaks, terminal codes, halves of characters.
+        # Quoted input may contain anything: line breaks, terminal codes, lone surrogates.
         shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
         super().__init__(shown if len(shown) <= MAX_MESSAGE else f"{shown[:MAX_MESSAGE]} ...")
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
-    """Raise `ConfigError` naming `key`, its `value` and the `rule` unless `holds`."""
+    """Raise a `ConfigError` that names `key`, its `value` and the `rule`, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key} is {value!r}; allowed: {rule}")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first non-blank line of the message, or the type's name if there is none (a bare `assert`)."""
+    """Return the first non-blank line of the message; if there is none (a bare `assert`), the type's name."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

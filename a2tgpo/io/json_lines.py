@@ -1,4 +1,4 @@
-"""Read JSONL files, with errors that say where, and write them atomically."""
+"""Read JSONL files, with errors that name the line, and write them atomically."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
     """Yield (`"FILE line N"`, object) for every line that is not blank; one line is in memory at a time.
 
     Args:
-        path: UTF-8 file with one JSON object a line; may be packed, see `open_unpacked`.
-        key: what named the file (a configuration key or an option), for the message when it cannot be read.
+        path: UTF-8 file with one JSON object per line; may be compressed, see `open_unpacked`.
+        key: the configuration key or option that names the file, for error messages.
 
     Raises:
         ConfigError: one line; as `open_unpacked` and `parse_line`.
@@ -28,10 +28,11 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
 
 
 def parse_line(raw: bytes, where: str) -> dict | None:
-    """The object in one line of a JSONL file, which a byte order mark may start; None for a blank one.
+    """Parse the object in one line of a JSONL file, which may start with a byte order mark; None for a blank line.
 
     Raises:
-        ConfigError: one line starting with `where`; not UTF-8, not JSON, no object, or a text in it that is none.
+        ConfigError: one line that starts with `where`; the line is not UTF-8, not JSON, not an object, or contains a
+            lone surrogate.
     """
     line = decode_line(raw, where).strip()
     if not line:
@@ -51,7 +52,7 @@ def parse_line(raw: bytes, where: str) -> dict | None:
 
 
 def _is_encodable(record: dict) -> bool:
-    """JSON may escape halves of surrogate pairs alone, which no tokenizer and no file takes."""
+    """Return False for a lone surrogate: JSON can escape one, but no tokenizer and no file can encode it."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -60,7 +61,7 @@ def _is_encodable(record: dict) -> bool:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """The text `record[name]`; ConfigError naming `where` and `name` if it is missing, no text or blank."""
+    """Return the text `record[name]`; ConfigError naming `where` and `name` if it is missing, not a text, or blank."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         found = "missing" if name not in record else f"{value!r:.60}"

@@ -1,4 +1,4 @@
-"""Reading the text files that people bring: packed or not, in UTF-8 or refused with the place that is not."""
+"""Read text files supplied by users: compressed or not, and refused with the place of the fault if not UTF-8."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 @contextlib.contextmanager
 def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
-    """The bytes of `path`, unpacked as they are read if it is packed by gzip, bzip2, xz or zstd.
+    """Yield a binary stream of the content of `path`, decompressed on the fly if it is gzip, bzip2, xz or zstd.
 
     Args:
-        key: what named the file (a configuration key or an option), for the message when it cannot be read.
+        key: the configuration key or option that names the file, for error messages.
 
     Raises:
-        ConfigError: one line; the file cannot be opened or, in the block, read to its end: it is damaged, cut short
-            or a ZIP archive.
+        ConfigError: one line; the file cannot be opened or, within the block, cannot be read to its end: it is
+            damaged, truncated or a ZIP archive.
     """
     try:
         packed = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)
@@ -55,36 +55,36 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
         except OSError as error:
             if error.filename not in (None, str(path)):
                 raise
-            # bz2 says "Invalid data stream" without a number.
+            # bz2 reports "Invalid data stream" as an OSError without a number.
             reason = error.strerror or error
             raise ConfigError(f"{key}: cannot read {path} ({reason})") from None
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether `path` is a file that `open_unpacked` unpacks."""
+    """Return whether `open_unpacked` would decompress the file."""
     with open(path, "rb") as stream:
         head = stream.read(6)
     return head.startswith((_GZIP, _BZIP2, _XZ, _ZSTD))
 
 
 def decode(raw: bytes, where: str) -> str:
-    """The text of a whole file, without a byte order mark.
+    """Decode a whole file, without its byte order mark.
 
     Raises:
-        ConfigError: one line that starts with `where` and says line and byte; it is not UTF-8.
+        ConfigError: one line that starts with `where` and gives line and byte; the file is not UTF-8.
     """
     _refuse_other_encodings(raw, where)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # `error.start` does not count a mark that was taken off.
+        # `error.start` does not count the byte order mark that the codec removed.
         start = error.start + (len(_UTF8_MARK) if raw.startswith(_UTF8_MARK) else 0)
         line = raw.count(b"\n", 0, start) + 1
         raise _not_utf8(raw, start, f"{where} line {line}") from None
 
 
 def decode_line(raw: bytes, where: str) -> str:
-    """The text of one line, without a byte order mark; as `decode`, with a `where` that names the line."""
+    """Decode one line, without its byte order mark, like `decode`; `where` names the line."""
     _refuse_other_encodings(raw, where)
     try:
         return raw.removeprefix(_UTF8_MARK).decode("utf-8")
@@ -112,7 +112,7 @@ def _refuse_other_encodings(raw: bytes, where: str) -> None:
 
 
 class _ZipArchive(Exception):
-    """Several files in one: there is no telling which is meant."""
+    """A ZIP archive may hold several files, so the intended one is unknown."""
 
 
 def _unpacked(packed: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
@@ -130,7 +130,7 @@ def _unpacked(packed: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Unpacks zstd, frame after frame; zstandard's own reader takes the end of a file cut short for its end."""
+    """Decompresses zstd frame by frame; zstandard's own reader silently accepts a truncated file."""
 
     def __init__(self, packed: io.BufferedReader):
         self._packed = packed

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Outage:
-    """Whether this rank waits for a service, since when and why; one thread writes, any thread reads.
+    """Whether, since when and why this rank waits for a service; one thread writes, any thread reads.
 
     Args:
         limit_s: longest wait, seconds; then the run must end.

@@ -1,4 +1,4 @@
-"""How long ago this process was started."""
+"""The time since the start of this process."""
 
 import os
 import time
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def process_age_s() -> float:
-    """Seconds since the operating system started this process, the interpreter's own start included (Linux)."""
-    # The 22nd field, ticks after boot; the second one is a name that may hold anything but ends in the last ")".
+    """Return the seconds since the operating system started this process, interpreter start included (Linux)."""
+    # Field 22 is the start time in ticks after boot; field 2, a name, may contain anything but ends at the last ")".
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

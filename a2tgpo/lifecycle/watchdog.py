@@ -33,7 +33,7 @@ BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
 """Stages whose own longest duration so far predicts the next."""
 WAITING = ("refit", "exchange", "advantage")
-"""Stages in which a rank may wait for the slowest rank, thus as long as any steady stage took."""
+"""Stages in which a rank may wait for the slowest rank. Their limit follows the longest of all steady stages."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_told = 0
-        """Number of polls, over all ranks, that found an outage, as last read by this rank."""
+        """Number of polls by any rank that found an outage, as last read by this rank."""
         self._looked_at = time.monotonic()
         self._standing = (0, 0.0)
-        """Number of the place, and the seconds for which its clock stood still."""
+        """Number of the current place, and the seconds for which its clock stood still."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}

@@ -1,11 +1,11 @@
-"""Alarms on the measures that move before a run of reinforcement learning collapses, and when to stop for them.
+"""Alarms on metrics that change before reinforcement learning collapses, and the decision to stop a run.
 
-Metrics, 0 or 1 each step: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`,
-`alarm/engine_gap` and `alarm/failed_calls` (each only where its setting in `guard` is not 0), `alarm/outage`,
-`alarm/skipped_updates` and `alarm/non_finite`.
+Metrics per step, 0 or 1: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`, `alarm/engine_gap`
+and `alarm/failed_calls` (each only if its setting in `guard` is not 0), `alarm/outage`, `alarm/skipped_updates` and
+`alarm/non_finite`.
 
-Under dynamic sampling entropy and likelihood are over the groups that were kept, so those alarms do not see what
-was dropped; the format errors are those of everything played.
+Under dynamic sampling, entropy and likelihood cover only the kept groups, so their alarms do not see dropped groups;
+format errors cover all played groups.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""Measured steps in a row past the limit before an alarm starts, and within it before it ends.
+"""Consecutive measured steps past the limit that start an alarm, and within the limit that end it.
 
-One step is a small sample: a single bad one, however bad, says little, and a mean over steps would carry it on.
+One step is a small sample: a single outlier, however large, means little, but would affect a running mean for many
+steps.
 """
 
 NON_FINITE = "non_finite"
@@ -27,33 +28,33 @@ NON_FINITE = "non_finite"
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """What one alarm compares, and what to tell the person who reads it."""
+    """The comparison that one alarm makes, and the advice that it gives."""
 
     metrics: tuple[str, ...]
-    """In order of preference: the first that a step has is compared."""
+    """Alternatives in order of preference: the alarm compares the first one that a step has."""
     key: str
-    """Setting that the limit comes from; empty: none, the alarm cannot be turned off."""
+    """Setting of the limit, which 0 turns off; empty: the alarm cannot be turned off."""
     threshold: float
     limit: Callable[[float], float]
-    """Limit, from the base line; for an alarm that is not `on_change`, whatever that is."""
+    """Computes the limit from the base line; an alarm that is not `on_change` ignores the base line."""
     is_floor: bool = False
-    """Past the limit is below it, not above."""
+    """The value must not fall below the limit; otherwise, it must not exceed it."""
     on_change: bool = False
-    """Compares with the mean of the first steps."""
+    """The limit is relative to the mean of the first steps."""
     confirming_steps: int = CONFIRMING_STEPS
     advice: str
-    """Likely cause, and what to try."""
+    """Likely cause, and a remedy."""
 
 
 class Guards:
-    """Watches the steps of one run; made alike on every rank and given the same metrics, it decides alike.
+    """Watches the steps of one run; all ranks take the same decisions from the same configuration and metrics.
 
-    A metric that a step lacks (no right answer, no likelihood of right answers) leaves its alarm as it is. So does
-    one that is not finite, which is an alarm of its own. The base line of a metric is its mean over the first
-    `baseline_steps` steps that have it.
+    An alarm stays unchanged in a step that lacks its metric, for example the likelihood of right answers if there are
+    none. It also stays unchanged if the metric is not finite, which has an alarm of its own. The base line of a
+    metric is its mean over the first `baseline_steps` steps that have it.
 
     Args:
-        clip_low, clip_high: the clipping range that the ratio's noise is compared with.
+        clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
     """
 
     def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):
@@ -61,17 +62,17 @@ class Guards:
         alarms = _alarms(config, narrower_clip=min(clip_low, clip_high))
         self._watched = [metric for alarm in alarms.values() for metric in alarm.metrics]
         self._alarms = {name: a for name, a in alarms.items() if a.threshold > 0 or not a.key}
-        self._baselines: dict[str, tuple[float, int]] = {}  # metric -> (sum, steps)
+        self._baselines: dict[str, tuple[float, int]] = {}  # metric -> (sum, number of steps)
         self._is_on = dict.fromkeys([*self._alarms, NON_FINITE], False)
-        self._contrary = dict.fromkeys(self._is_on, 0)  # steps in a row that speak for a change
+        self._contrary = dict.fromkeys(self._is_on, 0)  # consecutive steps that contradict the alarm's state
         self._streak = 0
-        self._skipping = 0  # steps in a row with a skipped update
+        self._skipping = 0  # consecutive steps with a skipped update
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """Judge one step.
 
         Args:
-            step: names it in the lines.
+            step: number of the step, for the lines.
             metrics: of the step, reduced over all ranks.
 
         Returns:
@@ -100,17 +101,19 @@ class Guards:
 
     @property
     def active(self) -> list[str]:
-        """Names of the alarms that are on."""
+        """Names of the active alarms."""
         return [name for name, is_on in self._is_on.items() if is_on]
 
     @property
     def stop_is_due(self) -> bool:
-        """There was some alarm at each of the last `stop_after` steps, or a skipped update as long."""
+        """Whether each of the last `stop_after` steps had an alarm, or each of the last `stop_after_skipped` a
+        skipped update.
+        """
         return 0 < self._config.stop_after <= self._streak or self._skips_too_often
 
     @property
     def reason(self) -> str:
-        """Why the run is to stop, in a few words."""
+        """The reason to stop the run, in a few words."""
         if self._skips_too_often:
             return (
                 f"an update was not finite and skipped in {self._skipping} steps in a row "
@@ -123,12 +126,12 @@ class Guards:
 
     @property
     def stop_setting(self) -> str:
-        """The setting that stops the run, turned off."""
+        """The override that turns off the setting which stops the run."""
         return "guard.stop_after_skipped=0" if self._skips_too_often else "guard.stop_after=0"
 
     @property
     def num_skipping(self) -> int:
-        """Steps in a row, up to now, in which an update was skipped."""
+        """Number of consecutive steps, up to the last one, with a skipped update."""
         return self._skipping
 
     @property
@@ -136,7 +139,7 @@ class Guards:
         return 0 < self._config.stop_after_skipped <= self._skipping
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` needs to decide on as if never interrupted; plain JSON values."""
+        """Return the state for `load_state_dict`, as plain JSON values."""
         return {
             "baselines": {metric: list(taken) for metric, taken in self._baselines.items()},
             "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
@@ -146,15 +149,15 @@ class Guards:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, but forget alarms that were turned off or got another limit since.
+        """Continue from `state`, but reset alarms that were turned off or whose limit has changed.
 
-        If one of those was on, the steps with some alarm are counted anew: it may have been the only one in them.
+        If a reset alarm was active, restart the count of steps with an alarm: it may have been the only one.
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
-        self._skipping = state.get("skipping", 0)  # earlier versions have none
+        self._skipping = state.get("skipping", 0)  # earlier versions did not store it
         limits = self._limits()
-        old_limits = state.get("limits", limits)  # earlier versions have none
+        old_limits = state.get("limits", limits)  # earlier versions did not store them
         for name, (is_on, contrary) in state["alarms"].items():
             if name in self._is_on and limits.get(name) == old_limits.get(name):
                 self._is_on[name], self._contrary[name] = is_on, contrary
@@ -162,7 +165,9 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """By alarm, at a base line of 1: tells a changed setting, also one of the clipping range."""
+        """Return the limit of each alarm for a base line of 1; it changes if the alarm's setting or the clipping
+        range does.
+        """
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
     def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:
@@ -177,7 +182,7 @@ class Guards:
         return total / steps
 
     def _changes(self, name: str, is_past: bool, confirming_steps: int) -> bool:
-        """Take in one step's verdict; True: the alarm starts or ends with it."""
+        """Record one step's verdict; return whether the alarm starts or ends with it."""
         self._contrary[name] = 0 if is_past == self._is_on[name] else self._contrary[name] + 1
         if self._contrary[name] < confirming_steps:
             return False
@@ -214,7 +219,8 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            # The floor is that of unchanged weights, 0 in bfloat16 too; a step of few mini-batches has nothing else.
+            # The noise floor is measured on unchanged weights, so it is 0 in bfloat16 too; steps of few mini-batches
+            # have no other measure.
             metrics=("ratio/noise", "ratio/noise_floor"),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
@@ -224,7 +230,8 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
-            # No token has a gap where no log-prob is finite; their number is then past any sensible limit.
+            # If no log-prob is finite, no token has a gap; the number of unusable tokens then exceeds any sensible
+            # limit.
             metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,

@@ -1,4 +1,4 @@
-"""The machine's memory that this process holds."""
+"""Memory of this machine that this process occupies."""
 
 import ctypes
 import os
@@ -8,15 +8,16 @@ _C_LIBRARY = ctypes.CDLL(None)
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process, shared pages included."""
+    """Return the resident memory of this process, shared pages included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def return_free_memory() -> None:
-    """Give the system back what this process has freed and glibc's allocator keeps for later allocations.
+    """Return freed memory, which glibc's allocator keeps for later allocations, to the system.
 
-    On its own, glibc returns free memory only from the end of its heap. A step's tensors are allocated among blocks
-    that stay, so the freed pages between those blocks would remain resident, and more of them after every step.
+    Without this call, glibc returns free memory only from the end of its heap. A step's tensors are allocated among
+    blocks that live longer, so the pages freed between those blocks would stay resident, and more of them after every
+    step.
     """
     _C_LIBRARY.malloc_trim(0)

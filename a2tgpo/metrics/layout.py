@@ -1,4 +1,4 @@
-"""How TensorBoard's custom-scalars page groups a run's metrics; patterns match from the start of a name."""
+"""Groups of a run's metrics on TensorBoard's custom-scalars page; patterns match from the start of a name."""
 
 _MULTILINE = "Multiline"
 

@@ -1,8 +1,8 @@
-"""How much of a ratio's distance from 1 is rounding: estimated from a step's mini-batches, and what to do about it.
+"""Estimate how much of a ratio's distance from 1 is rounding, and advise what to change.
 
-At a step's first mini-batch the weights are those of the old log-probs, and rounding is the same in both passes. Once
-weights have moved, activations are rounded anew: from the second mini-batch on the ratio holds the whole noise. What
-the policy has moved grows from update to update, the noise does not.
+At a step's first mini-batch the weights equal those of the old log-probs, so both passes round alike. Once the
+weights have moved, activations round differently, and from the second mini-batch on the ratio contains the full
+noise. The policy's movement grows from update to update; the noise does not.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from collections.abc import Mapping
 from a2tgpo.config.run import RunConfig
 
 SPREAD_METRICS = {1: "ratio/mean_square_after_1", 2: "ratio/mean_square_after_2"}
-"""By the number of updates since the rollout: mean of (log s)^2 over the ratios s that are clipped."""
+"""By the number of updates since the rollout, the metric that holds the mean of (log s)^2 over the clipped ratios s.
+"""
 FIRST_STEPS = 3
-"""Measured steps whose mean is told."""
+"""Number of steps whose mean noise is reported."""
 
 
 def noise_of(after_one: float, after_two: float) -> float:
-    """Standard deviation of log s that rounding alone brings, nats.
+    """Return the standard deviation of log s due to rounding alone, nats.
 
-    A straight line through both mean squares, down to no update at all. The policy's movement adds as much with every
-    update if updates point anywhere, and more if they agree: it is never taken for noise, but may hide some.
+    Extrapolates a straight line through both mean squares to zero updates. Updates in random directions move the
+    policy by equal amounts, and consistent updates by more. So movement is never counted as noise, but may hide some
+    of it.
     """
     return math.sqrt(min(max(2 * after_one - after_two, 0.0), after_one))
 
 
 class RatioNoise:
-    """Watches the steps of one start of a run; given the same metrics, all ranks come to the same result."""
+    """Watches the steps of one start of a run; all ranks get the same results from the same metrics."""
 
     def __init__(self, config: RunConfig):
         self._config = config
@@ -42,8 +44,8 @@ class RatioNoise:
             metrics: of the step, reduced over all ranks.
 
         Returns:
-            `ratio/noise` (nats) and `ratio/noise_share` (of the smaller of clip_low and clip_high), nothing for a
-            step of fewer than three mini-batches; and a line with advice once, after `FIRST_STEPS` of these.
+            `ratio/noise` (nats) and `ratio/noise_share` (relative to the smaller of clip_low and clip_high), empty
+            for a step with fewer than three mini-batches; and once, after `FIRST_STEPS` measured steps, a line with advice.
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):
@@ -83,6 +85,6 @@ class RatioNoise:
 
 
 def round_up(value: float) -> float:
-    """The next number of two digits and zeros."""
+    """Round up to two significant digits."""
     unit = 10 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit - 1e-9) * unit

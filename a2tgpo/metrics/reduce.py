@@ -1,4 +1,4 @@
-"""Metrics as sums and counts, so that they mean the same however the work was spread over ranks."""
+"""Metrics as sums and counts, so that their values do not depend on how the work was distributed over ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch.distributed as dist
 
 @dataclass
 class MetricSums:
-    """Named sums, counts and extremes of one rank; merged over ranks, divided once.
+    """Named sums, counts and extremes of one rank, to be merged over ranks and then divided.
 
-    Ranks may hold different names, or none. A name is used in one way only: with `add`, `add_max` or
-    `add_min`.
+    Ranks may have different names, or none. Use each name with only one of `add`, `add_max` and `add_min`.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -23,20 +22,20 @@ class MetricSums:
     minima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value_sum: float, count: float) -> None:
-        """Add a sum over `count` samples. Reported: sum / count; the sum itself where no rank counted any sample."""
+        """Add a sum over `count` samples. The reported value is sum / count, or the sum if no rank counted a sample."""
         old_sum, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_sum + float(value_sum), old_count + float(count))
 
     def add_max(self, name: str, value: float) -> None:
-        """Report the largest value seen on any rank; NaN, once seen, stays."""
+        """Report the largest value of all ranks; a NaN stays NaN."""
         self.maxima[name] = _larger(self.maxima.get(name, -math.inf), float(value))
 
     def add_min(self, name: str, value: float) -> None:
-        """Report the smallest value seen on any rank; NaN, once seen, stays."""
+        """Report the smallest value of all ranks; a NaN stays NaN."""
         self.minima[name] = -_larger(-self.minima.get(name, math.inf), -float(value))
 
     def merge(self, other: MetricSums) -> None:
-        """Add everything that `other` holds."""
+        """Add all metrics of `other`."""
         for name, (value_sum, count) in other.sums.items():
             self.add(name, value_sum, count)
         for name, value in other.maxima.items():
@@ -45,7 +44,7 @@ class MetricSums:
             self.add_min(name, value)
 
     def values(self) -> dict[str, float]:
-        """Every metric of what this object holds, by name.
+        """Return every metric of this object by name, without other ranks.
 
         Raises:
             ValueError: if a name was used in two ways.
@@ -63,10 +62,11 @@ class MetricSums:
         return dict(sorted({**means, **self.maxima, **self.minima}.items()))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Every metric over the ranks of `group`, equal on all of them; this object is left as it was.
+        """Return every metric, merged over the ranks of `group` and equal on all of them; does not change this
+        object.
 
-        Every rank of `group` must call this, also one that holds nothing. Ranks that hold the same samples
-        (those of one model-parallel group) must not all be in `group`, or their counts would be inflated.
+        Every rank of `group` must call this, even without metrics. Ranks with the same samples (those of one
+        model-parallel group) must not all be in `group`, because their samples would count several times.
 
         Args:
             group: None: all ranks; without torch.distributed, this process alone.
@@ -76,7 +76,7 @@ class MetricSums:
         """
         if not dist.is_initialized():
             return self.values()
-        # One collective for any mix of names; merging in rank order makes the float64 sums equal on all
+        # One collective suffices for any mix of names; merging in rank order makes the float64 sums equal on all
         # ranks.
         parts: list[bytes] = [b""] * dist.get_world_size(group)
         dist.all_gather_object(parts, msgspec.msgpack.encode(self), group=group)

@@ -1,4 +1,4 @@
-"""Which rank holds up the others."""
+"""Find a rank that is slower than the others."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import statistics
 from collections.abc import Sequence
 
 LOCAL_STAGE = "rollout"
-"""In the other stages ranks wait for each other, so that a slow one shows in the times of all."""
+"""In all other stages ranks wait for each other, so a slow rank delays all of them alike."""
 
 
 class SlowRanks:
-    """Compares the ranks' seconds by stage; rank 0 holds one.
+    """Compares the ranks' seconds by stage; only rank 0 needs one.
 
     Args:
-        ratio: a rank is slow whose rollout takes this many times the median.
-        steps: in a row, of the same rank, until it is said.
+        ratio: a rank is slow if its rollout takes this many times the median.
+        steps: consecutive steps in which the same rank is slow before a line reports it.
     """
 
     def __init__(self, *, ratio: float, steps: int):
@@ -24,13 +24,13 @@ class SlowRanks:
         self._streak = 0
 
     def compare(self, by_rank: Sequence[dict[str, float]]) -> tuple[dict[str, float], str]:
-        """One step's spread, and a line if a rank has just been slow for long enough; "" otherwise.
+        """Return one step's spread, and a line once a rank has been slow for long enough, else "".
 
         Args:
             by_rank: `time/STAGE_s` of every rank.
 
         Returns:
-            `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`; nothing for a rank alone.
+            `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`; empty for a single rank.
         """
         if len(by_rank) < 2:
             return {}, ""

@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Measure the time of each stage of a step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class StageTimers:
-    """Adds up wall time by stage; stages may nest (the outer one then includes the inner) and repeat.
+    """Sums wall time by stage; a stage may repeat, and may contain other stages, whose time it includes.
 
     Args:
-        synchronize: called at both ends of a stage, e.g. torch.cuda.synchronize, so that queued work counts
-            where it was queued; None on CPU.
-        enter: called with the name of the outermost stage that begins, and with "" when it has ended.
+        synchronize: called at both ends of a stage, e.g. torch.cuda.synchronize, so that a stage includes the
+            work that it queued; None on CPU.
+        enter: called with the name of each outermost stage when it begins, and with "" when it ends.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class StageTimers:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body as `name`, also when it raises."""
+        """Time the body as stage `name`, even if it raises."""
         self._settle()
         if self._enter is not None and not self._open:
             self._enter(name)
@@ -40,7 +40,7 @@ class StageTimers:
                 self._enter("")
 
     def take(self) -> dict[str, float]:
-        """Seconds by stage since the last call, as metrics `time/STAGE_s`, and start anew."""
+        """Return the seconds by stage since the last call, as metrics `time/STAGE_s`, and reset them."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return taken

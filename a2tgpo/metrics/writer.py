@@ -1,4 +1,4 @@
-"""Writing a run's metrics: metrics.jsonl, TensorBoard, and a live line in the terminal."""
+"""Write a run's metrics to metrics.jsonl, to TensorBoard, and to a live line in the terminal."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 PROGRESS_METRICS = {"reward": "reward/mean", "EM": "reward/em", "tok/s": "speed/tokens_per_s"}
-"""Label on the progress line -> metric."""
+"""Metric by its label on the progress line."""
 
 
 class MetricWriter:
-    """Records of one run, written by one rank; on the others, made with `enabled=False`, every call does nothing.
+    """Writes one run's records on one rank; on the other ranks, created with `enabled=False`, every call does
+    nothing.
 
-    A step may be logged in several calls: its line in metrics.jsonl then holds them all. Every call is on
-    disk when it returns, so a crash loses nothing.
+    Several calls may log one step; its line in metrics.jsonl then has all their metrics. Every call returns with its
+    data on disk, so a crash loses nothing.
 
     Args:
-        run_dir: the run's folder; created.
+        run_dir: the run's folder, created if missing.
         total_steps: steps of the whole run, for the progress line.
         enabled: True on the one rank that writes.
-        resume_step: last step that is kept when a run goes on; what was logged after it is dropped. None: a
-            new run; what an earlier one left in the folder is moved to `previous_N/`.
-        stream: the terminal; None: stderr. Where it is no terminal, a plain line is printed for each step.
+        resume_step: the step from which a run resumes; records of later steps are dropped. None: a new run;
+            records of an earlier run in the folder are moved to `previous_N/`.
+        stream: the terminal; None: stderr. If the stream is not a terminal, each step prints a plain line.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class MetricWriter:
         self._first_step, self._start = resume_step or 0, time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` of `step`, which is never smaller than in an earlier call.
+        """Record `metrics` of `step`; steps must not decrease from call to call.
 
-        A value that is not finite is null in metrics.jsonl.
+        Values that are not finite become null in metrics.jsonl.
         """
         if not self.enabled:
             return
@@ -79,12 +80,12 @@ class MetricWriter:
         self._show(step, values)
 
     def log_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Record the finite ones of `values` as a histogram in TensorBoard; nothing if there is none."""
+        """Record the finite values as a histogram in TensorBoard; do nothing if there are none."""
         if not self.enabled:
             return
         finite = [float(value) for value in values if math.isfinite(value)]
         if finite:
-            # numpy arrays only: torch's writer takes no lists
+            # torch's writer accepts NumPy arrays, but no lists
             import numpy as np
 
             with naming(self._board_folder):
@@ -93,25 +94,24 @@ class MetricWriter:
     def log_hyperparameters(
         self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
     ) -> None:
-        """Record the run's settings for TensorBoard's comparison of runs, to be seen with the last of `metrics`."""
+        """Record the run's settings, so that TensorBoard can compare runs by their last values of `metrics`."""
         if self.enabled:
             from torch.utils.tensorboard.summary import hparams
 
-            # Not add_hparams: that would write the metrics as values of a run of its own.
+            # add_hparams would write the metrics into an additional run.
             for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0)):
                 self._board._get_file_writer().add_summary(summary)
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """Record `text` in TensorBoard as it is (monospaced, not read as Markdown)."""
+        """Record `text` in TensorBoard unchanged (monospaced, not interpreted as Markdown)."""
         if self.enabled:
-            # Indentation makes a code block whatever the text contains; a fence could be closed by the
-            # text itself.
+            # Indentation makes a code block of any text, whereas the text itself could close a fence.
             indented = "\n".join("    " + line for line in text.splitlines())
             with naming(self._board_folder):
                 self._board.add_text(name, indented, step)
 
     def print(self, text: str) -> None:
-        """Print above the progress line without tearing it."""
+        """Print a line above the progress line."""
         if self.enabled:
             if self._bar is not None:
                 self._bar.clear()
@@ -120,7 +120,7 @@ class MetricWriter:
                 self._bar.refresh()
 
     def close(self) -> None:
-        """Write out what is buffered and end the progress line."""
+        """Write buffered records and end the progress line."""
         if self.enabled:
             self._jsonl.close()
             self._board.close()
@@ -138,7 +138,7 @@ class MetricWriter:
             file=self._stream,
             desc="step",
             dynamic_ncols=True,
-            # Steps are few and slow: the estimate follows the run's average.
+            # Estimate the remaining time mostly from the run's average, since steps are few and slow.
             smoothing=0.1,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )
@@ -158,7 +158,7 @@ class MetricWriter:
             )
 
     def _time_left(self, step: int) -> str:
-        """An estimate by this start's mean time of a step, evaluations and checkpoints included."""
+        """Estimate the remaining time from this start's mean time per step, evaluations and checkpoints included."""
         done, left = step - self._first_step, self._total_steps - step
         if done < 1 or left < 1:
             return ""
@@ -167,17 +167,17 @@ class MetricWriter:
 
 
 class _MetricsFile:
-    """metrics.jsonl: one object a step, ascending."""
+    """metrics.jsonl: one object per step, ascending."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
         self._path = path = run_dir / METRICS_FILE
         if resume_step is None:
             _set_aside(run_dir)
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        # A crash while the kept lines are written back must not lose them.
+        # Atomically: a crash must not lose the kept lines.
         write_text(path, "".join(_line(record) for record in kept))
         self._last: dict = kept[-1] if kept else {}
-        # Unbuffered: a line that could not be written must not come up again when the file is closed.
+        # Unbuffered: otherwise closing the file would write a line again whose first write failed.
         self._handle = path.open("r+b", buffering=0)
         self._last_start = self._handle.seek(0, os.SEEK_END) - len(
             _line(self._last).encode() if kept else b""
@@ -199,7 +199,7 @@ class _MetricsFile:
             self._append(_line(self._last).encode())
 
     def _append(self, line: bytes) -> None:
-        """Write a whole line or none of it."""
+        """Write the whole line or nothing."""
         try:
             while line:
                 line = line[self._handle.write(line) :]
@@ -212,12 +212,12 @@ class _MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The records of a metrics.jsonl, one a step; empty if there is none.
+    """Return the records of a metrics.jsonl, one per step; empty if the file does not exist.
 
-    A last line cut short by a crash is left out.
+    Ignores a last line that a crash truncated.
 
     Raises:
-        ValueError: if another line is broken.
+        ValueError: if any other line is malformed.
     """
     path = Path(path)
     if not path.exists():
@@ -238,7 +238,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def _is_record(record: object) -> bool:
-    """A step, and numbers that a float holds; None stands for one that was not finite."""
+    """Return whether this is a step with float values; None stands for a value that was not finite."""
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return False
     return all(

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and going on from it.
+"""The folder of a run: its files, and resuming from it.
 
 `ROOT/NAME/`: config.yaml (resolved), config.N.yaml and env.N.txt (of the N-th start), date.txt (today's date, as
 prompts tell it), metrics.jsonl, tensorboard/, rollouts/step_N/ (`record.rollout_files`), checkpoints/step_N/,
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Opens, fills and resumes one run; every rank holds one and makes the same calls."""
+    """Opens, fills and resumes one run; every rank has one and makes the same calls."""
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -60,26 +60,25 @@ class RunFolder:
         self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
         self._rollouts = RolloutRetention(self.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
-        """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
+        """Step of the last complete checkpoint (0: none), and the best policy at that time."""
         self._saving: tuple[int, dict | None] = self._complete
         self._is_auto = False
         self.evaluation_is_due = False
-        """The evaluation after the last step is still to be done; set by `restore`."""
+        """Whether the evaluation after the last step has not been made yet; set by `restore`."""
         self._reported = 0
         self._num_failures = 0
         self._recorder: Recorder | None = None
 
     def open(self, resume: str, *, accept_changes: bool = False) -> Path | None:
-        """Make the folder and find the checkpoint to go on from.
+        """Create the folder and find the checkpoint to resume from.
 
         Args:
-            resume: auto (the newest complete checkpoint, if any) | none (what is there is set aside as
-                NAME.previous_N) | a checkpoint's folder.
-            accept_changes: go on where the settings, the code or the packages are not those of the last start.
+            resume: auto (the newest complete checkpoint, if any) | none (rename the old folder to NAME.previous_N) | a checkpoint's folder.
+            accept_changes: continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: if `resume` is a path that is no checkpoint, or the run's folder cannot be made, is another
-                process's, or holds another experiment.
+            ConfigError: if `resume` is a path without a checkpoint, or the run's folder cannot be created, is held by
+                another process, or holds another experiment.
         """
         check_resume(resume)
         self._is_auto = resume == "auto"
@@ -108,13 +107,13 @@ class RunFolder:
         return checkpoint.latest(self._checkpoints) if resume == "auto" else Path(resume)
 
     def restore(self, path: Path | None, parts: RunParts, guards: Guards) -> int:
-        """Put the checkpoint's state in place; None: a new run. Returns the steps done.
+        """Restore the checkpoint's state; None: a new run. Returns the number of steps done.
 
-        Where `open` chose the checkpoint and its tensors turn out to be damaged, the newest whole one before it is
-        taken instead.
+        If `open` chose the checkpoint and its tensors are damaged, the newest undamaged one before it is used
+        instead.
 
-        Checkpoints of later steps are set aside, and one of the same step if `path` is not that one. The best one so
-        far is the one known at the checkpoint, if it is this run's own.
+        Checkpoints of later steps are set aside; a checkpoint of the same step is too, unless it is `path`. The best
+        policy is the one stored in the checkpoint, if it belongs to this run.
         """
         step, is_own = 0, True
         if path is not None:
@@ -137,10 +136,10 @@ class RunFolder:
                 logger.warning("the run begins with settings other than those of %s: %s", path, told(changed))
             parts.carried.state = self._read_carried(path, parts, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
-            # Checkpoints of earlier versions have neither guards nor best.
+            # Checkpoints of earlier versions have neither guards nor a best policy.
             if "guards" in state:
                 guards.load_state_dict(state["guards"])
-            # That of another run speaks of checkpoints which are not here.
+            # Another run's best policy refers to checkpoints that do not exist here.
             self.best.load_state_dict(self._if_comparable(state, parts) if is_own else None)
         retention.set_aside_after(self._checkpoints, step if is_own else step - 1)
         self.best.write()
@@ -150,11 +149,11 @@ class RunFolder:
         return step
 
     def save(self, step: int, parts: RunParts, guards: Guards, *, evaluation_is_due: bool = False) -> None:
-        """Begin a checkpoint of `step` steps, after the one before is done; every rank must call this.
+        """Start a checkpoint of `step` steps, once the previous one is complete; every rank must call this.
 
-        With `evaluation_is_due` a run that goes on from it first makes the evaluation after that step.
-        Once it is complete, `retention` removes what of older ones is not kept. The rollouts of the steps before it
-        are on disk by then, since a run that goes on from it does not play them again.
+        With `evaluation_is_due`, a run that resumes from this checkpoint first makes the evaluation of `step`. Once
+        the checkpoint is complete, `retention` removes older ones. By then the rollouts of earlier steps are on disk,
+        since a resumed run does not play those steps again.
         """
         self.finish_saving(is_last=False)
         if self._recorder is not None:
@@ -181,7 +180,9 @@ class RunFolder:
         self._saving = (step, best)
 
     def _carried_file(self, parts: RunParts) -> dict[str, bytes]:
-        """What this rank adds to a checkpoint: with `rollout.partial`, what its replica carries to the next step."""
+        """Return this rank's own files for a checkpoint: with `rollout.partial`, the groups that its replica carries
+        over.
+        """
         if not (self._config.rollout.partial.is_on and parts.replicas.is_first):
             return {}
         return {carried_file(parts.replicas.index): encode(parts.carried.state)}
@@ -189,7 +190,9 @@ class RunFolder:
     def _read_carried(
         self, path: Path, parts: RunParts, step: int, changed: dict[str, tuple[Any, Any]]
     ) -> Carried:
-        """What a checkpoint carries to step `step`; dropped, with a warning, what the settings now rule out."""
+        """Read the groups that a checkpoint carries over; drop, with a warning, those that the settings no longer
+        allow.
+        """
         try:
             held = read(path, num_replicas=parts.replicas.count)
         except ValueError as error:
@@ -218,16 +221,17 @@ class RunFolder:
 
     @property
     def saved_step(self) -> int:
-        """Step of this run's newest checkpoint, the one under way included; 0: none."""
+        """Step of this run's newest checkpoint, including one being written; 0: none."""
         return self._saving[0]
 
     @property
     def longest_save_s(self) -> float:
-        """The longest a save of this start has taken so far, seconds."""
+        """Duration of the longest save of this start so far, seconds."""
         return self._writer.longest_s
 
     def finish_saving(self, *, is_last: bool = True) -> None:
-        """Wait for the checkpoint under way, if any; every rank must call this, and last before the program ends.
+        """Wait for the checkpoint being written, if any; every rank must call this, also last before the program
+        ends.
 
         Raises:
             RuntimeError: one line; the last save of the run failed, or `checkpoint.max_failures` in a row did.
@@ -240,7 +244,7 @@ class RunFolder:
             return
         self._num_failures += 1
         step, best_before = self._complete
-        if self.best.step == self._saving[0]:  # it has no weights
+        if self.best.step == self._saving[0]:  # its checkpoint failed, so its weights do not exist
             self.best.load_state_dict(best_before)
         if is_last or self._num_failures >= self._config.checkpoint.max_failures:
             last = f"{self._checkpoints}/step_{step}" if step else "none, the next start begins anew"
@@ -251,7 +255,7 @@ class RunFolder:
         self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
-        """Say once that the save under way has failed, as soon as this rank knows; the run goes on."""
+        """Report a failed save once, as soon as this rank knows of the failure; the run continues."""
         fault = self._writer.outcome
         if fault and self._reported != self._saving[0]:
             self._reported = self._saving[0]
@@ -260,7 +264,9 @@ class RunFolder:
             )
 
     def _tidy(self, step: int, best: dict | None) -> None:
-        """What rank 0 does once a checkpoint is complete. In this order best.json names one that is there."""
+        """Update best.json, then apply retention; rank 0 calls this once a checkpoint is complete. In this order,
+        best.json always names an existing checkpoint.
+        """
         write_best(self._checkpoints, best)
         kept = self._config.checkpoint
         retention.drop_old(
@@ -274,7 +280,7 @@ class RunFolder:
         self._rollouts.trim(step)
 
     def recorder(self, parts: RunParts, *, step: int) -> Recorder:
-        """The recorder of this run; going on from `step`, what was logged after it is dropped."""
+        """Create this run's recorder; on resuming from `step`, records of later steps are dropped."""
         writer = MetricWriter(
             self.path,
             total_steps=self._config.run.steps,
@@ -296,7 +302,7 @@ class RunFolder:
         return self._recorder
 
     def say_where(self, recorder: Recorder) -> None:
-        """Tell where the results lie."""
+        """Print where the results are."""
         recorder.writer.print(
             f"done. metrics: {self.path}/metrics.jsonl  rollouts: {self.path}/rollouts  "
             f"checkpoints: {self._checkpoints}  best: {self.best.describe()}\n"
@@ -304,7 +310,7 @@ class RunFolder:
         )
 
     def say_when_to_go_on(self, recorder: Recorder, step: int, reason: str) -> None:
-        """Tell that the run has ended early as it was asked to, and that the next start goes on."""
+        """Print that the run stopped early on request, and that the next start resumes it."""
         saved = f"saved as {self._checkpoints}/step_{step}" if step else "nothing to save yet"
         recorder.writer.print(
             f"stopped after step {step} of {self._config.run.steps}: {reason}; {saved}; the next start goes on "
@@ -312,7 +318,7 @@ class RunFolder:
         )
 
     def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:
-        """Tell why the run has ended before its last step, where its best weights lie, and how to go on."""
+        """Print why the guards stopped the run, where its best weights are, and how to continue."""
         last_good = ""
         if guards.num_skipping:
             steps = [
@@ -330,11 +336,11 @@ class RunFolder:
         )
 
     def _if_comparable(self, state: dict, parts: RunParts) -> dict | None:
-        """The best checkpoint so far by `state`, None where there is none that later ones can be compared with.
+        """Return the best policy in `state`, or None if later ones cannot be compared with it.
 
-        Its checkpoint may be gone, or its score be that of other held-out questions.
+        Its checkpoint may no longer exist, or its score may be for other held-out questions.
 
-        On a network file system ranks may see different files, but they must agree on which checkpoints to save.
+        Ranks may see different files on a network file system, but must agree on which checkpoints to save.
         """
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint with what the configuration says now: what is refused, and what is followed and said."""
+"""Resuming with a changed configuration: which changes are refused, and which are followed and reported."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _SCORED_BY = (
     ),
     "reward.",
 )
-"""Settings that rewards and gains of trajectories which have ended depend on."""
+"""Settings on which the rewards and gains of finished trajectories depend."""
 
 
 def check_resume(resume: str) -> None:
-    """Raise `ConfigError` if `resume` is a path, but not that of a checkpoint that was written to its end."""
+    """Raise `ConfigError` if `resume` is a path, but not that of a complete checkpoint."""
     if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
         raise ConfigError(
             f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
@@ -42,9 +42,10 @@ def check_resume(resume: str) -> None:
 
 
 def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a start would go on from, as far as one process can say, with its record; None: none.
+    """Return the checkpoint that a start would resume from, with its record; None if there is none.
 
-    Of the checkpoint only `state.json` is read; with `auto` it is the newest one of which that can be read.
+    One process finds it, and reads only `state.json`; with `auto`, the newest checkpoint whose `state.json` is
+    readable.
 
     Raises:
         ConfigError: one line; `resume` is a path whose record cannot be read.
@@ -63,12 +64,12 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
         except (OSError, ValueError) as error:
             if resume != "auto":
                 raise ConfigError(f"--resume: {first_line(error)}") from error
-            # The start passes it over, with a warning.
+            # The start will skip this checkpoint, with a warning.
     return None
 
 
 def trained_so_far(folder: Path) -> str:
-    """How far the run in `folder` is, in a few words; empty: nothing was trained that a start could go on from."""
+    """Return the progress of the run in `folder`, in a few words; empty if no trained state exists to resume from."""
     root = folder / "checkpoints"
     for step in checkpoint.steps_in(root):
         if (root / f"step_{step}" / checkpoint.MARKER).is_file():
@@ -79,22 +80,22 @@ def trained_so_far(folder: Path) -> str:
 def require_same_run(
     path: Path, record: dict[str, Any], hf_config: PretrainedConfig, sampler: PromptSampler
 ) -> None:
-    """Raise `ConfigError`, one line, if the checkpoint with this record is of another model or of other questions.
+    """Raise `ConfigError`, one line, if the checkpoint with this record has another model or other questions.
 
     Args:
-        sampler: of the questions as they are now.
+        sampler: of the current question set.
     """
     try:
         checkpoint.require_same_model(path, record, hf_config)
     except ValueError as error:
         raise ConfigError(f"--resume: {error}") from error
-    # A converted model has seen no question yet.
+    # A converted model has no sampler state.
     if "sampler" in record["state"]:
         sampler.require_same_questions(record["state"]["sampler"])
 
 
 def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
-    """Settings that were other ones when `state` was saved. Empty where settings were not saved."""
+    """Return the settings that have changed since `state` was saved; empty if `state` has no settings."""
     return changes(state.get("settings", {}), settings_of(config))
 
 
@@ -105,18 +106,18 @@ def follow_settings(
     prompts: PromptSet,
     changed: Collection[str],
 ) -> tuple[list[Held], dict[str, int]]:
-    """What of the groups that a checkpoint carries over can be played on with the settings of now.
+    """Select the carried groups that can continue under the current settings.
 
-    Trajectories past smaller budgets are cut back to where they fit, and play on from there. Equal on all ranks,
+    Trajectories that exceed smaller budgets are cut back to fit, and continue. The result is equal on all ranks,
     which read the same groups.
 
     Args:
-        held: of all replicas.
+        held: the carried groups of all replicas.
         prompts: the training questions.
         changed: keys of settings, see `changed_settings`.
 
     Returns:
-        What is kept, and how many groups are dropped, by reason.
+        The groups to continue, and the number of dropped groups by reason.
     """
     limits = Limits(
         max_turns=config.rollout.max_turns,
@@ -137,7 +138,7 @@ def follow_settings(
 
 
 def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_anew: Sequence[str]) -> str:
-    """Why a carried group cannot be played on, in a few words; empty: it can."""
+    """Return why a carried group cannot continue, in a few words; empty if it can."""
     size = len(group.trajectories)
     if size and size != config.rollout.group_size:
         return f"begun with rollout.group_size {size}, which is now {config.rollout.group_size}"
