@@ -61,7 +61,7 @@ def _is_encodable(record: dict) -> bool:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """Return the text `record[name]`; ConfigError naming `where` and `name` if it is missing, not a text, or blank."""
+    """Return the text `record[name]`; ConfigError with `where` and `name` if it is missing, not a text, or blank."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         found = "missing" if name not in record else f"{value!r:.60}"

@@ -45,7 +45,8 @@ class RatioNoise:
 
         Returns:
             `ratio/noise` (nats) and `ratio/noise_share` (relative to the smaller of clip_low and clip_high), empty
-            for a step with fewer than three mini-batches; and once, after `FIRST_STEPS` measured steps, a line with advice.
+            for a step with fewer than three mini-batches; and once, after `FIRST_STEPS` measured steps, a line with
+            advice.
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):

@@ -22,7 +22,7 @@ class MetricSums:
     minima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value_sum: float, count: float) -> None:
-        """Add a sum over `count` samples. The reported value is sum / count, or the sum if no rank counted a sample."""
+        """Add a sum over `count` samples. Reported is sum / count, or the sum if no rank counted a sample."""
         old_sum, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_sum + float(value_sum), old_count + float(count))
 

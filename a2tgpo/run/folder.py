@@ -73,7 +73,8 @@ class RunFolder:
         """Create the folder and find the checkpoint to resume from.
 
         Args:
-            resume: auto (the newest complete checkpoint, if any) | none (rename the old folder to NAME.previous_N) | a checkpoint's folder.
+            resume: auto (the newest complete checkpoint, if any) | none (rename the old folder to
+                NAME.previous_N) | a checkpoint's folder.
             accept_changes: continue although settings, code or packages differ from the last start.
 
         Raises:
