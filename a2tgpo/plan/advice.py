@@ -1,4 +1,4 @@
-"""Why a plan cannot be, and the change nearest at hand that mends it."""
+"""Explain why a plan does not fit, and find the smallest change that makes it fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a2tgpo.plan.rollout_time import rollout_time_with_room
 
 
 def faults(plan: Plan) -> list[str]:
-    """One line for each phase that does not fit, with what to change; none where all is well."""
+    """Return one line, with a remedy, for each phase that does not fit; empty if all fit."""
     lines = []
     for phase in plan.phases:
         if not phase.fits:
@@ -37,7 +37,9 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """What a cache costs that does not hold the trajectories in flight, and what mends it; empty if it holds them."""
+    """Return the cost of a cache too small for the trajectories in flight, with a remedy; empty if it is large
+    enough.
+    """
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
         return ""
@@ -51,7 +53,7 @@ def cache_shortage(plan: Plan) -> str:
 
 
 def host_needs(memory: HostMemory) -> str:
-    """How much host memory ranks take, and for what."""
+    """Describe how much host memory the ranks take, and for what."""
     return (
         f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
         f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, {memory.processes / GIB:.0f} for "
@@ -60,14 +62,14 @@ def host_needs(memory: HostMemory) -> str:
 
 
 def host_change(config: RunConfig) -> str:
-    """What lowers the host memory of a node."""
+    """Return settings that reduce a node's host memory."""
     offload = "set update.offload=false, " if config.update.offload else ""
     shard = "" if config.update.distributed_optimizer else "set update.distributed_optimizer=true, "
     return f"{offload}{shard}raise parallel.tensor, or use more nodes"
 
 
 def _change(plan: Plan, phase_name: str) -> str:
-    """The first change that mends everything, or else this phase."""
+    """Return the first change that makes the whole plan fit, else the first that makes this phase fit."""
     mends_phase = None
     for settings, config in _changes(plan.given_config, has_experts=bool(plan.dimensions.experts)):
         try:
@@ -79,7 +81,7 @@ def _change(plan: Plan, phase_name: str) -> str:
                 workload=plan.workload,
                 assumed=plan.assumed,
             )
-        except ConfigError:  # a layout that divides neither the model nor the cards
+        except ConfigError:  # a layout that divides neither the model nor the GPUs
             continue
         if changed.fits:
             return f"set {settings}"
@@ -90,7 +92,7 @@ def _change(plan: Plan, phase_name: str) -> str:
 
 
 def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, RunConfig]]:
-    """Settings to try, from those that cost least, and the configuration with them."""
+    """Yield settings to try, cheapest first, each with the changed configuration."""
     rollout, parallel = config.rollout, config.parallel
     if not config.update.offload:
         update = dataclasses.replace(config.update, offload=True)
@@ -101,7 +103,7 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    # A share that the plan has chosen is the best one already.
+    # If the plan chose the engine's share, no other share is better.
     candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
     below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
     above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]

@@ -1,4 +1,4 @@
-"""A model's dimensions: from its config.json, or built in, so that a plan needs no download."""
+"""A model's dimensions: from its config.json, or built in, so that planning needs no download."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from a2tgpo.io.errors import ConfigError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_MULTIPLE = 128
-"""As model.transformer_config.VOCAB_MULTIPLE, which cannot be imported here without Megatron."""
+"""Equal to model.transformer_config.VOCAB_MULTIPLE, which cannot be imported here without Megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDimensions:
-    """A decoder as model/ builds it."""
+    """The dimensions of a decoder as built by `model/`."""
 
     architecture: str
     """llama | qwen2 (bias on q, k, v) | qwen3 (norms on q and k) | qwen3_moe (the same with experts)."""
@@ -29,15 +29,14 @@ class ModelDimensions:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels, of one expert where there are any; the gated unit has two such projections in and one
-    out."""
+    """Feed-forward channels, per expert in a mixture; the gated unit has two such projections in and one out."""
     vocab: int
     tied: bool
-    """The output layer shares the embedding's weight."""
+    """Whether the output layer shares the embedding's weight."""
     experts: int = 0
-    """In every layer; 0: one dense unit."""
+    """Number of experts per layer; 0: dense feed-forward layers."""
     experts_per_token: int = 1
-    """That a token is computed by."""
+    """Number of experts that compute each token."""
 
     @property
     def has_qk_norms(self) -> bool:
@@ -49,7 +48,7 @@ class ModelDimensions:
 
     @property
     def kv_width(self) -> int:
-        """Channels of keys, and as many of values."""
+        """Number of key channels, equal to the number of value channels."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -64,7 +63,7 @@ class ModelDimensions:
         )
 
     def padded_vocab(self, tensor: int) -> int:
-        """Rows of the embedding in training, padded so that `tensor` ranks get the same number."""
+        """Rows of the embedding in training, padded so that all `tensor` ranks get the same number."""
         multiple = math.lcm(VOCAB_MULTIPLE, tensor)
         return math.ceil(self.vocab / multiple) * multiple
 
@@ -88,7 +87,7 @@ def _qwen2(
 def _eight_kv_heads(
     architecture: str, hidden: int, layers: int, heads: int, ffn: int, vocab: int, *, tied: bool
 ) -> ModelDimensions:
-    """Qwen3 and Llama 3: eight key-value heads of 128 channels in every size."""
+    """Qwen3 and Llama 3 have eight key-value heads of 128 channels in every size."""
     return ModelDimensions(
         architecture=architecture,
         hidden=hidden,
@@ -138,12 +137,12 @@ KNOWN_MODELS = {
 
 
 def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensions, str]:
-    """The dimensions of the model a plan is for, and where they are from.
+    """Return the dimensions of the model to plan for, and their source.
 
     Args:
-        path: `model.path`. Where there is no such folder, a known model of the folder's name is taken, with or
-            without an ending such as -Instruct.
-        known: one of `KNOWN_MODELS`, taken in place of what is at `path`.
+        path: `model.path`. If this folder does not exist, use the known model with the folder's name, with or without
+            an ending such as -Instruct.
+        known: one of `KNOWN_MODELS`, used instead of the model at `path`.
 
     Raises:
         ConfigError: one line, if there is neither a readable config.json nor a known model.
@@ -155,7 +154,7 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
     if Path(path).is_dir():
         return read_dimensions(path), f"{path}/config.json"
     name = Path(path).name.lower()
-    # The longest first: qwen2.5-72b is no qwen2.5-7b.
+    # The longest name first, so that qwen2.5-7b does not match qwen2.5-72b.
     for candidate in sorted(KNOWN_MODELS, key=len, reverse=True):
         if name == candidate or name.startswith(f"{candidate}-"):
             return KNOWN_MODELS[candidate], f"built in as {candidate}; there is no folder {path}"
@@ -166,10 +165,10 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
 
 
 def read_dimensions(path: str) -> ModelDimensions:
-    """The dimensions in the config.json of folder `path`.
+    """Return the dimensions in the config.json of folder `path`.
 
     Raises:
-        ConfigError: one line, if it is missing or malformed, or the architecture is another.
+        ConfigError: one line; the file is missing or malformed, or the architecture is unsupported.
     """
     file = Path(path) / "config.json"
     try:
@@ -184,7 +183,7 @@ def read_dimensions(path: str) -> ModelDimensions:
     try:
         heads = int(content["num_attention_heads"])
         has_experts = architecture == "qwen3_moe"
-        # transformers 5 writes num_local_experts.
+        # transformers 5 writes num_local_experts
         experts = content.get("num_experts", content.get("num_local_experts")) if has_experts else 0
         dimensions = ModelDimensions(
             architecture=architecture,
@@ -210,10 +209,11 @@ def read_dimensions(path: str) -> ModelDimensions:
 
 
 def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:
-    """One line on why the layout cannot be, by the rules of model.transformer_config.check_layout,
-    model.experts.check_expert_layout and parallel.initialize.check_layout; None if it can."""
+    """Return a line on why the layout is impossible; None if it is possible. The rules are those of
+    model.transformer_config.check_layout, model.experts.check_expert_layout and parallel.initialize.check_layout.
+    """
     split = [(dimensions.heads, "attention heads"), (dimensions.kv_heads, "key-value heads")]
-    if not dimensions.experts:  # experts are not sliced
+    if not dimensions.experts:  # experts are never sliced
         split.append((dimensions.ffn, "feed-forward channels"))
     for size, what in split:
         if size % parallel.tensor:

@@ -1,4 +1,4 @@
-"""What one rank's part of a vLLM engine takes of its card."""
+"""GPU memory of one rank's part of a vLLM engine."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from a2tgpo.plan.precision import ENGINE_WEIGHT_BYTES
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 SAMPLER_COPIES = 3
-"""float32 tensors [max_concurrent, vocabulary] alive at once while sampling: logits, log-probs, a sorted copy."""
+"""Number of float32 tensors [max_concurrent, vocabulary] during sampling: logits, log-probs, a sorted copy."""
 GRAPH_GIB = 1.0
-"""Captured graphs and what they keep; not given back by sleep. None with rollout.enforce_eager."""
+"""Memory of captured graphs and their buffers, which sleep does not free; 0 with rollout.enforce_eager."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """Bytes on one rank."""
+    """Bytes of an engine's parts on one rank."""
 
     weights: float
     workspace: float
-    """Activations and sampling, while awake."""
+    """Memory for activations and sampling while the engine is awake."""
     graphs: float
     kv_cache: float
-    """May be negative: the share of the card that the engine was given does not even hold its weights."""
+    """Negative if the engine's share of the GPU does not even hold its weights."""
 
     @property
     def total(self) -> float:
@@ -42,7 +42,7 @@ def engine_dtype(config: RunConfig) -> str:
 
 
 def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> str | None:
-    """One line on why the engine cannot be laid out so; None if it can."""
+    """Return a line on why the engine's layout is impossible; None if it is possible."""
     tensor = config.rollout.tensor_parallel
     kv_divides = dimensions.kv_heads % tensor == 0 or tensor % dimensions.kv_heads == 0
     if dimensions.heads % tensor or not kv_divides:
@@ -58,13 +58,15 @@ def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> s
 def engine_weight_bytes(
     config: RunConfig, dimensions: ModelDimensions, *, experts_share: float = 1.0
 ) -> float:
-    """Weights on one rank, of experts the given share."""
+    """Return the bytes of weights on one rank, counting the given share of the experts."""
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
     layer = layer_parameters(dimensions, tensor)
     linear = linear_parameters(dimensions, tensor) - layer.experts
     others = layer.dense - linear
-    linear_held = linear + experts_share * layer.experts / tensor  # it does cut experts
+    linear_held = (
+        linear + experts_share * layer.experts / tensor
+    )  # unlike the trainer, the engine splits experts
     element_bytes: float = ELEMENT_BYTES[engine_dtype(config)]
     linear_bytes = element_bytes if config.rollout.quantization == "none" else ENGINE_WEIGHT_BYTES
     return (
@@ -73,27 +75,32 @@ def engine_weight_bytes(
 
 
 def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Keys and values of one token in all layers, on one rank."""
+    """Return the bytes of one token's keys and values in all layers, on one rank."""
     heads = max(1, dimensions.kv_heads // config.rollout.tensor_parallel)
     return 2 * dimensions.layers * heads * dimensions.head_dim * ELEMENT_BYTES[engine_dtype(config)]
 
 
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """What `rollout.gpu_memory_fraction` leaves for the cache by this plan, in whole halves of a GiB, at least 0.
+    """Return the cache that `rollout.gpu_memory_fraction` leaves in this plan, rounded down to half a GiB, at least
+    0.
 
-    As `rollout.kv_cache_gib` it fixes the cache, which vLLM else sizes by what it measures at the start: a version
-    that takes more for itself would silently hold fewer trajectories.
+    Set as `rollout.kv_cache_gib`, this fixes the cache's size. Otherwise vLLM sizes the cache by a measurement at the
+    start, and a version with a larger overhead would silently hold fewer trajectories.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)
 
 
 def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:
-    """What an engine awake takes; its cache is `rollout.kv_cache_gib`, or what the share of the card leaves."""
+    """Return the memory of an awake engine; its cache is `rollout.kv_cache_gib`, or the rest of its share of the
+    GPU.
+    """
     rollout = config.rollout
     feed_forward = 3 * dimensions.ffn * dimensions.experts_per_token // rollout.tensor_parallel
     if dimensions.experts:
-        feed_forward += 2 * dimensions.hidden * dimensions.experts_per_token  # sent to experts, and back
+        feed_forward += (
+            2 * dimensions.hidden * dimensions.experts_per_token
+        )  # copies sent to experts and back
     width = (2 * dimensions.hidden + feed_forward) * GPU_STEP_TOKENS
     workspace = (
         width * ELEMENT_BYTES[engine_dtype(config)]

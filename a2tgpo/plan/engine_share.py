@@ -1,4 +1,4 @@
-"""The engine's share of a card, and its KV cache, where the configuration leaves them open."""
+"""Choose the engine's share of a GPU, and its KV cache, if the configuration leaves them open."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from a2tgpo.plan.memory import memory_phases
 from a2tgpo.plan.workload import Workload, geometry
 
 SAFETY_MARGIN = 0.1
-"""Share of the card left over at the start and in the rollout, beside the reserve that a plan counts: a plan is
-arithmetic, and none has been compared with a card yet."""
+"""Share of the GPU left free at the start and in the rollout, in addition to the plan's reserve: plans are
+arithmetic, and none has been compared with a GPU yet.
+"""
 STEP_GIB = 0.5
-"""A chosen cache is a whole number of these."""
+"""A chosen cache is a multiple of this size."""
 DECIMALS = 3
 LARGEST_SHARE = 0.95
 
@@ -32,12 +33,11 @@ def with_engine_share(
     gpus: int,
     assumed: Assumptions | None = None,
 ) -> RunConfig:
-    """`config` with `rollout.gpu_memory_fraction` and `kv_cache_gib` chosen where the fraction is 0.
+    """Return `config` with `rollout.gpu_memory_fraction` and `kv_cache_gib` chosen if the fraction is 0.
 
-    The cache is the largest that leaves `SAFETY_MARGIN` of the card, but no larger than the sequences in flight can
-    fill, and holds one sequence even if the margin is then smaller. A cache that the configuration sets stays. The
-    share is what weights, workspace, graphs and cache take together. A fraction that the configuration sets stays,
-    and so does its cache.
+    The chosen cache is the largest that leaves `SAFETY_MARGIN` of the GPU free, but at most as large as the sequences
+    in flight can fill. It always holds one sequence, even if the margin becomes smaller. The share is the sum of
+    weights, workspace, graphs and cache. A cache set in the configuration stays; if the fraction is set, both stay.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:
@@ -64,8 +64,8 @@ def _chosen_cache_gib(
 def _engine_room(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
-    """Bytes that an engine may take, its weights included, at the start and in the rollout."""
-    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # an engine that takes 0 bytes in all
+    """Return the bytes that an engine may take, weights included, both at the start and in the rollout."""
+    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # an engine that takes no memory
     divided = geometry(without, dimensions, Workload().limited(config), gpus=gpus, kv_cache_bytes=0.0)
     phases = memory_phases(without, dimensions, gpu, divided, assumed)
     others = max(phase.peak for phase in phases if phase.name in ("start", "rollout"))
@@ -73,7 +73,7 @@ def _engine_room(
 
 
 def _beside_cache(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """Bytes of an engine but for its cache."""
+    """Return the bytes of an engine without its cache."""
     engine = engine_memory(config, dimensions, gpu)
     return engine.total - engine.kv_cache
 

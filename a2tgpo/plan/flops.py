@@ -1,4 +1,4 @@
-"""Floating-point operations of the model, a multiplication and an addition counted as two."""
+"""Floating-point operations of the model; a multiplication and an addition count as two."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from a2tgpo.plan.dimensions import ModelDimensions
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Of one token's forward pass; a backward pass takes twice as many."""
+    """Operations of one token's forward pass; a backward pass takes twice as many."""
 
     linear: float
-    """Linear layers of the decoder but for experts: what FP8 makes faster, and experts too."""
+    """Linear layers of the decoder without experts; FP8 accelerates these and the experts."""
     attention: float
     experts: float
     """The chosen experts of all layers; 0 in a dense model."""
     output: float
-    """The output layer, in the mean over all tokens."""
+    """The output layer, averaged over all tokens."""
 
     @property
     def total(self) -> float:
@@ -25,10 +25,11 @@ class TokenFlops:
 
 
 def forward_flops(dimensions: ModelDimensions, *, context: float, output_share: float = 1.0) -> TokenFlops:
-    """A token's forward pass while it attends to `context` tokens (on average half its sequence).
+    """Return the operations of a token's forward pass with attention to `context` tokens (on average half its
+    sequence).
 
     Args:
-        output_share: of the tokens, those at which the output layer runs.
+        output_share: share of the tokens at which the output layer runs.
     """
     d = dimensions
     matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width)

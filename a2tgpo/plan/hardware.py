@@ -1,4 +1,4 @@
-"""Cards a plan can be made for. Figures are the makers', memory is what torch reports as the card's total."""
+"""GPUs for which a plan can be made. Figures are the makers'; memory is the total that torch reports."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ GIB = 2**30
 class Gpu:
     name: str
     memory_gib: float
-    """What a process can see of the card's memory, GiB."""
+    """GPU memory that a process sees, GiB."""
     bf16_tflops: float
     """Dense bfloat16 peak, 1e12 operations per second."""
     fp32_tflops: float
-    """Peak without tensor cores, 1e12 operations per second: what float32 training is held to."""
+    """Peak without tensor cores, 1e12 operations per second; the peak for float32 training."""
     memory_tb_per_s: float
-    """Bandwidth of the card's memory, 1e12 bytes per second."""
+    """Bandwidth of the GPU's memory, 1e12 bytes per second."""
     node_gb_per_s: float
-    """Link to the cards of the same node, 1e9 bytes per second, one direction."""
+    """Link to the GPUs of the same node, 1e9 bytes per second, one direction."""
     network_gb_per_s: float
-    """A card's share of the network between nodes, 1e9 bytes per second, one direction."""
+    """A GPU's share of the network between nodes, 1e9 bytes per second, one direction."""
     capability: tuple[int, int]
-    """CUDA's compute capability: which FP8 the card has, if any."""
+    """CUDA's compute capability, which determines the GPU's FP8 recipes."""
     gpus_per_node: int = 8
     host_memory_gib: float = 1024
-    """Host memory of a node, GiB: round figures, nodes are sold with more and with less."""
+    """Host memory of a node, GiB: a round figure, since nodes are sold with more and with less."""
 
     def link_bytes_per_s(self, span: int) -> float:
-        """Peak of the slowest link among `span` consecutive ranks, bytes per second."""
+        """Return the peak rate of the slowest link among `span` consecutive ranks, bytes per second."""
         return 1e9 * (self.node_gb_per_s if span <= self.gpus_per_node else self.network_gb_per_s)
 
     def peak_flops(self, dtype: str) -> float:
-        """Operations per second in `dtype`, bfloat16 or float32."""
+        """Return the peak operations per second in `dtype`, bfloat16 or float32."""
         return 1e12 * (self.bf16_tflops if dtype == "bfloat16" else self.fp32_tflops)
 
 

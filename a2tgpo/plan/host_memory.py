@@ -1,4 +1,4 @@
-"""Host memory of ranks and nodes: what leaves the cards, and a checkpoint on its way to the disk."""
+"""Host memory of ranks and nodes: offloaded GPU state, and checkpoints being written."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters, stage_parameters
 
 PROCESS_GIB = 4.0
-"""Of a rank's process itself, trainer and engine, GiB: Python, torch, CUDA's and NCCL's host side. A round figure."""
+"""Memory of a rank's process, trainer and engine, GiB: Python, torch, the host side of CUDA and NCCL. A round
+figure.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes of host memory, of one rank or of several together."""
+    """Bytes of host memory of one or several ranks."""
 
     offloaded: float
-    """Page-locked, for what leaves the card; 0 without `update.offload`."""
+    """Page-locked memory for state offloaded from the GPU; 0 without `update.offload`."""
     saving: float
-    """Copies of what is written of a checkpoint. They are freed when it is on disk."""
+    """Copies of the state that is written to a checkpoint; freed once the checkpoint is on disk."""
     loading: float
-    """Tensors being read at the start, of a checkpoint or of `model.path`, before any of the above is taken."""
+    """Tensors read at the start, from a checkpoint or from `model.path`, before offloaded and saved state exist."""
     processes: float
 
     @property
     def total(self) -> float:
-        """At the worst time, bytes: a checkpoint is written while the next rollout has the card."""
+        """Peak: a checkpoint is written while the next rollout occupies the GPU."""
         return self.processes + max(self.offloaded + self.saving, self.loading)
 
     def __add__(self, other: HostMemory) -> HostMemory:
@@ -40,7 +42,7 @@ class HostMemory:
 def host_memory_by_rank(
     config: RunConfig, dimensions: ModelDimensions, *, data_parallel: int
 ) -> list[HostMemory]:
-    """What each rank takes, by rank: the ranks of a pipeline stage are neighbours."""
+    """Return each rank's host memory, in rank order: the ranks of a pipeline stage are neighbours."""
     parallel = config.parallel
     by_stage = [
         _of_stage(config, dimensions, stage, data_parallel=data_parallel)
@@ -51,7 +53,7 @@ def host_memory_by_rank(
 
 
 def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemory:
-    """Of the nodes that ranks fill one after the other, the one that takes most."""
+    """Return the memory of the fullest node, if ranks fill one node after the other."""
     nodes = [
         sum_of(by_rank[first : first + ranks_per_node]) for first in range(0, len(by_rank), ranks_per_node)
     ]
@@ -59,7 +61,7 @@ def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemor
 
 
 def sum_of(ranks: list[HostMemory]) -> HostMemory:
-    """What these ranks, at least one, take together."""
+    """Return the sum over these ranks, of which there is at least one."""
     first, *others = ranks
     return sum(others, start=first)
 
@@ -69,7 +71,7 @@ def _of_stage(
 ) -> HostMemory:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
     element_bytes = ELEMENT_BYTES[config.model.dtype]
-    # Each data-parallel rank writes the part of the optimizer's state that it owns, and its share of the weights.
+    # Each data-parallel rank writes its own part of the optimizer's state, and its share of the weights.
     share = optimizer_parameters(
         stage_parameters(dimensions, config.parallel, stage), config.parallel, data_parallel
     )

@@ -1,4 +1,4 @@
-"""What every prediction of a plan is made from."""
+"""The inputs of all predictions of a plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a2tgpo.plan.workload import Geometry, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """One step of one configuration, laid out on one cluster."""
+    """One step of one configuration on one cluster."""
 
     config: RunConfig
     dimensions: ModelDimensions
@@ -26,14 +26,14 @@ class PlanInputs:
 
     @property
     def element_bytes(self) -> int:
-        """Of the trainer's weights and activations."""
+        """Bytes per element of the trainer's weights and activations."""
         return ELEMENT_BYTES[self.config.model.dtype]
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """Of a card's memory, as far as it is used."""
+        """Achieved bandwidth of the GPU's memory, bytes per second."""
         return 1e12 * self.gpu.memory_tb_per_s * self.assumed.memory_utilisation
 
     def link_bytes_per_s(self, ranks: int) -> float:
-        """Of a rank's links to as many neighbouring ranks, as far as they are used."""
+        """Achieved bandwidth of a rank's links within a group of `ranks` neighbouring ranks, bytes per second."""
         return self.gpu.link_bytes_per_s(ranks) * self.assumed.link_utilisation

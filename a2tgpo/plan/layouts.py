@@ -1,4 +1,4 @@
-"""Layouts of a configuration that fit a cluster, fastest first."""
+"""Find layouts of a configuration that fit a cluster, fastest first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_SIZES = (1, 2, 4)
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
-"""Share of the card left over in every phase: the plan is arithmetic, not a measurement."""
+"""Share of GPU memory left free in every phase: plans are arithmetic, not measurements."""
 
 
 def suggest(
@@ -34,11 +34,12 @@ def suggest(
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
 ) -> list[Plan]:
-    """Plans with LEAST_HEADROOM in every phase, by predicted step time; the best of each pair of trainer and engine.
+    """Return plans with LEAST_HEADROOM in every phase, sorted by predicted step time; the best for each pair of
+    trainer and engine layout.
 
-    What varies: parallel.* but for parallel.context, model.recompute, rollout.tensor_parallel and
-    update.max_microbatch_tokens. The engine's share and its cache are chosen for each layout. Stages get even shares
-    of the layers. The rest is `config`'s.
+    Varies parallel.* except parallel.context, model.recompute, rollout.tensor_parallel and
+    update.max_microbatch_tokens. Chooses the engine's share and cache for each layout, and gives all stages equal
+    shares of the layers. All other settings are those of `config`.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):
@@ -58,7 +59,7 @@ def suggest(
 
 
 def overrides(plan: Plan) -> list[str]:
-    """What to append to a command line for the layout of `plan`."""
+    """Return the overrides that set the layout of `plan` on a command line."""
     config = plan.given_config
     return [
         f"parallel.tensor={config.parallel.tensor}",
@@ -77,7 +78,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _order(plan: Plan) -> tuple[float, float]:
-    """By time to a tenth of a second, then by what is left over in the fullest phase."""
+    """By time to a tenth of a second, then by the headroom of the fullest phase."""
     return round(plan.step_seconds, 1), -min(phase.headroom for phase in plan.phases)
 
 

@@ -1,4 +1,4 @@
-"""Measurements of tools/gpu_check.py in place of a plan's assumptions."""
+"""Use measurements of tools/gpu_check.py in place of a plan's assumptions."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ QUANTITIES = {
     "context_gib": "memory of a card that belongs neither to torch nor to the engine's parts, GiB",
     "fragmentation_share": "memory that torch's allocator reserves beyond what tensors hold, as a share of that",
 }
-"""What a check can measure for a plan: the contract between tools/gpu_check.py, which writes these names into its
-JSON, and `calibrate`, which reads them."""
+"""The measurements that a plan can use: the contract between tools/gpu_check.py, which writes these names into its
+JSON, and `calibrate`, which reads them.
+"""
 
 MAY_BE_ZERO = ("decode_sequence_us", "fragmentation_share")
 
 MEMORY_TOLERANCE = 0.1
-"""How far a card's memory may be from the plan's, as a share, for both to be the same kind of card."""
+"""Largest relative difference between a GPU's memory and the plan's for both to be the same kind of GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """One assumption of a plan that a measurement replaces."""
+    """An assumption of a plan that a measurement replaces."""
 
     assumption: str
     assumed: float
@@ -52,25 +53,26 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What a plan is made with in place of its assumptions, and where that comes from."""
+    """Assumptions of a plan with measurements in place of some, and the source of the measurements."""
 
     source: str
-    """The file, the card and the time of the measurement."""
+    """File, GPU and time of the measurement."""
     assumed: Assumptions
     gpu: Gpu
     replaced: list[Replacement]
 
 
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
-    """The measurements in `path`, a JSON of tools/gpu_check.py, in place of the assumptions of a plan for `gpu`.
+    """Read the measurements in `path`, a JSON of tools/gpu_check.py, for a plan on `gpu`.
 
-    Rows that failed are left out. What the file does not hold stays as it was assumed.
+    Ignores failed rows. Assumptions without a measurement in the file stay.
 
     Args:
-        fp8_recipe: of `model.fp8.recipe`: the recipe whose speed counts.
+        fp8_recipe: `model.fp8.recipe`, the recipe whose speed is used.
 
     Raises:
-        ConfigError: one line; the file is no such JSON, or is of another card, or of a machine without a GPU.
+        ConfigError: one line; the file is not a JSON of tools/gpu_check.py, or is from another kind of GPU or from a
+            machine without one.
     """
     assumed = assumed or Assumptions()
     content = _read(path)
@@ -97,7 +99,7 @@ def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | No
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """What was replaced, by what, and from which file; a line each."""
+    """Return one line for each replaced assumption, with the value and the file."""
     lines = [f"measured ({calibration.source})"]
     lines += [
         f"  {each.assumption}: {each.measured:.4g} in place of {each.assumed:.4g} ({each.why})"
@@ -178,7 +180,7 @@ def _require_same_card(path: str, machine: Mapping[str, Any], gpu: Gpu) -> None:
 
 
 def _quantities(path: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The measurements by name; the last one of a name counts."""
+    """Return the measurements by name; the last row with a name wins."""
     found = {}
     for row in rows:
         quantity: Any = row.get("quantity")

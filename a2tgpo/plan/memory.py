@@ -1,7 +1,7 @@
-"""Peak bytes on the card of the fullest rank, phase by phase.
+"""Peak GPU memory of the fullest rank in each phase.
 
-What of trainer and engine is on the card in a phase is what the run itself goes by (`memory/residency.py`). What the
-trainer's allocator keeps is given back at every change of phase.
+The same table as in a run (`memory/residency.py`) says which parts are on the GPU in each phase. The trainer's
+allocator frees its cache at every change of phase.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
 
 OF_ACTIVATIONS = ("activations", "backward workspace")
-"""Parts that `Assumptions.activation_ratio` applies to."""
+"""Parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""Those of `residency.PHASES` that fill the card most; the others hold a part of what these do."""
+"""The phases of `residency.PHASES` that fill the GPU most; each other phase holds a subset of one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Phase:
     stage: int
     """Pipeline stage of the fullest rank."""
     parts: dict[str, float]
-    """What is held, bytes, the reserve included."""
+    """Bytes by part, reserve included."""
     capacity: float
-    """The card's memory, bytes."""
+    """GPU memory, bytes."""
 
     @property
     def peak(self) -> float:
@@ -50,7 +50,7 @@ class Phase:
 
     @property
     def headroom(self) -> float:
-        """Share of the card left over; negative where the phase does not fit."""
+        """Share of the GPU left free; negative if the phase does not fit."""
         return 1 - self.peak / self.capacity
 
     @property
@@ -60,22 +60,22 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerMemory:
-    """Bytes on one rank, of each part in the phases that have it on the card."""
+    """Bytes on one rank of each part, while the part is on the GPU."""
 
     weights: float
     gradients: float
-    """float32, whatever the weights: gradients are summed and reduced in it."""
+    """float32 in any case: gradients are summed and reduced in float32."""
     master_weights: float
-    """The optimizer's float32 copy; none in float32."""
+    """The optimizer's float32 copy of the weights; 0 if the weights are float32."""
     moments: float
-    """Adam's two, float32; they come with the first update."""
+    """Adam's two moments, float32; created in the first update."""
     fp8_copies: float
-    """Of the weights, the reference's too, from the first pass on; 0 without FP8."""
+    """FP8 copies of the weights, including the reference's; created in the first pass; 0 without FP8."""
     reference: float
     """Weights of the reference model; 0 without a KL penalty."""
 
     def parts(self, phase: str, *, offload: bool) -> dict[str, float]:
-        """Bytes on the card in `phase`, of `residency.PHASES`, by the names that a plan prints."""
+        """Return the bytes on the GPU in `phase`, one of `residency.PHASES`, by the part's name in printed plans."""
         sizes = {
             "weights": ("trainer weights", self.weights),
             "gradients": ("gradients", self.gradients),
@@ -90,14 +90,14 @@ class TrainerMemory:
 
     @property
     def offloaded(self) -> float:
-        """Bytes that have a place in host memory: all but the gradients, which come back as zeros."""
+        """Bytes copied to host memory: all parts except gradients, which come back as zeros."""
         return self.weights + self.master_weights + self.moments + self.reference
 
 
 def trainer_memory(
     config: RunConfig, dimensions: ModelDimensions, *, stage: int, data_parallel: int
 ) -> TrainerMemory:
-    """What the trainer holds on a rank of pipeline stage `stage`."""
+    """Return the trainer's memory on a rank of pipeline stage `stage`."""
     held = stage_parameters(dimensions, config.parallel, stage)
     parameters, shard = held.total, float(held.total)
     if config.update.distributed_optimizer:
@@ -117,7 +117,7 @@ def trainer_memory(
 def memory_phases(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
 ) -> list[Phase]:
-    """The phases of a step in order, each on the rank that it fills most."""
+    """Return the phases of a step in order, each for the rank that it fills most."""
     engine = engine_memory(config, dimensions, gpu)
     by_stage = [
         _phases_of_stage(config, dimensions, gpu, geometry, engine, assumed, stage)
@@ -137,7 +137,7 @@ def _phases_of_stage(
 ) -> list[Phase]:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel)
     capacity, offload = gpu.memory_gib * GIB, config.update.offload
-    # vLLM refuses to start unless its share of the card is free, also where its cache has a size of its own.
+    # vLLM refuses to start unless its share of the GPU is free, even if the cache has a fixed size.
     requested = max(engine.total, config.rollout.gpu_memory_fraction * capacity)
     engine_parts = {"engine weights": engine.weights, "KV cache": engine.kv_cache}
     working = {
@@ -150,7 +150,7 @@ def _phases_of_stage(
     phases = []
     for name in PHASES:
         held = trainer.parts(name, offload=offload)
-        if name != "start":  # where the engine's share holds all of this
+        if name != "start":  # at the start, the engine's share includes these parts
             on_card = resident(name, offload=offload)
             held["engine graphs"] = engine.graphs
             held |= {part: size for part, size in engine_parts.items() if part in on_card}
@@ -165,7 +165,7 @@ def _phases_of_stage(
 
 
 def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
-    # A trajectory longer than a micro-batch gets one of its own.
+    # A trajectory longer than the limit gets its own micro-batch.
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tokens = max(config.update.max_microbatch_tokens, longest)
     return MicrobatchShape(
@@ -204,10 +204,10 @@ def _update_parts(
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
-    """How often a stage runs one of its chunks forward before the first one has come back (1F1B).
+    """Return how often a stage runs a chunk forward before the first backward pass arrives (1F1B).
 
-    Each time the activations of the chunk's layers stay. Interleaved stages start all chunks but the last on a round
-    of micro-batches, and are further apart from each other (megatron/core/pipeline_parallel/schedules.py,
+    Each of these chunks keeps the activations of its layers. Interleaved stages first run all chunks except the last
+    for a whole round of micro-batches, and lie further apart (megatron/core/pipeline_parallel/schedules.py,
     get_pp_rank_microbatches).
     """
     behind = parallel.pipeline - stage - 1
@@ -221,16 +221,18 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """The bucket that the engine loads, the one in flight, and what is made of one parameter's shards."""
+    """Return the bytes of the bucket being loaded, the next bucket, and the tensors merged from one parameter's
+    shards.
+    """
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes
-    # The largest, embedding or head, have a bucket of a layer's parameters for a neighbour.
+    # Embedding or head is the largest parameter; the other bucket then holds parameters of a layer.
     in_layer, bucket = largest_layer_tensor(dimensions) * element_bytes, config.refit.bucket_mib * 2**20
     gathered: float = max(bucket, largest) + max(bucket, in_layer)
     if tensor > 1 and config.parallel.pipeline > 1:
-        gathered += gathered / tensor  # what the broadcast brought
+        gathered += gathered / tensor  # the broadcast's result
     copies = 1 if tensor > 1 else 0
-    # The engine keeps a layer's experts until all of them are there, then copies its part of each.
+    # The engine collects all experts of a layer, then copies its part of each.
     layer = layer_parameters(dimensions, 1).experts * element_bytes
     collected = layer * (1 + 1 / config.rollout.tensor_parallel)
     return gathered + copies * largest + collected

@@ -1,4 +1,4 @@
-"""How many parameters a rank holds: exact, and held to the model Megatron builds by tests/unit/plan."""
+"""Number of parameters on a rank: exact, as compared with Megatron's model in tests/unit/plan."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from a2tgpo.plan.dimensions import ModelDimensions
 @dataclass(frozen=True)
 class Parameters:
     split: int
-    """Cut over the tensor-parallel ranks: one rank's part."""
+    """Parameters split over the tensor-parallel ranks: one rank's part."""
     replicated: int
-    """The same on every tensor-parallel rank: norms and routers."""
+    """Parameters that every tensor-parallel rank holds: norms and routers."""
     experts: int = 0
-    """Shared out over the expert-parallel ranks, never cut: one rank's experts."""
+    """Parameters of one rank's experts; each expert is whole on one expert-parallel rank."""
 
     @property
     def dense(self) -> int:
@@ -35,7 +35,7 @@ class Parameters:
 
 
 def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> Parameters:
-    """One layer on one of `tensor` tensor-parallel and `expert` expert-parallel ranks."""
+    """Return one layer's parameters on one of `tensor` tensor-parallel and `expert` expert-parallel ranks."""
     d = dimensions
     qkv_width = d.query_width + 2 * d.kv_width
     split = d.hidden * qkv_width + d.query_width * d.hidden
@@ -52,7 +52,7 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
 
 
 def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> int:
-    """Of one layer's parameters on a rank, those that FP8 applies to: matrices, but for the router's."""
+    """Return how many of one layer's parameters on a rank FP8 applies to: all matrices except the router's."""
     layer = layer_parameters(dimensions, tensor, expert)
     has_bias = dimensions.architecture == "qwen2"
     biases = (dimensions.query_width + 2 * dimensions.kv_width) // tensor if has_bias else 0
@@ -60,7 +60,9 @@ def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1)
 
 
 def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
-    """One rank of pipeline stage `stage`, 0-based: all its chunks. Tied embeddings stand on the first and last."""
+    """Return the parameters on one rank of pipeline stage `stage` (0-based), all chunks together. Tied embeddings are
+    on the first and on the last stage.
+    """
     layers = parallel.stage_layers(dimensions.layers)[stage]
     held = layer_parameters(dimensions, parallel.tensor, parallel.expert) * layers
     embedding = dimensions.padded_vocab(parallel.tensor) // parallel.tensor * dimensions.hidden
@@ -75,28 +77,28 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
 
 
 def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
-    """Of `parameters` on one rank, those whose state the rank keeps under the distributed optimizer.
+    """Return how many of `parameters` on one rank have their optimizer state on this rank (distributed optimizer).
 
-    Context-parallel ranks hold the same weights as data-parallel ones do. Experts have replicas of their own: tensor
-    x context x data-parallel / expert-parallel ranks hold the same ones.
+    Context-parallel ranks hold the same weights, like data-parallel ranks. The same experts are on tensor x context x
+    data-parallel / expert-parallel ranks.
     """
     replicas = parallel.context * data_parallel
     return parameters.dense / replicas + parameters.experts / (parallel.tensor * replicas / parallel.expert)
 
 
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:
-    """All parameters of the checkpoint, no padding, tied embeddings once."""
+    """Return the number of parameters in the checkpoint, without padding, tied embeddings once."""
     d = dimensions
     return d.layers * layer_parameters(d, 1).total + d.hidden + (1 if d.tied else 2) * d.vocab * d.hidden
 
 
 def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
-    """Elements of the largest parameter in full: what refit gathers at once."""
+    """Return the elements of the largest full parameter, which the refit gathers at once."""
     return max(dimensions.padded_vocab(tensor) * dimensions.hidden, largest_layer_tensor(dimensions))
 
 
 def largest_layer_tensor(dimensions: ModelDimensions) -> int:
-    """The same inside a layer."""
+    """Return the elements of the largest full parameter within a layer."""
     d = dimensions
-    # Of experts, as many travel at once as there are expert-parallel ranks: still less than these.
+    # Experts travel one per expert-parallel rank at a time, together still fewer elements than these.
     return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

@@ -1,4 +1,4 @@
-"""One configuration on one cluster: whether it fits, how a step is divided, how long it should take."""
+"""Plan one configuration on one cluster: whether it fits, how a step is divided, how long it takes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from a2tgpo.plan.workload import Workload, geometry
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlanInputs):
-    """What is predicted, beside what from."""
+    """The predictions, together with their inputs."""
 
     given_config: RunConfig
-    """As it was given; in `config` the engine's share of the card and its cache are numbers."""
+    """The original configuration; in `config`, the engine's share of the GPU and its cache are numbers."""
     phases: list[Phase]
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
     score: PassTime
-    """One pass; `score_passes` tells how many there are."""
+    """One scoring pass; see `score_passes` for their number."""
     update: PassTime
     refit_s: float
 
     @property
     def share_is_chosen(self) -> bool:
-        """By the plan, since the configuration leaves `rollout.gpu_memory_fraction` open."""
+        """Whether the plan chose the engine's share, because `rollout.gpu_memory_fraction` is 0."""
         return not self.given_config.rollout.gpu_memory_fraction
 
     @property
@@ -55,12 +55,14 @@ class Plan(PlanInputs):
 
     @property
     def searches(self) -> SearchDemand:
-        """What the rollout asks of the search server."""
+        """The load of the rollout on the search server."""
         return search_demand(self, self.rollout.seconds)
 
     @property
     def score_passes(self) -> int:
-        """By the policy where a step has several mini-batches, and by the reference where there is one."""
+        """Number of scoring passes: one by the policy if a step has several mini-batches, one by the reference if
+        there is one.
+        """
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
     @property
@@ -69,30 +71,30 @@ class Plan(PlanInputs):
 
     @property
     def run_seconds(self) -> float:
-        """Of `run.steps`, without evaluations, checkpoints and starts."""
+        """Seconds of `run.steps` steps, without evaluations, checkpoints and starts."""
         return self.config.run.steps * self.step_seconds
 
     @property
     def token_flops(self) -> float:
-        """Operations of one token's forward pass by the trainer, in the mean."""
+        """Mean operations of one token's forward pass in the trainer."""
         w = self.workload
         return forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share).total
 
     @property
     def stage_flops(self) -> dict[str, float]:
-        """Model operations of a step by stage; recomputation is none of them."""
+        """Model operations of a step by stage, without recomputation."""
         once = self.token_flops * self.geometry.tokens
         return {"score": self.score_passes * once, "update": 3 * once}
 
     @property
     def update_mfu(self) -> float:
-        """Model operations of the update against the cards' bfloat16 (or float32) peak."""
+        """Model operations per second of the update, relative to the GPUs' bfloat16 (or float32) peak."""
         peak = self.gpu.peak_flops(self.config.model.dtype) * self.gpus
         return self.stage_flops["update"] / self.update.seconds / peak
 
     @property
     def holds_a_sequence(self) -> bool:
-        """The engine's cache holds one sequence of full length; vLLM refuses to start with less."""
+        """Whether the engine's cache holds one sequence of full length; otherwise vLLM refuses to start."""
         return self.geometry.full_sequences >= 1
 
     @property
@@ -107,18 +109,18 @@ class Plan(PlanInputs):
 
     @property
     def kept_bytes(self) -> float:
-        """Of all checkpoints that are on the disk at a time, at the most."""
+        """Largest total size of all checkpoints on disk at the same time."""
         return kept_bytes(self.config, self.dimensions, most_kept(self.config))
 
     @property
     def restart_bytes(self) -> int:
-        """Read from storage by all ranks of a start that goes on from a checkpoint."""
+        """Bytes that all ranks together read from storage when a start resumes from a checkpoint."""
         per_node = self.gpu.gpus_per_node
         return restart_bytes(self.config, self.dimensions, gpus=self.gpus, gpus_per_node=per_node)
 
     @property
     def fits_on_hosts(self) -> bool:
-        """What leaves the cards, and a checkpoint beside it, have room in the nodes' memory."""
+        """Whether the nodes' memory holds the offloaded state and a checkpoint being written."""
         return self.host.total <= self.gpu.host_memory_gib * GIB
 
     @property
@@ -135,13 +137,13 @@ def make_plan(
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
 ) -> Plan:
-    """The plan of `config` on `gpus` cards.
+    """Plan `config` on `gpus` GPUs.
 
     Args:
-        workload: what a trajectory is expected to be, cut to the limits of `config`; None: the defaults.
+        workload: the expected mean trajectory, cut to the limits of `config`; None: the defaults.
 
     Raises:
-        ConfigError: one line, if the layout divides neither the model nor the cards, or FP8 cannot be.
+        ConfigError: one line; the layout does not divide the model or the GPUs, or FP8 is impossible.
     """
     fault = (
         layout_fault(dimensions, config.parallel, gpus)

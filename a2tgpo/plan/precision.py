@@ -1,4 +1,4 @@
-"""FP8 in a plan: whether card, model and layout allow it, and what its values take."""
+"""FP8 in a plan: whether GPU, model and layout allow it, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.parameters import linear_parameters
 
 VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
-"""Of an activation that a linear layer keeps for its backward pass, its share of a scale included, by recipe."""
+"""Bytes per value, scales included, of an activation that a linear layer keeps for its backward pass, by recipe."""
 WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
 """Of a weight."""
 WEIGHT_COPIES = 2
-"""Of each weight in FP8 beside the bfloat16 one: for the forward pass, and transposed for the backward pass. Modules
-make them at the first micro-batch after an update and keep them (transformer_engine/pytorch/module/base.py,
-`_fp8_workspaces`)."""
+"""Bytes per weight of the FP8 copies that exist beside the bfloat16 weight: for the forward pass, and transposed for
+the backward pass. Modules create them at the first micro-batch after an update and keep them
+(transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
+"""
 ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2
-"""Of a weight in a quantised engine, its share of a scale included."""
+"""Bytes per weight in a quantised engine, scales included."""
 
 
 def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> str | None:
-    """One line on why `config` cannot compute in FP8 on this card, with this model, so laid out; None if it can."""
+    """Return a line on why `config` cannot compute in FP8 on this GPU, model and layout; None if it can."""
     fp8, quantization = config.model.fp8, config.rollout.quantization
     if fp8.enabled:
         first, end = CAPABILITIES[fp8.recipe]
@@ -38,7 +39,7 @@ def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) ->
 
 
 def fp8_copy_bytes(config: RunConfig, dimensions: ModelDimensions, stage: int) -> float:
-    """FP8 copies of the weights on a rank of pipeline stage `stage`; 0 without FP8."""
+    """Return the bytes of the weights' FP8 copies on a rank of pipeline stage `stage`; 0 without FP8."""
     fp8, parallel = config.model.fp8, config.parallel
     if not fp8.enabled:
         return 0.0

@@ -1,10 +1,10 @@
-"""The time model held against figures that others published of their systems.
+"""Compare the time model with published figures of other systems.
 
-Two kinds. *Alike* are runs that do what ours does: dense model, packed sequences, Megatron, engine and trainer on the
-same cards, one after the other. The others are here to show where the model does not reach: engines whose
-kernels lose time on experts, and micro-batches too small or too padded to fill a card.
+*Alike* runs are those that work like this project: dense model, packed sequences, Megatron, engine and trainer on the
+same GPUs in turn. The other runs show the limits of the model: engines whose kernels lose time on experts, and
+micro-batches too small or too padded to fill a GPU.
 
-What a source leaves open is filled in, and said in `filled_in`.
+Values that a source does not give are filled in; `filled_in` lists them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from a2tgpo.plan.plan import Plan, make_plan
 from a2tgpo.plan.workload import Workload
 
 ALIKE_ERROR_BOUND = 0.20
-"""Largest |error| of a run that is alike, as a share of the published seconds; held by a test."""
+"""Largest |error| of an alike run, relative to the published seconds; a test enforces it."""
 
 NEMO = "NeMo-RL performance summary"
 SKYRL = "SkyRL Megatron page, Search-R1"
@@ -39,7 +39,7 @@ class PublishedRun:
     seconds: float
     """Published."""
     stage: str
-    """Which of our predictions it is held against: step | update | score."""
+    """The prediction to compare: step | update | score."""
     is_alike: bool
     filled_in: str
     gpu: str
@@ -100,12 +100,12 @@ def _config(
         update=UpdateConfig(
             prompts_per_minibatch=prompts_per_minibatch, max_microbatch_tokens=microbatch_tokens
         ),
-        algorithm=AlgorithmConfig(kl_coef=1e-3),  # all of them score by a reference too
+        algorithm=AlgorithmConfig(kl_coef=1e-3),  # all of these runs also score by a reference
     )
 
 
 def _single_turn(mean_tokens: float) -> Workload:
-    """A mathematics question and its answer; `mean_tokens` of both together."""
+    """A mathematics question and its answer, `mean_tokens` long together."""
     return Workload(
         prompt_tokens=150,
         response_tokens=mean_tokens - 150,

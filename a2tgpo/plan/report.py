@@ -1,4 +1,4 @@
-"""A plan as text tables and as one JSON object; every number with its unit."""
+"""Print a plan as text tables and as one JSON object; every number has its unit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOUR_S, DAY_S = 3600, 86400
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first to the left and the others to the right."""
+    """Format columns as wide as their widest cell, the first left-aligned and the others right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_text(plan: Plan, *, source: str) -> str:
-    """All tables of a plan. `source` says where the dimensions are from."""
+    """Return all tables of a plan; `source` says where the dimensions come from."""
     parts = [
         _heading(plan, source),
         _memory_table(plan),
@@ -50,7 +50,7 @@ def plan_text(plan: Plan, *, source: str) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The same numbers; units are in the names."""
+    """Return the same numbers as JSON values, with units in the names."""
     return {
         "gpu": plan.gpu.name,
         "gpus": plan.gpus,
@@ -91,7 +91,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def suggestion_text(plans: Sequence[Plan]) -> str:
-    """Layouts in the given order, and the overrides of the first one."""
+    """Return a table of layouts in the given order, and the overrides of the first one."""
     if not plans:
         return "no layout fits with the headroom asked for; use more GPUs or a card with more memory"
     rows = []
@@ -124,7 +124,7 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
 
 
 def validation_text(runs: Sequence[PublishedRun]) -> str:
-    """Predicted against published seconds."""
+    """Return a table of predicted and published seconds."""
     rows = [
         [
             run.what,
@@ -182,7 +182,7 @@ def _quantization_text(plan: Plan) -> str:
 
 
 def share_text(plan: Plan) -> str:
-    """What an engine takes of each of its cards."""
+    """Return a table of an engine's memory on each of its GPUs."""
     rollout = plan.config.rollout
     share = f"{rollout.gpu_memory_fraction:.1%} of a card"
     cache = f" with {rollout.kv_cache_gib:g} GiB of KV cache" if rollout.kv_cache_gib else ""
@@ -281,7 +281,7 @@ def _calls_text(plan: Plan) -> str:
 
 
 def _cache_hint(plan: Plan) -> str:
-    """How to fix the cache, where it is what the engine's share of the card leaves."""
+    """Return how to fix the cache's size, if the cache is the rest of the engine's share."""
     config = plan.config
     fixed = 0.0 if config.rollout.kv_cache_gib else cache_gib_of_share(config, plan.dimensions, plan.gpu)
     return f" (fixed by rollout.kv_cache_gib={fixed:g})" if fixed else ""
@@ -312,7 +312,7 @@ def _time_table(plan: Plan) -> str:
 
 
 def _run_line(plan: Plan) -> str:
-    """How long the run takes, and what a given time buys."""
+    """Return how long the run takes, and how many steps fit into a given time."""
     steps, seconds = plan.config.run.steps, plan.run_seconds
     time = f"{seconds / HOUR_S:.1f} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"
     a_day, a_week = DAY_S / plan.step_seconds, 7 * DAY_S / plan.step_seconds

@@ -1,4 +1,4 @@
-"""Seconds that the rollout and the refit take."""
+"""Seconds of the rollout and of the refit."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from a2tgpo.plan.parameters import checkpoint_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTime:
-    """One engine's share of a step, seconds."""
+    """Seconds of one engine's share of a step."""
 
     prefill: float
-    """Prompts, once per group where an engine plays a whole one, and observations."""
+    """Prompts (once per group if one engine plays the whole group) and observations."""
     decode: float
-    """With as many trajectories in flight as the engine takes."""
+    """Decoding while the engine is full."""
     tail: float
-    """The longest trajectories, after those of mean length are done, their tool calls included."""
+    """The longest trajectories, after those of mean length have ended, with their tool calls."""
     gain: float
     """Scoring the gold answer after every turn, on the cached prefix."""
     recompute: float
-    """Contexts that are computed again, since the cache does not hold all trajectories in flight."""
+    """Recomputing contexts, because the cache does not hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:
@@ -33,19 +33,19 @@ class RolloutTime:
 
 
 def rollout_time(given: PlanInputs) -> RolloutTime:
-    """What an engine takes to play its share."""
+    """Return the time that an engine takes for its share."""
     config, dimensions, assumed = given.config, given.dimensions, given.assumed
     geometry, workload = given.geometry, given.workload
     tensor = config.rollout.tensor_parallel
     peak = given.gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    # Operations in FP8 count as the bfloat16 ones that take as long.
+    # FP8 operations are converted to bfloat16 operations of equal duration.
     linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
     forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
     per_token = kv_bytes_per_token(config, dimensions)
 
     def step_seconds(running: float, context: float) -> float:
-        """One decoding step with `running` trajectories of `context` tokens."""
+        """Return the seconds of one decoding step with `running` trajectories of `context` tokens."""
         weights = engine_weight_bytes(config, dimensions, experts_share=_experts_read(dimensions, running))
         memory = (weights + running * context * per_token) / given.memory_bytes_per_s
         latency = 2 * dimensions.layers * assumed.collective_latency_s if tensor > 1 else 0.0
@@ -59,10 +59,10 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     steps = max(sampled, trajectories * sampled / geometry.concurrent)
     few = max(1.0, assumed.tail_concurrency * geometry.concurrent)
     tail_steps = max(0.0, geometry.longest_sampled - sampled)
-    # An observation's share grows with the trajectory, and so do tool calls.
+    # Observations and tool calls grow in proportion to the trajectory's length.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
-    # A trajectory without room loses its cache in each turn: by preemption, or to others while its tool answers.
+    # A trajectory without room loses its cached context in each turn: by preemption, or while its tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,
@@ -75,26 +75,27 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
 
 
 def rollout_time_with_room(given: PlanInputs) -> RolloutTime:
-    """The same with a cache for all trajectories in flight."""
+    """Return the same with a cache that holds all trajectories in flight."""
     roomy = dataclasses.replace(given.geometry, concurrent=given.geometry.in_flight)
     return rollout_time(dataclasses.replace(given, geometry=roomy))
 
 
 def _experts_read(dimensions: ModelDimensions, running: float) -> float:
-    """Share of a layer's experts that at least one of `running` tokens chooses, were the choice even."""
+    """Return the share of a layer's experts that at least one of `running` tokens chooses, if choices are uniform."""
     if not dimensions.experts:
         return 1.0
     return 1 - (1 - dimensions.experts_per_token / dimensions.experts) ** running
 
 
 def refit_bytes(given: PlanInputs) -> float:
-    """Weights that every rank is given in full."""
+    """Return the bytes of the full weights, which every rank receives."""
     return checkpoint_parameters(given.dimensions) * given.element_bytes
 
 
 def refit_time(given: PlanInputs) -> float:
-    """Broadcast over the stages and gather over tensor- or expert-parallel ranks, one after the other; the engine's
-    copying of what came before takes place beside them."""
+    """Return the seconds of a refit: broadcast over the stages, then gather over tensor- or expert-parallel ranks.
+    The engine copies the previous bucket meanwhile.
+    """
     parallel, size = given.config.parallel, refit_bytes(given)
     seconds = 0.0
     if parallel.pipeline > 1:

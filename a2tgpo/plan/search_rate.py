@@ -1,4 +1,4 @@
-"""Searches a second: what a step asks of the retrieval server, and what a dense index can answer."""
+"""Searches per second: the demand of a step, and the capacity of a dense index."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from a2tgpo.plan.inputs import PlanInputs
 
 CORE_FLOPS = 40e9
-"""Of one CPU core in the products of a Flat search, float32 operations a second: docs/retrieval.md."""
+"""Rate of one CPU core in the products of a Flat search, float32 operations per second: docs/retrieval.md."""
 ENCODER_FLOPS = 2 * 85e6 * 16
-"""Of one query of 16 tokens in an encoder of e5-base-v2's shape."""
+"""Operations of one query of 16 tokens in an encoder of e5-base-v2's shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchDemand:
-    """Tool calls of a step, all taken for searches."""
+    """Tool calls of a step; all count as searches."""
 
     queries: float
     per_second: float
-    """Over the planned rollout; a server that answers fewer makes the rollout longer."""
+    """Searches per second over the planned rollout; a slower server makes the rollout longer."""
     at_once: int
-    """Most that are under way at a time, over all engines."""
+    """Most concurrent searches, over all engines."""
 
 
 def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
-    """What the step of a plan asks, in a rollout of `rollout_s` seconds."""
+    """Return the searches of a planned step whose rollout takes `rollout_s` seconds."""
     trajectories = given.geometry.trajectories
     queries = trajectories * given.workload.turns
     return SearchDemand(
@@ -35,8 +35,8 @@ def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
 
 
 def flat_queries_per_s(*, passages: int, dim: int, cores: int) -> float:
-    """What a server answers that compares a query with every passage, in full batches.
+    """Return the queries per second of a server that compares each query with every passage, in full batches.
 
-    2 passages dim operations a query, and those of the encoder.
+    2 * passages * dim operations per query, and those of the encoder.
     """
     return cores * CORE_FLOPS / (2.0 * passages * dim + ENCODER_FLOPS)

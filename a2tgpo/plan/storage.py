@@ -1,4 +1,4 @@
-"""What a run reads and keeps on the file system that its nodes share."""
+"""Bytes that a run reads from, and keeps on, the file system shared by its nodes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.parameters import checkpoint_parameters
 
 MODEL_FILE_BYTES = 2
-"""Of a parameter in the files of `model.path`, which are taken to be in bfloat16."""
+"""Bytes per parameter in the files of `model.path`, assumed to be in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Checkpoints on the disk."""
+    """Number of checkpoints on disk."""
 
     whole: int
     weights_only: int
 
 
 def most_kept(config: RunConfig) -> Kept:
-    """What a run has on the disk at the most: a new checkpoint is whole before an older one is reduced or removed."""
+    """Return the largest number of checkpoints on disk: a new one is complete before an older one is reduced or
+    removed.
+    """
     kept, last = config.checkpoint, config.run.steps
     every = [kept.every] if kept.every else []
     has_best = kept.best_by != "none"
@@ -35,18 +37,20 @@ def most_kept(config: RunConfig) -> Kept:
 
 
 def checkpoint_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Size of a checkpoint: weights, two moments in float32, and float32 weights beside those in bfloat16."""
+    """Return the size of a checkpoint: weights, two float32 moments, and float32 master weights if the weights are
+    bfloat16.
+    """
     element = ELEMENT_BYTES[config.model.dtype]
     return checkpoint_parameters(dimensions) * (element + 8 + (4 if element < 4 else 0))
 
 
 def weights_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Size of a checkpoint of which the weights alone are kept, and of a model that a warm start writes."""
+    """Return the size of a checkpoint reduced to its weights, and of a model that a warm start writes."""
     return checkpoint_parameters(dimensions) * ELEMENT_BYTES[config.model.dtype]
 
 
 def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> float:
-    """Size of these checkpoints, within `checkpoint.keep_gb`, which never removes the best."""
+    """Return the total size of these checkpoints, limited by `checkpoint.keep_gb`, which never removes the best."""
     one = weights_bytes(config, dimensions)
     weights: float = kept.weights_only * one
     if config.checkpoint.keep_gb:
@@ -55,10 +59,10 @@ def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> fl
 
 
 def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, gpus_per_node: int) -> int:
-    """What a start from a checkpoint reads, over all ranks; a file counts once for each node that reads it.
+    """Return the bytes that all ranks read in a start from a checkpoint; a file counts once per node that reads it.
 
-    The checkpoint is read once by all ranks together. The files of `model.path` are read by each node for a
-    reference model, and for each engine that quantises weights as it loads them.
+    All ranks together read the checkpoint once. Each node reads the files of `model.path` if there is a reference
+    model, and for each engine that quantises weights during loading.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

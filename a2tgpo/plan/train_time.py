@@ -1,4 +1,4 @@
-"""Seconds that scoring and the update take: computation, pipeline bubble, communication."""
+"""Seconds of scoring and update: computation, pipeline bubble, communication."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 
 OPTIMIZER_BYTES = 30
-"""Read and written per parameter of the optimizer's shard in one step: gradient, master weight and two moments, twice
-each but the gradient, and the new weight."""
+"""Bytes that an optimizer step reads and writes per parameter of its shard: reads the gradient, reads and writes the
+master weight and two moments, writes the new weight.
+"""
 PERMUTATIONS = 8
-"""Times that a routed token is read or written in the card's memory besides the matrix products, in one pass: sorted
-by rank, by expert, back by rank, back in place; each reads and writes it."""
+"""How often a pass reads or writes a routed token in GPU memory, without the matrix products: it sorts tokens by
+rank, by expert, back by rank, and into the original order; each sort reads and writes them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime:
-    """All micro-batches of a step through the pipeline, seconds on every rank; stages add up."""
+    """Seconds of all micro-batches of a step on one rank. The fields add up to the total."""
 
     compute: float
     """Matrix products and attention of the slowest stage."""
     bubble: float
-    """Stages waiting at the start and at the end of every optimizer step's micro-batches."""
+    """Idle time of stages at the start and the end of each optimizer step."""
     tensor: float
     """Tensor-parallel collectives, not overlapped."""
     pipeline: float
     """Sends between stages."""
     context: float = 0.0
-    """Keys and values around the context-parallel ranks, not overlapped."""
+    """Sending keys and values around the context-parallel ranks, not overlapped."""
     dispatch: float = 0.0
-    """Tokens laid out by expert, sent to the ranks that hold them and brought back, not overlapped."""
+    """Sorting tokens by expert, sending them to the experts' ranks and back, not overlapped."""
     data: float = 0.0
-    """Gradients reduced and weights gathered over the data-parallel ranks, not overlapped."""
+    """Reduction of gradients and gathering of weights over the data-parallel ranks, not overlapped."""
     optimizer: float = 0.0
 
     @property
@@ -54,16 +56,16 @@ class Volume:
     pipeline: float
     data: float
     expert: float
-    """All-to-all to and from experts."""
+    """All-to-all between tokens' ranks and experts' ranks."""
 
 
 def score_time(given: PlanInputs) -> PassTime:
-    """One forward pass over the step's tokens."""
+    """Return the time of one forward pass over the step's tokens."""
     return _pass_time(given, layer_passes=1, output_passes=1, collectives=2)
 
 
 def update_time(given: PlanInputs) -> PassTime:
-    """Forward, backward and optimizer steps over the step's tokens."""
+    """Return the time of forward, backward and optimizer steps over the step's tokens."""
     parallel, geometry = given.config.parallel, given.geometry
     passes = _pass_time(
         given,
@@ -84,7 +86,7 @@ def update_time(given: PlanInputs) -> PassTime:
 
 
 def update_volume(given: PlanInputs) -> Volume:
-    """What one rank of the first stage sends in one step's update."""
+    """Return the bytes that one rank of the first stage sends in one step's update."""
     config, geometry, parallel = given.config, given.geometry, given.config.parallel
     count = geometry.microbatches * geometry.optimizer_steps
     parameters = stage_parameters(given.dimensions, parallel, 0)
@@ -106,30 +108,35 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Of layers, in forward passes' worth: the backward pass takes two, recomputation one more."""
+    """Return the cost of a layer in forward passes: the backward pass counts as two, recomputation as one more."""
     return 4 if config.model.recompute == "full" else 3
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Of a layer: forward two, backward two; sequence parallelism gathers two inputs once more, half of one each."""
+    """Return the collectives of a layer: two in the forward pass, two in the backward pass. Sequence parallelism
+    gathers two inputs once more, each worth half a collective.
+    """
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
 def _tensor_bytes(given: PlanInputs) -> float:
-    """Sent by a rank in one all-reduce (or reduce-scatter and all-gather) per layer of its stage."""
+    """Return the bytes that a rank sends in one all-reduce (or reduce-scatter and all-gather) per layer of its
+    stage.
+    """
     hidden_states = given.geometry.rank_tokens * given.dimensions.hidden * given.element_bytes
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.tensor) * hidden_states
 
 
 def _most_layers(given: PlanInputs) -> int:
-    """Layers of the stage that has most."""
+    """Return the number of layers of the largest stage."""
     return max(given.config.parallel.stage_layers(given.dimensions.layers))
 
 
 def _ring_bytes(given: PlanInputs) -> float:
-    """Sent by a rank in one pass over a micro-batch: keys and values of all other context-parallel ranks, passed on.
+    """Return the bytes that a rank sends in one pass over a micro-batch: it passes on keys and values of all other
+    ranks.
 
-    The backward pass sends them again, and their gradients: it counts as two.
+    The backward pass sends them again, together with their gradients, so it counts as two passes.
     """
     width = 2 * given.dimensions.kv_width / given.config.parallel.tensor
     others = given.config.parallel.context - 1
@@ -137,7 +144,9 @@ def _ring_bytes(given: PlanInputs) -> float:
 
 
 def _boundary_bytes(given: PlanInputs) -> float:
-    """Hidden states of one micro-batch, sent by a rank to the next stage, once from each of its chunks."""
+    """Return the bytes of one micro-batch's hidden states that a rank sends to the next stage, once for each
+    chunk.
+    """
     parallel = given.config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -147,16 +156,17 @@ def _boundary_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_bytes(given: PlanInputs) -> float:
-    """Sent by a rank in one pass over a micro-batch, all layers of its stage: to the chosen experts, and back.
+    """Return the bytes that a rank sends to experts and back in one pass over a micro-batch, for all layers of its
+    stage.
 
-    A token goes once for each of them, also where a rank holds several; in the backward pass gradients go the same
-    ways.
+    A token is sent once per chosen expert, even if a rank holds several of them; in the backward pass gradients take
+    the same ways.
     """
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.expert) * _routed_bytes(given)
 
 
 def _routed_bytes(given: PlanInputs) -> float:
-    """A rank's tokens of a micro-batch, once for each of the experts chosen; 0 in a dense model."""
+    """Return the bytes of a rank's tokens of a micro-batch, once per chosen expert; 0 in a dense model."""
     if not given.dimensions.experts:
         return 0.0
     tokens = given.geometry.rank_tokens / given.config.parallel.tensor * given.dimensions.experts_per_token
@@ -164,24 +174,24 @@ def _routed_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_seconds(given: PlanInputs) -> float:
-    """One pass over a micro-batch: permuting tokens in the card's memory, and the all-to-all."""
+    """Return the seconds of permutations in GPU memory and of the all-to-all, for one pass over a micro-batch."""
     if not given.dimensions.experts:
         return 0.0
     expert = given.config.parallel.expert
     seconds = _most_layers(given) * PERMUTATIONS * _routed_bytes(given) / given.memory_bytes_per_s
     if expert > 1:
-        # Neighbouring ranks: inside a node as long as there are no more of them than cards.
+        # Expert-parallel ranks are neighbours: they share a node if they are no more than its GPUs.
         seconds += _dispatch_bytes(given) / given.link_bytes_per_s(expert)
     return seconds * _expert_wait(given.config)
 
 
 def _expert_wait(config: RunConfig) -> float:
-    """Time with experts against an even share of it; a rank that holds all experts gets what its tokens chose."""
+    """Return the experts' time relative to an even distribution; a rank that holds all experts is always even."""
     return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
 
 
 def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, collectives: int) -> PassTime:
-    """All of a step's micro-batches, each running `layer_passes` forward passes' worth of layers."""
+    """Return the time of a step's micro-batches, each with the layers' work of `layer_passes` forward passes."""
     parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
     flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)
     by_stage = [layer_passes * _stage_operations(given, flops, stage) for stage in range(parallel.pipeline)]
@@ -197,10 +207,10 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
     ring_rate = given.link_bytes_per_s(parallel.tensor * parallel.context)
     one_ring = layer_passes * _ring_bytes(given) / ring_rate
     directions = 2 if layer_passes > 1 else 1
-    # Stages are furthest apart in the order of ranks: a boundary lies between nodes unless one node holds all.
+    # Stages are furthest apart in rank order, so a boundary crosses nodes unless one node holds all ranks.
     one_boundary = directions * _boundary_bytes(given) / given.link_bytes_per_s(given.gpus)
     count, steps = geometry.microbatches, geometry.optimizer_steps
-    # Interleaved stages wait for a chunk of the stage before, not for all of it.
+    # An interleaved stage waits only for a chunk of the previous stage.
     waits = (parallel.pipeline - 1) / parallel.virtual
     return PassTime(
         compute=steps * count * one_compute,
@@ -213,7 +223,7 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
 
 
 def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """A token's forward pass through a stage's layers; those in FP8 count as the bfloat16 ones that take as long."""
+    """Return a token's forward operations in a stage's layers, with FP8 converted to bfloat16 of equal duration."""
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0

@@ -1,4 +1,4 @@
-"""What a step is expected to bring, and how it is dealt over ranks, engines and micro-batches."""
+"""The expected work of a step, and its division over ranks, engines and micro-batches."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from a2tgpo.plan.engine import kv_bytes_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The mean trajectory; only a run can tell, so these are options of the tool."""
+    """The mean trajectory; only a run can measure it, so its values are options of tools/plan.py."""
 
     prompt_tokens: float = 300.0
     response_tokens: float = 1700.0
     """Sampled and observation tokens together."""
     sampled_share: float = 0.4
-    """Of the response's tokens, sampled by the policy; the others are observations."""
+    """Share of the response's tokens that the policy samples; the others are observations."""
     turns: float = 3.0
     """Tool calls."""
     tool_seconds: float = 0.3
-    """One tool call, seconds; hidden behind other trajectories except at the end of the rollout."""
+    """Time of one tool call, seconds; hidden by other trajectories except at the end of the rollout."""
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory against the mean, unless a limit is reached first."""
+    """Sampled tokens of a step's longest trajectory relative to the mean, unless a limit is lower."""
 
     @property
     def tokens(self) -> float:
-        """The whole trajectory, which is what the trainer runs over."""
+        """Length of the whole trajectory, which the trainer runs over."""
         return self.prompt_tokens + self.response_tokens
 
     @property
@@ -38,11 +38,11 @@ class Workload:
 
     @property
     def output_share(self) -> float:
-        """Of the trajectory's tokens, those whose log-prob the trainer asks for: the sampled ones."""
+        """Share of the trajectory's tokens that need a log-prob: the sampled ones."""
         return self.sampled_tokens / self.tokens
 
     def limited(self, config: RunConfig) -> Workload:
-        """The same within the limits of `config`."""
+        """Return this workload cut to the limits of `config`."""
         return dataclasses.replace(
             self,
             prompt_tokens=min(self.prompt_tokens, config.data.max_prompt_tokens),
@@ -53,40 +53,40 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a step is divided."""
+    """The division of a step."""
 
     data_parallel: int
     engines: int
     trajectories: int
-    """Of the step, over all engines."""
+    """Trajectories of the step, over all engines."""
     trajectories_per_engine: float
-    """Mean; below 1 where there are more engines than trajectories."""
+    """Mean; below 1 if there are more engines than trajectories."""
     tokens: float
-    """Of the step, that the trainer runs over; padding not counted."""
+    """Tokens of the step that the trainer runs over, without padding."""
     sampled_tokens: float
     optimizer_steps: int
     microbatches: int
-    """Per optimizer step and data-parallel replica, with micro-batches as full as packing leaves them."""
+    """Micro-batches per optimizer step and data-parallel replica, as full as packing allows."""
     microbatch_tokens: float
-    """Mean filling of a micro-batch."""
+    """Mean tokens of a micro-batch."""
     rank_tokens: float
-    """Of these, what one context-parallel rank runs."""
+    """Mean tokens of a micro-batch on one context-parallel rank."""
     longest_sampled: float
-    """Sampled tokens of the step's longest trajectory; of them those of one step, where partial rollouts carry on."""
+    """Sampled tokens of the step's longest trajectory; with partial rollouts, only those sampled in this step."""
     in_flight: int
-    """Trajectories that one engine begins at once, if there is room for what they begin with."""
+    """Trajectories that one engine starts at once, if the cache holds their first tokens."""
     concurrent: int
-    """Of these, trajectories of mean length that its cache holds to their end: decoded at once."""
+    """How many of these, at mean length, the cache holds to their end."""
     kv_tokens: int
     """Tokens that one engine's cache holds."""
     full_sequences: int
-    """Sequences of full length that it holds."""
+    """Sequences of full length that one engine's cache holds."""
 
     @property
     def displaced(self) -> float:
-        """Trajectories of an engine and step that find no room to grow: each is preempted once.
+        """Trajectories per engine and step that find no room to grow; each is preempted once.
 
-        vLLM preempts between one and two times as many (docs/performance.md).
+        In vLLM the number of preemptions is between one and two times this (docs/performance.md).
         """
         return self.trajectories_per_engine * (1 - self.concurrent / self.in_flight)
 
@@ -94,10 +94,10 @@ class Geometry:
 def geometry(
     config: RunConfig, dimensions: ModelDimensions, workload: Workload, *, gpus: int, kv_cache_bytes: float
 ) -> Geometry:
-    """How a step of `workload` is divided on `gpus` cards.
+    """Return the division of a step of `workload` on `gpus` GPUs.
 
     Args:
-        kv_cache_bytes: of one rank.
+        kv_cache_bytes: size of the cache on one rank.
     """
     data_parallel = gpus // config.parallel.model_ranks
     engines = gpus // config.rollout.tensor_parallel
@@ -105,7 +105,7 @@ def geometry(
     per_engine = trajectories / engines
     optimizer_steps = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     tokens_per_replica = trajectories * workload.tokens / optimizer_steps / data_parallel
-    # A trajectory is never cut: a micro-batch shorter than the mean trajectory still takes a whole one.
+    # A trajectory is never cut: even a smaller micro-batch limit admits a whole mean trajectory.
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
