@@ -28,7 +28,7 @@ def turn_states(trajectory: Trajectory) -> list[int]:
 
 def _key(text: str, tokens: Sequence[int]) -> int:
     encoded = text.encode()
-    # The length separates the text from the tokens after it.
+    # Hash the text's length too, so that the text's end and the tokens after it cannot be confused.
     digest = hashlib.blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=8)
     digest.update(array("q", tokens))
     return int.from_bytes(digest.digest(), "big") >> 1  # within a signed 64-bit number

@@ -16,7 +16,8 @@ def pooled_advantages(
     outcome_pool: torch.Tensor,
     dp_group: dist.ProcessGroup | None,
 ) -> TurnAdvantages:
-    """Compute A_t = r_t + gamma A_{t+1} through the final turn, where r is the normalised gain, at last the outcome.
+    """Compute A_t = r_t + gamma A_{t+1} through the final turn; r_t is the normalised gain, in the final turn the
+    outcome.
 
     Every rank of `dp_group` must call this, even with an empty table.
 

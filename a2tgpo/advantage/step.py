@@ -31,5 +31,7 @@ def step_advantages(
         failed_calls=config.algorithm.failed_calls,
     )
     result = compute_advantages(table, config.algorithm, dp_group=parts.groups.dp_group)
-    gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn is neutral
+    gains = torch.nn.functional.pad(
+        result.normalized_gain, (0, 1)
+    )  # the final turn has no gain, so its scale is 1
     return table, result, clip_scale(gains, beta=config.algorithm.clip_beta)

@@ -88,7 +88,10 @@ def build_turn_table(
     shape = len(rows), max_turns
     has_gain = torch.tensor([[gain is not None for gain in row] for row in padded], dtype=torch.bool)
     info_gain = torch.tensor([[gain or 0.0 for gain in row] for row in padded], dtype=torch.float64)
-    has_gain, info_gain = has_gain.reshape(shape), info_gain.reshape(shape)  # also without rows
+    has_gain, info_gain = (
+        has_gain.reshape(shape),
+        info_gain.reshape(shape),
+    )  # keep the shape if there are no rows
     has_gain &= info_gain.isfinite()
     return TurnTable(
         prompt_index=torch.tensor([t.prompt_index for t in trajectories], dtype=torch.int64),

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
     """Assign each item to a bin so that the bins have similar total lengths.
 
-    The longest item first, each to the bin with the fewest tokens so far (the largest bin is within 4/3 of the
-    optimum, and far closer with many items); ties go to the earlier item and the lower bin.
+    Goes from the longest item to the shortest, and gives each to the bin with the fewest tokens so far (the largest
+    bin is within 4/3 of the optimum, and far closer with many items). Ties go to the earlier item and the lower bin.
 
     Args:
         lengths: tokens of each item.
@@ -23,7 +23,7 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
         The bin of each item, in [0, num_bins).
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
-    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin): already a heap
+    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin): a sorted list is a heap
     bins = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         tokens, items, number = loads[0]

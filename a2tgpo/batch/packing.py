@@ -51,7 +51,7 @@ class PackedBatch:
     turn_ids: Tensor
     """[1, T] int64 in [0, U), the target's turn; 0 where masked."""
     sequence_ids: Tensor
-    """[1, T] int64 in [0, S), the trajectory within this micro-batch; PADDING on padding."""
+    """[1, T] int64 in [0, S), index of the trajectory within this micro-batch; PADDING at padded positions."""
     rollout_logprobs: Tensor
     """[1, T] float32, the engine's log p of the target, nats; 0 where masked."""
     trajectory_indices: tuple[int, ...]
@@ -142,7 +142,9 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
             whose `rollout_logprobs` do not match its tokens.
     """
     kept = [index for index in indices if trajectories[index].num_sampled_tokens]
-    spans: list[tuple[Sequence[int], int]] = []  # tokens, and their turn's number here or NOT_SAMPLED
+    spans: list[
+        tuple[Sequence[int], int]
+    ] = []  # tokens, each with the number of its turn here, or NOT_SAMPLED
     logprobs: list[Sequence[float]] = []
     turn_trajectory: list[int] = []
     turn_index: list[int] = []

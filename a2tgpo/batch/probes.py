@@ -26,7 +26,7 @@ class Probe:
     prefix_length: int
     """>= 1, tokens."""
     scaffold: tuple[int, ...]
-    """At least one token: its last one predicts the answer's first."""
+    """At least one token, because the last one predicts the answer's first token."""
     answer: tuple[int, ...]
     """At least one token."""
 

@@ -59,7 +59,7 @@ class StepRollout:
         """Play a step on awake engines that hold its weights; every rank must call this.
 
         Args:
-            step: of the run.
+            step: step of the run, from 0.
             metrics: receives the engine's counts and the `sampling/` or `partial/` metrics; to be reduced over the
                 world.
             is_cut: polled for whether to interrupt the rollout; ranks may see it at different times. None: never.

@@ -12,7 +12,9 @@ AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-
 
 
 def advantage_names() -> list[str]:
-    """What `algorithm.advantage` may be: the modules in advantage/methods/, which are listed but not imported."""
+    """Allowed values of `algorithm.advantage`: the modules in advantage/methods/, which are listed but not
+    imported.
+    """
     package = importlib.import_module(METHODS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

@@ -1,4 +1,4 @@
-"""The machines a configuration is meant for."""
+"""The machines for which a configuration is planned."""
 
 from dataclasses import dataclass
 

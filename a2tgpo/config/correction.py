@@ -1,4 +1,4 @@
-"""Importance weights for rollouts whose engine computes other log-probs than the trainer."""
+"""Importance weights for rollouts of an engine whose log-probs differ from the trainer's."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Questions and how they are put to the model."""
+"""Question files, and how a question becomes a prompt."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`~` and `${NAME}` in paths: replaced alike in YAML files, in overrides and in the arguments of every program."""
+"""Replace `~` and `${NAME}` in paths, alike in YAML files, in overrides and in the arguments of every program."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def is_expanded(kind: object) -> bool:
-    """Whether a type, as `get_type_hints(..., include_extras=True)` gives it, is `Expanded`."""
+    """Return whether a type, as obtained from `get_type_hints(..., include_extras=True)`, is `Expanded`."""
     return _MARK in getattr(kind, "__metadata__", ())
 
 
 def expand(text: str, key: str) -> str:
-    """`text` with a leading ~ or ~USER, and every ${NAME} or $NAME, replaced; $$ stands for $.
+    """Return `text` with a leading ~ or ~USER, and every ${NAME} or $NAME, replaced; $$ becomes $.
 
     Args:
-        text: a path, or another text that names a place.
-        key: what holds it, for error messages.
+        text: a path or an address.
+        key: the setting or option with this text, for error messages.
 
     Raises:
-        ConfigError: one line; a variable that is not set or empty, another use of ${, or a user without a home.
+        ConfigError: one line; a variable is unset or empty, ${...} contains no name, or ~USER has no home folder.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -50,7 +50,7 @@ def expand(text: str, key: str) -> str:
         return expanded
     try:
         home = os.path.expanduser(expanded)
-    except ValueError:  # a NUL, or half a character
+    except ValueError:  # NUL or a lone surrogate
         home = expanded
     if home.startswith("~"):
         raise ConfigError(f"{key} is {text!r}, but {expanded.split('/')[0]} is no user with a home folder")
@@ -58,17 +58,17 @@ def expand(text: str, key: str) -> str:
 
 
 def escape(text: str) -> str:
-    """A text that `expand` makes `text` of."""
+    """Return the text that `expand` converts to `text`."""
     return text.replace("$", "$$")
 
 
 def path_argument(text: str) -> Path:
-    """Type of a path among a program's arguments, for argparse."""
+    """Convert a path among a program's arguments, for argparse."""
     return Path(text_argument(text))
 
 
 def text_argument(text: str) -> str:
-    """Type of an argument that may be a path, for argparse."""
+    """Convert an argument that may be a path, for argparse."""
     try:
         return expand(text, "the path")
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Which of the trainer's linear layers compute in 8-bit floating point, and how values are scaled into it."""
+"""Which of the trainer's linear layers compute in FP8, and how values are scaled."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
 TOKEN_MULTIPLES = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""Tokens of a rank's activations come in multiples of this, by recipe: in the weight gradient, tokens are what is
-summed over and scaled in blocks. FP8 matrix products take 16, MXFP8's blocks are of 32, the others' of 128."""
+"""The number of tokens in a rank's activations must be a multiple of this, by recipe, since the weight gradient sums
+over tokens and scales blocks of them. FP8 matrix products need multiples of 16, MXFP8's blocks have 32 tokens, the
+other blocks 128.
+"""
 CHANNEL_MULTIPLES = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
-"""Sizes of a rank's weight matrices are multiples of this, by recipe."""
+"""Sizes of a rank's weight matrices must be multiples of this, by recipe."""
 CAPABILITIES = {"tensorwise": ((8, 9), (99, 0)), "blockwise": ((9, 0), (99, 0)), "mxfp8": ((10, 0), (12, 0))}
-"""Compute capability of the cards that have a recipe: from, and below."""
+"""Compute capability of the GPUs that support a recipe: lowest, and first one too high."""
 ENGINE_CAPABILITY = (8, 9)
-"""Compute capability from which an engine can be quantised."""
+"""Lowest compute capability for a quantised engine."""
 ENGINE_BLOCK = 128
-"""Channels that share a scale in an engine of `rollout.quantization` fp8."""
+"""Number of channels that share a scale in an engine with `rollout.quantization` fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
     """FP8 in the linear layers of the decoder, by Transformer Engine; see docs/fp8.md.
 
-    Attention, norms, embedding and LM head stay in bfloat16, log-probs, loss and optimizer in float32. The optimizer
-    steps on bfloat16 weights as without FP8; they are quantised where they are multiplied.
+    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer in float32. Weights stay
+    bfloat16 for the optimizer, and are quantised for each matrix product.
     """
 
     format: str = "none"
@@ -44,8 +46,8 @@ class Fp8Config:
         require(
             self.format in ("none", "hybrid", "e4m3"), "model.fp8.format", self.format, "none | hybrid | e4m3"
         )
-        # Delayed scaling learns its scales in training passes. Scoring before the first of them, a reference and
-        # a resumed run would compute with others: ratios would not start at 1 (docs/fp8.md).
+        # Delayed scaling learns its scales in training passes. Scoring before the first training pass, the reference
+        # and a resumed run would use other scales, so ratios would not start at 1 (docs/fp8.md).
         require(
             self.recipe in TOKEN_MULTIPLES,
             "model.fp8.recipe",
@@ -59,8 +61,8 @@ class Fp8Config:
         )
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
-        # The optimizer takes its float32 weights from what the layers were made with, before a checkpoint is read
-        # (megatron/core/optimizer/distrib_optimizer.py:385), and refit and checkpoints read bfloat16.
+        # The optimizer would copy its float32 weights from the FP8 ones, before a checkpoint is loaded
+        # (megatron/core/optimizer/distrib_optimizer.py:385), and refit and checkpoints need bfloat16.
         require(
             not self.param_gather,
             "model.fp8.param_gather",
@@ -83,16 +85,18 @@ class Fp8Config:
 
     @property
     def token_multiple(self) -> int:
-        """What the number of tokens in a rank's activations must be a multiple of."""
+        """The number of tokens in a rank's activations must be a multiple of this."""
         return TOKEN_MULTIPLES[self.recipe] if self.enabled else 1
 
     @property
     def channel_multiple(self) -> int:
-        """What the sizes of a rank's weight matrices must be multiples of."""
+        """The sizes of a rank's weight matrices must be multiples of this."""
         return CHANNEL_MULTIPLES[self.recipe] if self.enabled else 1
 
     def bf16_layers(self, stage: int, pipeline: int) -> int:
-        """Decoder layers of pipeline stage `stage` that stay in bfloat16 while the others compute in FP8."""
+        """Return how many decoder layers of pipeline stage `stage` stay in bfloat16 while the others compute in
+        FP8.
+        """
         first = self.first_layers_bf16 if stage == 0 else 0
         last = self.last_layers_bf16 if stage == pipeline - 1 else 0
         return first + last
@@ -100,19 +104,19 @@ class Fp8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSizes:
-    """Of a decoder's linear layers, in channels."""
+    """Sizes of a decoder's linear layers, in channels."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels, of one expert where there are any."""
+    """Feed-forward channels, per expert in a mixture."""
     has_experts: bool
 
     @classmethod
     def of(cls, hf_config: Any) -> LinearSizes:
-        """Those of a Hugging Face configuration."""
+        """Return the sizes in a Hugging Face configuration."""
         has_experts = hf_config.model_type == "qwen3_moe"
         heads = hf_config.num_attention_heads
         return cls(
@@ -128,7 +132,7 @@ class LinearSizes:
 def fp8_layout_fault(
     fp8: Fp8Config, parallel: ParallelConfig, sizes: LinearSizes, *, num_layers: int
 ) -> str | None:
-    """One line on why the trainer cannot compute in `fp8` in this layout; None if it can, or FP8 is off."""
+    """Return a line on why the trainer cannot compute in `fp8` in this layout; None if it can, or FP8 is off."""
     if not fp8.enabled:
         return None
     multiple, tensor = fp8.channel_multiple, parallel.tensor
@@ -156,7 +160,7 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron holds both to an even share, whatever the stages hold (transformer_config.py:995).
+        # Megatron limits both to an even share of the layers, even for uneven stages (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (
@@ -167,10 +171,11 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """One line on why an engine's linear layers cannot be quantised so; None if they can.
+    """Return a line on why an engine's linear layers cannot be quantised like this; None if they can.
 
-    A token's activations are scaled in blocks along what a rank's matrices sum over, and vLLM asserts that blocks are
-    whole (fp8_utils.py, per_token_group_quant_fp8); experts it pads (online/fp8.py, maybe_roundup_sizes).
+    A token's activations are scaled in blocks along the dimension over which a rank's matrix product sums. vLLM
+    requires whole blocks (fp8_utils.py, per_token_group_quant_fp8) except for experts, which it pads (online/fp8.py,
+    maybe_roundup_sizes).
     """
     if quantization != "fp8":
         return None

@@ -1,4 +1,4 @@
-"""When a run is thought to be going wrong."""
+"""Limits of the alarms that show a failing run."""
 
 from dataclasses import dataclass
 

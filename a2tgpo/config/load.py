@@ -1,8 +1,8 @@
-"""YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
+"""Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
 
-A file may name another with `base:` (relative to itself); what it sets itself wins, arguments win over
-files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative paths in
-a configuration are relative to the folder the program is started in. In paths ~ and ${NAME} are replaced.
+A file may name a base file with `base:` (relative to itself). Its own values override its base's, and arguments
+override files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative paths in a
+configuration are relative to the folder in which the program is started. In paths, ~ and ${NAME} are replaced.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BASE_KEY = "base"
 COMMAND_LINE = "command line"
 FILE_SUFFIXES = (".yaml", ".yml")
 
-# YAML 1.1 reads 1e-6 as a text, for want of a dot; as a number it is meant.
+# YAML 1.1 parses 1e-6 as a text because it has no dot, but users mean a number.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-# 012 is 10 in YAML 1.1. (0x1f and 0b11 say that they are in another base.)
+# YAML 1.1 parses 012 as 10. (0x1f and 0b11 show their base, so they are allowed.)
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 _TYPE_NAMES = {
     bool: "true or false",
@@ -50,16 +50,15 @@ class _Entry:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in the YAML file `path`, its bases under it, `overrides` on top.
+    """Load the configuration from the YAML file `path` and its bases, then apply `overrides`.
 
     Args:
         path: YAML file of sections.
-        overrides: `section.field=value`, or a YAML file of sections that is laid over what was set before it,
-            its own bases under it; later ones win. A value is read as YAML, except for texts, which are taken
-            as they stand.
+        overrides: `section.field=value`, or a YAML file of sections with its own bases; later ones win. Values are
+            parsed as YAML, except texts, which are used unchanged.
 
     Raises:
-        ConfigError: one line naming the file (or the command line), the key, its value and what is allowed.
+        ConfigError: one line that names the file (or the command line), the key, its value and the allowed values.
     """
     fields = dict(_leaf_types(RunConfig))
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file")), fields))
@@ -72,19 +71,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # A section's own rule names the key first; the key says who set it last.
+        # The section's error starts with the key; add the source that set the key last.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
 
 
 def is_file(override: str) -> bool:
-    """Whether an override names a YAML file, and sets no field itself."""
+    """Return whether an override is the name of a YAML file rather than a field's value."""
     return override.endswith(FILE_SUFFIXES) and "=" not in override
 
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Dotted keys of all fields that `overrides` set, as `load_config` takes them.
+    """Return the dotted keys of all fields that `overrides`, arguments as for `load_config`, set.
 
     Raises:
         ConfigError: as `load_config`.
@@ -93,12 +92,12 @@ def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested dicts of plain values, every key written out."""
+    """Return the configuration as nested dicts of plain values, with every key."""
     return dataclasses.asdict(config)
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration by dotted key, every value plain: a mapping is its JSON text."""
+    """Return the configuration as plain values by dotted key; mappings become JSON texts."""
     flat: dict[str, Any] = {}
     for key, _ in _leaf_types(RunConfig):
         value: Any = config
@@ -109,7 +108,7 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The configuration as YAML with every key; `load_config` on it gives an equal one."""
+    """Return the configuration as YAML with every key; `load_config` restores an equal one."""
     sections = config_to_dict(config)
     for key in _expanded_keys(RunConfig):
         *path, name = key.split(".")
@@ -119,7 +118,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """(dotted key, type) of every field below `section` that is not a section itself."""
+    """Yield (dotted key, type) of every field below `section` that is not a section itself."""
     for name, kind in get_type_hints(section).items():
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type), f"{prefix}{name} holds an instance where its class is meant"
@@ -130,7 +129,7 @@ def _leaf_types(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 
 def _expanded_keys(section: type, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of the fields of type `Expanded` below `section`."""
+    """Yield the dotted keys of the fields of type `Expanded` below `section`."""
     for name, kind in get_type_hints(section, include_extras=True).items():
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
@@ -140,13 +139,13 @@ def _expanded_keys(section: type, prefix: str = "") -> Iterator[str]:
 
 
 def _file_entries(path: Path, fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
-    """What the file `path` sets, after what its bases set."""
+    """Yield the values in the file `path`, after those of its bases."""
     for file in reversed(_base_chain(path)):
         yield from _flatten(_read_yaml(file), RunConfig, "", str(file), fields)
 
 
 def _override_entries(overrides: Sequence[str], fields: dict[str, type]) -> Iterator[tuple[str, _Entry]]:
-    """What `overrides` set, in their order."""
+    """Yield the values that `overrides` set, in their order."""
     for override in overrides:
         if is_file(override):
             yield from _file_entries(Path(expand(override, COMMAND_LINE)), fields)
@@ -155,7 +154,7 @@ def _override_entries(overrides: Sequence[str], fields: dict[str, type]) -> Iter
 
 
 def _base_chain(path: Path) -> list[Path]:
-    """`path`, its base, that one's base, ..."""
+    """Return `path`, its base, the base's base, and so on."""
     chain: list[Path] = []
     named_by = ""
     while True:
@@ -177,10 +176,10 @@ def _base_chain(path: Path) -> list[Path]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """As `yaml.safe_load`, no tag makes an object; and what makes more of a file than stands there is refused.
+    """A loader like `yaml.safe_load` that also refuses input with a surprising meaning.
 
-    These are a key that stands twice in a mapping, aliases of lists and mappings (nested ones double each time),
-    integers too long to be said in a message, and numbers that YAML 1.1 reads in base 8 or 60.
+    It refuses repeated keys in a mapping, aliases of lists and mappings (nested aliases grow exponentially), integers
+    too long for an error message, and numbers that YAML 1.1 parses in base 8 or 60.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -260,7 +259,7 @@ def _yaml_fault(error: Exception) -> str:
 def _flatten(
     mapping: dict, section: type, prefix: str, source: str, fields: dict[str, type]
 ) -> Iterator[tuple[str, _Entry]]:
-    """(dotted key, typed value) of everything that `mapping` sets."""
+    """Yield (dotted key, typed value) for every value in `mapping`."""
     hints = get_type_hints(section)
     for name, value in mapping.items():
         if not prefix and name == BASE_KEY:
@@ -299,12 +298,12 @@ def _parse_override(override: str, fields: dict[str, type]) -> Iterator[tuple[st
         try:
             value = _StrictLoader(text).get_single_data()
         except _YAML_FAULTS:
-            value = text  # a text where none is allowed: refused below, with the key
+            value = text  # if no text is allowed, refused below with the key
     yield key, _Entry(_typed(value, fields[key], key, COMMAND_LINE), COMMAND_LINE)
 
 
 def _typed(value: Any, kind: type, key: str, source: str) -> Any:
-    """`value` if it is of `kind`; an integer, or a text such as 1e-6, also passes for a float."""
+    """Return `value` if it has type `kind`; a float may also be written as an integer, or as a text such as 1e-6."""
     if kind is float and not isinstance(value, bool):
         number = value
         if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
@@ -323,25 +322,25 @@ def _typed(value: Any, kind: type, key: str, source: str) -> Any:
 
 
 def _is_whole(text: str) -> bool:
-    """No NUL, which no path may hold, and no halves of characters, which no file and no tokenizer takes."""
+    """Return False for a NUL, which no path may contain, or a lone surrogate, which cannot be encoded."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _is_finite(number: int | float) -> bool:
     try:
         return math.isfinite(number)
-    except OverflowError:  # an integer past the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
 def _sections(fields: dict[str, type]) -> list[str]:
-    """Dotted keys of all sections that `fields` are in."""
+    """Return the dotted keys of all sections that contain `fields`."""
     return list(dict.fromkeys(key[:end] for key in fields for end, letter in enumerate(key) if letter == "."))
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """The candidate most like `key`, as a whole and in its last part."""
-    key = key[:100]  # comparing takes the square of the length
+    """Return the candidate most similar to `key`, as a whole and in its last part."""
+    key = key[:100]  # the comparison takes quadratic time
     leaf = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:

@@ -1,4 +1,4 @@
-"""How the processes are laid out."""
+"""The layout of model and data over the processes."""
 
 from dataclasses import dataclass
 
@@ -55,17 +55,17 @@ class ParallelConfig:
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """Number of ranks that hold one replica of the model."""
         return self.tensor * self.context * self.pipeline
 
     def stage_layers(self, num_layers: int) -> list[int]:
-        """How many of a model's `num_layers` decoder layers each pipeline stage holds.
+        """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual of them, and the model goes through
-        all stages' chunk 0, then all stages' chunk 1, and so on.
+        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual layers, and the model runs through
+        chunk 0 of all stages, then chunk 1 of all stages, and so on.
 
         Raises:
-            ConfigError: if they cannot be dealt so.
+            ConfigError: if the layers cannot be divided like this.
         """
         set_layers = self.first_stage_layers + self.last_stage_layers
         num_even = self.pipeline - (self.first_stage_layers > 0) - (self.last_stage_layers > 0)

@@ -1,4 +1,4 @@
-"""Handing the trained weights to the engine."""
+"""The transfer of trained weights to the engine."""
 
 from dataclasses import dataclass
 

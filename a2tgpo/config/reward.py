@@ -1,4 +1,4 @@
-"""What is added to the outcome's reward."""
+"""Additions to the outcome reward."""
 
 from dataclasses import dataclass
 

@@ -1,12 +1,13 @@
-"""Multi-turn generation, the engine that does it, and the gain measured along the way."""
+"""Multi-turn generation, the engine, and the measurement of information gain."""
 
 from dataclasses import dataclass, field
 
 from a2tgpo.io.errors import require
 
 GPU_STEP_TOKENS = 8192
-"""Tokens that an engine on a GPU runs in one step at most, prefill and decoding together. vLLM takes as many or more
-for offline generation, but 2,048 if nothing is said (vllm/engine/arg_utils.py, get_batch_defaults)."""
+"""Most tokens that an engine on a GPU runs in one step, prefill and decoding together. vLLM's own default for offline
+generation is at least this; its general default is 2,048 (vllm/engine/arg_utils.py, get_batch_defaults).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,8 @@ class PartialConfig:
         return self.tokens_per_step > 0
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if a set is so small that a question could be dealt again while it is in play."""
-        # The sampler looks at what is in play at an epoch's begin only, when that goes to the end of its order.
+        """Raise `ConfigError` if a set is so small that a question could be dealt again while it is still in play."""
+        # The sampler checks for questions in play only at the beginning of an epoch.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -187,7 +188,7 @@ class RolloutConfig:
             self.partial.extra_prompts,
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), or a step could not take all that is due",
         )
-        # vLLM samples at 0.01 where less is requested.
+        # vLLM raises lower temperatures to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
@@ -217,8 +218,9 @@ class RolloutConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if the rollouts could be played but not trained on."""
-        # A token outside the nucleus has probability 0 there, but not for the trainer: the gradient would be biased.
+        """Raise `ConfigError` if rollouts with these settings could not be trained on."""
+        # The engine gives probability 0 to tokens outside the nucleus, but the trainer does not: the gradient would
+        # be biased.
         require(
             self.top_p == 1,
             "rollout.top_p",

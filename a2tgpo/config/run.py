@@ -21,7 +21,7 @@ from a2tgpo.io.errors import require
 
 MAX_NAME_BYTES = 200
 ANSWER_ROOM_TOKENS = 64
-"""For the scaffold and the gold answer behind a response of full length."""
+"""Room for the scaffold and the gold answer after a response of full length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(
-            # File systems count bytes, 255 of them; "name.previous_12" and "name-warmstart" need some.
+            # File systems limit names to 255 bytes; suffixes such as ".previous_12" and "-warmstart" need some of
+            # these.
             0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name
@@ -52,7 +53,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # NumPy's generator, which vLLM seeds too, takes no more.
+        # Limit of NumPy's generator, which vLLM also seeds.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -178,7 +179,7 @@ class RunConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if the configuration could be played but would teach nothing, or something wrong."""
+        """Raise `ConfigError` for settings that can be played but would teach nothing, or something wrong."""
         self.rollout.check_training()
         require(
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
@@ -197,5 +198,5 @@ class RunConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence the engine must hold, tokens: prompt, response, and a gold answer scored after it."""
+        """Longest sequence that the engine must hold, tokens: prompt, response, and a gold answer scored after it."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens + ANSWER_ROOM_TOKENS

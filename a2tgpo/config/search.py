@@ -63,17 +63,17 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # Not through `require`: the message would show the secret.
+        # Not with `require`, whose message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError("search.url holds a user name or password; give a token by search.token_file")
 
     @property
     def longest_outage_s(self) -> float | None:
-        """Seconds that a rollout waits for its server; None: it does not wait and goes on without an answer."""
+        """Seconds for which a rollout waits for its server; None: it continues at once without an answer."""
         return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
 
     def require_source(self) -> None:
-        """Raise `ConfigError` unless the backend's source is named; only where the search tool is offered."""
+        """Raise `ConfigError` unless the backend's source is set; call this only if the search tool is offered."""
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:

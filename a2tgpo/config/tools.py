@@ -1,4 +1,4 @@
-"""Which tools the policy may call, and the calculator."""
+"""The tools that the policy may call, and the calculator's settings."""
 
 import importlib
 import pkgutil
@@ -11,7 +11,7 @@ RESERVED = ("think", "result", "answer")
 
 
 def tool_names() -> list[str]:
-    """What `tools.names` may hold: the modules in environment/tools/, which are listed but not imported."""
+    """Allowed names in `tools.names`: the modules in environment/tools/, which are listed but not imported."""
     package = importlib.import_module(TOOLS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
@@ -32,7 +32,7 @@ class ToolsConfig:
 
     @property
     def selected(self) -> tuple[str, ...]:
-        """The names one by one."""
+        """The names as a list."""
         return tuple(name.strip() for name in self.names.split(","))
 
 

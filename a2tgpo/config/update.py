@@ -1,4 +1,4 @@
-"""The optimizer and how a step's trajectories are cut into updates."""
+"""The optimizer, and the division of a step's trajectories into updates."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,11 @@
-"""How long the start and a stage of the step may take."""
+"""Time limits of the start and of the stages of a step."""
 
 from dataclasses import dataclass, fields
 
 from a2tgpo.io.errors import require
 
 STARTUP = ("assemble", "restore")
-"""What a start consists of, once the ranks have met."""
+"""Stages of a start, after the ranks have met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class WatchdogConfig:
         require(self.slow_steps >= 1, "watchdog.slow_steps", self.slow_steps, ">= 1")
 
     def deadline(self, stage: str) -> tuple[str, float]:
-        """The field that bounds `stage`, and its seconds."""
+        """Return the field that limits `stage`, and its seconds."""
         by_stage = {"rollout": self.rollout_s, "evaluation": self.evaluation_s, "score": self.score_s}
         by_stage["update"] = self.update_s
         if stage in STARTUP:

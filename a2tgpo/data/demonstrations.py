@@ -33,9 +33,9 @@ class Demonstration:
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
     """Return every demonstration of a JSONL file, in file order.
 
-    A record is a question's (see `load_questions`) with `turns`: a list of {"text", "observation"}. Every turn but
-    the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may repeat for
-    several demonstrations of one question.
+    A record has the fields of a question (see `load_questions`), and `turns`: a list of {"text", "observation"}.
+    Every turn but the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may
+    repeat for several demonstrations of one question.
 
     Raises:
         ConfigError: one line; unreadable file, bad record (with its line), or no demonstration.

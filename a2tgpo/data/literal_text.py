@@ -27,7 +27,7 @@ _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Takes the leading space of such a tokenizer, and seldom merges with what follows into one token."""
+"""Anchor before a part: it takes the leading space of such a tokenizer, and seldom merges with the following text."""
 
 
 class LiteralEncoder:

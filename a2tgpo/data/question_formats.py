@@ -153,7 +153,7 @@ def _annotated_nq(where: str, record: dict) -> Item:
         id=str(record.get("example_id", "")) or None,
         question=_text(record, "question_text", where),
         answers=_texts(answers, where, "annotations"),
-        # Most have a long answer or none, which exact match cannot judge.
+        # Most of these items have only a long answer or none, which exact match cannot judge.
         left_out="" if answers else UNANSWERABLE,
     )
 

@@ -45,7 +45,7 @@ class PromptSampler:
         """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
-            count: None: `per_step`, a whole step.
+            count: number of questions; None: `per_step`.
             asked: indices that are excluded: those already in the step or, with partial rollouts, carried over (see
                 `PartialConfig.check_questions`). Together with `count`, at most the size of the set.
         """

@@ -93,7 +93,7 @@ class PromptTemplate:
                 conversations,
                 add_generation_prompt=has_header,
                 tokenize=False,
-                # transformers' own reads the clock of each process at each start.
+                # transformers' own `strftime_now` reads the clock of each process at each start.
                 strftime_now=self.date.strftime,
                 **self._kwargs,
             )

@@ -52,7 +52,7 @@ class Toolset:
     """Each part of an answer is cut to this many tokens."""
     outage_limit_s: float | None = None
     """Seconds for which a call that raised `ToolUnavailableError` is retried. 0: the run ends at once. None: the call
-    fails without a retry, and the policy reads so."""
+    fails without a retry, and the policy reads the failure."""
 
     @property
     def names(self) -> tuple[str, ...]:

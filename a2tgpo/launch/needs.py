@@ -51,7 +51,9 @@ class Needs:
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """Whether it plays, so that the engine needs its share of the GPUs, and the search server must answer."""
+    """Whether the program plays rollouts, so that the engine needs its share of the GPUs and the search server must
+    answer.
+    """
 
 
 def training_needs(config: RunConfig) -> Needs:
@@ -108,7 +110,7 @@ def kept_to_come(config: RunConfig) -> Kept:
     """Return how many checkpoints will join the existing ones: at least the next one."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
-    # Of one that was reduced to its weights the random states are gone.
+    # A checkpoint reduced to its weights has no random states.
     are_whole = [(marker.parent / "rng").is_dir() for marker in markers]
     return Kept(
         whole=max(1, most.whole - are_whole.count(True)),

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Rank 0's words in a meeting: where to look, and whether to continue."""
+"""Number of messages from rank 0 in a meeting: where to look, and whether to continue."""
 END = "end"
 LISTEN_S = 1.0
-"""Seconds of one wait for a word, which no signal interrupts."""
+"""Seconds of one wait for a message; signals do not interrupt such a wait."""
 PLAN_MARGIN = 0.1
 """Share by which the memory estimate may exceed a GPU's memory before a start is refused: no plan has been compared
 with a GPU yet."""
@@ -99,7 +99,7 @@ class Meeting:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
         self._num_words = 0
-        """Number of words so far, said by rank 0 or heard by another rank."""
+        """Number of messages so far, sent by rank 0 or received by another rank."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
         """Return the facts of all ranks on rank 0, only this rank's elsewhere, if no rank has a fault."""
@@ -205,7 +205,7 @@ class Meeting:
         self._num_words += 1
 
     def _hear(self) -> str:
-        """Return rank 0's next word; rank 0 may wait for other ranks. The store notifies, so nobody polls.
+        """Return rank 0's next message; rank 0 may wait for other ranks. The store notifies, so nobody polls.
 
         Raises:
             ToldByRank0: the word is `END`.
@@ -219,7 +219,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # not yet; Python can handle signals now
+            except DistStoreError:  # no message yet; Python can handle signals now
                 continue
             except DistError:
                 break

@@ -11,7 +11,7 @@ NUM_QUERIES = 500
 
 
 def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
-    """Return the fault of the server's speed in one line, and whether it refuses the run.
+    """Return a line if the search server is too slow, and whether the run must be refused.
 
     Returns:
         An empty line if the server is fast enough or there is none; also if the server does not answer or no plan can

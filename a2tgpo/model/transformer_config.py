@@ -123,8 +123,8 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # Two stages are each other's neighbours on both sides. In a batched exchange Megatron would confuse
-        # activations with gradients; with overlapped communication each tensor is sent separately.
+        # Of two stages, each is the other's previous and next stage. In a batched exchange Megatron would then
+        # confuse activations with gradients; with overlapped communication each tensor is sent separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }

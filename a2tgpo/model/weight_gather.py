@@ -116,7 +116,7 @@ def _start(
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]
     # Memory belongs to the current stream, where it is read and freed; `stream` first waits for the current stream.
-    shards = [  # this tensor- or expert-parallel rank's part, on every stage
+    shards = [  # one tensor- or expert-parallel rank's part; the broadcast brings it to all stages
         local[record.name].data
         if record.stage == groups.pp_rank
         else torch.empty(record.shape, dtype=policy.dtype, device=groups.device)

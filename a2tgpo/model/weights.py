@@ -56,8 +56,8 @@ def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padde
     base = _MODEL_REGISTRY[hf_config.model_type]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
-    # One class per bridge: with tied embeddings mbridge writes into the class's table, which would outlive this
-    # model. It also builds a configuration from attributes that transformers 5 does not have.
+    # A new class per bridge: with tied embeddings mbridge changes the class's table, which would affect later models.
+    # mbridge also builds a configuration from attributes that transformers 5 does not have.
     members = {
         "_DIRECT_MAPPING": direct,
         "_adjust_mapping_for_shared_weights": lambda bridge: None,

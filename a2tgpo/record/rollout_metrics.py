@@ -1,4 +1,4 @@
-"""What a step's trajectories say: rewards, turns, tools, gains, lengths."""
+"""Metrics of a step's trajectories: rewards, turns, tools, gains, lengths."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def to_record(
 
     Args:
         turn_values: [N, T + 1] by name; a value that is not finite becomes None.
-        row: the trajectory's row in each of them.
+        row: the trajectory's row in each array of `turn_values`.
     """
     record = trajectory.to_dict()
     for column, turn in enumerate(record["turns"]):

@@ -19,7 +19,7 @@ MAX_TRAJECTORIES = 4096
 TEMPLATE = Path(__file__).with_name("rollouts_page.html")
 PLACE = "@DATA@"
 MAX_BYTES = 4
-"""Bytes of a character: no more tokens than this are without a complete one."""
+"""Most bytes of a character, and so most tokens that can be parts of one character."""
 
 _SPECIAL = re.compile(r"<[|｜][^|｜>]{1,40}[|｜]>")
 _ROLE = re.compile(r"^(?:system|user|assistant)(?=\s|$)")

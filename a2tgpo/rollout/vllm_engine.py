@@ -152,7 +152,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
-        self._failure: str | None = None  # of a step; permanent
+        self._failure: str | None = None  # raised by `step`; permanent
         # Cleared by a complete load.
         self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()

@@ -17,7 +17,7 @@ from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
 MAX_CLIENTS = 256
-"""With more threads, this process would be the bottleneck, not the server."""
+"""Most clients: with more threads, this process would be the bottleneck, not the server."""
 
 
 @dataclass(frozen=True, kw_only=True)

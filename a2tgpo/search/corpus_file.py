@@ -102,7 +102,7 @@ def scan(
             passage.
     """
     offsets: list[int] = []
-    # Hashes, because 21 million ids as texts would take more memory than the index.
+    # Hashes of the ids, because 21 million ids as texts would take more memory than the index.
     seen: set[int] = set()
     number = 0
     for where, start, line in _lines(path, key):

@@ -35,10 +35,13 @@ class Minibatch:
     is_scored: bool = False
     """Whether `old_logprobs` exist before the update; equal on all ranks."""
     old_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch [T] float32, on the last pipeline stage: under the policy that played. Filled by scoring, or
-    else by the training pass."""
+    """By micro-batch [T] float32, on the last pipeline stage: log-probs under the policy that played. Filled by
+    scoring, or else by the training pass.
+    """
     ref_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch [T] float32, on the last pipeline stage: under the reference; empty without one."""
+    """By micro-batch [T] float32, on the last pipeline stage: log-probs under the reference; empty without a
+    reference.
+    """
     importance: dict[int, ImportanceWeights] = field(default_factory=dict)
     """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update if a rollout
     correction is configured."""

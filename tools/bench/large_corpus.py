@@ -4,8 +4,8 @@
 
 The passages are synthetic: words drawn from a Zipf distribution over 200,000, in Search-R1's format. The index is
 built by tools/build_index.py and served by tools/retrieval_server.py, each in its own process; peak memory is the
-kernel's count. The server's memory is divided into its own, and pages of mapped files, which the kernel reclaims if
-necessary.
+kernel's count. The server's memory is reported in two parts: its own, and pages of mapped files, which the kernel can
+reclaim.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EXPONENT_BITS = 0x7F800000
-"""Exponent bits of a float32; alone they are the largest power of two that does not exceed the value."""
+"""Mask of a float32's exponent bits; a value reduced to these bits is the largest power of two not above the
+value.
+"""
 
 
 @dataclass(frozen=True)

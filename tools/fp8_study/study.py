@@ -11,9 +11,8 @@ Three questions, each for whole turns and for turns cut into pieces of equal len
 rounding   log p in a format minus log p in float32, equal weights: the format's error
 gap        log p in FP8 minus log p in bfloat16, equal weights: trainer and engine in different formats
 ratio      log(p_new / p_old) in a format minus the same in float32: the error that remains if the trainer scores
-           the old log-probs itself, in its training format. The new weights are the old ones moved by `--drift`
-           (some learning rates) up or down at random, stochastically rounded to bfloat16, like the underlying
-           float32 weights on average
+           the old log-probs itself, in its training format. Each new weight is the old one plus or minus `--drift`
+           (some learning rates) at random, rounded stochastically to bfloat16, so that the mean change is exact
 
 Writes DIR/noise.csv, noise.json and noise.png. epsilon is the paper's clipping range, 3e-3, for turn-mean log-ratios.
 """
