@@ -4,9 +4,9 @@
 
 Both run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step of
 AdamW, in float32 with one thread, on the same trajectories. Both take the old policy's log-probs from this pass,
-since a step of one mini-batch needs no scoring before it. This project's update packs trajectories and runs the output
-layer only where a token was sampled. The loop pads rows on the right, in their given order or sorted by length, and
-runs the output layer everywhere; it computes no entropies and no metrics.
+since a step of one mini-batch needs no scoring before it. This project's update packs trajectories and runs the
+output layer only where a token was sampled. The loop pads rows on the right, in their given order or sorted by
+length, and runs the output layer everywhere; it computes no entropies and no metrics.
 
 After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
 tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads prompts
