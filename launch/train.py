@@ -31,7 +31,7 @@ def main() -> int:
     try:
         join_launcher()
         is_first = os.environ.get("RANK", "0") == "0"
-        config = load_as_started(args.as_started, args.config, args.overrides, tells=is_first)
+        config = load_as_started(args.as_started, args.config, args.overrides, is_reporter=is_first)
         if args.dry_run:
             from a2tgpo.launch.dry_run import dry_run
 

@@ -40,7 +40,7 @@ def main() -> int:
     try:
         join_launcher()
         is_first = os.environ.get("RANK", "0") == "0"
-        config = load_as_started(args.as_started, args.config, args.overrides, tells=is_first)
+        config = load_as_started(args.as_started, args.config, args.overrides, is_reporter=is_first)
         require(args.resume in ("auto", "none"), "--resume", args.resume, "auto or none, for a warm start")
         require_target(config)
         if args.dry_run:

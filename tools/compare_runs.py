@@ -55,7 +55,7 @@ def read_run(folder: Path) -> Series:
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if not records:
-        raise ConfigError(f"{folder} has no {METRICS_FILE} with a step in it; give the folder of a run")
+        raise ConfigError(f"{folder} has no {METRICS_FILE} with a step; give the folder of a run")
     series: Series = {}
     for record in records:
         for name, value in record.items():

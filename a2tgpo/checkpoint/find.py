@@ -65,7 +65,7 @@ def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--ch
     if steps:
         newest = max(steps, key=_step_of)
         return SavedModel(path=newest, is_hf=False, step=_step_of(newest))
-    found = "is not there" if not path.exists() else f"has neither config.json nor {MARKER}"
+    found = "does not exist" if not path.exists() else f"has neither config.json nor {MARKER}"
     raise ConfigError(
         f"{key}: {path} {found}; give a Hugging Face folder, a run's checkpoints/step_N or checkpoints/best"
     )

@@ -70,11 +70,11 @@ def load_newest(
             state = load(newest, policy=policy, optimizer=optimizer, schedule=schedule, is_checked=True)
         except DamagedCheckpointError as error:
             if dist.get_rank() == 0:
-                logger.warning("checkpoint %s is passed over: %s", newest, error)
+                logger.warning("skipping checkpoint %s: %s", newest, error)
             newest = latest(path.parent, before=step_of(newest))
         else:
             return newest, state
-    raise ValueError(f"no checkpoint in {path.parent} is whole; --resume none begins the run anew")
+    raise ValueError(f"every checkpoint in {path.parent} is damaged; --resume none starts the run over")
 
 
 def load(
@@ -103,7 +103,7 @@ def load(
     path = Path(path)
     if has_weights_only(path):
         raise ValueError(
-            f"{path} holds weights alone, which a run cannot go on from; give one of the newest checkpoints"
+            f"{path} has only weights, and a run cannot continue from them; give one of the newest checkpoints"
         )
     if not is_checked:
         _require_complete(path)
@@ -115,7 +115,7 @@ def load(
         try:
             rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"{path / rng_file(policy.groups.rank)} holds no random states") from error
+            raise ValueError(f"{path / rng_file(policy.groups.rank)} is damaged") from error
     elif policy.groups.rank == 0:
         logger.warning("%s was saved with another layout; random states are not restored", path)
     with _in_one_line(path):
@@ -154,7 +154,8 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
     ]
     if differing:
         raise ValueError(
-            f"{path} does not fit the model at model.path: it was saved from one with {', '.join(differing)}; give "
+            f"{path} does not fit the model at model.path: it was saved from a model with "
+            f"{', '.join(differing)}; give "
             "the model.path of its run"
         )
 
@@ -165,8 +166,8 @@ def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) 
     saved = record.get("distributed_optimizer", mine)
     if saved != mine:
         raise ValueError(
-            f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, and its optimizer state "
-            "can be loaded so only; set it"
+            f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, which its optimizer state "
+            "requires; set it"
         )
 
 
@@ -200,7 +201,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         is_sound = False
     if not is_sound:
-        raise ValueError(f"{path / STATE} is not what this program writes")
+        raise ValueError(f"{path / STATE} was not written by this program")
     return record
 
 
@@ -217,11 +218,11 @@ def latest(root: str | Path, *, before: int | None = None) -> Path | None:
         if before is not None and step >= before:
             continue
         path = Path(root) / f"step_{step}"
-        fault = "it holds weights alone" if has_weights_only(path) else _fault_of(path)
+        fault = "it has only weights" if has_weights_only(path) else _fault_of(path)
         if not fault:
             return path
         if dist.get_rank() == 0:
-            logger.warning("checkpoint %s is passed over: %s", path, fault)
+            logger.warning("skipping checkpoint %s: %s", path, fault)
     return None
 
 
@@ -261,7 +262,7 @@ def _fault_of(path: Path, *, weights_only: bool = False) -> str:
     except ValueError as error:
         return str(error)
     world = dist.group.WORLD
-    assert world is not None, "checkpoints are read by joined processes"
+    assert world is not None, "torch.distributed is not initialised"
     names = [name for name in expected if is_of_weights(name) or not weights_only]
     share = names[world.rank() :: world.size()]
     faults = all_gather_object(_first_fault(path, {name: expected[name] for name in share}, pieces), world)
@@ -280,13 +281,13 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
         pieces = _parse_pieces(marker)
         is_sound = all(expected[name] == size_and_checksum(of_file) for name, of_file in pieces.items())
     except FileNotFoundError:
-        raise ValueError(f"it has no {MARKER}: it was not written to the end") from None
+        raise ValueError(f"it has no {MARKER}: writing it was interrupted") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError):
         is_sound = False
     if not is_sound:
         raise ValueError(f"its {MARKER} is damaged")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in expected):
-        raise ValueError(f"its {MARKER} names files elsewhere")
+        raise ValueError(f"its {MARKER} lists files outside the folder")
     return expected, pieces
 
 

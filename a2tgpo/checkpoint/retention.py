@@ -56,7 +56,7 @@ def reduce_to_weights(path: Path) -> None:
                 for key in ("files", "pieces")
             }
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            logger.warning("%s is left unchanged: its %s is damaged", path, MARKER)
+            logger.warning("left %s unchanged: its %s is damaged", path, MARKER)
             return
         # Before the removal, so that no reader expects a file that is about to be removed.
         write_text(path / MARKER, json.dumps(kept | {WEIGHTS_ONLY: True}))
@@ -80,11 +80,11 @@ def set_aside_after(root: str | Path, step: int) -> None:
         aside.mkdir()
         for old in later:
             (root / f"step_{old}").rename(aside / f"step_{old}")
-        logger.warning("checkpoints after step %d are set aside in %s", step, aside)
+        logger.warning("set checkpoints after step %d aside in %s", step, aside)
         drop_old(aside, keep=1, keep_every=1, keep_gb=0, spare=None)
         for number in dropped[: len(dropped) + 1 - MAX_DROPPED]:
             shutil.rmtree(root / f"dropped_{number}")
-            logger.warning("%s is removed: %d newer ones are there", root / f"dropped_{number}", MAX_DROPPED)
+            logger.warning("removed %s: there are %d newer ones", root / f"dropped_{number}", MAX_DROPPED)
     dist.barrier()
 
 

@@ -228,7 +228,7 @@ def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]
         except CheckpointException as error:
             failures = error.failures
     world = dist.group.WORLD
-    assert world is not None, "checkpoints are read by joined processes"
+    assert world is not None, "torch.distributed is not initialised"
     of_ranks = all_gather_object(failures, world)
     if any(of_ranks):
         first = {rank: next(iter(found.values())) for rank, found in enumerate(of_ranks) if found}
@@ -326,7 +326,7 @@ class _IndexUnpickler(pickle.Unpickler):
             known = isinstance(found, type) and found.__module__ == module
         if not known:
             raise ValueError(
-                f"the checkpoint's index names {module}.{name}, which is no part of a checkpoint"
+                f"the checkpoint's index names {module}.{name}, which a checkpoint does not contain"
             )
         return super().find_class(module, name)
 

@@ -1,4 +1,4 @@
-"""Shared reading of a checkpoint: where several ranks hold the same weights, one reads and sends them to the others.
+"""Shared reading of a checkpoint: of ranks with the same weights, one reads them and sends them to the others.
 
 All ranks share the storage. If every data-parallel rank read the weights, the storage would serve them once per
 data-parallel replica, all at the same time.
@@ -20,7 +20,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class Shared:
-    """A parameter that all ranks of `group` hold alike, and the rank that reads it."""
+    """A parameter that is equal on all ranks of `group`, and the rank that reads it."""
 
     parameter: Tensor
     owner: int
@@ -33,7 +33,7 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
 
     Args:
         models: sharded state dicts of the model chunks, which contain the parameters themselves; changed in place.
-            Every rank still reads all entries that are no parameters.
+            Every rank still reads all entries that are not parameters.
     """
     shared = []
     loads: dict[ProcessGroup, list[int]] = {}

@@ -149,7 +149,7 @@ def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
         try:
             groups = decode_records(path.read_bytes(), list[CarriedGroup])
         except (msgspec.DecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not what this program writes") from error
+            raise ValueError(f"{path} was not written by this program") from error
         held += [Held(replica=number, group=group) for group in groups]
     held.sort(key=lambda item: item.group.key)
     if len(files) == num_replicas:

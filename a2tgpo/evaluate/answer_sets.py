@@ -69,7 +69,7 @@ def answer_sets(
                 seed=seed,
                 skip=there.keys(),
                 on_answer=keep,
-                is_cut=stop.is_asked,
+                is_cut=stop.is_requested,
             )
         except RolloutCutError:
             is_cut = True

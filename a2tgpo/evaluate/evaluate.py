@@ -80,7 +80,7 @@ def evaluate(
             rollout,
             prompts,
             progress=progress,
-            is_cut=stop.is_asked if stop else None,
+            is_cut=stop.is_requested if stop else None,
         )
     except RolloutCutError:
         is_cut = True

@@ -40,14 +40,14 @@ def parse_line(raw: bytes, where: str) -> dict | None:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        detail = "a number too long, or nested too deep"
+        detail = "a number is too long, or the nesting too deep"
         if isinstance(error, json.JSONDecodeError):
             detail = f"{error.msg}, column {error.colno}"
         raise ConfigError(f"{where}: not JSON ({detail}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{where}: {type(record).__name__} found; each line must be one JSON object")
     if "\\u" in line and not _is_encodable(record):
-        raise ConfigError(f"{where}: holds half a character (a lone \\ud800 to \\udfff); remove it")
+        raise ConfigError(f"{where}: contains half a character (a lone \\ud800 to \\udfff); remove it")
     return record
 
 

@@ -51,7 +51,7 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
         except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, gzip.BadGzipFile) as error:
             raise ConfigError(f"{key}: {path} is damaged or cut short ({error}); fetch it again") from None
         except _ZipArchive:
-            raise ConfigError(f"{key}: {path} is a ZIP archive; unpack it, and give the file in it") from None
+            raise ConfigError(f"{key}: {path} is a ZIP archive; unpack it and give the file inside") from None
         except OSError as error:
             if error.filename not in (None, str(path)):
                 raise

@@ -16,7 +16,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything that needs no model, then stop"
+        "--dry-run", action="store_true", help="check everything that needs no model, then exit"
     )
     choices = "|".join(filter(None, ("auto", resume, "none")))
     parser.add_argument(
@@ -24,19 +24,19 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
         type=text_argument,
         default="auto",
         metavar=choices,
-        help="auto: from the run's newest complete checkpoint if there is one; none: anew",
+        help="auto: continue from the run's newest complete checkpoint, if any; none: start over",
     )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="go on though settings, code or packages are not those of the last start",
+        help="continue although settings, code or packages have changed since the last start",
     )
     parser.add_argument(
         "--as-started",
         type=path_argument,
         metavar="FILE",
-        help="of a scheduler's job: keeps the configuration of its first start, which its later starts go on with; "
-        "--resume and --accept-changes count at the first one only",
+        help="for a scheduler's job: stores the configuration of its first start, which later starts continue with; "
+        "--resume and --accept-changes apply only to the first start",
     )
     parser.add_argument(
         "overrides",

@@ -50,7 +50,7 @@ def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, vis
     """
     start = f"torch sees no GPU, but there is {', '.join(cards)}: "
     if cuda is None:
-        return start + "torch is built for CPUs; make setup-gpu"
+        return start + "torch is built for CPUs; run make setup-gpu"
     least = LEAST_DRIVERS.get(_numbers(cuda)[0], 0)
     if driver and _numbers(driver)[0] < least:
         return start + f"the driver is {driver}, and CUDA {cuda} needs {least} or newer; update the driver"
@@ -74,12 +74,12 @@ def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ)
     release = re.search(r"release (\d+\.\d+)", _output_of([nvcc, "--version"]))
     if release is None:
         return [
-            f"{source} leads to {nvcc}, which does not tell its version; set CUDA_HOME to a CUDA {cuda} toolkit"
+            f"{source} points to {nvcc}, which does not report its version; set CUDA_HOME to a CUDA {cuda} toolkit"
         ]
     if _numbers(release.group(1)) == _numbers(cuda)[:2]:
         return []
     return [
-        f"{source} leads to {nvcc} of CUDA {release.group(1)}, torch is built for CUDA {cuda}: kernels compiled at "
+        f"{source} points to {nvcc} of CUDA {release.group(1)}, torch is built for CUDA {cuda}: kernels compiled at "
         f"run time would mix both; set CUDA_HOME to a CUDA {cuda} toolkit"
     ]
 

@@ -49,14 +49,14 @@ def open_store(timeout_s: float) -> Store:
     except DistError as error:
         where = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)"
         if is_server:
-            reason = "is in use" if "EADDRINUSE" in str(error) else "does not lead to this machine"
+            reason = "is in use" if "EADDRINUSE" in str(error) else "is not an address of this machine"
             raise RuntimeError(
                 f"preflight: {where} {reason}, {platform.node()}, where rank 0 runs; export an address and a free "
                 "port of this machine, or unset both if another job left them in the environment"
             ) from None
         raise RuntimeError(
             f"preflight: {platform.node()} did not reach rank 0 at {where} within {timeout_s:g} s: rank 0 did not "
-            "start, or a firewall or a name that means another machine is between them"
+            "start, a firewall blocks the port, or the name resolves to another machine"
         ) from None
     store.set_timeout(timedelta(seconds=timeout_s))
     # torchrun's store outlives a restart of its ranks.
@@ -99,7 +99,7 @@ def join(
         raise RuntimeError(
             f"preflight: {platform.node()} is not connected to all ranks ({reason:.300})"
         ) from None
-    assert total.item() == world_size, f"{total.item()} of {world_size} ranks in the first sum"
+    assert total.item() == world_size, f"{total.item()} of {world_size} ranks in the first all-reduce"
     deadline.met()
     return groups, time.monotonic() - begin
 
@@ -126,8 +126,8 @@ class Deadline:
                 say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
             if not late:
                 say(
-                    f"all {self._world_size} ranks are there, but their first sum did not end within "
-                    f"{self._seconds:g} s: the network between them; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names "
-                    "the interface, NCCL_DEBUG=INFO tells more"
+                    f"all {self._world_size} ranks connected, but the first all-reduce timed out after "
+                    f"{self._seconds:g} s: check the network; NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME selects the "
+                    "interface, NCCL_DEBUG=INFO logs details"
                 )
         os._exit(BROKEN_RUN)

@@ -43,7 +43,7 @@ def load_mpi() -> ModuleType:
     except (ImportError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise RuntimeError(
-            "launch/mpi.py finds no MPI library: load the cluster's MPI module, or install the package openmpi-bin "
+            "launch/mpi.py found no MPI library: load the cluster's MPI module, or install the package openmpi-bin "
             f"or mpich ({reason:.200})"
         ) from None
     return MPI
@@ -56,20 +56,21 @@ def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
     if size == 1 < started:
         library = mpi.Get_library_version().split(",")[0].split("\n")[0].strip("\0 ")
         raise RuntimeError(
-            f"the launcher started {started} processes, but each sees itself alone through {library}: mpirun must be "
-            "of the same MPI as the library, and srun needs --mpi=pmix or --mpi=pmi2, whichever that MPI speaks"
+            f"the launcher started {started} processes, but each sees only itself through {library}: mpirun must "
+            "belong to the same MPI as the library; srun needs --mpi=pmix or --mpi=pmi2, whichever that MPI "
+            "supports"
         )
     machine = world.Split_type(mpi.COMM_TYPE_SHARED)
     local_rank, local_size = machine.Get_rank(), machine.Get_size()
     machine.Free()
     address, port = world.bcast(choose_place(is_one_machine=local_size == size) if rank == 0 else None)
-    strangers = [
+    unresolved = [
         host for host in world.allgather(None if resolves(address) else socket.gethostname()) if host
     ]
-    if strangers:
+    if unresolved:
         raise RuntimeError(
-            f"rank 0's machine, {address!r}, is not known by that name on {', '.join(sorted(set(strangers)))}; "
-            "export MASTER_ADDR, an address of it that all machines reach"
+            f"rank 0's machine, {address!r}, cannot be resolved on {', '.join(sorted(set(unresolved)))}; "
+            "export MASTER_ADDR, an address that all machines can reach"
         )
     return {
         "RANK": str(rank),

@@ -37,9 +37,9 @@ def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
         taken[device] = before + need.num_bytes
         free = shutil.disk_usage(need.folder).free - before
         if need.num_bytes and free < need.num_bytes:
-            beside = " beside what else is written there" if before else ""
+            others = " after the other files written there" if before else ""
             faults.append(
-                f"{need.key}: {need.folder} has {max(0.0, free) / 1e9:.3g} GB left{beside}, {need.what} take "
+                f"{need.key}: {need.folder} has {max(0.0, free) / 1e9:.3g} GB left{others}, {need.what} need "
                 f"{need.num_bytes / 1e9:.3g} GB; make room, {need.change}"
             )
     return faults
@@ -65,7 +65,7 @@ def training_needs(config: RunConfig) -> Needs:
                 key="run.root",
                 folder=existing_folder(Path(config.run.root) / config.run.name),
                 num_bytes=kept_bytes(config, model, kept_to_come(config)) if model else 0.0,
-                what="the checkpoints to come",
+                what="the checkpoints",
                 change="choose another run.root, or lower checkpoint.keep or checkpoint.keep_gb",
             ),
         ),
@@ -92,7 +92,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
         key="model.path",
         folder=existing_folder(target),
         num_bytes=weights_bytes(config, sizes) if sizes else 0.0,
-        what="the model that is written",
+        what="the exported model",
         change="or choose another model.path",
     )
     return Needs(disk=(checkpoint, model), has_engine=False)

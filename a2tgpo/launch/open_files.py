@@ -23,6 +23,6 @@ def limit_fault(world_size: int) -> str | None:
     if hard == resource.RLIM_INFINITY or hard >= needed:
         return None
     return (
-        f"may have {hard} files open at a time, {world_size} ranks take up to {needed}: raise the hard limit "
+        f"may have {hard} open files, but {world_size} ranks need up to {needed}: raise the hard limit "
         "(`ulimit -Hn` shows it; nofile in /etc/security/limits.conf, LimitNOFILE of slurmd or of the container)"
     )

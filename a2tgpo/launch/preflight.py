@@ -26,7 +26,7 @@ from a2tgpo.launch.open_files import limit_fault, raise_limit
 from a2tgpo.launch.rank_facts import RankFacts, compare, gather_facts, host_memory_faults
 from a2tgpo.launch.run_plan import plan_of_run
 from a2tgpo.launch.search_rate import search_shortfall
-from a2tgpo.lifecycle.failure import GRACE_S, ToldByRank0
+from a2tgpo.lifecycle.failure import GRACE_S, ReportedByRank0
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -53,7 +53,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
         needs: the program's needs of the machines; None: those of a training run.
 
     Raises:
-        ToldByRank0: a rank failed; rank 0 has printed which and why.
+        ReportedByRank0: a rank failed; rank 0 has printed which and why.
         ConfigError: the plan does not fit; raised on all ranks.
         RuntimeError: one line; rank 0 cannot be reached from here.
     """
@@ -70,7 +70,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
     if rank == 0 and world_size > 1:
         say(_summary(found, seconds + seconds_joining))
     if rank == 0 and plan is not None and needs.has_engine:
-        _tell_engine(plan)
+        _report_engine(plan)
     return groups
 
 
@@ -119,7 +119,7 @@ class Meeting:
             paths,
             rank=self._rank,
             local_rank=_local_rank(),
-            asks_search=needs.has_engine,
+            needs_search=needs.has_engine,
             **place,
         )
         if fault := limit_fault(self._world_size):
@@ -131,7 +131,7 @@ class Meeting:
         late = self._missing([f"here/{rank}" for rank in others])
         if late:
             seconds = f"{self._patience_s:g} s (parallel.start_timeout_s)"
-            self._refuse({rank: [f"did not come within {seconds}"] for rank in late})
+            self._refuse({rank: [f"did not arrive within {seconds}"] for rank in late})
         folder = existing_folder(Path(config.run.root) / config.run.name)
         marker = folder / f".preflight-{secrets.token_hex(8)}"
         try:
@@ -150,18 +150,18 @@ class Meeting:
         if silent:
             self._refuse(
                 {
-                    rank: [f"on {host}: did not look at its machine within {self._patience_s:g} s"]
+                    rank: [f"on {host}: did not report on its machine within {self._patience_s:g} s"]
                     for rank, host in zip(silent, self._get_all("here", silent), strict=True)
                 }
             )
-        found = [mine] + [RankFacts(**json.loads(told)) for told in self._get_all("facts", others)]
+        found = [mine] + [RankFacts(**json.loads(text)) for text in self._get_all("facts", others)]
         mine.faults.extend(disk_faults(needs.disk))
         if needs.has_engine:
             add_search_shortfall(mine, config, self._world_size)
         planned = planned_host_memory(config, self._world_size)
         if causes := compare(found, paths) or (planned and host_memory_faults(found, planned, config)):
             self._refuse(
-                {rank: [f"on {found[rank].host}: {'; '.join(told)}"] for rank, told in causes.items()}
+                {rank: [f"on {found[rank].host}: {'; '.join(faults)}"] for rank, faults in causes.items()}
             )
         first_of = {text: facts for facts in reversed(found) for text in facts.warnings}
         for text, first in first_of.items():
@@ -170,14 +170,14 @@ class Meeting:
         return found
 
     def _refuse(self, causes: dict[int, list[str]]) -> None:
-        for rank, told in list(causes.items())[:MAX_LINES]:
-            say(f"rank {rank} {'; '.join(told)}")
-        more = f", of which {MAX_LINES} are named" if len(causes) > MAX_LINES else ""
-        say(f"{len(causes)} of {self._world_size} ranks failed{more}; nothing was built")
+        for rank, faults in list(causes.items())[:MAX_LINES]:
+            say(f"rank {rank} {'; '.join(faults)}")
+        more = f"; the first {MAX_LINES} are listed" if len(causes) > MAX_LINES else ""
+        say(f"{len(causes)} of {self._world_size} ranks failed{more}; no model was built")
         while self._num_words < NUM_WORDS:
             self._say_word(END)
         self._linger()
-        raise ToldByRank0
+        raise ReportedByRank0
 
     def _linger(self) -> None:
         """Wait for the other ranks to read the verdict: the store ends with rank 0."""
@@ -208,7 +208,7 @@ class Meeting:
         """Return rank 0's next message; rank 0 may wait for other ranks. The store notifies, so nobody polls.
 
         Raises:
-            ToldByRank0: the word is `END`.
+            ReportedByRank0: the word is `END`.
         """
         from torch.distributed import DistError, DistStoreError
 
@@ -226,9 +226,9 @@ class Meeting:
             self._num_words += 1
             if word == END:
                 self._store.add("left", 1)
-                raise ToldByRank0
+                raise ReportedByRank0
             return word
-        raise RuntimeError("preflight: rank 0 has ended, or does not answer; its own message tells why")
+        raise RuntimeError("preflight: rank 0 has ended or does not answer; its own message gives the reason")
 
     def _missing(self, keys: list[str]) -> list[int]:
         """Return the ranks whose key is missing when patience ends."""
@@ -293,27 +293,27 @@ def check_plan(config: RunConfig, world_size: int, needs: Needs) -> Plan | None:
     if needs.has_engine and not plan.holds_a_sequence:
         key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
         raise ConfigError(
-            f"rollout.{key} is {getattr(config.rollout, key)}; allowed: so much that the engine's cache holds one "
-            "sequence (tools/plan.py CONFIG shows what takes the memory)"
+            f"rollout.{key} is {getattr(config.rollout, key)}; allowed: enough for one sequence in the "
+            "engine's KV cache (tools/plan.py CONFIG lists the memory in use)"
         )
     phases = [phase for phase in plan.phases if needs.has_engine or phase.name == "update"]
     worst = min(phases, key=lambda phase: phase.headroom)
     if worst.headroom < -PLAN_MARGIN:
         raise ConfigError(
             f"the configuration does not fit {world_size} x {card} of {plan.gpu.memory_gib:.0f} GiB: "
-            f"{worst.name} takes "
-            f"{worst.peak / 2**30:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
+            f"{worst.name} needs "
+            f"{worst.peak / 2**30:.0f} GiB on each; tools/plan.py CONFIG --suggest searches for a layout that fits"
         )
     return plan
 
 
-def _tell_engine(plan: Plan) -> None:
+def _report_engine(plan: Plan) -> None:
     from a2tgpo.plan.advice import cache_shortage
     from a2tgpo.plan.report import share_text
 
     say(
         f"each engine takes {share_text(plan)}, for {plan.geometry.full_sequences} sequences of full length or "
-        f"{plan.geometry.concurrent} of the mean at once"
+        f"{plan.geometry.concurrent} of mean length at a time"
     )
     if shortage := cache_shortage(plan):
         say(f"warning: {shortage}")
@@ -325,5 +325,5 @@ def _summary(found: list[RankFacts], seconds: float) -> str:
     skew = max(abs(facts.clock_ahead_s) for facts in found)
     return (
         f"{len(found)} ranks on {hosts} machine{'s' * (hosts > 1)}, {card}: versions, files and configuration agree, "
-        f"clocks within {skew:.2g} s, first sum over all ranks right; {seconds:.1f} s"
+        f"clocks within {skew:.2g} s, first all-reduce correct; {seconds:.1f} s"
     )

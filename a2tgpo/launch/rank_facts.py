@@ -58,7 +58,7 @@ def gather_facts(
     *,
     rank: int,
     local_rank: int,
-    asks_search: bool,
+    needs_search: bool,
     clock_s: float,
     marker: str,
 ) -> RankFacts:
@@ -66,7 +66,7 @@ def gather_facts(
 
     Args:
         paths: by configuration key, the paths that every rank must be able to read.
-        asks_search: check that the server of search.url answers.
+        needs_search: check that the server of search.url answers.
         clock_s: rank 0's clock now, seconds since the epoch.
         marker: a file that rank 0 has just written in the run's place; empty: rank 0 could not write it.
     """
@@ -74,13 +74,13 @@ def gather_facts(
     gpus, faults, warnings = see_gpus(local_rank)
     if marker and not Path(marker).exists():
         faults.append(
-            f"run.root: {Path(marker).parent} is not the folder that rank 0 sees there; all machines need one on a "
-            "shared file system"
+            f"run.root: {Path(marker).parent} is another folder than on rank 0; all machines need the "
+            "same shared file system"
         )
     elif marker and not os.access(Path(marker).parent, os.W_OK):
         faults.append(f"run.root: {Path(marker).parent} cannot be written")
-    if local_rank == 0 and asks_search:
-        faults += ask_search_server(config)
+    if local_rank == 0 and needs_search:
+        faults += search_server_faults(config)
     configuration = hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
     return RankFacts(
         rank=rank,
@@ -109,8 +109,8 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
     count = torch.cuda.device_count()
     if local_rank >= count:
         fault = (
-            f"sees {count} GPU(s) and is rank {local_rank} of this machine: start one rank a GPU, and without "
-            "--gpus-per-task or --gpu-bind, so that each sees all of them"
+            f"sees {count} GPU(s) and is rank {local_rank} of this machine: start one rank per GPU, without "
+            "--gpus-per-task and --gpu-bind, so that each rank sees all GPUs"
         )
         return Gpus({"GPUs seen": str(count)}), [fault], []
     card = torch.cuda.get_device_properties(local_rank)
@@ -120,7 +120,7 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
     return Gpus(equal, str(getattr(card, "uuid", ""))), [], check_toolkit(torch.version.cuda)
 
 
-def ask_search_server(config: RunConfig) -> list[str]:
+def search_server_faults(config: RunConfig) -> list[str]:
     """Query the server of search.url once from here; return its faults."""
     from dataclasses import replace
 
@@ -172,7 +172,7 @@ def host_memory_faults(
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
             faults[ranks[0].rank] = [
-                f"{host_needs(needed)}, {left / GIB:.0f} GiB are left ({limit}); give the job the whole node's "
+                f"{host_needs(needed)}, {left / GIB:.0f} GiB are free ({limit}); give the job the whole node's "
                 f"memory (Slurm: --mem=0), {host_change(config)}"
             ]
     return faults
@@ -189,23 +189,25 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):
         if name == "the resolved configuration":
-            causes[rank].append("reads another configuration than most ranks: is it the same file there?")
+            causes[rank].append(
+                "has another configuration than most ranks; check that it reads the same file"
+            )
         else:
-            causes[rank].append(f"{name} is {value}, on most ranks {usual}")
+            causes[rank].append(f"{name} is {value}, but {usual} on most ranks")
     for rank, key, value, _ in _odd([facts.paths for facts in found]):
-        state = value if value.startswith(UNREADABLE) else "is not what most ranks see there"
+        state = value if value.startswith(UNREADABLE) else "differs from what most ranks see"
         causes[rank].append(f"{key}: {paths[key]} {state}")
     users: dict[str, int] = {}
     for facts in found:
         first = users.setdefault(facts.gpu, facts.rank) if facts.gpu else facts.rank
         if first != facts.rank:
-            causes[facts.rank].append(f"has the same GPU as rank {first}: one rank a GPU")
+            causes[facts.rank].append(f"has the same GPU as rank {first}; start one rank per GPU")
         if abs(facts.clock_ahead_s) > MAX_CLOCK_SKEW_S:
             direction = "ahead of" if facts.clock_ahead_s > 0 else "behind"
             causes[facts.rank].append(
-                f"its clock is {abs(facts.clock_ahead_s):.0f} s {direction} rank 0's: set it (NTP)"
+                f"its clock is {abs(facts.clock_ahead_s):.0f} s {direction} rank 0's; synchronise it (NTP)"
             )
-    return {rank: told for rank, told in causes.items() if told}
+    return {rank: faults for rank, faults in causes.items() if faults}
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:

@@ -90,7 +90,7 @@ def _complete(found: dict[str, str], because: str) -> dict[str, str]:
         wanted = " ".join(missing) if because == "RANK" else sources
         raise ConfigError(
             f"{because} is set, but not {wanted}: set all of {' '.join(NAMES)}, as torchrun does, or unset {because} "
-            "for a process that is alone"
+            "for a single process"
         )
     rank, world_size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
     if rank >= world_size:
@@ -113,23 +113,23 @@ def _refuse_left_over(environment: Mapping[str, str]) -> None:
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     mine = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-    told = {
+    by_launcher = {
         launcher: (_number(environment, rank, 0), _number(environment, size, 1))
         for launcher, (rank, size) in LAUNCHERS.items()
     }
-    several = {launcher: names for launcher, names in told.items() if names[1] > 1}
+    several = {launcher: names for launcher, names in by_launcher.items() if names[1] > 1}
     if several and mine not in several.values():
         launcher, (rank, size) = next(iter(several.items()))
         raise ConfigError(
             f"RANK is {mine[0]} and WORLD_SIZE {mine[1]} in the environment, but {launcher} started this process as "
-            f"{rank} of {size}: unset {' '.join(NAMES)}, which another job has left there"
+            f"{rank} of {size}: unset {' '.join(NAMES)}, which another job has left behind"
         )
 
 
 def _refuse_mpirun(environment: Mapping[str, str], name: str) -> None:
     if _number(environment, name, 1) > 1:
         raise ConfigError(
-            f"mpirun started this as one of {environment[name]} processes, which would not find each other; "
+            f"mpirun started this as one of {environment[name]} processes, which cannot find each other; "
             "start launch/mpi.py instead"
         )
 
@@ -162,7 +162,7 @@ def address_of(node: str) -> str:
     address = re.search(r"\bNodeAddr=(\S+)", shown)
     if address is None:
         raise ConfigError(
-            f"no host is called {node!r}, which is the first node of this step; export MASTER_ADDR, the address of "
+            f"cannot resolve {node!r}, the first node of this step; export MASTER_ADDR, the address of "
             "rank 0's machine"
         )
     return address.group(1)

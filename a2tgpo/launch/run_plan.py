@@ -30,7 +30,7 @@ def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
 
     meant = GPUS[config.cluster.gpu]
     if not torch.cuda.is_available():
-        return meant, f"{meant.name}, as cluster.gpu says: no GPU is seen here"
+        return meant, f"{meant.name} (cluster.gpu; this machine has no visible GPU)"
     found = torch.cuda.get_device_properties(0)
     here = dataclasses.replace(meant, memory_gib=found.total_memory / GIB)
     return here, f"{found.name} (speed of {meant.name}: cluster.gpu)"

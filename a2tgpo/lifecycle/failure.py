@@ -26,7 +26,7 @@ ANOTHER_RANK_IS_GONE = (
 """Messages of gloo and NCCL after another rank has ended, whose own failure is reported elsewhere."""
 
 
-class ToldByRank0(RuntimeError):
+class ReportedByRank0(RuntimeError):
     """A failure that rank 0 has printed for all ranks: they exit with `BROKEN_RUN` and print nothing more."""
 
 
@@ -38,14 +38,14 @@ def exit_code(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = 
     A RuntimeError with several lines is not from this program and is raised again: its traceback is worth more than
     its message.
     """
-    if isinstance(error, ToldByRank0):
+    if isinstance(error, ReportedByRank0):
         return BROKEN_RUN
     rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
     is_echo = any(text in str(error) for text in ANOTHER_RANK_IS_GONE)
     if isinstance(error, RuntimeError) and "\n" in str(error) and not is_echo:
         raise error
     if is_echo:
-        message = "another rank has ended; its own message, or its launcher's, tells why"
+        message = "another rank has ended; its own message, or its launcher's, gives the reason"
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename or 'a file'}: {error.strerror}"
     else:

@@ -51,7 +51,7 @@ class StopRequest:
         self._store = side_store("stop", timeout_s=STORE_TIMEOUT_S)
         self._looked = -LOOK_S
 
-    def is_asked(self, *, needed_s: float = 0.0) -> bool:
+    def is_requested(self, *, needed_s: float = 0.0) -> bool:
         """Whether this rank knows of a stop request, or less than `needed_s` plus the margin is left of the job.
 
         Runs no collective and is cheap enough for every pass of a loop. Ranks learn of a request at different times.
@@ -64,7 +64,7 @@ class StopRequest:
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():
                 self._looked = time.monotonic()
-                self.reason = self._told()
+                self.reason = self._published_reason()
         return bool(self.reason)
 
     def agree(self, is_stopping: bool) -> None:
@@ -72,7 +72,7 @@ class StopRequest:
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"
         if all_reduce_max(torch.tensor(float(is_stopping)), world).item():
-            self.reason = self.reason or self._told() or "another rank was asked to"
+            self.reason = self.reason or self._published_reason() or "another rank received a stop request"
             self.is_agreed = True
             raise StopAgreed(self.reason)
 
@@ -88,7 +88,7 @@ class StopRequest:
             return ""
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
-    def _told(self) -> str:
+    def _published_reason(self) -> str:
         """Return the reason of a rank that requested the stop; empty if none did."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):

@@ -45,7 +45,7 @@ class StopSignal:
             if os.environ.get("RANK", "0") == "0":
                 kept = f"; {self.kept}" if self.kept else ""
                 print(
-                    f"stopped before there was anything new to keep: {self.name}{kept}",
+                    f"stopped before there was anything new to save: {self.name}{kept}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -69,16 +69,17 @@ class Watchdog:
         self._rank = rank
         self._world_size = world_size
         self._outage = outage
-        self._outages_told = 0
+        self._outages_seen = 0
         """Number of polls by any rank that found an outage, as last read by this rank."""
         self._looked_at = time.monotonic()
-        self._standing = (0, 0.0)
+        self._paused = (0, 0.0)
         """Number of the current place, and the seconds for which its clock stood still."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
         """Longest duration of each stage that this rank has left, seconds."""
-        self._told = -1
+        self._published = -1
+        """Number of the place last written to the store."""
         self._closed = threading.Event()
         self._store = side_store("watchdog", timeout_s=GRACE_S)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ class Watchdog:
         stage = stage or BETWEEN
         with self._arming:
             now, left = time.monotonic(), self._place
-            taken_s = now - left.since - self._stood_s(left)
+            taken_s = now - left.since - self._paused_s(left)
             self._longest[left.stage] = max(self._longest.get(left.stage, 0.0), taken_s)
             self._place = Place(left.number + 1, stage, now)
             self._arm(self._place)
@@ -120,11 +121,11 @@ class Watchdog:
                     self._end(self._verdict(place, {}))
 
     def _look(self) -> None:
-        self._stand_still_in_outages()
+        self._pause_in_outages()
         place = self._place
-        if place.number != self._told:
+        if place.number != self._published:
             self._store.set(f"place_{self._rank}", f"{place.number} {place.stage}")
-            self._told = place.number
+            self._published = place.number
         if self._store.check(["verdict"]):
             self._end(None)
         elif self._overdue(place) and self._store.add("claims", 1) == 1:
@@ -132,18 +133,18 @@ class Watchdog:
             self._store.set("verdict", verdict)
             self._end(verdict)
 
-    def _stand_still_in_outages(self) -> None:
+    def _pause_in_outages(self) -> None:
         """Do not count the time since the last poll if any rank was waiting for a service."""
         if self._outage is not None and self._outage.is_on:
             self._store.add("outages", 1)
-        now, told = time.monotonic(), self._store.add("outages", 0)
+        now, seen = time.monotonic(), self._store.add("outages", 0)
         elapsed_s, self._looked_at = now - self._looked_at, now
-        if told == self._outages_told:
+        if seen == self._outages_seen:
             return
-        self._outages_told = told
+        self._outages_seen = seen
         with self._arming:
             place = self._place
-            self._standing = place.number, self._stood_s(place) + min(elapsed_s, now - place.since)
+            self._paused = place.number, self._paused_s(place) + min(elapsed_s, now - place.since)
             self._arm(place)
 
     def _arm(self, place: Place) -> None:
@@ -154,15 +155,15 @@ class Watchdog:
         else:
             faulthandler.dump_traceback_later(max(left_s, 0) + BACKSTOP_S, exit=True, file=self._file)
 
-    def _stood_s(self, place: Place) -> float:
-        return self._standing[1] if self._standing[0] == place.number else 0.0
+    def _paused_s(self, place: Place) -> float:
+        return self._paused[1] if self._paused[0] == place.number else 0.0
 
     def _left_s(self, place: Place) -> float | None:
         """Return the rest of the place's deadline; None if it has none."""
         _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None
-        return place.since + self._stood_s(place) + deadline_s - time.monotonic()
+        return place.since + self._paused_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
         """Return the source of the limit as text, and the seconds that `stage` may take (0: unlimited)."""
@@ -190,7 +191,7 @@ class Watchdog:
         return found
 
     def _verdict(self, place: Place, places: dict[int, tuple[int, str]]) -> str:
-        taken_s = time.monotonic() - place.since - self._stood_s(place)
+        taken_s = time.monotonic() - place.since - self._paused_s(place)
         behind = {rank: stage for rank, (number, stage) in places.items() if number < place.number}
         limit, _ = self._deadline(place.stage)
         if behind:
@@ -199,7 +200,7 @@ class Watchdog:
         elif not places:
             cause = "the store of the ranks does not answer"
         else:
-            cause = "all ranks are in it or past it"
+            cause = "all ranks have reached it"
         return (
             f"watchdog: {place.stage} has taken {taken_s:.0f} s on rank {self._rank} "
             f"({limit}); {cause}. Stacks of all ranks: {self._path.parent}"

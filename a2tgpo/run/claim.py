@@ -60,14 +60,14 @@ def _set_aside(folder: Path, *, keep: int) -> None:
     while keep and len(sizes) > keep:
         oldest = min(sizes)
         logger.warning(
-            "%s is removed (%.3g GB): checkpoint.keep_previous is %d",
+            "removed %s (%.3g GB): checkpoint.keep_previous is %d",
             folder.with_name(f"{stem}{oldest}"),
             sizes.pop(oldest) / 1e9,
             keep,
         )
         shutil.rmtree(folder.with_name(f"{stem}{oldest}"))
     logger.warning(
-        "%s is set aside as %s%d (%.3g GB; all of %sN: %.3g GB)",
+        "set %s aside as %s%d (%.3g GB; all %sN together: %.3g GB)",
         folder,
         stem,
         numbers[-1],

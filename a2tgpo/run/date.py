@@ -49,7 +49,7 @@ def read_date(folder: Path) -> datetime.date | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it holds no date like 2026-01-31"
+        reason = getattr(error, "strerror", None) or "not a date like 2026-01-31"
         raise ConfigError(
             f"{path}: cannot be read ({reason}); write the date of the run's first start"
         ) from None

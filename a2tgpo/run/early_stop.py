@@ -37,7 +37,7 @@ class EarlyEnd:
     def is_near(self, *stages: str) -> bool:
         """Return whether this rank knows of a stop, or the job may end before `stages` and a save are done."""
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
-        return self.request.is_asked(needed_s=needed_s + self._folder.longest_save_s)
+        return self.request.is_requested(needed_s=needed_s + self._folder.longest_save_s)
 
     def agree_before(self, *stages: str, is_broken_off: bool = False) -> None:
         """Raise StopAgreed on all ranks if `is_near` on any, or a rollout was interrupted; all ranks call this."""

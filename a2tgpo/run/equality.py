@@ -33,7 +33,7 @@ def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from None
     if not records:
-        raise ConfigError(f"{run} has no {METRICS_FILE} with a step in it; give the folder of a run")
+        raise ConfigError(f"{run} has no {METRICS_FILE} with a step; give the folder of a run")
     return {
         record["step"]: {name: value for name, value in record.items() if not name.startswith(NOT_COMPARED)}
         for record in records

@@ -39,7 +39,7 @@ from a2tgpo.run import date as run_date
 from a2tgpo.run.claim import claim
 from a2tgpo.run.date import read_date
 from a2tgpo.run.resume import changed_settings, check_resume, follow_settings, trained_so_far
-from a2tgpo.run.rules import TRAINING, settings_of, told
+from a2tgpo.run.rules import TRAINING, describe_changes, settings_of
 from a2tgpo.run.starts import ACCEPT
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ class RunFolder:
             is_own = path.resolve() == (self._checkpoints / f"step_{step}").resolve()
             changed = changed_settings(state, self._config)
             if changed and not is_own and self._groups.rank == 0:
-                logger.warning("the run begins with settings other than those of %s: %s", path, told(changed))
+                logger.warning(
+                    "the run begins with settings other than those of %s: %s", path, describe_changes(changed)
+                )
             parts.carried.state = self._read_carried(path, parts, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
             # Checkpoints of earlier versions have neither guards nor a best policy.

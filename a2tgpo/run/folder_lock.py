@@ -147,7 +147,7 @@ class FolderLock:
                 if found is not None and not _is(self._me, found):
                     print(
                         f"error: {self._path.parent} was taken over by process {found.pid} on {found.host}, "
-                        f"which saw no sign of life from this one for {SILENCE_S:.0f} s; this one ends",
+                        f"which saw no sign of life from this process for {SILENCE_S:.0f} s; this process ends",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -163,7 +163,7 @@ def _lives(path: Path, other: Holder, me: Holder) -> bool:
     if me.slurm_job and other.slurm_job == me.slurm_job and other.slurm_restarts < me.slurm_restarts:
         return False
     logger.warning(
-        "%s is in use by %s, or was when that one died; waiting %.0f s for a sign of life",
+        "%s is in use by %s, unless that process died; waiting %.0f s for a sign of life",
         path.parent,
         other.describe(),
         SILENCE_S,

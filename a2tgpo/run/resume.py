@@ -37,7 +37,7 @@ def check_resume(resume: str) -> None:
     """Raise `ConfigError` if `resume` is a path, but not that of a complete checkpoint."""
     if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
         raise ConfigError(
-            f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder (it holds {checkpoint.MARKER})"
+            f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder with {checkpoint.MARKER}"
         )
 
 
@@ -144,10 +144,10 @@ def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_a
         return f"begun with rollout.group_size {size}, which is now {config.rollout.group_size}"
     (prompt,) = prompts.prompts([group.question])
     if prompt.tokens != group.prompt.tokens:
-        return "whose prompt is another one now (data.instructions, the chat template or the tokenizer)"
+        return "whose prompt has changed (data.instructions, the chat template or the tokenizer)"
     tools = {turn.tool for member in group.trajectories for turn in member.turns} - {None}
     if missing := sorted(str(tool) for tool in tools - set(config.tools.selected)):
-        return f"that call {missing[0]}, which tools.names leaves out"
+        return f"that call {missing[0]}, which tools.names lacks"
     if scored_anew and any(member.stop_reason for member in group.trajectories):
-        return f"scored by another {scored_anew[0]}"
+        return f"scored with another {scored_anew[0]}"
     return ""

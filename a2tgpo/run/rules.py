@@ -15,8 +15,9 @@ from a2tgpo.config.run import RunConfig
 Changes = dict[str, tuple[Any, Any]]
 """(before, now) by setting."""
 PLACES = ("run.name", "run.root")
-"""They name a run's place, which does not identify the experiment."""
-MAX_TOLD = 12
+"""Settings that locate a run; they do not identify the experiment."""
+MAX_SHOWN = 12
+"""Changes that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
     return changes(written_settings(text, keys), written_settings(dump_config(config), keys))
 
 
-def told(changed: Changes) -> str:
+def describe_changes(changed: Changes) -> str:
     """Format the changes in one line: setting before -> now, ..."""
-    said = [f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:MAX_TOLD]]
-    more = f" and {len(changed) - MAX_TOLD} more" if len(changed) > MAX_TOLD else ""
-    return ", ".join(said) + more
+    shown = [
+        f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:MAX_SHOWN]
+    ]
+    more = f" and {len(changed) - MAX_SHOWN} more" if len(changed) > MAX_SHOWN else ""
+    return ", ".join(shown) + more

@@ -18,7 +18,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.run.environment import describe_environment, environment_changes, parse_environment
-from a2tgpo.run.rules import Changes, Rules, changes_since, told
+from a2tgpo.run.rules import Changes, Rules, changes_since, describe_changes
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Difference:
 
     refused: Changes = field(default_factory=dict)
     """Changes that make it another experiment."""
-    said: Changes = field(default_factory=dict)
-    """Changes that are allowed."""
+    reported: Changes = field(default_factory=dict)
+    """Changes that are allowed and only logged."""
 
 
 def number_of_starts(folder: Path) -> int:
@@ -56,15 +56,14 @@ def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
         return Difference()
     except (OSError, ValueError, yaml.YAMLError):
         raise ConfigError(
-            f"{path}: cannot be read as what the run was started with; put {folder}/config.N.yaml of its last start "
-            "in its place"
+            f"{path}: not a readable configuration; replace it by {folder}/config.N.yaml of the last start"
         ) from None
     before = _last_environment(folder)
     now = parse_environment(describe_environment())
-    refused, said = environment_changes(before, now) if before else ({}, {})
+    refused, reported = environment_changes(before, now) if before else ({}, {})
     for key, pair in settings.items():
-        (said if rules.is_free(key, config) else refused)[key] = pair
-    return Difference(refused=refused, said=said)
+        (reported if rules.is_free(key, config) else refused)[key] = pair
+    return Difference(refused=refused, reported=reported)
 
 
 def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool, done: str) -> None:
@@ -80,12 +79,12 @@ def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool,
     found = difference(folder, config, rules)
     if found.refused and not accept:
         raise ConfigError(
-            f"run.name: {folder} is {whose(folder)}, {done}; this start differs from its last one: "
-            f"{told(found.refused)}. Another experiment takes another run.name; {ACCEPT} goes on with the changes; "
-            "--resume none sets the folder aside and begins anew"
+            f"run.name: {folder} is {describe_owner(folder)}, {done}; this start differs from the last one: "
+            f"{describe_changes(found.refused)}. Choose another run.name for a new experiment; {ACCEPT} continues "
+            "with the changes; --resume none sets the folder aside and starts over"
         )
-    if changed := found.refused | found.said:
-        logger.warning("the run goes on otherwise than its last start: %s", told(changed))
+    if changed := found.refused | found.reported:
+        logger.warning("the run continues with changes since its last start: %s", describe_changes(changed))
 
 
 def record_start(folder: Path, config: RunConfig) -> None:
@@ -97,7 +96,7 @@ def record_start(folder: Path, config: RunConfig) -> None:
     write_text(folder / CONFIG_FILE, text)
 
 
-def whose(folder: Path) -> str:
+def describe_owner(folder: Path) -> str:
     """Return who began the experiment in `folder`, when, and in which job, in a few words."""
     first = _environment(folder, 1)
     if not first:

@@ -224,7 +224,7 @@ def check_host_memory(bench: Bench) -> None:
 
 
 def check_retention(bench: Bench) -> None:
-    """The newest checkpoints are kept, leftovers go, and one that has been damaged is passed over."""
+    """The newest checkpoints are kept, leftovers go, and damaged ones are skipped."""
     root = bench.folder / "checkpoints" / "retention"
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
@@ -268,7 +268,7 @@ def check_retention(bench: Bench) -> None:
     damages = {
         "damaged": flip_a_byte,
         "missing": lambda path: next(path.glob("sharded/*.distcp")).unlink(),
-        "not written to the end": lambda path: (path / checkpoint.MARKER).unlink(),
+        "was interrupted": lambda path: (path / checkpoint.MARKER).unlink(),
         "complete.json is damaged": lambda path: (path / checkpoint.MARKER).write_text("{"),
     }
     for reason, damage in damages.items():

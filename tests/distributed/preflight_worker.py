@@ -16,7 +16,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.launch import needs, preflight, rank_facts
 from a2tgpo.launch.needs import training_inputs
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import ToldByRank0
+from a2tgpo.lifecycle.failure import ReportedByRank0
 from a2tgpo.plan.host_memory import HostMemory
 from a2tgpo.run.versions import versions
 
@@ -37,7 +37,7 @@ def refused(attempt: int, config: RunConfig, paths: dict[str, str], *patches) ->
             stack.enter_context(patch)
         try:
             preflight.start_ranks(config, paths)
-        except ToldByRank0:
+        except ReportedByRank0:
             return said.getvalue()
     raise AssertionError(f"attempt {attempt} was not refused")
 
@@ -64,17 +64,17 @@ def main(path: str) -> None:
     other = paths | {"data.train": paths["model.path"]} if mine else paths
     http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve", "outage_limit_s": 60.0}
     starts = {
-        "torch is 2.12.0, on most ranks": (config, paths, other_torch if mine else here),
+        "torch is 2.12.0, but": (config, paths, other_torch if mine else here),
         f"data.train: {paths['data.train']} cannot be read (No such file or directory)": (
             config,
             nothing,
             here,
         ),
-        f"data.train: {paths['data.train']} is not what most ranks see there": (config, other, here),
+        f"data.train: {paths['data.train']} differs from what most ranks see": (config, other, here),
         "its clock is 60 s ahead of rank 0's": (config, paths, ahead if mine else here),
-        "run.root: /x is not the folder that rank 0 sees there": (config, paths, elsewhere if mine else here),
+        "run.root: /x is another folder than on rank 0": (config, paths, elsewhere if mine else here),
         "2 ranks, few files": (config, paths, few_files if mine else here),
-        "reads another configuration than most ranks": (
+        "has another configuration than most ranks": (
             change(config, "update", lr=1.0) if mine else config,
             paths,
             here,
@@ -87,21 +87,21 @@ def main(path: str) -> None:
         assert len(said) == expected, said
         if rank == 0:
             assert said[0].startswith("preflight: rank 1 on ") and cause in said[0], said
-            assert said[1] == "preflight: 1 of 2 ranks failed; nothing was built", said
+            assert said[1] == "preflight: 1 of 2 ranks failed; no model was built", said
     said = refused(attempt + 1, config, paths, no_room) + refused(
         attempt + 2, change(config, "search", **http), paths
     )
     said += refused(attempt + 3, config, paths, too_much)
     if rank == 0:
         assert "rank 0 on" in said and "GiB of a node's memory are needed" in said, said
-        assert "rank 0 on" in said and "GB left, the checkpoints to come take" in said, said
+        assert "rank 0 on" in said and "GB left, the checkpoints need" in said, said
         assert "search.url: http://127.0.0.1:9/retrieve cannot be reached" in said, said
     if mine:
         time.sleep(3)
     else:
         impatient = change(config, "parallel", start_timeout_s=1.0)
         said = refused(attempt + 4, impatient, paths)
-        assert "rank 1 did not come within 1 s (parallel.start_timeout_s)" in said, said
+        assert "rank 1 did not arrive within 1 s (parallel.start_timeout_s)" in said, said
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt + 5)
     groups = preflight.start_ranks(config, paths)
     assert groups.world_size == 2

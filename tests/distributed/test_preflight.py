@@ -86,9 +86,9 @@ def test_a_first_collective_that_hangs_ends_all_ranks_with_one_line(config):
     done = start(config, "stuck")
     assert done.returncode == 3
     lines = [line for line in done.stderr.splitlines() if line.startswith(("preflight:", "error:"))]
-    assert len(lines) == 1 and "all 2 ranks are there, but their first sum did not end within" in lines[0], (
-        lines
-    )
+    assert (
+        len(lines) == 1 and "all 2 ranks connected, but the first all-reduce timed out after" in lines[0]
+    ), lines
 
 
 @pytest.mark.parametrize(

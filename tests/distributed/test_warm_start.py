@@ -170,7 +170,7 @@ def test_a_warm_start_that_is_killed_and_stopped_ends_bit_for_bit_as_one_left_al
 
 def test_a_warm_start_that_goes_on_with_other_settings_says_what_differs(folder) -> None:
     said = (folder / "output.txt").read_text()
-    assert "warmstart.lr 0.01 -> 0.02. Another experiment takes another run.name; --accept-changes" in said
+    assert "warmstart.lr 0.01 -> 0.02. Choose another run.name for a new experiment; --accept-changes" in said
 
 
 def test_a_warm_start_leaves_a_marked_model_and_no_checkpoints(folder) -> None:

@@ -87,7 +87,7 @@ def test_a_dry_run_of_what_does_not_fit_says_so_in_one_line(good, monkeypatch, c
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("error: does not fit 8 x h100-80gb: ") and "rollout.kv_cache_gib=" in line
-    assert "# planned for 8 x h100-80gb, as cluster.gpu says: no GPU is seen here" in captured.out
+    assert "# planned for 8 x h100-80gb (cluster.gpu; this machine has no visible GPU)" in captured.out
 
 
 def write(folder: Path, content: str | bytes, *, encoding: str = "utf-8") -> str:
@@ -269,7 +269,7 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
     if resume == "auto":  # the start would go on from an older one
         assert dry_run(settings, monkeypatch, *options) == 0
     else:
-        assert "is not what this program writes" in refusal(settings, monkeypatch, capsys, *options)
+        assert "was not written by this program" in refusal(settings, monkeypatch, capsys, *options)
     (checkpoint / STATE).unlink()
     assert dry_run(settings, monkeypatch, *options) == (0 if resume == "auto" else 2)
 
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_a_model_of_another_size_is_one_line(good, tmp_path):
     assert (
         done.returncode == 2
         and len(errors) == 1
-        and "it was saved from one with intermediate_size 128 (here 256); give" in errors[0]
+        and "it was saved from a model with intermediate_size 128 (here 256); give" in errors[0]
     ), done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 

@@ -55,8 +55,8 @@ def test_a_rank_that_fails_ends_the_others_with_its_exit_code(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}, "finds no MPI library: .* install the package openmpi-bin"),
-        ({"PMI_SIZE": "4"}, "started 4 processes, but each sees itself alone through Open MPI"),
+        ({"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}, "found no MPI library: .* install the package openmpi-bin"),
+        ({"PMI_SIZE": "4"}, "started 4 processes, but each sees only itself through Open MPI"),
     ],
     ids=["no library", "another MPI's mpirun"],
 )

@@ -231,8 +231,8 @@ def test_a_preempted_job_of_two_nodes_saves_requeues_and_ends_as_an_undisturbed_
 
 def test_a_requeued_job_goes_on_as_it_was_started_and_says_what_has_changed_since(disturbed):
     log, (before, after) = disturbed.cut.log, disturbed.commits
-    assert f"slurm: this folder is now at {after}; the job goes on with the code of its first start" in log
-    assert "update.lr 0.0001 -> 0.001" in log and "is not followed" in log, log[-3000:]
+    assert f"slurm: this folder is now at {after}; the job continues with the code of its first start" in log
+    assert "update.lr 0.0001 -> 0.001" in log and "are ignored" in log, log[-3000:]
     run = disturbed.runs / "cut"
     assert (run / "config.1.yaml").read_text() == (run / "config.2.yaml").read_text()
     for number in (1, 2):

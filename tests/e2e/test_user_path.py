@@ -346,7 +346,7 @@ MISTAKES = {
     "checkpoint that is not there": (
         "tools/evaluate.py",
         ["--checkpoint", "none"],
-        "--checkpoint: none is not there",
+        "--checkpoint: none does not exist",
     ),
     "unknown data set": (
         "tools/evaluate.py",

@@ -116,7 +116,7 @@ def run_chain(
     damaged = damage_newest(run) if damage else ""
     last = start(own, *common)
     problems = [] if last.code == 0 else [f"the last start ended with {last.code}: {last.output[-500:]}"]
-    if damage and "is passed over" not in last.output:
+    if damage and "skipping" not in last.output:
         problems.append("the damaged checkpoint was not noticed")
     if not problems:
         problems = differences(metrics_of(run), expected, steps)
@@ -135,7 +135,7 @@ def run_chain(
                 f"{damaged} (at start)",
                 not problems,
                 "; ".join(problems)[:300]
-                or "passed over with a warning, resumed from the one before, equal metrics",
+                or "skipped with a warning, resumed from the one before, equal metrics",
             )
         )
     return table

@@ -35,12 +35,12 @@ def test_best_is_the_one_that_best_json_names(checkpoints):
 @pytest.mark.parametrize(
     ("name", "best", "message"),
     [
-        ("none", None, "none is not there; give a Hugging Face folder"),
+        ("none", None, "none does not exist; give a Hugging Face folder"),
         ("step_30", None, "has neither config.json nor complete.json"),
         ("best", None, "cannot read .*best.json"),
         ("best", "[]", "best.json is damaged"),
         ("best", '{"step": 1e999}', "best.json is damaged"),
-        ("best", '{"step": 7}', "step_7 is not there"),
+        ("best", '{"step": 7}', "step_7 does not exist"),
     ],
 )
 def test_anything_else_is_refused_in_one_line(checkpoints, name, best, message):

@@ -60,7 +60,7 @@ def test_of_the_best_the_weights_alone_stay_and_are_what_was_saved(world, tmp_pa
     assert sorted(path.name for path in best.iterdir()) == ["complete.json", "sharded", "state.json"]
     checkpoint.load_weights(best, run.parts.policy)
     assert torch.equal(weight, before)
-    with pytest.raises(ConfigError, match="holds weights alone, which a run cannot go on from"):
+    with pytest.raises(ConfigError, match="has only weights, and a run cannot continue from them"):
         Run(world, tmp_path, resume=str(best))
     for step in (2, 3):
         shutil.rmtree(run.checkpoints / f"step_{step}")
@@ -86,7 +86,7 @@ def test_of_dropped_checkpoints_two_folders_with_a_whole_one_each_are_kept(world
         run = Run(world, tmp_path, keep=9, resume=str(run.checkpoints / "step_1"))
     dropped = sorted(run.checkpoints.glob("dropped_*"))
     assert [path.name for path in dropped] == ["dropped_2", "dropped_3"]
-    assert "dropped_1 is removed: 2 newer ones are there" in caplog.text
+    assert "dropped_1: there are 2 newer ones" in caplog.text
     for folder in dropped:
         assert checkpoint.has_weights_only(folder / "step_2")
         assert not checkpoint.has_weights_only(folder / "step_3")
@@ -101,10 +101,10 @@ def test_a_run_set_aside_is_told_with_its_size_and_the_oldest_goes_if_so_configu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r", "r.previous_2", "r.previous_3"]
     lines = [record.message for record in caplog.records if "previous" in record.message]
     assert re.fullmatch(
-        r".*/r is set aside as r.previous_1 \(0.05\d* GB; all of r.previous_N: .*\)", lines[0]
+        r"set .*/r aside as r.previous_1 \(0.05\d* GB; all r.previous_N together: .*\)", lines[0]
     )
-    assert re.fullmatch(r".*/r.previous_1 is removed \(0.05\d* GB\): checkpoint.keep_previous is 2", lines[2])
-    assert re.fullmatch(r".*r.previous_3 \(0.15\d* GB; all of r.previous_N: 0.25\d* GB\)", lines[3])
+    assert re.fullmatch(r"removed .*/r.previous_1 \(0.05\d* GB\): checkpoint.keep_previous is 2", lines[2])
+    assert re.fullmatch(r".*r.previous_3 \(0.15\d* GB; all r.previous_N together: 0.25\d* GB\)", lines[3])
 
 
 def test_a_complete_checkpoint_removes_the_oldest_recorded_rollouts_that_it_covers(world, tmp_path):
@@ -245,7 +245,9 @@ def test_where_no_checkpoint_has_whole_tensors_the_start_is_refused_in_one_line(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"^--resume: no checkpoint in .* is whole; --resume none begins"):
+    with pytest.raises(
+        ConfigError, match=r"^--resume: every checkpoint in .* is damaged; --resume none starts"
+    ):
         Run(world, tmp_path)
 
 
@@ -264,7 +266,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_where_its_shapes_fit(
     model = ModelConfig(path=str(tmp_path / "model"), dtype="float32")
     policy = build_policy(model, ParallelConfig(), world.groups, update=None, trainable=False)
     with pytest.raises(
-        ValueError, match=f"it was saved from one with {re.escape(told)}; give the model.path"
+        ValueError, match=f"it was saved from a model with {re.escape(told)}; give the model.path"
     ):
         checkpoint.load_weights(path, policy)
     with pytest.raises(ValueError, match=re.escape(told)):

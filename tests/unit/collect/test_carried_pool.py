@@ -237,7 +237,7 @@ def test_a_checkpoint_without_such_files_carries_nothing(tmp_path):
 def test_a_file_of_something_else_is_refused_in_one_line(saved):
     folder, _ = saved
     (folder / carried_file(1)).write_bytes(msgspec.msgpack.encode([{"begun": "soon"}]))
-    with pytest.raises(ValueError, match=r"replica_1\.bin is not what this program writes$"):
+    with pytest.raises(ValueError, match=r"replica_1\.bin was not written by this program$"):
         read(folder, num_replicas=2)
 
 

@@ -23,7 +23,7 @@ GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)
         ("13.0", "580.65.06", "", "CUDA_VISIBLE_DEVICES is ''"),
         ("13.0", "", None, "does not start with driver of unknown version"),
         ("14.1", "580.65.06", None, "does not start with driver 580.65.06"),
-        (None, "570.133.20", None, "torch is built for CPUs; make setup-gpu"),
+        (None, "570.133.20", None, "torch is built for CPUs; run make setup-gpu"),
     ],
 )  # fmt: skip
 def test_why_torch_sees_no_gpu_is_one_line_with_the_driver_that_is_needed(cuda, driver, visible, said):
@@ -66,10 +66,10 @@ def test_a_toolkit_of_another_cuda_is_one_warning(tmp_path, release, cuda, said,
     places = {"CUDA_HOME": str(tmp_path), "PATH": str(tmp_path / "bin")}
     warnings = check_toolkit(cuda, {source: places[source]})
     assert len(warnings) == bool(said)
-    assert all(line.startswith(f"{source} leads to {tmp_path}") and said in line for line in warnings)
+    assert all(line.startswith(f"{source} points to {tmp_path}") and said in line for line in warnings)
 
 
 def test_a_cuda_home_without_a_compiler_is_a_warning_and_no_toolkit_is_none(tmp_path):
     (warning,) = check_toolkit("13.0", {"CUDA_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
-    assert warning.startswith(f"CUDA_HOME leads to {tmp_path}/bin/nvcc, which does not tell its version")
+    assert warning.startswith(f"CUDA_HOME points to {tmp_path}/bin/nvcc, which does not report its version")
     assert check_toolkit("13.0", {"PATH": str(tmp_path)}) == []

@@ -18,6 +18,6 @@ def test_a_hard_limit_that_the_ranks_cannot_live_with_is_one_line(monkeypatch):
     assert limit_fault(2) is None and limit_fault(512) is None
     fault = limit_fault(1024)
     assert fault is not None and "\n" not in fault
-    assert "may have 4096 files open at a time, 1024 ranks take up to 5632" in fault
+    assert "may have 4096 open files, but 1024 ranks need up to 5632" in fault
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
     assert limit_fault(100_000) is None

@@ -18,7 +18,7 @@ def told(rank: int, *, gpu: str = "", torch: str = "2.13.0", model: str = "abc",
 
 def test_the_odd_one_is_to_blame_also_where_it_is_rank_0():
     assert compare([told(0, torch="2.12.0"), told(1), told(2)], PATHS) == {
-        0: ["torch is 2.12.0, on most ranks 2.13.0"]
+        0: ["torch is 2.12.0, but 2.13.0 on most ranks"]
     }
 
 
@@ -36,12 +36,12 @@ def test_one_rank_that_can_read_a_path_is_right_and_none_is_the_configurations_f
 
 def test_two_ranks_with_one_gpu_are_told():
     causes = compare([told(0, gpu="GPU-a"), told(1, gpu="GPU-b"), told(2, gpu="GPU-a")], PATHS)
-    assert causes == {2: ["has the same GPU as rank 0: one rank a GPU"]}
+    assert causes == {2: ["has the same GPU as rank 0; start one rank per GPU"]}
 
 
 def test_a_clock_that_is_behind_is_told_and_a_small_difference_is_not():
     causes = compare([told(0), told(1, clock_ahead_s=-7.0), told(2, clock_ahead_s=1.0)], PATHS)
-    assert causes == {1: ["its clock is 7 s behind rank 0's: set it (NTP)"]}
+    assert causes == {1: ["its clock is 7 s behind rank 0's; synchronise it (NTP)"]}
 
 
 def test_a_fingerprint_sees_names_sizes_and_ends_and_not_where_the_folder_is(tmp_path):
@@ -136,7 +136,7 @@ def test_a_machine_without_room_for_all_its_ranks_is_told_with_what_helps():
     assert faults(38, 38, 40, 37) == {
         2: [
             "38 GiB of a node's memory are needed (20 for what leaves the cards, 10 for a checkpoint being written, "
-            "8 for processes), 37 GiB are left (MemAvailable); give the job the whole node's memory "
+            "8 for processes), 37 GiB are free (MemAvailable); give the job the whole node's memory "
             "(Slurm: --mem=0), set update.offload=false, raise parallel.tensor, or use more nodes"
         ]
     }

@@ -103,7 +103,7 @@ def test_rank_0_tells_soon_that_it_is_not_at_the_address_that_another_job_left(m
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        RuntimeError, match=r"another-job\.invalid:29817 .* does not lead to this machine, .* unset both"
+        RuntimeError, match=r"another-job\.invalid:29817 .* is not an address of this machine, .* unset both"
     ):
         joining.open_store(300)
 
@@ -155,7 +155,7 @@ def test_what_is_no_node_list_is_refused(node_list):
         ),
         (
             SRUN | {"SLURM_STEP_NODELIST": "no-such-host.invalid"},
-            "no host is called 'no-such-host.invalid'.* export MASTER_ADDR",
+            "cannot resolve 'no-such-host.invalid'.* export MASTER_ADDR",
         ),
         (SRUN | {"OMPI_COMM_WORLD_SIZE": "2"}, "start launch/mpi.py instead"),
         ({"PMI_SIZE": "2"}, "start launch/mpi.py instead"),

@@ -20,12 +20,12 @@ os.kill(os.getpid(), signal.{name})
 @pytest.mark.parametrize(
     ("name", "rank", "kept", "said"),
     [
-        ("SIGTERM", "0", "", "stopped before there was anything new to keep: SIGTERM\n"),
+        ("SIGTERM", "0", "", "stopped before there was anything new to save: SIGTERM\n"),
         (
             "SIGUSR1",
             "0",
             "7 answers of earlier starts are kept in x.partial",
-            "stopped before there was anything new to keep: SIGUSR1; 7 answers of earlier starts are kept in "
+            "stopped before there was anything new to save: SIGUSR1; 7 answers of earlier starts are kept in "
             "x.partial\n",
         ),
         ("SIGTERM", "1", "7 answers", ""),

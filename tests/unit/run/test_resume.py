@@ -83,12 +83,12 @@ def test_a_run_that_has_trained_goes_on_with_other_settings_only_if_that_is_acce
     Run(world, tmp_path, max_turns=5).save(3)  # nothing was trained before
     with pytest.raises(ConfigError, match=r"at step 3; .* rollout\.max_turns 5 -> 4\. .*--accept-changes"):
         Run(world, tmp_path, max_turns=4)
-    assert "goes on otherwise" not in caplog.text
+    assert "since its last start" not in caplog.text
     run = Run(world, tmp_path, max_turns=4, accept_changes=True)
-    assert run.step == 3 and "than its last start: rollout.max_turns 5 -> 4" in caplog.text
+    assert run.step == 3 and "since its last start: rollout.max_turns 5 -> 4" in caplog.text
     caplog.clear()
     Run(world, tmp_path, max_turns=4, keep=2)
-    assert "than its last start: checkpoint.keep 1 -> 2" in caplog.text
+    assert "since its last start: checkpoint.keep 1 -> 2" in caplog.text
     kept = sorted(path.name for path in run.folder.path.glob("config.*.yaml"))
     assert kept == [f"config.{number}.yaml" for number in range(1, 5)]
     text = (run.folder.path / "config.yaml").read_text()
@@ -133,11 +133,11 @@ def carried_group(*reasons: str, tokens: tuple[int, ...] = (1, 2), tool: str = "
         (
             carried_group("", "", tokens=(9,)),
             (),
-            "whose prompt is another one now (data.instructions, the chat",
+            "whose prompt has changed (data.instructions, the chat",
         ),
-        (carried_group("", "", tool="calculator"), (), "that call calculator, which tools.names leaves out"),
+        (carried_group("", "", tool="calculator"), (), "that call calculator, which tools.names lacks"),
         (carried_group("", ""), ("rollout.gain.measure",), ""),
-        (carried_group("", "answer"), ("rollout.gain.measure",), "scored by another rollout.gain.measure"),
+        (carried_group("", "answer"), ("rollout.gain.measure",), "scored with another rollout.gain.measure"),
         (carried_group("", "answer"), ("rollout.gain.verify_every", "run.steps"), ""),
     ],
 )
@@ -176,6 +176,8 @@ def test_a_run_that_goes_on_with_less_drops_what_it_cannot_carry_and_says_so(
         gain = GainConfig(measure="log_probability")
         other = Run(world, tmp_path, partial=IS_ON, group_size=2, gain=gain, accept_changes=True)
         assert not other.parts.carried.state.entries
-        assert "of 1 groups that" in caplog.text and "1 scored by another rollout.gain.measure" in caplog.text
+        assert (
+            "of 1 groups that" in caplog.text and "1 scored with another rollout.gain.measure" in caplog.text
+        )
     finally:
         run.parts.carried.state = Carried()

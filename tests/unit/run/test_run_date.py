@@ -50,9 +50,7 @@ def test_a_file_without_a_date_is_refused_in_one_line_by_all_that_read_it(world,
     for text in ("", "yesterday", "2024-13-01"):
         path.write_text(text)
         for read in (lambda: run_date.run_date(run.config, world.groups), lambda: Run(world, tmp_path)):
-            with pytest.raises(
-                ConfigError, match=r"date\.txt: cannot be read \(it holds no date like"
-            ) as caught:
+            with pytest.raises(ConfigError, match=r"date\.txt: cannot be read \(not a date like") as caught:
                 read()
             assert "\n" not in str(caught.value)
 

@@ -64,7 +64,7 @@ def test_a_training_compares_every_section_but_the_warm_starts() -> None:
 def test_a_changed_setting_is_refused_said_or_of_no_account(tmp_path, override, is_refused) -> None:
     found = difference(started(tmp_path), load_config(QUICKSTART, [override]), TRAINING)
     key = override.partition("=")[0]
-    assert (list(found.refused), list(found.said)) == {
+    assert (list(found.refused), list(found.reported)) == {
         True: ([key], []),
         False: ([], [key]),
         None: ([], []),
@@ -111,7 +111,7 @@ def test_a_refusal_says_whose_run_it_is_what_differs_and_what_to_do(tmp_path) ->
 
 def test_a_record_that_is_damaged_is_one_line(tmp_path) -> None:
     (started(tmp_path) / "config.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read as what the run was started with"):
+    with pytest.raises(ConfigError, match=r"config\.yaml: not a readable configuration"):
         difference(tmp_path, load_config(QUICKSTART), TRAINING)
 
 
@@ -163,21 +163,23 @@ def test_a_job_goes_on_with_the_files_of_its_first_start_and_its_own_arguments(t
     config.write_text(Path(QUICKSTART).read_text())
     preset.write_text("update: {lr: 2.0e-5}\n")
     arguments = ["update.lr=1e-5", str(preset), "search.url=http://a/b"]
-    first = load_as_started(kept, str(config), arguments, tells=True)
+    first = load_as_started(kept, str(config), arguments, is_reporter=True)
     assert first.update.lr == 2e-5
     keep(kept, first)
     config.write_text(Path(QUICKSTART).read_text().replace("name: quickstart", "name: second"))
     preset.write_text("update: {lr: 9.0e-5}\n")
     with caplog.at_level(logging.WARNING):
-        again = load_as_started(kept, str(config), [*arguments[:2], "search.url=http://c/d"], tells=True)
+        again = load_as_started(
+            kept, str(config), [*arguments[:2], "search.url=http://c/d"], is_reporter=True
+        )
     assert again == dataclasses.replace(first, search=dataclasses.replace(first.search, url="http://c/d"))
     (line,) = [record.getMessage() for record in caplog.records]
-    assert "run.name 'quickstart' -> 'second', update.lr 2e-05 -> 9e-05" in line and "is not followed" in line
+    assert "run.name 'quickstart' -> 'second', update.lr 2e-05 -> 9e-05" in line and "are ignored" in line
     keep(kept, again)
     assert kept.read_text() == dump_config(first)
     preset.unlink()
-    assert load_as_started(kept, str(config), arguments, tells=True) == first
-    assert "cannot be used any more: no configuration file" in caplog.text
+    assert load_as_started(kept, str(config), arguments, is_reporter=True) == first
+    assert "can no longer be loaded: no configuration file" in caplog.text
 
 
 def test_a_job_that_is_started_again_does_not_begin_anew_or_accept_changes_again(
