@@ -17,15 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import yaml
 
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_file, write_text
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.tables import markdown_table
 from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.metrics.figure_style import STAGE_COLORS, STYLE
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
@@ -79,6 +76,11 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
     """Draw one panel per metric with one curve per run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     columns = min(3, len(metrics))
     rows = -(-len(metrics) // columns)
     with plt.rc_context(STYLE):
@@ -108,16 +110,14 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
         plt.close(figure)
 
 
-def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> list[str]:
+def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> str:
     """Format each metric's last value and, where one exists, its best value, with its step."""
-    lines = ["| metric | " + " | ".join(runs) + " |", "|---|" + "---|" * len(runs)]
+    lines = []
     for metric in metrics:
-        lines.append(f"| {metric}, last | " + " | ".join(_last(s.get(metric)) for s in runs.values()) + " |")
+        lines.append([f"{metric}, last", *(_last(series.get(metric)) for series in runs.values())])
         if metric.startswith(HIGHER_IS_BETTER):
-            lines.append(
-                f"| {metric}, best | " + " | ".join(_best(s.get(metric)) for s in runs.values()) + " |"
-            )
-    return lines
+            lines.append([f"{metric}, best", *(_best(series.get(metric)) for series in runs.values())])
+    return markdown_table(["metric", *runs], lines)
 
 
 def _last(points: list[tuple[int, float]] | None) -> str:
@@ -131,24 +131,20 @@ def _best(points: list[tuple[int, float]] | None) -> str:
     return f"{value:.4g} (step {step})"
 
 
-def differences(folders: Mapping[str, Path]) -> list[str]:
+def differences(folders: Mapping[str, Path]) -> str:
     """Return a table of the settings in which the runs differ; empty if a run has no config.yaml."""
     configs: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         try:
             configs[label] = _flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError):
-            return []
+            return ""
     keys = sorted(set().union(*configs.values()))
     different = [key for key in keys if len({repr(config.get(key)) for config in configs.values()}) > 1]
     if not different:
-        return ["The runs have the same settings."]
-    lines = ["| setting | " + " | ".join(configs) + " |", "|---|" + "---|" * len(configs)]
-    for key in different:
-        lines.append(
-            f"| `{key}` | " + " | ".join(str(config.get(key, "–")) for config in configs.values()) + " |"
-        )
-    return lines
+        return "The runs have the same settings."
+    lines = [[f"`{key}`", *(str(config.get(key, "–")) for config in configs.values())] for key in different]
+    return markdown_table(["setting", *configs], lines)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -190,8 +186,8 @@ def main() -> int:
             args.metrics,
             f"what a run has recorded, such as {', '.join(known[:8])}",
         )
-        lines = [*table(runs, metrics), "", "## Settings that differ", "", *differences(folders)]
-        page = "# " + ", ".join(runs) + "\n\n![Curves](curves.png)\n\n" + "\n".join(lines) + "\n"
+        text = f"{table(runs, metrics)}\n\n## Settings that differ\n\n{differences(folders)}"
+        page = f"# {', '.join(runs)}\n\n![Curves](curves.png)\n\n{text}\n"
         draw(runs, metrics, args.out / "curves.png")
         write_text(args.out / "table.md", page)
     except ConfigError as error:
@@ -200,7 +196,7 @@ def main() -> int:
     except OSError as error:
         print(f"error: --out: cannot write {args.out} ({error.strerror})", file=sys.stderr)
         return 2
-    print("\n".join(lines))
+    print(text)
     print(f"wrote {args.out}/curves.png and table.md")
     return 0
 

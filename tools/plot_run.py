@@ -11,16 +11,9 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_file
@@ -38,6 +31,10 @@ from a2tgpo.metrics.figure_style import (
     smooth,
 )
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BETWEEN_STEPS = ("evaluation", "checkpoint")
 """Stages between steps, which are not part of a step's time."""
@@ -132,8 +129,10 @@ def draw_clipping(ax: Axes, history: History) -> None:
 
 def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
     """Draw one line per turn index, pale to dark."""
+    from matplotlib import colormaps
+
     names = history.numbered(pattern)
-    shades = plt.get_cmap("YlGnBu")(np.linspace(0.4, 0.95, max(len(names), 1)))
+    shades = colormaps["YlGnBu"](np.linspace(0.4, 0.95, max(len(names), 1)))
     for (turn, name), shade in zip(names.items(), shades, strict=False):
         draw_line(ax, history, name, f"turn {turn}", shade)
 
@@ -177,6 +176,13 @@ PANELS = (
 
 def draw_run(history: History, title: str) -> Figure:
     """Draw all panels on one figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, 4, figsize=(18, 8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Ended, Row, metrics_of, rollouts_of, start
+from faults.harness import Ended, Row, metrics_of, rollouts_of, start
 
 PROMPT_S = 20.0
 """From a fault to the end of the whole job."""

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from chain import PROMPT_S
-from harness import INJECTED, ROOT, Ended, Row, start
-from scripted_server import ScriptedServer
+from faults.chain import PROMPT_S
+from faults.harness import INJECTED, ROOT, Ended, Row, start
+from faults.scripted_server import ScriptedServer
 
 FREE_BYTES = 700_000
 """Left on the full disk: enough for metrics, too little for a checkpoint."""

@@ -1,4 +1,4 @@
-"""Real runs that are ended at points of the step: a part of what fault_table.py runs."""
+"""Real runs that are ended at points of the step: a part of what tests/fault_table.py runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import rollouts_to_demonstrations
 import yaml
-from chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
-from harness import ROOT, Row, metrics_of, start, write_inputs
-from single_runs import outage
+from faults.chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
+from faults.harness import ROOT, Row, metrics_of, start, write_inputs
+from faults.single_runs import outage
 from tiny_models import SCRIPTS, build_model, build_tokenizer
 
 FAULTS = [

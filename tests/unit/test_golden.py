@@ -10,7 +10,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def run_tool(directory: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "upkeep" / "check_golden.py"), str(directory), *options]
+    command = [sys.executable, str(GOLDEN / "check_golden.py"), str(directory), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -25,8 +25,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import write_report
-from style import MAX_METHODS
 from tqdm import tqdm
 
 from a2tgpo.config.expand import path_argument
@@ -167,6 +165,8 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
     Raises:
         ConfigError: before any start; a configuration is wrong or a run was started with another one.
     """
+    from style import MAX_METHODS
+
     runs = plan.runs(out)
     total_steps = sum(experiment.check(run).run.steps for run in runs)
     if (out / PLAN_FILE).exists():
@@ -219,6 +219,8 @@ def play(
 
 def report_so_far(out: Path) -> None:
     """Write the report; a file that cannot be read at present does not end the runs."""
+    from report import write_report
+
     try:
         write_report(out)
     except (OSError, ValueError) as error:
@@ -296,6 +298,8 @@ def parse_plan(options: argparse.Namespace) -> Plan:
 
 def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
     options = parse_arguments(argv)
+    from report import write_report
+
     try:
         if options.report is not None:
             print(write_report(options.report))

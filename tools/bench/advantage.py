@@ -1,7 +1,5 @@
 """Compare advantages of 1,024 trajectories of 2,000 tokens with loops over tokens, and measure their growth.
 
-    python tools/bench/advantage.py [--json FILE]
-
 The loops implement the method's equations (6-9): one over tensors, as trainers with rewards per token do it, one over
 Python lists. All variants give the same number for every sampled token. Growth: four times the trajectories, twice
 the turns, four processes; the size of messages is counted there and extrapolated to 1,024 ranks.
@@ -10,7 +8,6 @@ the turns, four processes; the size of messages is counted there and extrapolate
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -261,7 +258,3 @@ def _rank(rank: int, num_ranks: int, rounds: int, folder: str) -> None:
         times.append(time.process_time() - start)
     torch.save((times[1:], sum(sent)), Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

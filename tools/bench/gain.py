@@ -1,7 +1,5 @@
 """Measure the cost of information gain per step: by the engine, by the trainer's tree, and with full prefixes.
 
-    python tools/bench/gain.py [--json FILE]
-
 A step of SmolLM2-135M in float32, which every CPU supports: four trajectories of 2,000 tokens, with six process turns
 and a final one, played by the engine, scored and trained on by the trainer. After the prompt and after every process
 turn the gold answer is scored,
@@ -19,7 +17,6 @@ anyway.
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Callable
 
@@ -252,7 +249,3 @@ def rows() -> list[measure.Row]:
         )
     )
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

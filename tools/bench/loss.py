@@ -1,7 +1,5 @@
 """Compare the turn-level loss, forward and backward, of 128 trajectories of 2,000 tokens with loops.
 
-    python tools/bench/loss.py [--json FILE]
-
 The loops implement Eq. 10-12: over trajectories and turns with a mask for each turn, as trainers with one padded row
 per trajectory do it; and over single tokens, on an eighth of the trajectories, because autograd keeps a graph node
 for every operation. Loss and gradient of all variants are equal.
@@ -11,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 
 import measure
 import torch
@@ -177,7 +174,3 @@ def rows() -> list[measure.Row]:
             unit="MB",
         ),
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

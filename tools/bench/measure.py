@@ -1,27 +1,21 @@
-"""Shared by all benches: rounds of two variants side by side, the record of a result, the main program.
+"""Shared by all benches: rounds of two variants side by side, and the row that a comparison gives.
 
-A bench is a script here with `rows() -> list[Row]` that ends in `sys.exit(measure.main(__doc__, rows))`.
+A bench is a module here with `rows() -> list[Row]`, named in run.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 Variant = Callable[[], object]
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +133,8 @@ def peak_megabytes(variant: Variant) -> float:
     Memory that an earlier run freed but the allocator kept would hide the need; a child leaves none behind, and glibc
     returns its free memory first.
     """
+    import torch
+
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     reading, writing = os.pipe()
@@ -167,55 +163,6 @@ def _resident_megabytes(field: str) -> float:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match, field
     return int(match[1]) * 1024 / 1e6
-
-
-def machine() -> dict[str, Any]:
-    """Describe the machine of the measurements."""
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
-def main(description: str | None, rows: Callable[[], list[Row]]) -> int:
-    """Run one bench: print its rows, and write them where --json says."""
-    name = Path(sys.argv[0]).stem
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json", type=Path, default=Path("runs/bench", f"{name}.json"), help="where the record goes"
-    )
-    args = parser.parse_args()
-    start = time.monotonic()
-    before = machine()
-    found = rows()
-    for row in found:
-        print(described(row), flush=True)
-    record = {
-        "bench": name,
-        "machine": before,
-        "seconds": round(time.monotonic() - start, 1),
-        "rows": [asdict(row) for row in found],
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return 0
-
-
-def described(row: Row) -> str:
-    verdict = {None: "", True: f", target {row.target}: met", False: f", target {row.target}: NOT met"}
-    return (
-        f"{row.name}: {number(row.ratio)} ({row.ratio_is}) ± {row.noise:.0%}; ours {number(row.ours)} {row.unit}, "
-        f"{row.baseline_is} {number(row.baseline)} {row.unit}{verdict[row.is_met]}"
-        + (f" [{row.note}]" if row.note else "")
-    )
 
 
 def number(value: float) -> str:

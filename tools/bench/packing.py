@@ -1,7 +1,5 @@
 """Measure the share of real tokens in training micro-batches, and the cost of packing.
 
-    python tools/bench/packing.py [--json FILE]
-
 Trajectories of 500 to 6,000 tokens, distributed to data-parallel replicas and cut into micro-batches like a training
 step, at the layouts of the shipped configurations. The baselines pad every row to the longest of its micro-batch,
 under the same token limit: in rollout order, and sorted by length.
@@ -9,7 +7,6 @@ under the same token limit: in rollout order, and sorted by length.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import measure
@@ -108,7 +105,3 @@ def rows() -> list[measure.Row]:
         )
     )
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

@@ -1,7 +1,5 @@
 """Count the engine steps of a training step with partial rollouts, and those with few busy slots.
 
-    python tools/bench/partial.py [--json FILE]
-
 Nothing is measured: the bench simulates a rollout whose trajectories have given numbers of tokens, with one token per
 busy slot and step; tools answer at once, scoring and prefill are free. The product (`collect/partial.py`) chooses
 which groups are played and taken, and sets the seeds, from which the lengths are drawn as for the bench `rollout`.
@@ -11,7 +9,6 @@ One engine plays 16 groups of 16 trajectories in 256 slots, with up to six searc
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -162,7 +159,3 @@ def rows() -> list[measure.Row]:
             )
     shutdown()
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

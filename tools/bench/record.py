@@ -1,7 +1,5 @@
 """Measure the step's time and memory for recording its rollouts.
 
-    python tools/bench/record.py [--json FILE]
-
 1,024 trajectories of 8,192 tokens, on one replica. The step waits for the values shown in TensorBoard, and for the
 start of a thread that writes the file. The baseline is the code of earlier versions, where the step waited for the
 file: tokens in lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
@@ -13,7 +11,6 @@ import copy
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -169,7 +166,3 @@ def rows() -> list[measure.Row]:
             unit="bytes a token",
         ),
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

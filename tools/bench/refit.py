@@ -1,7 +1,5 @@
 """Compare a refit of SmolLM2-135M in bfloat16 on one rank with one copy of its weights.
 
-    python tools/bench/refit.py [--json FILE]
-
 CPU seconds of `refit` (export, handover, the engine's load), of the export alone, and of the engine's load alone,
 from weights under their Hugging Face names, each against copying as many bytes once, tensor by tensor, into allocated
 memory. On a CPU the engine's load repacks every matrix for its kernels, unlike on a GPU. Bytes passed to the engine
@@ -11,7 +9,6 @@ are compared with those of the weights.
 from __future__ import annotations
 
 import itertools
-import sys
 
 import measure
 import torch
@@ -95,7 +92,3 @@ def rows() -> list[measure.Row]:
         )
     )
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

@@ -1,7 +1,5 @@
 """Compare the agent loop's speed with the engine's own, with tools that take 0, 50 and 200 ms.
 
-    python tools/bench/rollout.py [--json FILE]
-
 64 trajectories on a small model, two for each slot of the engine, up to four searches each. Lengths of turns are
 drawn from a long-tailed distribution, about 130 tokens on average, and are the same in all variants:
 
@@ -19,7 +17,6 @@ import functools
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -232,7 +229,3 @@ def rows() -> list[measure.Row]:
     )
     variants.engine.close()
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

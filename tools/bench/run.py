@@ -10,6 +10,7 @@ a failure.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
@@ -17,37 +18,32 @@ import sys
 import time
 from pathlib import Path
 
-from measure import Row, number
+from measure import ROOT, Row, number
 
+HERE = Path(__file__).parent
 BENCHES = (
-    "advantage",
-    "loss",
-    "packing",
-    "gain",
-    "refit",
-    "train_step",
-    "rollout",
-    "partial",
-    "whole_step",
-    "record",
-    "start_up",
+    *("advantage", "loss", "packing", "gain", "refit", "train_step"),
+    *("rollout", "partial", "whole_step", "record", "start_up"),
 )
-"""In the order of the table; each is the name of a script in this folder."""
+"""In the order of the table; each is the name of a module in this folder."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"
 HEADER = (
     "| bench | what | ours | baseline | ratio | noise | target |",
     "|---|---|---|---|---|---|---|",
 )
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog="benches:\n" + "\n".join(f"  {name:12}{purpose(name)}" for name in BENCHES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("benches", nargs="*", metavar="BENCH", help=", ".join(BENCHES))
+    parser.add_argument("benches", nargs="*", metavar="BENCH", help="default: all of those below")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the records")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md", help="holds the table")
+    parser.add_argument(
+        "--page", type=with_table, default=ROOT / "docs/performance.md", help="holds the table"
+    )
     parser.add_argument("--table-only", action="store_true", help="run nothing, write the records there are")
     args = parser.parse_args()
     if unknown := set(args.benches) - set(BENCHES):
@@ -65,14 +61,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def with_table(text: str) -> Path:
+    page = Path(text)
+    if not page.is_file() or START not in page.read_text(encoding="utf-8"):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a page with the lines {START} and {END}")
+    return page
+
+
+def purpose(bench: str) -> str:
+    """Return the first line of the bench's docstring, without importing it."""
+    text = ast.get_docstring(ast.parse((HERE / f"{bench}.py").read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0]
+
+
 def run(bench: str, record: Path) -> bool:
     """Run a bench; return whether it completed."""
     start = time.monotonic()
-    script = Path(__file__).with_name(f"{bench}.py")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     print(f"== {bench}", flush=True)
     code = subprocess.run(
-        [sys.executable, str(script), "--json", str(record)],
+        [sys.executable, str(HERE / "one_bench.py"), bench, str(record)],
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     ).returncode

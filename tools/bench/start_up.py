@@ -1,7 +1,5 @@
 """Measure the time from the product's start to the first sampled token, stage by stage.
 
-    python tools/bench/start_up.py [--json FILE]
-
 Runs the product's own command in one process, without a launcher, with SmolLM2-135M in float32 on worldqa; turns have
 a single token, so that the first rollout ends with its first token. Times are wall seconds, from the run's own
 `time/startup_*` metrics. The baseline is transformers and vLLM alone: imports, tokenizer, an engine with the same
@@ -142,7 +140,3 @@ def rows() -> list[measure.Row]:
             )
         )
     return made
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

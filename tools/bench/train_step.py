@@ -1,7 +1,5 @@
 """Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim with padding.
 
-    python tools/bench/train_step.py [--json FILE]
-
 Both run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step of
 AdamW, in float32 with one thread, on the same trajectories. Both take the old policy's log-probs from this pass,
 since a step of one mini-batch needs no scoring before it. This project's update packs trajectories and runs the
@@ -25,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -299,7 +296,3 @@ def padded_share(name: str) -> float:
     size = -(-len(lengths) // NUM_MICROBATCHES)
     parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
     return sum(lengths) / sum(max(part) * len(part) for part in parts)
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

@@ -1,7 +1,5 @@
 """Measure a whole training step of SmolLM2-135M on worldqa, stage by stage, alone and beside TRL's GRPOTrainer.
 
-    python tools/bench/whole_step.py [--json FILE]
-
 Runs the product's own command on two processes with configs/smollm2_cpu.yaml, two prompts per step, from the model of
 its warm start (made first if missing). Stages are the run's own `time/*` metrics, without the first step. Scoring for
 information gain is part of the rollout, during generation.
@@ -122,7 +120,3 @@ def rows() -> list[measure.Row]:
             )
         )
     return made
-
-
-if __name__ == "__main__":
-    sys.exit(measure.main(__doc__, rows))

@@ -72,16 +72,16 @@ def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there_and_was_free
     assert 25 < float(done.stdout) < 45
 
 
-@pytest.mark.parametrize("name", run.BENCHES)
-def test_every_bench_is_a_script_that_says_what_it_measures(name):
-    process = subprocess.run(
-        [sys.executable, str(Path(run.__file__).with_name(f"{name}.py")), "--help"],
-        env={**os.environ, "PYTHONPATH": str(run.ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert f"tools/bench/{name}.py [--json FILE]" in process.stdout
+def test_every_bench_is_a_module_that_says_what_it_measures():
+    assert all(run.purpose(name).endswith(".") for name in run.BENCHES)
+
+
+def test_a_page_without_the_tables_marks_is_refused_before_a_bench_runs(tmp_path):
+    (tmp_path / "page.md").write_text("no table")
+    command = [sys.executable, run.__file__, "packing", "--page", str(tmp_path / "page.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "allowed: a page with the lines" in done.stderr
+    assert not done.stdout
 
 
 def test_rows_of_another_trainer_are_left_out_with_a_line_where_it_is_missing(tmp_path, monkeypatch, capsys):

@@ -20,11 +20,10 @@ from emulation import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from study import (
+from noise import (
     EPSILON,
     WHOLE,
     Written,
-    main,
     measure,
     move_weights,
     noise_rows,
@@ -32,6 +31,7 @@ from study import (
     read_sequences,
     statistics,
 )
+from study import main
 from tiny_models import build_model, save_tiny
 from torch import Tensor, nn
 

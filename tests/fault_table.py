@@ -1,6 +1,6 @@
 """Run every fault at every point of a step in real runs on this machine; write the table in docs/reliability.md.
 
-    python tests/faults/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
+    python tests/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
 Takes a quarter of an hour on two idle cores, up to an hour on busy ones. Mounts a small tmpfs for the full disk,
 which needs root. FOLDER keeps finished parts, so an interrupted table resumes; parts without rows in FOLDER are named
@@ -21,13 +21,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import single_runs
-from chain import Fault, hangs, kills, run_chain, signals, steps_needed
-from harness import Row, preload, start, write_inputs
+from faults import single_runs
+from faults.chain import Fault, hangs, kills, run_chain, signals, steps_needed
+from faults.harness import Row, preload, start, write_inputs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
-BEGIN, END = "<!-- fault table: written by tests/faults/fault_table.py -->", "<!-- end of the fault table -->"
+BEGIN, END = "<!-- fault table: written by tests/fault_table.py -->", "<!-- end of the fault table -->"
 CHAIN_FAULTS = 6
 """Consecutive faults in one run, which has at least a step for each."""
 

@@ -1,6 +1,6 @@
 """Run golden vectors through the trainer's own functions.
 
-    python tools/upkeep/check_golden.py DIR [--tolerance 1e-9] [-v]
+    python tests/golden/check_golden.py DIR [--tolerance 1e-9] [-v]
 
 DIR holds *.json files with `schema` a2tgpo-golden/{advantage,loss,ig,em}/1. Prints the largest absolute error of
 each file (with -v: of each case). Exits with 1 if one exceeds the tolerance, with 2 if a file cannot be checked.
