@@ -3,7 +3,6 @@
     python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
     python tools/plan.py CONFIG --passages 21015324 [--search-dim 768] [--search-cores 16]
     python tools/plan.py CONFIG --measured found.json
-    python tools/plan.py --validate
 
 OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu the plan is for cluster.gpus
 and cluster.gpu of CONFIG. --measured takes a JSON of tools/gpu_check.py: measurements on such a GPU replace the
@@ -26,20 +25,13 @@ from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import suggest
 from a2tgpo.plan.measured import calibrate, calibration_text
 from a2tgpo.plan.plan import Plan, make_plan
-from a2tgpo.plan.published import PUBLISHED
-from a2tgpo.plan.report import plan_json, plan_text, suggestion_text, validation_text
+from a2tgpo.plan.report import plan_json, plan_text, suggestion_text
 from a2tgpo.plan.search_rate import flat_queries_per_s
 from a2tgpo.plan.workload import Workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_intermixed_args(arguments)  # overrides may follow options
-    if args.validate:
-        print(validation_text(PUBLISHED))
-        return 0
-    if args.config is None:
-        parser.error("give a configuration file, or --validate")
+    args = build_parser().parse_intermixed_args(arguments)  # overrides may follow options
     try:
         return plan(args)
     except ConfigError as error:
@@ -98,7 +90,7 @@ def search_text(made: Plan, args: argparse.Namespace) -> str:
 def build_parser() -> argparse.ArgumentParser:
     usual = Workload()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
     )
@@ -138,7 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--search-cores", type=_count, default=16, help="CPU cores of its servers (default 16)"
     )
     parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
-    parser.add_argument("--validate", action="store_true", help="the time model against published figures")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the numbers there too")
     return parser
 

@@ -13,7 +13,6 @@ from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.layouts import overrides
 from a2tgpo.plan.parameters import checkpoint_parameters, stage_parameters
 from a2tgpo.plan.plan import Plan
-from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PublishedRun
 from a2tgpo.plan.rollout_time import refit_bytes
 from a2tgpo.plan.train_time import PassTime, update_volume
 
@@ -121,31 +120,6 @@ def suggestion_text(plans: Sequence[Plan]) -> str:
     ]  # fmt: skip
     pasted = " ".join(overrides(plans[0]))
     return f"{table(header, rows)}\n\nthe first one: {pasted}"
-
-
-def validation_text(runs: Sequence[PublishedRun]) -> str:
-    """Return a table of predicted and published seconds."""
-    rows = [
-        [
-            run.what,
-            run.stage,
-            f"{run.seconds:.0f} s",
-            f"{run.predicted_seconds:.0f} s",
-            f"{run.error:+.0%}",
-            "yes" if run.is_alike else "no",
-        ]
-        for run in runs
-    ]
-    notes = "\n".join(
-        f"  {source}: {filled_in}"
-        for source, filled_in in dict.fromkeys((run.source, run.filled_in) for run in runs)
-    )
-    return (
-        f"{table(['run', 'stage', 'published', 'predicted', 'error', 'alike'], rows)}\n\n"
-        f"alike: dense, packed, Megatron, engine and trainer in turn on the same cards; held to "
-        f"{ALIKE_ERROR_BOUND:.0%} by a test.\nThe others show where the model does not reach.\n"
-        f"what the sources leave open was filled in:\n{notes}"
-    )
 
 
 def _heading(plan: Plan, source: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published import ALIKE_ERROR_BOUND, PUBLISHED
 
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.load import load_config
@@ -20,8 +21,7 @@ from a2tgpo.plan.flops import forward_flops
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.layouts import LEAST_HEADROOM, overrides, suggest
 from a2tgpo.plan.plan import make_plan
-from a2tgpo.plan.published import ALIKE_ERROR_BOUND, PUBLISHED
-from a2tgpo.plan.report import plan_text
+from a2tgpo.plan.report import plan_text, table
 from a2tgpo.plan.search_rate import CORE_FLOPS, flat_queries_per_s
 from a2tgpo.plan.train_time import update_volume
 from a2tgpo.plan.workload import Workload
@@ -45,6 +45,22 @@ def test_where_the_model_does_not_reach_it_is_too_fast(run):
     # Mixtures of experts: 1.2 to 1.8 times slower than predicted; micro-batches that do not fill a card: up to 6.8,
     # their output layer at every token among it.
     assert 1.1 <= run.seconds / run.predicted_seconds <= (1.8 if run.dimensions.experts else 6.8)
+
+
+def test_the_documented_table_has_every_published_run_and_its_error():
+    rows = [
+        [
+            run.what,
+            run.stage,
+            f"{run.seconds:.0f} s",
+            f"{run.predicted_seconds:.0f} s",
+            f"{run.error:+.0%}",
+            "yes" if run.is_alike else "no",
+        ]
+        for run in PUBLISHED
+    ]
+    shown = table(["run", "stage", "published", "predicted", "error", "alike"], rows)
+    assert shown in (ROOT / "docs/parallelism.md").read_text()
 
 
 def test_at_least_four_published_runs_are_alike():

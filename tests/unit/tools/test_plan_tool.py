@@ -36,11 +36,7 @@ def test_a_plan_that_fits(capsys, tmp_path):
 def test_the_example_in_the_documentation_is_what_the_tool_prints(capsys):
     main([CONFIG_70B, "--gpus", "64", "--model", "qwen2.5-72b"])
     _, plan = capsys.readouterr().out.split("\n", 1)  # the first line says where the dimensions are from
-    main(["--validate"])
-    validation = capsys.readouterr().out.split("\n\n")[0]
-    documented = (ROOT / "docs/parallelism.md").read_text()
-    assert plan in documented
-    assert validation in documented
+    assert plan in (ROOT / "docs/parallelism.md").read_text()
 
 
 def test_a_plan_that_does_not_fit_says_which_phase_and_what_to_change(capsys):
@@ -96,12 +92,6 @@ def test_suggestions_are_printed_with_overrides(capsys):
     assert "the first one: parallel.tensor=8" in capsys.readouterr().out
     assert main([CONFIG_70B, "--gpus", "8", "--suggest"]) == 1
     assert "no layout fits" in capsys.readouterr().out
-
-
-def test_validation_shows_every_published_run_with_its_error(capsys):
-    assert main(["--validate"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "%" in line and " s  " in line]
-    assert len(rows) == 11
 
 
 def test_dimensions_come_from_the_checkpoint_where_there_is_one(capsys, tmp_path):
