@@ -1,5 +1,7 @@
 """Package and dependency sets: `cpu` (development, CI), `gpu` (training clusters), `dev` (tests, lint)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -43,9 +45,24 @@ VLLM_CPU_NEEDS = [
 
 setup(
     name="a2tgpo",
-    version="0.1.0",
+    version="0.2.0",
     description="A2TGPO: agentic turn-group policy optimization on Megatron-Core and vLLM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The a2tgpo developers",
     license="Apache-2.0",
+    project_urls={"Paper": "https://arxiv.org/abs/2605.06200"},
+    keywords=["reinforcement learning", "language models", "agents", "tool use", "Megatron-Core", "vLLM"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["a2tgpo", "a2tgpo.*"]),
     package_data={"a2tgpo": ["py.typed", "record/rollouts_page.html"]},

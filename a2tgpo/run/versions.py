@@ -80,6 +80,8 @@ def _git(*arguments: str) -> str:
 
     In a container the checkout may belong to another user; git refuses to read it without safe.directory.
     """
+    if not (_ROOT / ".git").exists():  # an installed package; git would describe the repository around it
+        return ""
     try:
         done = subprocess.run(
             ["git", "-c", "safe.directory=*", "-C", str(_ROOT), *arguments],
