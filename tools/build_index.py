@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import program_parser
 from a2tgpo.search.encoder import DTYPES, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 
@@ -84,9 +85,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("kind", choices=["bm25", "dense"])
     parser.add_argument("--corpus", type=path_argument, required=True)
     parser.add_argument(

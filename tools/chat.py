@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from a2tgpo.config.expand import text_argument
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.io.terminal import Painter, indented, painter_for
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
@@ -38,9 +39,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--checkpoint",
@@ -53,9 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sample", action="store_true", help="draw at rollout.temperature instead of the most probable token"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

@@ -22,6 +22,7 @@ import yaml
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_file, write_text
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import exit_code, program_parser
 from a2tgpo.io.tables import markdown_table
 from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.metrics.figure_style import STAGE_COLORS, STYLE
@@ -164,41 +165,28 @@ def compare_exactly(folders: Sequence[Path]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=path_argument, metavar="RUN", help="folders of runs")
     parser.add_argument("--out", type=path_argument, default=Path("runs/comparison"), metavar="FOLDER")
     parser.add_argument("--metrics", default=",".join(METRICS), help="names, separated by commas")
     parser.add_argument("--exact", action="store_true", help="are two runs equal to the bit?")
     args = parser.parse_args()
-    try:
-        if args.exact:
-            return compare_exactly(args.runs)
-        folders = dict(zip(run_labels(args.runs), args.runs, strict=True))
-        runs = {label: read_run(folder) for label, folder in folders.items()}
-        wanted = [name.strip() for name in args.metrics.split(",")]
-        metrics = [name for name in wanted if any(name in series for series in runs.values())]
-        known = sorted(set().union(*runs.values()))
-        require(
-            bool(metrics),
-            "--metrics",
-            args.metrics,
-            f"what a run has recorded, such as {', '.join(known[:8])}",
-        )
-        text = f"{table(runs, metrics)}\n\n## Settings that differ\n\n{differences(folders)}"
-        page = f"# {', '.join(runs)}\n\n![Curves](curves.png)\n\n{text}\n"
-        draw(runs, metrics, args.out / "curves.png")
-        write_text(args.out / "table.md", page)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --out: cannot write {args.out} ({error.strerror})", file=sys.stderr)
-        return 2
-    print(text)
-    print(f"wrote {args.out}/curves.png and table.md")
-    return 0
+    return exit_code(lambda: compare_exactly(args.runs) if args.exact else compare(args))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Write curves and table, and print the table."""
+    folders = dict(zip(run_labels(args.runs), args.runs, strict=True))
+    runs = {label: read_run(folder) for label, folder in folders.items()}
+    wanted = [name.strip() for name in args.metrics.split(",")]
+    metrics = [name for name in wanted if any(name in series for series in runs.values())]
+    known = sorted(set().union(*runs.values()))
+    rule = f"what a run has recorded, such as {', '.join(known[:8])}"
+    require(bool(metrics), "--metrics", args.metrics, rule)
+    text = f"{table(runs, metrics)}\n\n## Settings that differ\n\n{differences(folders)}"
+    draw(runs, metrics, args.out / "curves.png")
+    write_text(args.out / "table.md", f"# {', '.join(runs)}\n\n![Curves](curves.png)\n\n{text}\n")
+    print(f"{text}\nwrote {args.out}/curves.png and table.md")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import exit_code
@@ -43,16 +44,12 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("direction", choices=DIRECTIONS)
     parser.add_argument("--in", dest="source", type=path_argument, required=True, help="what to read")
     parser.add_argument("--out", type=path_argument, required=True, help="folder to write; must not exist")
     parser.add_argument("--config", help="YAML file of the run; default: the one beside the checkpoint")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

@@ -23,6 +23,7 @@ from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.json_lines import write_lines
+from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import exit_code
@@ -54,9 +55,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
         "--checkpoint",
@@ -78,9 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=path_argument, help="folder of the report; default: ROOT/NAME/evaluation/CHECKPOINT"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import program_parser
 
 from gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict
 from gpu_checks.catalogue import CHECKS
@@ -143,9 +144,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     longest = max(check.timeout_s for check in CHECKS.values())
     parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}")
     parser.add_argument("--ranks", type=int, default=0, help="processes; default: one a GPU, 2 without one")

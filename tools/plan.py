@@ -19,6 +19,7 @@ from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import add_overrides, exit_code
 from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.plan.dimensions import KNOWN_MODELS, model_dimensions
 from a2tgpo.plan.hardware import GPUS
@@ -32,11 +33,7 @@ from a2tgpo.plan.workload import Workload
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(arguments)  # overrides may follow options
-    try:
-        return plan(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: plan(args))
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -91,9 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     usual = Workload()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", type=_count, help="cards of the cluster (default: cluster.gpus)")
     parser.add_argument("--gpu", choices=list(GPUS), help="kind of card (default: cluster.gpu)")
     parser.add_argument(

@@ -27,8 +27,8 @@ from a2tgpo.data.question_set import Question, load_questions, unique_ids
 from a2tgpo.evaluate.question_report import describe_questions
 from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import ConfigError, require
-from a2tgpo.io.exit_code import exit_code
 from a2tgpo.io.json_lines import write_lines
+from a2tgpo.io.program import exit_code, program_parser
 
 from worlds.arithmetic import build_arithmetic
 from worlds.worldqa import GOOD_SHARE, build_worldqa
@@ -82,9 +82,7 @@ def to_record(question: Question) -> dict:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True)
     add_worldqa(sets.add_parser("worldqa", help="countries and cities, from PyPI packages"))
     arithmetic = sets.add_parser("arithmetic", help="sums for the calculator")

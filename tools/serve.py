@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from a2tgpo.config.expand import escape, path_argument, text_argument
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import exit_code
@@ -52,9 +53,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--model", type=path_argument, required=True, help="exported folder")
     parser.add_argument("--config", help="how it is played; default: agent.json in the folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
@@ -63,9 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--token-file", type=text_argument, default="", help="file with a bearer token that clients must send"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file"
-    )
+    add_overrides(parser)
     return parser.parse_intermixed_args()
 
 

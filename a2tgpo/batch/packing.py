@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from a2tgpo.batch.tree import TreeNode
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory
@@ -28,6 +27,19 @@ PADDING = -1
 """`sequence_ids` of positions that belong to no trajectory."""
 NOT_SAMPLED = -1
 """The turn of tokens that the policy did not sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeNode:
+    """Positions [start, end) of a row: each attends to the node's prefix, and causally within the node.
+
+    A trunk has an empty prefix; the prefix of a branch is the beginning of a trunk.
+    """
+
+    start: int
+    end: int
+    prefix_start: int = 0
+    prefix_end: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch
-from a2tgpo.batch.tree import TreeNode
+from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch, TreeNode
 
 
 @dataclass(frozen=True, kw_only=True)

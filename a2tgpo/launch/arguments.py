@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from a2tgpo.config.expand import path_argument, text_argument
+from a2tgpo.io.program import add_overrides
 
 
 def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
@@ -38,12 +39,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
         help="for a scheduler's job: stores the configuration of its first start, which later starts continue with; "
         "--resume and --accept-changes apply only to the first start",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="OVERRIDE",
-        help="section.field=value, or a YAML file such as configs/algorithm/grpo.yaml; later ones win",
-    )
+    add_overrides(parser)
     return parser
 
 

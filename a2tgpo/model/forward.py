@@ -13,7 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
 from a2tgpo.batch.context_split import context_positions
-from a2tgpo.batch.tree import TreeNode
+from a2tgpo.batch.packing import TreeNode
 from a2tgpo.model.output_head import output_at
 from a2tgpo.model.policy import unwrapped
 from a2tgpo.model.tree_attention import attending_along

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from a2tgpo.batch.tree import TreeNode
+from a2tgpo.batch.packing import TreeNode
 from a2tgpo.model.plain_attention import attend
 from a2tgpo.model.policy import unwrapped
 

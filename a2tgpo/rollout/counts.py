@@ -48,8 +48,3 @@ class RolloutCounts:
         """Add the counts of another call."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
-
-    def to_metrics(self) -> dict[str, float]:
-        """Return the sums by metric name."""
-        values = {name: float(value) for name, value in vars(self).items() if name != "stop_reasons"}
-        return values | {f"stop/{reason}": float(n) for reason, n in sorted(self.stop_reasons.items())}

@@ -31,6 +31,7 @@ from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import add_overrides
 from runs import (
     ATTEMPT_MARK,
     CONFIG_FILE,
@@ -268,7 +269,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--report", type=path_argument, metavar="DIR", help="only write tables and figures of DIR anew"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add_overrides(parser)
     # Values may follow options: the plain parser would consume all positionals at the first one.
     return parser.parse_intermixed_args(argv)
 

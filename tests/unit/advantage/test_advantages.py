@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from a2tgpo.advantage.accumulate import accumulate_process_turns
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.group_norm import group_sums, index_groups, normalize_groups
-from a2tgpo.advantage.turn_group import normalize_turn_groups
+from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.trajectory import Trajectory, Turn

@@ -13,7 +13,7 @@ import torch
 
 from a2tgpo.advantage.accumulate import accumulate_process_turns
 from a2tgpo.advantage.estimator import compute_advantages
-from a2tgpo.advantage.turn_group import normalize_turn_groups
+from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.trajectory import Trajectory, Turn
