@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from harness import write_inputs
+from faults.harness import write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 

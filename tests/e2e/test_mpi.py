@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import metrics_of, rollouts_of, write_inputs
+from faults.harness import metrics_of, rollouts_of, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from chain import differences
-from harness import metrics_of, rollouts_of, write_inputs
+from faults.chain import differences
+from faults.harness import metrics_of, rollouts_of, write_inputs
 from safetensors.torch import load_file
 
 from a2tgpo.search.index_build import build_bm25

@@ -258,7 +258,7 @@ def full_disk(config: Path) -> list[Row]:
 
 def clock_jumps(config: Path, undisturbed: Path) -> list[Row]:
     """The system's clock goes a day forth and two back."""
-    from harness import metrics_of
+    from faults.harness import metrics_of
 
     own = config.with_name("clock.yaml")
     own.write_text(config.read_text())
