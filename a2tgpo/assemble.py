@@ -67,7 +67,7 @@ class RunParts:
     """Groups that continue in the next step; empty without `rollout.partial`."""
     policy: Policy
     reference: Policy | None
-    """Only with a KL penalty."""
+    """Frozen copy of the initial policy; None without a KL penalty."""
     optimizer: Any
     schedule: LearningRateSchedule
     phases: MemoryPhases

@@ -66,7 +66,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         try:
             write_json(args.json, written)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        except (OSError, ValueError) as error:  # ValueError: the name contains NUL
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"--json: cannot write {args.json} ({reason}); choose another file") from None
     return 0 if is_possible else 1
@@ -148,7 +148,7 @@ def _share(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """Parse a number; NaN, which no rule allows, if it is none."""
+    """Parse a number; return NaN, which no rule allows, for any other text."""
     try:
         return float(text)
     except ValueError:

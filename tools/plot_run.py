@@ -78,7 +78,7 @@ class History:
 
 
 def draw_line(ax: Axes, history: History, name: str, label: str, color: object, *, marker: str = "") -> None:
-    """Draw a series; a long and noisy one faintly, with its moving average on top."""
+    """Draw a series; draw a long one faintly, with its moving average on top."""
     steps, values = history.series(name)
     if not len(steps):
         return

@@ -153,7 +153,7 @@ def check_worldqa(args: argparse.Namespace) -> None:
 
 
 def prepare(argv: Sequence[str] | None = None) -> None:
-    """Execute `argv`; ConfigError, one line, if that is impossible."""
+    """Execute `argv`; raise ConfigError, one line, if its work cannot be done."""
     args = parse_args(argv)
     builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic}
     report = builders.get(args.set, build_questions)(args)

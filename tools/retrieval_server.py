@@ -11,7 +11,8 @@ documents themselves. GET /health returns {"status": "ok", "passages": n, "index
 tools/build_index.py, BM25 or dense; bm25 builds one in memory. --shards queries other servers, each with a part of
 the corpus, and merges. Anyone who reaches the port can search the corpus: the default --host listens on this machine
 only, and --token-file or A2TGPO_SEARCH_TOKEN makes a bearer token required. SIGTERM finishes pending requests, then
-ends; SIGUSR1 too, with exit code 75: to be started again. --url-file publishes the address (search.url_file).
+ends. SIGUSR1 does the same with exit code 75, which asks for a restart. --url-file publishes the address
+(search.url_file).
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give either --corpus or --shards")
     if not 0 <= options.max_requests_per_s < 1e9:
         parser.error(f"--max-requests-per-s is {options.max_requests_per_s}; allowed: 0 or more")
-    if not 0 <= options.port < 2**16:  # larger ones would wrap around silently
+    if not 0 <= options.port < 2**16:  # larger port numbers would wrap around silently
         parser.error(f"--port is {options.port}; allowed: 0 to 65535")
     if options.threads < 1:
         parser.error(f"--threads is {options.threads}; allowed: 1 or more")
@@ -190,7 +191,7 @@ def main() -> int:
     if options.url_file:
         write_address(options.url_file, url)
     print(f"{num_passages} passages, listening on {url}", flush=True)
-    # uvicorn raises the signal that ended it again when it is done; a clean end is no failure.
+    # uvicorn re-raises the signal that ended it, but a clean end is no failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(

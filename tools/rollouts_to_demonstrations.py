@@ -4,8 +4,8 @@
         [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
 
 RUN is a run's folder (runs/NAME). By default, rollouts are accepted if they ended with an exactly matching answer in
-the right format and without a failed call; of each question the best ones, by reward, then fewest calls, then fewest
-tokens. FILE is for `warmstart.demonstrations` (docs/warmstart.md).
+the right format and without a failed call; each question keeps its best ones: highest reward, then
+fewest calls, then fewest tokens. FILE is for `warmstart.demonstrations` (docs/warmstart.md).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from a2tgpo.serve.player import Player
 
 LOOK_S = 0.5
-"""Interval of checks whether the server must end."""
+"""Seconds between checks for the end of the server."""
 KEEP_ALIVE_S = 60.0
 """Longest time between messages from rank 0, so that the other ranks' wait does not reach parallel.timeout_s."""
 GRACE_S = 30.0
@@ -106,9 +106,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 
     config, inbox = player.config, Inbox(max_waiting=args.queue)
     template = PromptTemplate(
-        load_tokenizer(
-            config.model.path
-        ),  # separate, because requests come in other threads than the one that plays
+        load_tokenizer(config.model.path),  # a separate one, because other threads take requests
         config.data.instructions,
         kwargs=config.data.chat_template_kwargs,
         date=player.template.date,

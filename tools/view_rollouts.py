@@ -82,7 +82,7 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
 
 
 def _is_trajectory(record: object) -> bool:
-    """Return whether `record` has all fields that are shown."""
+    """Return whether `record` has every field that this tool shows."""
     if not isinstance(record, dict) or not record.keys() >= _SHOWN or not isinstance(record["turns"], list):
         return False
     return all(
@@ -193,7 +193,7 @@ def main() -> int:
             print(render_trajectory(record, paint, with_prompt=record["prompt_id"] != shown_prompt))
             shown_prompt = record["prompt_id"]
         print(paint(f"step {step}: {len(shown)} of {len(records)} trajectories shown", "dim"), flush=True)
-    except BrokenPipeError:  # `| head` has ended; Python would complain when it closes the pipe
+    except BrokenPipeError:  # `| head` has ended; without this, Python would report a broken pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

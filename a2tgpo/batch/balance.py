@@ -87,7 +87,7 @@ def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k]: a subset of the first k others has n tokens in total (subset sums, at most `room`).
+        # Bit n of reachable[k] is set if some subset of the first k others has n <= `room` tokens in total.
         reachable = [1]
         for place in others:
             longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)

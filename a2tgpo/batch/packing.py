@@ -108,9 +108,9 @@ class Alignment:
     """The multiples to which lengths in a micro-batch are padded."""
 
     row: int = 1
-    """For the whole row, T."""
+    """For the whole row of T positions."""
     segment: int = 1
-    """For every segment: a trajectory's positions and their padding."""
+    """For every segment, which is a trajectory with its padding."""
 
     def segment_length(self, length: int) -> int:
         """Return the padded length of a trajectory of `length` positions."""

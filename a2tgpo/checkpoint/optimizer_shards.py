@@ -24,7 +24,9 @@ from torch import Tensor
 PIECE_BYTES = 2**26
 """Largest saved shard, unless a row is larger: a reader loads a whole shard into host memory for any part of it."""
 UNCUT = 2**62
-"""As few shards as possible, for reading: each saved shard is read once for every shard here that overlaps it."""
+"""Value of `piece_bytes` for reading. Few shards are best, since each saved shard is read once per overlapping
+shard.
+"""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a rectangle."""
@@ -139,7 +141,9 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Yield shards of `flat`, the elements from `start` of a flattened parameter that is saved as `templates`."""
+    """Yield shards of `flat`: elements, from `start` on, of a flattened parameter whose tensors on disk are
+    `templates`.
+    """
     for first, template in templates:
         shape = template.local_shape
         low = max(start, first) - first

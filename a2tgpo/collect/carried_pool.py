@@ -158,7 +158,7 @@ def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
 
 
 def carried(held: Sequence[Held], *, replica: int) -> Carried:
-    """Return the `held` groups as the ranks of one replica hold them."""
+    """Return the `Carried` state of replica `replica`, whose ranks hold only its own groups."""
     entries = (
         Entry(
             begun=item.group.begun,

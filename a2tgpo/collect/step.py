@@ -56,7 +56,7 @@ class StepRollout:
     def play(
         self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
     ) -> list[Trajectory] | None:
-        """Play a step on awake engines that hold its weights; every rank must call this.
+        """Play a step on awake engines with the step's weights; every rank must call this.
 
         Args:
             step: step of the run, from 0.
@@ -134,7 +134,7 @@ class StepRollout:
         counts: RolloutCounts,
         is_cut: Callable[[], bool] | None,
     ) -> list[Trajectory] | None:
-        """Play this replica's share of the `drawn` positions of `asked`.
+        """Play this replica's share of the questions at positions `drawn` in the list `asked`.
 
         Returns None if interrupted.
         """
@@ -227,9 +227,9 @@ class Selection:
     groups: list[int]
     """Their positions among all groups played, ascending, thus in draw order."""
     num_surplus: int
-    """Informative groups left out."""
+    """Informative groups that were left out."""
     num_unfilled: int
-    """Groups taken that are not informative."""
+    """Uninformative groups that were taken."""
 
 
 def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:

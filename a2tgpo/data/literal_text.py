@@ -6,9 +6,9 @@ about chat templates would then end the policy's turn, and a question could open
 that mark. This module therefore breaks up such spellings and encodes the parts separately. Text without such a
 spelling gets the same tokens as from the tokenizer itself.
 
-SentencePiece tokenizers (of Llama 2, for example) put a space before every text, which only the begin of a sequence
-should have: `\boxed{` and `Vienna`, encoded separately, would become `\boxed{ Vienna`. This module removes that space
-from all later parts.
+SentencePiece tokenizers (of Llama 2, for example) put a space before every text, which only the beginning of a
+sequence should have: `\boxed{` and `Vienna`, encoded separately, would become `\boxed{ Vienna`. This module removes
+that space from all later parts.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class LiteralEncoder:
         Each result holds the control tokens of the frame and no others.
 
         Args:
-            begins_sequence: nothing precedes the results, so their begin is encoded as the tokenizer does it.
+            begins_sequence: nothing precedes the results, so their beginning is encoded like the tokenizer's own.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:

@@ -152,7 +152,7 @@ class PromptTemplate:
             )
 
     def _has_header(self, prompt: str) -> bool:
-        """Return whether at most a thought separates the prompt from the begin of an answer in a conversation."""
+        """Return whether at most a thought separates the prompt from the beginning of an answer in a conversation."""
         if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
         whole = self._answered()

@@ -12,7 +12,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     """Return a parser of CONFIG, of the start's options, and of overrides.
 
     Args:
-        resume: metavar that --resume accepts besides auto and none, for the help; empty: none.
+        resume: metavar of a further value of --resume, in addition to auto and none; empty: no further value.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")

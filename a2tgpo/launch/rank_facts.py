@@ -168,7 +168,7 @@ def host_memory_faults(
         by_host.setdefault(facts.host, []).append(facts)
     faults = {}
     for ranks in by_host.values():
-        left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)  # lists, by JSON
+        left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)  # JSON made lists
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
             faults[ranks[0].rank] = [
@@ -179,7 +179,7 @@ def host_memory_faults(
 
 
 def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:
-    """Map ranks to the faults that they reported or their values that differ from the majority; empty if none.
+    """Map each faulty rank to the faults that it reported and to its values that differ from the majority.
 
     Args:
         found: facts of all ranks, by rank; in a tie, rank 0 is right.

@@ -83,7 +83,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _complete(found: dict[str, str], because: str) -> dict[str, str]:
-    """Return `found` if no name is missing and all numbers are numbers."""
+    """Return `found` if no name is missing and every value that must be a number is one."""
     missing = [name for name in NAMES if name not in found]
     if missing:
         sources = " ".join(SLURM_NAMES.get(name, name) for name in missing)

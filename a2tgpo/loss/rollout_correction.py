@@ -30,7 +30,7 @@ class ImportanceWeights:
     is_unusable: torch.Tensor
     """bool: w could not be computed because a log-prob is not finite; the weight is 0.
 
-    The weight 0 suffices if the log-prob is the engine's. The trainer's log-prob is also in the policy ratio, and 0
+    If the log-prob is the engine's, the weight 0 suffices. The trainer's log-prob is also in the policy ratio, and 0
     times NaN is NaN: the loss is then not finite, and the update is skipped.
     """
 

@@ -28,7 +28,7 @@ _SIZES = (
 )
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
-"""Rows of two tensors on disk compared at a time."""
+"""Number of rows of two tensors on disk that are compared at a time."""
 
 
 def load_hf_config(path: str) -> PretrainedConfig:

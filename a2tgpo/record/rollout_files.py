@@ -107,7 +107,7 @@ def read_part(path: Path) -> list[dict]:
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     try:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        # A truncated file raises nothing.
+        # Reading a truncated file would raise no error.
         records = [json.loads(line) for line in lines if line] if decompressor.eof else None
     except (zstandard.ZstdError, ValueError, RecursionError):
         records = None

@@ -39,7 +39,7 @@ def copied(trajectory: Trajectory) -> Trajectory:
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """Return `group` with every trajectory past `limits` cut back to its last turn that leaves room to continue.
+    """Return `group`, with trajectories that exceed `limits` cut back to the last turn that leaves room to continue.
 
     A shortened trajectory continues, even if it had ended; it may have no turn left.
     """

@@ -246,7 +246,7 @@ class VllmEngine:
         prefix. Prefix and answer together must leave room for one token (vLLM always generates one).
         """
         assert prefix and answer, "scoring needs a prefix and an answer"
-        # A hit that reached the prefix's last token would leave the first answer token without a row.
+        # A hit that reached the prefix's last token would leave the first answer token without a row of logits.
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:

@@ -90,7 +90,7 @@ class QueryBatcher:
                 item = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # a shutdown mark for a waiting thread; this thread ends when it meets its own
+            if item is None:  # a shutdown mark meant for another thread
                 self._waiting.put(None)
                 break
             batch.append(item)

@@ -80,8 +80,9 @@ def build_minibatches(
     """Build mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
 
     Every rank must call this, even without trajectories: loss normalisers are summed over the data-parallel group,
-    and the replicas agree on the number of micro-batches. All data-parallel replicas cut a mini-batch into as many as
-    the replica that needs most; only a replica with fewer trajectories has fewer.
+    and the replicas agree on the number of micro-batches. All data-parallel replicas cut a mini-batch into as many
+    micro-batches as the replica that needs most; only a replica with fewer trajectories than that has fewer
+    micro-batches.
 
     Args:
         trajectories: this data-parallel replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].

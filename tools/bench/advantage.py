@@ -1,8 +1,9 @@
 """Compare advantages of 1,024 trajectories of 2,000 tokens with loops over tokens, and measure their growth.
 
 The loops implement the method's equations (6-9): one over tensors, as trainers with rewards per token do it, one over
-Python lists. All variants give the same number for every sampled token. Growth: four times the trajectories, twice
-the turns, four processes; the size of messages is counted there and extrapolated to 1,024 ranks.
+Python lists. All variants give the same number for every sampled token. Growth is measured with four times the
+trajectories, with twice the turns, and with four processes; the size of their messages is counted and extrapolated to
+1,024 ranks.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def make(count: int, turns: int = TURNS) -> list[Trajectory]:
 
 
 class Placement:
-    """Maps tokens to turns, as known from packing: flat over all tokens."""
+    """The turn of each token, flat over all tokens, as packing provides it."""
 
     def __init__(self, trajectories: Sequence[Trajectory]) -> None:
         turns = [torch.tensor(row) for row in per_token_records(trajectories)[1]]
@@ -103,7 +104,7 @@ class Placement:
 
 
 def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) -> torch.Tensor:
-    """Return [sampled tokens], by the trainer's own functions."""
+    """Return the advantages [sampled tokens], computed by the trainer's own functions."""
     table = build_turn_table(trajectories, num_prompts=len(trajectories) // GROUP_SIZE, max_turns=TURNS)
     return compute_advantages(table, CONFIG, dp_group=None).advantages[place.trajectory, place.turn]
 

@@ -3,12 +3,12 @@
     python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--rounds 3] [--clients 32]
         [--json FILE]
 
-Vectors and the encoder's weights are random, which costs as much as real ones: by default the encoder has the shape
-of e5-base-v2 (12 layers of 768), and its tokenizer is all-MiniLM-L6-v2's, which is the same. The server runs as in a
-Slurm job, with OMP_NUM_THREADS=1 in its environment. The table has queries per second of wall time, queries per CPU
-second of one core, and the number of cores that other programs kept busy meanwhile: trust the ratios of a run only
-if that is near 0. Rounds alternate the numbers of threads; the last lines are medians over the rounds, with the
-ratio to the first number of threads.
+Vectors and the encoder's weights are random, which does not change the speed. By default the encoder has the shape of
+e5-base-v2 (12 layers of 768); all-MiniLM-L6-v2 supplies its tokenizer, which is equal to e5-base-v2's. The server
+runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. The table has queries per second of wall time,
+queries per CPU second of one core, and the number of cores that other programs kept busy meanwhile: trust the ratios
+of a run only if this number is near 0. Rounds alternate the numbers of threads; the last lines are medians over the
+rounds, with the ratio to the first number of threads.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """Return a line for each number of threads: medians of its rows, and the ratio of its queries to the first's."""
+    """Return a line for each number of threads: medians of its rows, and its query rate relative to the first
+    line's.
+    """
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:
         by_threads.setdefault(row["threads"], []).append(row)

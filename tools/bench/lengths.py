@@ -1,4 +1,4 @@
-"""The turns of a planned policy, drawn from the request's seed alone."""
+"""Draw the turns of a simulated policy from the request's seed alone."""
 
 from __future__ import annotations
 

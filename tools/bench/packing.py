@@ -25,7 +25,9 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return real tokens over positions, with the slowest replica's positions for all, because they wait for it."""
+    """Return the share of real tokens in the computed positions; each replica counts the slowest one's, for which it
+    waits.
+    """
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]

@@ -7,8 +7,8 @@ drawn from a long-tailed distribution, about 130 tokens on average, and are the 
     waves     all trajectories generate until the slowest is done, then all search until the slowest has answered
     engine    vLLM alone: every turn follows the previous one at once, without tools, tokenisation or judging
 
-Tokens/s are sampled tokens over wall time. With such a small model, an engine step takes as long as on a large GPU
-(about 10 ms), and a tool as many steps; this makes the loop's Python cost most visible.
+Tokens/s are sampled tokens over wall time. With such a small model, an engine step takes about 10 ms, as with a large
+model on a GPU, so a tool call spans as many steps, and the loop's Python cost is most visible.
 """
 
 from __future__ import annotations

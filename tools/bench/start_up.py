@@ -72,7 +72,7 @@ def start(command: list[str], cache: Path) -> None:
 
 
 def product(cache: Path) -> dict[str, float]:
-    """Return seconds by stage; `refit` is of the first step, `total` to the first token."""
+    """Return seconds by stage; `refit` is the first step's, and `total` ends at the first token."""
     with tempfile.TemporaryDirectory() as root:
         start(
             [

@@ -181,7 +181,7 @@ def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Te
 
 
 def by_trl() -> dict[str, float]:
-    """Return the values of `measured`, by TRL's trainer; only its loss and gradient norm."""
+    """Return the same values as `measured` for TRL's trainer, which reports only loss and gradient norm."""
     rows = []
     for trajectory in trajectories_of(LENGTHS):
         completion: list[int] = []

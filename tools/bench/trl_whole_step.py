@@ -99,7 +99,7 @@ class Player:
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
-        """Play a trajectory for each entry, the number of its prompt, as TRL's `rollout_func`."""
+        """Play a trajectory for each entry of `prompts`, the number of a prompt; this is TRL's `rollout_func`."""
         played = [
             Trajectory(
                 prompt_index=0,

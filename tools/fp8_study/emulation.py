@@ -1,9 +1,9 @@
 """Emulate FP8 linear layers by rounding: the forward pass of Transformer Engine's recipes, on any machine.
 
 Operands are rounded to the values of scaled FP8 numbers, multiplied and summed in float32, and the result is rounded
-to the format of the layer's input, like a tensor core with full accumulation. Differences from a GPU run: the order
-of summation; a scale per tensor covers one matrix of Hugging Face's layout, where Megatron fuses query, key and
-value, and gate and up; and it covers one sequence, where training packs many.
+to the format of the layer's input, like a tensor core with full accumulation. Differences from a GPU run are the
+order of summation and the extent of a scale per tensor. Here the scale covers one matrix of Hugging Face's layout and
+one sequence; Megatron fuses query, key and value, and gate and up, and training packs many sequences.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class EmulatedLinear(nn.Module):
 
 @contextmanager
 def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Make all linear layers of `decoder` `EmulatedLinear` within the block; the LM head is outside."""
+    """Replace all linear layers of `decoder` by `EmulatedLinear` within the block; the LM head keeps its
+    precision.
+    """
     replaced = [
         (module, name, child)
         for module in decoder.modules()

@@ -1,4 +1,4 @@
-"""What a format's rounding does to the log-probs of turns: reading or sampling turns, scoring them, comparing."""
+"""Measure how a format's rounding changes the log-probs of turns: read or sample turns, score them, compare."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ EPSILON = 3e-3
 PIECES = (1, 8, 16, 32, 64, 128, 256)
 """Lengths of the pieces of turns, tokens."""
 MIN_PIECES = 8
-"""Least number of values for a spread."""
+"""Smallest number of values for which a spread is computed."""
 WHOLE = 0
-"""As a length, means whole turns."""
+"""The length that stands for whole turns."""
 
 Logprobs = list[list[Tensor]]
-"""By sequence, by turn: [tokens] float64, log p of each token of the turn, nats."""
+"""For each sequence and turn, the log p of the turn's tokens: [tokens] float64, nats."""
 Pieces = tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[int]]]]
-"""Prompt, and per turn the policy's text and the observation."""
+"""The prompt, then for each turn the policy's text and the observation."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """Token ids, and the parts written by the policy."""
+    """Token ids, and the positions that the policy wrote."""
 
     tokens: list[int]
     turns: list[tuple[int, int]]

@@ -84,7 +84,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(args.model)
     sequences = read_sequences(args.texts, tokenizer, limit=args.sequences)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    # Loaded twice instead of cast back and forth, so that the rotary tables of both are exact float32.
+    # Load the model twice instead of casting it back and forth, so that both have exact float32 rotary tables.
     exact = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.sample:
         sequences = written_by(model, sequences, args.sample, tokenizer, seed=args.seed)
@@ -111,7 +111,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text of fixed columns."""
+    """Format the rows as text with fixed columns."""
     lines = [
         f"{'question':<9} {'format':<16} {'length':>6} {'count':>6} {'mean':>10} {'std':>9} {'p95 of | |':>10} "
         f"{'> epsilon':>9}"
@@ -125,7 +125,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """95th percentile of |turn-mean log-ratio| over the length, one panel per question."""
+    """Plot the 95th percentile of |turn-mean log-ratio| over the length, one panel per question."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -40,7 +40,7 @@ def check_context_parallel(bench: Bench) -> None:
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import lay_out
 
-    # Before the ranks join: afterwards transformers writes only on the first rank.
+    # Write before the ranks join, because afterwards transformers writes only on the first rank.
     path = write_model(bench.work / f"model-{bench.rank}")
     groups, dtype = passes.join(bench), passes.default_dtype()
     whole = passes.logprobs_and_gradients(path, groups, dtype=dtype)

@@ -39,14 +39,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Options of the command line for the checks."""
+    """Command-line options for the checks."""
 
     min_bus_gb_s: float | None = None
-    """Least bus bandwidth of the largest all-reduce, GB/s; None: by backend."""
+    """Least bus bandwidth of the largest all-reduce, GB/s; None: the default of the backend."""
     lengths: tuple[int, ...] | None = None
     """Tokens of the packed sequences with wide heads; None: long sequences on a GPU, short ones on a CPU."""
     like: str | None = None
-    """The model whose slice is checked: a built-in name or a folder with config.json; None: by machine."""
+    """The model whose slice is checked: a built-in name or a folder with config.json; None: the default of the
+    machine.
+    """
     tensor: int = 8
     """The slice is one rank's part with this many tensor-parallel ranks."""
     layers: int = 4
@@ -122,7 +124,7 @@ class Bench:
         row = Row(check=self.check, **columns)
         assert not row.quantity or row.quantity in QUANTITIES, row.quantity
         self.rows.append(row)
-        if self.rank == 0:  # at once, so that measurements before a hang or a crash are kept
+        if self.rank == 0:  # written at once, so that a later hang or crash loses no measurement
             write_json(self.work / f"{self.check}.json", as_json(self.rows))
 
 

@@ -24,13 +24,13 @@ from gpu_checks.step import (
 class Check:
     run: Callable[[Bench], None]
     alone: bool = False
-    """One rank suffices: the check is about a GPU, not about connections between several."""
+    """Whether one rank suffices, because the check tests a GPU and no connections between GPUs."""
     needs_gpu: str = ""
     """Why the check is skipped without a GPU; empty: it makes sense on a CPU."""
     timeout_s: float = 600.0
-    """Default of --timeout-s: the longest time of a first run, which compiles kernels."""
+    """Default of --timeout-s: enough for a first run, which compiles kernels."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of its processes."""
+    """Environment variables of the check's processes."""
 
 
 COLD_ENGINE_S = 1200.0

@@ -21,14 +21,16 @@ MIN_SHARE = 0.9
 """Share of the KV cache's bytes that sleep must free and wake must allocate again."""
 PREFILL_TOKENS = 2048
 MAX_RESCORED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean |difference| between sampled tokens' log-probs as sampled and as scored again, nats. Like engine and trainer,
-these are two computations of the same numbers."""
+"""Limit of the mean |difference| between sampled tokens' log-probs during sampling and in a second scoring, nats.
+Like engine and trainer, these are two computations of the same numbers.
+"""
 MAX_RESCORED = 16
-"""Requests to score again, one by one."""
+"""Number of requests that are scored again, one by one."""
 MAX_SHARE_OTHER = 0.5
 """Share of the requests that may get other tokens under asynchronous scheduling. bfloat16 rounding depends on the
-rest of the batch, which asynchronous scheduling changes, and one other token changes all later ones. A scheduler that
-mixes up requests would change nearly all of them, and their scores."""
+rest of the batch, which asynchronous scheduling changes, and one different token changes all later ones. A scheduler
+that mixes up requests would change nearly all of them, and their scores.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Play:
     dtype: str
     cache_gib: float
     sequences: int
-    """Decoded concurrently, twice: the second time after the sampled tokens and an observation, as a second turn."""
+    """Sequences decoded concurrently in two rounds; in the second round they continue after an observation."""
     tokens: int
     """Most tokens sampled per sequence."""
     async_scheduling: bool = False
@@ -55,7 +57,9 @@ class Played:
     """Mean time of one engine step of the first round while `sequences` run, seconds."""
     tokens_per_s: float
     rescored_gap: float
-    """Mean |difference| of the second turns' log-probs, as sampled and as scored again without the cache, nats."""
+    """Mean |difference| between the second turns' log-probs during sampling and in a second scoring without cache,
+    nats.
+    """
 
 
 def check_engine_memory(bench: Bench) -> None:
@@ -92,7 +96,8 @@ def check_engine_speed(bench: Bench) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # No ids beyond the tokenizer's: log-probs of samples exclude those, log-probs of whole sequences do not.
+    # Without ids beyond the tokenizer's, because log-probs of samples exclude those and log-probs of sequences do
+    # not.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     asked = Play(
         path=path,
@@ -152,7 +157,7 @@ def in_own_process(function: Callable[[Any], Any], argument: Any) -> Any:
 
 
 def play(asked: Play) -> Played:
-    """Build an engine for `asked`, and play it."""
+    """Build an engine, and play `asked` on it."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.rollout.vllm_engine import VllmEngine
 

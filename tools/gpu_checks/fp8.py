@@ -12,9 +12,10 @@ from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
-"""Largest gaps between FP8 and bfloat16, in the measures of `passes`. Log-probs differ by 0.06 with every recipe if
-its forward pass is emulated (`fp8_study/emulation.py`), gradients by 0.17 if Transformer Engine's own layers run over
-kernels that round in PyTorch, for a slice by 0.10."""
+"""Largest allowed gaps between FP8 and bfloat16, as measured in `passes`. Log-probs differ by 0.06 with every recipe
+if its forward pass is emulated (`fp8_study/emulation.py`), gradients by 0.17 if Transformer Engine's own layers run
+over kernels that round in PyTorch, for a slice by 0.10.
+"""
 TIMED_PASSES = 8
 
 
@@ -36,7 +37,7 @@ def check_slice(bench: Bench) -> None:
     groups = passes.join(bench)
     timed = 8192 if on_gpu else 256
     path = write_model(bench.work / "slice", dimensions, max_positions=timed, device=groups.device)
-    # bfloat16 on a CPU too: these rows test formats, `packed_attention` the computation.
+    # bfloat16 even on a CPU, because these rows test formats; `packed_attention` tests the computation.
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     expected = passes.by_transformers(path, groups.device)
     gap = (plain[0] - expected[0]).abs().mean().item()
@@ -63,7 +64,9 @@ def _compare_recipes(
     *,
     number_format: str,
 ) -> list[str]:
-    """Add two rows for each recipe; return the recipes that computed. One that the libraries refuse fails its row."""
+    """Add two rows for each recipe; return the recipes that could compute. A recipe refused by the libraries fails
+    its row.
+    """
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
     from a2tgpo.io.errors import ConfigError
 
@@ -94,7 +97,9 @@ def _compare_recipes(
 
 
 def _time(bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: str | None) -> None:
-    """Measure operations per second of forward and backward pass over four sequences, counted like a plan."""
+    """Measure operations per second of forward and backward pass over four sequences; a plan's counts of operations
+    apply.
+    """
     import torch
 
     from a2tgpo.config.fp8 import Fp8Config

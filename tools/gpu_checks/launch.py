@@ -66,7 +66,7 @@ class Meeting:
         if launched and self._world_size > 1:
             from torch.distributed import TCPStore
 
-            # The slowest check of another rank, plus time for its cleanup.
+            # Longest wait for another rank's slowest check and its cleanup.
             patience = timedelta(seconds=timeout_s + 60)
             port = int(launched["MASTER_PORT"]) + 1
             self._store = TCPStore(

@@ -19,7 +19,7 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return versions, driver, GPUs and their connections, as far as known."""
+    """Return the known facts about versions, driver, GPUs and their connections."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -48,7 +48,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def see_gpus(machine: dict[str, Any]) -> Row:
-    """Return a row that fails if torch cannot use the GPUs, so that this does not pass as a machine without a GPU."""
+    """Return a row that fails if torch cannot use the GPUs, so that the machine does not count as one without a
+    GPU.
+    """
     seen = machine["gpus_seen_by_torch"]
     return Row(
         check="machine",

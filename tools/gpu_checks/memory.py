@@ -28,7 +28,7 @@ class Trained:
     """GiB of tensors on the GPU before the last offload; 0 on a CPU."""
     freed_gib: float = 0.0
     copied_gib: float = 0.0
-    """GiB of the last copy to the host; the copy back is as large."""
+    """Size of the last copy to the host, GiB; the copy back has the same size."""
     out_s: float = 0.0
     back_s: float = 0.0
     optimizer_s: float = 0.0

@@ -33,7 +33,7 @@ SMALL = ModelDimensions(
     vocab=VOCAB_SIZE,
     tied=False,
 )
-"""Four layers in shapes that kernels for large models accept."""
+"""A model of four layers with shapes that kernels for large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
 """Heads of 128 channels, eight queries per key, like one of 8 ranks of Qwen2.5-72B or Llama-3.1-70B."""
 STAND_IN = ModelDimensions(

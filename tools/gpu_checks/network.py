@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     import torch
 
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
-"""Least bus bandwidth of the largest message. One 200 Gb/s network port reaches 20 GB/s; below, NCCL has fallen back
-to TCP. A DGX H100 reaches several hundred within a node."""
+"""Lowest acceptable bus bandwidth of the largest message. One 200 Gb/s network port reaches 20 GB/s; a lower value
+means that NCCL uses TCP. Within a DGX H100 node, several hundred GB/s are usual.
+"""
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16
 """Size of an all-reduce dominated by latency: the hidden states of a few sequences."""

@@ -12,11 +12,12 @@ LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
 """Default of `--lengths` on a GPU; `LENGTHS` elsewhere."""
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
-"""Mean |difference| of log-probs from transformers in float32, nats. The CPU twin is at 2e-7 and 0.005; attention
-across the end of a packed sequence is at 0.5 or more."""
+"""Mean |difference| of log-probs from transformers in float32, nats. The CPU twin's difference is 2e-7, in bfloat16
+0.005; attention across the end of a packed sequence causes 0.5 or more.
+"""
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
-"""|difference| / |gradient|, over all weights as one vector. The CPU twin is at 5e-7 and 0.015; such
-attention is at 1.2."""
+"""|difference| / |gradient|, over all weights as one vector. The CPU twin's difference is 5e-7, in bfloat16
+0.015; attention across the end of a packed sequence causes 1.2."""
 
 
 def join(bench: Bench) -> Any:
@@ -28,7 +29,7 @@ def join(bench: Bench) -> Any:
 
 
 def default_dtype() -> str:
-    """Return bfloat16 on a GPU; float32 on a CPU, exact enough to tell a wrong computation from rounding."""
+    """Return bfloat16 on a GPU, and float32 on a CPU, which distinguishes a wrong computation from rounding."""
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"

@@ -14,10 +14,13 @@ MAX_UPDATES = 50
 STEPS = 2
 """Before the second step, the engine has slept twice."""
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. The CPU is at 1e-6; 0.05 is a
-run's limit by guard.max_train_engine_gap, several times the rounding of bfloat16 in this model."""
+"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. CPUs differ by 1e-6. 0.05 is
+the default of guard.max_train_engine_gap, and several times bfloat16's rounding in this model.
+"""
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
-"""The same for gold answers, improbable for the policy like the probe's tokens (refit.verify.TOLERANCES)."""
+"""The same for gold answers, which are as improbable for the policy as the probe's tokens
+(refit.verify.TOLERANCES).
+"""
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
 """Limits for sampled tokens if engine, trainer or both compute in FP8. Below the lower limit, FP8 was not used:
 bfloat16 gives less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (`fp8_study/emulation.py`), by
@@ -58,7 +61,7 @@ def check_training_step(bench: Bench) -> None:
         note = "CUDA, NCCL, cuBLAS and the graphs of a tiny model"
         bench.info("card memory outside torch, engine asleep", context, "GiB", note, "context_gib")
 
-    # Move by up to four times the tolerance, so that an engine that kept its weights fails.
+    # Move the probe by four times the tolerance, so that an engine with the old weights fails.
     moved_by = _move_weights(parts, target=4 * tolerance)
     bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
     gap = sync_engine(parts, step=STEPS + 1).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
@@ -185,7 +188,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
     folder.mkdir()
     prompts_per_step = 2 * bench.world_size
     capitals = list(CITIES.items())
-    # As many questions as a step has prompts, since it must not need more than there are.
+    # As many questions as a step has prompts, so that the step has enough.
     asked = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
     questions = [
         {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}

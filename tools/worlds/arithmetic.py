@@ -16,7 +16,7 @@ WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
 """Text of every demonstration before its answer; equals rollout.gain.scaffold."""
 MAX_QUESTIONS = 1_000_000
-"""There are 43.7 million different questions; close to that number, drawing a new one would take ever longer."""
+"""There are 43.7 million different questions; near that number, drawing a new one would take longer and longer."""
 GOOD_SHARE = 0.5
 """Share of demonstrations that calculate; the others guess, so that there is something to learn."""
 

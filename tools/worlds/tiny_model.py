@@ -29,7 +29,7 @@ TAGS = (
     "Doc 1 (Title: ",
     ") ",
 )
-"""One token each, so that a small model spends no attention on the protocol."""
+"""Each of these is one token, so that a small model spends no attention on the protocol."""
 # A space is separate from a following capital, so that a name has the same tokens everywhere.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
@@ -99,8 +99,8 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     """Initialise the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
 
     Layer 0 attends to the previous token; layer 1 attends to positions after an earlier occurrence of the current
-    token, and copies the token there. From purely random weights, a model of this size takes well over ten times as
-    long to learn this, and until then copies no name correctly. All parameters stay trainable. Call without
+    token, and copies the token there. From purely random weights, a model of this size needs well over ten times as
+    long to learn such a circuit, and until then copies no name correctly. All parameters stay trainable. Call without
     gradients.
     """
     import torch
@@ -119,7 +119,7 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     embedding.normal_(0.0, EMBEDDING_STD)
     embedding[:, 0] = 6 * EMBEDDING_STD
 
-    # The fast rotations, with the query turned back by one position, match best with the previous key.
+    # In the fast rotations, a query turned back by one position matches the previous key best.
     fast = torch.zeros(size)
     fast[:5] = 1.0
     back = torch.cat([torch.cos(frequency) * fast[: size // 2], -torch.sin(frequency) * fast[: size // 2]])
@@ -127,11 +127,12 @@ def place_induction_heads(model: PreTrainedModel) -> None:
         projection.weight[:size] *= 0.1
         projection.weight[:size, 0] = 0.5 * constant
 
-    # Three orthogonal subspaces of a token's content: what layer 0 reads, where it writes that, and what is copied.
+    # Three orthogonal subspaces of a token's content: layer 0 reads the first and writes to the second; layer 1
+    # copies the third.
     basis = torch.zeros(width, width)
     basis[1:, 1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
     read, write, copied = basis[1:].split(size)[:3]  # [size, width] each, without the constant coordinate
-    # The slow rotations hardly turn over a few hundred positions, so they compare content with content.
+    # The slow rotations hardly change over a few hundred positions, so they compare contents.
     slow = (frequency < 0.006).nonzero()[:, 0]
     slow = torch.cat([slow, slow + size // 2])
     compare = torch.linalg.qr(torch.randn(size, len(slow)))[0].T

@@ -19,8 +19,9 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Share of good demonstrations with 1, 2 and 3 hops; so few that the model's most probable course is often a bad
-habit."""
+"""Share of good demonstrations with 1, 2 and 3 hops. It is so small that the model's most probable behaviour is often
+a bad habit.
+"""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
@@ -38,7 +39,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         return SEARCH_CALLS.format_result(passages or [NOTHING_FOUND])
 
     def answerable(hop: Hop) -> bool:
-        """Return whether its passage is the first hit, so that every top_k shows it."""
+        """Return whether the fact's passage is the first hit, so that every top_k shows it."""
         return search(hop.query)[0].id == hop.passage_id
 
     splits = {}
@@ -47,7 +48,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         questions = build_questions(world, codes, answerable)
         count = args.train_questions if name == "train" else args.test_questions
         splits[name] = {hops: unique(spread(pool, count // 3, draw)) for hops, pool in questions.items()}
-        if not all(splits[name].values()):  # shares of the many kinds are rounded
+        if not all(splits[name].values()):  # the share of each kind is rounded
             raise ConfigError(
                 f"--{name}-questions is {count}, too few for every number of hops; give 60 or more"
             )

