@@ -42,12 +42,12 @@ from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """How the ranks share the engines: neighbours form an engine replica, which plays its own prompts."""
+    """The division of ranks into engine replicas: neighbouring ranks share an engine, which plays its own prompts."""
 
     index: int
     count: int
     is_first: bool
-    """Whether this rank is the one that counts and records for its replica."""
+    """Whether this rank counts and records for its replica."""
     group: dist.ProcessGroup | None
     """The ranks of this replica; None if the replica is this rank alone."""
 
@@ -76,7 +76,7 @@ class RunParts:
     toolset: Toolset
     rollout: GroupRollout
     startup: dict[str, float]
-    """Seconds that this process took to start, as `time/startup_STAGE_s`; reported with its first rollout."""
+    """Seconds of this process's start by stage, as `time/startup_STAGE_s`; reported with the first rollout."""
 
     @property
     def distribution(self) -> TokenDistribution:
@@ -96,7 +96,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
 
     Args:
         resume_from: the checkpoint that is loaded next; assemble refuses the checkpoint of another run.
-            Neither the policy's nor the engine's weights are then read from `model.path`.
+            With a checkpoint, policy and engine read no weights from `model.path`.
 
     Raises:
         ConfigError: one line; the configuration cannot be run.

@@ -69,7 +69,7 @@ class Turn:
     tool: str | None = None
     """The tool that a process turn called; None for the final turn."""
     tool_failed: bool = False
-    """Whether the tool did not answer; the observation then says so."""
+    """Whether the tool did not answer; the observation then reports the failure."""
     answer_prob: float | None = None
     """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
     info_gain: float | None = None

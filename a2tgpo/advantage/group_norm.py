@@ -25,8 +25,8 @@ def normalize_groups(
 
     Every rank of `dp_group` must call this, even with no values; it costs two all-reduces of `[2, num_groups]`
     float64. Mean and centred second moment are computed in two passes, so the result is exact even if a group's mean
-    is large compared with its spread. It does not depend on how members are distributed over ranks (up to rounding in
-    float64).
+    is large compared with its spread. The result does not depend on the distribution of members over ranks (up to
+    rounding in float64).
 
     Args:
         values: [n] float64.
@@ -88,7 +88,7 @@ def group_sums(
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
     """Number the groups of equal keys, such as `TurnTable.state`, in the same way on all ranks.
 
-    Every rank of `dp_group` must call this, even with no keys: the distinct keys are gathered over it.
+    Every rank of `dp_group` must call this, even with no keys: the distinct keys are gathered over the group.
 
     Args:
         keys: [n] int64.

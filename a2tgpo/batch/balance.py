@@ -37,7 +37,7 @@ def microbatches(
 ) -> list[list[int]]:
     """Group items into few micro-batches of near-equal size, at most `max_tokens` each.
 
-    Where rows are padded to a multiple, equal sizes would waste about half a multiple each. Micro-batches are then
+    If rows are padded to a multiple, equal sizes would waste about half a multiple per row. Micro-batches are then
     filled to the limit, one after the other, and the last ones are smaller.
 
     Items of length 0 (see `packing.packed_length`) are left out. An item longer than `max_tokens` gets its own

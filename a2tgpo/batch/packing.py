@@ -89,7 +89,7 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Return the batch with its tensors on `device`; itself if they already are.
+        """Return the batch with its tensors on `device`; the batch itself if they are there already.
 
         `cu_seqlens` stays in host memory: the host reads it in every pass, and would otherwise wait for the GPU.
         """
@@ -156,7 +156,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
     kept = [index for index in indices if trajectories[index].num_sampled_tokens]
     spans: list[
         tuple[Sequence[int], int]
-    ] = []  # tokens, each with the number of its turn here, or NOT_SAMPLED
+    ] = []  # tokens, each with its turn's number in this batch, or NOT_SAMPLED
     logprobs: list[Sequence[float]] = []
     turn_trajectory: list[int] = []
     turn_index: list[int] = []
@@ -173,7 +173,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
             spans.append((turn.observation_tokens, NOT_SAMPLED))
         while spans[-1][1] == NOT_SAMPLED:  # nothing after the last sampled token is predicted
             spans.pop()
-    # All sequences end to end, each up to its last target: one token more than the sequence has positions.
+    # All sequences end to end, each up to its last target, which is one token more than its number of positions.
     read = _flat([tokens for tokens, _ in spans], np.int64)
     span_lengths = torch.tensor([len(tokens) for tokens, _ in spans], dtype=torch.int64)
     turns = torch.tensor([turn for _, turn in spans], dtype=torch.int64).repeat_interleave(span_lengths)

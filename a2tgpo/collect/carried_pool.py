@@ -1,4 +1,4 @@
-"""Groups that continue from step to step (`rollout.partial`): their owners, their choice for a step, their files.
+"""Groups that continue from step to step (`rollout.partial`): owners, selection for a step, files.
 
 All decisions here use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
 themselves stay on the replica that began them.
@@ -22,7 +22,7 @@ FOLDER = "carried"
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Entry:
-    """A group as all ranks know it; sorts by age, then by prompt within a step."""
+    """The facts about a group that all ranks know; sorts by age, then by prompt within a step."""
 
     begun: int
     """Step in which the group began, from 0."""
@@ -75,7 +75,7 @@ def is_due(entry: Entry, step: int, *, max_staleness: int) -> bool:
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries` with those whose key is in `complete` marked as complete."""
+    """Return `entries`, marked as complete if their key is in `complete`."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -96,7 +96,7 @@ def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], l
 
 
 def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> list[Trajectory]:
-    """Return the trajectories of the `groups` in `taken`, with prompt_index set to their place in `taken`."""
+    """Return the trajectories of the `groups` in `taken`; their prompt_index becomes the group's place in `taken`."""
     places = {entry.key: place for place, entry in enumerate(taken)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[group.key])

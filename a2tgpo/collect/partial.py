@@ -158,7 +158,7 @@ class PartialRollout:
 
 
 def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
-    """Sort like `read`, so that a resumed run plays in the same order."""
+    """Sort in the same order as `read`, so that a resumed run plays in the same order."""
     return tuple(sorted(groups, key=lambda group: group.key))
 
 

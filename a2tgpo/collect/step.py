@@ -1,11 +1,12 @@
 """The rollout of a step.
 
-A step plays one draw of prompts. With dynamic sampling, it draws until informative groups fill the step. With
-partial rollouts, it takes complete groups from a larger pool (`collect/partial.py`).
+A step plays one draw of prompts. With dynamic sampling, the step draws until informative groups fill it. With partial
+rollouts, the step takes complete groups from a larger pool (`collect/partial.py`).
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
 arXiv 2503.14476, Eq. 11): if all are right or all are wrong, only length could be learned. Dynamic sampling drops
-the other groups and draws again. The groups that remain are a biased sample of the policy, so metrics cover both:
+the other groups and draws again. The remaining groups are a biased sample of the policy, so metrics cover all groups
+and the remaining ones:
 
     sampling/draws                  draws of the step
     sampling/groups_played          groups of all draws
@@ -203,7 +204,7 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int, num_left: int) -> int:
-    """Return how many prompts to draw next to fill the step, at the share of informative groups so far.
+    """Return how many prompts to draw next to fill the step, judging by the share of informative groups so far.
 
     Args:
         informative: for every group played, in draw order; empty before the first draw, which takes `num_groups`.

@@ -1,4 +1,4 @@
-r"""Encode text by others so that the spelling of a control token stays text.
+r"""Encode text written by others, so that the spelling of a control token stays text.
 
 A tokenizer replaces the spelling of a control token, such as <|im_end|> or <tool_call>, anywhere in a text. A passage
 about chat templates would then end the policy's turn, and a question could open a system message. transformers'
@@ -31,7 +31,7 @@ _ANCHOR = "\n"
 
 
 class LiteralEncoder:
-    """Encodes text by others within a frame of our own.
+    """Encodes text written by others within a frame written by this program.
 
     Args:
         tokenizer: the policy's. Control tokens are the tokens added to its vocabulary that are marked as special or

@@ -30,7 +30,7 @@ class Tool(Protocol):
             text: the policy's text between the tool's tags, spaces squeezed, never empty.
 
         Raises:
-            ToolError: there is no answer. A mistake of the policy gets an answer that explains it.
+            ToolError: there is no answer. For a mistake of the policy, return an answer that explains the mistake.
             ToolUnavailableError: no call gets an answer now; see `search.on_outage`.
         """
 
@@ -75,8 +75,8 @@ def build_tools(config: RunConfig) -> Toolset:
     return Toolset(
         tools=MappingProxyType(tools),
         num_workers=config.search.num_workers,
-        # A client bounds each try, one extra try to test whether the query is at fault, and its waits. This deadline
-        # bounds everything else in the client.
+        # A client limits each try, its waits, and one extra try that tests whether the query is at fault. This
+        # deadline bounds everything else in the client.
         deadline_s=2 * config.search.timeout_s * (config.search.max_attempts + 1),
         max_part_tokens=config.search.max_passage_tokens,
         outage_limit_s=config.search.longest_outage_s,

@@ -21,7 +21,9 @@ from a2tgpo.io.errors import ConfigError
 GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"
 SYNC_S = 10.0
-"""Interval of syncs to disk against a power cut; answers survive the end of the process at once."""
+"""Interval of syncs to disk, which protect against a power cut; the end of the process loses no answer in any
+case.
+"""
 Key = tuple[str, str, str, int]
 """Data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
@@ -77,7 +79,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
         found = {
             key: answer for file in sorted(folder.glob("replica_*.jsonl")) for key, answer in _read(file)
         }
-        if not found:  # also after an earlier start that failed before its first answer
+        if not found:  # the folder may exist without answers, if an earlier start failed
             write_json(path, dict(settings))
             return found
         begun = json.loads(path.read_text(encoding="utf-8"))

@@ -32,7 +32,7 @@ _DECIDING = (
     "search.top_k",
     "tools.names",
 )
-"""Without layout and `search.url`: the next start may have other processes, and a server on another node."""
+"""Excludes layout and `search.url`: the next start may use other processes, and a server on another node."""
 
 
 def evaluation_settings(

@@ -9,7 +9,7 @@ from a2tgpo.evaluate.evaluate import Answer
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
 AVERAGE = "average"
-"""Every question has the same weight, whatever its set (a sample-weighted mean, as in the paper's tables)."""
+"""Every question has the same weight, in any set (a sample-weighted mean, as in the paper's tables)."""
 
 
 def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequence[Answer]]) -> dict:

@@ -9,7 +9,7 @@ import unicodedata
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
-# These occur within words in Persian, Indic scripts and emoji, but Python considers them unprintable.
+# Joiners, which occur within words in Persian, Indic scripts and emoji, although Python considers them unprintable.
 _JOINERS = "\u200c\u200d"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 

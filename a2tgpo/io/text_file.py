@@ -16,9 +16,9 @@ import zstandard
 from a2tgpo.io.errors import ConfigError
 
 _READ_BYTES = 2**20
-# By their first bytes, whatever the file is called.
+# Formats are recognised by their first bytes, not by the file's name.
 _GZIP, _BZIP2, _XZ, _ZSTD, _ZIP = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
-# UTF-32's begins with UTF-16's.
+# UTF-32 first, because its mark begins with UTF-16's.
 _OTHER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",

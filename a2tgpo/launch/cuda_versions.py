@@ -28,7 +28,7 @@ def driver_version() -> str:
 def unusable_gpus() -> list[str]:
     """Return why torch sees no GPU although this machine has some; empty if it has none.
 
-    Such a run would train on the CPUs, at a hundredth of the speed.
+    Without this check, a run would train on the CPUs at a hundredth of the speed.
     """
     import torch
 
@@ -60,7 +60,9 @@ def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, vis
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the compiler for kernels compiled at run time, empty if none; and its source, CUDA_HOME or PATH."""
+    """Return the compiler for run-time compilation (empty if there is none), and where it was found, CUDA_HOME or
+    PATH.
+    """
     if home := environment.get("CUDA_HOME"):
         return str(Path(home) / "bin" / "nvcc"), "CUDA_HOME"
     return shutil.which("nvcc", path=environment.get("PATH")) or "", "PATH"

@@ -10,7 +10,7 @@ CGROUPS = "sys/fs/cgroup"
 
 
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
-    """Return the bytes that processes started here can still take, and what limits them.
+    """Return the memory that processes on this machine can still take, in bytes, and the name of the limit.
 
     A control group's page cache counts as free, as in MemAvailable for the machine: the kernel reclaims it first.
 
@@ -25,7 +25,7 @@ def memory_left(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
-    """Yield the same for each control group with a limit that holds this process, of version 1 or 2."""
+    """Yield the same for each control group, of version 1 or 2, that limits this process."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -36,7 +36,7 @@ def load_mpi() -> ModuleType:
     """Return mpi4py's MPI module, not initialised yet."""
     import mpi4py
 
-    mpi4py.rc.initialize = False  # the import would start MPI, and finalise it only at the interpreter's exit
+    mpi4py.rc.initialize = False  # otherwise the import would start MPI, and finalise it only at exit
     mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 
 FILES_PER_RANK = 5
-"""Connections per rank of rank 0, which has most: three to the store that it serves and two of gloo."""
+"""Connections of rank 0, which has the most, per rank: three to the store that it serves, and two of gloo."""
 FILES_BESIDE = 512
 """Files of libraries, GPUs, data and checkpoints."""
 

@@ -137,7 +137,7 @@ class Meeting:
         try:
             marker.touch()
         except OSError:
-            seen = ""  # that it cannot be written is reported when it is opened
+            seen = ""  # if the folder cannot be written, opening it reports that
         else:
             seen = str(marker)
         place = {"clock_s": time.time(), "marker": seen}
@@ -261,7 +261,7 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """Return each rank's planned host memory, beside its GPU's; empty without a GPU.
+    """Return each rank's planned host memory; empty without a GPU.
 
     Also empty if there is no plan; `check_plan` reports why.
     """

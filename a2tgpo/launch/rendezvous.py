@@ -13,7 +13,7 @@ from a2tgpo.io.errors import ConfigError
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Set by torchrun; read by torch.distributed, Megatron and vLLM."""
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""srun's names of three of them. A batch script outside srun has no number of tasks per step."""
+"""srun's names of three of these variables. A batch script outside srun has no number of tasks per step."""
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -44,8 +44,8 @@ def join_launcher() -> None:
 def forget_torchrun(environment: MutableMapping[str, str]) -> None:
     """Remove another job's torchrun variables: its options (PET_*) and its ranks' settings (TORCHELASTIC_*).
 
-    A shell, a pod or a job passes them on to its child processes. PET_NNODES=2 makes torchrun wait for a second node;
-    TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that nobody serves.
+    A shell, a pod or a job passes these variables on to its child processes. PET_NNODES=2 makes torchrun wait for a
+    second node; TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that nobody serves.
     """
     for name in [name for name in environment if name.startswith(("PET_", "TORCHELASTIC_"))]:
         del environment[name]

@@ -23,7 +23,7 @@ def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """Return the GPU here, or the one that the configuration is meant for; and which of the two, in words."""
+    """Return this machine's GPU, or without one the configuration's GPU; and a description of the choice."""
     import torch
 
     from a2tgpo.plan.hardware import GIB, GPUS

@@ -2,8 +2,8 @@
 
 SIGTERM and SIGUSR1 request that the run save and exit with `EXIT_CODE`. Before training there is nothing to save, so
 the process exits at once. During training the signal is recorded, and the run stops once all ranks agree
-(`lifecycle/stop_request.py`). Further signals change nothing: schedulers send several with the same meaning. SIGKILL
-and Ctrl-C end the process at once, as usual.
+(`lifecycle/stop_request.py`). Later signals are ignored, because schedulers send several with the same meaning.
+SIGKILL and Ctrl-C end the process at once, as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ EXIT_CODE = 75
 """The run is saved and should be started again: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME = "SLURM_JOB_END_TIME"
-"""Environment variable with the job's end, seconds since 1970. Slurm sets it; for other schedulers set it by hand."""
+"""Environment variable with the job's end, seconds since 1970. Slurm sets this variable; for other schedulers set it
+yourself.
+"""
 
 
 class StopSignal:

@@ -31,7 +31,7 @@ BACKSTOP_S = 30.0
 """Time after the deadline when a C thread ends this rank, in case a call that never returns blocks Python."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages whose own longest duration so far predicts the next."""
+"""Stages whose longest duration so far predicts the next one."""
 WAITING = ("refit", "exchange", "advantage")
 """Stages in which a rank may wait for the slowest rank. Their limit follows the longest of all steady stages."""
 
@@ -182,7 +182,7 @@ class Watchdog:
         return left_s is not None and left_s < 0
 
     def _places(self) -> dict[int, tuple[int, str]]:
-        """Return number and stage of every rank that published them."""
+        """Return the published place number and stage of each rank."""
         found = {}
         for rank in range(self._world_size):
             if self._store.check([f"place_{rank}"]):

@@ -89,7 +89,7 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
     """Return segment ids [n] and their number; a level (token | turn | sequence) shares one value per segment.
 
-    None, 0 at token level, where every token is its own segment.
+    At token level every token is its own segment: None, 0.
     """
     if level == "turn":
         return inputs.turn_ids, inputs.num_turns

@@ -38,7 +38,7 @@ class Alarm:
     limit: Callable[[float], float]
     """Computes the limit from the base line; an alarm that is not `on_change` ignores the base line."""
     is_floor: bool = False
-    """The value must not fall below the limit; otherwise, it must not exceed it."""
+    """Whether the limit is a lower bound instead of an upper bound."""
     on_change: bool = False
     """The limit is relative to the mean of the first steps."""
     confirming_steps: int = CONFIRMING_STEPS

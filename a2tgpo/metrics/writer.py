@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 PROGRESS_METRICS = {"reward": "reward/mean", "EM": "reward/em", "tok/s": "speed/tokens_per_s"}
-"""Metric by its label on the progress line."""
+"""Label on the progress line, and the metric shown there."""
 
 
 class MetricWriter:

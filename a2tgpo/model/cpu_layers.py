@@ -103,8 +103,8 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 class PackedAttention(MegatronModule):
     """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment.
 
-    Under context parallelism a rank's queries attend to the keys and values of all ranks. This class gathers them;
-    Transformer Engine passes them around a ring.
+    Under context parallelism a rank's queries attend to the keys and values of all ranks. This class gathers keys and
+    values; Transformer Engine passes them around a ring.
     """
 
     def __init__(

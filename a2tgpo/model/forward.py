@@ -30,12 +30,12 @@ def forward_packed(
 ) -> torch.Tensor:
     """Run this stage's chunk over sequences laid end to end, each attending only to itself.
 
-    All ranks of a data-parallel replica must call this with the same batch. Pipeline stages call it through the
-    schedule, which passes on the previous chunk's output. A context-parallel rank runs only its own positions of the
-    batch (see `context_split.context_positions`); the batch must have the padding of `packing.alignment`. Without
-    context parallelism, tokens past `cu_seqlens[-1]` and the padding added here for sequence parallelism form an
-    extra last segment. Do not call this under `torch.inference_mode`: Megatron caches rotary tables, which training
-    could then not use.
+    All ranks of a data-parallel replica must call this with the same batch. Pipeline stages call this function
+    through the schedule, which passes on the previous chunk's output. A context-parallel rank runs only its own
+    positions of the batch (see `context_split.context_positions`); the batch must have the padding of
+    `packing.alignment`. Without context parallelism, tokens past `cu_seqlens[-1]` and the padding added here for
+    sequence parallelism form an extra last segment. Do not call this under `torch.inference_mode`: Megatron caches
+    rotary tables, which training could then not use.
 
     Args:
         chunk: one of `policy.chunks`.

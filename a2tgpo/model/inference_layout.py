@@ -19,7 +19,7 @@ from a2tgpo.model.experts import has_experts
 from a2tgpo.model.transformer_config import check_layout
 
 MEMORY_FRACTION = 0.85
-"""The engine's share of a GPU without an optimizer on it."""
+"""The engine's share of a GPU that holds no optimizer state."""
 LAYOUT: dict[str, Any] = {
     "tensor": 1,
     "sequence": False,

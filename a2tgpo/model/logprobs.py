@@ -26,7 +26,8 @@ class TokenDistribution:
 
 MODEL_DISTRIBUTION = TokenDistribution()
 """The model's own distribution: temperature 1, the whole vocabulary. Supervised training, gold answers, the refit's
-probe and the engine's scoring of given tokens use it."""
+probe and the engine's scoring of given tokens use this distribution.
+"""
 
 
 def token_logprobs(

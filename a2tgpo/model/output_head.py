@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     """Run the output layer of `model` only at `rows` inside this context.
 
-    All tensor-parallel ranks must use the same rows. Gradients equal those of the full layer if the other logits have
-    none.
+    All tensor-parallel ranks must use the same rows. If the other logits have no gradient, gradients equal those of
+    the full layer.
 
     Args:
         model: a model of the last pipeline stage.

@@ -76,8 +76,8 @@ def gather_ahead(
         local: this stage's parameters, by name.
 
     Yields:
-        (record, its parts in the order of their ranks). Parts may be the model's own memory; this generator drops
-        them when the next ones are requested.
+        (record, its parts in the order of their ranks). Parts may be the model's own memory; requesting the next item
+        drops them.
     """
     stream = torch.cuda.Stream() if policy.groups.device.type == "cuda" else None
     in_flight: deque[_Gather] = deque()

@@ -156,7 +156,9 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
 
 
 def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield this rank's parameters, named by the layer's number in the whole model and the expert's in its layer."""
+    """Yield this rank's parameters, under names with the layer's number in the whole model and the expert's number in
+    its layer.
+    """
     global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
     for name, parameter in model.named_parameters():
         yield global_names[name], parameter

@@ -58,8 +58,8 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     dist.init_process_group(
         "nccl" if device else "gloo",
         timeout=timeout,
-        # No device_id: with it, creating any group would split the communicator of all ranks. Without it, a group's
-        # communicator is created at its first collective, and for groups of one rank never.
+        # Without device_id, a group's communicator is created at its first collective, and for groups of one rank
+        # never. With device_id, creating any group would split the communicator of all ranks.
         store=store,
         rank=rank,
         world_size=world_size,

@@ -75,7 +75,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
 
 
 def rollout_time_with_room(given: PlanInputs) -> RolloutTime:
-    """Return the same with a cache that holds all trajectories in flight."""
+    """Return the rollout's time if the cache held all trajectories in flight."""
     roomy = dataclasses.replace(given.geometry, concurrent=given.geometry.in_flight)
     return rollout_time(dataclasses.replace(given, geometry=roomy))
 

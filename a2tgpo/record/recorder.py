@@ -91,7 +91,7 @@ class Recorder:
         assert world is not None, "a run's processes are joined"
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Model-parallel ranks each reduce the same samples; decisions need values that are equal to the bit.
+        # Each model-parallel rank has reduced the same samples, but decisions need values that are equal to the bit.
         metrics = broadcast_object(metrics, world, source=0)
         noise, noise_line = self._ratio_noise.watch(metrics)
         metrics |= noise

@@ -66,7 +66,7 @@ def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
-    """Return (step, its folder or its file of an earlier version) of all steps, complete or not, in any order."""
+    """Return (step, folder, or file of an earlier version) of all steps, complete or not, in any order."""
     folder = run_dir / FOLDER
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = ((_STEP.fullmatch(entry.name), entry) for entry in entries)
@@ -95,9 +95,7 @@ def read_step(files: Iterable[Path]) -> list[dict]:
         ValueError: a file is damaged; its message is the path.
     """
     records = [record for path in files for record in read_part(path)]
-    with contextlib.suppress(
-        TypeError, KeyError
-    ):  # not a file of this program; the caller shows or refuses it
+    with contextlib.suppress(TypeError, KeyError):  # not written by this program; the caller decides
         records.sort(key=lambda record: (record["prompt_index"], record["sample_index"]))
     return records
 

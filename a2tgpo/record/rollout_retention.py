@@ -31,7 +31,7 @@ class RolloutRetention:
         self._has_said = False
 
     def trim(self, covered: int) -> None:
-        """Remove steps before `covered` until the limit is met; a resumed run does not replay those.
+        """Remove steps before `covered` until the limit is met; a resumed run does not replay the removed steps.
 
         Step `covered` and later steps stay. Files that cannot be removed are ignored.
         """

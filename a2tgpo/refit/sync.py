@@ -22,7 +22,7 @@ from a2tgpo.update.score import score
 
 
 class WeightHolders(Protocol):
-    """Policy and engine, and what they were built from; `RunParts` is one."""
+    """Policy and engine with their configuration; `RunParts` has these attributes."""
 
     @property
     def config(self) -> RunConfig: ...

@@ -20,7 +20,7 @@ class AnswerScore:
     """Log-probs of each alias's tokens in one context, filled in as the engine returns them."""
 
     aliases: list[list[float] | None]
-    """Per alias: nats per answer token; None until scored, and permanently where the alias did not fit."""
+    """For each alias, nats per answer token; None until scored, and permanently if the alias did not fit."""
 
     @property
     def logprobs(self) -> list[list[float]] | None:

@@ -48,8 +48,8 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
-        # Log-probs of sampled tokens include temperature and masks. Those of given tokens (prompt_logprobs) are the
-        # model's own in either mode.
+        # Log-probs of sampled tokens include temperature and masks. Log-probs of given tokens (prompt_logprobs) are
+        # the model's own in either mode.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )

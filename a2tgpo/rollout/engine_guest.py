@@ -43,9 +43,9 @@ def cap_cache_hits(manager: Any) -> None:
 def abort_in_order(core: Any) -> None:
     """Make requests that are aborted together free their blocks in the order of the call.
 
-    vLLM's scheduler frees them in the order of a Python set. This order differs between the ranks of an engine, since
-    their request ids differ in a random suffix. Evictions, cache hits and schedules would then differ, too
-    (vllm/v1/core/sched/scheduler.py, finish_requests; a request that writes a stop string ends with an abort).
+    vLLM's scheduler frees these requests in the order of a Python set. This order differs between the ranks of an
+    engine, since their request ids differ in a random suffix. Evictions, cache hits and schedules would then differ,
+    too (vllm/v1/core/sched/scheduler.py, finish_requests; a request that writes a stop string ends with an abort).
 
     Args:
         core: vLLM's EngineCore.
@@ -81,7 +81,7 @@ def environment_kept() -> Iterator[None]:
 def _inductor_threads() -> int | None:
     """Return the number of Inductor's compile threads; None: not set, so the environment decides.
 
-    Inductor's configuration may not be imported yet, or lack the value for a while: `unittest.mock.patch` deletes it.
+    Inductor's configuration may not be imported yet, or may lack the value because `unittest.mock.patch` deletes it.
     """
     return getattr(sys.modules.get("torch._inductor.config"), "compile_threads", None)
 
@@ -96,7 +96,7 @@ def _set_inductor_threads(threads: int | None) -> None:
 def host_state_kept() -> Iterator[None]:
     """Restore environment and random generators after the engine's construction.
 
-    Within, kernels are the engine's and compile with one thread, which is vLLM's setting.
+    Inside the context, kernels belong to the engine and compile with one thread, as vLLM sets it.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""The engine's share of GPU memory where the configuration leaves it open; the same on all ranks."""
+"""Choose the engine's share of GPU memory, equal on all ranks, if the configuration leaves it open."""
 
 from __future__ import annotations
 

@@ -115,7 +115,8 @@ class GroupRollout:
             progress: called whenever a trajectory ends.
             finished: called at the same time with the trajectory.
             is_cut: returns whether to interrupt the rollout; True on one rank of the engine replica is enough. None:
-                never. It also decides on an `outage` at its limit; without it such an outage is a RuntimeError.
+                never. It also decides what happens when an `outage` reaches its limit; without `is_cut` that is a
+                RuntimeError.
 
         Returns:
             The trajectories, ordered by prompt, then by sample; and this engine replica's counts.
@@ -239,7 +240,7 @@ class GroupRollout:
 
     @property
     def outage(self) -> Outage:
-        """This engine's wait for a tool's service, for callers that watch the rollout."""
+        """The state of this engine's wait for a tool's service; callers watch it."""
         return self._tools.outage
 
     @property

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
-_HASH_BYTES = 7  # so that the hash and its negative are both int64
+_HASH_BYTES = 7  # leaves room for the hash and its negative in int64
 # vLLM appends random characters to a request's id, different on every rank (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}

@@ -44,7 +44,7 @@ class ObservationEncoder:
 
     @property
     def min_tokens(self) -> int:
-        """Tokens of the tags alone."""
+        """Number of tokens of the two tags."""
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:

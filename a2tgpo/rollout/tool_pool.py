@@ -21,7 +21,7 @@ from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 WAIT_S = 1.0
 """Longest wait for an answer in one call of `ToolPool.results`; the caller has other work in between."""
 IDLE_S = 0.1
-"""Wait where every call is held, so that no thread can return an answer."""
+"""Wait if every call is held, so that no thread can return an answer."""
 
 
 class ToolFaultError(RuntimeError):
@@ -69,7 +69,7 @@ class ToolPool:
         self._late = f"no answer within {toolset.deadline_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The wait for a service, on all ranks of the engine; the caller enforces its limit."""
+        """The state of the wait for a service, on all ranks of the engine; the caller enforces the limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = replica_group
         self._leads = replica_group is None or dist.get_rank(replica_group) == 0

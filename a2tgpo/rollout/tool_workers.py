@@ -136,7 +136,7 @@ class ToolWorkers:
         return [call for call in late if call.is_wanted]
 
     def _start_threads(self) -> None:
-        """Start as many threads as the queue can use."""
+        """Start threads for the queued calls, up to the limit."""
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1

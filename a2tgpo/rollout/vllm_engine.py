@@ -115,7 +115,7 @@ class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Do nothing: all requests share one mask."""
+        """Do nothing, because all requests share one mask."""
 
 
 class VllmEngine:
@@ -218,7 +218,8 @@ class VllmEngine:
             top_p: nucleus threshold; log-probs are those of the truncated distribution.
             stop: texts that end the generation; the output includes them.
             stop_tokens: ids that also end the generation, in addition to the end of sequence that the tokenizer and
-                generation_config.json name; the output includes them. No other field of that file has an effect.
+                generation_config.json name; the output includes them. Other fields of generation_config.json have no
+                effect.
 
         Raises:
             ConfigError: if the context leaves no room for one token.

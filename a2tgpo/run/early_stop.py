@@ -44,7 +44,7 @@ class EarlyEnd:
         self.request.agree(is_broken_off or self.is_near(*stages))
 
     def begin_step(self) -> None:
-        """Remember the state that a step consumes before its update."""
+        """Store the state that a step will change before its update."""
         self._before_step = self._parts.sampler.state_dict(), self._parts.carried.state, get_rng_state()
         self._outage_before_s = self._parts.rollout.outage.total_s
 
@@ -58,7 +58,9 @@ class EarlyEnd:
             self._longest[name] = max(own_s, self._longest.get(name, 0.0))
 
     def save(self, step: int, *, evaluation_is_due: bool) -> None:
-        """Save a checkpoint of `step`, the last finished one, as it was right after; every rank must call this."""
+        """Save a checkpoint of the last finished step `step`, with the state right after it; every rank must call
+        this.
+        """
         if self._before_step is not None:
             sampler, carried, rng = self._before_step
             self._parts.sampler.load_state_dict(sampler)

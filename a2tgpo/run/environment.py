@@ -1,4 +1,4 @@
-"""What a start ran with apart from its settings: user, time, place, code and packages."""
+"""The environment of a start, apart from its settings: user, time, place, code and packages."""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ BEAT_S = 5.0
 SILENCE_S = 45.0
 """A holder on another machine that gives no sign of life for this long is considered dead."""
 SETTLE_S = 1.0
-"""Two starts may find the same dead holder; after this long, both read which of them is in the file."""
+"""Two starts may find the same dead holder; after this long, both read the file to see which of them holds the
+folder.
+"""
 BROKEN_RUN = 3
 """Exit code of a process whose folder another process took; equal to that of a2tgpo.lifecycle.failure."""
 _WIDTH = 1024

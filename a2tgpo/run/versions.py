@@ -80,7 +80,7 @@ def _git(*arguments: str) -> str:
 
     In a container the checkout may belong to another user; git refuses to read it without safe.directory.
     """
-    if not (_ROOT / ".git").exists():  # an installed package; git would describe the repository around it
+    if not (_ROOT / ".git").exists():  # in an installed package, git would describe an unrelated repository
         return ""
     try:
         done = subprocess.run(

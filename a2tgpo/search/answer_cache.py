@@ -19,8 +19,8 @@ class AnswerCache:
     """Evicts the least recently used answers first; safe to use from many threads.
 
     Args:
-        max_bytes: of all answers together. Passages count in full, even if their corpus is in memory anyway; a
-            single larger answer is not stored.
+        max_bytes: of all answers together. Passages count in full, even if their corpus is in memory anyway; an
+            answer above the limit is not stored.
     """
 
     def __init__(self, max_bytes: int):

@@ -58,7 +58,9 @@ class EmbeddingBlocks:
         return self._path(number).exists()
 
     def missing(self, *, worker: int = 0, num_workers: int = 1) -> Iterator[int]:
-        """Yield blocks that are still missing when their turn comes: this worker's, then all others from the end."""
+        """Yield missing blocks, first this worker's, then all others from the end; each is checked when its turn
+        comes.
+        """
         own = range(worker, self.num_blocks, num_workers)
         others = (number for number in reversed(range(self.num_blocks)) if number % num_workers != worker)
         for numbers in (own, others):

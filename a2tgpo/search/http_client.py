@@ -182,7 +182,7 @@ class HttpSearch:
                 raise SearchError(
                     f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
                 )
-            # httpx bounds each read, not their sum: a server that drips bytes would never time out.
+            # httpx limits each read, but not the total time: a server that sends byte by byte would never time out.
             if time.monotonic() > deadline:
                 raise self._late()
         return bytes(body)

@@ -67,7 +67,7 @@ class Refusal(BaseModel):
 
 
 class ServerMetrics:
-    """The server's counters, in their own registry."""
+    """The server's counters, in a separate registry."""
 
     def __init__(self, *, num_passages: int):
         self.registry = CollectorRegistry()

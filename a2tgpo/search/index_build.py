@@ -67,7 +67,7 @@ def build_bm25(
 
 
 class DenseBuild:
-    """Builds one dense index, in one or several processes with one such object each.
+    """Builds one dense index; each process that takes part has one such object.
 
     Embeddings stay in the folder `OUT.embeddings` until the index is written; an interrupted build resumes from
     them.
@@ -89,7 +89,7 @@ class DenseBuild:
         progress: Progress = silent,
     ):
         require_new(out)
-        # Before the corpus, so that a bad encoder is found before an hour of reading.
+        # Load the encoder before the corpus, so that a bad encoder is found before an hour of reading.
         self._encoder = Encoder(recipe.encoder, dtype=recipe.dtype)
         empty_index(self._encoder.dim, recipe.factory, num_passages=2**62)
         self._corpus, self._out, self._recipe, self._part = corpus, out, recipe, part

@@ -18,7 +18,9 @@ from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 TRAINING_PASSAGES = 1_000_000
 """Approximate maximum of the passages that train an index which needs training (IVF, PQ)."""
 COUNT_OFFSET = 8
-"""Where a Flat index's file has the number of vectors, bytes. The header's last 8 bytes count their components."""
+"""Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count the vectors'
+components.
+"""
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:

@@ -23,7 +23,7 @@ CACHE_BYTES = 2**27
 
 @dataclass(frozen=True, kw_only=True)
 class SearchCounts:
-    """A tool's counts since it was built."""
+    """Counts of a tool since its construction."""
 
     queries: int = 0
     cache_hits: int = 0

@@ -38,8 +38,8 @@ _FIELDS = {
 def write_agent_file(folder: Path, config: RunConfig) -> None:
     """Write the agent's protocol to `folder`/agent.json, a configuration that every program accepts.
 
-    It has instructions, template variables, tools with their settings, and the limits of a rollout, without question
-    files and training settings; `model.path` is `folder`.
+    The file has instructions, template variables, tools with their settings, and the limits of a rollout, without
+    question files and training settings; `model.path` is `folder`.
 
     Raises:
         OSError: the file cannot be written; names the file.

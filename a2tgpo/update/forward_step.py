@@ -22,7 +22,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
 """(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate.
 
-Both are 0 where `loss_mask` is False: the output layer does not run there.
+Both tensors are 0 where `loss_mask` is False, because the output layer does not run there.
 """
 
 
@@ -39,8 +39,8 @@ def run_pipeline(
     Every rank must call this, each data-parallel replica with its own micro-batches, the same on all of the replica's
     ranks. Replicas may have different numbers of micro-batches, even none. Replicas with fewer run additional empty
     ones, so that all reach every collective; `token_function` never sees these. Interleaved stages need whole rounds,
-    which are also filled up with empty micro-batches. Context-parallel ranks run a part of each micro-batch, but
-    `token_function` sees all of it on each of them.
+    which are also filled up with empty micro-batches. Context-parallel ranks run a part of each micro-batch, but on
+    each of them `token_function` sees the whole micro-batch.
 
     The gradients left in the model are those of the sum of `token_function`'s values over micro-batches and
     data-parallel replicas: this function reverts Megatron's averaging over both.

@@ -114,7 +114,7 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        # All data-parallel replicas skip together; the sum over them must count one.
+        # All data-parallel replicas skip together, but the sum over replicas must count one skipped update.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)

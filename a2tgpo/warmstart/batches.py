@@ -19,7 +19,7 @@ from a2tgpo.update.train_step import LossFunction
 def my_microbatches(
     chosen: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups, align: Alignment
 ) -> list[PackedBatch]:
-    """Pack this replica's share of `chosen`; every rank must call this, and all get the same split."""
+    """Pack this replica's share of `chosen`; every rank must call this; all ranks agree on the split."""
     lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
     mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]

@@ -69,7 +69,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
     """Choose the questions, `share` of all, whose demonstrations are held out, by hash rather than by file order.
 
-    All demonstrations of a question are on the same side, and a growing file moves few of them.
+    All demonstrations of a question are on the same side; if the file grows, few demonstrations change sides.
     """
     questions = {demonstration.question.question for demonstration in demonstrations}
 

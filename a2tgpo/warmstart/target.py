@@ -13,7 +13,7 @@ MARKER = "warmstart.json"
 
 
 def target_of(config: RunConfig) -> Path:
-    """Return the folder to write, with symbolic links resolved, so that a link at model.path stays one."""
+    """Return the folder to write, with symbolic links resolved, so that a link at model.path stays a link."""
     return Path(config.model.path).resolve()
 
 
@@ -53,7 +53,7 @@ def require_target(config: RunConfig) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Return whether both exist and are one folder under two names, as with bind mounts."""
+    """Return whether both paths exist and are the same folder, as with bind mounts."""
     try:
         return os.path.samefile(one, other)
     except OSError:

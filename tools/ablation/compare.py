@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
 PRESETS = ROOT / "configs" / "algorithm"
 OWN_KEYS = ("run.name", "run.root", "run.seed")
-"""Set for every run here, so not allowed on the command line."""
+"""Settings that this program sets for every run; they are refused on the command line."""
 POLL_S = 0.25
 
 
@@ -119,7 +119,7 @@ class Progress:
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)
         self._seen = {run.name: (0.0, run.step()) for run in runs}
-        """Run -> (time of its metrics' last change, its steps)."""
+        """For each run, the time of the last change of its metrics, and its number of steps."""
         self._total = total_steps
         self._begun_at = self._done = sum(step for _, step in self._seen.values())
         self._start = time.monotonic()
@@ -212,7 +212,7 @@ def play(
                 report_so_far(job.run.out)
     finally:
         for job in running:
-            job.process.terminate()  # torchrun ends its ranks
+            job.process.terminate()  # torchrun then ends its ranks
         for job in running:
             job.process.wait()
     return failed

@@ -16,7 +16,7 @@ from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 from runs import RunResult, read_results
 
 LAST_EVALUATIONS = 3
-"""Number of last evaluations to average for comparing methods, which is less noisy than the last one alone."""
+"""Number of last evaluations whose mean compares methods; the mean is less noisy than the last evaluation."""
 TRAINING_CURVES = (
     "reward/mean",
     "reward/em",

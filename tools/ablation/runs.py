@@ -64,10 +64,10 @@ class Plan:
     """The methods and seeds that DIR compares, kept in DIR/ablation.json, so that a report needs only DIR."""
 
     methods: list[str]
-    """The other methods are compared with the first."""
+    """Names of the methods; the first is the one that the others are compared with."""
     seeds: list[int]
     exit_codes: dict[str, int] = field(default_factory=dict)
-    """By the run's name, of runs whose last attempt has ended."""
+    """Exit codes by run name, for runs whose last attempt has ended."""
 
     def runs(self, out: Path) -> list[Run]:
         """Return the runs ordered by seed, so that an interrupted comparison has all methods of its first seeds."""
@@ -99,7 +99,7 @@ class RunResult:
 
     run: Run
     config: RunConfig | None
-    """As resolved at the run's last start; None if it never started."""
+    """The resolved configuration of the run's last start; None if the run never started."""
     records: Sequence[dict]
     """metrics.jsonl: one record per step."""
     status: str

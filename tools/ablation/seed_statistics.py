@@ -1,4 +1,4 @@
-"""Means over seeds with their uncertainty, from and to plain numbers."""
+"""Compute means over seeds and their uncertainty from plain numbers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
     """Return the mean of `values` - `base` over the seeds that both have.
 
-    Runs of one seed draw the same prompts in the same order, so a seed's difficulty for both cancels.
+    Runs of one seed draw the same prompts in the same order, so the difficulty of a seed's prompts cancels.
     """
     return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
 

@@ -38,7 +38,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
-"""By the ratio's level; clip_high keeps the preset's proportion to it."""
+"""Values of clip_low to try, by the ratio's level; clip_high keeps the preset's proportion to clip_low."""
 SEED = 100
 
 
@@ -119,7 +119,7 @@ class Tuner:
 
 def rewards(folder: Path) -> list[float]:
     """Return the mean reward of all rollouts played, per step; [] if there is no step yet."""
-    name = "sampling/reward_all_mean"  # recorded if groups are dropped
+    name = "sampling/reward_all_mean"  # the first is recorded only if groups are dropped
     records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
 

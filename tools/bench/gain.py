@@ -118,7 +118,7 @@ class Step:
         self.sampled_gap = torch.cat(differences).mean().item()
 
     def share(self, scorer: str) -> tuple[float, float]:
-        """Return CPU seconds of the scorer, and of a step with it."""
+        """Return CPU seconds of the scorer, and of a step that includes the scorer."""
         rest = sum(self.seconds[part] for part in ("generation", "old", "update"))
         return self.seconds[scorer], rest + self.seconds[scorer]
 

@@ -55,7 +55,7 @@ def build(corpus: Path, index: Path) -> dict[str, float]:
 
 
 def memory(process_id: int) -> dict[str, float]:
-    """Return resident MiB of a process: its own, and mapped from files."""
+    """Return a process's resident memory, MiB: its own, and pages mapped from files."""
     fields = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{process_id}/status").read_text().splitlines()

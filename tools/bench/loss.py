@@ -26,7 +26,7 @@ CONFIG = AlgorithmConfig()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """The same tokens in both forms."""
+    """The same tokens in the flat and in the padded form."""
 
     logprobs: Tensor
     """[n], flat over the sampled tokens."""

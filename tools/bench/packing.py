@@ -42,7 +42,7 @@ def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas
 
 
 def padded_share(trajectories: Sequence[Trajectory], limit: int, *, by_length: bool) -> float:
-    """Return the same with rows padded to the longest of their micro-batch, on one replica."""
+    """Return the same share if rows are padded to the longest of their micro-batch, on one replica."""
     lengths = [packed_length(t) for t in trajectories]
     if by_length:
         lengths.sort()

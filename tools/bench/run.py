@@ -3,8 +3,8 @@
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
 Without names, runs all, in about half an hour on two cores; the longest is `gain`, if the CPU does not support
-bfloat16. Table lines of other benches stay. Exit code 1 if a bench fails; a missed target is a line in the table, not
-a failure.
+bfloat16. The table's lines of other benches are kept. Exit code 1 if a bench fails; a missed target is a line in the
+table, not a failure.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ ranks): torch's fake process group makes the groups, and collectives return what
 Python's part of the work is done. A step has 1,024 trajectories of about 8,192 tokens at every size. Collectives and
 bytes are counted; seconds are CPU seconds of Python on rank 0, without the network.
 
-With --real, the quickstart takes three steps on that many gloo processes of this machine, and their resources are
-read.
+With --real, the quickstart takes three steps on these numbers of gloo processes on this machine, and the bench reads
+the processes' resources.
 """
 
 from __future__ import annotations

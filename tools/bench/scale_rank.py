@@ -57,7 +57,7 @@ class Peers:
         self.calls = self.sent = self.received = 0
         self.made: Counter[str] = Counter()
         self.of_peer: Callable[[int, Any], Any] = lambda rank, own: own
-        """Returns another rank's part, from its rank and this rank's part."""
+        """Computes another rank's part from that rank's number and this rank's part."""
 
     def patches(self) -> list[Any]:
         names = (

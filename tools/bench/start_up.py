@@ -52,7 +52,9 @@ made = process_age_s()
 engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
 Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - imports, "total": process_age_s()}))
 """
-"""A separate program; arguments: model, longest sequence, bytes of the cache, file of its answer."""
+"""The baseline's program; its arguments are the model, the longest sequence, the cache's bytes, and the answer's
+file.
+"""
 
 
 def environment(cache: Path) -> dict[str, str]:

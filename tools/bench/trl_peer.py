@@ -14,7 +14,7 @@ NAME = "TRL's GRPOTrainer"
 
 
 def is_there() -> bool:
-    """Return whether its environment exists; print a line if not."""
+    """Return whether TRL's environment exists; print a line if not."""
     if not PYTHON.exists():
         print(f"rows of {NAME} are left out: no {PYTHON.parents[1].name} here; make setup-trl makes it")
     return PYTHON.exists()

@@ -73,7 +73,7 @@ class Bench:
 
     check: str
     work: Path
-    """A folder to write to. Ranks may share it, so each uses its own file names."""
+    """A folder to write to. Ranks may share the folder, so each uses its own file names."""
     rank: int
     world_size: int
     settings: Settings = Settings()

@@ -61,7 +61,7 @@ def write_model(
     """Write a random model of `dimensions` in bfloat16; return its folder.
 
     Args:
-        device: where to draw it; a large model takes minutes on a CPU.
+        device: where to draw the weights; a large model takes minutes on a CPU.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -71,9 +71,7 @@ def write_model(
         model = AutoModelForCausalLM.from_config(_hf_config(dimensions, max_positions))
     with torch.no_grad():
         for parameter in model.parameters():
-            if (
-                parameter.ndim == 1
-            ):  # biases and norms: moved off their initial values, which would hide errors in them
+            if parameter.ndim == 1:  # change biases and norms, whose initial values would hide errors
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:  # twice transformers' std at 256 channels, because flat distributions would hide errors
                 parameter.normal_(0, 0.64 * parameter.shape[-1] ** -0.5)

@@ -144,5 +144,5 @@ def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Ran
     relation = question.hops[-1].relation
     others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
     wrong = sorted(others - {question.hops[-1].answer.text})
-    # Among very few questions, no other may have an answer of this kind.
+    # If there are very few questions, no other one may have an answer of this kind.
     return draw.choice(wrong) if wrong else question.hops[-1].subject

@@ -1,4 +1,5 @@
-"""The advantage methods: `algorithm.advantage: NAME` selects module NAME, so a new method is one new file here.
+"""The advantage methods: `algorithm.advantage: NAME` selects module NAME, so a new method is one new file in this
+folder.
 
 Each module has one function, which every rank of `dp_group` calls, even with an empty table:
 

@@ -7,12 +7,13 @@ one, has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only rewa
 written in the same state form a step group (Eq. 6), in any trajectory and at any turn index. Returns are normalised
 within the step group (Eq. 7).
 
-Decisions where the paper leaves a choice:
+Decisions that the paper leaves open:
 - Two states are the same only if equal: same query, same passages (`anchor_state.turn_states`). The authors' code can
-  also join states whose texts are similar.
+also join states with similar texts.
 - Both parts divide by the sample standard deviation, or neither does (`normalize_by_std`); the paper's F_norm.
 - A turn that is alone in its step group has A^S = 0.
-- A trajectory counts once in its prompt's statistics. The authors' code counts it once per turn, by default.
+- A trajectory counts once in its prompt's statistics. By default, the authors' code counts a trajectory once per
+turn.
 - Information gain is not used.
 """
 
