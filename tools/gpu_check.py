@@ -4,10 +4,10 @@
     torchrun --nnodes 2 --nproc-per-node 8 ... tools/gpu_check.py                      several machines
     srun --ntasks-per-node 8 python tools/gpu_check.py       the same, with MASTER_ADDR and MASTER_PORT
 
-Each check runs in its own processes, so a failed or hung check does not stop the others, and --json has the
-measurements so far from the first check on. Without a GPU, checks that make sense on a CPU run; the others are
-skipped with a reason. Exit code 0: no row failed; 1: a row failed; 2: a mistake in the arguments.
-docs/cluster_check.md lists the checks and their limits.
+Each check runs in its own processes, so a failed or hung check does not stop the others. The file of --json is
+rewritten after every check. Without a GPU, checks that make sense on a CPU run; the others are skipped with a reason.
+Exit code 0: no row failed; 1: a row failed; 2: a mistake in the arguments. docs/cluster_check.md lists the checks and
+their limits.
 """
 
 from __future__ import annotations

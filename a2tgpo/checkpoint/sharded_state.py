@@ -128,9 +128,9 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     except OSError as error:
         fault = error
-    # Use threads of this process. Megatron's own writer starts a manager process on every rank from the main script
-    # and leaves it running, and forks a process per file (filesystem_async.py); a process with an engine's threads
-    # should not fork.
+    # Use threads of this process. Megatron's own writer leaves a manager process running on every rank, and forks a
+    # process per file (filesystem_async.py),
+    # which a process with an engine's threads should not do.
     writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,

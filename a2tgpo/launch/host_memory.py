@@ -25,7 +25,7 @@ def memory_left(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
-    """Yield the same for each control group, of version 1 or 2, that limits this process."""
+    """Yield (bytes left, name of the limit) for each control group, of version 1 or 2, that limits this process."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":

@@ -17,7 +17,7 @@ def return_free_memory() -> None:
     """Return freed memory, which glibc's allocator keeps for later allocations, to the system.
 
     Without this call, glibc returns free memory only from the end of its heap. A step's tensors are allocated among
-    blocks that live longer, so the pages freed between those blocks would stay resident, and more of them after every
-    step.
+    blocks that live longer, so the pages freed between those blocks would stay resident, and their number would grow
+    with every step.
     """
     _C_LIBRARY.malloc_trim(0)

@@ -25,9 +25,10 @@ import torch
 SCOPE = "megatron.core"
 KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 """oneDNN, which computes the engine's matrix products and those in bfloat16, compiles a kernel for every shape and
-keeps 1,024 of them by default. Each number of tokens is a shape, so this cache is full within ten steps: 0.25 GiB,
-whose entries are then replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a kernel
-takes 0.3 ms."""
+keeps 1,024 of them by default. Each number of tokens is a shape, so this cache of 0.25 GiB is full within ten steps.
+Its entries are then replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a kernel
+takes 0.3 ms.
+"""
 
 _FACTORIES = (
     "arange",

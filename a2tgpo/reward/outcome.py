@@ -79,8 +79,8 @@ def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bo
 def extract_answer(response: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
 
-    A `\boxed` followed by a space boxes the rest of the block up to a `$`, as in the authors' code and in the MATH
-    data set's, its origin.
+    A `\boxed` followed by a space boxes the rest of the block up to a `$`, as in the authors' code, which follows the
+    code of the MATH data set.
     """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None

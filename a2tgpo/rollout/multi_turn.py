@@ -111,7 +111,7 @@ class LiveTrajectory:
         """Sort key that puts first the trajectories that may take longest.
 
         These are the ones without a budget, then the ones begun by earlier calls, then the questions with the most
-        hops, where the question set states them.
+        hops, if the question set gives their number.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 

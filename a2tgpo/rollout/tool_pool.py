@@ -48,8 +48,8 @@ class ToolPool:
     and faults, since the ranks' schedulers must see the same requests in the same order. All ranks of
     `replica_group` must make the same calls in the same order.
 
-    If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; the
-    call then stays pending, which the other ranks do not notice.
+    If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; to the
+    other ranks the call just seems to take longer.
 
     Args:
         toolset: the tools and their limits.

@@ -19,7 +19,9 @@ NOT_COMPARED = (
     "memory/",
     "refit/",
 )
-"""Metrics that depend on the clock, on failures, or on an engine's earlier weights: a new engine always gets all."""
+"""Metrics that depend on the clock, on failures, or on an engine's earlier weights, since a new engine always
+receives all weights.
+"""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:

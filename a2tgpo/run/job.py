@@ -21,7 +21,7 @@ def load_as_started(
     """Load a job's configuration: from `path` and `overrides` at its first start, afterwards from `kept`.
 
     `section.field=value` after the last file among `overrides` applies at every start: a scheduler passes the same
-    arguments each time, except those that the job itself sets, such as its retrieval server's address.
+    arguments each time, but the job itself adds changing ones, such as its retrieval server's address.
 
     Args:
         kept: written by `keep`; None or missing: a first start.

@@ -14,7 +14,8 @@ class ShardedIndex:
     """Merges the servers' answers by score.
 
     Dense scores are comparable across shards. BM25 scores depend on how rare a word is within the shard; with
-    interleaved parts (tools/build_index.py --part) they differ little, and the order is nearly that of one index.
+    interleaved parts (tools/build_index.py --part) this rarity differs little, and the order is nearly that of one
+    index.
 
     Args:
         clients: one per shard.

@@ -47,9 +47,9 @@ ENVELOPE_LABELS = {
 }
 
 SIGNAL_STEPS = 8
-"""Steps of each run whose rollouts enter figures 4 and 5."""
+"""Number of steps of each run whose rollouts enter figures 4 and 5."""
 LAST_STEPS = 4
-"""Last steps of each run whose rollouts enter EM by tool calls."""
+"""Number of last steps of each run whose rollouts enter the plot of EM by tool calls."""
 SMOOTHED_FROM = 12
 """Training curves with at least this many steps are shown as moving averages."""
 

@@ -100,8 +100,8 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return every rollout with at least as many searches as its question needs.
 
-    Columns: `needless` searches, `reward`, and per method the rollout's advantage, which is the mean over its sampled
-    tokens, the weighting of the sequence mean of token means.
+    Columns: `needless` searches, `reward`, and for each method the rollout's advantage: the mean over its sampled
+    tokens.
     """
     table = table_of(trajectories)
     num_tokens = torch.zeros(len(trajectories), table.max_turns + 1, dtype=torch.float64)
@@ -150,8 +150,8 @@ def drifts(rows: Sequence[Mapping]) -> list[dict]:
         rows: from `distributions` by turn.
 
     Returns:
-        For every signal its `drift` (largest less smallest mean; None unless two turn indices count) and the
-        `turns` that count.
+        For every signal, the `turns` with enough values, and its `drift`: the largest minus the smallest mean over
+        these turns (None for fewer than two turns).
     """
     found = []
     for name in dict.fromkeys(row["signal"] for row in rows):

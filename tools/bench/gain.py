@@ -1,17 +1,17 @@
 """Measure the cost of information gain per step: by the engine, by the trainer's tree, and with full prefixes.
 
-A step of SmolLM2-135M in float32, which every CPU supports: four trajectories of 2,000 tokens, with six process turns
-and a final one, played by the engine, scored and trained on by the trainer. After the prompt and after every process
-turn the gold answer is scored,
+The bench plays a step of SmolLM2-135M in float32, which every CPU supports: four trajectories of 2,000 tokens, with
+six process turns and a final one. The engine plays them; the trainer scores them and trains on them. After the prompt
+and after every process turn the gold answer is scored,
 
     engine   as requests on the cached prefix: the product
     tree     by the trainer, each trajectory once with all answers as branches: the product's check
     in full  by the trainer, one row per (trajectory, turn): as in the paper's code
 
-Share of step time: CPU seconds of the scoring, over those of generation, scoring of the old policy (needed by a step
-of several mini-batches), update, and that scoring. Tokens that the model runs are counted. Here the engine scores all
-contexts after the rollout, from its cache; in a training step it scores them during generation, in passes that run
-anyway.
+Share of step time: CPU seconds of the scoring, divided by those of the whole step, which consists of generation,
+scoring of the old policy (needed by a step of several mini-batches), update, and this scoring. Tokens that the model
+runs are counted. Here the engine scores all contexts after the rollout, from its cache; in a training step it scores
+them during generation, in passes that run anyway.
 """
 
 from __future__ import annotations

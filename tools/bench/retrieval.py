@@ -2,9 +2,9 @@
 
     python tools/bench/retrieval.py URL --questions FILE [--clients 1,8,80] [--seconds 5] [--topk 3] [--json FILE]
 
-The client is Python's own http.client, so that client and server share no project code. The expected answers are the
-server's own, one at a time before the load begins. The query cache makes repeated queries cheap, so each request
-carries a new query, unless --repeat is given.
+The client is Python's own http.client, so that client and server share no project code. The expected answers come
+from the server itself, queried one at a time before the load begins. The query cache makes repeated queries cheap, so
+each request carries a new query, unless --repeat is given.
 """
 
 from __future__ import annotations

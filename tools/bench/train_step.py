@@ -13,9 +13,9 @@ policy either. Differences: it has ratios of tokens or sequences, not of turns (
 are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at every
 position, and once more in the backward pass.
 
-Each variant runs in its own process, from the model's load on, so that its memory is all that training needs; an
-uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are equal.
-Takes about 4 minutes.
+Each variant runs in its own process, which begins with loading the model, so that its peak memory is that of
+training. An uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are
+equal. Takes about 4 minutes.
 """
 
 from __future__ import annotations

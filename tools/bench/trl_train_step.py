@@ -4,8 +4,8 @@
 
 Uses its own training loop: `rollout_func` supplies the rollouts, `env_mask` masks observations. Advantages are per
 token instead of per sequence. Ratios are 1 in the only update on a batch, so loss and gradient equal those of the
-turn-level loss, which verifies that both train on the same. Gradient checkpointing, on by TRL's default, is off as in
-the other variants.
+turn-level loss, which verifies that both train on the same data. Gradient checkpointing, on by TRL's default, is off
+as in the other variants.
 """
 
 from __future__ import annotations
