@@ -129,8 +129,7 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
     except OSError as error:
         fault = error
     # Use threads of this process. Megatron's own writer leaves a manager process running on every rank, and forks a
-    # process per file (filesystem_async.py),
-    # which a process with an engine's threads should not do.
+    # process per file (filesystem_async.py), which a process with an engine's threads should not do.
     writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,
