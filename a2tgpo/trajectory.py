@@ -4,7 +4,7 @@ Token ids are authoritative: the loss sees exactly the ids that the engine sampl
 again, and no turn boundary is inferred from a mask or a value.
 
 Tokens and log-probs are arrays with 4 bytes per element, in memory and between ranks; lists of Python numbers need
-about 36. The records convert other sequences when they are created.
+about 36. Other sequences are converted to arrays when a record is created.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         args.limits = _limits(args.timeout_s)
         args.settings = _settings(args)
         args.launched = launched_environment()
-    except ValueError as error:  # ConfigError is one
+    except ValueError as error:  # ConfigError is a ValueError
         parser.error(str(error))
     if args.ranks < 0:
         parser.error("--ranks must be positive")

@@ -85,7 +85,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make an OSError that lacks a file name, as raised by writes, name `path`."""
+    """Add the file name `path` to an OSError without one, such as a write raises."""
     try:
         yield
     except OSError as error:

@@ -183,8 +183,8 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
     Args:
         found: facts of all ranks, by rank; in a tie, rank 0 is right.
-        paths: by configuration key. Paths that no rank can read are a mistake in the configuration, reported later
-            as one.
+        paths: by configuration key. Paths that no rank can read are a mistake in the configuration, which is reported
+            later.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):

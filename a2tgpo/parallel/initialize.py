@@ -121,7 +121,7 @@ def shutdown() -> None:
 
 def _leave_layout() -> None:
     """Destroy the groups of a layout: each gloo group has a thread that wakes a hundred times a second."""
-    dist.barrier()  # no rank still sends in one of them
+    dist.barrier()  # no rank is still sending in one of these groups
     for group in parallel_state._global_process_group_list:
         if group is not None:
             dist.destroy_process_group(group)

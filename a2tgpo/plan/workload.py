@@ -86,7 +86,7 @@ class Geometry:
     def displaced(self) -> float:
         """Trajectories per engine and step that find no room to grow; each is preempted once.
 
-        In vLLM the number of preemptions is between one and two times this (docs/performance.md).
+        In vLLM the number of preemptions is one to two times this number (docs/performance.md).
         """
         return self.trajectories_per_engine * (1 - self.concurrent / self.in_flight)
 

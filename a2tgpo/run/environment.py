@@ -39,7 +39,7 @@ def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tu
     """Compare packages and code with the last start: return differences that refuse this start, and others to report.
 
     Code is compared by content, so a commit without effect on what runs is no change. If the last start had
-    uncommitted changes or no checkout, it was a developer's, and changes of code are only reported.
+    uncommitted changes or no checkout, a developer is at work, and changes of code are only reported.
     """
     packages = changes(before, {name: now[name] for name in package_versions()})
     if before.get("code", now["code"]) == now["code"]:

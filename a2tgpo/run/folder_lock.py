@@ -121,7 +121,7 @@ class FolderLock:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             other = _read(self._path)
-            if other is None:  # another start may be about to write itself in
+            if other is None:  # another start may be writing itself into the file
                 time.sleep(SETTLE_S)
                 other = _read(self._path)
             if other is not None and not _is(self._me, other) and _lives(self._path, other, self._me):
@@ -155,7 +155,7 @@ class FolderLock:
                     )
                     os._exit(BROKEN_RUN)
                 self._write()
-            except OSError:  # a file system that is away comes back, or ends the run elsewhere
+            except OSError:  # an unavailable file system returns, or ends the run at another place
                 continue
 
 

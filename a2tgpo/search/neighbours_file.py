@@ -16,7 +16,7 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""Approximate maximum of the passages that train an index which needs training (IVF, PQ)."""
+"""Largest number of passages, approximately, that train an index which needs training (IVF, PQ)."""
 COUNT_OFFSET = 8
 """Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count the vectors'
 components.

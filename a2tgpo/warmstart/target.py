@@ -25,8 +25,8 @@ def folder_of(config: RunConfig) -> Path:
 def require_target(config: RunConfig) -> None:
     """Raise `ConfigError`, one line, unless model.path may be written; write nothing.
 
-    It must not be, contain, or be inside an input of the warm start, and must be new, empty, or written by a warm
-    start.
+    The folder must not be, contain, or be inside an input of the warm start, and must be new, empty, or written by a
+    warm start.
     """
     settings, given = config.warmstart, config.model.path
     for field in ("source", "demonstrations"):

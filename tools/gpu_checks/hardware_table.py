@@ -32,7 +32,7 @@ def read(file: str) -> dict[str, Any]:
     """Return the results in `file`.
 
     Raises:
-        ConfigError: one line; they cannot be read.
+        ConfigError: one line; the results cannot be read.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))

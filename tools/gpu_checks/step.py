@@ -226,5 +226,5 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
         for section, values in each.items():
             config.setdefault(section, {}).update(values)
     path = folder / "config.yaml"
-    path.write_text(json.dumps(config))  # JSON is YAML
+    path.write_text(json.dumps(config))  # JSON is valid YAML
     return path
