@@ -9,7 +9,7 @@ An exported folder also has agent.json, which says how to play the agent (tools/
 A checkpoint needs its run's configuration for architecture and tokenizer (`model.path`); the default of --config is
 the configuration in the checkpoint's run folder. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to
 start a run with `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the model among themselves,
-whatever the run's layout; `parallel.tensor=N` and the like override that.
+independent of the run's layout; settings such as `parallel.tensor=N` override this division.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
     """Map each prompt index to whether its outcome rewards, before a length penalty, are not all equal."""
     rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
-        # All ill-formed responses earn the same reward, whatever their answer.
+        # All ill-formed responses earn the same reward, with any answer.
         reward = trajectory.exact_match if trajectory.format_ok else None
         rewards.setdefault(trajectory.prompt_index, set()).add(reward)
     return {index: len(values) > 1 for index, values in rewards.items()}

@@ -1,7 +1,7 @@
 """Write answers to disk as they come, so that an interrupted evaluation can resume.
 
 A folder beside the report holds `settings.json`, which identifies the evaluation, and `replica_R.jsonl`, to which
-engine replica R appends. The next start reads all files, whatever the number of replicas was.
+engine replica R appends. The next start reads all files, from any number of replicas.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def evaluate(
         stop: reports a requested stop, which interrupts the evaluation; `group` must then be the world. None: never.
 
     Returns:
-        Metrics over all questions, equal on all ranks: em (whatever the format), em_format_gated, f1, the standard
+        Metrics over all questions, equal on all ranks: em (of any format), em_format_gated, f1, the standard
         errors of these three as standard_error_em and so on, format_ok_rate, tool_calls, num_questions, and em by
         hops as em_1_hops and so on; and the trajectories that this replica played.
 

@@ -104,7 +104,7 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths excludes the default, even without experts
         # Under virtual stages Megatron frees an output right after posting its send (schedules.py:1522). NCCL keeps
-        # the buffer alive until it is sent; gloo would send whatever overwrote it.
+        # the buffer alive until it is sent; gloo would send the data that overwrote it.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
         **_stages(parallel),

@@ -172,7 +172,7 @@ class MultiTurnLoop:
         self._num_requests = 0
 
     def run(self, live: Sequence[LiveTrajectory]) -> None:
-        """Play all of `live`; the engine works whenever any trajectory can go on.
+        """Play all of `live`; the engine works whenever any trajectory can continue.
 
         Trajectories start in `LiveTrajectory.start_order`.
 

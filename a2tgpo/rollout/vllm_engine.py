@@ -320,7 +320,7 @@ class VllmEngine:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether generation needs a `load_weights` first, whatever the version."""
+        """Whether generation needs a `load_weights` first, with weights of any version."""
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:

@@ -1,7 +1,7 @@
 """Indices on disk: a folder with index.json, offsets.npy and the index's own files, bound to one corpus file.
 
 index.json has the kind, the fingerprints of the corpus and of the folder's other files, and the settings for queries.
-A folder is written beside its place and then renamed, so it is complete or absent.
+A folder is written under a temporary name and then renamed, so it is complete or absent.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
             f"{corpus} ({found}); give that one, or build anew with tools/build_index.py"
         )
     try:
-        # Before opening any file: FAISS allocates whatever length a damaged file states, and may hang.
+        # Check the files before opening any: FAISS allocates the length that a file states, so a damaged file may
+        # hang the process.
         files = _fingerprints(folder)
         if changed := sorted(
             name for name in description["files"] if files.get(name) != description["files"][name]

@@ -1,4 +1,4 @@
-"""The protocol that an exported model must be played with, in a file beside its weights."""
+"""Write the protocol of an exported model, with which it must be played, to a file next to its weights."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _order(
     tokens = template.render(question)
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
-    # A seed repeats its draw whatever is played concurrently; without one, each request gets its own.
+    # A seed repeats its draw, independent of concurrent requests; without a seed, each request gets its own.
     seed = secrets.randbits(32) if request.seed is None else request.seed
     prompt = Prompt(index=0, id=f"chat-{seed}", question=question, answers=(), tokens=tokens)
     return Order(prompt=prompt, is_greedy=request.temperature == 0)

@@ -1,4 +1,4 @@
-"""Figures of a comparison, each with the numbers it shows as CSV beside it.
+"""Draw the figures of a comparison, and write each figure's numbers as CSV.
 
 learning_curves.png   held-out EM, training reward, entropy and turns over training (curves.csv)
 figure4.png           gains and advantages by turn index, IGPO's and A2TGPO's on the same rollouts
