@@ -37,7 +37,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
         tokenizer = (PreTrainedTokenizerFast if is_whole else AutoTokenizer).from_pretrained(
             path, local_files_only=True
         )
-    except Exception as error:  # transformers raises any type for a bad file
+    except Exception as error:  # transformers may raise any type of exception for a bad file
         raise ConfigError(
             f"{key} {path!r}: the tokenizer is damaged ({first_line(error):.120}); fetch its files again"
         ) from error

@@ -3,7 +3,7 @@
     python -m a2tgpo.launch.local_ranks NUM_RANKS SCRIPT [ARGUMENT ...]
 
 Exits with the code of the rank that failed first; torchrun ends the others. SIGTERM and SIGUSR1 are passed on to the
-ranks, which then end on their own, a training run with a checkpoint (a2tgpo/lifecycle/stop_signal.py).
+ranks, which then end on their own; a training run first saves a checkpoint (a2tgpo/lifecycle/stop_signal.py).
 """
 
 import logging

@@ -157,7 +157,8 @@ def fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return a fault, by its first rank, for each machine with less memory left than its ranks need together.
+    """Return faults by rank: one, at the machine's first rank, for each machine whose ranks need more memory than is
+    left.
 
     Args:
         found: facts of all ranks, by rank.

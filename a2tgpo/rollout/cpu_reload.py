@@ -17,7 +17,7 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         _forget_packed_experts(model)
-    # The worker's method, not its model runner's: rebuilt kernels read vLLM's configuration.
+    # Call the worker's method, not its model runner's, because rebuilt kernels read vLLM's configuration.
     worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         _renew_tied_head(model)

@@ -310,7 +310,9 @@ class VllmEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache; before use both must be woken, on a GPU the weights reloaded."""
+        """Free the memory of weights and KV cache; before the next use, wake both, and on a GPU reload the
+        weights.
+        """
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine sleeps already"
         if ON_GPU:

@@ -32,7 +32,7 @@ def words_of(text: str) -> list[str]:
     matches part of a longer run; a run of one letter is a word.
     """
     folded = text.casefold()
-    if folded.isascii():  # most passages are; checking each character would double the time
+    if folded.isascii():  # most passages are ASCII; checking each character would double the time
         return _ASCII_WORD.findall(folded)
     words: list[str] = []
     for word in _WORD.findall(_without_accents(folded)):

@@ -43,7 +43,7 @@ VARIANTS = (
 
 
 class CountedRollout:
-    """Replaces engine and rollout: turns of planned lengths, in slots."""
+    """Simulates engine and rollout: plays turns of planned lengths in slots."""
 
     def __init__(self) -> None:
         self.steps_by_busy: Counter[int] = Counter()
