@@ -82,7 +82,7 @@ def export(args: argparse.Namespace) -> None:
     groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
-        # The run's own configuration: other engines than this conversion's processes will play the model.
+        # Write the run's own settings, since engines other than this conversion's processes will play the model.
         write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()

@@ -202,7 +202,7 @@ def play(
     ) as bar:
 
         def show() -> None:
-            # Replicas have equal shares, so one's progress is extrapolated to all.
+            # Replicas have equal shares, so this replica's progress is extrapolated to all.
             bar.update(min(replicas.count, total - bar.n))
 
         try:

@@ -10,8 +10,8 @@ documents themselves. GET /health returns {"status": "ok", "passages": n, "index
 /metrics counts for Prometheus, GET /docs the description of the interface. FOLDER is an index made by
 tools/build_index.py, BM25 or dense; bm25 builds one in memory. --shards queries other servers, each with a part of
 the corpus, and merges. Anyone who reaches the port can search the corpus: the default --host listens on this machine
-only, and --token-file or A2TGPO_SEARCH_TOKEN makes a bearer token required. SIGTERM finishes pending requests, then
-ends. SIGUSR1 does the same with exit code 75, which asks for a restart. --url-file publishes the address
+only, and --token-file or A2TGPO_SEARCH_TOKEN makes a bearer token required. SIGTERM ends the server after the pending
+requests. SIGUSR1 does the same with exit code 75, which asks for a restart. --url-file publishes the address
 (search.url_file).
 """
 

@@ -64,7 +64,7 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """Yield the rectangles that elements `start:stop` of a row-major tensor form, in the order of the elements.
 
-    At most 2 * len(shape) - 1 rectangles: part of a row, whole rows, part of a row, for each dimension.
+    There are at most 2 * len(shape) - 1 rectangles: each dimension has part of a row, whole rows, and part of a row.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
@@ -123,7 +123,7 @@ def _tensors_and_factories(models: dict[str, Any]) -> Iterator[ShardedTensor | S
 def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield a parameter's tensors on disk, each with the index of its first element in the flattened parameter.
 
-    A parameter has several where Megatron saves its halves separately, as with gate and up projections.
+    A parameter has several tensors on disk if Megatron saves its halves separately, as for gate and up projections.
     """
     if isinstance(base, ShardedTensor):
         yield 0, base

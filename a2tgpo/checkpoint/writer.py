@@ -185,7 +185,7 @@ class CheckpointWriter:
             _together(complete if is_first else None, group, final)
         except _SaveFailedError:
             if is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # do not let them fill a full disk
+                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
             raise
 
 

@@ -40,7 +40,7 @@ def unusable_gpus() -> list[str]:
 
 
 def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
-    """Return why CUDA does not start although there are `cards`, and how to mend it.
+    """Return why CUDA does not start although there are `cards`, and how to solve this.
 
     Args:
         cards: device files, e.g. nvidia0.

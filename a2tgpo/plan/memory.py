@@ -84,7 +84,7 @@ class TrainerMemory:
         }
         held = resident(phase, offload=offload)
         parts = {name: size for part, (name, size) in sizes.items() if part in held}
-        if phase != "start":  # Transformer Engine keeps them from the first pass on, in all phases
+        if phase != "start":  # from the first pass on, in all phases
             parts["FP8 copies of weights"] = self.fp8_copies
         return parts
 

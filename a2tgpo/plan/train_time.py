@@ -136,7 +136,7 @@ def _ring_bytes(given: PlanInputs) -> float:
     """Return the bytes that a rank sends in one pass over a micro-batch: it passes on keys and values of all other
     ranks.
 
-    The backward pass sends them again, together with their gradients, so it counts as two passes.
+    The backward pass sends keys and values again, together with their gradients, and so counts as two passes.
     """
     width = 2 * given.dimensions.kv_width / given.config.parallel.tensor
     others = given.config.parallel.context - 1

@@ -38,7 +38,7 @@ def _forget_packed_experts(model: Any) -> None:
 def _renew_tied_head(model: Any) -> None:
     """Give a tied output head the embedding's packed weight; call this after a reload.
 
-    The reload does not see a tied head. It packs the embedding, whose row lookups do not use the packed weight.
+    The reload packs only the embedding, whose row lookups do not use the packed weight, and does not see a tied head.
     """
     head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens

@@ -137,8 +137,8 @@ class MultiTurnLoop:
         stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation; None: no scoring.
         on_finished: called with each trajectory once its last token is sampled.
-        is_cut: returns whether to interrupt the rollout. All ranks that share the engine call it in the same passes;
-            it must return the same on all of them.
+        is_cut: returns whether to interrupt the rollout. All ranks that share the engine call `is_cut` in the same
+            passes, and it must return the same value on each of them.
     """
 
     def __init__(

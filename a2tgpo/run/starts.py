@@ -1,7 +1,7 @@
 """The starts of an experiment, in its folder: config.N.yaml and env.N.txt of the N-th, config.yaml of the last.
 
-Each start is compared with the one before. A change is refused unless this start accepts it; changes of free settings
-are only reported.
+Each start is compared with the previous start. A change is refused unless this start accepts it; changes of free
+settings are only reported.
 """
 
 from __future__ import annotations

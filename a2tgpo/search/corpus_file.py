@@ -27,8 +27,8 @@ def fingerprint(path: str | Path) -> str:
     """Fingerprint a corpus file's content, in well under a second at any intended size.
 
     Combines the size with a hash. Files of up to 256 MiB are hashed whole, larger ones in 4,096 evenly spread blocks
-    of 4 KiB, which include the first and the last block. This detects another corpus, but not an edit of equal length
-    between two blocks.
+    of 4 KiB, which include the first and the last block. The fingerprint detects another corpus, but not an edit of
+    equal length between two blocks.
     """
     size = os.stat(path).st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)

@@ -35,7 +35,7 @@ _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
 
 
 class _TransientError(SearchUnavailableError):
-    """A failure that an immediate retry may mend."""
+    """A failure that an immediate retry may cure."""
 
 
 class HttpSearch:
@@ -90,9 +90,9 @@ class HttpSearch:
 
         Raises:
             SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
-                failure that a retry cannot mend.
-            SearchUnavailableError: the same, if the query itself is not known to be at fault; raised without a try
-                while the circuit breaker is open.
+                failure that a retry cannot cure.
+            SearchUnavailableError: a SearchError for which the query itself is probably not to blame; raised without
+                a try while the circuit breaker is open.
         """
         return self.search_many([query], top_k)[0]
 

@@ -100,7 +100,7 @@ class QueryBatcher:
         queries: Sequence[str] = list(futures)
         try:
             answers = self._index.search_many(queries, top_k)
-        except BaseException as error:  # handed to the waiting callers, which would otherwise hang
+        except BaseException as error:  # the waiting callers get the error and do not hang
             for waiting in futures.values():
                 for future in waiting:
                     future.set_exception(error)

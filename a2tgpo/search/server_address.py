@@ -15,7 +15,7 @@ def write_address(path: Path, url: str) -> None:
 
 
 class ServerAddress:
-    """The address in `url`, or if that is empty, the address in the file `url_file`.
+    """The address in `url`, or if `url` is empty, the address in the file `url_file`.
 
     Raises:
         ConfigError: one line; the file cannot be read, or holds no address.

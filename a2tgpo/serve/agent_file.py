@@ -1,4 +1,4 @@
-"""Write the protocol of an exported model, with which it must be played, to a file next to its weights."""
+"""Write an exported model's protocol (its prompts, tools and limits) to a file next to its weights."""
 
 from __future__ import annotations
 

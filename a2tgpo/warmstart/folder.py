@@ -94,7 +94,7 @@ class WarmStartFolder:
         schedule: LearningRateSchedule,
         state: dict[str, Any],
     ) -> None:
-        """Start a checkpoint of `step` steps, once the one before is done; when complete, it replaces the others."""
+        """Wait for the previous checkpoint, then start one of `step` steps, which replaces all others when complete."""
         self.finish_saving()
         self._writer.start(
             step,

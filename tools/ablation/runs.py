@@ -64,7 +64,7 @@ class Plan:
     """The methods and seeds that DIR compares, kept in DIR/ablation.json, so that a report needs only DIR."""
 
     methods: list[str]
-    """Names of the methods; the first is the one that the others are compared with."""
+    """Names of the methods; the others are compared with the first."""
     seeds: list[int]
     exit_codes: dict[str, int] = field(default_factory=dict)
     """Exit codes by run name, for runs whose last attempt has ended."""

@@ -24,7 +24,7 @@ class EngineWithoutEnd(VllmEngine):
         super().submit(request_id, tokens, max_tokens=length, seed=seed, temperature=1.0, top_p=1.0, stop=())
 
     def forget(self) -> None:
-        """Drop the prefix cache, so that a variant cannot reuse the one before."""
+        """Drop the prefix cache, so that a variant cannot reuse the previous variant's entries."""
         assert self._engine.reset_prefix_cache()
 
 

@@ -25,8 +25,9 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens in the computed positions; each replica counts the slowest one's, for which it
-    waits.
+    """Return the share of real tokens in the computed positions.
+
+    All replicas wait for the slowest one, so its positions count for each of them.
     """
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
@@ -42,7 +43,7 @@ def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas
 
 
 def padded_share(trajectories: Sequence[Trajectory], limit: int, *, by_length: bool) -> float:
-    """Return the same share if rows are padded to the longest of their micro-batch, on one replica."""
+    """Return the share of real tokens on one replica if rows are padded to the longest of their micro-batch."""
     lengths = [packed_length(t) for t in trajectories]
     if by_length:
         lengths.sort()

@@ -61,7 +61,7 @@ def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGro
 
 
 def with_lists(trajectories: Sequence[Trajectory]) -> Any:
-    """Return the same with lists of Python numbers, as in earlier records."""
+    """Copy the trajectories, with lists of Python numbers in place of arrays, as in earlier records."""
     copies = copy.deepcopy(list(trajectories))
     for trajectory in copies:
         for part, names in (

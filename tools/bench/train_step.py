@@ -8,10 +8,10 @@ length, and runs the output layer everywhere; it computes no entropies and no me
 
 After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
 tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads prompts
-on the left and completions on the right, each to the longest of the batch, computes entropies, and scores no old
-policy either. Differences: it has ratios of tokens or sequences, not of turns (in the first update on a batch both
-are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at every
-position, and once more in the backward pass.
+on the left and completions on the right, each to the longest of the batch, computes entropies, and does not score the
+old policy in advance. Differences: it has ratios of tokens or sequences, not of turns (in the first update on a batch
+both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at
+every position, and once more in the backward pass.
 
 Each variant runs in its own process, which begins with loading the model, so that its peak memory is that of
 training. An uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are

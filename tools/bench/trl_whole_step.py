@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     request, answer = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     steps = train(request)
-    # Tokens are of all ranks; times are the first rank's, which waits for the others in every update.
+    # Tokens are summed over all ranks; times are the first rank's, which waits for the others in every update.
     for step in steps:
         for name in ("sampled_tokens", "tokens"):
             total = torch.tensor(float(step[name]))

@@ -96,8 +96,8 @@ def check_engine_speed(bench: Bench) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # Without ids beyond the tokenizer's, because log-probs of samples exclude those and log-probs of sequences do
-    # not.
+    # The model has no ids beyond the tokenizer's: log-probs of samples leave such ids out, those of sequences include
+    # them.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     asked = Play(
         path=path,

@@ -48,7 +48,7 @@ def run_check(
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> str:
-    """Wait for all; return the failure in one line, empty if none."""
+    """Wait for all processes; return the failure in one line, empty if none."""
     deadline, fault = time.monotonic() + timeout_s, ""
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         failed = [i for i, process in enumerate(processes) if process.poll()]

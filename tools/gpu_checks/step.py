@@ -18,7 +18,7 @@ MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 the default of guard.max_train_engine_gap, and several times bfloat16's rounding in this model.
 """
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
-"""The same for gold answers, which are as improbable for the policy as the probe's tokens
+"""Limit of the same difference for gold answers, which are as improbable for the policy as the probe's tokens
 (refit.verify.TOLERANCES).
 """
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
