@@ -94,7 +94,7 @@ class WarmStartFolder:
         schedule: LearningRateSchedule,
         state: dict[str, Any],
     ) -> None:
-        """Wait for the previous checkpoint, then start one of `step` steps, which replaces all others when complete."""
+        """Wait for the previous checkpoint, then start one of `step` steps; when complete, it replaces the others."""
         self.finish_saving()
         self._writer.start(
             step,
