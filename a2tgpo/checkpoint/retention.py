@@ -70,8 +70,8 @@ def set_aside_after(root: str | Path, step: int) -> None:
     steps.
 
     Left in place, the old checkpoints would count as the newest: a start would resume from them, and retention would
-    remove the new ones instead. Their newest stays whole, the others keep their weights; only the newest
-    `MAX_DROPPED` of these folders stay.
+    remove the new ones instead. The newest of the checkpoints set aside stays whole, the others keep their weights;
+    only the newest `MAX_DROPPED` of these folders stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):

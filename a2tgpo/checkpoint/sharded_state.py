@@ -148,8 +148,9 @@ def load_sharded(
     """Load model and optimizer as written by `write_sharded` in any layout; every rank must call this.
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
-    hold (`shared_read`). It reads into place, one saved piece at a time, which takes `optimizer_shards.PIECE_BYTES`
-    of host memory; for older checkpoints without pieces, as much as a tensor-parallel rank's part of a parameter.
+    hold (`shared_read`). A rank reads into place, one saved piece at a time, which takes
+    `optimizer_shards.PIECE_BYTES` of host memory; for older checkpoints without pieces, as much as a tensor-parallel
+    rank's part of a parameter.
 
     Args:
         pieces: the results of `write_sharded` on all ranks, to compare with; empty: nothing is compared.

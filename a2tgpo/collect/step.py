@@ -226,7 +226,7 @@ class Selection:
     """The groups that a step trains on."""
 
     groups: list[int]
-    """Their positions among all groups played, ascending, thus in draw order."""
+    """Positions of the step's groups among all groups played, ascending, thus in draw order."""
     num_surplus: int
     """Informative groups that were left out."""
     num_unfilled: int

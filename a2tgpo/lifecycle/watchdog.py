@@ -33,7 +33,9 @@ BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
 """Stages whose longest duration so far predicts the next one."""
 WAITING = ("refit", "exchange", "advantage")
-"""Stages in which a rank may wait for the slowest rank. Their limit follows the longest of all steady stages."""
+"""Stages in which a rank may wait for the slowest rank. The limit of such a stage follows the longest of all steady
+stages.
+"""
 
 
 @dataclass(frozen=True)

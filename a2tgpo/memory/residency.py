@@ -9,7 +9,7 @@
     update      forward, backward, optimizer step
     checkpoint  model and optimizer are copied to host memory, or loaded
 
-A sleeping engine has lost its weights. It gets new ones in the refit, and only a rollout can follow a refit.
+A sleeping engine has lost its weights. The refit brings new weights, and only a rollout can follow a refit.
 """
 
 from __future__ import annotations

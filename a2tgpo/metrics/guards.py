@@ -50,8 +50,8 @@ class Guards:
     """Watches the steps of one run; all ranks take the same decisions from the same configuration and metrics.
 
     An alarm stays unchanged in a step that lacks its metric, for example the likelihood of right answers if there are
-    none. It also stays unchanged if the metric is not finite, which has an alarm of its own. The base line of a
-    metric is its mean over the first `baseline_steps` steps that have it.
+    none. The alarm also stays unchanged if the metric is not finite: values that are not finite have an alarm of
+    their own. The base line of a metric is its mean over the first `baseline_steps` steps that have it.
 
     Args:
         clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
@@ -151,7 +151,8 @@ class Guards:
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`, but reset alarms that were turned off or whose limit has changed.
 
-        If a reset alarm was active, restart the count of steps with an alarm: it may have been the only one.
+        If a reset alarm was active, restart the count of steps with an alarm, because the reset one may have been
+        the only one.
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]

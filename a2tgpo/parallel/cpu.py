@@ -26,8 +26,8 @@ SCOPE = "megatron.core"
 KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 """oneDNN, which computes the engine's matrix products and those in bfloat16, compiles a kernel for every shape and
 keeps 1,024 of them by default. Each number of tokens is a shape, so this cache of 0.25 GiB is full within ten steps.
-Its entries are then replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a kernel
-takes 0.3 ms.
+The entries of a full cache are replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a
+kernel takes 0.3 ms.
 """
 
 _FACTORIES = (

@@ -43,8 +43,8 @@ class Assumptions:
     """Memory reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces of trainer and engine,
     GiB.
 
-    It also covers placeholders: Transformer Engine keeps a tensor for each shape of a layer's weights and returns it
-    once the gradient is in the buffer (0.2 GiB for 72B on 8 tensor-parallel ranks).
+    The reserve also covers placeholders: Transformer Engine keeps a tensor for each shape of a layer's weights and
+    returns it once the gradient is in the buffer (0.2 GiB for 72B on 8 tensor-parallel ranks).
     """
     fragmentation: float = 0.03
     """Memory reserved for fragmentation, as a share of all other memory on the GPU."""

@@ -36,8 +36,9 @@ def with_engine_share(
     """Return `config` with `rollout.gpu_memory_fraction` and `kv_cache_gib` chosen if the fraction is 0.
 
     The chosen cache is the largest that leaves `SAFETY_MARGIN` of the GPU free, but at most as large as the sequences
-    in flight can fill. It always holds one sequence, even if the margin becomes smaller. The share is the sum of
-    weights, workspace, graphs and cache. A cache set in the configuration stays; if the fraction is set, both stay.
+    in flight can fill. The cache always holds one sequence, even if the margin becomes smaller. The share is the sum
+    of weights, workspace, graphs and cache. A cache set in the configuration stays; if the fraction is set, both
+    stay.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:

@@ -9,8 +9,8 @@ A trajectory ends with one of these stop reasons:
     empty_query  it called a tool with an empty query
 The turn in which that happens is the final one: it has neither query nor observation.
 
-A trajectory with a budget may also pause. It then has no stop reason and ends with an observation, from which a later
-call continues it.
+A trajectory with a budget may also pause. A paused trajectory has no stop reason and ends with an observation, from
+which a later call continues the trajectory.
 """
 
 from __future__ import annotations

@@ -341,7 +341,7 @@ class RunFolder:
     def _if_comparable(self, state: dict, parts: RunParts) -> dict | None:
         """Return the best policy in `state`, or None if later ones cannot be compared with it.
 
-        Its checkpoint may no longer exist, or its score may be for other held-out questions.
+        The best policy's checkpoint may no longer exist, or its score may be for other held-out questions.
 
         Ranks may see different files on a network file system, but must agree on which checkpoints to save.
         """

@@ -3,8 +3,8 @@
 File-system locks are unsuitable: Lustre is often mounted without them, NFS keeps the locks of a crashed node, and a
 forked child keeps the flock of its dead parent. `holder.json` works wherever files work. On the same machine, the
 process id and start time show at once whether the holder lives. If Slurm requeued the holder's own job, the earlier
-process has ended. In all other cases the next start watches whether the file still changes. It compares contents,
-never clocks, and opens the file anew for each read, because only then does NFS ask the server.
+process has ended. In all other cases the next start watches whether the file still changes. The next start compares
+contents, never clocks, and opens the file anew for each read, because only then does NFS ask the server.
 """
 
 from __future__ import annotations

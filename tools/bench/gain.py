@@ -10,8 +10,8 @@ and after every process turn the gold answer is scored,
 
 Share of step time: CPU seconds of the scoring, divided by those of the whole step, which consists of generation,
 scoring of the old policy (needed by a step of several mini-batches), update, and this scoring. Tokens that the model
-runs are counted. Here the engine scores all contexts after the rollout, from its cache; in a training step it scores
-them during generation, in passes that run anyway.
+runs are counted. In this bench the engine scores all contexts after the rollout, from its cache; in a training step
+it scores them during generation, in passes that run anyway.
 """
 
 from __future__ import annotations

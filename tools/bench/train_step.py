@@ -7,7 +7,7 @@ output layer only where a token was sampled. The loop pads rows on the right, in
 length, and runs the output layer everywhere; it computes no entropies and no metrics.
 
 After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
-tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. It pads prompts
+tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. TRL pads prompts
 on the left and completions on the right, each to the longest of the batch, computes entropies, and does not score the
 old policy in advance. Differences: it has ratios of tokens or sequences, not of turns (in the first update on a batch
 both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at

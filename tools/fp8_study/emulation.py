@@ -2,8 +2,8 @@
 
 Operands are rounded to the values of scaled FP8 numbers, multiplied and summed in float32, and the result is rounded
 to the format of the layer's input, like a tensor core with full accumulation. Differences from a GPU run are the
-order of summation and the extent of a scale per tensor. Here the scale covers one matrix of Hugging Face's layout and
-one sequence; Megatron fuses query, key and value, and gate and up, and training packs many sequences.
+order of summation and the extent of a scale per tensor. The emulated scale covers one matrix of Hugging Face's layout
+and one sequence; Megatron fuses query, key and value, and gate and up, and training packs many sequences.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Share of good demonstrations with 1, 2 and 3 hops. It is so small that the model's most probable behaviour is often
-a bad habit.
+"""Share of good demonstrations with 1, 2 and 3 hops. The share is so small that the model's most probable behaviour
+is often a bad habit.
 """
 
 
