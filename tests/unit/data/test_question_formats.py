@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_names_the_file_and_keeps_what_was_there(tmp_path):
     command = f"ulimit -f 16; {sys.executable} tools/prepare_data.py jsonl --in {raw} --out {out}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: cannot write {out} (File too large); choose another --out\n"
+    assert done.stderr == f"error: --out: cannot write {out} (File too large); choose another\n"
     assert out.read_text() == "before\n" and sorted(tmp_path.iterdir()) == [raw, out]
 
 
