@@ -28,8 +28,8 @@ import time
 from tqdm import tqdm
 
 from a2tgpo.config.expand import path_argument, text_argument
-from a2tgpo.io.errors import ConfigError, require
-from a2tgpo.io.program import program_parser
+from a2tgpo.io.errors import require
+from a2tgpo.io.program import exit_code, program_parser
 from a2tgpo.search.encoder import DTYPES, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 
@@ -68,20 +68,16 @@ def parse_part(text: str, option: str = "--part") -> tuple[int, int]:
 
 def main() -> int:
     args = parse_arguments()
+    return exit_code(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
     bars = Bars()
     try:
         text = build(args, bars)
-    except ConfigError as error:
+    finally:
         bars.close()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        bars.close()
-        print(f"error: --out: cannot write {args.out} ({error.strerror or error})", file=sys.stderr)
-        return 2
-    bars.close()
     print(text)
-    return 0
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,43 +22,44 @@ from a2tgpo.config.expand import expand, path_argument
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.program import exit_code
 from a2tgpo.record.rollout_files import step_ranges
 from a2tgpo.warmstart.rejection import Filters, demonstrations_of, step_files
 
 
 def main() -> int:
     args = parse_arguments()
-    try:
-        require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
-        first, last = steps_of(args.steps)
-        records, counts, num_read = demonstrations_of(
-            args.run,
-            load_questions(args.questions or questions_of(args.run), key="--questions"),
-            Filters(
-                min_reward=args.min_reward,
-                needs_exact_match=not args.any_answer,
-                needs_format=not args.any_format,
-                max_failed_calls=args.max_failed_calls,
-                max_tokens=args.max_tokens,
-            ),
-            per_question=args.per_question,
-            first=first,
-            last=last,
-        )
-        steps = step_files(args.run, first=first, last=last)
-        print(f"{num_read} rollouts read, of steps {step_ranges(steps)}")
-        for reason, count in counts.most_common():
-            print(f"  {count:>8} left out: {reason}")
-        num_questions = len({record["id"] for record in records})
-        print(f"  {len(records):>8} taken, of {num_questions} questions")
-        if not records:
-            raise ConfigError("no rollout is good enough; loosen the filters, or take more steps")
-        write_text(args.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        print(f"wrote {args.out}")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return exit_code(lambda: write_demonstrations(args))
+
+
+def write_demonstrations(args: argparse.Namespace) -> None:
+    """Write the good rollouts to `args.out`, and print how many were left out, and why."""
+    require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
+    first, last = steps_of(args.steps)
+    records, counts, num_read = demonstrations_of(
+        args.run,
+        load_questions(args.questions or questions_of(args.run), key="--questions"),
+        Filters(
+            min_reward=args.min_reward,
+            needs_exact_match=not args.any_answer,
+            needs_format=not args.any_format,
+            max_failed_calls=args.max_failed_calls,
+            max_tokens=args.max_tokens,
+        ),
+        per_question=args.per_question,
+        first=first,
+        last=last,
+    )
+    steps = step_files(args.run, first=first, last=last)
+    print(f"{num_read} rollouts read, of steps {step_ranges(steps)}")
+    for reason, count in counts.most_common():
+        print(f"  {count:>8} left out: {reason}")
+    num_questions = len({record["id"] for record in records})
+    print(f"  {len(records):>8} taken, of {num_questions} questions")
+    if not records:
+        raise ConfigError("no rollout is good enough; loosen the filters, or take more steps")
+    write_text(args.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    print(f"wrote {args.out}")
 
 
 def parse_arguments() -> argparse.Namespace:

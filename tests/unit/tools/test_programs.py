@@ -12,7 +12,7 @@ PROGRAMS = [
     path
     for folder in ("launch", "tools")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if "ArgumentParser(" in (text := path.read_text(encoding="utf-8")) or "start_parser(" in text
+    if "__main__" in (text := path.read_text(encoding="utf-8")) and "parser" in text
 ]
 HEAVY = ("torch", "vllm", "transformers", "megatron", "matplotlib")
 
