@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from a2tgpo.evaluate.evaluate import Answer
+from a2tgpo.io.tables import markdown_table
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
 AVERAGE = "average"
@@ -53,27 +54,31 @@ def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
     """Format the summary as a page of tables."""
     rows = {**summary["sets"], AVERAGE: summary[AVERAGE]}
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), "", "## Greedy", ""]
-    lines += _table(
-        ["set", "questions", "EM", "EM, format gate", "F1", "F1, format gate", "format ok", "tool calls"],
-        [
-            [name, str(s["num_questions"]), *(f"{s[score]:.3f}" for score in SCORES)]
-            for name, s in rows.items()
-        ],
+    lines.append(
+        markdown_table(
+            ["set", "questions", "EM", "EM, format gate", "F1", "F1, format gate", "format ok", "tool calls"],
+            [
+                [name, str(s["num_questions"]), *(f"{s[score]:.3f}" for score in SCORES)]
+                for name, s in rows.items()
+            ],
+        )
     )
     sampled = {name: s["pass_at"] for name, s in rows.items() if "pass_at" in s}
     if sampled:
         ks = list(next(iter(sampled.values()))["exact_match"])
         lines += ["", "## pass@k", ""]
-        lines += _table(
-            ["set", *(f"pass@{k}" for k in ks), *(f"pass@{k}, format gate" for k in ks)],
-            [
+        lines.append(
+            markdown_table(
+                ["set", *(f"pass@{k}" for k in ks), *(f"pass@{k}, format gate" for k in ks)],
                 [
-                    name,
-                    *(f"{p['exact_match'][k]:.3f}" for k in ks),
-                    *(f"{p['format_gated'][k]:.3f}" for k in ks),
-                ]
-                for name, p in sampled.items()
-            ],
+                    [
+                        name,
+                        *(f"{p['exact_match'][k]:.3f}" for k in ks),
+                        *(f"{p['format_gated'][k]:.3f}" for k in ks),
+                    ]
+                    for name, p in sampled.items()
+                ],
+            )
         )
     for heading, key in (("tool calls", "by_tool_calls"), ("hops", "by_hops")):
         body = [
@@ -83,8 +88,10 @@ def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
         ]
         if body:
             lines += ["", f"## By number of {heading}", ""]
-            lines += _table(
-                ["set", heading, "questions", "EM", "EM, format gate", "F1", "F1, format gate"], body
+            lines.append(
+                markdown_table(
+                    ["set", heading, "questions", "EM", "EM, format gate", "F1", "F1, format gate"], body
+                )
             )
     return "\n".join(lines) + "\n"
 
@@ -138,10 +145,3 @@ def _mean_pass(groups: Sequence[Sequence[Answer]], k: int, *, gated: bool) -> fl
     ]
     total = sum(pass_at_k(len(group), int(n), k) for group, n in zip(groups, right, strict=True))
     return total / len(groups)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), "|" + "---|" * len(header), *(line(row) for row in rows)]

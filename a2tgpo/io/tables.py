@@ -1,9 +1,9 @@
-"""Write a comparison's rows as CSV and as Markdown."""
+"""Write rows as CSV and as Markdown."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -16,6 +16,9 @@ def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
         writer.writerows(rows)
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    cells = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return the lines of a table, in which a `|` within a cell stays text."""
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, *rows)
+    ]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])

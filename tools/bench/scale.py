@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from a2tgpo.io.program import program_parser
+from a2tgpo.io.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = Path(__file__).with_name("scale_rank.py")
@@ -126,12 +127,8 @@ def real_ranks(size: int) -> dict[str, float]:
 
 
 def table(title: str, rows: dict[str, str], found: dict[int, dict[str, float]]) -> str:
-    head = f"| {title} | " + " | ".join(f"{size:,}" for size in found) + " |"
-    lines = [head, "|---" * (len(found) + 1) + "|"]
-    for name, words in rows.items():
-        values = [_shown(record[name]) for record in found.values()]
-        lines.append(f"| {words} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+    lines = [[words, *(_shown(record[name]) for record in found.values())] for name, words in rows.items()]
+    return markdown_table([title, *(f"{size:,}" for size in found)], lines) + "\n"
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.program import exit_code, program_parser
+from a2tgpo.io.tables import markdown_table
 from a2tgpo.io.terminal import end_with_reader
 from a2tgpo.plan.measured import QUANTITIES
 
@@ -49,22 +50,16 @@ def read(file: str) -> dict[str, Any]:
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """Format the table of `results`, each from `read`."""
     checks = list(dict.fromkeys(name for result in results for name in result["seconds"]))
-    lines = [
-        _line("", [_card(result) for result in results]),
-        _line("---", ["---"] * len(results)),
-        _line("date", [result["machine"]["time"][:10] for result in results]),
-        _line("versions", [_versions(result) for result in results]),
-        *(_line(f"`{check}`", [_verdict(result, check) for result in results]) for check in checks),
+    rows = [
+        ["date", *(result["machine"]["time"][:10] for result in results)],
+        ["versions", *(_versions(result) for result in results)],
+        *([f"`{check}`", *(_verdict(result, check) for result in results)] for check in checks),
     ]
     for quantity, meaning in QUANTITIES.items():
         cells = [_measured(result, quantity) for result in results]
         if any(cell != "–" for cell in cells):
-            lines.append(_line(meaning, cells))
-    return "\n".join(lines)
-
-
-def _line(name: str, cells: Sequence[str]) -> str:
-    return f"| {name} | {' | '.join(cells)} |"
+            rows.append([meaning, *cells])
+    return markdown_table(["", *(_card(result) for result in results)], rows)
 
 
 def _card(result: dict[str, Any]) -> str:
