@@ -216,7 +216,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
     if args.tensor < 1:
         raise ConfigError(f"--tensor is {args.tensor}; allowed: 1 or more")
-    # Checks the shapes here, so that a mistake is one line and not a failed check.
+    # Checks the shapes before any check starts, so that a mistake is one line and not a failed check.
     slice_dimensions(args.like, tensor=args.tensor, layers=args.layers, on_gpu=True)
     lengths = None if args.lengths is None else _lengths(args.lengths)
     return Settings(

@@ -106,7 +106,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 
     config, inbox = player.config, Inbox(max_waiting=args.queue)
     template = PromptTemplate(
-        load_tokenizer(config.model.path),  # a separate one, because other threads take requests
+        load_tokenizer(config.model.path),  # other threads than the player's use this tokenizer
         config.data.instructions,
         kwargs=config.data.chat_template_kwargs,
         date=player.template.date,

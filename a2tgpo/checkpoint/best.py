@@ -35,9 +35,9 @@ class BestCheckpoint:
     stays the best. (Both answer the same questions, so the true error of the difference is smaller.)
 
     `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
-    from the checkpoint that it resumes, not from this file, and so forgets a best from dropped steps. The caller must
-    also forget a best without weights: its checkpoint was removed for a later and better one that is now dropped
-    itself.
+    from the checkpoint that it resumes, not from this file, and so forgets a best policy from dropped steps. The
+    caller must also forget a best policy whose checkpoint no longer exists, because it was removed in favour of a
+    checkpoint that is now dropped.
 
     Args:
         root: folder of the checkpoints.

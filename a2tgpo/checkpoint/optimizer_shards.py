@@ -2,7 +2,7 @@
 
 The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
 `start:stop` of a flattened parameter. On disk a parameter's state is one tensor of the parameter's global shape in
-any layout. A range is described as the few rectangles of that tensor that it covers, each a view of the optimizer's
+any layout. A rank's range covers a few rectangles of the tensor on disk; each rectangle is a view of the optimizer's
 own memory. So saving gathers nothing, loading reads into place, and any layout can read another layout's checkpoint.
 """
 

@@ -58,7 +58,7 @@ def reduce_to_weights(path: Path) -> None:
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             logger.warning("left %s unchanged: its %s is damaged", path, MARKER)
             return
-        # Before the removal, so that no reader expects a file that is about to be removed.
+        # Write the marker before the removal, so that no reader expects a file that is about to be removed.
         write_text(path / MARKER, json.dumps(kept | {WEIGHTS_ONLY: True}))
     for entry in path.iterdir():
         if entry.is_dir() and entry.name != WEIGHTS:

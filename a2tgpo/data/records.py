@@ -42,7 +42,7 @@ def _begins_as_parquet(path: Path) -> bool:
 
 
 def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    # A local import: it takes a third of a second, and most runs read JSONL.
+    # Import pyarrow here, because the import takes a third of a second and most runs read JSONL.
     import pyarrow.parquet as parquet
 
     number = 0

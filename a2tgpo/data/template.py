@@ -66,8 +66,9 @@ class PromptTemplate:
         <think> if the template opens the thought, both if thinking is switched off."""
         self.end_of_turn = self._find_end_of_turn()
         """Id of the control token that ends an answer in a conversation, if it differs from the tokenizer's end of
-        sequence: base models end with <|endoftext|>, but the template writes <|im_end|>. None: it is the same, or the
-        template writes no such token."""
+        sequence: base models end with <|endoftext|>, but the template writes <|im_end|>. None: both tokens are the
+        same, or the template ends no answer with a token.
+        """
 
     def render(self, question: str) -> tuple[int, ...]:
         """Return the token ids of the prompt for `question`."""

@@ -219,7 +219,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # no message yet; Python can handle signals now
+            except DistStoreError:  # no message yet; signals are handled between waits
                 continue
             except DistError:
                 break

@@ -156,9 +156,9 @@ class Guards:
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
-        self._skipping = state.get("skipping", 0)  # earlier versions did not store it
+        self._skipping = state.get("skipping", 0)  # missing in states of earlier versions
         limits = self._limits()
-        old_limits = state.get("limits", limits)  # earlier versions did not store them
+        old_limits = state.get("limits", limits)  # missing in states of earlier versions
         for name, (is_on, contrary) in state["alarms"].items():
             if name in self._is_on and limits.get(name) == old_limits.get(name):
                 self._is_on[name], self._contrary[name] = is_on, contrary

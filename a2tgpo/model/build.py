@@ -138,7 +138,7 @@ def _gpt_model(
     ).to(groups.device)
     rope.apply_to(gpt_model)
     for name, parameter in gpt_model.named_parameters():
-        # The optimizer reads these attributes of every parameter, but layers set them only on split ones.
+        # The optimizer reads these attributes of every parameter, but layers set them only on split parameters.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         # Gradients of experts are reduced over the ranks that hold the same experts. Up to 0.16 Megatron does this
         # only with parallel.expert > 1, and would lose the gradients from other tensor-parallel ranks' tokens.
@@ -185,8 +185,8 @@ def wrap_for_training(
 def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add weight gradients directly to the float32 buffer.
 
-    Otherwise they round each micro-batch's gradient to the weights' dtype first. The chunk must be wrapped in
-    DistributedDataParallel, which owns the buffers. Megatron's own switch (`gradient_accumulation_fusion`) would
+    By default these layers first round each micro-batch's gradient to the weights' dtype. The chunk must be wrapped
+    in DistributedDataParallel, which owns the buffers. Megatron's own switch (`gradient_accumulation_fusion`) would
     include its own output layer, which needs APEX. The first micro-batch of a pass may overwrite instead of adding,
     so the buffer must be zero before each pass.
     """

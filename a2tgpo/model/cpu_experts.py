@@ -28,7 +28,7 @@ def grouped_mlp_modules() -> Any:
     """Return Megatron's grouped experts built from the twins, for `BackendSpecProvider.grouped_mlp_modules`.
 
     Megatron-Core 0.16, the last version for Python 3.11, expects a class and its parts; 0.19 a function that builds
-    the experts. The tests cover both versions, one per Python version.
+    the experts. The tests cover both Megatron versions, one per Python version.
     """
     if hasattr(experts, "GroupedMLP"):
         return experts.TEGroupedMLP, MLPSubmodules(

@@ -1,7 +1,7 @@
 """Twins of Transformer Engine's modules in plain PyTorch: same module tree, parameter names and layouts.
 
-A layer built from them has the same state as one built from Transformer Engine, so checkpoints, weight tables and the
-layer specification do not depend on the machine.
+A layer built from the twins has the same state as a layer built from Transformer Engine, so checkpoints, weight
+tables and the layer specification do not depend on the machine.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def forward_packed(
             cu_seqlens[i] .. cu_seqlens[i + 1]. Should be in host memory: reading it from a GPU would synchronise.
         tree: the row is one segment of this shape (see `probes`); only without gradients and context parallelism.
         output_rows: [n] int64, n >= 1: which of the T / cp positions on this rank need logits; equal on all
-            tensor-parallel ranks. None: all of them.
+            tensor-parallel ranks. None: all positions.
 
     Returns:
         Last chunk: logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for

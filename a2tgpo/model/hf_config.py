@@ -111,8 +111,8 @@ def _require_the_stated_head(
 ) -> None:
     """Refuse weights whose output head contradicts tie_word_embeddings.
 
-    Where config.json ties them, trainer and engine would use the embedding as the head, transformers the stored head.
-    A stored head that equals the embedding is accepted.
+    If config.json ties embedding and head, trainer and engine would use the embedding as the head, but transformers
+    would use the stored head. A stored head that equals the embedding is accepted.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:

@@ -44,10 +44,10 @@ def uses_transformer_engine(layer_spec: str) -> bool:
 def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
     """Raise `ConfigError` unless the installed Transformer Engine supports these number formats on this GPU."""
     if dtype == "float32":
-        # Transformer Engine's fused attention supports only 16-bit formats. In float32 it would unpack a row into
-        # [segments, longest, ...] and keep [segments, heads, longest, longest] scores per layer; with context
-        # parallelism it has no float32 attention (dot_product_attention.py, "No dot product attention backend is
-        # available").
+        # Transformer Engine's fused attention supports only 16-bit formats. In float32 Transformer Engine would
+        # unpack a row into [segments, longest, ...] and keep [segments, heads, longest, longest] scores per layer;
+        # with context parallelism it has no float32 attention (dot_product_attention.py, "No dot product attention
+        # backend is available").
         raise ConfigError(
             "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
             "in float32 grows with the square of the longest sequence, and parallel.context > 1 has none; "

@@ -110,8 +110,8 @@ def _start(
 ) -> deque[_Gather]:
     """Issue the collectives that bring `bucket` to this rank: a broadcast over the stages, a gather in each stage.
 
-    A gather needs the broadcast's result. Under NCCL only `stream` waits for it: neither this process nor the
-    device's work for the engine does. Gloo has no streams: a gather after a broadcast waits for it here.
+    A gather needs the broadcast's result. Under NCCL only `stream` waits for the broadcast: neither this process nor
+    the device's work for the engine does. Gloo has no streams: a gather after a broadcast waits for it here.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]

@@ -253,7 +253,7 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
 def _plain_splits(moe_utils: Any) -> None:
     """Make the token dispatcher pass its all-to-all splits as NumPy arrays, as it does on a GPU.
 
-    On a CPU it would pass tensors, which torch rejects.
+    On a CPU the dispatcher would pass tensors, which torch rejects.
     """
     move = moe_utils.maybe_move_tensor_to_cpu
 

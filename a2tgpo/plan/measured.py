@@ -53,7 +53,7 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Assumptions of a plan with measurements in place of some, and the source of the measurements."""
+    """A plan's assumptions, some of them replaced by measurements, and the source of the measurements."""
 
     source: str
     """File, GPU and time of the measurement."""

@@ -14,7 +14,7 @@ WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 /
 """Of a weight."""
 WEIGHT_COPIES = 2
 """Bytes per weight of the FP8 copies that exist beside the bfloat16 weight: for the forward pass, and transposed for
-the backward pass. Modules create them at the first micro-batch after an update and keep them
+the backward pass. Modules create the copies at the first micro-batch after an update and keep them
 (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
 """
 ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2

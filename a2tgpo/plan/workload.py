@@ -76,7 +76,7 @@ class Geometry:
     in_flight: int
     """Trajectories that one engine starts at once, if the cache holds their first tokens."""
     concurrent: int
-    """How many of these, at mean length, the cache holds to their end."""
+    """How many trajectories of mean length the cache holds to their end."""
     kv_tokens: int
     """Tokens that one engine's cache holds."""
     full_sequences: int

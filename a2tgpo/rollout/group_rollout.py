@@ -115,8 +115,8 @@ class GroupRollout:
             progress: called whenever a trajectory ends.
             finished: called at the same time with the trajectory.
             is_cut: returns whether to interrupt the rollout; True on one rank of the engine replica is enough. None:
-                never. It also decides what happens when an `outage` reaches its limit; without `is_cut` that is a
-                RuntimeError.
+                never. `is_cut` also decides what happens when an `outage` reaches its limit; without `is_cut` that is
+                a RuntimeError.
 
         Returns:
             The trajectories, ordered by prompt, then by sample; and this engine replica's counts.

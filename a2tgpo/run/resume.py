@@ -44,8 +44,8 @@ def check_resume(resume: str) -> None:
 def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint that a start would resume from, with its record; None if there is none.
 
-    One process finds it, and reads only `state.json`; with `auto`, the newest checkpoint whose `state.json` is
-    readable.
+    One process looks for the checkpoint, and reads only `state.json`. With `auto` it takes the newest checkpoint
+    whose `state.json` is readable.
 
     Raises:
         ConfigError: one line; `resume` is a path whose record cannot be read.

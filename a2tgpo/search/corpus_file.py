@@ -19,7 +19,7 @@ from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
 WHOLE_BYTES = 256 * 2**20
-"""Files up to this size are hashed whole; of larger files, evenly spread blocks."""
+"""Files up to this size are hashed whole; of larger files only evenly spread blocks are hashed."""
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 

@@ -1,7 +1,7 @@
 """Sentence embeddings by a Hugging Face encoder.
 
 e5-base-v2 needs "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM needs
-no prefix. Both average the last layer over the tokens and compare by cosine.
+no prefix. Both encoders average the last layer over the tokens and compare by cosine.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class DenseRecipe:
     nprobe: int = 0
     """IVF lists to search per query; 0: see `dense.PROBED_SHARE`."""
     dtype: str = "auto"
-    """Dtype of the encoder while it embeds, see `Encoder`."""
+    """Dtype of the encoder during embedding, see `Encoder`."""
 
 
 def build_bm25(

@@ -1,4 +1,4 @@
-"""Refuse requests before reading them: without a token, too large, too many."""
+"""Refuse requests without a token, too large requests and too many requests, all before reading their bodies."""
 
 import hmac
 import json

@@ -1,6 +1,6 @@
 """Compute the advantages of IGPO and of A2TGPO for the same recorded rollouts.
 
-Uses the trainer's own functions for both, step by step, because normalisation is within a step's groups.
+Uses the trainer's own functions for both methods, step by step, because normalisation is within a step's groups.
 """
 
 from __future__ import annotations

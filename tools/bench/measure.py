@@ -31,7 +31,9 @@ class Row:
     baseline: float
     baseline_is: str
     unit: str
-    """Unit of both: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s", "bytes", ..."""
+    """Unit of `ours` and `baseline`: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s",
+    "bytes", ...
+    """
     ratio: float
     """Median of the rounds' ratios, each defined by `ratio_is`."""
     ratio_is: str
@@ -130,8 +132,8 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 def peak_megabytes(variant: Variant) -> float:
     """Return the peak resident memory of `variant` beyond the memory before it, MB; in a forked child (Linux).
 
-    Memory that an earlier run freed but the allocator kept would hide the need; a child leaves none behind, and glibc
-    returns its free memory first.
+    The allocator may keep memory that an earlier variant freed, which would hide a later variant's need. So glibc
+    first returns its free memory, and each variant runs in its own child.
     """
     import torch
 

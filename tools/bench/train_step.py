@@ -1,17 +1,17 @@
 """Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim with padding.
 
-Both run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step of
-AdamW, in float32 with one thread, on the same trajectories. Both take the old policy's log-probs from this pass,
-since a step of one mini-batch needs no scoring before it. This project's update packs trajectories and runs the
+Both programs run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step
+of AdamW, in float32 with one thread, on the same trajectories. The old policy's log-probs come from this pass, since
+a step of one mini-batch needs no scoring before the update. This project's update packs trajectories and runs the
 output layer only where a token was sampled. The loop pads rows on the right, in their given order or sorted by
 length, and runs the output layer everywhere; it computes no entropies and no metrics.
 
 After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
 tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. TRL pads prompts
 on the left and completions on the right, each to the longest of the batch, computes entropies, and does not score the
-old policy in advance. Differences: it has ratios of tokens or sequences, not of turns (in the first update on a batch
-both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs at
-every position, and once more in the backward pass.
+old policy in advance. Differences: TRL has ratios of tokens or sequences, not of turns (in the first update on a
+batch both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs
+at every position, and once more in the backward pass.
 
 Each variant runs in its own process, which begins with loading the model, so that its peak memory is that of
 training. An uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are

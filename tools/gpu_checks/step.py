@@ -80,7 +80,7 @@ def check_fp8_trainer_step(bench: Bench) -> None:
 
 
 def check_fp8_step(bench: Bench) -> None:
-    """Check both in FP8, as in configs/train_70b.yaml."""
+    """Check trainer and engine in FP8, as in configs/train_70b.yaml."""
     _fp8_steps(bench, FP8_ROLLOUT, FP8_TRAINER)
 
 

