@@ -23,8 +23,8 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
     """Keep the `keep` newest checkpoints under `root` whole, and the weights of a few older ones; one rank calls
     this.
 
-    Keeps the weights of step `spare` and of steps that are a multiple of `keep_every` (0: none). If these take more
-    than `keep_gb` GB (0: no limit), the oldest are removed, but never those of `spare`.
+    Keeps the weights of step `spare` and of steps that are a multiple of `keep_every` (0: none). If these weights
+    take more than `keep_gb` GB (0: no limit), the oldest are removed, but never those of step `spare`.
     """
     root = Path(root)
     steps = steps_in(root)

@@ -1,7 +1,7 @@
 """Model and optimizer on disk, in Megatron's sharded torch_dist format.
 
 A checkpoint has two folders in Megatron's format, `WEIGHTS` and `OPTIMIZER`, so either can be read or removed without
-the other. Checkpoints from before this separation have both in `WEIGHTS`.
+the other. Checkpoints from before this separation have model and optimizer in `WEIGHTS`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
 
-A file may name a base file with `base:` (relative to itself). Its own values override its base's, and arguments
-override files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative paths in a
-configuration are relative to the folder in which the program is started. In paths, ~ and ${NAME} are replaced.
+A file may name a base file with `base:` (relative to itself). A file's own values override its base's values, and
+arguments override files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative
+paths in a configuration are relative to the folder in which the program is started. In paths, ~ and ${NAME} are
+replaced.
 """
 
 from __future__ import annotations

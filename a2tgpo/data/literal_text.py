@@ -8,7 +8,7 @@ spelling gets the same tokens as from the tokenizer itself.
 
 SentencePiece tokenizers (of Llama 2, for example) put a space before every text, which only the beginning of a
 sequence should have: `\boxed{` and `Vienna`, encoded separately, would become `\boxed{ Vienna`. This module removes
-that space from all later parts.
+the additional space from all parts but the first.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ def expert_settings(
     """Return the fields of Megatron's TransformerConfig for routing and layout; none for a dense model.
 
     Qwen3 weights the chosen experts by a softmax over all experts, renormalised over the chosen ones
-    (`norm_topk_prob`). This equals the softmax over the chosen logits: Megatron's routing without `pre_softmax`. No
-    token is dropped and no balancing loss is added: the gradient must be that of the policy that played.
+    (`norm_topk_prob`). These weights equal the softmax over the chosen logits: Megatron's routing without
+    `pre_softmax`. No token is dropped and no balancing loss is added: the gradient must be that of the policy that
+    played.
     """
     if not has_experts(hf_config):
         return {}

@@ -86,7 +86,7 @@ class MicrobatchShape:
             # The outputs of the gate and up projections, and their gated product.
             width = d.ffn // self.parallel.tensor
             return self.tokens * 2 * width * self.element_bytes + self._input_bytes(self.tokens * width)
-        # The same sizes for every chosen expert, and the copy of the token that the expert receives.
+        # Every chosen expert saves gate, up and their product, and the copy of the token that the expert receives.
         experts = self.routed_tokens * 2 * d.ffn * self.element_bytes
         experts += self._input_bytes(self.routed_tokens * (d.hidden + d.ffn))
         # The router's logits, weights and choices.

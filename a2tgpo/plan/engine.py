@@ -84,8 +84,8 @@ def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu)
     """Return the cache that `rollout.gpu_memory_fraction` leaves in this plan, rounded down to half a GiB, at least
     0.
 
-    Set as `rollout.kv_cache_gib`, this fixes the cache's size. Otherwise vLLM sizes the cache by a measurement at the
-    start, and a version with a larger overhead would silently hold fewer trajectories.
+    Setting `rollout.kv_cache_gib` to this value fixes the cache's size. Otherwise vLLM sizes the cache by a
+    measurement at the start, and a version with a larger overhead would silently hold fewer trajectories.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)

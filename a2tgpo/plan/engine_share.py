@@ -37,8 +37,8 @@ def with_engine_share(
 
     The chosen cache is the largest that leaves `SAFETY_MARGIN` of the GPU free, but at most as large as the sequences
     in flight can fill. The cache always holds one sequence, even if the margin becomes smaller. The share is the sum
-    of weights, workspace, graphs and cache. A cache set in the configuration stays; if the fraction is set, both
-    stay.
+    of weights, workspace, graphs and cache. A cache that the configuration sets is kept; if it sets the fraction,
+    nothing is changed.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:

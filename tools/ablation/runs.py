@@ -124,7 +124,7 @@ def read_result(run: Run, exit_code: int | None) -> RunResult:
     """Read a run's folder.
 
     Args:
-        exit_code: of its last attempt; None if that has not ended, or never began.
+        exit_code: exit code of the run's last attempt; None if there was no attempt or it has not ended.
     """
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)

@@ -45,7 +45,9 @@ class City:
     north: Name | None = None
     """The nearest town of at least `MIN_TOWN_POPULATION` people to the north (bearing within 45 degrees)."""
     south: Name | None = None
-    """The same to the south. North and south are None if the town is in another country or its name is ambiguous."""
+    """The nearest such town to the south. North and south are None if the town is in another country or its name is
+    ambiguous.
+    """
 
 
 @dataclass
