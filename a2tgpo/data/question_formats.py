@@ -161,7 +161,8 @@ def _annotated_nq(where: str, record: dict) -> Item:
 def _nq_tokens(where: str, record: dict) -> list[str]:
     """Return the document's tokens, with HTML tags as empty texts if the format marks them.
 
-    Simplified: `document_text`, separated by spaces. Not simplified: `document_tokens`, a list of objects.
+    The simplified format has `document_text`, separated by spaces; the full format has `document_tokens`, a list of
+    objects.
     """
     if "document_tokens" not in record:
         return _text(record, "document_text", where).split(" ")

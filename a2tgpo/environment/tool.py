@@ -75,8 +75,8 @@ def build_tools(config: RunConfig) -> Toolset:
     return Toolset(
         tools=MappingProxyType(tools),
         num_workers=config.search.num_workers,
-        # A client limits each try, its waits, and one extra try that tests whether the query is at fault. This
-        # deadline bounds everything else in the client.
+        # A client limits each try, its waits, and one extra try that tests whether the query is at fault. The
+        # deadline bounds the rest of a call, such as a tool that hangs.
         deadline_s=2 * config.search.timeout_s * (config.search.max_attempts + 1),
         max_part_tokens=config.search.max_passage_tokens,
         outage_limit_s=config.search.longest_outage_s,

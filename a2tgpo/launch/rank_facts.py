@@ -169,7 +169,8 @@ def host_memory_faults(
         by_host.setdefault(facts.host, []).append(facts)
     faults = {}
     for ranks in by_host.values():
-        left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)  # via JSON: lists
+        # Index `memory_left`: facts that came through JSON have a list in place of the tuple.
+        left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
             faults[ranks[0].rank] = [

@@ -118,7 +118,7 @@ class _TokenLogprobs(torch.autograd.Function):
             log_probs = x.sub_(log_normalizer[rows, None])  # [chunk, num_real]
             # d logprob / dx_j = [j = target] - p_j, and d entropy / dx_j = -p_j (log p_j + entropy)
             weight = -grad_logprobs[rows, None]
-            if grad_entropy is None:  # in one buffer
+            if grad_entropy is None:  # one buffer suffices
                 grad = log_probs.exp_().mul_(weight)
             else:
                 grad = log_probs.exp()

@@ -26,7 +26,7 @@ def uses_transformer_engine(layer_spec: str) -> bool:
     """Whether `model.layer_spec` selects Transformer Engine on this machine.
 
     Raises:
-        ConfigError: if it does, and Transformer Engine or its GPU is missing.
+        ConfigError: if Transformer Engine is selected, but the package or its GPU is missing.
     """
     has_gpu = torch.cuda.is_available()
     if layer_spec == "cpu" or (layer_spec == "auto" and not has_gpu):

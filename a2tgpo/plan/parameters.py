@@ -100,5 +100,5 @@ def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
 def largest_layer_tensor(dimensions: ModelDimensions) -> int:
     """Return the elements of the largest full parameter within a layer."""
     d = dimensions
-    # Experts are gathered one per expert-parallel rank at a time, in all fewer elements than the result.
+    # The experts that are gathered at a time, one per expert-parallel rank, together have fewer elements.
     return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

@@ -1,7 +1,7 @@
 """The inference engine inside the training process; the only module that imports vllm.
 
 vLLM seeds the global random generators, overwrites torchrun's variables, and destroys the trainer's process group
-when an engine shuts down. This module prevents or reverts all three.
+when an engine shuts down. This module prevents or reverts all of this.
 """
 
 from __future__ import annotations
