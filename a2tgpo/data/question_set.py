@@ -146,7 +146,7 @@ def question_of(record: dict, where: str) -> str:
     """Return the text of `question`, or else of the last user message in `prompt`, a list of messages.
 
     Raises:
-        ConfigError: starts with `where`; there is neither, or it is not a text.
+        ConfigError: starts with `where`; the record has neither field, or the question is not a text.
     """
     messages = record.get("prompt")
     if "question" in record or not isinstance(messages, list):

@@ -32,7 +32,7 @@ def open_store(timeout_s: float) -> Store:
     """Open the store at MASTER_ADDR:MASTER_PORT, which rank 0 serves unless torchrun does.
 
     Raises:
-        RuntimeError: one line; it cannot be served, or cannot be reached within `timeout_s`.
+        RuntimeError: one line; the store cannot be served, or cannot be reached within `timeout_s`.
     """
     from torch.distributed import DistError, PrefixStore, TCPStore
 

@@ -176,8 +176,8 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
     the model: read it before requesting the next one, and do not write to it.
 
     Args:
-        bucket_bytes: most bytes gathered at once; a larger parameter gets its own bucket, and at 0 every parameter
-            does. Alive at once: the rest of one bucket, the next bucket, and the tensors converted from one
+        bucket_bytes: most bytes gathered at once; a larger parameter gets its own bucket; 0: a bucket for each
+            parameter. Alive at once: the rest of one bucket, the next bucket, and the tensors converted from one
             parameter.
 
     Yields:

@@ -92,7 +92,9 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless tensor x context x pipeline divides `world_size`, and expert a stage's ranks."""
+    """Raise `ConfigError` unless tensor x context x pipeline divides `world_size`, and `expert` divides a stage's
+    ranks.
+    """
     if world_size % config.model_ranks:
         raise ConfigError(
             f"parallel.tensor ({config.tensor}) x parallel.context ({config.context}) x parallel.pipeline "

@@ -28,7 +28,7 @@ def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
     """Return the metrics of each step that a second run with the same settings must reproduce.
 
     Raises:
-        ConfigError: one line; the run has none.
+        ConfigError: one line; the run has no metrics.
     """
     try:
         records = read_metrics(run / METRICS_FILE)

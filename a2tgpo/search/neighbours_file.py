@@ -74,7 +74,7 @@ def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) 
     """Put an existing FAISS index at `path`: as a hard link, or as a copy if the file systems differ.
 
     Raises:
-        ConfigError: it does not hold `num_passages` vectors of `dim` components, compared by inner product.
+        ConfigError: the index does not hold `num_passages` vectors of `dim` components, compared by inner product.
     """
     try:
         found = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC)

@@ -43,10 +43,13 @@ class Minibatch:
     reference.
     """
     importance: dict[int, ImportanceWeights] = field(default_factory=dict)
-    """By micro-batch over its sampled tokens, on the last pipeline stage; filled by the update if a rollout
-    correction is configured."""
+    """By micro-batch, on the last pipeline stage: the weights of its sampled tokens. Filled by the update if a
+    rollout correction is configured.
+    """
     turn_ratios: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By micro-batch [U] float32, on the last pipeline stage; filled by the update (`policy_update.turn_ratios`)."""
+    """By micro-batch [U] float32, on the last pipeline stage: the turns' ratios, see `policy_update.turn_ratios`.
+    Filled by the update.
+    """
 
     def loss_inputs(self, index: int) -> LossInputs:
         """Return the loss's flat per-token inputs for micro-batch `index`, on the batch's device; last stage only."""

@@ -55,7 +55,7 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
     """Return the files of each step's rollouts in a run's folder, by step.
 
     Raises:
-        ConfigError: one line; there are none between `first` and `last`.
+        ConfigError: one line; no rollouts are recorded between `first` and `last`.
     """
     found = recorded_steps(run)
     chosen = {

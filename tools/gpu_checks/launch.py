@@ -20,7 +20,7 @@ def launched_environment() -> dict[str, str] | None:
     """Return this process's environment with torchrun's names if a launcher started it as one of several; else None.
 
     Raises:
-        ValueError: it is one of several without a meeting point.
+        ValueError: this process is one of several, but has no meeting point.
     """
     names = launched(os.environ)
     if names is None:

@@ -36,7 +36,7 @@ def _train(config: Path, *arguments: str) -> None:
     """Run launch/train.py in its own process, with its output in this process's log.
 
     Raises:
-        RuntimeError: its exit code is not 0.
+        RuntimeError: the exit code of launch/train.py is not 0.
     """
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
