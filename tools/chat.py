@@ -15,10 +15,10 @@ import itertools
 import sys
 from typing import TYPE_CHECKING
 
-from a2tgpo.config.expand import text_argument
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.io.program import add_overrides, program_parser
+from a2tgpo.io.program import add_overrides
 from a2tgpo.io.terminal import Painter, indented, painter_for
+from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import exit_code
@@ -39,15 +39,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = program_parser(__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--checkpoint",
-        type=text_argument,
-        required=True,
-        metavar="PATH",
-        help="run's checkpoint or Hugging Face folder",
-    )
+    parser = saved_model_parser(__doc__)
     parser.add_argument("--question", help="answer this one and end")
     parser.add_argument(
         "--sample", action="store_true", help="draw at rollout.temperature instead of the most probable token"
@@ -113,12 +105,7 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
         index=0, id=f"chat-{number}", question=question, answers=(), tokens=player.template.render(question)
     )
     trajectories, _ = player.rollout.run(
-        [prompt],
-        seed=player.config.run.seed,
-        step=0,
-        greedy=not sample,
-        group_size=1,
-        score_gain=False,
+        [prompt], seed=player.config.run.seed, step=0, greedy=not sample, group_size=1, score_gain=False
     )
     return render(player, trajectories[0], paint)
 

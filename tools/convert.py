@@ -107,12 +107,7 @@ def import_hf(args: argparse.Namespace) -> None:
     optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
     writer = CheckpointWriter(out, timeout_s=config.parallel.timeout_s)
     writer.start(
-        0,
-        policy=policy,
-        optimizer=optimizer,
-        schedule=schedule,
-        state={"step": 0},
-        on_complete=lambda: None,
+        0, policy=policy, optimizer=optimizer, schedule=schedule, state={"step": 0}, on_complete=lambda: None
     )
     fault = writer.wait()
     if fault:

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from a2tgpo.config.expand import expand, path_argument, text_argument
+from a2tgpo.config.expand import expand, path_argument
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.json_lines import write_lines
-from a2tgpo.io.program import add_overrides, program_parser
+from a2tgpo.io.program import add_overrides
+from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import exit_code
@@ -55,15 +56,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = program_parser(__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument(
-        "--checkpoint",
-        type=text_argument,
-        required=True,
-        metavar="PATH",
-        help="run's checkpoint or Hugging Face folder",
-    )
+    parser = saved_model_parser(__doc__)
     parser.add_argument(
         "--sets",
         default="",

@@ -1,11 +1,11 @@
-"""Arguments shared by training and warm start."""
+"""Arguments shared by the programs that a launcher starts."""
 
 from __future__ import annotations
 
 import argparse
 
 from a2tgpo.config.expand import path_argument, text_argument
-from a2tgpo.io.program import add_overrides
+from a2tgpo.io.program import add_overrides, program_parser
 
 
 def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
@@ -40,6 +40,20 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
         "--resume and --accept-changes apply only to the first start",
     )
     add_overrides(parser)
+    return parser
+
+
+def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of CONFIG and of the saved model that is played."""
+    parser = program_parser(description)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--checkpoint",
+        type=text_argument,
+        required=True,
+        metavar="PATH",
+        help="run's checkpoint or Hugging Face folder",
+    )
     return parser
 
 

@@ -32,16 +32,7 @@ from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.program import add_overrides
-from runs import (
-    ATTEMPT_MARK,
-    CONFIG_FILE,
-    PLAN_FILE,
-    Plan,
-    Run,
-    RunResult,
-    load_plan,
-    read_result,
-)
+from runs import ATTEMPT_MARK, CONFIG_FILE, PLAN_FILE, Plan, Run, RunResult, load_plan, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)

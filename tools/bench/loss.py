@@ -167,10 +167,6 @@ def rows() -> list[measure.Row]:
             unit="CPU s",
         ),
         measure.compared(
-            f"peak memory of the loss, {size}",
-            peaks[:1],
-            peaks[1:],
-            baseline_is="loop over turns",
-            unit="MB",
+            f"peak memory of the loss, {size}", peaks[:1], peaks[1:], baseline_is="loop over turns", unit="MB"
         ),
     ]

@@ -27,10 +27,7 @@ BENCHES = (
 )
 """In the order of the table; each is the name of a module in this folder."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"
-HEADER = (
-    "| bench | what | ours | baseline | ratio | noise | target |",
-    "|---|---|---|---|---|---|---|",
-)
+HEADER = ("| bench | what | ours | baseline | ratio | noise | target |", "|---|---|---|---|---|---|---|")
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ class Peers:
             "all_reduce",
         )
         return [mock.patch.object(dist, name, getattr(self, name)) for name in names] + [
-            mock.patch.object(dist, "new_group", self._counting(dist.new_group)),
+            mock.patch.object(dist, "new_group", self._counting(dist.new_group))
         ]
 
     def _counting(self, new_group: Callable[..., Any]) -> Callable[..., Any]:

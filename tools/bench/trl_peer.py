@@ -35,13 +35,7 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
         asked.write_text(json.dumps(request), encoding="utf-8")
         measure.run_program(
             script,
-            [
-                PYTHON,
-                *(launcher if ranks > 1 else []),
-                Path(__file__).parent / script,
-                asked,
-                answered,
-            ],
+            [PYTHON, *(launcher if ranks > 1 else []), Path(__file__).parent / script, asked, answered],
             {
                 "PYTHONPATH": str(measure.ROOT),
                 "TRL_EXPERIMENTAL_SILENCE": "1",

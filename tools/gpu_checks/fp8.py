@@ -56,13 +56,7 @@ def check_slice(bench: Bench) -> None:
 
 
 def _compare_recipes(
-    bench: Bench,
-    what: str,
-    path: str,
-    groups: Any,
-    plain: tuple[Any, dict[str, Any]],
-    *,
-    number_format: str,
+    bench: Bench, what: str, path: str, groups: Any, plain: tuple[Any, dict[str, Any]], *, number_format: str
 ) -> list[str]:
     """Add two rows for each recipe; return the recipes that could compute. A recipe refused by the libraries fails
     its row.
