@@ -134,7 +134,12 @@ class Trainer:
         with self.timers.stage("advantage"):
             table, advantages, clip_scales = step_advantages(self.parts, trajectories)
             minibatches = build_minibatches(
-                trajectories, advantages, clip_scales, config=self.config, groups=self.parts.groups
+                trajectories,
+                advantages,
+                clip_scales,
+                config=self.config,
+                groups=self.parts.groups,
+                align=self.parts.policy.alignment,
             )
         with self.timers.stage("score"):
             self.parts.phases.enter("score")

@@ -107,9 +107,14 @@ class Trajectory:
         self.prompt_tokens = _as(TokenIds, self.prompt_tokens)
 
     @property
+    def process_turns(self) -> list[Turn]:
+        """The turns that ended with a tool call and got an observation."""
+        return [turn for turn in self.turns if turn.query is not None]
+
+    @property
     def num_process_turns(self) -> int:
-        """n_i: turns that ended with a tool call and got an observation."""
-        return sum(1 for turn in self.turns if turn.query is not None)
+        """n_i, the number of `process_turns`."""
+        return len(self.process_turns)
 
     @property
     def num_sampled_tokens(self) -> int:
@@ -135,15 +140,14 @@ class Trajectory:
     def context_lengths(self) -> list[int]:
         """Lengths of c_0 .. c_n: the prompt, and the sequence up to the observation of each process turn."""
         lengths = [len(self.prompt_tokens)]
-        for turn in self.turns:
-            if turn.query is not None:
-                lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
+        for turn in self.process_turns:
+            lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
         return lengths
 
     @property
     def context_probs(self) -> list[float | None]:
         """P_0 .. P_n: the gold answer's probability in each context, by the engine."""
-        return [self.baseline_prob, *(turn.answer_prob for turn in self.turns if turn.query is not None)]
+        return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
     def staleness(self, step: int) -> int:
         """Return the steps between the sampling of the oldest tokens and `step`, which trains on them."""

@@ -50,21 +50,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def chat(args: argparse.Namespace) -> None:
     """Answer questions until there are no more; every rank must call this, and rank 0 reads and prints."""
-    import torch.distributed as dist
-
-    from a2tgpo.parallel.collectives import broadcast_object
+    from a2tgpo.parallel.collectives import broadcast_object, world_group
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     groups = meet_ranks(config)
     player = open_player(config, groups, model)
-    world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
     paint = painter_for(sys.stdout)
     for number in itertools.count():
         asked = read_question(args.question, number) if groups.rank == 0 else ""
-        question = broadcast_object(asked, world, source=0)
+        question = broadcast_object(asked, world_group(), source=0)
         if not question:
             break
         try:

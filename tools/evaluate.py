@@ -152,12 +152,9 @@ def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, Pr
 
 def on_rank_0(work: Callable[[], Result]) -> Result:
     """Run `work` on rank 0; return its result or raise its ConfigError on all ranks; every rank must call this."""
-    import torch.distributed as dist
+    from a2tgpo.parallel.collectives import broadcast_object, world_group
 
-    from a2tgpo.parallel.collectives import broadcast_object
-
-    world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
+    world = world_group()
     found: Any = None
     if world.rank() == 0:
         try:

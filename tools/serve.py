@@ -157,25 +157,18 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
 
 def exchange(orders: list[Order] | None) -> list[Order] | None:
     """Return rank 0's `orders` on all ranks; None: the end. Every rank must call this."""
-    import torch.distributed as dist
+    from a2tgpo.parallel.collectives import broadcast_object, world_group
 
-    from a2tgpo.parallel.collectives import broadcast_object
-
-    world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
-    found: list[Order] | None = broadcast_object(orders, world, source=0)
+    found: list[Order] | None = broadcast_object(orders, world_group(), source=0)
     return found
 
 
 def play(player: Player, orders: list[Order]) -> list[Played]:
     """Play `orders`, all greedy or all drawn; return their results in order. Every rank must call this."""
-    import torch.distributed as dist
-
-    from a2tgpo.parallel.collectives import all_gather_object
+    from a2tgpo.parallel.collectives import all_gather_object, world_group
     from a2tgpo.serve.inbox import Played
 
-    world, replicas = dist.group.WORLD, player.replicas
-    assert world is not None, "the processes are joined"
+    replicas = player.replicas
     mine: list[Played] = []
     if share := orders[replicas.index :: replicas.count]:
         trajectories, _ = player.rollout.run(
@@ -187,7 +180,9 @@ def play(player: Player, orders: list[Order]) -> list[Played]:
             score_gain=False,
         )
         mine = [Played(trajectory=t, texts=tuple(player.rollout.turn_texts(t))) for t in trajectories]
-    parts = [part for part, is_first in all_gather_object((mine, replicas.is_first), world) if is_first]
+    parts = [
+        part for part, is_first in all_gather_object((mine, replicas.is_first), world_group()) if is_first
+    ]
     return [parts[index % replicas.count][index // replicas.count] for index in range(len(orders))]
 
 

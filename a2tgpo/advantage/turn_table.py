@@ -79,8 +79,7 @@ def build_turn_table(
     rows = [
         [
             None if turn.tool_failed and failed_calls == "neutral" else turn.info_gain
-            for turn in t.turns
-            if turn.query is not None
+            for turn in t.process_turns
         ]
         for t in trajectories
     ]

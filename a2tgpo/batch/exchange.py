@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
 from a2tgpo.batch.balance import deal
-from a2tgpo.parallel.collectives import all_gather_object, broadcast_bytes, send_bytes
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_bytes, send_bytes, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
@@ -30,8 +28,7 @@ def exchange(
     Returns:
         This data-parallel replica's trajectories, equal on all its ranks, by (prompt_index, sample_index).
     """
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
+    world = world_group()
     own = [(t.prompt_index, t.sample_index, t.num_tokens) for t in trajectories]
     listed = sorted(item for part in all_gather_object(own, world) for item in part)
     assert len({item[:2] for item in listed}) == len(listed), "two engines played the same rollout"

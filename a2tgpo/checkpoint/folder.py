@@ -37,7 +37,7 @@ from a2tgpo.io.atomic_file import sync_folder, write_text
 from a2tgpo.io.errors import first_line
 from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
 from a2tgpo.parallel.rng import set_rng_state
 from a2tgpo.update.optimizer import LearningRateSchedule
 
@@ -261,8 +261,7 @@ def _fault_of(path: Path, *, weights_only: bool = False) -> str:
         expected, pieces = _read_marker(path)
     except ValueError as error:
         return str(error)
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
+    world = world_group()
     names = [name for name in expected if is_of_weights(name) or not weights_only]
     share = names[world.rank() :: world.size()]
     faults = all_gather_object(_first_fault(path, {name: expected[name] for name in share}, pieces), world)

@@ -39,7 +39,7 @@ from a2tgpo.checkpoint.checked_files import CheckedWriter, Piece, checked_readin
 from a2tgpo.checkpoint.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
 from a2tgpo.checkpoint.shared_read import send_shared, share_reads
 from a2tgpo.model.policy import Policy, gather_weights
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
 
 WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
@@ -227,9 +227,7 @@ def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]
             loaded = dist_checkpointing.load(state, str(folder))
         except CheckpointException as error:
             failures = error.failures
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
-    of_ranks = all_gather_object(failures, world)
+    of_ranks = all_gather_object(failures, world_group())
     if any(of_ranks):
         first = {rank: next(iter(found.values())) for rank, found in enumerate(of_ranks) if found}
         raise CheckpointException("load", first)

@@ -11,12 +11,11 @@ import contextlib
 import time
 
 import torch
-import torch.distributed as dist
 
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.lifecycle.side_store import side_store
 from a2tgpo.lifecycle.stop_signal import END_TIME, StopSignal, job_deadline
-from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.collectives import all_reduce_max, world_group
 
 LOOK_S = 1.0
 """Time between two reads of the store."""
@@ -69,9 +68,7 @@ class StopRequest:
 
     def agree(self, is_stopping: bool) -> None:
         """Raise `StopAgreed` on all ranks if `is_stopping` on any; every rank of the world must call this."""
-        world = dist.group.WORLD
-        assert world is not None, "a run's processes are joined"
-        if all_reduce_max(torch.tensor(float(is_stopping)), world).item():
+        if all_reduce_max(torch.tensor(float(is_stopping)), world_group()).item():
             self.reason = self.reason or self._published_reason() or "another rank received a stop request"
             self.is_agreed = True
             raise StopAgreed(self.reason)

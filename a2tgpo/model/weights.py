@@ -16,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import SafetensorError, safe_open
@@ -29,7 +28,7 @@ from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.model.experts import expert_names, is_expert
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.model.weight_gather import ParameterRecord, gather_ahead, record_of
-from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, world_group
 
 _OUTPUT = "output_layer.weight"
 
@@ -91,10 +90,8 @@ def load_hf_weights(policy: Policy) -> None:
                 used |= _load_model(policy, model, tensors)
         except ConfigError as error:
             problem = str(error)
-    world = dist.group.WORLD
-    assert world is not None
     # One rank's bad file must stop all ranks, not leave the others waiting in a collective.
-    results = all_gather_object((problem, used), world)
+    results = all_gather_object((problem, used), world_group())
     for problem, _ in results:
         if problem is not None:
             raise ConfigError(problem)
@@ -258,9 +255,7 @@ def save_hf(
             failure = f"could not write {out}: {first_line(error)}"
     for _ in weights:  # all other ranks join the gathering here, and rank 0 after a failure
         pass
-    world = dist.group.WORLD
-    assert world is not None
-    failure = broadcast_object(failure, world, source=0)
+    failure = broadcast_object(failure, world_group(), source=0)
     if failure is not None:
         raise RuntimeError(failure)
 

@@ -17,6 +17,13 @@ def device_of(group: ProcessGroup) -> torch.device:
     return torch.device("cpu")
 
 
+def world_group() -> ProcessGroup:
+    """Return the group of all ranks, which have joined."""
+    group = dist.group.WORLD
+    assert group is not None, "torch.distributed is not initialised"
+    return group
+
+
 def all_reduce_sum(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """Return the sum over the ranks of `group` as a new tensor on the input's device; every rank must call this."""
     return _all_reduce(tensor, dist.ReduceOp.SUM, group)

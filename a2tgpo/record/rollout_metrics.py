@@ -22,7 +22,7 @@ def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory])
     metrics.add("length/total_tokens", sum(t.num_tokens for t in trajectories), count)
     for reason, number in Counter(t.stop_reason for t in trajectories).items():
         metrics.add(f"stop/{reason}", number, 0)
-    calls = [turn for t in trajectories for turn in t.turns if turn.query is not None]
+    calls = [turn for t in trajectories for turn in t.process_turns]
     metrics.add("tools/failed_rate", sum(turn.tool_failed for turn in calls), len(calls))
     for tool, number in Counter(turn.tool for turn in calls).items():
         metrics.add(f"tools/{tool}_calls", number, 0)
@@ -30,8 +30,7 @@ def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory])
         members = [t for t in trajectories if t.hops == prompt_hops]
         metrics.add(f"reward/em_{prompt_hops}_hops", sum(t.exact_match for t in members), len(members))
     for trajectory in trajectories:
-        process_turns = [turn for turn in trajectory.turns if turn.query is not None]
-        for turn_index, turn in enumerate(process_turns, start=1):
+        for turn_index, turn in enumerate(trajectory.process_turns, start=1):
             if turn.info_gain is not None:
                 metrics.add(f"gain/turn_{turn_index}_mean", turn.info_gain, 1)
                 metrics.add(f"gain/turn_{turn_index}_positive", turn.info_gain > 0, 1)

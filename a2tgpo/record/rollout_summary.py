@@ -25,7 +25,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> RolloutSummary:
-        gains = tuple(turn.info_gain for turn in trajectory.turns if turn.query is not None)
+        gains = tuple(turn.info_gain for turn in trajectory.process_turns)
         return cls(trajectory.prompt_index, trajectory.sample_index, trajectory.outcome_reward, gains)
 
     @property

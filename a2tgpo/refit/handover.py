@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from a2tgpo.io.errors import first_line
 from a2tgpo.model.weights import iterate_hf_weights
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
 
 if TYPE_CHECKING:
     from a2tgpo.model.policy import Policy
@@ -60,9 +59,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
         refusal, problem = error, first_line(error)
     for _ in export:  # join the rest of the gathering if this rank's engine stopped early
         pass
-    world = dist.group.WORLD
-    assert world is not None
-    for rank, found in enumerate(all_gather_object(problem, world)):
+    for rank, found in enumerate(all_gather_object(problem, world_group())):
         if found is not None:
             raise RuntimeError(f"{found} (rank {rank})") from refusal
     report = export.report

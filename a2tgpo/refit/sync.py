@@ -8,7 +8,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from a2tgpo.batch.packing import alignment, pack
+from a2tgpo.batch.packing import pack
 from a2tgpo.config.run import RunConfig
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.reduce import MetricSums
@@ -72,9 +72,7 @@ def sync_engine(parts: WeightHolders, *, step: int) -> MetricSums:
 
 def score_probe(parts: WeightHolders, probe: Sequence[int]) -> Tensor:
     """Return the trainer's log p of `probe[1:]`, [len(probe) - 1] float32 on the CPU; every rank must call this."""
-    batch = pack(
-        [probe_trajectory(probe)], [0], align=alignment(parts.config.parallel, parts.config.model.fp8)
-    )
+    batch = pack([probe_trajectory(probe)], [0], align=parts.policy.alignment)
     (scored,) = score(parts.policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]
     if parts.groups.pp_size > 1:

@@ -47,8 +47,7 @@ def score_trajectory(
         return
     logprobs = [None if aliases is None else answer_logprob(aliases) for aliases in context_logprobs]
     trajectory.baseline_prob = answer_probability(logprobs[0])
-    process_turns = [turn for turn in trajectory.turns if turn.query is not None]
     gains = info_gains(logprobs, measure=measure)
-    for turn, logprob, gain in zip(process_turns, logprobs[1:], gains, strict=True):
+    for turn, logprob, gain in zip(trajectory.process_turns, logprobs[1:], gains, strict=True):
         turn.answer_prob = answer_probability(logprob)
         turn.info_gain = gain

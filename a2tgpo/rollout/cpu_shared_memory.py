@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import broadcast_object, world_group
 
 SEGMENTS = Path("/dev/shm")
 
@@ -26,9 +24,7 @@ def own_segments(communicator: Any) -> Iterator[None]:
     Args:
         communicator: vLLM's class whose `make_group_name` names the segments.
     """
-    world = dist.group.WORLD
-    assert world is not None, "the ranks have joined"
-    token = broadcast_object(secrets.token_hex(8), world, source=0)
+    token = broadcast_object(secrets.token_hex(8), world_group(), source=0)
     make_name = communicator.make_group_name
     names: set[str] = set()
 

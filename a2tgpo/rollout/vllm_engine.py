@@ -19,7 +19,7 @@ import torch.distributed as dist
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import num_token_ids
 from a2tgpo.data.weight_files import INDEX_FILE, weight_files
-from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.errors import ConfigError, first_line, require
 from a2tgpo.rollout.cpu_reload import reload_weights
 from a2tgpo.rollout.cpu_shared_memory import own_segments
 from a2tgpo.rollout.engine_arguments import LOAD_FORMAT, ON_GPU, engine_arguments
@@ -276,7 +276,7 @@ class VllmEngine:
             self._failure = str(error)
             raise
         except Exception as error:
-            self._failure = f"a step failed with {type(error).__name__}: {_first_line(error)}"
+            self._failure = f"a step failed with {type(error).__name__}: {first_line(error):.300}"
             raise RuntimeError(f"the engine is lost: {self._failure}") from error
         return [self._finish(output) for output in outputs if output.finished]  # type: ignore[arg-type]
 
@@ -396,7 +396,3 @@ class VllmEngine:
         if num_scored is None:
             return generation_output(output)
         return score_output(output, num_scored, is_second_runner=self._has_second_runner)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")[:300]

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
-from a2tgpo.batch.balance import microbatches
-from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
+from a2tgpo.batch.microbatches import pack_microbatches
+from a2tgpo.batch.packing import Alignment, PackedBatch
 from a2tgpo.config.run import RunConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.policy_loss import LossInputs
 from a2tgpo.loss.rollout_correction import ImportanceWeights
-from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
 
@@ -79,18 +78,17 @@ def build_minibatches(
     *,
     config: RunConfig,
     groups: ParallelGroups,
+    align: Alignment,
 ) -> list[Minibatch]:
     """Build mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
 
     Every rank must call this, even without trajectories: loss normalisers are summed over the data-parallel group,
-    and the replicas agree on the number of micro-batches. All data-parallel replicas cut a mini-batch into as many
-    micro-batches as the replica that needs most; only a replica with fewer trajectories than that has fewer
-    micro-batches.
+    and the replicas agree on the number of micro-batches (`pack_microbatches`).
 
     Args:
         trajectories: this data-parallel replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
+        align: the policy's.
     """
-    align = alignment(config.parallel, config.model.fp8)
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
     minibatches = []
@@ -107,9 +105,10 @@ def build_minibatches(
         minibatch = Minibatch(
             batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
         )
-        lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
-        for members in agreed_microbatches(lengths, config.update.max_microbatch_tokens, align.row, groups):
-            batch = pack(trajectories, [rows[i] for i in members], align=align)
+        limit = config.update.max_microbatch_tokens
+        for batch in pack_microbatches(
+            trajectories, rows, max_tokens=limit, align=align, dp_group=groups.dp_group
+        ):
             turns = batch.turn_trajectory, batch.turn_index
             minibatch.batches.append(batch)
             minibatch.turn_advantages.append(advantages.advantages[turns].float())
@@ -118,22 +117,3 @@ def build_minibatches(
             minibatch.sequence_is_correct.append(is_correct[list(batch.trajectory_indices)])
         minibatches.append(minibatch)
     return minibatches
-
-
-def agreed_microbatches(
-    lengths: Sequence[int], max_tokens: int, row: int, groups: ParallelGroups
-) -> list[list[int]]:
-    """Group a data-parallel replica's trajectories into micro-batches, equally many on all replicas where possible.
-
-    The replica that needs most micro-batches sets the number; the others get smaller ones, none of them empty. Every
-    rank must call this.
-
-    Args:
-        lengths: tokens of each trajectory; this and the other arguments as in `balance.microbatches`.
-
-    Returns:
-        Indices into `lengths` of each micro-batch, ascending within it.
-    """
-    fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=row)))
-    agreed = int(all_reduce_max(fewest, groups.dp_group))
-    return [members for members in microbatches(lengths, max_tokens, min_count=agreed, row=row) if members]

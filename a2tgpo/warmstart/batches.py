@@ -8,25 +8,20 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from a2tgpo.batch.balance import deal
-from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch, pack, packed_length
-from a2tgpo.config.run import RunConfig
-from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.batch.microbatches import pack_microbatches
+from a2tgpo.batch.packing import PADDING, PackedBatch, packed_length
+from a2tgpo.model.policy import Policy
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.minibatch import agreed_microbatches
 from a2tgpo.update.train_step import LossFunction
 
 
-def my_microbatches(
-    chosen: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups, align: Alignment
-) -> list[PackedBatch]:
+def my_microbatches(chosen: Sequence[Trajectory], policy: Policy, *, max_tokens: int) -> list[PackedBatch]:
     """Pack this replica's share of `chosen`; every rank must call this; all ranks agree on the split."""
+    align, groups = policy.alignment, policy.groups
     lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
     mine = [index for index, replica in enumerate(replicas) if replica == groups.dp_rank]
-    grouped = agreed_microbatches(
-        [lengths[index] for index in mine], config.update.max_microbatch_tokens, align.row, groups
-    )
-    return [pack(chosen, [mine[i] for i in group], align=align) for group in grouped]
+    return pack_microbatches(chosen, mine, max_tokens=max_tokens, align=align, dp_group=groups.dp_group)
 
 
 def token_weights(

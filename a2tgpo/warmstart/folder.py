@@ -11,15 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint import retention
 from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.policy import Policy
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import broadcast_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.run.claim import claim
 from a2tgpo.run.resume import trained_so_far
@@ -54,8 +52,7 @@ class WarmStartFolder:
         Raises:
             ConfigError: on all ranks; one line.
         """
-        world, fault = dist.group.WORLD, ""
-        assert world is not None, "the processes are joined"
+        fault = ""
         if self._groups.rank == 0:
             try:
                 self._lock = claim(
@@ -68,7 +65,7 @@ class WarmStartFolder:
                 )
             except ConfigError as error:
                 fault = str(error)
-        fault = broadcast_object(fault, world, source=0)
+        fault = broadcast_object(fault, world_group(), source=0)
         if fault:
             raise ConfigError(fault)
         return None if resume == "none" else checkpoint.latest(self._checkpoints)

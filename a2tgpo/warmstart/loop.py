@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
@@ -20,6 +22,7 @@ from a2tgpo.model.weights import save_hf
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.run.versions import commit_line
+from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
@@ -109,7 +112,7 @@ class WarmStart:
         begin = time.monotonic()
         with self.timers.stage("update"):
             chosen = [self.examples.trained[index] for index in self.sampler.next_indices()]
-            batches = my_microbatches(chosen, self.config, self.groups, self.policy.alignment)
+            batches = self._pack(chosen)
             weights = token_weights(batches, chosen, observation_weight=self.settings.observation_weight)
             result = train_step(
                 self.policy, self.optimizer, asked_for(batches, weights), cross_entropy(weights)
@@ -127,6 +130,9 @@ class WarmStart:
             )
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - begin)
 
+    def _pack(self, chosen: Sequence[Trajectory]) -> list[PackedBatch]:
+        return my_microbatches(chosen, self.policy, max_tokens=self.config.update.max_microbatch_tokens)
+
     def _evaluate(self) -> None:
         """Compute the mean cross-entropy of the policy's own tokens in the held-out examples."""
         held_out, size = self.examples.held_out, self.settings.batch_size
@@ -135,10 +141,7 @@ class WarmStart:
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         with self.timers.stage("evaluation"):
             for start in range(0, len(held_out), size):
-                batches = my_microbatches(
-                    held_out[start : start + size], self.config, self.groups, self.policy.alignment
-                )
-                for scores in score(self.policy, batches):
+                for scores in score(self.policy, self._pack(held_out[start : start + size])):
                     if scores is not None:
                         total -= scores.logprobs.double().sum()
             loss = all_reduce_sum(total, self.groups.dp_group).item()

@@ -34,7 +34,7 @@ from a2tgpo.launch.rank_facts import RankFacts, compare
 from a2tgpo.metrics.host_memory import resident_bytes
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.slow_ranks import SlowRanks
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import lay_out
 from a2tgpo.record.rollout_record import as_text, to_record
@@ -169,8 +169,7 @@ def measure_record(
     sums, seconds = MetricSums(), {f"time/stage_{i}_s": i + 0.1 for i in range(NUM_STAGES)}
     for number in range(NUM_METRICS):
         sums.add(f"topic/metric_number_{number}", math.pi * number, 1)
-    world = dist.group.WORLD
-    assert world is not None
+    world = world_group()
     slow_ranks = SlowRanks(ratio=2.0, steps=3)
 
     def metrics() -> None:

@@ -145,15 +145,13 @@ def _move_weights(parts: Any, *, target: float) -> float:
     Returns:
         The mean movement of the probe's log-probs, nats: `target`, if `MAX_UPDATES` were enough.
     """
-    from a2tgpo.batch.packing import alignment, pack
+    from a2tgpo.batch.packing import pack
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
     from a2tgpo.update.score import score
     from a2tgpo.update.train_step import train_step
 
     probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
-    batch = pack(
-        [probe_trajectory(probe)], [0], align=alignment(parts.config.parallel, parts.config.model.fp8)
-    )
+    batch = pack([probe_trajectory(probe)], [0], align=parts.policy.alignment)
     sampled = batch.loss_mask[0].to(parts.groups.device)
 
     def loss(number: int, logprobs: Any, entropy: Any) -> tuple[Any, dict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
+from a2tgpo.batch.packing import Alignment
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -51,8 +52,9 @@ def minibatches_of(
         normalized_gain=torch.zeros(len(trajectories), MAX_TURNS - 1).double(),
         normalized_outcome=torch.zeros(len(trajectories)).double(),
     )
+    clip_scales = 1 + 0.3 * values[1][rows].tanh()
     return build_minibatches(
-        trajectories, advantages, 1 + 0.3 * values[1][rows].tanh(), config=config, groups=groups
+        trajectories, advantages, clip_scales, config=config, groups=groups, align=Alignment()
     )
 
 

@@ -1,0 +1,38 @@
+"""A replica's trajectories as packed micro-batches, equally many on all replicas where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed import ProcessGroup
+
+from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.packing import Alignment, PackedBatch, pack, packed_length
+from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.trajectory import Trajectory
+
+
+def pack_microbatches(
+    trajectories: Sequence[Trajectory],
+    rows: Sequence[int],
+    *,
+    max_tokens: int,
+    align: Alignment,
+    dp_group: ProcessGroup,
+) -> list[PackedBatch]:
+    """Pack this data-parallel replica's trajectories, `trajectories[i] for i in rows`; every rank must call this.
+
+    The replica that needs most micro-batches sets the number; the others get smaller ones, none of them empty, so
+    only a replica with fewer trajectories has fewer micro-batches.
+
+    Args:
+        max_tokens: limit of one micro-batch, as in `balance.microbatches`.
+        align: the policy's.
+        dp_group: ranks of the replicas, one each.
+    """
+    lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
+    fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))
+    agreed = int(all_reduce_max(fewest, dp_group))
+    grouped = microbatches(lengths, max_tokens, min_count=agreed, row=align.row)
+    return [pack(trajectories, [rows[i] for i in members], align=align) for members in grouped if members]
