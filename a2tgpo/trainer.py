@@ -23,7 +23,12 @@ from a2tgpo.refit.sync import sync_engine
 from a2tgpo.run.early_stop import EarlyEnd
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.minibatch import build_minibatches
-from a2tgpo.update.policy_update import score_minibatches, score_reference, turn_ratios, update_policy
+from a2tgpo.update.policy_update import (
+    compute_old_logprobs,
+    compute_ref_logprobs,
+    lay_out_ratios,
+    update_policy,
+)
 
 
 class Trainer:
@@ -143,29 +148,31 @@ class Trainer:
             )
         with self.timers.stage("score"):
             self.parts.phases.enter("score")
-            score_minibatches(
+            minibatches, metrics = compute_old_logprobs(
                 self.parts.policy,
                 minibatches,
-                learning_metrics,
                 distribution=self.parts.distribution,
                 before_each=lambda: self.early_end.agree_before("update"),
             )
+            learning_metrics.merge(metrics)
             if self.parts.reference is not None:
-                score_reference(self.parts.reference, minibatches, distribution=self.parts.distribution)
-            self.gain_check.run(self.step, trajectories, learning_metrics)
+                minibatches = compute_ref_logprobs(
+                    self.parts.reference, minibatches, distribution=self.parts.distribution
+                )
+            learning_metrics.merge(self.gain_check.run(self.step, trajectories))
         with self.timers.stage("update"):
             self.early_end.agree_before("update")
             self.parts.phases.enter("update")
-            update_policy(
+            metrics, turn_ratios = update_policy(
                 self.parts.policy,
                 self.parts.optimizer,
                 self.parts.schedule,
                 minibatches,
                 self.config.algorithm,
-                learning_metrics,
                 distribution=self.parts.distribution,
             )
-            ratios = turn_ratios(self.parts.policy, minibatches, shape=clip_scales.shape)
+            learning_metrics.merge(metrics)
+            ratios = lay_out_ratios(self.parts.policy, turn_ratios, shape=clip_scales.shape)
         self.step += 1
         seconds = self.timers.take()
         self.early_end.finish_step(seconds)

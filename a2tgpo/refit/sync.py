@@ -18,7 +18,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import probe_tokens, probe_tolerance, probe_trajectory, verify_refit
 from a2tgpo.rollout.vllm_engine import VllmEngine
-from a2tgpo.update.score import score
+from a2tgpo.update.logprobs import compute_logprobs
 
 
 class WeightHolders(Protocol):
@@ -73,7 +73,7 @@ def sync_engine(parts: WeightHolders, *, step: int) -> MetricSums:
 def score_probe(parts: WeightHolders, probe: Sequence[int]) -> Tensor:
     """Return the trainer's log p of `probe[1:]`, [len(probe) - 1] float32 on the CPU; every rank must call this."""
     batch = pack([probe_trajectory(probe)], [0], align=parts.policy.alignment)
-    (scored,) = score(parts.policy, [batch])
+    (scored,) = compute_logprobs(parts.policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]
     if parts.groups.pp_size > 1:
         logprobs = broadcast_object(logprobs, parts.groups.pp_group, source=parts.groups.pp_size - 1)

@@ -12,7 +12,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.reward.info_gain import answer_logprob
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.probe_scores import score_probes
+from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 
 
 class GainCheck:
@@ -41,8 +41,8 @@ class GainCheck:
         self._answers = answers
         self._max_tokens = max_tokens
 
-    def run(self, step: int, trajectories: Sequence[Trajectory], metrics: MetricSums) -> None:
-        """Every `verify_every` steps, record the gap between engine and trainer; every rank must call this.
+    def run(self, step: int, trajectories: Sequence[Trajectory]) -> MetricSums:
+        """Every `verify_every` steps, return the gap between engine and trainer; every rank must call this.
 
         `gain/engine_trainer_gap` is the mean over contexts of |log P by the engine - log P by the trainer|, where
         log P is the best alias's mean log-prob per token, nats; `gain/engine_trainer_gap_max` is the largest. Both
@@ -51,19 +51,21 @@ class GainCheck:
         Args:
             step: step of the run, from 0.
             trajectories: this data-parallel replica's share of the step, before training on it.
-            metrics: to be reduced over the data-parallel group.
+
+        Returns:
+            Metrics to be reduced over the data-parallel group; empty in other steps.
         """
-        every = self._config.verify_every
+        every, metrics = self._config.verify_every, MetricSums()
         if every == 0 or step % every:
-            return
+            return metrics
         # A trajectory that ended in an earlier step was scored under weights that no longer exist.
         current = [trajectory for trajectory in trajectories if trajectory.turns[-1].step == step]
         sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]
-        scores = score_probes(self._policy, sequences, max_tokens=self._max_tokens)
+        logprobs = compute_probe_logprobs(self._policy, sequences, max_tokens=self._max_tokens)
         gaps = [
             abs(math.log(engine) - trainer)
-            for trajectory, found in zip(sample, scores, strict=True)
+            for trajectory, found in zip(sample, logprobs, strict=True)
             for engine, trainer in zip(
                 trajectory.context_probs, self._by_context(trajectory, found), strict=True
             )
@@ -72,6 +74,7 @@ class GainCheck:
         if gaps:
             metrics.add("gain/engine_trainer_gap", math.fsum(gaps), len(gaps))
             metrics.add_max("gain/engine_trainer_gap_max", max(gaps))
+        return metrics
 
     def _probed(self, trajectory: Trajectory) -> ProbedSequence:
         aliases = self._aliases(trajectory)
@@ -86,11 +89,11 @@ class GainCheck:
         ]
         return ProbedSequence(tokens=trajectory.tokens, probes=probes)
 
-    def _by_context(self, trajectory: Trajectory, scores: list[list[float]]) -> list[float | None]:
+    def _by_context(self, trajectory: Trajectory, logprobs: list[list[float]]) -> list[float | None]:
         """Return the best alias's mean log-prob in each context."""
         count = len(self._aliases(trajectory))
         contexts = range(len(trajectory.context_lengths))
-        return [answer_logprob(scores[context * count : (context + 1) * count]) for context in contexts]
+        return [answer_logprob(logprobs[context * count : (context + 1) * count]) for context in contexts]
 
     def _aliases(self, trajectory: Trajectory) -> list[list[int]]:
         return self._tokens.aliases(self._answers[trajectory.prompt_id])

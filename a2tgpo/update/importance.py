@@ -6,33 +6,25 @@ from collections.abc import Sequence
 
 import torch
 
+from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.loss.policy_loss import segments
+from a2tgpo.loss.policy_loss import LossInputs, segments
 from a2tgpo.loss.rollout_correction import ImportanceWeights, importance_weights
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.update.minibatch import Minibatch
 
 
-def weigh(minibatch: Minibatch, index: int, config: CorrectionConfig) -> None:
-    """Fill in `importance` of micro-batch `index` from its `old_logprobs`; on the last pipeline stage.
-
-    Does nothing with `kind: none`.
-    """
-    if config.kind == "none":
-        return
-    inputs, batch = minibatch.loss_inputs(index), minibatch.batches[index]
+def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> ImportanceWeights:
+    """Return the importance weights of a micro-batch's sampled tokens; last pipeline stage only."""
     rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
-    minibatch.importance[index] = importance_weights(
-        inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config
-    )
+    return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
 
 
-def record_correction(
-    minibatches: Sequence[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
-) -> None:
-    """Record metrics of a step's importance weights; nothing with `kind: none`.
+def correction_metrics(
+    weights: Sequence[ImportanceWeights], config: CorrectionConfig, groups: ParallelGroups
+) -> MetricSums:
+    """Return metrics of a step's importance weights; none with `kind: none`.
 
     Every rank must call this, even without trajectories. The metrics cover all sampled tokens of the step:
 
@@ -42,16 +34,19 @@ def record_correction(
     - `correction/unusable_tokens`: number of tokens with weight 0 because a log-prob is not finite;
     - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights in the loss, from sums over all
       data-parallel replicas: 1 if all weights are equal, 0 if all are 0.
+
+    Args:
+        weights: of this data-parallel replica's micro-batches; empty off the last pipeline stage.
     """
+    metrics = MetricSums()
     if config.kind == "none":
-        return
-    sums = _sums(
-        [weights for minibatch in minibatches for _, weights in sorted(minibatch.importance.items())]
-    )
+        return metrics
+    sums = _sums(weights)
     if groups.pp_size > 1:
         sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
     totals = torch.tensor([sums["weight"], sums["weight_squared"], sums["tokens"]], dtype=torch.float64)
     _record(metrics, sums, all_reduce_sum(totals, groups.dp_group).tolist())
+    return metrics
 
 
 def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:

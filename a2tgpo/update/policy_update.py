@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,34 +12,45 @@ from torch import Tensor
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
+from a2tgpo.loss.rollout_correction import ImportanceWeights
 from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.parallel.collectives import broadcast_object
-from a2tgpo.update.importance import record_correction, weigh
-from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.importance import correction_metrics, weigh
+from a2tgpo.update.logprobs import TokenLogprobs, compute_logprobs
+from a2tgpo.update.minibatch import Microbatch, Minibatch
 from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.ratio_spread import record_spread, spread_sums
-from a2tgpo.update.score import TokenScores, score
-from a2tgpo.update.train_step import train_step
+from a2tgpo.update.train_step import LossFunction, train_step
 
 
-def score_minibatches(
+class TurnRatios(NamedTuple):
+    """Each turn's ratio (Eq. 10) in the training pass of one micro-batch, regardless of `algorithm.ratio`."""
+
+    turn_trajectory: Tensor
+    """[U] int64: as `PackedBatch.turn_trajectory`."""
+    turn_index: Tensor
+    """[U] int64: as `PackedBatch.turn_index`."""
+    ratios: Tensor
+    """[U] float32."""
+
+
+def compute_old_logprobs(
     policy: Policy,
     minibatches: Sequence[Minibatch],
-    metrics: MetricSums,
     *,
     distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
-) -> None:
-    """Fill in `old_logprobs`: the trainer's log-probs under the policy that played the trajectories.
+) -> tuple[list[Minibatch], MetricSums]:
+    """Return the mini-batches with `old_logprobs`: the trainer's under the policy that played the trajectories.
 
     Every rank must call this. A single mini-batch is left to `update_policy`: no update precedes its training pass,
     which computes the same log-probs.
 
-    Also records the entropy; the likelihood of the sampled tokens (`likelihood/correct`: in trajectories whose answer
-    matches; omitted in steps without any); and the gap between the trainer's log-probs and the engine's:
+    The metrics are the entropy; the likelihood of the sampled tokens (`likelihood/correct`: in trajectories whose
+    answer matches; omitted in steps without any); and the gap between the trainer's log-probs and the engine's:
     `gap/train_engine_*` over the tokens where both are finite (omitted in steps without any), and
     `gap/unusable_tokens`, the number of the other tokens.
 
@@ -47,24 +59,30 @@ def score_minibatches(
         before_each: called before every mini-batch, on all ranks.
     """
     if len(minibatches) == 1:
-        return
+        return list(minibatches), MetricSums()
     sums: dict[str, Tensor] = {}
+    scored: list[Minibatch] = []
     for minibatch in minibatches:
         before_each()
-        for index, scores in enumerate(score(policy, minibatch.batches, distribution=distribution)):
-            if scores is not None:
-                _take_scores(minibatch, index, scores, sums)
-        minibatch.is_scored = True
-    _record_scores(policy, sums, metrics)
+        found = compute_logprobs(policy, [m.batch for m in minibatch], distribution=distribution)
+        scored.append([_with_old(m, f, sums) for m, f in zip(minibatch, found, strict=True)])
+    return scored, _score_metrics(policy, sums)
 
 
-def score_reference(
+def compute_ref_logprobs(
     reference: Policy, minibatches: Sequence[Minibatch], *, distribution: TokenDistribution
-) -> None:
-    """Fill in `ref_logprobs` under the same `distribution` as the policy's; every rank must call this."""
+) -> list[Minibatch]:
+    """Return the mini-batches with `ref_logprobs`, under the policy's `distribution`; every rank must call this."""
+    scored: list[Minibatch] = []
     for minibatch in minibatches:
-        scores = enumerate(score(reference, minibatch.batches, distribution=distribution))
-        minibatch.ref_logprobs = {index: s.logprobs for index, s in scores if s is not None}
+        found = compute_logprobs(reference, [m.batch for m in minibatch], distribution=distribution)
+        scored.append(
+            [
+                replace(m, ref_logprobs=f.logprobs if f else None)
+                for m, f in zip(minibatch, found, strict=True)
+            ]
+        )
+    return scored
 
 
 def update_policy(
@@ -73,43 +91,24 @@ def update_policy(
     schedule: LearningRateSchedule,
     minibatches: Sequence[Minibatch],
     config: AlgorithmConfig,
-    metrics: MetricSums,
     *,
     distribution: TokenDistribution,
-) -> None:
+) -> tuple[MetricSums, list[TurnRatios]]:
     """Take one optimizer step per mini-batch, in order, with importance weights if a correction is configured.
 
-    Every rank must call this.
+    Every rank must call this. Returns the metrics and, on the last pipeline stage, the turns' ratios.
 
     At the first mini-batch the policy is still the one that played, so its true ratio is 1. The measured deviation
     from 1 is the noise floor, with which the clipping range should be compared. If the first mini-batch has no
-    scores, its training pass provides `old_logprobs` and the metrics of `score_minibatches`; the ratio is then
+    `old_logprobs`, its training pass provides them and the metrics of `compute_old_logprobs`; the ratio is then
     exactly 1.
     """
-    assert all(m.is_scored for m in minibatches[1:]), "only a step's first mini-batch can go without scoring"
-    score_sums: dict[str, Tensor] = {}
+    metrics, passes = MetricSums(), _TrainingPasses(config)
     for number, minibatch in enumerate(minibatches):
-
-        def loss_function(
-            index: int, logprobs: Tensor, entropy: Tensor, minibatch: Minibatch = minibatch
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            batch = minibatch.batches[index].to(logprobs.device)
-            minibatch.batches[index] = batch
-            if not minibatch.is_scored:
-                scores = TokenScores(logprobs.detach(), entropy.detach())
-                _take_scores(minibatch, index, scores, score_sums)
-            weigh(minibatch, index, config.correction)
-            inputs = minibatch.loss_inputs(index)
-            sampled = logprobs[batch.loss_mask[0]]
-            result = policy_loss(sampled, inputs, config)
-            log_ratio = sampled.detach() - inputs.old_logprobs
-            shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
-            minibatch.turn_ratios[index] = shared.clamp(max=MAX_LOG_RATIO).exp().float()
-            sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
-            return result.loss, sums
-
+        minibatch = [microbatch.to(policy.groups.device) for microbatch in minibatch]
+        batches, loss = [m.batch for m in minibatch], passes.loss_of(minibatch, is_first=number == 0)
         metrics.add("update/lr", schedule.lr, 1)
-        result = train_step(policy, optimizer, minibatch.batches, loss_function, distribution=distribution)
+        result = train_step(policy, optimizer, batches, loss, distribution=distribution)
         if result.update_ok:
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
@@ -119,15 +118,47 @@ def update_policy(
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
             record_spread(metrics, result.metrics, num_updates=number)
-    if not minibatches[0].is_scored:
-        _record_scores(policy, score_sums, metrics)
-    record_correction(minibatches, config.correction, policy.groups, metrics)
+    metrics.merge(_score_metrics(policy, passes.score_sums))
+    metrics.merge(correction_metrics(passes.importance, config.correction, policy.groups))
+    return metrics, passes.turn_ratios
 
 
-def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequence[int]) -> Tensor:
-    """Return each turn's ratio (Eq. 10) in its mini-batch's training pass, regardless of `algorithm.ratio`.
+class _TrainingPasses:
+    """The loss of a step's training passes, and what they compute besides it on the last pipeline stage."""
 
-    Every rank must call this, after `update_policy`.
+    def __init__(self, config: AlgorithmConfig):
+        self._config = config
+        self.score_sums: dict[str, Tensor] = {}
+        self.importance: list[ImportanceWeights] = []
+        self.turn_ratios: list[TurnRatios] = []
+
+    def loss_of(self, minibatch: Minibatch, *, is_first: bool) -> LossFunction:
+        """Return the loss of a mini-batch; only the step's first one can go without `old_logprobs`."""
+
+        def loss_function(index: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            microbatch, config = minibatch[index], self._config
+            if microbatch.old_logprobs is None:
+                assert is_first, "only a step's first mini-batch can go without old log-probs"
+                found = TokenLogprobs(logprobs.detach(), entropy.detach())
+                microbatch = _with_old(microbatch, found, self.score_sums)
+            batch, inputs = microbatch.batch, microbatch.loss_inputs()
+            if config.correction.kind != "none":
+                self.importance.append(weigh(inputs, batch, config.correction))
+                inputs = replace(inputs, importance=self.importance[-1].weights)
+            sampled = logprobs[batch.loss_mask[0]]
+            result = policy_loss(sampled, inputs, config)
+            log_ratio = sampled.detach() - inputs.old_logprobs
+            shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
+            ratios = shared.clamp(max=MAX_LOG_RATIO).exp().float()
+            self.turn_ratios.append(TurnRatios(batch.turn_trajectory, batch.turn_index, ratios))
+            sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
+            return result.loss, sums
+
+        return loss_function
+
+
+def lay_out_ratios(policy: Policy, turn_ratios: Sequence[TurnRatios], *, shape: Sequence[int]) -> Tensor:
+    """Lay out the ratios from `update_policy` by trajectory and turn; every rank must call this.
 
     Args:
         shape: (N, T + 1), the shape of this data-parallel replica's advantages.
@@ -135,25 +166,25 @@ def turn_ratios(policy: Policy, minibatches: Sequence[Minibatch], *, shape: Sequ
     Returns:
         [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica; NaN where no turn exists.
     """
-    found = torch.full(tuple(shape), float("nan"))
-    for minibatch in minibatches:
-        for index, ratios in minibatch.turn_ratios.items():
-            batch = minibatch.batches[index]
-            found[batch.turn_trajectory.cpu(), batch.turn_index.cpu()] = ratios.cpu()
-    return _from_last_stage(policy, {"ratios": found})["ratios"]
+    table = torch.full(tuple(shape), float("nan"))
+    for found in turn_ratios:
+        table[found.turn_trajectory.cpu(), found.turn_index.cpu()] = found.ratios.cpu()
+    return _from_last_stage(policy, {"ratios": table})["ratios"]
 
 
-def _take_scores(minibatch: Minibatch, index: int, scores: TokenScores, sums: dict[str, Tensor]) -> None:
-    """Store the scores as micro-batch `index`'s `old_logprobs` and add the sums for the metrics to `sums`."""
-    minibatch.old_logprobs[index] = scores.logprobs
-    device = scores.logprobs.device
-    is_correct = minibatch.sequence_is_correct[index].to(device)
-    for name, value in _score_sums(minibatch.batches[index].to(device), is_correct, scores).items():
+def _with_old(microbatch: Microbatch, found: TokenLogprobs | None, sums: dict[str, Tensor]) -> Microbatch:
+    """Return the micro-batch with `old_logprobs`, and add the sums for the metrics to `sums`; None: unchanged."""
+    if found is None:  # not the last pipeline stage
+        return microbatch
+    device = found.logprobs.device
+    is_correct = microbatch.sequence_is_correct.to(device)
+    for name, value in _score_sums(microbatch.batch.to(device), is_correct, found).items():
         combine = torch.maximum if name.endswith("_max") else torch.add
         sums[name] = combine(sums[name], value) if name in sums else value
+    return replace(microbatch, old_logprobs=found.logprobs)
 
 
-def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> dict[str, Tensor]:
+def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenLogprobs) -> dict[str, Tensor]:
     mask = batch.loss_mask[0]
     logprobs = scored.logprobs[mask].double()
     in_correct = is_correct[batch.sequence_ids[0, mask]]
@@ -173,8 +204,8 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenScores) -> 
     }
 
 
-def _record_scores(policy: Policy, sums: dict[str, Tensor], metrics: MetricSums) -> None:
-    sums = _from_last_stage(policy, sums)
+def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
+    sums, metrics = _from_last_stage(policy, sums), MetricSums()
     if sums:
         tokens = int(sums["tokens"])
         metrics.add("entropy/mean", float(sums["entropy"]), tokens)
@@ -187,6 +218,7 @@ def _record_scores(policy: Policy, sums: dict[str, Tensor], metrics: MetricSums)
             metrics.add("gap/train_engine_k3", float(sums["gap_k3"]), usable)
             metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
         metrics.add("gap/unusable_tokens", tokens - usable, 0)
+    return metrics
 
 
 def _from_last_stage(policy: Policy, sums: dict[str, Tensor]) -> dict[str, Tensor]:

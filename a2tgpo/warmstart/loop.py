@@ -23,8 +23,8 @@ from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.run.versions import commit_line
 from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
 from a2tgpo.warmstart.batches import asked_for, cross_entropy, my_microbatches, token_weights
 from a2tgpo.warmstart.examples import load_examples
@@ -141,7 +141,7 @@ class WarmStart:
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         with self.timers.stage("evaluation"):
             for start in range(0, len(held_out), size):
-                for scores in score(self.policy, self._pack(held_out[start : start + size])):
+                for scores in compute_logprobs(self.policy, self._pack(held_out[start : start + size])):
                     if scores is not None:
                         total -= scores.logprobs.double().sum()
             loss = all_reduce_sum(total, self.groups.dp_group).item()

@@ -20,14 +20,13 @@ from a2tgpo.batch.probes import Probe, ProbedSequence
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.logprobs import compute_logprobs
+from a2tgpo.update.minibatch import Microbatch, Minibatch
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, update_policy
-from a2tgpo.update.probe_scores import score_probes
-from a2tgpo.update.score import score
+from a2tgpo.update.policy_update import compute_old_logprobs, update_policy
+from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 from a2tgpo.update.train_step import compute_gradients
 
 
@@ -83,7 +82,7 @@ def check_scores(bench: Bench) -> None:
     """
     policy, _ = bench.policy()
     batches = bench.batches()
-    scores = score(policy, batches)
+    scores = compute_logprobs(policy, batches)
     assert len(scores) == len(batches) and all(chunk.training for chunk in policy.chunks)
     for batch, scored in zip(batches, scores, strict=True):
         assert (scored is not None) == bench.groups.is_pipeline_last
@@ -114,7 +113,7 @@ def check_probes(bench: Bench) -> None:
         sequences.append(ProbedSequence(tokens=tokens, probes=probes))
         expected.append([logprobs[p.prefix_length + 1 : p.prefix_length + 6].tolist() for p in probes])
     assert any(map(len, expected)) or bench.groups.dp_rank > 1
-    found = score_probes(policy, sequences, max_tokens=100)
+    found = compute_probe_logprobs(policy, sequences, max_tokens=100)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -123,20 +122,23 @@ def check_turn_ratios(bench: Bench) -> None:
     """One ratio per turn, clipped: loss and gradients are those of loops over turns, also of turns that are split."""
     policy, _ = bench.policy()
     batches, cp_size = bench.batches(max_tokens=10_000), bench.groups.cp_size
-    minibatch = Minibatch(
-        batches=batches, turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
-    )
+    inputs = []
     for batch in batches:
         turns = zip(batch.turn_trajectory.tolist(), batch.turn_index.tolist(), strict=True)
-        minibatch.turn_advantages.append(torch.tensor([coefficient(*turn) for turn in turns]))
-        minibatch.turn_clip_scales.append(torch.ones(batch.num_turns))
-        minibatch.sequence_weights.append(torch.full((batch.num_sequences,), 1 / bench.total_tokens))
         old = torch.zeros(batch.num_tokens)
         for number, index in enumerate(batch.trajectory_indices):
             expected = bench.reference.logprobs[index]
             at = batch.sequence_ids[0] == number
             old[at] = old_logprobs(expected)[: int(at.sum())]
-        minibatch.old_logprobs[len(minibatch.old_logprobs)] = old
+        microbatch = Microbatch(
+            batch=batch,
+            turn_advantages=torch.tensor([coefficient(*turn) for turn in turns]),
+            turn_clip_scales=torch.ones(batch.num_turns),
+            sequence_weights=torch.full((batch.num_sequences,), 1 / bench.total_tokens),
+            sequence_is_correct=torch.zeros(batch.num_sequences, dtype=torch.bool),
+            old_logprobs=old,
+        )
+        inputs.append(microbatch.loss_inputs())
         if cp_size > 1:
             held = [
                 set(batch.turn_ids[0, own][batch.loss_mask[0, own]].tolist())
@@ -145,7 +147,7 @@ def check_turn_ratios(bench: Bench) -> None:
             assert set.intersection(*held), "no turn is split over the context-parallel ranks"
 
     def loss_function(number: int, logprobs: Tensor, entropy: Tensor) -> Any:
-        result = policy_loss(logprobs[batches[number].loss_mask[0]], minibatch.loss_inputs(number), ALGORITHM)
+        result = policy_loss(logprobs[batches[number].loss_mask[0]], inputs[number], ALGORITHM)
         return result.loss, {"clipped": result.is_clipped.sum(), "tokens": torch.tensor(result.ratio.numel())}
 
     sums = compute_gradients(policy, batches, loss_function)
@@ -169,11 +171,14 @@ def check_correction(bench: Bench) -> None:
         counts = all_gather_object(len(batches), bench.groups.dp_group)
         assert bench.groups.dp_size == 1 or 0 in counts, "no replica is without trajectories"
         minibatch = correction_minibatch(batches)
-        metrics, step = MetricSums(), [minibatch] if is_single else [minibatch, correction_minibatch([])]
-        score_minibatches(policy, step, metrics, distribution=MODEL_DISTRIBUTION)
+        step: list[Minibatch] = [minibatch] if is_single else [minibatch, []]
+        step, metrics = compute_old_logprobs(policy, step, distribution=MODEL_DISTRIBUTION)
         assert (not metrics.sums) == (is_single or not batches)
-        update_policy(policy, optimizer, schedule, step, config, metrics, distribution=MODEL_DISTRIBUTION)
-        assert len(minibatch.importance) == (len(batches) if bench.groups.is_pipeline_last else 0)
+        of_update, ratios = update_policy(
+            policy, optimizer, schedule, step, config, distribution=MODEL_DISTRIBUTION
+        )
+        metrics.merge(of_update)
+        assert len(ratios) == (len(batches) if bench.groups.is_pipeline_last else 0)
         found.append(metrics.reduce(bench.groups.dp_group))
     assert found[0].keys() == found[1].keys(), found[0].keys() ^ found[1].keys()
     assert found[1]["ratio/noise_floor"] == 0.0 and found[1]["ratio/mean"] == 1.0, found[1]
@@ -205,13 +210,16 @@ def check_correction(bench: Bench) -> None:
 
 def correction_minibatch(batches: list[PackedBatch]) -> Minibatch:
     """With a loss of zero."""
-    return Minibatch(
-        batches=batches,
-        turn_advantages=[torch.zeros(batch.num_turns) for batch in batches],
-        turn_clip_scales=[torch.ones(batch.num_turns) for batch in batches],
-        sequence_weights=[torch.zeros(batch.num_sequences) for batch in batches],
-        sequence_is_correct=[torch.tensor([i % 2 == 1 for i in b.trajectory_indices]) for b in batches],
-    )
+    return [
+        Microbatch(
+            batch=batch,
+            turn_advantages=torch.zeros(batch.num_turns),
+            turn_clip_scales=torch.ones(batch.num_turns),
+            sequence_weights=torch.zeros(batch.num_sequences),
+            sequence_is_correct=torch.tensor([i % 2 == 1 for i in batch.trajectory_indices]),
+        )
+        for batch in batches
+    ]
 
 
 def check_update(bench: Bench) -> None:

@@ -53,8 +53,8 @@ from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.weight_names import checkpoint_shapes
 from a2tgpo.trajectory import Prompt
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
 
 WORLD_TIMEOUT_S = 60
@@ -221,7 +221,7 @@ def check_one_engines_refusal_stops_both(policy, engine, rank, version):
 def trainer_logprobs(policy, parallel, trajectories, distribution=MODEL_DISTRIBUTION):
     """log p of every sampled token by the trainer, trajectory by trajectory (no observations)."""
     batch = pack(trajectories, range(len(trajectories)), align=alignment(parallel, Fp8Config()))
-    (scores,) = score(policy, [batch], distribution=distribution)
+    (scores,) = compute_logprobs(policy, [batch], distribution=distribution)
     return scores.logprobs[batch.loss_mask[0]]
 
 

@@ -25,7 +25,7 @@ from a2tgpo.model import build, precision
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.initialize import lay_out
 from a2tgpo.trajectory import Trajectory, Turn
-from a2tgpo.update.score import score
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.train_step import LossFunction, compute_gradients
 
 # A card would run out of memory in float32 (`require_number_formats`); the exact comparisons here are of tiny rows.
@@ -168,7 +168,7 @@ def run(policy: Policy, batches: list[PackedBatch], loss: LossFunction = weighte
 def run_scoring(policy: Policy, batches: list[PackedBatch]) -> Outcome:
     """A pass without gradients, as before an update."""
     with _collected_logits(policy) as logits:
-        score(policy, batches)
+        compute_logprobs(policy, batches)
     return Outcome(logits, {})
 
 

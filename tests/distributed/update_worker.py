@@ -58,8 +58,8 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run.folder import RunFolder
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
 
 # -- checks on several layouts --------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def check_memory_phases(bench: Bench, **options: Any) -> None:
         for _ in range(3):
             for phase in ("bank", "refit", "rollout", "score"):
                 phases.enter(phase)
-            score(policy, bench.batches())
+            compute_logprobs(policy, bench.batches())
             phases.enter("update")
             losses.append(bench.step(policy, optimizer).loss)
         phases.enter("checkpoint")

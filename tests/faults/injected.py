@@ -174,7 +174,7 @@ def install() -> None:
     passing(rollout_bank.RolloutBank, "put", "after the bank", after=True)
     passing(trainer, "exchange", "exchange")
     passing(trainer, "step_advantages", "advantage")
-    passing(trainer, "score_minibatches", "score")
+    passing(trainer, "compute_old_logprobs", "score")
     passing(policy_update, "train_step", "update")
     passing(trainer, "update_policy", "after the update", after=True)
     passing(recorder.Recorder, "record_step", "record")

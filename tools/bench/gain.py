@@ -35,9 +35,9 @@ from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.probe_scores import score_probes
-from a2tgpo.update.score import score
+from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 from a2tgpo.update.train_step import train_step
 
 MODEL = "artifacts/models/smollm2-135m"
@@ -105,7 +105,7 @@ class Step:
         self.scaffold, self.answer = random_tokens(rng, SCAFFOLD), random_tokens(rng, ANSWER)
         self.trajectories: list[Trajectory] = self._timed("generation", lambda: play(engine, seed))
         by_engine = self._timed("engine", self._by_engine)
-        old = self._timed("old", lambda: score(policy, self._batches))
+        old = self._timed("old", lambda: compute_logprobs(policy, self._batches))
         by_tree = self._timed("tree", self._by_tree)
         in_full = self._timed("in full", self._in_full)
         self._timed("update", self._update)
@@ -157,7 +157,7 @@ class Step:
             for trajectory in self.trajectories
         ]
         self.model_tokens["tree"] = sum(sequence.packed_length for sequence in sequences)
-        found = score_probes(self.policy, sequences, max_tokens=MAX_TOKENS)
+        found = compute_probe_logprobs(self.policy, sequences, max_tokens=MAX_TOKENS)
         return [logprobs for scores in found for logprobs in scores]
 
     def _in_full(self) -> list[list[float]]:
@@ -178,7 +178,7 @@ class Step:
         rows = microbatches(lengths, MAX_TOKENS)
         batches = [pack(prefixes, row, align=Alignment()) for row in rows]
         found: dict[int, list[float]] = {}
-        for row, batch, scores in zip(rows, batches, score(self.policy, batches), strict=True):
+        for row, batch, scores in zip(rows, batches, compute_logprobs(self.policy, batches), strict=True):
             assert scores is not None, "there is one pipeline stage"
             found |= zip(row, scores.logprobs[batch.loss_mask[0]].view(-1, ANSWER).tolist(), strict=True)
         return [found[number] for number in range(len(prefixes))]

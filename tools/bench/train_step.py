@@ -42,14 +42,13 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.parallel.initialize import initialize
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.minibatch import Minibatch
+from a2tgpo.update.minibatch import Microbatch, Minibatch
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, update_policy
+from a2tgpo.update.policy_update import update_policy
 
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
@@ -78,17 +77,15 @@ def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
 
 
 def packed() -> Update:
-    """Return our update, as in the trainer's stages `score` and `update`."""
+    """Return our update, as in the trainer's stage `update` of a single mini-batch."""
     groups = initialize(ParallelConfig(), seed=0)
     policy = build_policy(ModelConfig(path=MODEL, dtype="float32"), ParallelConfig(), groups, update=UPDATE)
     optimizer, schedule = build_optimizer(policy, UPDATE, total_steps=10)
 
     def update(trajectories: list[Trajectory]) -> dict[str, float]:
         minibatch = packed_minibatch(trajectories)
-        metrics = MetricSums()
-        score_minibatches(policy, [minibatch], metrics, distribution=MODEL_DISTRIBUTION)
-        update_policy(
-            policy, optimizer, schedule, [minibatch], CONFIG, metrics, distribution=MODEL_DISTRIBUTION
+        metrics, _ = update_policy(
+            policy, optimizer, schedule, [minibatch], CONFIG, distribution=MODEL_DISTRIBUTION
         )
         found = metrics.values()
         return {
@@ -101,20 +98,22 @@ def packed() -> Update:
 
 
 def packed_minibatch(trajectories: list[Trajectory]) -> Minibatch:
-    minibatch = Minibatch(
-        batches=[], turn_advantages=[], turn_clip_scales=[], sequence_weights=[], sequence_is_correct=[]
-    )
+    minibatch = []
     lengths = [packed_length(t) for t in trajectories]
     for members in microbatches(lengths, sum(lengths), min_count=min(NUM_MICROBATCHES, len(lengths))):
         batch = pack(trajectories, members, align=Alignment())
         rows = [trajectories[i] for i in batch.trajectory_indices]
         values = torch.tensor([value for t in rows for value in turn_values(t)])  # [U, 2]
-        minibatch.batches.append(batch)
-        minibatch.turn_advantages.append(values[:, 0])
-        minibatch.turn_clip_scales.append(values[:, 1])
         weights = [1 / (len(trajectories) * t.num_sampled_tokens) for t in rows]
-        minibatch.sequence_weights.append(torch.tensor(weights))
-        minibatch.sequence_is_correct.append(torch.zeros(len(rows), dtype=torch.bool))
+        minibatch.append(
+            Microbatch(
+                batch=batch,
+                turn_advantages=values[:, 0],
+                turn_clip_scales=values[:, 1],
+                sequence_weights=torch.tensor(weights),
+                sequence_is_correct=torch.zeros(len(rows), dtype=torch.bool),
+            )
+        )
     return minibatch
 
 

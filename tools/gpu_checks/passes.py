@@ -82,13 +82,13 @@ def logprobs_and_gradients(
     import torch
 
     from a2tgpo.model.weights import iterate_hf_weights
-    from a2tgpo.update.score import score
+    from a2tgpo.update.logprobs import compute_logprobs
     from a2tgpo.update.train_step import compute_gradients
 
     policy = build(path, groups, dtype=dtype, parallel=parallel, fp8=fp8)
     batch = packed(lengths, parallel=parallel, fp8=fp8)
     sampled = batch.loss_mask[0].to(groups.device)
-    (scored,) = score(policy, [batch])
+    (scored,) = compute_logprobs(policy, [batch])
     assert scored is not None, "there is one pipeline stage"
 
     def mean_logprob(number: int, logprobs: Any, entropy: Any) -> tuple[Any, dict]:
@@ -110,7 +110,7 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
     from a2tgpo.config.model import ModelConfig
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.model.build import build_policy
-    from a2tgpo.update.probe_scores import score_probes
+    from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 
     model = ModelConfig(path=path, dtype=dtype)
     policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
@@ -121,7 +121,7 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
         )
         for start in range(2, len(tokens), 10)
     ]
-    (found,) = score_probes(policy, [ProbedSequence(tokens=tokens, probes=probes)], max_tokens=4096)
+    (found,) = compute_probe_logprobs(policy, [ProbedSequence(tokens=tokens, probes=probes)], max_tokens=4096)
     return torch.tensor([logprob for branch in found for logprob in branch])
 
 

@@ -147,7 +147,7 @@ def _move_weights(parts: Any, *, target: float) -> float:
     """
     from a2tgpo.batch.packing import pack
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
-    from a2tgpo.update.score import score
+    from a2tgpo.update.logprobs import compute_logprobs
     from a2tgpo.update.train_step import train_step
 
     probe = probe_tokens(parts.engine.num_token_ids, parts.config.refit.probe_tokens)
@@ -158,7 +158,7 @@ def _move_weights(parts: Any, *, target: float) -> float:
         return -logprobs[sampled].mean() / parts.groups.dp_size, {}
 
     def logprobs_of_probe() -> Any:
-        (scored,) = score(parts.policy, [batch])
+        (scored,) = compute_logprobs(parts.policy, [batch])
         assert scored is not None, "there is one pipeline stage"
         return scored.logprobs[sampled]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
@@ -14,10 +16,10 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.loss.policy_loss import LossInputs
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.importance import record_correction, weigh
+from a2tgpo.update.importance import correction_metrics, weigh
 from a2tgpo.update.minibatch import Minibatch, build_minibatches
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 4, 2, 3
@@ -59,10 +61,15 @@ def minibatches_of(
 
 
 def correct_rollouts(
-    minibatches: list[Minibatch], config: CorrectionConfig, groups: ParallelGroups, metrics: MetricSums
-) -> None:
-    """Weigh what has been scored, as the update does on its way."""
+    minibatches: list[Minibatch], config: CorrectionConfig, groups: ParallelGroups
+) -> tuple[list[list[LossInputs]], dict[str, float]]:
+    """The loss's inputs of every micro-batch with importance weights, and the metrics of these."""
+    weights, corrected = [], []
     for minibatch in minibatches:
-        for index in minibatch.old_logprobs:
-            weigh(minibatch, index, config)
-    record_correction(minibatches, config, groups, metrics)
+        inputs = [microbatch.loss_inputs() for microbatch in minibatch]
+        if config.kind != "none":
+            own = [weigh(i, m.batch, config) for i, m in zip(inputs, minibatch, strict=True)]
+            inputs = [replace(i, importance=w.weights) for i, w in zip(inputs, own, strict=True)]
+            weights += own
+        corrected.append(inputs)
+    return corrected, correction_metrics(weights, config, groups).values()

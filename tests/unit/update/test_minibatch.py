@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from played_step import NUM_MINIBATCHES, correct_rollouts, minibatches_of
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.loss.policy_loss import policy_loss
-from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import Minibatch
 
@@ -23,14 +23,18 @@ def made_up_logprobs(batch: PackedBatch, shift: float) -> torch.Tensor:
 
 
 def loss_and_token_gradients(
-    minibatch: Minibatch, trajectories: list[Trajectory], config: AlgorithmConfig
+    minibatch: Minibatch,
+    corrected: list[LossInputs],
+    trajectories: list[Trajectory],
+    config: AlgorithmConfig,
 ) -> tuple[float, dict[tuple[int, int, int], float]]:
     """Gradients by (prompt, sample, position in the trajectory)."""
     total, gradients = 0.0, {}
-    for index, batch in enumerate(minibatch.batches):
+    for microbatch, inputs in zip(minibatch, corrected, strict=True):
+        batch = microbatch.batch
         mask = batch.loss_mask[0]
         logprobs = made_up_logprobs(batch, 0.01)[mask].requires_grad_()
-        loss = policy_loss(logprobs, minibatch.loss_inputs(index), config).loss
+        loss = policy_loss(logprobs, inputs, config).loss
         loss.backward()
         total += loss.item()
         numbers, positions = batch.sequence_ids[0, mask].tolist(), batch.positions[0, mask].tolist()
@@ -47,15 +51,20 @@ def outcome(
     minibatches = minibatches_of(
         trajectories, groups, max_tokens=max_tokens, ratio=config.ratio, aggregation=config.aggregation
     )
-    for minibatch in minibatches:
-        minibatch.old_logprobs = {
-            i: made_up_logprobs(batch, 0.0) for i, batch in enumerate(minibatch.batches)
-        }
-        minibatch.ref_logprobs = {
-            i: made_up_logprobs(batch, 0.3) for i, batch in enumerate(minibatch.batches)
-        }
-    correct_rollouts(minibatches, config.correction, groups, MetricSums())
-    return [loss_and_token_gradients(minibatch, trajectories, config) for minibatch in minibatches]
+    scored = [
+        [
+            replace(
+                m, old_logprobs=made_up_logprobs(m.batch, 0.0), ref_logprobs=made_up_logprobs(m.batch, 0.3)
+            )
+            for m in minibatch
+        ]
+        for minibatch in minibatches
+    ]
+    corrected, _ = correct_rollouts(scored, config.correction, groups)
+    return [
+        loss_and_token_gradients(*of_one, trajectories, config)
+        for of_one in zip(scored, corrected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("level", ["turn", "sequence", "token"])

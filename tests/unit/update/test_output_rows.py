@@ -16,8 +16,8 @@ from a2tgpo.model.build import Policy
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import _TokenLogprobs
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.probe_scores import score_probes
-from a2tgpo.update.score import score
+from a2tgpo.update.logprobs import compute_logprobs
+from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 from a2tgpo.update.train_step import LossFunction, compute_gradients
 from a2tgpo.warmstart.batches import cross_entropy, token_weights
 
@@ -64,7 +64,7 @@ def test_as_many_rows_reach_the_output_layer_as_tokens_were_sampled(policy, traj
     assert sum(sampled) == sum(t.num_sampled_tokens for t in trajectories)
     assert sum(sampled) < sum(batch.num_tokens for batch in batches)
     with counted_rows(policy) as scored:
-        score(policy, batches)
+        compute_logprobs(policy, batches)
     with counted_rows(policy) as trained:
         compute_gradients(policy, batches, weighted(batches))
     assert scored == trained == sampled
@@ -73,7 +73,9 @@ def test_as_many_rows_reach_the_output_layer_as_tokens_were_sampled(policy, traj
 def test_branches_run_it_where_an_answer_is_predicted(policy) -> None:
     probes = [Probe(prefix_length=length, scaffold=(3, 4), answer=(5, 6, 7)) for length in (2, 9)]
     with counted_rows(policy) as rows:
-        score_probes(policy, [ProbedSequence(tokens=list(range(20)), probes=probes)], max_tokens=100)
+        compute_probe_logprobs(
+            policy, [ProbedSequence(tokens=list(range(20)), probes=probes)], max_tokens=100
+        )
     assert rows == [6]
 
 
@@ -104,7 +106,7 @@ def test_entropies_that_no_loss_is_made_of_have_no_backward_pass(policy, traject
 def test_scores_are_those_of_the_whole_layer_and_zero_elsewhere(policy, trajectories) -> None:
     batches = packed(trajectories)
     for batch, some, whole in zip(
-        batches, score(policy, batches), score(policy, wholly(batches)), strict=True
+        batches, compute_logprobs(policy, batches), compute_logprobs(policy, wholly(batches)), strict=True
     ):
         mask = batch.loss_mask[0]
         for ours, all_of_them in zip(some, whole, strict=True):
@@ -155,7 +157,7 @@ def test_a_warm_start_asks_for_observations_where_they_weigh(
     weights = token_weights(batches, trajectories, observation_weight=observation_weight)
     assert sum(float(weight.double().sum()) for weight in weights) == pytest.approx(1.0)
     expected = 0.0
-    for batch, scored in zip(batches, score(policy, wholly(batches)), strict=True):
+    for batch, scored in zip(batches, compute_logprobs(policy, wholly(batches)), strict=True):
         real = batch.sequence_ids[0] != PADDING
         sampled = batch.loss_mask[0]
         observed = real & ~sampled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 
 import pytest
@@ -14,21 +14,21 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.minibatch import Minibatch
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, turn_ratios, update_policy
-from a2tgpo.update.score import score
+from a2tgpo.update.policy_update import compute_old_logprobs, lay_out_ratios, update_policy
 
 
 def scored(
     trajectories: list[Trajectory], policy: Policy, **options
 ) -> tuple[list[Minibatch], dict[str, float]]:
-    minibatches, metrics = minibatches_of(trajectories, policy.groups, **options), MetricSums()
-    score_minibatches(policy, minibatches, metrics, distribution=MODEL_DISTRIBUTION)
+    minibatches, metrics = compute_old_logprobs(
+        policy, minibatches_of(trajectories, policy.groups, **options), distribution=MODEL_DISTRIBUTION
+    )
     return minibatches, metrics.values()
 
 
@@ -36,7 +36,7 @@ def by_trajectory(minibatches: list[Minibatch]) -> dict[int, tuple[torch.Tensor,
     """Per trajectory its tokens' turns, the trainer's log-probs and the engine's, float64."""
     found = {}
     for minibatch in minibatches:
-        for batch, old in zip(minibatch.batches, minibatch.old_logprobs.values(), strict=True):
+        for batch, old in ((m.batch, m.old_logprobs) for m in minibatch):
             for number, index in enumerate(batch.trajectory_indices):
                 rows = (batch.sequence_ids[0] == number) & batch.loss_mask[0]
                 turns = batch.turn_index[batch.turn_ids[0, rows]]
@@ -48,7 +48,7 @@ def test_likelihood_is_the_mean_over_sampled_tokens_and_those_of_correct_answers
     policy, trajectories
 ) -> None:
     minibatches, metrics = scored(trajectories, policy)
-    assert len(minibatches) == NUM_MINIBATCHES and len(minibatches[0].batches) > 1
+    assert len(minibatches) == NUM_MINIBATCHES and len(minibatches[0]) > 1
     logprobs = {index: old for index, (_, old, _) in by_trajectory(minibatches).items()}
     assert {i: len(p) for i, p in logprobs.items()} == {
         i: t.num_sampled_tokens for i, t in enumerate(trajectories) if t.turns
@@ -89,9 +89,7 @@ def test_a_step_without_a_finite_engine_log_prob_has_no_gap_and_no_mean_weight(p
     minibatches, gaps = scored(trajectories, policy)
     assert [name for name in gaps if name.startswith("gap/")] == ["gap/unusable_tokens"]
     assert gaps["gap/unusable_tokens"] == sum(t.num_sampled_tokens for t in trajectories)
-    metrics = MetricSums()
-    correct_rollouts(minibatches, CorrectionConfig(kind="truncate"), policy.groups, metrics)
-    found = metrics.values()
+    _, found = correct_rollouts(minibatches, CorrectionConfig(kind="truncate"), policy.groups)
     assert found["correction/unusable_tokens"] == gaps["gap/unusable_tokens"]
     assert not {"correction/mean", "correction/max", "correction/min"} & found.keys()
 
@@ -105,15 +103,14 @@ def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, traj
     of_packings = []
     for max_tokens in (40, 10_000):
         minibatches, _ = scored(trajectories, policy, max_tokens=max_tokens)
-        metrics = MetricSums()
-        correct_rollouts(minibatches, config, policy.groups, metrics)
-        of_packings.append(metrics.values())
+        corrected, metrics = correct_rollouts(minibatches, config, policy.groups)
+        of_packings.append(metrics)
         ratio = torch.cat([weights_by_hand(*tokens, level) for tokens in by_trajectory(minibatches).values()])
         usable, num_tokens = ratio[ratio.isfinite()], ratio.numel()
         applied = ratio.nan_to_num(0.0).clamp(max=1.5)
-        found = torch.cat([w.weights for minibatch in minibatches for w in minibatch.importance.values()])
+        found = torch.cat([inputs.importance for inputs in itertools.chain.from_iterable(corrected)])
         torch.testing.assert_close(found.double(), applied, rtol=1e-5, atol=1e-7)
-        assert metrics.values() == pytest.approx(
+        assert metrics == pytest.approx(
             {
                 "correction/mean": float(usable.mean()),
                 "correction/max": float(usable.max()),
@@ -127,7 +124,7 @@ def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, traj
             },
             rel=1e-5,
         )
-        assert 0 < metrics.values()["correction/truncated_share"] < 1 <= num_tokens - usable.numel()
+        assert 0 < metrics["correction/truncated_share"] < 1 <= num_tokens - usable.numel()
     assert of_packings[0] == pytest.approx(of_packings[1], rel=1e-4)
 
 
@@ -147,20 +144,19 @@ def test_masked_share_counts_both_sides(policy, trajectories) -> None:
     minibatches, _ = scored(trajectories, policy)
     tokens = by_trajectory(minibatches).values()
     ratio = torch.cat([weights_by_hand(*of_one, "token") for of_one in tokens])
-    kept, metrics = (ratio >= 0.5) & (ratio <= 2.0), MetricSums()
-    correct_rollouts(minibatches, CorrectionConfig(kind="mask"), policy.groups, metrics)
+    kept = (ratio >= 0.5) & (ratio <= 2.0)
+    _, metrics = correct_rollouts(minibatches, CorrectionConfig(kind="mask"), policy.groups)
     assert 0 < kept.sum() < ratio.numel()
-    assert metrics.values()["correction/masked_share"] == pytest.approx(float((~kept).double().mean()))
+    assert metrics["correction/masked_share"] == pytest.approx(float((~kept).double().mean()))
     share = float(ratio[kept].sum() ** 2 / (ratio.numel() * ratio[kept].square().sum()))
-    assert metrics.values()["correction/effective_sample_share"] == pytest.approx(share, rel=1e-4)
+    assert metrics["correction/effective_sample_share"] == pytest.approx(share, rel=1e-4)
 
 
 def test_without_correction_nothing_is_added(policy, trajectories) -> None:
     minibatches, _ = scored(trajectories, policy)
-    metrics = MetricSums()
-    correct_rollouts(minibatches, CorrectionConfig(), policy.groups, metrics)
-    assert metrics == MetricSums()
-    assert all(minibatch.loss_inputs(0).importance is None for minibatch in minibatches)
+    corrected, metrics = correct_rollouts(minibatches, CorrectionConfig(), policy.groups)
+    assert metrics == {}
+    assert all(inputs[0].importance is None for inputs in corrected)
 
 
 def test_a_log_prob_of_the_trainer_that_is_not_finite_skips_the_update_at_any_weight(
@@ -168,11 +164,11 @@ def test_a_log_prob_of_the_trainer_that_is_not_finite_skips_the_update_at_any_we
 ) -> None:
     config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))
     minibatches, _ = scored(trajectories, policy)
-    minibatches[0].old_logprobs[0][minibatches[0].batches[0].loss_mask[0].nonzero()[0]] = math.nan
+    first = minibatches[0][0]
+    first.old_logprobs[first.batch.loss_mask[0].nonzero()[0]] = math.nan
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
-    metrics = MetricSums()
-    update_policy(
-        policy, optimizer, schedule, minibatches[:1], config, metrics, distribution=MODEL_DISTRIBUTION
+    metrics, _ = update_policy(
+        policy, optimizer, schedule, minibatches[:1], config, distribution=MODEL_DISTRIBUTION
     )
     assert metrics.values()["correction/unusable_tokens"] == 1
     assert math.isnan(metrics.values()["update/loss"]) and metrics.values()["update/skipped"] == 1
@@ -184,11 +180,10 @@ def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
     config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))
     minibatches, _ = scored(trajectories, policy)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
-    metrics = MetricSums()
-    update_policy(
-        policy, optimizer, schedule, minibatches[:1], config, metrics, distribution=MODEL_DISTRIBUTION
+    metrics, _ = update_policy(
+        policy, optimizer, schedule, minibatches[:1], config, distribution=MODEL_DISTRIBUTION
     )
-    inputs = [minibatches[0].loss_inputs(index) for index in range(len(minibatches[0].batches))]
+    (inputs,), _ = correct_rollouts(minibatches[:1], config.correction, policy.groups)
     expected = -sum(float((i.weights * i.importance * i.advantages).sum()) for i in inputs)
     plain = -sum(float((i.weights * i.advantages).sum()) for i in inputs)
     assert metrics.values()["update/loss"] == pytest.approx(expected, rel=1e-4)
@@ -200,32 +195,20 @@ def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
 def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(policy, trajectories) -> None:
     minibatches, _ = scored(trajectories, policy)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-2), total_steps=4)
-    update_policy(
-        policy,
-        optimizer,
-        schedule,
-        minibatches[:1],
-        AlgorithmConfig(),
-        MetricSums(),
-        distribution=MODEL_DISTRIBUTION,
+    _, of_first = update_policy(
+        policy, optimizer, schedule, minibatches[:1], AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
-    moved = [scores.logprobs for scores in score(policy, minibatches[1].batches)]
-    update_policy(
-        policy,
-        optimizer,
-        schedule,
-        minibatches[1:],
-        AlgorithmConfig(),
-        MetricSums(),
-        distribution=MODEL_DISTRIBUTION,
+    moved = [found.logprobs for found in compute_logprobs(policy, [m.batch for m in minibatches[1]])]
+    _, of_second = update_policy(
+        policy, optimizer, schedule, minibatches[1:], AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
     shape = len(trajectories), MAX_TURNS
-    ratios = turn_ratios(policy, minibatches, shape=shape)
+    ratios = lay_out_ratios(policy, of_first + of_second, shape=shape)
     expected = torch.full(shape, math.nan)
-    for batch in minibatches[0].batches:
+    for batch in (microbatch.batch for microbatch in minibatches[0]):
         expected[batch.turn_trajectory, batch.turn_index] = 1.0
-    old_logprobs = minibatches[1].old_logprobs.values()
-    for batch, old, new in zip(minibatches[1].batches, old_logprobs, moved, strict=True):
+    for microbatch, new in zip(minibatches[1], moved, strict=True):
+        batch, old = microbatch.batch, microbatch.old_logprobs
         for turn, place in enumerate(zip(batch.turn_trajectory, batch.turn_index, strict=True)):
             rows = batch.loss_mask[0] & (batch.turn_ids[0] == turn)
             expected[place] = (new - old)[rows].mean().exp()
@@ -248,24 +231,17 @@ def one_update(
     fresh = build_policy(model, ParallelConfig(), policy.groups, update=update)
     optimizer, schedule = build_optimizer(fresh, update, total_steps=4)
     (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1, **algorithm)
-    assert len(minibatch.batches) > 2
+    assert len(minibatch) > 2
     passes: list[int] = []
     fresh.gpt_models[0].decoder.register_forward_hook(lambda *_: passes.append(1))
-    metrics, step = MetricSums(), [minibatch]
-    if scoring:  # as in a step that has another one behind it
-        step.append(dataclasses.replace(minibatch, batches=[], old_logprobs={}))
-    score_minibatches(fresh, step, metrics, distribution=MODEL_DISTRIBUTION)
-    update_policy(
-        fresh,
-        optimizer,
-        schedule,
-        [minibatch],
-        AlgorithmConfig(**algorithm),
-        metrics,
-        distribution=MODEL_DISTRIBUTION,
+    step = [minibatch, []] if scoring else [minibatch]  # as in a step that has another one behind it
+    step, metrics = compute_old_logprobs(fresh, step, distribution=MODEL_DISTRIBUTION)
+    of_update, _ = update_policy(
+        fresh, optimizer, schedule, step[:1], AlgorithmConfig(**algorithm), distribution=MODEL_DISTRIBUTION
     )
+    metrics.merge(of_update)
     weights = {name: p.detach().clone() for name, p in fresh.gpt_models[0].named_parameters()}
-    return metrics.values(), weights, len(passes) - len(minibatch.batches)
+    return metrics.values(), weights, len(passes) - len(minibatch)
 
 
 @pytest.mark.parametrize("kind", ["truncate", "mask"])
@@ -290,16 +266,10 @@ def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
 def test_turns_of_a_single_mini_batch_have_ratio_1(policy, trajectories) -> None:
     (minibatch,) = minibatches_of(trajectories, policy.groups, num_minibatches=1)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
-    update_policy(
-        policy,
-        optimizer,
-        schedule,
-        [minibatch],
-        AlgorithmConfig(),
-        MetricSums(),
-        distribution=MODEL_DISTRIBUTION,
+    _, found = update_policy(
+        policy, optimizer, schedule, [minibatch], AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
-    ratios = turn_ratios(policy, [minibatch], shape=(len(trajectories), MAX_TURNS))
+    ratios = lay_out_ratios(policy, found, shape=(len(trajectories), MAX_TURNS))
     assert ratios[ratios.isfinite()].tolist() == [1.0] * sum(len(t.turns) for t in trajectories)
 
 
@@ -308,11 +278,10 @@ def test_a_log_prob_of_a_single_mini_batch_that_is_not_finite_skips_the_update(p
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
     norm = policy.gpt_models[0].decoder.final_layernorm.weight
     sound = norm.detach().clone()
-    metrics = MetricSums()
     with torch.no_grad():
         norm[0] = math.nan
-    update_policy(
-        policy, optimizer, schedule, [minibatch], AlgorithmConfig(), metrics, distribution=MODEL_DISTRIBUTION
+    metrics, _ = update_policy(
+        policy, optimizer, schedule, [minibatch], AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
     with torch.no_grad():
         norm.copy_(sound)
@@ -322,13 +291,7 @@ def test_a_log_prob_of_a_single_mini_batch_that_is_not_finite_skips_the_update(p
 def test_mini_batches_behind_an_update_must_have_been_scored(policy, trajectories) -> None:
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=4)
     minibatches = minibatches_of(trajectories, policy.groups)
-    with pytest.raises(AssertionError, match="without scoring"):
+    with pytest.raises(AssertionError, match="without old log-probs"):
         update_policy(
-            policy,
-            optimizer,
-            schedule,
-            minibatches,
-            AlgorithmConfig(),
-            MetricSums(),
-            distribution=MODEL_DISTRIBUTION,
+            policy, optimizer, schedule, minibatches, AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
         )

@@ -9,10 +9,9 @@ from played_step import minibatches_of
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.loss.policy_loss import LossInputs
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, update_policy
+from a2tgpo.update.policy_update import compute_old_logprobs, update_policy
 from a2tgpo.update.ratio_spread import spread_sums
 
 
@@ -39,13 +38,14 @@ def test_each_ratio_counts_once_however_many_tokens_share_it(level, spread, rati
 def test_the_mean_squares_are_those_of_the_turns_ratios_after_one_update_and_two(policy, trajectories):
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=3)
     minibatches = minibatches_of(trajectories, policy.groups, num_minibatches=3)
-    metrics = MetricSums()
-    score_minibatches(policy, minibatches, metrics, distribution=MODEL_DISTRIBUTION)
-    update_policy(
-        policy, optimizer, schedule, minibatches, AlgorithmConfig(), metrics, distribution=MODEL_DISTRIBUTION
+    minibatches, _ = compute_old_logprobs(policy, minibatches, distribution=MODEL_DISTRIBUTION)
+    metrics, turn_ratios = update_policy(
+        policy, optimizer, schedule, minibatches, AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
+    found = iter(turn_ratios)
+    of_minibatches = [[next(found).ratios for _ in minibatch] for minibatch in minibatches]
     for number in (1, 2):
-        ratios = torch.cat(list(minibatches[number].turn_ratios.values())).double()
+        ratios = torch.cat(of_minibatches[number]).double()
         expected = float(ratios.log().square().mean())
         assert expected > 0
         assert metrics.values()[f"ratio/mean_square_after_{number}"] == pytest.approx(expected, rel=1e-3)

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution, token_logprobs
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.policy_update import score_minibatches, score_reference, update_policy
+from a2tgpo.update.policy_update import compute_old_logprobs, compute_ref_logprobs, update_policy
 
 NUM_IDS = 200
 """Of a vocabulary of 250; the rest is padding that the engine never samples."""
@@ -51,17 +50,19 @@ def expected_scores(path: str, trajectory: Trajectory) -> list[tuple[float, floa
 
 
 def test_policy_and_reference_are_scored_in_the_sampled_distribution(policy, sampled) -> None:
-    minibatches, metrics = minibatches_of(sampled, policy.groups), MetricSums()
-    score_minibatches(policy, minibatches, metrics, distribution=COOL)
-    score_reference(policy, minibatches, distribution=COOL)
+    minibatches, metrics = compute_old_logprobs(
+        policy, minibatches_of(sampled, policy.groups), distribution=COOL
+    )
+    minibatches = compute_ref_logprobs(policy, minibatches, distribution=COOL)
     expected = {index: expected_scores(policy.path, t) for index, t in enumerate(sampled) if t.turns}
     for minibatch in minibatches:
-        for number, batch in enumerate(minibatch.batches):
+        for microbatch in minibatch:
+            batch = microbatch.batch
             for place, index in enumerate(batch.trajectory_indices):
                 rows = (batch.sequence_ids[0] == place) & batch.loss_mask[0]
                 logprobs = torch.tensor([logprob for logprob, _ in expected[index]])
-                torch.testing.assert_close(minibatch.old_logprobs[number][rows], logprobs, atol=1e-4, rtol=0)
-                torch.testing.assert_close(minibatch.ref_logprobs[number][rows], logprobs, atol=1e-4, rtol=0)
+                torch.testing.assert_close(microbatch.old_logprobs[rows], logprobs, atol=1e-4, rtol=0)
+                torch.testing.assert_close(microbatch.ref_logprobs[rows], logprobs, atol=1e-4, rtol=0)
     scores = list(itertools.chain.from_iterable(expected.values()))
     assert metrics.values()["likelihood/mean"] == pytest.approx(sum(p for p, _ in scores) / len(scores), 1e-4)
     assert metrics.values()["entropy/mean"] == pytest.approx(sum(h for _, h in scores) / len(scores), 1e-4)
@@ -69,23 +70,17 @@ def test_policy_and_reference_are_scored_in_the_sampled_distribution(policy, sam
 
 @pytest.mark.parametrize("num_minibatches", [1, 2])
 def test_the_training_pass_sees_the_distribution_that_scoring_saw(policy, sampled, num_minibatches) -> None:
-    minibatches, metrics = (
-        minibatches_of(sampled, policy.groups, num_minibatches=num_minibatches),
-        MetricSums(),
-    )
-    score_minibatches(policy, minibatches, metrics, distribution=COOL)
-    for minibatch, twin in zip(
-        minibatches, minibatches_of(sampled, policy.groups, num_minibatches=num_minibatches), strict=True
-    ):
-        score_reference(policy, [twin], distribution=COOL)
-        minibatch.ref_logprobs = twin.ref_logprobs
+    minibatches = minibatches_of(sampled, policy.groups, num_minibatches=num_minibatches)
+    minibatches, _ = compute_old_logprobs(policy, minibatches, distribution=COOL)
+    minibatches = compute_ref_logprobs(policy, minibatches, distribution=COOL)
     optimizer, schedule = build_optimizer(policy, UpdateConfig(lr=1e-6), total_steps=4)
     config = AlgorithmConfig(kl_coef=0.1)
-    update_policy(policy, optimizer, schedule, minibatches[:1], config, metrics, distribution=COOL)
+    metrics, _ = update_policy(policy, optimizer, schedule, minibatches[:1], config, distribution=COOL)
     assert metrics.values()["ratio/noise_floor"] < 1e-5
     assert abs(metrics.values()["kl/reference"]) < 1e-5
-    warm = MetricSums()
-    update_policy(policy, optimizer, schedule, minibatches[:1], config, warm, distribution=MODEL_DISTRIBUTION)
+    warm, _ = update_policy(
+        policy, optimizer, schedule, minibatches[:1], config, distribution=MODEL_DISTRIBUTION
+    )
     assert warm.values()["kl/reference"] > 1e-2, "another temperature is another distribution"
 
 

@@ -9,11 +9,10 @@ import torch
 from a2tgpo.batch.packing import Alignment, pack
 from a2tgpo.batch.probes import Probe, ProbedSequence, pack_probes
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.trajectory import Trajectory, Turn
 from a2tgpo.update.gain_check import GainCheck
-from a2tgpo.update.probe_scores import score_probes
-from a2tgpo.update.score import score
+from a2tgpo.update.logprobs import compute_logprobs
+from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 
 VOCAB = 250
 
@@ -35,7 +34,7 @@ def alone(policy, prefix, probe):
         stop_reason="answer",
     )
     batch = pack([trajectory], [0], align=Alignment())
-    (scores,) = score(policy, [batch])
+    (scores,) = compute_logprobs(policy, [batch])
     return scores.logprobs[batch.loss_mask[0]].tolist()
 
 
@@ -57,12 +56,12 @@ def sequences():
 
 @pytest.mark.parametrize("max_tokens", [10, 10_000])
 def test_branches_score_as_their_prefixes_run_in_full(policy, sequences, max_tokens):
-    found = score_probes(policy, sequences, max_tokens=max_tokens)
+    found = compute_probe_logprobs(policy, sequences, max_tokens=max_tokens)
     for sequence, scores in zip(sequences, found, strict=True):
         for probe, logprobs in zip(sequence.probes, scores, strict=True):
             expected = alone(policy, sequence.tokens[: probe.prefix_length], probe)
             assert logprobs == pytest.approx(expected, abs=2e-5)
-    assert score_probes(policy, [], max_tokens=10) == []
+    assert compute_probe_logprobs(policy, [], max_tokens=10) == []
 
 
 def test_a_tree_costs_its_trunk_once_and_the_answers(sequences):
@@ -81,7 +80,7 @@ def test_a_tree_costs_its_trunk_once_and_the_answers(sequences):
 def test_layers_are_as_before_after_a_tree(policy, sequences):
     trajectory = Probe(prefix_length=1, scaffold=tokens(9, 5), answer=tokens(9, 6))
     before = alone(policy, tokens(30, 8), trajectory)
-    score_probes(policy, sequences, max_tokens=10_000)
+    compute_probe_logprobs(policy, sequences, max_tokens=10_000)
     assert alone(policy, tokens(30, 8), trajectory) == before
 
 
@@ -135,13 +134,10 @@ def test_the_gap_is_what_the_engine_was_off(policy):
         answers={"q": ["11 12 13", "14"]},
         max_tokens=100,
     )
-    metrics = MetricSums()
-    check.run(1, [played], metrics)
-    assert metrics.values() == {}
+    assert check.run(1, [played]).values() == {}
     finished_before = copy.deepcopy(played)  # by weights that are gone
     finished_before.turns[-1].step, finished_before.baseline_prob = 1, 0.01
-    check.run(2, [finished_before, played], metrics)
-    found = metrics.values()
+    found = check.run(2, [finished_before, played]).values()
     assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
     assert found["gain/engine_trainer_gap_max"] == pytest.approx(0.3, abs=1e-4)
-    check.run(4, [], MetricSums())
+    assert check.run(4, []).values() == {}

@@ -8,10 +8,10 @@ from a2tgpo.batch.balance import microbatches
 from a2tgpo.batch.probes import ProbedSequence, pack_probes
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import broadcast_object
-from a2tgpo.update.score import score
+from a2tgpo.update.logprobs import compute_logprobs
 
 
-def score_probes(
+def compute_probe_logprobs(
     policy: Policy, sequences: Sequence[ProbedSequence], *, max_tokens: int
 ) -> list[list[list[float]]]:
     """Return log p of each answer token given prefix, scaffold and the answer tokens before it, nats.
@@ -30,11 +30,11 @@ def score_probes(
     )
     batches = [pack_probes(sequences, row, align=policy.alignment) for row in rows]
     found: list[list[list[float]]] = [[[] for _ in sequence.probes] for sequence in sequences]
-    for batch, scores in zip(batches, score(policy, batches), strict=True):
-        if scores is None:  # not the last pipeline stage
+    for batch, computed in zip(batches, compute_logprobs(policy, batches), strict=True):
+        if computed is None:  # not the last pipeline stage
             continue
         mask = batch.loss_mask[0]
-        logprobs = scores.logprobs.cpu()[mask].tolist()
+        logprobs = computed.logprobs.cpu()[mask].tolist()
         for logprob, turn in zip(logprobs, batch.turn_ids[0, mask].tolist(), strict=True):
             found[batch.turn_trajectory[turn]][batch.turn_index[turn]].append(logprob)
     groups = policy.groups

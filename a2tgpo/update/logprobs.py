@@ -14,8 +14,8 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.update.forward_step import run_pipeline
 
 
-class TokenScores(NamedTuple):
-    """Scores of one micro-batch, aligned on the predicting position."""
+class TokenLogprobs(NamedTuple):
+    """Log-probs and entropies of one micro-batch, aligned on the predicting position."""
 
     logprobs: Tensor
     """[T] float32, log p(`targets`), nats; 0 where `loss_mask` is False."""
@@ -24,23 +24,23 @@ class TokenScores(NamedTuple):
 
 
 @torch.no_grad()
-def score(
+def compute_logprobs(
     policy: Policy,
     microbatches: Sequence[PackedBatch],
     *,
     distribution: TokenDistribution = MODEL_DISTRIBUTION,
-) -> list[TokenScores | None]:
-    """Score every micro-batch in one forward-only pipeline pass.
+) -> list[TokenLogprobs | None]:
+    """Compute the log-probs of every micro-batch in one forward-only pipeline pass.
 
     Every rank must call this, with the micro-batches that `run_pipeline` describes.
 
     Returns:
-        The scores of each micro-batch on the policy's device; None on all but the last pipeline stage.
+        Those of each micro-batch on the policy's device; None on all but the last pipeline stage.
     """
-    scores: list[TokenScores | None] = [None] * len(microbatches)
+    found: list[TokenLogprobs | None] = [None] * len(microbatches)
 
     def keep(number: int, logprobs: Tensor, entropy: Tensor) -> Tensor:
-        scores[number] = TokenScores(logprobs.detach(), entropy.detach())
+        found[number] = TokenLogprobs(logprobs.detach(), entropy.detach())
         return logprobs.new_zeros(())
 
     were_training = [chunk.training for chunk in policy.chunks]
@@ -51,4 +51,4 @@ def score(
     finally:
         for chunk, training in zip(policy.chunks, were_training, strict=True):
             chunk.train(training)
-    return scores
+    return found
