@@ -3,9 +3,9 @@
 `ROOT/step_N/` contains: `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of model and optimizer;
 `rng/rank_R.pt`, each rank's random state; `state.json` with the learning rate schedule, the layout, the model's
 architecture and the caller's own values; and the caller's own files. Reading a checkpoint never executes code from
-it. The checkpoint is written (`writer.py`) as `step_N.tmp` and renamed once it contains `complete.json`, the list of
-its files with their sizes and checksums: a folder without a matching list is not a checkpoint. Each tensor also has a
-checksum (`checked_files.py`), which is compared when the tensor is read.
+it. The checkpoint is written (`writer.py`) as `.step_N.unfinished` and renamed once it contains `complete.json`, the
+list of its files with their sizes and checksums: a folder without a matching list is not a checkpoint. Each tensor
+also has a checksum (`checked_files.py`), which is compared when the tensor is read.
 
 All ranks see the same file system. Every rank must call every public function here, unless its docstring says
 otherwise.
@@ -33,7 +33,7 @@ from transformers import PretrainedConfig
 from a2tgpo.checkpoint.checked_files import DamagedFileError, Piece, size_and_checksum, size_and_crc
 from a2tgpo.checkpoint.optimizer_shards import is_distributed
 from a2tgpo.checkpoint.sharded_state import WEIGHTS, load_sharded, load_sharded_weights
-from a2tgpo.io.atomic_file import sync_folder, write_text
+from a2tgpo.io.atomic_file import folders_beside, put_folder_in_place, write_text
 from a2tgpo.io.errors import first_line
 from a2tgpo.model.hf_config import architecture_of
 from a2tgpo.model.policy import Policy
@@ -48,6 +48,8 @@ STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
 """Key of `complete.json`: True if everything except the weights has been removed (`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
+"""Of an interrupted save; the second form is that of earlier versions."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -339,27 +341,21 @@ def remove_leftovers(root: Path) -> None:
     """Remove the files of an interrupted save."""
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.iterdir():
-        if entry.suffix in (".tmp", ".old") and _STEP_FOLDER.fullmatch(entry.stem):
+        if _LEFTOVER.fullmatch(entry.name):
             shutil.rmtree(entry)
 
 
-def put_in_place(
-    partial: Path, final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]
-) -> None:
-    """Mark `partial` as complete with the lists of its files, and rename it to `final`; one rank calls this.
+def put_in_place(final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]) -> None:
+    """Mark what was written for `final` as complete with the lists of its files, and rename it; one rank calls this.
 
     Args:
         files: size and checksum of each file that is not in `pieces`.
         pieces: the pieces of each other file.
     """
     sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}
-    write_text(partial / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
-    old = final.with_suffix(".old")
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    written, _ = folders_beside(final)
+    write_text(written / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
+    put_folder_in_place(final)
 
 
 def record_of(policy: Policy) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.checked_files import Piece
 from a2tgpo.checkpoint.optimizer_shards import is_distributed
 from a2tgpo.checkpoint.sharded_state import OPTIMIZER, WEIGHTS, ShardedCopy, copy_sharded, write_sharded
-from a2tgpo.io.atomic_file import naming
+from a2tgpo.io.atomic_file import folders_beside, naming
 from a2tgpo.io.errors import first_line
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
@@ -143,7 +143,8 @@ class CheckpointWriter:
     ) -> None:
         group = self._group
         assert group is not None, "start() makes the group"
-        final, partial = self._root / f"step_{step}", self._root / f"step_{step}.tmp"
+        final = self._root / f"step_{step}"
+        partial, _ = folders_beside(final)
         is_first = dist.get_rank(group) == 0
 
         def make_folders() -> None:
@@ -161,7 +162,7 @@ class CheckpointWriter:
                     (partial / name).write_bytes(content)
 
         def complete() -> None:
-            checkpoint.put_in_place(partial, final, files, pieces)
+            checkpoint.put_in_place(final, files, pieces)
             on_complete()
 
         try:

@@ -18,17 +18,20 @@ _SUFFIX = ".unfinished"
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
     """Open a new file that replaces `path` when the block ends; create its folder if it is missing.
 
     A reader finds either the old or the new content, even after a power cut. If the block raises, the old content
     stays and the unfinished file is removed.
 
+    Args:
+        writer: names this process if several may write `path` at the same time.
+
     Raises:
         OSError: the file cannot be written; names `path`. Some faults appear only when the file is closed, for
             example on NFS with a full disk.
     """
-    fresh = path.with_name(path.name + _SUFFIX)
+    fresh = path.with_name(f"{path.name}{writer}{_SUFFIX}")
     with naming(path), _removed_on_failure(fresh):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(fresh, "wb") as stream:
@@ -49,18 +52,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; names `path` or the file within.
     """
-    fresh, replaced = path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
+    fresh, replaced = folders_beside(path)
     with naming(path), _removed_on_failure(fresh):
         path.parent.mkdir(parents=True, exist_ok=True)
         for leftover in (fresh, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir()
         yield fresh
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(fresh, path)
-        sync_folder(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_folder_in_place(path)
+
+
+def folders_beside(path: Path) -> tuple[Path, Path]:
+    """Return the folder in which a new `path` is filled, and the name of the old one while it is replaced."""
+    return path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
+
+
+def put_folder_in_place(path: Path) -> None:
+    """Replace `path` by the folder that was filled beside it."""
+    fresh, replaced = folders_beside(path)
+    if path.exists():
+        os.replace(path, replaced)
+    os.replace(fresh, path)
+    sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

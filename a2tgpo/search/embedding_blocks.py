@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.atomic_file import atomic_file, write_json
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
@@ -68,12 +68,9 @@ class EmbeddingBlocks:
 
     def put(self, number: int, vectors: np.ndarray) -> None:
         """Write a block, [passages, dim] float32, atomically."""
-        fresh = self.folder / f".{number}.{os.uname().nodename}.{os.getpid()}"
-        with open(fresh, "wb") as stream:
+        process = f".{os.uname().nodename}.{os.getpid()}"
+        with atomic_file(self._path(number), writer=process) as stream:
             np.save(stream, vectors.astype(np.float32, copy=False), allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(fresh, self._path(number))
 
     def read(self, number: int) -> np.ndarray:
         """Return a block, [passages, dim] float32, memory-mapped."""

@@ -233,7 +233,8 @@ def check_retention(bench: Bench) -> None:
     bench.step(policy, optimizer)
     for step in (1, 2, 10):
         if bench.groups.rank == 0:
-            (root / "step_7.tmp").mkdir(parents=True)
+            for leftover in (".step_7.unfinished", ".step_7.replaced", "step_7.tmp", "step_7.old"):
+                (root / leftover).mkdir(parents=True)
         dist.barrier()
         save(root, step, **parts, state={"step": step})
         if bench.groups.rank == 0:

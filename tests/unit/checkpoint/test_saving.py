@@ -136,7 +136,7 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(w
     filling.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 100_000)))
     run.folder.save(2, run.parts, run.guards)
     run.folder.finish_saving(is_last=False)  # a failure, and no exception
-    assert run.steps == [1] and not list(run.checkpoints.glob("*.tmp"))
+    assert run.steps == [1] and not list(run.checkpoints.glob(".step_*"))
     assert run.folder.best.step == 1, "the best is one without weights"
     run.folder.save(3, run.parts, run.guards)
     with pytest.raises(RuntimeError, match=r"step 3 .*No space left.*2 in a row.*step_1"):
