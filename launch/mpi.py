@@ -21,7 +21,7 @@ from a2tgpo.config.expand import text_argument
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.launch.mpi import meet
 from a2tgpo.launch.rendezvous import forget_torchrun
-from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.failure import report_failure
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -45,7 +45,7 @@ def main() -> int:
             raise ConfigError(f"--script is {args.script!r}; allowed: a Python file")
         found = meet()
     except (ConfigError, RuntimeError) as error:
-        return exit_code(error)
+        return report_failure(error)
     forget_torchrun(os.environ)
     os.environ.update(found)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")

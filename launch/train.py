@@ -17,10 +17,11 @@ import sys
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.exit_codes import BROKEN_RUN, START_AGAIN
 from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import BROKEN_RUN, exit_code
-from a2tgpo.lifecycle.stop_signal import EXIT_CODE, StopSignal
+from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 
 
@@ -38,7 +39,7 @@ def main() -> int:
             return dry_run(config, resume=args.resume, accept_changes=args.accept_changes)
         return run(config, args, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error, is_ending=bool(stop_signal.name))
+        return report_failure(error, is_ending=bool(stop_signal.name))
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
@@ -92,7 +93,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
         if trainer.train():
             folder.say_where(recorder)
         elif stop.is_agreed:
-            code = EXIT_CODE
+            code = START_AGAIN
             folder.say_when_to_go_on(recorder, trainer.step, stop.reason)
         else:
             code = BROKEN_RUN

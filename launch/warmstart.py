@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import exit_code
-from a2tgpo.lifecycle.stop_signal import EXIT_CODE, StopSignal
+from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 from a2tgpo.warmstart.target import require_target
 
@@ -49,7 +50,7 @@ def main() -> int:
             return dry_run(config)
         return run(config, args, stop_signal=stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error, is_ending=bool(stop_signal.name))
+        return report_failure(error, is_ending=bool(stop_signal.name))
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
@@ -90,7 +91,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     # A launcher ends the other ranks as soon as one exits with a code that is not 0.
     dist.barrier()
     shutdown()
-    return 0 if is_done else EXIT_CODE
+    return 0 if is_done else START_AGAIN
 
 
 if __name__ == "__main__":

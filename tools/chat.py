@@ -21,7 +21,7 @@ from a2tgpo.io.terminal import Painter, indented, painter_for
 from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.failure import report_failure
 
 if TYPE_CHECKING:
     from a2tgpo.serve.player import Player
@@ -34,7 +34,7 @@ def main() -> int:
         join_launcher()
         chat(args)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error)
+        return report_failure(error)
     return 0
 
 

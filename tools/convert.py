@@ -25,7 +25,7 @@ from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.failure import report_failure
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
@@ -39,7 +39,7 @@ def main() -> int:
         else:
             import_hf(args)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error)
+        return report_failure(error)
     return 0
 
 

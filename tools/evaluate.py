@@ -22,13 +22,14 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.io.json_lines import write_lines
 from a2tgpo.io.program import add_overrides
 from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import exit_code
-from a2tgpo.lifecycle.stop_signal import EXIT_CODE, StopSignal
+from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.stop_signal import StopSignal
 
 if TYPE_CHECKING:
     from a2tgpo.checkpoint.find import SavedModel
@@ -52,7 +53,7 @@ def main() -> int:
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
         return evaluate(args, stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error, is_ending=bool(stop_signal.name))
+        return report_failure(error, is_ending=bool(stop_signal.name))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,7 +134,7 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     # A launcher ends the other ranks as soon as one exits with a code that is not 0.
     dist.barrier()
     shutdown()
-    return EXIT_CODE if stop.is_agreed else 0
+    return START_AGAIN if stop.is_agreed else 0
 
 
 def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, PromptSet]:

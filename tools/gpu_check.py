@@ -30,8 +30,8 @@ from a2tgpo.io.program import program_parser
 
 from gpu_checks.bench import Bench, Row, Settings, as_json, table, verdict
 from gpu_checks.catalogue import CHECKS
-from gpu_checks.launch import Meeting, launched_environment, rank_environments
-from gpu_checks.machine import describe_machine, machine_text, see_gpus
+from gpu_checks.launch import RankSync, launched_environment, rank_environments
+from gpu_checks.machine import describe_machine, gpus_row, machine_text
 from gpu_checks.models import slice_dimensions
 from gpu_checks.run import run_check
 
@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_one(args)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     machine = describe_machine()
-    meeting = Meeting(args.launched, timeout_s=max(args.limits.values()))
-    is_first = meeting.rank == 0
-    rows = [see_gpus(machine)] if machine["gpus"] else []
+    ranks = RankSync(args.launched, timeout_s=max(args.limits.values()))
+    is_first = ranks.rank == 0
+    rows = [gpus_row(machine)] if machine["gpus"] else []
     if is_first:
         print("\n".join((machine_text(machine), *([table(rows)] if rows else []))), flush=True)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         for name in args.checks:
             start = time.monotonic()
-            found = meeting.share(name, run_named(name, args, machine, Path(folder)))
+            found = ranks.share(name, run_named(name, args, machine, Path(folder)))
             seconds[name] = round(time.monotonic() - start, 1)
             rows += found
             if is_first:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 keep_logs(Path(folder) / name, args.keep_logs)
     if is_first:
         print(verdict(rows))
-    return meeting.agree(1 if any(row.status == "FAIL" for row in rows) else 0)
+    return ranks.agree(1 if any(row.status == "FAIL" for row in rows) else 0)
 
 
 def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], folder: Path) -> list[Row]:

@@ -30,7 +30,7 @@ import uvicorn
 
 from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.lifecycle.stop_signal import EXIT_CODE
+from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.bound_socket import bind
 from a2tgpo.search.corpus import load_corpus
@@ -207,7 +207,7 @@ def main() -> int:
 
     def end_to_start_again(*_: object) -> None:
         nonlocal code
-        code, server.should_exit = EXIT_CODE, True
+        code, server.should_exit = START_AGAIN, True
 
     signal.signal(signal.SIGUSR1, end_to_start_again)
     server.run(sockets=[bound])

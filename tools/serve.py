@@ -24,7 +24,7 @@ from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
-from a2tgpo.lifecycle.failure import exit_code
+from a2tgpo.lifecycle.failure import report_failure
 
 if TYPE_CHECKING:
     from socket import socket
@@ -48,7 +48,7 @@ def main() -> int:
         require(0 <= args.port < 2**16, "--port", args.port, "0 to 65535")
         serve(args)
     except (ConfigError, RuntimeError, OSError) as error:
-        return exit_code(error)
+        return report_failure(error)
     return 0
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from a2tgpo.collect.carried_pool import Carried
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.model.fingerprint import fingerprint
+from a2tgpo.model.fingerprint import weights_fingerprint
 from a2tgpo.parallel.collectives import all_gather_object, gather_object
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
@@ -80,7 +80,9 @@ class RolloutBank:
         other than the first of a replica.
         """
         self._parts.phases.enter("bank")
-        self._key = f"step {step} weights {fingerprint(self._parts.policy)} {_config_key(self._parts)}"
+        self._key = (
+            f"step {step} weights {weights_fingerprint(self._parts.policy)} {_config_key(self._parts)}"
+        )
         banked = self._read(step)
         world = dist.group.WORLD
         assert world is not None, "a run's processes are joined"

@@ -20,7 +20,7 @@ from a2tgpo.config.watchdog import WatchdogConfig
 from a2tgpo.io.errors import require
 
 MAX_NAME_BYTES = 200
-ANSWER_ROOM_TOKENS = 64
+SCORED_ANSWER_TOKENS = 64
 """Room for the scaffold and the gold answer after a response of full length."""
 
 
@@ -199,4 +199,4 @@ class RunConfig:
     @property
     def max_model_len(self) -> int:
         """Longest sequence that the engine must hold, tokens: prompt, response, and a gold answer scored after it."""
-        return self.data.max_prompt_tokens + self.rollout.max_response_tokens + ANSWER_ROOM_TOKENS
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens + SCORED_ANSWER_TOKENS

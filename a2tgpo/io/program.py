@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.exit_codes import BAD_CONFIG
 
 
 def program_parser(description: str | None) -> argparse.ArgumentParser:
@@ -35,4 +36,4 @@ def exit_code(work: Callable[[], int | None]) -> int:
             f"error: --out: cannot write {error.filename or 'there'} ({reason}); choose another",
             file=sys.stderr,
         )
-    return 2
+    return BAD_CONFIG

@@ -13,10 +13,10 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import build_tools
+from a2tgpo.io.exit_codes import DOES_NOT_FIT
 from a2tgpo.launch.needs import training_inputs
 from a2tgpo.launch.run_plan import plan_of_run
 from a2tgpo.launch.search_rate import search_shortfall
-from a2tgpo.lifecycle.failure import DOES_NOT_FIT
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.rope import check_positions
 from a2tgpo.model.transformer_config import check_layout

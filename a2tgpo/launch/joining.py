@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.lifecycle.failure import BROKEN_RUN, GRACE_S
+from a2tgpo.io.exit_codes import BROKEN_RUN
+from a2tgpo.lifecycle.failure import GRACE_S
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -16,9 +16,9 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN, START_AGAIN
 from a2tgpo.launch.rendezvous import forget_torchrun
-from a2tgpo.lifecycle.failure import BAD_CONFIG, BROKEN_RUN
-from a2tgpo.lifecycle.stop_signal import EXIT_CODE, SIGNALS
+from a2tgpo.lifecycle.stop_signal import SIGNALS
 
 OPTIONS = (
     "--standalone",
@@ -32,7 +32,7 @@ OPTIONS = (
 def pass_on(number: int, _frame: FrameType | None) -> None:
     ranks = psutil.Process().children()
     if not ranks:  # no rank was started yet
-        os._exit(EXIT_CODE)
+        os._exit(START_AGAIN)
     for rank in ranks:
         rank.send_signal(number)
 
@@ -46,7 +46,7 @@ def run(num_ranks: str, script: str, *arguments: str) -> int:
         main([*OPTIONS, "--nproc-per-node", num_ranks, script, *arguments])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if not 0 <= failure.exitcode <= BROKEN_RUN and failure.exitcode != EXIT_CODE:
+        if not 0 <= failure.exitcode <= BROKEN_RUN and failure.exitcode != START_AGAIN:
             print(f"launch: rank {rank} ended with {failure.exitcode}: {failure.message}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     return 0

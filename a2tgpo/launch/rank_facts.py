@@ -85,7 +85,7 @@ def gather_facts(
     return RankFacts(
         rank=rank,
         equal=versions() | gpus.equal | {"the resolved configuration": configuration},
-        paths={key: fingerprint(path) for key, path in paths.items()},
+        paths={key: path_fingerprint(path) for key, path in paths.items()},
         gpu=gpus.uuid,
         clock_ahead_s=ahead_s,
         memory_left=memory_left(),
@@ -136,7 +136,7 @@ def search_server_faults(config: RunConfig) -> list[str]:
     return []
 
 
-def fingerprint(path: str) -> str:
+def path_fingerprint(path: str) -> str:
     """Fingerprint names, sizes and both ends of the files at `path`: equal on two machines with the same files."""
     root = Path(path)
     digest = hashlib.sha256()

@@ -9,10 +9,10 @@ from pathlib import Path
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import today
+from a2tgpo.io.exit_codes import DOES_NOT_FIT
 from a2tgpo.launch.needs import warm_start_needs
 from a2tgpo.launch.preflight import start_ranks
 from a2tgpo.launch.run_plan import plan_of_run
-from a2tgpo.lifecycle.failure import DOES_NOT_FIT
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.transformer_config import check_layout
 from a2tgpo.parallel.groups import ParallelGroups

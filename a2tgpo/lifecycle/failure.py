@@ -6,12 +6,8 @@ import sys
 import time
 
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN
 
-DOES_NOT_FIT = 1
-"""Exit code of a dry run whose plan does not fit the GPUs."""
-BAD_CONFIG = 2
-BROKEN_RUN = 3
-"""Exit code of a run that failed or that its guards stopped."""
 GRACE_S = 3.0
 """All ranks fail on the same mistake; the others give rank 0 this long to report it, and the launcher to end them."""
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -30,7 +26,7 @@ class ReportedByRank0(RuntimeError):
     """A failure that rank 0 has printed for all ranks: they exit with `BROKEN_RUN` and print nothing more."""
 
 
-def exit_code(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
+def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
 
     If `is_ending`, this process is already stopping, so errors caused only by another rank's exit are suppressed.

@@ -1,7 +1,7 @@
 """Detect that this process must end, by a signal or by the job's time limit; without torch.
 
-SIGTERM and SIGUSR1 request that the run save and exit with `EXIT_CODE`. Before training there is nothing to save, so
-the process exits at once. During training the signal is recorded, and the run stops once all ranks agree
+SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training there is nothing to save,
+so the process exits at once. During training the signal is recorded, and the run stops once all ranks agree
 (`lifecycle/stop_request.py`). Later signals are ignored, because schedulers send several with the same meaning.
 SIGKILL and Ctrl-C end the process at once, as usual.
 """
@@ -15,9 +15,8 @@ import time
 from types import FrameType
 
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.exit_codes import START_AGAIN
 
-EXIT_CODE = 75
-"""The run is saved and should be started again: EX_TEMPFAIL of sysexits.h."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME = "SLURM_JOB_END_TIME"
 """Environment variable with the job's end, seconds since 1970. Slurm sets this variable; for other schedulers set it
@@ -51,7 +50,7 @@ class StopSignal:
                     file=sys.stderr,
                     flush=True,
                 )
-            os._exit(EXIT_CODE)
+            os._exit(START_AGAIN)
 
 
 def job_deadline() -> float | None:

@@ -2,7 +2,7 @@
 
 A thread on every rank publishes its rank's stage in the rendezvous store and checks the clock. The first rank whose
 stage exceeds its deadline prints one line that names the ranks that are behind; all ranks then append their stacks to
-`stacks/rank_R.txt` and exit with `EXIT_CODE`.
+`stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
 While any rank waits for a tool's service (`Outage`), which has its own limit, the clock stops on all ranks: ranks
 that finished their rollout wait for that rank, too.
@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.io.exit_codes import BROKEN_RUN
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.lifecycle.side_store import side_store
 
-EXIT_CODE = 3
-"""Exit code of a run that failed (a2tgpo/lifecycle/failure.py)."""
 POLL_S = 1.0
 GRACE_S = 10.0
 """Time for the other ranks to write their stacks."""
@@ -223,4 +222,4 @@ class Watchdog:
                 time.sleep(0.2)
         except RuntimeError:
             pass
-        os._exit(EXIT_CODE)
+        os._exit(BROKEN_RUN)

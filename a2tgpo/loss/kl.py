@@ -2,7 +2,8 @@
 
 import torch
 
-MAX_LOG_RATIO = 10.0
+MAX_KL = 10.0
+"""Bound of a token's k3 estimate, nats."""
 
 
 def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -14,4 +15,4 @@ def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: st
         return 0.5 * difference * difference
     # After a bad update exp could overflow, so the log-ratio is clamped; the estimate is bounded as well.
     d = (-difference).clamp(-20.0, 20.0)
-    return (d.exp() - d - 1.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (d.exp() - d - 1.0).clamp(-MAX_KL, MAX_KL)

@@ -12,7 +12,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def fingerprint(policy: Policy) -> str:
+def weights_fingerprint(policy: Policy) -> str:
     """Return a hexadecimal digest of this rank's parameters: names, shapes, dtypes, values; every rank calls this.
 
     Values enter as sums of their bit patterns along the first and the last axis, so only these sums leave the device.

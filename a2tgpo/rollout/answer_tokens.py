@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.config.run import ANSWER_ROOM_TOKENS
+from a2tgpo.config.run import SCORED_ANSWER_TOKENS
 from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.protocol import THINK_CLOSE, THINK_OPEN, thought_is_open
 from a2tgpo.trajectory import Trajectory
@@ -54,5 +54,5 @@ class AnswerTokens:
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]
         )
         aliases = [list(tokens) for tokens in distinct if tokens]
-        room = ANSWER_ROOM_TOKENS - max(len(self._outside), len(self._inside))
+        room = SCORED_ANSWER_TOKENS - max(len(self._outside), len(self._inside))
         return [alias for alias in aliases if len(alias) < room] or aliases[:1]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-import torch.distributed as dist
-
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import today
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import broadcast_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 
 FILE = "date.txt"
@@ -22,15 +20,13 @@ def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
     Raises:
         ConfigError: on all ranks, if the run's file holds no date.
     """
-    world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
     found: datetime.date | ConfigError | None = None
     if groups.rank == 0:
         try:
             found = read_date(Path(config.run.root) / config.run.name) or today()
         except ConfigError as error:
             found = error
-    found = broadcast_object(found, world, source=0)
+    found = broadcast_object(found, world_group(), source=0)
     if isinstance(found, ConfigError):
         raise found
     assert found is not None

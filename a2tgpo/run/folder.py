@@ -26,7 +26,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import today
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.lifecycle import stop_signal
+from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.ratio_noise import RatioNoise
 from a2tgpo.metrics.slow_ranks import SlowRanks
@@ -317,7 +317,7 @@ class RunFolder:
         saved = f"saved as {self._checkpoints}/step_{step}" if step else "nothing to save yet"
         recorder.writer.print(
             f"stopped after step {step} of {self._config.run.steps}: {reason}; {saved}; the next start goes on "
-            f"from there (exit code {stop_signal.EXIT_CODE})"
+            f"from there (exit code {START_AGAIN})"
         )
 
     def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.exit_codes import BROKEN_RUN
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,6 @@ SETTLE_S = 1.0
 """Two starts may find the same dead holder; after this long, both read the file to see which of them holds the
 folder.
 """
-BROKEN_RUN = 3
-"""Exit code of a process whose folder another process took; equal to that of a2tgpo.lifecycle.failure."""
 _WIDTH = 1024
 
 

@@ -23,7 +23,7 @@ WHOLE_BYTES = 256 * 2**20
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 
-def fingerprint(path: str | Path) -> str:
+def content_fingerprint(path: str | Path) -> str:
     """Fingerprint a corpus file's content, in well under a second at any intended size.
 
     Combines the size with a hash. Files of up to 256 MiB are hashed whole, larger ones in 4,096 evenly spread blocks

@@ -15,7 +15,7 @@ import numpy as np
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.io.errors import require
 from a2tgpo.search.bm25 import Bm25Index, score_matrix
-from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
+from a2tgpo.search.corpus_file import CorpusFile, content_fingerprint, scan
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks, embed_missing
 from a2tgpo.search.encoder import Encoder, EncoderSettings
 from a2tgpo.search.index_folder import BM25_FOLDER, FAISS_FILE, OFFSETS, describe, new_folder
@@ -98,7 +98,7 @@ class DenseBuild:
         self._passages = CorpusFile(corpus, self._offsets)
         empty_index(self._encoder.dim, recipe.factory, num_passages=len(self._passages))
         key = {
-            "corpus": fingerprint(corpus),
+            "corpus": content_fingerprint(corpus),
             "part": list(part),
             "encoder": dataclasses.asdict(recipe.encoder),
             "dtype": str(self._encoder.dtype),
@@ -139,13 +139,17 @@ class DenseBuild:
 
     def _read_offsets(self) -> np.ndarray:
         """Return the corpus's offsets from an earlier start or another process, or scan for them now."""
-        kept = self._folder / f"{fingerprint(self._corpus)}.{OFFSETS}" if self._corpus.is_file() else None
+        kept = (
+            self._folder / f"{content_fingerprint(self._corpus)}.{OFFSETS}"
+            if self._corpus.is_file()
+            else None
+        )
         if kept is not None and kept.exists():
             return np.load(kept, allow_pickle=False)
         return _scan(self._corpus, self._part, self._progress)
 
     def _keep_offsets(self) -> None:
-        path = self._folder / f"{fingerprint(self._corpus)}.{OFFSETS}"
+        path = self._folder / f"{content_fingerprint(self._corpus)}.{OFFSETS}"
         if not path.exists():
             with atomic_file(path) as stream:
                 np.save(stream, self._offsets, allow_pickle=False)

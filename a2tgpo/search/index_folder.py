@@ -17,7 +17,7 @@ import numpy as np
 from a2tgpo.io.atomic_file import atomic_folder, write_json
 from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.search.bm25 import Bm25Index
-from a2tgpo.search.corpus_file import CorpusFile, fingerprint
+from a2tgpo.search.corpus_file import CorpusFile, content_fingerprint
 from a2tgpo.search.dense import DenseIndex, DenseServing, open_neighbours
 from a2tgpo.search.encoder import Encoder, EncoderSettings
 from a2tgpo.search.passage import Passage
@@ -41,7 +41,7 @@ def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: in
     return {
         "format": FORMAT,
         "kind": kind,
-        "corpus": {"fingerprint": fingerprint(corpus), "name": corpus.name},
+        "corpus": {"fingerprint": content_fingerprint(corpus), "name": corpus.name},
         "part": list(part),
         "passages": num_passages,
     }
@@ -75,7 +75,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
     """
     description = _read_description(folder)
     try:
-        found = fingerprint(corpus)
+        found = content_fingerprint(corpus)
     except OSError as error:
         raise ConfigError(f"--corpus: cannot read {corpus} ({error.strerror})") from None
     expected = description["corpus"]["fingerprint"]
@@ -131,7 +131,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _fingerprints(folder: Path) -> dict[str, str]:
     """Fingerprint each file in the folder except the description, by name."""
     return {
-        str(path.relative_to(folder)): fingerprint(path)
+        str(path.relative_to(folder)): content_fingerprint(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != DESCRIPTION
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from a2tgpo.lifecycle import stop_signal
+from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.trajectory import Trajectory
 
@@ -89,7 +89,7 @@ class Report:
             saved = f"saved as {self._folder}/checkpoints/step_{step}" if step else "nothing to save yet"
             print(
                 f"stopped after step {step} of {self._steps}: {reason}; {saved}; the next start goes on from there "
-                f"(exit code {stop_signal.EXIT_CODE})",
+                f"(exit code {START_AGAIN})",
                 file=sys.stderr,
                 flush=True,
             )

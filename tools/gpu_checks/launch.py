@@ -52,7 +52,7 @@ def rank_environments(
     return [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
-class Meeting:
+class RankSync:
     """Synchronises the copies that a launcher started after each check; does nothing for a single process.
 
     The first copy receives the others' failures, and all exit with its verdict: a launcher ends all as soon as one

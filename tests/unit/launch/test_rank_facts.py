@@ -5,7 +5,7 @@ from pathlib import Path
 from a2tgpo.config.load import load_config
 from a2tgpo.launch import needs
 from a2tgpo.launch.host_memory import memory_left
-from a2tgpo.launch.rank_facts import RankFacts, compare, fingerprint, host_memory_faults
+from a2tgpo.launch.rank_facts import RankFacts, compare, host_memory_faults, path_fingerprint
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.host_memory import HostMemory
 
@@ -48,10 +48,10 @@ def test_a_fingerprint_sees_names_sizes_and_ends_and_not_where_the_folder_is(tmp
     for name in ("a", "b"):
         (tmp_path / name / "part").mkdir(parents=True)
         (tmp_path / name / "part" / "x.bin").write_bytes(b"x" * 100_000)
-    assert fingerprint(str(tmp_path / "a")) == fingerprint(str(tmp_path / "b"))
+    assert path_fingerprint(str(tmp_path / "a")) == path_fingerprint(str(tmp_path / "b"))
     (tmp_path / "b" / "part" / "x.bin").write_bytes(b"x" * 99_999 + b"y")
-    assert fingerprint(str(tmp_path / "a")) != fingerprint(str(tmp_path / "b"))
-    assert fingerprint(str(tmp_path / "c")) == "cannot be read (No such file or directory)"
+    assert path_fingerprint(str(tmp_path / "a")) != path_fingerprint(str(tmp_path / "b"))
+    assert path_fingerprint(str(tmp_path / "c")) == "cannot be read (No such file or directory)"
 
 
 def test_the_checkpoints_to_come_count_the_new_one_and_the_weights_that_stay(tmp_path):

@@ -20,9 +20,9 @@ from a2tgpo.memory.offload import MovablePart, gradient_tensors, optimizer_tenso
 from a2tgpo.memory.phases import GIB, MemoryPhases
 from a2tgpo.memory.residency import ENGINE, PHASES, TRAINER, resident
 from a2tgpo.model.build import Policy, build_policy
-from a2tgpo.model.fingerprint import fingerprint
+from a2tgpo.model.fingerprint import weights_fingerprint
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
-from a2tgpo.update.score import score
 from a2tgpo.update.train_step import train_step
 
 NUM_STEPS = 3
@@ -272,14 +272,14 @@ def test_work_without_what_it_needs_is_refused(make) -> None:
     trainer = make()
     phases = trainer.phases(LoggingEngine())
     for read in (
-        lambda: score(trainer.policy, [trainer.batch]),
-        lambda: fingerprint(trainer.policy),
+        lambda: compute_logprobs(trainer.policy, [trainer.batch]),
+        lambda: weights_fingerprint(trainer.policy),
         trainer.step,
     ):
         with pytest.raises(RuntimeError, match="off the card; enter"):
             read()
     phases.enter("score")
-    assert score(trainer.policy, [trainer.batch])[0] is not None
+    assert compute_logprobs(trainer.policy, [trainer.batch])[0] is not None
     with pytest.raises(RuntimeError, match="the gradients are off the card; enter memory phase update"):
         trainer.step()
 

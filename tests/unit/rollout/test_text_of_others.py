@@ -4,7 +4,7 @@ import pytest
 from tiny_models import SPECIAL, build_tokenizer
 
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.config.run import ANSWER_ROOM_TOKENS
+from a2tgpo.config.run import SCORED_ANSWER_TOKENS
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
@@ -45,7 +45,7 @@ def test_a_gold_that_spells_a_control_token_is_scored_as_text(tokenizer):
 
 def test_aliases_too_long_for_their_room_are_left_out_by_themselves(tokenizer):
     answers = AnswerTokens(tokenizer, GainConfig(answer_reduction="max"))
-    long = "x" * ANSWER_ROOM_TOKENS
+    long = "x" * SCORED_ANSWER_TOKENS
     assert [tokenizer.decode(a) for a in answers.aliases(["Paris", long, "Lutetia"])] == ["Paris", "Lutetia"]
     assert [tokenizer.decode(a) for a in answers.aliases([long, "Paris"])] == ["Paris"]
     assert [tokenizer.decode(a) for a in answers.aliases([long])] == [long], "better than no gain at all"

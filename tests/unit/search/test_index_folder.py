@@ -15,7 +15,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.search import embedding_blocks
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
-from a2tgpo.search.corpus_file import CorpusFile, fingerprint, scan
+from a2tgpo.search.corpus_file import CorpusFile, content_fingerprint, scan
 from a2tgpo.search.encoder import Encoder, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 from a2tgpo.search.index_folder import load_index
@@ -272,15 +272,15 @@ def test_the_fingerprint_of_a_large_file_sees_its_length_and_its_blocks(tmp_path
     path.write_bytes(content)
     monkeypatch.setattr(module, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(module, "NUM_BLOCKS", 64)
-    before = fingerprint(path)
-    assert fingerprint(path) == before
+    before = content_fingerprint(path)
+    assert content_fingerprint(path) == before
     for position in (0, 4095, 199_999):
         changed = bytearray(content)
         changed[position] ^= 1
         path.write_bytes(changed)
-        assert fingerprint(path) != before
+        assert content_fingerprint(path) != before
     path.write_bytes(content + b"x")
-    assert fingerprint(path) != before
+    assert content_fingerprint(path) != before
 
 
 def break_description(index):

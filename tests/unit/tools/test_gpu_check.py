@@ -306,6 +306,6 @@ def test_a_driver_that_is_too_old_fails_and_another_toolkit_is_a_warning():
         "warnings": ["CUDA_HOME leads to /usr/local/cuda-12.4/bin/nvcc"],
         "topology": "",
     }
-    row = machine.see_gpus(found)
+    row = machine.gpus_row(found)
     assert row.status == "FAIL" and row.note == f"the driver lists 1; {too_old}"
     assert "warning: CUDA_HOME leads to /usr/local/cuda-12.4" in machine.machine_text(found)
