@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from a2tgpo.parallel.groups import ParallelGroups
+
 
 def device_of(group: ProcessGroup) -> torch.device:
     """Return the device of tensors that `group` can communicate."""
@@ -59,6 +61,13 @@ def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group_src=source, group=group, device=device_of(group))
     return box[0]
+
+
+def from_last_stage(value: Any, groups: ParallelGroups) -> Any:
+    """Return the last pipeline stage's `value` on all stages of a replica; the other stages' values are ignored."""
+    if groups.pp_size == 1:
+        return value
+    return broadcast_object(value, groups.pp_group, source=groups.pp_size - 1)
 
 
 def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:

@@ -11,7 +11,7 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import LossInputs, segments
 from a2tgpo.loss.rollout_correction import ImportanceWeights, importance_weights
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
 from a2tgpo.parallel.groups import ParallelGroups
 
 
@@ -41,9 +41,7 @@ def correction_metrics(
     metrics = MetricSums()
     if config.kind == "none":
         return metrics
-    sums = _sums(weights)
-    if groups.pp_size > 1:
-        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
+    sums = from_last_stage(_sums(weights), groups)
     totals = torch.tensor([sums["weight"], sums["weight_squared"], sums["tokens"]], dtype=torch.float64)
     _record(metrics, sums, all_reduce_sum(totals, groups.dp_group).tolist())
     return metrics

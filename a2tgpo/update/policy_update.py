@@ -17,7 +17,7 @@ from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.model.logprobs import TokenDistribution
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import from_last_stage
 from a2tgpo.update.importance import correction_metrics, weigh
 from a2tgpo.update.logprobs import TokenLogprobs, compute_logprobs
 from a2tgpo.update.minibatch import Microbatch, Minibatch
@@ -169,7 +169,8 @@ def lay_out_ratios(policy: Policy, turn_ratios: Sequence[TurnRatios], *, shape: 
     table = torch.full(tuple(shape), float("nan"))
     for found in turn_ratios:
         table[found.turn_trajectory.cpu(), found.turn_index.cpu()] = found.ratios.cpu()
-    return _from_last_stage(policy, {"ratios": table})["ratios"]
+    table = from_last_stage(table, policy.groups)
+    return table
 
 
 def _with_old(microbatch: Microbatch, found: TokenLogprobs | None, sums: dict[str, Tensor]) -> Microbatch:
@@ -205,7 +206,10 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenLogprobs) -
 
 
 def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
-    sums, metrics = _from_last_stage(policy, sums), MetricSums()
+    metrics, sums = (
+        MetricSums(),
+        from_last_stage({name: value.cpu() for name, value in sums.items()}, policy.groups),
+    )
     if sums:
         tokens = int(sums["tokens"])
         metrics.add("entropy/mean", float(sums["entropy"]), tokens)
@@ -219,14 +223,6 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
             metrics.add_max("gap/train_engine_abs_max", float(sums["gap_max"]))
         metrics.add("gap/unusable_tokens", tokens - usable, 0)
     return metrics
-
-
-def _from_last_stage(policy: Policy, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    sums = {name: value.cpu() for name, value in sums.items()}
-    groups = policy.groups
-    if groups.pp_size > 1:
-        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
-    return sums
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:

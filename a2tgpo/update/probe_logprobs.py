@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from a2tgpo.batch.balance import microbatches
 from a2tgpo.batch.probes import ProbedSequence, pack_probes
 from a2tgpo.model.policy import Policy
-from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.collectives import from_last_stage
 from a2tgpo.update.logprobs import compute_logprobs
 
 
@@ -37,7 +37,5 @@ def compute_probe_logprobs(
         logprobs = computed.logprobs.cpu()[mask].tolist()
         for logprob, turn in zip(logprobs, batch.turn_ids[0, mask].tolist(), strict=True):
             found[batch.turn_trajectory[turn]][batch.turn_index[turn]].append(logprob)
-    groups = policy.groups
-    if groups.pp_size > 1:
-        found = broadcast_object(found, groups.pp_group, source=groups.pp_size - 1)
+    found = from_last_stage(found, policy.groups)
     return found

@@ -15,7 +15,7 @@ from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.memory.offload import gradient_tensors
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.policy import Policy
-from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
 from a2tgpo.update.forward_step import run_pipeline
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -103,8 +103,7 @@ def compute_gradients(
     # Before the last stage the sum is 0, but all ranks must reduce.
     sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)
     sums = {name: value.cpu() for name, value in sums.items()}
-    if groups.pp_size > 1:
-        sums = broadcast_object(sums, groups.pp_group, source=groups.pp_size - 1)
+    sums = from_last_stage(sums, groups)
     return sums
 
 

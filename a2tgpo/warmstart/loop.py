@@ -19,7 +19,7 @@ from a2tgpo.lifecycle.watchdog import Watchdog
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import build_policy
 from a2tgpo.model.weights import save_hf
-from a2tgpo.parallel.collectives import all_reduce_sum, broadcast_object
+from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.run.versions import commit_line
 from a2tgpo.trajectory import Trajectory
@@ -144,9 +144,7 @@ class WarmStart:
                 for scores in compute_logprobs(self.policy, self._pack(held_out[start : start + size])):
                     if scores is not None:
                         total -= scores.logprobs.double().sum()
-            loss = all_reduce_sum(total, self.groups.dp_group).item()
-            if self.groups.pp_size > 1:
-                loss = broadcast_object(loss, self.groups.pp_group, source=self.groups.pp_size - 1)
+            loss = from_last_stage(all_reduce_sum(total, self.groups.dp_group).item(), self.groups)
         num_sampled = sum(trajectory.num_sampled_tokens for trajectory in held_out)
         self.report.add_held_out(self.step, loss / max(1, num_sampled))
 
