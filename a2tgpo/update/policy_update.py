@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,8 @@ from a2tgpo.update.optimizer import LearningRateSchedule
 from a2tgpo.update.ratio_spread import record_spread, spread_sums
 from a2tgpo.update.train_step import LossFunction, train_step
 
-
-class TurnRatios(NamedTuple):
-    """Each turn's ratio (Eq. 10) in the training pass of one micro-batch, regardless of `algorithm.ratio`."""
-
-    turn_trajectory: Tensor
-    """[U] int64: as `PackedBatch.turn_trajectory`."""
-    turn_index: Tensor
-    """[U] int64: as `PackedBatch.turn_index`."""
-    ratios: Tensor
-    """[U] float32."""
+TurnRatios = list[tuple[PackedBatch, Tensor]]
+"""By micro-batch [U] float32: each turn's ratio (Eq. 10) in the training pass, regardless of `algorithm.ratio`."""
 
 
 def compute_old_logprobs(
@@ -93,7 +85,7 @@ def update_policy(
     config: AlgorithmConfig,
     *,
     distribution: TokenDistribution,
-) -> tuple[MetricSums, list[TurnRatios]]:
+) -> tuple[MetricSums, TurnRatios]:
     """Take one optimizer step per mini-batch, in order, with importance weights if a correction is configured.
 
     Every rank must call this. Returns the metrics and, on the last pipeline stage, the turns' ratios.
@@ -130,7 +122,7 @@ class _TrainingPasses:
         self._config = config
         self.score_sums: dict[str, Tensor] = {}
         self.importance: list[ImportanceWeights] = []
-        self.turn_ratios: list[TurnRatios] = []
+        self.turn_ratios: TurnRatios = []
 
     def loss_of(self, minibatch: Minibatch, *, is_first: bool) -> LossFunction:
         """Return the loss of a mini-batch; only the step's first one can go without `old_logprobs`."""
@@ -150,14 +142,14 @@ class _TrainingPasses:
             log_ratio = sampled.detach() - inputs.old_logprobs
             shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
             ratios = shared.clamp(max=MAX_LOG_RATIO).exp().float()
-            self.turn_ratios.append(TurnRatios(batch.turn_trajectory, batch.turn_index, ratios))
+            self.turn_ratios.append((batch, ratios))
             sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
             return result.loss, sums
 
         return loss_function
 
 
-def lay_out_ratios(policy: Policy, turn_ratios: Sequence[TurnRatios], *, shape: Sequence[int]) -> Tensor:
+def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[int]) -> Tensor:
     """Lay out the ratios from `update_policy` by trajectory and turn; every rank must call this.
 
     Args:
@@ -167,8 +159,8 @@ def lay_out_ratios(policy: Policy, turn_ratios: Sequence[TurnRatios], *, shape: 
         [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica; NaN where no turn exists.
     """
     table = torch.full(tuple(shape), float("nan"))
-    for found in turn_ratios:
-        table[found.turn_trajectory.cpu(), found.turn_index.cpu()] = found.ratios.cpu()
+    for batch, ratios in turn_ratios:
+        table[batch.turn_trajectory.cpu(), batch.turn_index.cpu()] = ratios.cpu()
     table = from_last_stage(table, policy.groups)
     return table
 
@@ -206,10 +198,8 @@ def _score_sums(batch: PackedBatch, is_correct: Tensor, scored: TokenLogprobs) -
 
 
 def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
-    metrics, sums = (
-        MetricSums(),
-        from_last_stage({name: value.cpu() for name, value in sums.items()}, policy.groups),
-    )
+    metrics = MetricSums()
+    sums = from_last_stage({name: value.cpu() for name, value in sums.items()}, policy.groups)
     if sums:
         tokens = int(sums["tokens"])
         metrics.add("entropy/mean", float(sums["entropy"]), tokens)

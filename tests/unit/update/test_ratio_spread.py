@@ -43,7 +43,7 @@ def test_the_mean_squares_are_those_of_the_turns_ratios_after_one_update_and_two
         policy, optimizer, schedule, minibatches, AlgorithmConfig(), distribution=MODEL_DISTRIBUTION
     )
     found = iter(turn_ratios)
-    of_minibatches = [[next(found).ratios for _ in minibatch] for minibatch in minibatches]
+    of_minibatches = [[next(found)[1] for _ in minibatch] for minibatch in minibatches]
     for number in (1, 2):
         ratios = torch.cat(of_minibatches[number]).double()
         expected = float(ratios.log().square().mean())
