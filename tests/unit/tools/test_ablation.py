@@ -12,13 +12,12 @@ from compare import PRESETS, main
 from needless import write_needless
 from report import write_report
 from seed_statistics import estimate, paired_difference, t_quantile
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from turn_signals import drifts, gain_signals, needless_signals, spread_out
+from turn_signals import needless_signals
 
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.trajectory import Trajectory, Turn
-from runs import Plan, Run, last_words
+from runs import Plan, Run
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
@@ -48,23 +47,11 @@ def test_estimate_of_three_values_by_hand():
     assert not result.excludes_zero
 
 
-def test_one_value_leaves_the_interval_unknown_and_none_leaves_nothing():
-    assert estimate([0.5]).half_width is None
-    assert estimate([0.5]).text() == "0.500 ± ?"
-    assert not estimate([0.5]).excludes_zero
-    assert estimate([]).text() == "–"
-
-
 def test_paired_difference_takes_the_seeds_that_both_have():
     result = paired_difference({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.5, 3: 0.1})
     assert result.count == 2  # 0.1 and 0.2: standard deviation 0.1 / sqrt 2
     assert result.mean == pytest.approx(0.15)
     assert result.half_width == pytest.approx(12.7062 * 0.05, rel=1e-5)
-
-
-def test_equal_differences_exclude_zero():
-    result = paired_difference({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.5})
-    assert result.excludes_zero and result.text("+.3f") == "+0.250 ± 0.000"
 
 
 # reports of runs with known numbers
@@ -158,21 +145,6 @@ def test_report_states_intervals_differences_budgets_and_faults(compared):
     assert "- igpo-seed1 unfinished: not started" in report
 
 
-def test_curves_hold_every_value_of_finished_runs(compared):
-    rows = read_csv(compared / "curves.csv")
-    values = {(r["method"], r["seed"], r["step"], r["metric"]): float(r["value"]) for r in rows}
-    assert values["a2tgpo", "0", "3", "evaluation/em"] == 0.75
-    assert values["grpo", "1", "2", "entropy/mean"] == 1.0
-    assert {key[:2] for key in values} == {("grpo", "0"), ("grpo", "1"), ("a2tgpo", "0"), ("dapo", "0")}
-
-
-def test_tensorboard_shows_means_over_seeds(compared):
-    board = EventAccumulator(str(compared / "tensorboard" / "grpo")).Reload()
-    means = {event.step: event.value for event in board.Scalars("evaluation/em")}
-    assert means == {0: 0.25, 1: 0.5, 2: 0.375, 3: 0.625, 4: 0.5}
-    assert sorted(path.name for path in (compared / "tensorboard").iterdir()) == ["a2tgpo", "dapo", "grpo"]
-
-
 def test_a_report_can_be_made_of_what_is_there(compared, tmp_path, capsys):
     assert main(["--report", str(compared)]) == 0
     assert capsys.readouterr().out.startswith("4 of 8 runs finished")
@@ -247,15 +219,6 @@ def test_figure_5_measures_the_known_spread(drawn):
     assert spread == pytest.approx([0.0, 1.0, math.sqrt(2), 0.0, 1.0, 1.0], rel=1e-4, abs=1e-9)
 
 
-def test_figure_10_counts_rollouts_and_right_answers_by_tool_calls(drawn):
-    rows = read_csv(drawn / "figure10.csv")
-    assert [(r["method"], r["tool_calls"], r["count"]) for r in rows] == [
-        ("a2tgpo", "2", "32"),
-        ("grpo", "2", "32"),
-    ]
-    assert all((float(row["share"]), float(row["em"])) == (1.0, 0.25) for row in rows)
-
-
 def test_needless_searches_lower_the_advantage_of_pooled_gains_not_of_grouped_turns(
     tmp_path,
 ):
@@ -294,44 +257,12 @@ def test_all_figures_are_drawn_and_named_in_the_report(drawn):
     )  # grpo comes later but groups no turns
 
 
-def test_turns_of_few_samples_make_no_drift():
-    rows = [{"signal": "s", "turn": turn, "count": count, "mean": mean} for turn, count, mean in
-            ((1, 30, 0.5), (2, 40, 0.25), (3, 29, 9.0))]  # fmt: skip
-    (found,) = drifts(rows)
-    assert (found["drift"], found["turns"]) == (0.25, "1 2")
-    assert drifts(rows[:1])[0]["drift"] is None
-
-
-def test_a_turn_without_a_gain_is_in_no_distribution():
-    rollouts = known_rollouts()
-    rollouts[0].turns[0].info_gain = None
-    signals = gain_signals(rollouts)
-    assert {len(column) for column in signals.values()} == {63}
-
-
-def test_steps_are_taken_from_the_whole_run():
-    assert spread_out(range(1, 33), 4) == [1, 11, 22, 32]
-    assert spread_out([2, 5], 8) == [2, 5]
-
-
 # playing runs
 
 
 def compare(out: Path, *more: str) -> int:
     arguments = [CONFIG, "--methods", "grpo,a2tgpo", "--seeds", "0", "--out", str(out), "run.steps=2"]
     return main([*arguments, *more], launcher=LAUNCHER)
-
-
-def test_a_report_that_cannot_be_written_ends_no_run(tmp_path, capfd):
-    (tmp_path / "report.md").mkdir(parents=True)
-    assert compare(tmp_path) == 2
-    told = capfd.readouterr().err
-    assert told.count("ablation: no report this time") == 2, told
-    for method in ("grpo", "a2tgpo"):
-        (metrics,) = (tmp_path / "runs").glob(f"{method}*/metrics.jsonl")
-        assert (
-            len(metrics.read_text().splitlines()) == 3
-        )  # steps 0 to 2: the first failure did not end the second
 
 
 def attempts(out: Path, name: str) -> int:
@@ -400,10 +331,3 @@ def test_mistakes_are_one_line_and_start_nothing(tmp_path, capsys, more, fault):
     (line,) = capsys.readouterr().err.splitlines()
     assert fault in line
     assert not (tmp_path / "out").exists()
-
-
-def test_last_words_are_those_of_the_last_attempt(tmp_path):
-    log = tmp_path / "run.log"
-    assert last_words(log) == "no log"
-    log.write_text("$ first\nerror: full disk\n$ second\nstep 1\nTraceback\nKilled\n\n")
-    assert last_words(log) == "Killed"
