@@ -23,8 +23,8 @@ def pack_microbatches(
 ) -> list[PackedBatch]:
     """Pack this data-parallel replica's trajectories, `trajectories[i] for i in rows`; every rank must call this.
 
-    The replica that needs most micro-batches sets the number; the others get smaller ones, none of them empty, so
-    only a replica with fewer trajectories has fewer micro-batches.
+    The replica that needs most micro-batches sets the number, and the others get as many smaller ones. No micro-batch
+    is empty, so a replica with fewer trajectories than that has fewer micro-batches.
 
     Args:
         max_tokens: limit of one micro-batch, as in `balance.microbatches`.

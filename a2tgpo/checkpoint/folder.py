@@ -49,7 +49,7 @@ WEIGHTS_ONLY = "weights_only"
 """Key of `complete.json`: True if everything except the weights has been removed (`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
-"""Of an interrupted save; the second form is that of earlier versions."""
+"""Folders of an interrupted save; earlier versions used the second form."""
 
 
 class DamagedCheckpointError(ValueError):

@@ -35,7 +35,7 @@ def compute_logprobs(
     Every rank must call this, with the micro-batches that `run_pipeline` describes.
 
     Returns:
-        Those of each micro-batch on the policy's device; None on all but the last pipeline stage.
+        The log-probs of each micro-batch on the policy's device; None on all but the last pipeline stage.
     """
     found: list[TokenLogprobs | None] = [None] * len(microbatches)
 

@@ -36,7 +36,7 @@ def compute_old_logprobs(
     distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Minibatch], MetricSums]:
-    """Return the mini-batches with `old_logprobs`: the trainer's under the policy that played the trajectories.
+    """Return the mini-batches with `old_logprobs`: the trainer's log-probs under the policy that played.
 
     Every rank must call this. A single mini-batch is left to `update_policy`: no update precedes its training pass,
     which computes the same log-probs.
@@ -116,7 +116,7 @@ def update_policy(
 
 
 class _TrainingPasses:
-    """The loss of a step's training passes, and what they compute besides it on the last pipeline stage."""
+    """The loss of a step's training passes, and the values that they also yield on the last pipeline stage."""
 
     def __init__(self, config: AlgorithmConfig):
         self._config = config
@@ -166,7 +166,7 @@ def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[i
 
 
 def _with_old(microbatch: Microbatch, found: TokenLogprobs | None, sums: dict[str, Tensor]) -> Microbatch:
-    """Return the micro-batch with `old_logprobs`, and add the sums for the metrics to `sums`; None: unchanged."""
+    """Return the micro-batch with `old_logprobs`, and add the sums for the metrics to `sums`."""
     if found is None:  # not the last pipeline stage
         return microbatch
     device = found.logprobs.device
