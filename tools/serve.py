@@ -75,7 +75,7 @@ def serve(args: argparse.Namespace) -> None:
 
     file = args.config or args.model / AGENT_FILE
     # Report a failed search to the client instead of making it wait for the search server.
-    given = [f"model.path={escape(str(args.model))}", "search.on_outage=continue", *args.overrides]
+    given = [f"model.path={escape(str(args.model))}", "tools.on_outage=continue", *args.overrides]
     config, model = load_saved(file, given, args.model, key="--model")
     require(model.is_hf, "--model", str(args.model), "a folder written by tools/convert.py megatron-to-hf")
     groups = meet_ranks(config)

@@ -1,4 +1,4 @@
-"""Question files, and how a question becomes a prompt."""
+"""Question files and the prompt."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ class DataConfig:
     """Question files and the prompt."""
 
     train: Expanded
-    """JSONL or Parquet file of questions and answers, packed or not: docs/data.md says which fields."""
+    """JSONL or Parquet file of questions and answers, compressed or not; docs/data.md lists the fields."""
     test: Expanded
-    """Held-out questions, same format; used by evaluation."""
+    """Held-out questions for evaluation, in the same format."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """Put before the question as the system message; empty: the question alone."""
+    """System message before the question; empty: none."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
-    """Prompts past this length are refused at start, tokens (paper: 2000)."""
+    """Longest prompt, tokens (paper: 2000); a start refuses longer ones."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")

@@ -1,68 +1,59 @@
-"""Which of the trainer's linear layers compute in FP8, and how values are scaled."""
+"""8-bit floating point in the trainer's linear layers and in the engine: formats, scaling, and allowed layouts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
-TOKEN_MULTIPLES = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""The number of tokens in a rank's activations must be a multiple of this, by recipe, since the weight gradient sums
-over tokens and scales blocks of them. FP8 matrix products need multiples of 16, MXFP8's blocks have 32 tokens, the
-other blocks 128.
-"""
-CHANNEL_MULTIPLES = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
-"""Sizes of a rank's weight matrices must be multiples of this, by recipe."""
-CAPABILITIES = {"tensorwise": ((8, 9), (99, 0)), "blockwise": ((9, 0), (99, 0)), "mxfp8": ((10, 0), (12, 0))}
-"""Compute capability of the GPUs that support a recipe: lowest, and first one too high."""
+Format = Literal["none", "hybrid", "e4m3"]
+# Not "delayed": it learns its scales in training passes. Scoring before the first of them, a reference and a resumed
+# run would compute with other scales, and ratios would not start at 1 (docs/fp8.md).
+Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
+TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
+"""By recipe, the number that must divide a rank's tokens: the weight gradient sums over tokens and scales them in
+blocks. FP8 matrix products need 16; MXFP8's blocks have 32 tokens, the others' 128."""
+CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
+"""By recipe, the number that must divide the sizes of a rank's weight matrices."""
+CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
+    "tensorwise": ((8, 9), (99, 0)),
+    "blockwise": ((9, 0), (99, 0)),
+    "mxfp8": ((10, 0), (12, 0)),
+}
+"""By recipe, the compute capabilities of GPUs that support it: from, and below."""
 ENGINE_CAPABILITY = (8, 9)
-"""Lowest compute capability for a quantised engine."""
+"""Lowest compute capability at which an engine can be quantised."""
 ENGINE_BLOCK = 128
-"""Number of channels that share a scale in an engine with `rollout.quantization` fp8."""
+"""Channels that share a scale in an engine with rollout.quantization=fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
     """FP8 in the linear layers of the decoder, by Transformer Engine; see docs/fp8.md.
 
-    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer in float32. Weights stay
-    bfloat16 for the optimizer, and are quantised for each matrix product.
+    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. The
+    optimizer updates bfloat16 weights as without FP8; matrix products quantise them.
     """
 
-    format: str = "none"
-    """none | hybrid (values e4m3, gradients of activations e5m2) | e4m3 (all)."""
-    recipe: str = "blockwise"
-    """What shares a scale: blockwise (1x128 activations, 128x128 weights) | tensorwise | mxfp8 (1x32; Blackwell)."""
+    format: Format = "none"
+    """hybrid: values in e4m3, gradients of activations in e5m2. e4m3: both in e4m3."""
+    recipe: Recipe = "blockwise"
+    """The values that share a scale: blocks of 1x128 activations and 128x128 weights (blockwise), whole tensors, or
+    blocks of 1x32 (mxfp8, on Blackwell)."""
     param_gather: bool = False
-    """Keep and gather the weights themselves in FP8; refused, see docs/fp8.md."""
+    """Store and gather the weights themselves in FP8; refused, see docs/fp8.md."""
     first_layers_bf16: int = 0
-    """Decoder layers at the start that stay in bfloat16; at most a pipeline stage's."""
+    """Number of first decoder layers that stay in bfloat16; at most those of one pipeline stage."""
     last_layers_bf16: int = 0
-    """Decoder layers at the end that stay in bfloat16; at most a pipeline stage's."""
+    """Number of last decoder layers that stay in bfloat16; at most those of one pipeline stage."""
 
     def __post_init__(self) -> None:
-        require(
-            self.format in ("none", "hybrid", "e4m3"), "model.fp8.format", self.format, "none | hybrid | e4m3"
-        )
-        # Delayed scaling learns its scales in training passes. Scoring before the first training pass, the reference
-        # and a resumed run would use other scales, so ratios would not start at 1 (docs/fp8.md).
-        require(
-            self.recipe in TOKEN_MULTIPLES,
-            "model.fp8.recipe",
-            self.recipe,
-            "blockwise | tensorwise | mxfp8"
-            + (
-                "; delayed scales differ between scoring and training, so ratios would not start at 1 (docs/fp8.md)"
-                if self.recipe == "delayed"
-                else ""
-            ),
-        )
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
-        # The optimizer would copy its float32 weights from the FP8 ones, before a checkpoint is loaded
-        # (megatron/core/optimizer/distrib_optimizer.py:385), and refit and checkpoints need bfloat16.
+        # The optimizer copies its float32 weights from the layers' initial values, before a checkpoint is read
+        # (megatron/core/optimizer/distrib_optimizer.py:385), and refit and checkpoints read bfloat16.
         require(
             not self.param_gather,
             "model.fp8.param_gather",
@@ -85,18 +76,16 @@ class Fp8Config:
 
     @property
     def token_multiple(self) -> int:
-        """The number of tokens in a rank's activations must be a multiple of this."""
+        """The number that must divide the tokens in a rank's activations."""
         return TOKEN_MULTIPLES[self.recipe] if self.enabled else 1
 
     @property
     def channel_multiple(self) -> int:
-        """The sizes of a rank's weight matrices must be multiples of this."""
+        """The number that must divide the sizes of a rank's weight matrices."""
         return CHANNEL_MULTIPLES[self.recipe] if self.enabled else 1
 
     def bf16_layers(self, stage: int, pipeline: int) -> int:
-        """Return how many decoder layers of pipeline stage `stage` stay in bfloat16 while the others compute in
-        FP8.
-        """
+        """Return how many decoder layers of pipeline stage `stage` stay in bfloat16."""
         first = self.first_layers_bf16 if stage == 0 else 0
         last = self.last_layers_bf16 if stage == pipeline - 1 else 0
         return first + last
@@ -111,7 +100,7 @@ class LinearSizes:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels, per expert in a mixture."""
+    """Feed-forward channels; in a mixture of experts, those of one expert."""
     has_experts: bool
 
     @classmethod
@@ -132,11 +121,11 @@ class LinearSizes:
 def fp8_layout_fault(
     fp8: Fp8Config, parallel: ParallelConfig, sizes: LinearSizes, *, num_layers: int
 ) -> str | None:
-    """Return a line on why the trainer cannot compute in `fp8` in this layout; None if it can, or FP8 is off."""
+    """Return in one line why the trainer cannot compute in `fp8` in this layout; None if it can or FP8 is off."""
     if not fp8.enabled:
         return None
     multiple, tensor = fp8.channel_multiple, parallel.tensor
-    if sizes.has_experts:  # never sliced
+    if sizes.has_experts:  # tensor parallelism does not divide experts
         feed_forward = (sizes.ffn, "channels of an expert")
     else:
         feed_forward = (sizes.ffn // tensor, "feed-forward channels")
@@ -160,7 +149,7 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron limits both to an even share of the layers, even for uneven stages (transformer_config.py:995).
+        # Megatron limits both to an even share, even with uneven stages (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (
@@ -171,10 +160,10 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """Return a line on why an engine's linear layers cannot be quantised like this; None if they can.
+    """Return in one line why an engine's linear layers cannot be quantised so; None if they can.
 
-    A token's activations are scaled in blocks along the dimension over which a rank's matrix product sums. vLLM
-    requires whole blocks (fp8_utils.py, per_token_group_quant_fp8) except for experts, which it pads (online/fp8.py,
+    A token's activations are scaled in blocks along the channels that a rank's matrices sum over. vLLM asserts that
+    these blocks are whole (fp8_utils.py, per_token_group_quant_fp8), but pads experts (online/fp8.py,
     maybe_roundup_sizes).
     """
     if quantization != "fp8":

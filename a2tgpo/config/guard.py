@@ -1,4 +1,4 @@
-"""Limits of the alarms that show a failing run."""
+"""Limits past which a run seems to go wrong."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,29 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Alarms on a step's metrics; those on change compare with the mean of the run's first steps. 0 turns one off.
+    """Alarms on a step's metrics, some relative to the baseline, their mean over the run's first steps. 0: no alarm.
 
-    An alarm starts at the second step in a row past its limit and ends at the second within it.
+    An alarm starts at the second consecutive step past its limit and ends at the second within it.
     """
 
     baseline_steps: int = 5
-    """Steps whose mean is the base line; no alarm on change before."""
+    """Steps whose mean is the baseline; until then alarms that need it are off."""
     min_entropy_share: float = 0.1
-    """Alarm below this share of the base line's entropy: the policy has collapsed onto one course."""
+    """Alarm if entropy falls below this share of the baseline: the policy has collapsed."""
     max_likelihood_drop: float = 0.5
-    """Alarm when right answers' sampled tokens have lost so much log-prob, nats per token."""
+    """Alarm if the sampled tokens of correct answers have lost this much log-prob, nats per token."""
     max_format_error_rise: float = 0.2
-    """Alarm when the share of ill-formed responses has grown by so much."""
+    """Alarm if the share of malformed responses has grown by this much."""
     max_noise_share: float = 0.5
-    """Alarm when the ratio's noise passes this share of the smaller of clip_low and clip_high."""
+    """Alarm if the ratio's noise exceeds this share of the smaller of clip_low and clip_high."""
     max_train_engine_gap: float = 0.05
-    """Alarm when trainer and engine differ by more, mean absolute nats per token."""
+    """Alarm if trainer and engine differ by more than this, mean absolute nats per token."""
     max_failed_calls: float = 0.2
-    """Alarm when a larger share of a step's tool calls has failed."""
+    """Alarm if a larger share of a step's tool calls fails."""
     stop_after: int = 0
-    """Save and stop, with exit code 3, after so many steps in a row with an alarm; 0: never."""
-
+    """Save and stop, with exit code 3, after this many consecutive steps with an alarm; 0: never."""
     stop_after_skipped: int = 5
-    """Save and stop alike after so many steps in a row in which an update was skipped as not finite; 0: never."""
+    """Save and stop, with exit code 3, after this many consecutive steps that skip a non-finite update; 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

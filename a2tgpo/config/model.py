@@ -1,10 +1,14 @@
-"""Which model is trained, and in which number formats."""
+"""The model to train, and its number formats."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.io.errors import require
+
+Dtype = Literal["bfloat16", "float32"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,29 +17,16 @@ class ModelConfig:
 
     path: Expanded
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
-    dtype: str = "bfloat16"
-    """Number format of weights and activations in training: bfloat16 | float32 (refused with Transformer Engine, so
-    on GPUs only with layer_spec cpu). Optimizer state is float32."""
-    layer_spec: str = "auto"
-    """transformer_engine | cpu | auto (Transformer Engine where a GPU is seen, its CPU twin elsewhere)."""
-    recompute: str = "none"
-    """Activations recomputed in the backward pass: none | selective (core attention) | full (every layer)."""
+    dtype: Dtype = "bfloat16"
+    """Number format of weights and activations in training. Transformer Engine refuses float32, so on GPUs it needs
+    layer_spec=cpu. Optimizer state is float32."""
+    layer_spec: Literal["auto", "cpu", "transformer_engine"] = "auto"
+    """Implementation of the layers; auto: Transformer Engine if there is a GPU, else its CPU twin."""
+    recompute: Recompute = "none"
+    """Activations to recompute in the backward pass: none, core attention (selective), or every layer (full)."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
-        require(self.dtype in ("bfloat16", "float32"), "model.dtype", self.dtype, "bfloat16 | float32")
-        require(
-            self.layer_spec in ("auto", "cpu", "transformer_engine"),
-            "model.layer_spec",
-            self.layer_spec,
-            "auto | cpu | transformer_engine",
-        )
-        require(
-            self.recompute in ("none", "selective", "full"),
-            "model.recompute",
-            self.recompute,
-            "none | selective | full",
-        )
         require(
             not self.fp8.enabled or self.dtype == "bfloat16",
             "model.fp8.format",

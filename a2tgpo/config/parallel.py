@@ -1,4 +1,4 @@
-"""The layout of model and data over the processes."""
+"""The layout of the processes."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,30 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Training layout; the data-parallel size is what remains: world / (tensor x context x pipeline)."""
+    """Training layout; the data-parallel size is world / (tensor x context x pipeline)."""
 
     tensor: int = 1
     """Tensor-parallel ranks; must divide attention heads, KV heads and the padded vocabulary."""
     sequence: bool = False
-    """Sequence parallelism inside a tensor-parallel group; needs tensor > 1."""
+    """Sequence parallelism within each tensor-parallel group; needs tensor > 1."""
     context: int = 1
-    """Context-parallel ranks: each holds 1 / context of every trajectory's tokens and all layers of its stage."""
+    """Context-parallel ranks; each holds 1 / context of every trajectory's tokens and all layers of its stage."""
     expert: int = 1
     """Expert-parallel ranks of a mixture of experts, each with its share of every layer's experts; must divide the
-    experts and the ranks of a pipeline stage, tensor x context x data-parallel. A dense model takes 1."""
+    experts and the ranks of a pipeline stage (tensor x context x data-parallel). A dense model needs 1."""
     pipeline: int = 1
     """Pipeline stages; must divide the number of layers, unless first_stage_layers or last_stage_layers is set."""
     virtual: int = 1
     """Model chunks per pipeline stage (interleaved 1F1B); must divide every stage's layers; needs pipeline > 1."""
     first_stage_layers: int = 0
-    """Layers of the first pipeline stage, which also holds the embedding; 0: as many as the others."""
+    """Layers of the first pipeline stage, which also holds the embedding; 0: the same as the others."""
     last_stage_layers: int = 0
-    """Layers of the last pipeline stage, which also holds the output layer; 0: as many as the others."""
+    """Layers of the last pipeline stage, which also holds the output layer; 0: the same as the others."""
     timeout_s: float = 7200.0
-    """Longest wait in one collective before the job is ended, seconds."""
+    """Longest wait in one collective before the job ends, seconds."""
     start_timeout_s: float = 300.0
-    """Longest wait at start, for the last rank to come, and again for all to look at their machines and to connect,
-    seconds."""
+    """Longest wait at the start for the last rank to arrive, and again for all ranks to check their machines and to
+    connect, seconds."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "expert", "pipeline", "virtual"):
@@ -55,17 +55,17 @@ class ParallelConfig:
 
     @property
     def model_ranks(self) -> int:
-        """Number of ranks that hold one replica of the model."""
+        """Ranks that hold one replica of the model."""
         return self.tensor * self.context * self.pipeline
 
     def stage_layers(self, num_layers: int) -> list[int]:
         """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual layers, and the model runs through
-        chunk 0 of all stages, then chunk 1 of all stages, and so on.
+        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual layers, and the model passes through
+        all stages' chunk 0, then all stages' chunk 1, and so on.
 
         Raises:
-            ConfigError: if the layers cannot be divided like this.
+            ConfigError: the layers cannot be divided so.
         """
         set_layers = self.first_stage_layers + self.last_stage_layers
         num_even = self.pipeline - (self.first_stage_layers > 0) - (self.last_stage_layers > 0)

@@ -8,11 +8,11 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     bucket_mib: int = 256
-    """Largest group of weights gathered at once, MiB; two are alive, one being loaded, the next one in flight."""
+    """Largest group of weights gathered at once, MiB; two groups are alive, one loading and the next in flight."""
     probe_tokens: int = 64
-    """Length of the fixed probe whose log-probs are compared after every refit."""
+    """Length of the fixed probe sequence whose log-probs are compared after every refit, tokens."""
     probe_tolerance: float = 0.0
-    """Largest allowed mean |difference| per probe token, nats; 0: 1e-3 in float32, 0.15 in bfloat16, 0.8 in FP8."""
+    """Largest mean |difference| per probe token, nats; 0: 1e-3 in float32, 0.15 in bfloat16, 0.8 in FP8."""
 
     def __post_init__(self) -> None:
         require(self.bucket_mib >= 1, "refit.bucket_mib", self.bucket_mib, ">= 1")

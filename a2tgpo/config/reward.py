@@ -1,4 +1,4 @@
-"""Additions to the outcome reward."""
+"""Additions to the outcome's reward."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     overlong_buffer_tokens: int = 0
-    """DAPO's soft overlong penalty: it grows over the last so many tokens of rollout.max_response_tokens; 0: none."""
+    """DAPO's soft overlong penalty grows over this many last tokens of rollout.max_response_tokens; 0: no penalty."""
     overlong_penalty: float = 1.0
-    """What a response of full length loses."""
+    """Penalty of a response of full length."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,6 +1,7 @@
-"""The run as a whole: length, seed, output, evaluation, checkpoints; and the root of the configuration."""
+"""The run as a whole (length, seed, output, evaluation, checkpoints) and the root of the configuration."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.cluster import ClusterConfig
@@ -27,23 +28,22 @@ SCORED_ANSWER_TOKENS = 64
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     name: Expanded
-    """Names the run's folder, `root`/`name`: at most 200 bytes in UTF-8."""
+    """Name of the run's folder, `root`/`name`; at most 200 bytes in UTF-8."""
     root: Expanded = "runs"
     """Folder that holds the runs."""
     steps: int = 240
     """Training steps (paper: about 240)."""
     seed: int = 0
-    """Seeds sampling of prompts, rollouts and initial state, below 2^32; results do not depend on the layout."""
+    """Seed of prompts, rollouts and initial state, below 2^32; results do not depend on the layout."""
     log_rollouts: int = 8
-    """Trajectories per step shown as text in TensorBoard, the best and the worst; all are recorded in rollouts/."""
+    """Trajectories per step, the best and the worst, shown as text in TensorBoard; rollouts/ has all of them."""
     keep_rollouts_gb: float = 100.0
-    """Most that recorded rollouts may take, GB: from then on the oldest steps that a checkpoint covers are removed,
-    every hundredth last; 0: no limit."""
+    """Disk space of recorded rollouts, GB. Beyond it, the oldest steps that a checkpoint covers are removed, every
+    hundredth step last; 0: no limit."""
 
     def __post_init__(self) -> None:
         require(
-            # File systems limit names to 255 bytes; suffixes such as ".previous_12" and "-warmstart" need some of
-            # these.
+            # File systems allow 255 bytes; "name.previous_12" and "name-warmstart" need some of them.
             0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name
@@ -53,7 +53,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # Limit of NumPy's generator, which vLLM also seeds.
+        # NumPy's generator, which vLLM also seeds, accepts no more.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -62,12 +62,12 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 10
-    """Steps between evaluations; 0: only where `at_start` or the last step asks."""
+    """Steps between evaluations; 0: only after the last step, and with `at_start` before the first."""
     at_start: bool = True
-    """Evaluate the untrained policy, as the base line."""
+    """Evaluate the untrained policy as the baseline."""
     max_questions: int = 256
-    """Questions used; 0: all of data.test. Each `data_source` and each number of `hops` has its share, the first of
-    each; questions with neither are taken evenly over the file. The same for all seeds."""
+    """Questions to use, the same for all seeds; 0: all of data.test. Each `data_source` and each number of `hops`
+    contributes its share, its first questions first; questions with neither are taken evenly over the file."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, ">= 0")
@@ -79,41 +79,31 @@ class CheckpointConfig:
     every: int = 20
     """Steps between checkpoints; 0: only after the last step."""
     keep: int = 2
-    """Newest checkpoints kept whole; a run goes on from these."""
+    """Newest checkpoints kept whole; a run resumes from these."""
     keep_every: int = 0
-    """Of older checkpoints whose step is a multiple of this the weights are kept; 0: none."""
+    """Keep the weights of older checkpoints whose step is a multiple of this; 0: of none."""
     keep_gb: float = 0.0
-    """Most that weights of older checkpoints may take, GB; the oldest are removed, never the best; 0: no limit."""
+    """Disk space of older checkpoints' weights, GB; the oldest are removed, but never the best. 0: no limit."""
     keep_previous: int = 0
-    """Newest folders NAME.previous_N kept when --resume none sets one more aside; 0: all of them."""
+    """Newest folders NAME.previous_N to keep when --resume none sets another one aside; 0: all."""
     max_failures: int = 3
-    """Saves in a row that may fail, for want of space for example, before the run ends."""
+    """Consecutive saves that may fail, for example for lack of space, before the run ends."""
     margin_s: float = 120.0
-    """Kept free before the end of a Slurm job (SLURM_JOB_END_TIME), besides what an update and a save have taken so
-    far, seconds."""
-    best_by: str = "em"
-    """Held-out score that decides which checkpoint is the best, whose weights are kept: em | em_format_gated | f1 |
-    none."""
+    """Seconds kept free before the end of a Slurm job (SLURM_JOB_END_TIME), in addition to the longest update and
+    save so far."""
+    best_by: Literal["em", "em_format_gated", "f1", "none"] = "em"
+    """Held-out score that decides which checkpoint is the best; its weights are kept."""
 
     def __post_init__(self) -> None:
-        require(
-            self.best_by in ("em", "em_format_gated", "f1", "none"),
-            "checkpoint.best_by",
-            self.best_by,
-            "em | em_format_gated | f1 | none",
-        )
-        require(self.margin_s >= 0, "checkpoint.margin_s", self.margin_s, ">= 0")
-        require(self.every >= 0, "checkpoint.every", self.every, ">= 0")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, ">= 1")
-        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, ">= 0")
-        require(self.keep_gb >= 0, "checkpoint.keep_gb", self.keep_gb, ">= 0")
-        require(self.keep_previous >= 0, "checkpoint.keep_previous", self.keep_previous, ">= 0")
-        require(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, ">= 1")
+        for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name}", getattr(self, name), ">= 0")
+        for name in ("keep", "max_failures"):
+            require(getattr(self, name) >= 1, f"checkpoint.{name}", getattr(self, name), ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a run depends on; one YAML file."""
+    """All settings of a run."""
 
     run: RunSettings
     model: ModelConfig
@@ -135,16 +125,10 @@ class RunConfig:
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
 
     def __post_init__(self) -> None:
-        if "search" in self.tools.selected:
+        if "search" in self.tools.names:
             self.search.require_source()
-            require(
-                self.search.backend != "http"
-                or self.search.on_outage != "wait"
-                or self.search.outage_limit_s < self.parallel.timeout_s,
-                "search.outage_limit_s",
-                self.search.outage_limit_s,
-                f"below parallel.timeout_s ({self.parallel.timeout_s:g}), after which waiting ranks give up",
-            )
+            if self.search.backend == "http":
+                self._check_server_limits()
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
             "update.prompts_per_minibatch",
@@ -178,8 +162,24 @@ class RunConfig:
             f"0 with parallel.context ({self.parallel.context}) > 1: a trajectory with its probes is not divided",
         )
 
+    def _check_server_limits(self) -> None:
+        tools, longest_s = self.tools, self.search.longest_call_s
+        require(
+            tools.on_outage != "wait" or tools.outage_limit_s < self.parallel.timeout_s,
+            "tools.outage_limit_s",
+            tools.outage_limit_s,
+            f"below parallel.timeout_s ({self.parallel.timeout_s:g}), after which waiting ranks give up",
+        )
+        require(
+            tools.call_timeout_s >= longest_s,
+            "tools.call_timeout_s",
+            tools.call_timeout_s,
+            f">= 2 x search.request_timeout_s x (search.max_attempts + 1) ({longest_s:g}), or a search could be "
+            "given up before its last attempt",
+        )
+
     def check_training(self) -> None:
-        """Raise `ConfigError` for settings that can be played but would teach nothing, or something wrong."""
+        """Raise `ConfigError` if the configuration could be played but would teach nothing, or something wrong."""
         self.rollout.check_training()
         require(
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
@@ -192,8 +192,7 @@ class RunConfig:
             self.algorithm.kl_coef == 0 or self.algorithm.kl_estimator != "k1",
             "algorithm.kl_estimator",
             self.algorithm.kl_estimator,
-            "k2 | k3 with algorithm.kl_coef > 0: the gradient of k1 is 0 in the mean, so that it holds the policy to "
-            "nothing",
+            "k2 | k3 with algorithm.kl_coef > 0: the expected gradient of k1 is 0, so it would restrain nothing",
         )
 
     @property

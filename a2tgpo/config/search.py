@@ -1,6 +1,7 @@
-"""The search tool, and the limits of all tools."""
+"""The search tool's source of passages, and how it queries a retrieval server."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import ConfigError, require
@@ -8,54 +9,37 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Where passages come from and how many the policy sees."""
+    """The source of passages: an index in the run's own processes, or a retrieval server."""
 
-    backend: str = "bm25"
-    """bm25 (index built in process over `corpus`) | http (Search-R1 compatible server at `url`)."""
+    backend: Literal["bm25", "http"] = "bm25"
+    """bm25 (each process indexes `corpus`) or http (a Search-R1 compatible server at `url`)."""
     corpus: Expanded = ""
-    """JSONL file of passages, each with `id` and `contents` ("title"\\ntext); used by bm25."""
+    """With bm25: JSONL file of passages, each with `id` and `contents` ("title"\\ntext)."""
     url: Expanded = ""
-    """Address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve; used by http."""
+    """With http: address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve."""
     url_file: Expanded = ""
-    """File that holds that address, as `tools/retrieval_server.py --url-file` writes it, in place of `url`. It is
-    read again when the server does not answer, so that the server may move."""
+    """Instead of `url`: file with that address, as `tools/retrieval_server.py --url-file` writes it. The client reads
+    it again when the server does not answer, so that the server may move."""
     top_k: int = 3
     """Passages returned for a query (paper: 3)."""
-    max_passage_tokens: int = 400
-    """Each passage, or other part of a tool's answer, is cut to this many tokens."""
-    timeout_s: float = 30.0
-    """Longest wait for one answer, seconds."""
+    request_timeout_s: float = 30.0
+    """Longest wait for the server's answer to one request, seconds."""
     max_attempts: int = 3
-    """Tries of one query, within seconds of each other, before the server counts as out of service."""
-    on_outage: str = "wait"
-    """What happens when the server is out of service: wait (the rollout pauses, and its searches are made again until
-    the server is back) | continue (the policy is told that the search failed) | stop (the run saves and ends)."""
-    outage_limit_s: float = 1800.0
-    """With on_outage=wait: the run saves and ends, with exit code 75, when the server has not answered for so long,
-    seconds; below parallel.timeout_s, since other ranks may wait in a collective meanwhile."""
+    """Attempts of one query, within seconds of each other, before the server counts as out of service."""
     break_after: int = 16
-    """Queries in a row without an answer after which the server is spared for a while: searches fail at once."""
+    """Consecutive failures that open the circuit breaker: further searches fail at once."""
     break_s: float = 15.0
-    """How long it is spared before one query is sent to see whether it is back, seconds; and so on."""
+    """Seconds that the circuit breaker stays open before one trial query, and again after a trial that fails."""
     token_file: Expanded = ""
-    """File with the bearer token the server asks for; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
-    num_workers: int = 16
-    """Tool calls in flight per rank."""
+    """File with the bearer token that the server requires; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
     max_shortfall: float = 8.0
-    """Before a run on GPUs, the pre-flight measures the server for some seconds. It warns if the server answers fewer
-    queries a second than the planned rollout needs, and refuses the run if by more than this factor; 0: never."""
+    """Before a run on GPUs, the pre-flight measures the server for a few seconds. It warns if the server answers
+    fewer queries a second than the planned rollout needs, and refuses the run beyond this factor; 0: never."""
 
     def __post_init__(self) -> None:
-        require(self.backend in ("bm25", "http"), "search.backend", self.backend, "bm25 | http")
-        for name in ("top_k", "max_passage_tokens", "max_attempts", "break_after", "num_workers"):
+        for name in ("top_k", "max_attempts", "break_after"):
             require(getattr(self, name) >= 1, f"search.{name}", getattr(self, name), ">= 1")
-        require(
-            self.on_outage in ("wait", "continue", "stop"),
-            "search.on_outage",
-            self.on_outage,
-            "wait | continue | stop",
-        )
-        for name in ("timeout_s", "break_s", "outage_limit_s"):
+        for name in ("request_timeout_s", "break_s"):
             require(getattr(self, name) > 0, f"search.{name}", getattr(self, name), "> 0")
         require(
             self.max_shortfall == 0 or self.max_shortfall >= 1,
@@ -63,17 +47,17 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # Not with `require`, whose message would show the secret.
+        # Not through `require`: the message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError("search.url holds a user name or password; give a token by search.token_file")
 
     @property
-    def longest_outage_s(self) -> float | None:
-        """Seconds for which a rollout waits for its server; None: it continues at once without an answer."""
-        return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
+    def longest_call_s(self) -> float:
+        """Longest search, seconds: all attempts, one trial of another query, and the waits between them."""
+        return 2 * self.request_timeout_s * (self.max_attempts + 1)
 
     def require_source(self) -> None:
-        """Raise `ConfigError` unless the backend's source is set; call this only if the search tool is offered."""
+        """Raise `ConfigError` unless the backend's source is named; only for runs that offer the search tool."""
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:

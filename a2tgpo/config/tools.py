@@ -1,47 +1,66 @@
-"""The tools that the policy may call, and the calculator's settings."""
+"""The tools that the policy may call, their common limits, and the calculator."""
 
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from typing import Literal
 
-from a2tgpo.io.errors import require
+from a2tgpo.io.errors import one_of, require
 
 TOOLS_PACKAGE = "a2tgpo.environment.tools"
 RESERVED = ("think", "result", "answer")
 
 
 def tool_names() -> list[str]:
-    """Allowed names in `tools.names`: the modules in environment/tools/, which are listed but not imported."""
+    """Return the choices in `tools.names`: the modules in environment/tools/, which are not imported."""
     package = importlib.import_module(TOOLS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolsConfig:
-    names: str = "search"
-    """Tools offered, separated by commas: search | calculator, or any other module in environment/tools/
-    (docs/tools.md). The policy calls one as <NAME> text </NAME>."""
+    """The tools that the policy may call, and the limits of every tool."""
+
+    names: tuple[str, ...] = ("search",)
+    """search, calculator, or other modules in environment/tools/ (docs/tools.md). The policy calls a tool as
+    <NAME> text </NAME>."""
+    max_concurrent_calls: int = 16
+    """Calls that each rank runs at a time."""
+    call_timeout_s: float = 240.0
+    """A call fails if it has not returned this many seconds after its start. With a search server, at least
+    2 x search.request_timeout_s x (search.max_attempts + 1)."""
+    max_part_tokens: int = 400
+    """Each part of an answer, such as one passage, is cut to this many tokens."""
+    on_outage: Literal["wait", "continue", "stop"] = "wait"
+    """Reaction to a tool whose service is out: wait (pause the rollout and repeat the calls until the service is
+    back), continue (tell the policy that the call failed), or stop (save and end the run)."""
+    outage_limit_s: float = 1800.0
+    """With on_outage=wait: the run saves and ends, with exit code 75, after an outage of this many seconds. With a
+    search server, below parallel.timeout_s, because other ranks may wait in a collective meanwhile."""
 
     def __post_init__(self) -> None:
         known = [name for name in tool_names() if name not in RESERVED]
-        for name in self.selected:
-            require(name in known, "tools.names", self.names, f"{', '.join(known)}, separated by commas")
-        require(
-            len(set(self.selected)) == len(self.selected) > 0, "tools.names", self.names, "each tool once"
-        )
+        for name in self.names:
+            require(name in known, "tools.names", list(self.names), f"a list of {one_of(known, name)}")
+        are_distinct = len(set(self.names)) == len(self.names) > 0
+        require(are_distinct, "tools.names", list(self.names), "at least one tool, each once")
+        for name in ("max_concurrent_calls", "max_part_tokens"):
+            require(getattr(self, name) >= 1, f"tools.{name}", getattr(self, name), ">= 1")
+        for name in ("call_timeout_s", "outage_limit_s"):
+            require(getattr(self, name) > 0, f"tools.{name}", getattr(self, name), "> 0")
 
     @property
-    def selected(self) -> tuple[str, ...]:
-        """The names as a list."""
-        return tuple(name.strip() for name in self.names.split(","))
+    def longest_outage_s(self) -> float | None:
+        """Seconds that a rollout waits for a service; None: it does not wait and continues without an answer."""
+        return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalculatorConfig:
     max_digits: int = 1000
-    """Digits that a number may have; what would grow past them is refused."""
+    """Digits that a number may have; larger results are refused."""
     decimals: int = 10
-    """Digits behind the point of a result."""
+    """Decimal places of a result."""
 
     def __post_init__(self) -> None:
         require(1 <= self.max_digits <= 4000, "calculator.max_digits", self.max_digits, "1 to 4000")

@@ -9,29 +9,29 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class WarmstartConfig:
     source: Expanded = ""
-    """Hugging Face folder of the cold model; the warm-started one is written to model.path."""
+    """Hugging Face folder of the model to start from; the warm-started model is written to model.path."""
     demonstrations: Expanded = ""
     """JSONL of demonstrations (docs/warmstart.md)."""
     steps: int = 200
     """Optimizer steps."""
     batch_size: int = 64
-    """Demonstrations per optimizer step, over all ranks."""
+    """Demonstrations per optimizer step over all ranks."""
     lr: float = 0.0
-    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth. 0: by the model's size,
-    1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
+    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth of the peak. 0: chosen by
+    the model's size, 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
     weight_decay: float = 0.01
     observation_weight: float = 0.0
-    """Weight of prompt and observation tokens in the loss, the policy's own have 1; helps a model that has never
-    been trained to learn to copy. 0 for pre-trained models."""
+    """Weight of prompt and observation tokens in the loss; the policy's own tokens have weight 1. It helps an
+    untrained model learn to copy; use 0 for pre-trained models."""
     fp8: bool = False
-    """Compute in the FP8 of `model.fp8`; false: in model.dtype, whatever `model.fp8` says."""
+    """Compute in FP8 as `model.fp8` sets it; false: compute in model.dtype despite `model.fp8`."""
     held_out: float = 0.02
-    """Share of the questions whose demonstrations are not trained on, but give `warmstart/held_out_loss`."""
+    """Share of the questions whose demonstrations are held out of training and give `warmstart/held_out_loss`."""
     evaluate_every: int = 50
-    """Steps between two held-out losses, besides the first and the last; 0: only those."""
+    """Steps between held-out losses; 0: only before the first and after the last step, which always have one."""
     checkpoint_every: int = 100
-    """Steps between checkpoints, of which the newest is kept until model.path is written; 0: only where the warm
-    start is stopped, and after the last step."""
+    """Steps between checkpoints; the newest is kept until model.path is written. 0: only at a stop and after the last
+    step."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")

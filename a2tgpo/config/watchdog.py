@@ -1,38 +1,38 @@
-"""Time limits of the start and of the stages of a step."""
+"""Time limits of the start and of a step's stages."""
 
 from dataclasses import dataclass, fields
 
 from a2tgpo.io.errors import require
 
 STARTUP = ("assemble", "restore")
-"""Stages of a start, after the ranks have met."""
+"""Stages of a start after the ranks have met."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """Deadlines in seconds, on each rank from when it enters the stage; 0: none.
+    """Longest time that a rank may spend in a stage, seconds, from its own entry; 0: no limit.
 
-    They are the most that a stage may take. Once it has been over on a rank, the rank ends it at `slack` times the
-    longest that it has taken so far, and not before `min_s`.
+    After a rank has completed a stage once, its limit is `slack` times the longest duration so far, but at least
+    `min_s` and at most the stage's limit.
 
-    A rank that waits for another is itself in a stage, so the shortest deadline finds a rank that hangs. None should
-    be above parallel.timeout_s, or the collectives' time-out comes first, which cannot tell the cause.
+    A rank that waits for another is itself in a stage, so the shortest limit finds a rank that hangs. No limit should
+    exceed parallel.timeout_s; otherwise the collectives time out first, and they cannot name the cause.
     """
 
     rollout_s: float = 7200.0
-    """Rollout, gain included."""
+    """Rollout, including gains."""
     evaluation_s: float = 7200.0
     score_s: float = 3600.0
     update_s: float = 3600.0
     startup_s: float = 3600.0
-    """Building the model and the engine, and reading the checkpoint; each has as long."""
+    """Building the model and the engine; the same limit again for reading the checkpoint."""
     other_s: float = 2400.0
-    """Any other stage, waiting for other ranks' rollouts included, and the time between stages."""
+    """Any other stage, including the wait for other ranks' rollouts, and the time between stages."""
     slack: float = 10.0
-    """0: a stage may always take as long as its field says."""
+    """0: the stages' limits always apply unchanged."""
     min_s: float = 300.0
     slow_ratio: float = 1.5
-    """Say so when the same rank's rollout takes this many times the median rank's, `slow_steps` times in a row."""
+    """Warn if one rank's rollout takes this many times the median rank's in `slow_steps` consecutive steps."""
     slow_steps: int = 5
 
     def __post_init__(self) -> None:

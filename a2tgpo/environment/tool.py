@@ -31,7 +31,7 @@ class Tool(Protocol):
 
         Raises:
             ToolError: there is no answer. For a mistake of the policy, return an answer that explains the mistake.
-            ToolUnavailableError: no call gets an answer now; see `search.on_outage`.
+            ToolUnavailableError: no call gets an answer now; see `tools.on_outage`.
         """
 
     def close(self) -> None:
@@ -44,9 +44,9 @@ class Toolset:
 
     tools: Mapping[str, Tool]
     """By name, which is also the tag of a call."""
-    num_workers: int = 16
+    max_concurrent_calls: int = 16
     """Concurrent calls per rank that calls tools."""
-    deadline_s: float = 240.0
+    call_timeout_s: float = 240.0
     """A call fails if it has not returned this many seconds after its start; time in the queue does not count."""
     max_part_tokens: int = 400
     """Each part of an answer is cut to this many tokens."""
@@ -70,14 +70,12 @@ def build_tools(config: RunConfig) -> Toolset:
         ConfigError: one line; a tool cannot work as configured.
     """
     tools: dict[str, Tool] = {}
-    for name in config.tools.selected:
+    for name in config.tools.names:
         tools[name] = importlib.import_module(f"{TOOLS_PACKAGE}.{name}").build(config)
     return Toolset(
         tools=MappingProxyType(tools),
-        num_workers=config.search.num_workers,
-        # A client limits each try, its waits, and one extra try that tests whether the query is at fault. The
-        # deadline bounds the rest of a call, such as a tool that hangs.
-        deadline_s=2 * config.search.timeout_s * (config.search.max_attempts + 1),
-        max_part_tokens=config.search.max_passage_tokens,
-        outage_limit_s=config.search.longest_outage_s,
+        max_concurrent_calls=config.tools.max_concurrent_calls,
+        call_timeout_s=config.tools.call_timeout_s,
+        max_part_tokens=config.tools.max_part_tokens,
+        outage_limit_s=config.tools.longest_outage_s,
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from a2tgpo.config.renamed import with_new_names
 from a2tgpo.evaluate.evaluate import Answer
 from a2tgpo.io.atomic_file import naming, write_json
 from a2tgpo.io.errors import ConfigError
@@ -82,7 +83,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
         if not found:  # the folder may exist without answers, if an earlier start failed
             write_json(path, dict(settings))
             return found
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = with_new_names(json.loads(path.read_text(encoding="utf-8")))
         _require_equal(folder, begun, json.loads(json.dumps(dict(settings))))
         return found
     except ConfigError:

@@ -28,8 +28,8 @@ _DECIDING = (
     "run.seed",
     "search.backend",
     "search.corpus",
-    "search.max_passage_tokens",
     "search.top_k",
+    "tools.max_part_tokens",
     "tools.names",
 )
 """Excludes layout and `search.url`: the next start may use other processes, and a server on another node."""

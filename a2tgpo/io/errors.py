@@ -1,5 +1,8 @@
 """Report users' mistakes, and summarise other errors, in one line."""
 
+import difflib
+from collections.abc import Sequence
+
 MAX_MESSAGE = 2000
 """Longer messages are cut to this many characters."""
 
@@ -17,6 +20,12 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
     """Raise a `ConfigError` that names `key`, its `value` and the `rule`, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key} is {value!r}; allowed: {rule}")
+
+
+def one_of(choices: Sequence[str], value: object) -> str:
+    """Return the rule that names `choices`, and which of them is near to `value`, if one is."""
+    near = difflib.get_close_matches(value[:100], choices, n=1) if isinstance(value, str) else []
+    return " | ".join(choices) + "".join(f" (nearest: {name})" for name in near)
 
 
 def first_line(error: BaseException) -> str:

@@ -127,7 +127,7 @@ def existing_folder(path: Path) -> Path:
 def training_inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
     """Return the paths that every rank must be able to read, by configuration key."""
     paths = {"model.path": config.model.path, "data.train": config.data.train, "data.test": config.data.test}
-    if "search" in config.tools.selected:
+    if "search" in config.tools.names:
         if config.search.backend == "bm25":
             paths["search.corpus"] = config.search.corpus
         elif config.search.token_file:

@@ -24,7 +24,7 @@ from a2tgpo.launch.joining import MAX_LINES, join, open_store, say
 from a2tgpo.launch.needs import Needs, disk_faults, existing_folder, training_needs
 from a2tgpo.launch.open_files import limit_fault, raise_limit
 from a2tgpo.launch.rank_facts import RankFacts, compare, gather_facts, host_memory_faults
-from a2tgpo.launch.run_plan import plan_of_run
+from a2tgpo.launch.run_plan import check_memory, plan_of_run
 from a2tgpo.launch.search_rate import search_shortfall
 from a2tgpo.lifecycle.failure import GRACE_S, ReportedByRank0
 
@@ -40,9 +40,6 @@ NUM_WORDS = 2
 END = "end"
 LISTEN_S = 1.0
 """Seconds of one wait for a message; signals do not interrupt such a wait."""
-PLAN_MARGIN = 0.1
-"""Share by which the memory estimate may exceed a GPU's memory before a start is refused: no plan has been compared
-with a GPU yet."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
@@ -54,7 +51,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
     Raises:
         ReportedByRank0: a rank failed; rank 0 has printed which and why.
-        ConfigError: the plan does not fit; raised on all ranks.
+        ConfigError: the plan refuses the start (`check_memory`); raised on all ranks.
         RuntimeError: one line; rank 0 cannot be reached from here.
     """
     raise_limit()
@@ -64,11 +61,14 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
     meeting = Meeting(store, rank=rank, world_size=world_size, patience_s=config.parallel.start_timeout_s)
     needs = needs or training_needs(config)
     found = meeting.exchange(config, paths, needs)
-    plan = check_plan(config, world_size, needs)
+    plan = _plan_on_gpus(config, world_size)
+    warning = plan and check_memory(plan, has_engine=needs.has_engine)
     seconds = time.monotonic() - begin
     groups, seconds_joining = join(config, store, rank=rank, world_size=world_size)
     if rank == 0 and world_size > 1:
         say(_summary(found, seconds + seconds_joining))
+    if rank == 0 and warning:
+        say(f"warning: {warning}")
     if rank == 0 and plan is not None and needs.has_engine:
         _report_engine(plan)
     return groups
@@ -261,50 +261,23 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """Return each rank's planned host memory; empty without a GPU.
-
-    Also empty if there is no plan; `check_plan` reports why.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return []
+    """Return each rank's planned host memory; empty without a GPU or if no plan can be made, reported elsewhere."""
     try:
-        plan, _, _ = plan_of_run(config, num_gpus=world_size)
+        plan = _plan_on_gpus(config, world_size)
     except ConfigError:
         return []
-    return plan.host_by_rank
+    return plan.host_by_rank if plan else []
 
 
-def check_plan(config: RunConfig, world_size: int, needs: Needs) -> Plan | None:
-    """Return the plan of `config` on the visible GPUs; None without a GPU. All ranks must call this.
-
-    For a program without an engine, only the update is checked. Without a GPU, only the layout is checked, later when
-    the ranks are laid out.
+def _plan_on_gpus(config: RunConfig, world_size: int) -> Plan | None:
+    """Return the plan of `config` on the visible GPUs; None without a GPU.
 
     Raises:
-        ConfigError: the plan does not fit.
+        ConfigError: one line; the layout is impossible. Without a GPU, this is found when the ranks are laid out.
     """
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    plan, _, card = plan_of_run(config, num_gpus=world_size)
-    if needs.has_engine and not plan.holds_a_sequence:
-        key = "kv_cache_gib" if config.rollout.kv_cache_gib else "gpu_memory_fraction"
-        raise ConfigError(
-            f"rollout.{key} is {getattr(config.rollout, key)}; allowed: enough for one sequence in the "
-            "engine's KV cache (tools/plan.py CONFIG lists the memory in use)"
-        )
-    phases = [phase for phase in plan.phases if needs.has_engine or phase.name == "update"]
-    worst = min(phases, key=lambda phase: phase.headroom)
-    if worst.headroom < -PLAN_MARGIN:
-        raise ConfigError(
-            f"the configuration does not fit {world_size} x {card} of {plan.gpu.memory_gib:.0f} GiB: "
-            f"{worst.name} needs "
-            f"{worst.peak / 2**30:.0f} GiB on each; tools/plan.py CONFIG --suggest searches for a layout that fits"
-        )
-    return plan
+    return plan_of_run(config, num_gpus=world_size)[0] if torch.cuda.is_available() else None
 
 
 def _report_engine(plan: Plan) -> None:

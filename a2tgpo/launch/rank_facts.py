@@ -126,11 +126,11 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
     from a2tgpo.search.tool import build_search
 
-    if config.search.backend != "http" or "search" not in config.tools.selected:
+    if config.search.backend != "http" or "search" not in config.tools.names:
         return []
-    timeout_s = min(config.search.timeout_s, SEARCH_TIMEOUT_S)
+    timeout_s = min(config.search.request_timeout_s, SEARCH_TIMEOUT_S)
     try:
-        build_search(replace(config.search, max_attempts=1, timeout_s=timeout_s)).close()
+        build_search(replace(config.search, max_attempts=1, request_timeout_s=timeout_s)).close()
     except ConfigError as error:
         return [str(error)]
     return []
@@ -157,8 +157,9 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return faults by rank: one, at the machine's first rank, for each machine whose ranks need more memory than is
-    left.
+    """Return a fault, by its first rank, for each machine with less memory left than its ranks are planned to take.
+
+    A machine whose memory the plan exceeds by no more than `cluster.plan_margin` gets a warning instead.
 
     Args:
         found: facts of all ranks, by rank.
@@ -173,10 +174,14 @@ def host_memory_faults(
         left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
-            faults[ranks[0].rank] = [
+            line = (
                 f"{host_needs(needed)}, {left / GIB:.0f} GiB are free ({limit}); give the job the whole node's "
                 f"memory (Slurm: --mem=0), {host_change(config)}"
-            ]
+            )
+            if config.cluster.refuses(needed.total, left):
+                faults[ranks[0].rank] = [f"{line}; cluster.plan_margin=0 starts all the same"]
+            else:
+                ranks[0].warnings.append(line)
     return faults
 
 

@@ -6,9 +6,10 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.plan.hardware import GIB, GPUS, Gpu
 
 if TYPE_CHECKING:
-    from a2tgpo.plan.hardware import Gpu
     from a2tgpo.plan.plan import Plan
 
 
@@ -22,11 +23,41 @@ def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
     return make_plan(config, dimensions, gpu, gpus=num_gpus), source, card
 
 
+def check_memory(plan: Plan, *, has_engine: bool) -> str:
+    """Return a warning, in one line, if the plan exceeds a GPU's memory; empty if it fits.
+
+    Args:
+        has_engine: False for a program without an engine, of which only the update counts.
+
+    Raises:
+        ConfigError: one line; the plan exceeds the memory by more than `cluster.plan_margin`, or the cache that
+            `rollout.kv_cache_gib` sets, which is no estimate, does not hold one sequence.
+    """
+    cache_fault = ""
+    if has_engine and not plan.holds_a_sequence:
+        key = "kv_cache_gib" if plan.given_config.rollout.kv_cache_gib else "gpu_memory_fraction"
+        cache_fault = (
+            f"rollout.{key} is {getattr(plan.config.rollout, key):g}, too little for a cache of one sequence "
+            f"({plan.config.max_model_len} tokens); tools/plan.py CONFIG shows what takes the memory"
+        )
+        if key == "kv_cache_gib":
+            raise ConfigError(cache_fault)
+    phases = [phase for phase in plan.phases if has_engine or phase.name == "update"]
+    worst = min(phases, key=lambda phase: phase.headroom)
+    if worst.fits:
+        return cache_fault
+    line = (
+        f"the plan does not fit {plan.gpus} x {plan.gpu.memory_gib:.0f} GiB of GPU memory: {worst.name} takes "
+        f"{worst.peak / GIB:.0f} GiB of each; tools/plan.py CONFIG --suggest looks for a layout"
+    )
+    if plan.config.cluster.refuses(worst.peak, worst.capacity):
+        raise ConfigError(f"{line}; cluster.plan_margin=0 starts all the same")
+    return line
+
+
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
     """Return this machine's GPU, or without one the configuration's GPU; and a description of the choice."""
     import torch
-
-    from a2tgpo.plan.hardware import GIB, GPUS
 
     meant = GPUS[config.cluster.gpu]
     if not torch.cuda.is_available():

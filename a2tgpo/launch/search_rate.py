@@ -20,7 +20,7 @@ def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
     from a2tgpo.data.question_set import load_questions
     from a2tgpo.search.burst import judge_burst, measure_burst
 
-    if config.search.backend != "http" or "search" not in config.tools.selected:
+    if config.search.backend != "http" or "search" not in config.tools.names:
         return "", False
     try:
         plan, _, _ = plan_of_run(config, num_gpus=num_gpus)

@@ -53,5 +53,5 @@ class Outage:
             return ""
         name, cause = self.cause
         if not self.limit_s:
-            return f"the {name} tool is out of service (search.on_outage=stop): {cause}"
-        return f"the {name} tool has been out of service for {self.seconds:.0f} s (search.outage_limit_s): {cause}"
+            return f"the {name} tool is out of service (tools.on_outage=stop): {cause}"
+        return f"the {name} tool has been out of service for {self.seconds:.0f} s (tools.outage_limit_s): {cause}"

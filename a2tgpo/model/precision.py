@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from a2tgpo.config.fp8 import CAPABILITIES, Fp8Config
+from a2tgpo.config.fp8 import CAPABILITIES, Fp8Config, Recipe
 from a2tgpo.io.errors import ConfigError
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -62,7 +62,7 @@ def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
         )
 
 
-def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], cuda: str) -> None:
+def require_fp8_needs(recipe: Recipe, *, engine: str, capability: tuple[int, int], cuda: str) -> None:
     """Raise `ConfigError` unless the versions and the GPU meet the recipe's requirements.
 
     Args:
@@ -88,7 +88,7 @@ def require_fp8_needs(recipe: str, *, engine: str, capability: tuple[int, int], 
             )
 
 
-def _cards(recipe: str) -> str:
+def _cards(recipe: Recipe) -> str:
     first, end = CAPABILITIES[recipe]
     return f">= {first[0]}.{first[1]}" + (f" and < {end[0]}.{end[1]}" if end < (99, 0) else "")
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import product
 
+from a2tgpo.config.model import Recompute
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
@@ -20,6 +21,7 @@ TENSOR_SIZES = (1, 2, 4, 8)
 """Tensor-parallel groups stay inside a node."""
 EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_SIZES = (1, 2, 4)
+RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
 """Share of GPU memory left free in every phase: plans are arithmetic, not measurements."""
@@ -109,7 +111,7 @@ def _candidates(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: 
         laid_out = dataclasses.replace(config, parallel=parallel, rollout=rollout)
         if engine_fault(laid_out, dimensions, gpus) or precision_fault(laid_out, dimensions, gpu):
             continue
-        for recompute, tokens in product(("none", "full"), MICROBATCH_TOKENS):
+        for recompute, tokens in product(RECOMPUTE, MICROBATCH_TOKENS):
             yield dataclasses.replace(
                 laid_out,
                 model=dataclasses.replace(config.model, recompute=recompute),

@@ -30,7 +30,7 @@ def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
     return SearchDemand(
         queries=queries,
         per_second=queries / rollout_s,
-        at_once=min(trajectories, given.geometry.engines * given.config.search.num_workers),
+        at_once=min(trajectories, given.geometry.engines * given.config.tools.max_concurrent_calls),
     )
 
 

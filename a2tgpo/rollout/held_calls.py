@@ -76,7 +76,7 @@ class HeldCalls:
             self._said_at = self._clock()
             logger.warning(
                 "warning: the %s tool is out of service (%s); the rollout waits for it, for at most %g s "
-                "(search.outage_limit_s)",
+                "(tools.outage_limit_s)",
                 call.name,
                 call.error,
                 self._outage.limit_s,

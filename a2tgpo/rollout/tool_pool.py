@@ -65,8 +65,10 @@ class ToolPool:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tools = toolset.tools
-        self._workers = ToolWorkers(toolset.num_workers, deadline_s=toolset.deadline_s, clock=clock)
-        self._late = f"no answer within {toolset.deadline_s:g} s"
+        self._workers = ToolWorkers(
+            toolset.max_concurrent_calls, deadline_s=toolset.call_timeout_s, clock=clock
+        )
+        self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
         """The state of the wait for a service, on all ranks of the engine; the caller enforces the limit."""

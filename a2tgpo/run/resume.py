@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.collect.carried_pool import Held
+from a2tgpo.config.renamed import with_new_names
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet
@@ -96,7 +97,7 @@ def require_same_run(
 
 def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
     """Return the settings that have changed since `state` was saved; empty if `state` has no settings."""
-    return changes(state.get("settings", {}), settings_of(config))
+    return changes(with_new_names(state.get("settings", {})), settings_of(config))
 
 
 def follow_settings(
@@ -146,7 +147,7 @@ def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_a
     if prompt.tokens != group.prompt.tokens:
         return "whose prompt has changed (data.instructions, the chat template or the tokenizer)"
     tools = {turn.tool for member in group.trajectories for turn in member.turns} - {None}
-    if missing := sorted(str(tool) for tool in tools - set(config.tools.selected)):
+    if missing := sorted(str(tool) for tool in tools - set(config.tools.names)):
         return f"that call {missing[0]}, which tools.names lacks"
     if scored_anew and any(member.stop_reason for member in group.trajectories):
         return f"scored with another {scored_anew[0]}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from a2tgpo.config.load import dump_config, flat_config
+from a2tgpo.config.load import dump_config, flat_config, flat_value
+from a2tgpo.config.renamed import RENAMED, with_new_names
 from a2tgpo.config.run import RunConfig
 
 Changes = dict[str, tuple[Any, Any]]
@@ -58,9 +58,9 @@ TRAINING = Rules(
             "refit.",
         ),
         *("evaluation.every", "evaluation.at_start", "parallel.timeout_s", "parallel.start_timeout_s"),
-        *("search.url", "search.token_file", "search.timeout_s", "search.max_attempts"),
-        *("search.break_after", "search.break_s", "search.num_workers"),
-        *("search.on_outage", "search.outage_limit_s", "search.max_shortfall"),
+        *("search.url", "search.token_file", "search.request_timeout_s", "search.max_attempts"),
+        *("search.break_after", "search.break_s", "search.max_shortfall"),
+        *("tools.max_concurrent_calls", "tools.call_timeout_s", "tools.on_outage", "tools.outage_limit_s"),
     ),
 )
 
@@ -84,20 +84,20 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Return the values of `keys` in a file written by `dump_config`, without keys that it lacks.
+    """Return the values of `keys` in a file that `dump_config` of this or an earlier version wrote, if it has them.
 
     Raises:
         yaml.YAMLError: the file is not YAML.
     """
     sections = yaml.safe_load(text)
     found = {}
-    for key in keys:
+    for key in (*keys, *RENAMED):
         value: Any = sections
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if value is not None:
-            found[key] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
-    return found
+            found[key] = flat_value(value)
+    return with_new_names(found)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:

@@ -27,7 +27,7 @@ class Burst:
     clients: int
     answered: int
     failed: int
-    """Queries without an answer within search.timeout_s."""
+    """Queries without an answer within search.request_timeout_s."""
     seconds: float
     """Time until the last answer."""
 
@@ -48,7 +48,7 @@ def measure_burst(
     clients = min(clients, MAX_CLIENTS)
     client = HttpSearch(
         ServerAddress(config.url, config.url_file),
-        timeout_s=config.timeout_s,
+        timeout_s=config.request_timeout_s,
         max_attempts=1,
         max_connections=clients,
         break_after=2**31,

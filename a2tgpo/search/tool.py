@@ -123,11 +123,15 @@ class CachedSearch:
             self._backend.close()
 
 
-def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
+def build_search(
+    config: SearchConfig, *, max_connections: int = 16, tells_outages: bool = True, probe: bool = True
+) -> CachedSearch:
     """Build the tool of `config`; every rank builds its own.
 
     Args:
         config: the `search` section.
+        max_connections: concurrent requests.
+        tells_outages: see `CachedSearch`; only with search.backend=http.
         probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
 
     Raises:
@@ -137,9 +141,9 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
         return CachedSearch(Bm25Index(load_corpus(config.corpus)), top_k=config.top_k)
     client = HttpSearch(
         ServerAddress(config.url, config.url_file),
-        timeout_s=config.timeout_s,
+        timeout_s=config.request_timeout_s,
         max_attempts=config.max_attempts,
-        max_connections=config.num_workers,
+        max_connections=max_connections,
         break_after=config.break_after,
         break_s=config.break_s,
         token=read_token(config.token_file, key="search.token_file"),
@@ -153,4 +157,4 @@ def build_search(config: SearchConfig, *, probe: bool = True) -> CachedSearch:
             raise ConfigError(
                 f"{key}: {error}; start the server (tools/retrieval_server.py) or correct it"
             ) from None
-    return CachedSearch(client, top_k=config.top_k, tells_outages=config.on_outage != "continue")
+    return CachedSearch(client, top_k=config.top_k, tells_outages=tells_outages)

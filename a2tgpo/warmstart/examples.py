@@ -47,7 +47,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     )
     demonstrations = load_demonstrations(settings.demonstrations)
     trajectories = [
-        to_trajectory(demonstration, template=template, tools=config.tools.selected, prompt_index=index)
+        to_trajectory(demonstration, template=template, tools=config.tools.names, prompt_index=index)
         for index, demonstration in enumerate(demonstrations)
     ]
     chosen = held_out_questions(demonstrations, share=settings.held_out, seed=config.run.seed)

@@ -202,7 +202,10 @@ def check_a_call_that_hangs_is_given_up_on_both_ranks(bench, seed):
                 freed.wait(120)
             return super().search(query)
 
-    with bench.open(search=Hanging(), limits={"deadline_s": 0.3, "num_workers": 2}) as (parts, _):
+    with bench.open(search=Hanging(), limits={"call_timeout_s": 0.3, "max_concurrent_calls": 2}) as (
+        parts,
+        _,
+    ):
         _, counts = bench.play(parts, seed=0)
         bench.assert_equal(counts.hung_calls)
         assert counts.hung_calls > 4, counts

@@ -62,7 +62,7 @@ def main(path: str) -> None:
     here = contextlib.nullcontext()
     nothing = paths | {"data.train": "/nowhere/train.jsonl"} if mine else paths
     other = paths | {"data.train": paths["model.path"]} if mine else paths
-    http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve", "outage_limit_s": 60.0}
+    http = {"backend": "http", "url": "http://127.0.0.1:9/retrieve"}
     starts = {
         "torch is 2.12.0, but": (config, paths, other_torch if mine else here),
         f"data.train: {paths['data.train']} cannot be read (No such file or directory)": (
@@ -80,6 +80,7 @@ def main(path: str) -> None:
             here,
         ),
     }
+    remote = change(change(config, "tools", outage_limit_s=60.0), "search", **http)
     attempt = 0
     for attempt, (cause, start) in enumerate(starts.items(), 1):
         said = refused(attempt, *start).splitlines()
@@ -88,9 +89,7 @@ def main(path: str) -> None:
         if rank == 0:
             assert said[0].startswith("preflight: rank 1 on ") and cause in said[0], said
             assert said[1] == "preflight: 1 of 2 ranks failed; no model was built", said
-    said = refused(attempt + 1, config, paths, no_room) + refused(
-        attempt + 2, change(config, "search", **http), paths
-    )
+    said = refused(attempt + 1, config, paths, no_room) + refused(attempt + 2, remote, paths)
     said += refused(attempt + 3, config, paths, too_much)
     if rank == 0:
         assert "rank 0 on" in said and "GiB of a node's memory are needed" in said, said

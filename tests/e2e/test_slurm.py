@@ -517,7 +517,7 @@ def test_an_index_in_parts_is_served_by_all_nodes_of_the_training_and_asked_as_o
         str(inputs),
         "run.name=served",
         "run.steps=1",
-        "search.outage_limit_s=60",  # below this configuration's parallel.timeout_s
+        "tools.outage_limit_s=60",  # below this configuration's parallel.timeout_s
         **settings,
     )
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)[-3000:]

@@ -65,7 +65,8 @@ def write_inputs(root: Path) -> Path:
             "instructions": "",
             "max_prompt_tokens": 64,
         },
-        "search": {"corpus": str(root / "corpus.jsonl"), "top_k": 1, "max_passage_tokens": 16},
+        "search": {"corpus": str(root / "corpus.jsonl"), "top_k": 1},
+        "tools": {"max_part_tokens": 16},
         "rollout": {
             "prompts_per_step": 4,
             "group_size": 2,

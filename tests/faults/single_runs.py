@@ -38,13 +38,12 @@ def search_faults(config: Path) -> list[Row]:
     step_file.write_text("0")
     with ScriptedServer(step_file, script) as server:
         settings = [
-            "timeout_s=1",
+            "request_timeout_s=1",
             "max_attempts=2",
             "backend=http",
             f"url={server.url}",
             "break_after=4",
             "break_s=0.2",
-            "on_outage=continue",
         ]
         ended = start(
             own,
@@ -52,6 +51,7 @@ def search_faults(config: Path) -> list[Row]:
             f"run.steps={steps}",
             "evaluation.every=0",
             *(f"search.{setting}" for setting in settings),
+            "tools.on_outage=continue",
             faults=[
                 {"point": "step begins", "action": "forget searches", "step": step}
                 for step in range(1, steps + 1)
@@ -82,9 +82,9 @@ def outage(config: Path) -> list[Row]:
     own.write_text(config.read_text())
     run = config.parent / "outage"
     signal = {"point": "outage", "action": "usr1", "step": 4, "rank": 1, "call": 20}
-    signalled = start_with_dying_server(own, {2: 3.0, 4: None}, signal, "search.outage_limit_s=100")
+    signalled = start_with_dying_server(own, {2: 3.0, 4: None}, signal, "tools.outage_limit_s=100")
     is_saved = (run / "checkpoints" / "step_3" / "complete.json").exists()
-    limited = start_with_dying_server(own, {5: None}, None, "search.outage_limit_s=5")
+    limited = start_with_dying_server(own, {5: None}, None, "tools.outage_limit_s=5")
     records = records_of(run)
     failed = {step: record["tools/failures"] for step, record in records.items()}
     alarms = {step: record["alarm/outage"] for step, record in records.items()}
@@ -130,8 +130,8 @@ def start_with_dying_server(
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         port = holder.getsockname()[1]
-    search = ["backend=http", f"url=http://127.0.0.1:{port}/retrieve", "timeout_s=2", "max_attempts=2"]
-    search += ["break_after=4", "break_s=0.2"]
+    search = ["backend=http", f"url=http://127.0.0.1:{port}/retrieve", "request_timeout_s=2"]
+    search += ["max_attempts=2", "break_after=4", "break_s=0.2"]
     fresh = [{"point": "step begins", "action": "forget searches", "step": step} for step in range(1, 9)]
     with ThreadPoolExecutor(1) as keeper:
         keeping = keeper.submit(keep_server, port, step_file, deaths)

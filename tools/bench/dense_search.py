@@ -98,7 +98,7 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
     try:
         assert server.stdout is not None
         url = server.stdout.readline().split()[-1]
-        config = SearchConfig(backend="http", url=url, timeout_s=600.0)
+        config = SearchConfig(backend="http", url=url, request_timeout_s=600.0)
         measure_burst(config, QUERIES, clients=clients, seconds=1.0)  # loads the index's pages into memory
         before, own, busy = cpu_seconds(server.pid), time.process_time(), busy_seconds()
         burst = measure_burst(config, QUERIES, clients=clients, seconds=seconds)

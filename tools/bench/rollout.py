@@ -111,7 +111,7 @@ class Variants:
         self.num_tokens = sum(trajectory.num_sampled_tokens for trajectory in trajectories)
 
     def play_loop(self, delay_ms: int, *, gain: bool = False) -> tuple[list[Trajectory], RolloutCounts]:
-        toolset = Toolset(tools={"search": WaitingTool(delay_ms / 1000)}, num_workers=WORKERS)
+        toolset = Toolset(tools={"search": WaitingTool(delay_ms / 1000)}, max_concurrent_calls=WORKERS)
         rollout = GroupRollout(
             self.engine,
             toolset,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_checks import passes
 from gpu_checks.bench import Bench
 from gpu_checks.models import slice_dimensions, write_model
 from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
+
+if TYPE_CHECKING:
+    from a2tgpo.config.fp8 import Format, Recipe
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
@@ -56,8 +59,14 @@ def check_slice(bench: Bench) -> None:
 
 
 def _compare_recipes(
-    bench: Bench, what: str, path: str, groups: Any, plain: tuple[Any, dict[str, Any]], *, number_format: str
-) -> list[str]:
+    bench: Bench,
+    what: str,
+    path: str,
+    groups: Any,
+    plain: tuple[Any, dict[str, Any]],
+    *,
+    number_format: Format,
+) -> list[Recipe]:
     """Add two rows for each recipe; return the recipes that could compute. A recipe refused by the libraries fails
     its row.
     """
@@ -90,7 +99,9 @@ def _compare_recipes(
     return computed
 
 
-def _time(bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: str | None) -> None:
+def _time(
+    bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: Recipe | None
+) -> None:
     """Measure operations per second of forward and backward pass over four sequences; a plan's counts of operations
     apply.
     """

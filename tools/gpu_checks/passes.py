@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_checks.bench import Bench
 from gpu_checks.models import VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from a2tgpo.config.model import Dtype
 
 LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
@@ -28,7 +31,7 @@ def join(bench: Bench) -> Any:
     return initialize(ParallelConfig(), seed=0)
 
 
-def default_dtype() -> str:
+def default_dtype() -> Dtype:
     """Return bfloat16 on a GPU, and float32 on a CPU, which distinguishes a wrong computation from rounding."""
     import torch
 
@@ -56,7 +59,7 @@ def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> 
     return pack(made, range(len(made)), align=alignment(parallel or ParallelConfig(), fp8 or Fp8Config()))
 
 
-def build(path: str, groups: Any, *, dtype: str, parallel: Any = None, fp8: Any = None) -> Any:
+def build(path: str, groups: Any, *, dtype: Dtype, parallel: Any = None, fp8: Any = None) -> Any:
     """Build a policy whose gradients are complete on every rank."""
     from a2tgpo.config.fp8 import Fp8Config
     from a2tgpo.config.model import ModelConfig
@@ -73,7 +76,7 @@ def logprobs_and_gradients(
     path: str,
     groups: Any,
     *,
-    dtype: str,
+    dtype: Dtype,
     lengths: Sequence[int] = LENGTHS,
     parallel: Any = None,
     fp8: Any = None,
@@ -102,7 +105,7 @@ def logprobs_and_gradients(
     return scored.logprobs[sampled].float().cpu(), gradients
 
 
-def logprobs_by_branches(path: str, groups: Any, *, dtype: str) -> Any:
+def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
     """Return log-probs of the last of `LENGTHS` from the third token on, ten at a time, computed as branches."""
     import torch
 

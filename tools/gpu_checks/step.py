@@ -208,7 +208,8 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
             "instructions": "",
             "max_prompt_tokens": 128,
         },
-        "search": {"corpus": str(folder / "corpus.jsonl"), "top_k": 1, "max_passage_tokens": 64},
+        "search": {"corpus": str(folder / "corpus.jsonl"), "top_k": 1},
+        "tools": {"max_part_tokens": 64},
         "rollout": {
             "prompts_per_step": prompts_per_step,
             "group_size": 4,

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.atomic_file import write_text
@@ -27,11 +27,12 @@ HEAD = """\
 <!-- Written by tools/upkeep/config_reference.py from the dataclasses in a2tgpo/config/. Change those. -->
 
 One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
-`section.field=value` or further files, later ones win. Unknown keys are refused with the nearest known one, and so
-is every value that a rule forbids. `launch/local.sh -n 1 CONFIG --dry-run` prints the resolved configuration
-and checks it.
+`section.field=value` or further files; later ones win. An unknown key is refused with the nearest known one, a key of
+an earlier version with its new name, and a value with what is allowed. `launch/local.sh -n 1 CONFIG --dry-run` prints
+the resolved configuration and checks it.
 
-Paths are relative to the folder the program is started in. Keys without a default must be given.
+Paths are relative to the folder in which the program starts. Keys without a default are required. A list is a list in
+YAML and on the command line, where it needs quotes because shells expand `[`: `'tools.names=[search,calculator]'`.
 
 In paths, `run.name` and `search.url`, a leading `~` or `~USER` and every `${NAME}` or `$NAME` of an environment
 variable are replaced, and `$$` stands for `$`; a variable that is not set or empty is an error. The same holds for
@@ -99,10 +100,23 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
         if not dataclasses.is_dataclass(kinds[field.name]):
             yield Setting(
                 key=f"{prefix}.{field.name}",
-                kind=kinds[field.name].__name__,
-                default="required" if field.default is dataclasses.MISSING else _shown(field.default),
+                kind=_kind(kinds[field.name]),
+                default=_default(field),
                 text=_cell(texts.get(field.name, "")),
             )
+
+
+def _kind(kind: Any) -> str:
+    """Return a type as the reference shows it: a choice by its values."""
+    if get_origin(kind) is Literal:
+        return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
+    return {dict: "mapping", tuple[str, ...]: "list"}.get(kind) or kind.__name__
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return _shown(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else _shown(field.default)
 
 
 def _field_texts(section: type) -> dict[str, str]:
@@ -128,6 +142,8 @@ def _class_text(section: type) -> str:
 def _shown(value: object) -> str:
     if value == "":
         return "empty"
+    if isinstance(value, tuple):
+        value = f"[{', '.join(value)}]"
     if isinstance(value, str) and len(value) > 60:
         return "a text, see below" if "\n" in value else f"`{_cell(value[:50])}…`"
     return f"`{_cell(str(value).lower() if isinstance(value, bool) else str(value))}`"

@@ -1,4 +1,4 @@
-"""The tools: `tools.names: NAME` selects module NAME, and the policy calls it as <NAME> ... </NAME>.
+"""The tools: `tools.names: [NAME]` selects module NAME, and the policy calls it as <NAME> ... </NAME>.
 
 Each module has one function, called on every rank:
 

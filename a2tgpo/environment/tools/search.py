@@ -31,4 +31,10 @@ class Search:
 
 def build(config: RunConfig) -> Search:
     """Build the tool over an in-process corpus or a retrieval server."""
-    return Search(build_search(config.search))
+    return Search(
+        build_search(
+            config.search,
+            max_connections=config.tools.max_concurrent_calls,
+            tells_outages=config.tools.on_outage != "continue",
+        )
+    )

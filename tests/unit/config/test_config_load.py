@@ -11,6 +11,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.load import dump_config, flat_config, load_config
 from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.renamed import RENAMED
 from a2tgpo.config.rollout import GainConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
@@ -81,7 +82,7 @@ def test_numbers_are_floats_however_they_are_written(tmp_path, text, value):
             "rollout.gain.measure is 'odds'; allowed: probability | log_probability",
         ),
         ("run.steps", "'run.steps' has no value; write section.field=value"),
-        ("rollout=3", "rollout is a section; set one of its keys, like rollout.prompts_per_step=..."),
+        ("rollout=3", "rollout is '3'; allowed: a section, with keys like rollout.prompts_per_step"),
         ("rollout.group_sise=3", "unknown key rollout.group_sise; nearest valid key: rollout.group_size"),
         ("group_size=3", "unknown key group_size; nearest valid key: rollout.group_size"),
         ("rollout.measure=x", "unknown key rollout.measure; nearest valid key: rollout.gain.measure"),
@@ -117,8 +118,15 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ("rollout: {gain: [1]}", "rollout.gain is [1]; allowed: a section"),
         ("rollout: {group_size: '4'}", "rollout.group_size is '4'; allowed: an integer"),
         ("parallel: {sequence: 'no'}", "parallel.sequence is 'no'; allowed: true or false"),
-        ("algorithm: {ratio: no}", "algorithm.ratio is False; allowed: a text (put it in quotes)"),
-        ("algorithm: {ratio: [turn]}", "algorithm.ratio is ['turn']; allowed: a text"),
+        ("algorithm: {ratio: no}", "algorithm.ratio is False; allowed: turn | sequence | token"),
+        ("algorithm: {ratio: [turn]}", "algorithm.ratio is ['turn']; allowed: turn | sequence | token"),
+        (
+            "algorithm: {ratio: sequences}",
+            "algorithm.ratio is 'sequences'; allowed: turn | sequence | token (nearest: sequence)",
+        ),
+        ("warmstart: {source: no}", "warmstart.source is False; allowed: a text (put it in quotes)"),
+        ("tools: {names: search}", "tools.names is 'search'; allowed: a list of texts; write [search]"),
+        ("run.steps: 3", "unknown key 'run.steps'; nearest valid key: run.steps"),
         ("algorithm: {gamma: 1.5}", "algorithm.gamma is 1.5; allowed: in [0, 1]"),
         ("rollout: {group_size: 0}", "rollout.group_size is 0; allowed: >= 1"),
         ("update: {prompts_per_minibatch: 7}", "update.prompts_per_minibatch is 7; allowed: a divisor of"),
@@ -145,8 +153,8 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ("rollout: {max_turns: 1:30}", "(1:30 is a number in base 60 there; write it in base 10"),
         ("update: {lr: 1:30.5}", "(1:30.5 is a number in base 60 there"),
         ("rollout: {max_turns: 1e3}", "rollout.max_turns is '1e3'; allowed: an integer"),
-        ("algorithm: {ratio: on}", "algorithm.ratio is True; allowed: a text (put it in quotes)"),
-        ("algorithm: {ratio: 2026-11-28}", "allowed: a text (put it in quotes)"),
+        ("warmstart: {source: on}", "warmstart.source is True; allowed: a text (put it in quotes)"),
+        ("warmstart: {source: 2026-11-28}", "allowed: a text (put it in quotes)"),
         (
             "warmstart: {source: ~}",
             "warmstart.source is None; allowed: a text (YAML reads a lone ~ and an empty value as null)",
@@ -159,6 +167,48 @@ def test_bad_file_is_one_line_naming_the_file(tmp_path, text, says):
     message = refusal(path)
     assert message.startswith(path)
     assert says in message
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path, key):
+    path, renamed = write(tmp_path, MINIMAL), f"{key} was renamed: {RENAMED[key]}"
+    assert refusal(path, f"{key}=1") == f"command line: {renamed}"
+    section, name = key.split(".")
+    assert refusal(path, write(tmp_path, f"{section}: {{{name}: 1}}", "old.yaml")).endswith(
+        f"old.yaml: {renamed}"
+    )
+
+
+def test_all_renamed_keys_of_a_file_are_named_at_once(tmp_path):
+    path = write(tmp_path, MINIMAL.replace("search: {", "search: {timeout_s: 3, num_workers: 4, "))
+    assert refusal(path) == (
+        f"{path}: search.timeout_s was renamed: search.request_timeout_s; "
+        "search.num_workers was renamed: tools.max_concurrent_calls"
+    )
+
+
+def test_the_new_name_of_a_renamed_key_is_a_key_and_the_old_one_is_none():
+    keys = flat_config(load_config("configs/quickstart.yaml")).keys()
+    assert set(RENAMED.values()) <= keys and not RENAMED.keys() & keys
+
+
+def test_a_list_is_a_list_in_a_file_and_on_the_command_line(tmp_path):
+    path = write(tmp_path, MINIMAL + "tools: {names: [calculator]}")
+    assert load_config(path).tools.names == ("calculator",)
+    config = load_config(path, ["tools.names=[search,calculator]"])
+    assert config.tools.names == ("search", "calculator")
+    assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+    assert flat_config(config)["tools.names"] == "search,calculator"
+
+
+def test_a_search_has_time_for_all_its_attempts(tmp_path):
+    path = write(
+        tmp_path, MINIMAL.replace("search: {corpus: corpus.jsonl", "search: {backend: http, url: http://a/b")
+    )
+    assert load_config(path).search.longest_call_s == load_config(path).tools.call_timeout_s
+    assert "tools.call_timeout_s is 240.0; allowed: >= 2 x search.request_timeout_s x (search.max" in refusal(
+        path, "search.request_timeout_s=31"
+    )
 
 
 def test_one_value_may_have_an_alias(tmp_path):
@@ -251,7 +301,7 @@ def test_dump_writes_every_key_out(tmp_path):
         node, expected = dumped, config
         for part in key.split("."):
             node, expected = node[part], getattr(expected, part)
-        assert node == expected, key
+        assert node == (list(expected) if isinstance(expected, tuple) else expected), key
 
 
 def test_numbers_with_underscores_or_in_a_base_that_they_name_are_what_they_say(tmp_path):

@@ -45,17 +45,22 @@ def test_recipes_say_what_they_can_be_given(
     assert (fp8.token_multiple, fp8.channel_multiple) == (tokens, channels)
 
 
-def test_names_that_megatron_would_take_without_a_word_are_refused() -> None:
-    assert refusal(format="foo") == "model.fp8.format is 'foo'; allowed: none | hybrid | e4m3"
-    assert refusal(format="e5m2").startswith("model.fp8.format is 'e5m2'")
-    assert refusal(format="e4m3", recipe="foo") == (
-        "model.fp8.recipe is 'foo'; allowed: blockwise | tensorwise | mxfp8"
-    )
-    message = refusal(format="e4m3", recipe="delayed")
-    assert message.startswith(
-        "model.fp8.recipe is 'delayed'; allowed: blockwise | tensorwise | mxfp8; delayed scales"
-    )
-    assert "docs/fp8.md" in message
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("model.fp8.format=foo", "none | hybrid | e4m3"),
+        ("model.fp8.format=e5m2", "none | hybrid | e4m3"),
+        ("model.fp8.recipe=delayed", "blockwise | tensorwise | mxfp8"),
+        ("rollout.quantization=int4", "none | fp8 | fp8_per_channel"),
+    ],
+)
+def test_names_that_megatron_or_vllm_would_take_without_a_word_are_refused(
+    tmp_path: Path, override: str, allowed: str
+) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, override)
+    assert str(caught.value) == f"command line: {key} is {value!r}; allowed: {allowed}"
 
 
 @pytest.mark.parametrize(
@@ -95,16 +100,10 @@ def test_a_run_sets_fp8_on_the_command_line_and_says_so_in_its_configuration(tmp
     written = tmp_path / "resolved.yaml"
     written.write_text(dump_config(config))
     assert load_config(written) == config
-    with pytest.raises(ConfigError, match=r"^command line: model\.fp8\.recipe is 'delayed'"):
-        load(tmp_path, "model.fp8.format=hybrid", "model.fp8.recipe=delayed")
 
 
 def test_a_quantised_engine_needs_bfloat16_and_a_correction(tmp_path: Path) -> None:
     assert RolloutConfig().quantization == "none"
-    with pytest.raises(
-        ConfigError, match=r"^rollout\.quantization is 'int4'; allowed: none \| fp8 \| fp8_per_channel$"
-    ):
-        RolloutConfig(quantization="int4")
     with pytest.raises(ConfigError, match=r"none with rollout\.dtype float32$"):
         RolloutConfig(quantization="fp8", dtype="float32")
     with pytest.raises(

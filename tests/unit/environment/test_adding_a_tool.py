@@ -37,8 +37,10 @@ def new_tool(tmp_path, monkeypatch):
 
 
 def test_the_documented_way_to_add_a_tool_works_as_it_stands(new_tool, tmp_path):
-    with pytest.raises(ConfigError, match=r"tools\.names is 'search,weekday'; allowed: calculator, search"):
-        ToolsConfig(names="search,weekday")
+    with pytest.raises(
+        ConfigError, match=r"tools\.names is \['search', 'weekday'\]; allowed: a list of calculator \| search"
+    ):
+        ToolsConfig(names=("search", "weekday"))
     new_tool("weekday", code_block("python"))
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(code_block("yaml"), encoding="utf-8")
@@ -77,15 +79,30 @@ def test_the_documentation_names_every_tool():
         assert f"| `{name}` |" in DOCS, name
 
 
-@pytest.mark.parametrize("names", ["", "search,", "search,search", "result", "os", "search;calculator"])
-def test_a_wrong_list_of_tools_is_refused_in_one_line(names):
-    with pytest.raises(ConfigError, match=r"^tools\.names is "):
-        ToolsConfig(names=names)
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ("[]", "is []; allowed: at least one tool, each once"),
+        ("[search,search]", "is ['search', 'search']; allowed: at least one tool, each once"),
+        ("[result]", "is ['result']; allowed: a list of calculator | search"),
+        ("[serch]", "is ['serch']; allowed: a list of calculator | search (nearest: search)"),
+        ("[search,1]", "is ['search', 1]; allowed: a list of texts"),
+        ("search", "is 'search'; allowed: a list of texts; write [search]"),
+        (
+            "search, calculator",
+            "is 'search, calculator'; allowed: a list of texts; write [search,calculator]",
+        ),
+    ],
+)
+def test_a_wrong_list_of_tools_is_refused_in_one_line(names, says):
+    with pytest.raises(ConfigError) as caught:
+        load_config(ROOT / "configs" / "quickstart.yaml", [f"tools.names={names}"])
+    assert str(caught.value) == f"command line: tools.names {says}"
 
 
 def test_a_source_is_asked_for_only_where_search_is_offered():
     base = ROOT / "configs" / "quickstart.yaml"
     with pytest.raises(ConfigError, match=r"search\.corpus"):
         load_config(base, ["search.corpus="])
-    toolset = build_tools(load_config(base, ["search.corpus=", "tools.names=calculator"]))
+    toolset = build_tools(load_config(base, ["search.corpus=", "tools.names=[calculator]"]))
     assert toolset.names == ("calculator",)

@@ -105,6 +105,14 @@ def test_another_layout_and_another_address_of_the_server_go_on(begun):
     assert list(open_log(out, evaluation_settings(other, weights.identity, sets)).values()) == [answer("a")]
 
 
+def test_an_evaluation_that_an_earlier_version_began_goes_on(begun):
+    config, weights, sets, out = begun
+    settings = json.loads((out / "settings.json").read_text())
+    settings["search.max_passage_tokens"] = settings.pop("tools.max_part_tokens")
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert len(open_log(out, evaluation_settings(config, weights.identity, sets))) == 1
+
+
 @pytest.mark.parametrize(
     "override", ["rollout.temperature=0.7", "search.top_k=3", "run.seed=1", "rollout.max_turns=1"]
 )

@@ -121,22 +121,26 @@ def test_memory_is_left_as_the_machine_or_the_tightest_control_group_says(tmp_pa
 
 
 def test_a_machine_without_room_for_all_its_ranks_is_told_with_what_helps():
-    config = load_config("configs/train_8b.yaml")
+    config = load_config("configs/train_8b.yaml", ["cluster.plan_margin=0.1"])
     rank = HostMemory(offloaded=10 * GIB, saving=5 * GIB, loading=GIB, processes=4 * GIB)
 
-    def faults(*left_gib: float) -> dict[int, list[str]]:
+    def faults(*left_gib: float, config=config) -> tuple[dict[int, list[str]], list[str]]:
         hosts = ("n1", "n1", "n2", "n2")
         found = [
             told(number, host=host, memory_left=(int(left * GIB), "MemAvailable"))
             for number, (host, left) in enumerate(zip(hosts, left_gib, strict=True))
         ]
-        return host_memory_faults(found, [rank] * 4, config)
+        return host_memory_faults(found, [rank] * 4, config), found[2].warnings
 
-    assert faults(38, 38, 38, 38) == {}
-    assert faults(38, 38, 40, 37) == {
-        2: [
+    def line(left_gib: int) -> str:
+        return (
             "38 GiB of a node's memory are needed (20 for what leaves the cards, 10 for a checkpoint being written, "
-            "8 for processes), 37 GiB are free (MemAvailable); give the job the whole node's memory "
+            f"8 for processes), {left_gib} GiB are free (MemAvailable); give the job the whole node's memory "
             "(Slurm: --mem=0), set update.offload=false, raise parallel.tensor, or use more nodes"
-        ]
-    }
+        )
+
+    assert faults(38, 38, 38, 38) == ({}, [])
+    assert faults(38, 38, 40, 37) == ({}, [line(37)]), "within cluster.plan_margin"
+    assert faults(38, 38, 40, 34) == ({2: [f"{line(34)}; cluster.plan_margin=0 starts all the same"]}, [])
+    warned_only = load_config("configs/train_8b.yaml", ["cluster.plan_margin=0"])
+    assert faults(38, 38, 40, 1, config=warned_only) == ({}, [line(1)])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from hypothesis import strategies as st
 
-from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.adaptive_clip import clip_scale
 from a2tgpo.loss.aggregate import token_weights
@@ -72,7 +73,7 @@ def configs(draw) -> AlgorithmConfig:
         clip_high=high,
         clip_beta=draw(st.sampled_from([0.0, 0.3, 0.99])),
         dual_clip=draw(st.sampled_from([0.0, 3.0])) if ratio == "token" else 0.0,
-        aggregation=draw(st.sampled_from(AGGREGATIONS)),
+        aggregation=draw(st.sampled_from(get_args(Aggregation))),
         kl_coef=draw(st.sampled_from([0.0, 1e-3, 0.5])),
         kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
         correction=draw(corrections),

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
-from a2tgpo.config.algorithm import AGGREGATIONS
+from a2tgpo.config.algorithm import Aggregation
 from a2tgpo.loss.aggregate import token_weights
 
 
@@ -19,12 +21,12 @@ def test_weights_by_hand() -> None:
         "seq-mean-token-sum": [1 / 2, 1 / 2],
         "seq-mean-token-sum-norm": [1 / 7, 1 / 7],
     }
-    assert expected.keys() == set(AGGREGATIONS)
+    assert expected.keys() == set(get_args(Aggregation))
     for aggregation, weights in expected.items():
         torch.testing.assert_close(weights_of([2, 6], aggregation), torch.tensor(weights).double())
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_a_trajectory_without_sampled_tokens_changes_no_weight(aggregation) -> None:
     torch.testing.assert_close(weights_of([3, 5, 0], aggregation)[:2], weights_of([3, 5], aggregation))
     assert weights_of([0], aggregation).isfinite().all() and weights_of([], aggregation).shape == (0,)

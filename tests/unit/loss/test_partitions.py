@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_by_hand import LEVELS, Batch, Token, Turn, batches, configs, loss_inputs, new_logprobs
 
-from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 
@@ -93,7 +94,7 @@ def realistic_batch(rng: random.Random) -> Batch:
 
 
 @pytest.mark.parametrize("ratio", LEVELS)
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_any_partition_gives_the_whole_in_float32(ratio, aggregation) -> None:
     rng = random.Random(ratio + aggregation)
     batch = realistic_batch(rng)

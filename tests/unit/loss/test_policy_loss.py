@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from loss_by_hand import (
     new_logprobs,
 )
 
-from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import policy_loss
 
@@ -35,7 +36,7 @@ def test_loss_and_gradient_equal_equation_12_written_by_hand(batch, config) -> N
 
 
 @settings(max_examples=60)
-@given(batches, st.sampled_from(LEVELS), st.sampled_from(AGGREGATIONS))
+@given(batches, st.sampled_from(LEVELS), st.sampled_from(get_args(Aggregation)))
 def test_at_the_old_policy_the_gradient_is_that_of_reinforce(batch, ratio, aggregation) -> None:
     """-w A of the token itself, or the mean over the tokens that share its ratio."""
     still = [

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.data import DataConfig
-from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.model import ModelConfig, Recompute
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
@@ -80,7 +80,7 @@ def _config(
     pipeline: int = 1,
     expert: int = 1,
     engine_tensor: int = 1,
-    recompute: str = "none",
+    recompute: Recompute = "none",
     microbatch_tokens: int = 16384,
 ) -> RunConfig:
     return RunConfig(

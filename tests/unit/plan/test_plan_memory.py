@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from test_plan_parameters import gpt_models, hf_config_of, in_place_of
 
-from a2tgpo.config.cluster import GPU_KINDS
+from a2tgpo.config.cluster import GpuKind
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
@@ -154,7 +155,7 @@ def test_fp8_that_card_model_or_layout_does_not_allow_is_refused_in_one_line(ove
 
 
 def test_every_kind_of_card_that_a_configuration_may_name_is_known():
-    assert set(GPU_KINDS) == set(GPUS)
+    assert set(get_args(GpuKind)) == set(GPUS)
 
 
 @pytest.mark.parametrize("name", MEANT_FOR)

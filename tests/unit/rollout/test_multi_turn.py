@@ -300,7 +300,7 @@ def test_a_search_that_never_answers_fails_at_its_deadline(play):
             return super().search(query)
 
     freed = threading.Event()
-    (trajectory,), counts = play(["capital of France?"], Hanging(), limits={"deadline_s": 0.2})
+    (trajectory,), counts = play(["capital of France?"], Hanging(), limits={"call_timeout_s": 0.2})
     freed.set()
     assert trajectory.turns[0].tool_failed
     assert (counts.failed_calls, counts.hung_calls) == (1, 1)

@@ -81,7 +81,7 @@ def pool_of(clock):
     opened = []
 
     def pool_of(tool, *, num_workers=4):
-        toolset = Toolset(tools={"tool": tool}, num_workers=num_workers, deadline_s=DEADLINE_S)
+        toolset = Toolset(tools={"tool": tool}, max_concurrent_calls=num_workers, call_timeout_s=DEADLINE_S)
         opened.append((ToolPool(toolset, clock=clock), tool))
         return opened[-1][0]
 
@@ -271,7 +271,7 @@ def test_waiting_is_measured_only_while_there_is_nothing_else_to_do(pool_of, clo
 
 
 def test_a_search_that_fails_is_told_in_its_own_words():
-    pool = ToolPool(toolset_of(ScriptedSearch(failing=["b"]), num_workers=4))
+    pool = ToolPool(toolset_of(ScriptedSearch(failing=["b"]), max_concurrent_calls=4))
     keys = {query: pool.submit("search", query) for query in ("a", "b")}
     results = collect(pool, 2)
     assert results[keys["a"]].parts == ("Doc 1 (Title: a) a is known.",)
@@ -301,7 +301,7 @@ def service_pool(clock):
     opened = []
 
     def service_pool(limit_s):
-        toolset = Toolset(tools={"search": Service()}, num_workers=2, outage_limit_s=limit_s)
+        toolset = Toolset(tools={"search": Service()}, max_concurrent_calls=2, outage_limit_s=limit_s)
         opened.append(ToolPool(toolset, clock=clock))
         return opened[-1], toolset.tools["search"]
 
@@ -333,7 +333,7 @@ def test_calls_in_an_outage_are_made_again_until_they_are_answered(service_pool,
     out, back = (record.getMessage() for record in caplog.records)
     assert out == (
         "warning: the search tool is out of service (connection refused); the rollout waits for it, for at most "
-        "1800 s (search.outage_limit_s)"
+        "1800 s (tools.outage_limit_s)"
     )
     assert back.startswith("the search tool answers again after ")
 
@@ -346,7 +346,7 @@ def test_an_outage_at_its_limit_says_why_the_run_is_to_end(service_pool, clock):
     assert pool.outage.verdict == ""
     pass_time(pool, clock, 30)
     assert re.fullmatch(
-        r"the search tool has been out of service for \d\d s \(search.outage_limit_s\): connection refused",
+        r"the search tool has been out of service for \d\d s \(tools.outage_limit_s\): connection refused",
         pool.outage.verdict,
     )
     pool.drop_pending()
@@ -359,7 +359,7 @@ def test_an_outage_ends_the_run_at_once_or_is_told_where_nobody_waits(service_po
     pool.submit("search", "a")
     pass_time(pool, clock, 2)
     assert pool.outage.verdict == (
-        "the search tool is out of service (search.on_outage=stop): connection refused"
+        "the search tool is out of service (tools.on_outage=stop): connection refused"
     )
     pool, service = service_pool(None)
     service.is_out = True

@@ -18,6 +18,7 @@ from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.run import versions
 from a2tgpo.run.environment import describe_environment, environment_changes, parse_environment
 from a2tgpo.run.job import keep, load_as_started
+from a2tgpo.run.resume import changed_settings
 from a2tgpo.run.rules import TRAINING, WARM_START, Rules
 from a2tgpo.run.starts import difference, record_start, require_same
 
@@ -56,7 +57,7 @@ def test_a_training_compares_every_section_but_the_warm_starts() -> None:
         ("run.steps=64", False),
         ("checkpoint.every=3", False),
         ("watchdog.other_s=9", False),
-        ("search.timeout_s=9", False),
+        ("search.request_timeout_s=9", False),
         ("run.name=other", None),
         ("warmstart.steps=9", None),
     ],
@@ -85,6 +86,27 @@ def test_a_setting_that_an_earlier_version_did_not_know_is_no_change(tmp_path) -
     sections["update"]["of_another_version"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
     assert not difference(tmp_path, load_config(QUICKSTART), TRAINING).refused
+
+
+def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_settings(tmp_path) -> None:
+    sections = yaml.safe_load((started(tmp_path) / "config.yaml").read_text())
+    tools = sections.pop("tools")
+    sections["tools"] = {"names": ",".join(tools["names"])}
+    sections["search"] |= {"max_passage_tokens": tools["max_part_tokens"], "num_workers": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
+    found = difference(tmp_path, load_config(QUICKSTART), TRAINING)
+    assert found.refused == {} and found.reported == {"tools.max_concurrent_calls": (3, 16)}
+    other = load_config(QUICKSTART, ["tools.max_part_tokens=7", "tools.names=[search,calculator]"])
+    assert difference(tmp_path, other, TRAINING).refused == {
+        "tools.max_part_tokens": (96, 7),
+        "tools.names": ("search", "search,calculator"),
+    }
+
+
+def test_the_settings_in_a_checkpoint_of_an_earlier_version_are_compared_by_their_new_names() -> None:
+    config = load_config(QUICKSTART, ["tools.max_part_tokens=7"])
+    saved = {"search.max_passage_tokens": 96, "tools.names": "search", "search.timeout_s": 30.0}
+    assert changed_settings({"settings": saved}, config) == {"tools.max_part_tokens": (96, 7)}
 
 
 def test_a_refusal_says_whose_run_it_is_what_differs_and_what_to_do(tmp_path) -> None:

@@ -273,7 +273,7 @@ def test_server_that_is_down_fails_within_its_tries_and_comes_back():
 
 def test_http_backend_is_probed_at_start():
     config = SearchConfig(
-        backend="http", url=f"http://127.0.0.1:{free_port()}/retrieve", max_attempts=1, timeout_s=1
+        backend="http", url=f"http://127.0.0.1:{free_port()}/retrieve", max_attempts=1, request_timeout_s=1
     )
     with pytest.raises(ConfigError, match=r"search\.url: .* cannot be reached .*; start the server"):
         build_search(config)

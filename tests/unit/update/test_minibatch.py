@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from played_step import NUM_MINIBATCHES, correct_rollouts, minibatches_of
 
 from a2tgpo.batch.packing import PackedBatch
-from a2tgpo.config.algorithm import AGGREGATIONS, AlgorithmConfig
+from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 from a2tgpo.trajectory import Trajectory
@@ -68,7 +69,7 @@ def outcome(
 
 
 @pytest.mark.parametrize("level", ["turn", "sequence", "token"])
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_packing_and_order_change_neither_loss_nor_gradients(
     policy, trajectories, level, aggregation
 ) -> None:

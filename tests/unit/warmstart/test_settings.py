@@ -14,6 +14,7 @@ from a2tgpo.data.demonstrations import Demonstration
 from a2tgpo.data.question_set import Question
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.launch import needs
+from a2tgpo.launch.run_plan import check_memory
 from a2tgpo.plan.hardware import GPUS
 from a2tgpo.plan.plan import make_plan
 from a2tgpo.warmstart.examples import held_out_questions
@@ -62,6 +63,10 @@ def test_a_warm_start_is_planned_without_the_engine_that_it_never_builds(tmp_pat
     plan = make_plan(as_planned(config, lr=1e-6), dimensions, gpu, gpus=64)
     (update,) = (phase for phase in plan.phases if phase.name == "update")
     assert update.fits and update.peak > 2**30
+    assert not plan.fits, "an engine on one GPU would not hold the weights"
+    assert check_memory(plan, has_engine=False) == ""
+    with pytest.raises(ConfigError, match=r"the plan does not fit 64 x 79 GiB of GPU memory: refit takes"):
+        check_memory(plan, has_engine=True)
 
 
 def test_a_source_that_is_no_model_is_named_by_its_own_key(tmp_path) -> None:

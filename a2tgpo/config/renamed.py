@@ -1,0 +1,20 @@
+"""Keys that have changed their names: refused where people write them, followed in what a run has recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "search.num_workers": "tools.max_concurrent_calls",
+    "search.max_passage_tokens": "tools.max_part_tokens",
+    "search.timeout_s": "search.request_timeout_s",
+    "search.on_outage": "tools.on_outage",
+    "search.outage_limit_s": "tools.outage_limit_s",
+}
+"""New key by old key."""
+
+
+def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by dotted key, as an earlier version recorded them, under the keys of this version."""
+    return {RENAMED.get(key, key): value for key, value in settings.items()}
