@@ -14,7 +14,7 @@ endef
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup constraints-cpu setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench test lint docs format clean
+.PHONY: help setup constraints-cpu setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation ablation-tune bench check fast-tests test lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
@@ -28,6 +28,7 @@ help:
 	@echo "make ablation    seven methods with three seeds each, compared (an hour and a half on two cores; goes on where it stopped)"
 	@echo "make ablation-tune  each method's learning rate and clip, by one protocol: what chose configs/ablation/*.yaml"
 	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
+	@echo "make check       lint, types and the fast tests, in a few minutes: before each commit"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"
 	@echo "make docs        the documentation as a site, in site/"
@@ -162,9 +163,16 @@ bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-13
 TEST_JOBS ?= 2
 SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
 
+# Side by side: mypy has work for one core only.
+check: setup
+	$(MAKE) --jobs 2 --output-sync=target lint fast-tests
+
+fast-tests: setup
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/unit
+
 # The tests of faults have deadlines of seconds, and the machine to themselves.
-test: setup lint $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
-	$(PY) -m pytest $(SIDE_BY_SIDE) tests/e2e tests/distributed tests/unit
+test: check $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
+	$(PY) -m pytest $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)
 	@echo "second leg skipped: no python3.12 here; make test PYTHON312=PATH names one"
@@ -172,9 +180,9 @@ else
 	$(MAKE) test-py312
 endif
 
-# What Megatron-Core 0.19 could change. The folder on PYTHONPATH, for the processes that tests start.
+# What Megatron-Core 0.19 could change.
 test-py312: setup-py312
-	PYTHONPATH=$(CURDIR) $(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
+	$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
 		$(addprefix tests/distributed/test_,transformer_engine.py update.py model_layouts.py advantage_ranks.py exchange.py transformer_engine_names.py) \
 		tests/unit/parallel tests/unit/model tests/unit/update
 

@@ -13,7 +13,27 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 )
 
+import pytest
 from hypothesis import settings
+
+SLOW = (
+    *("distributed/", "e2e/", "faults/"),
+    *("unit/docs/test_documentation.py", "unit/launch/test_local_ranks.py", "unit/launch/test_rendezvous.py"),
+    *("unit/memory/", "unit/metrics/test_metric_sums.py", "unit/metrics/test_run_tools.py"),
+    *("unit/model/test_policy_on_one_rank.py", "unit/refit/"),
+    *("unit/rollout/test_engine_quantization.py", "unit/rollout/test_engine_work.py"),
+    *("unit/rollout/test_gpu_", "unit/rollout/test_multi_turn.py", "unit/rollout/test_partial.py"),
+    *("unit/rollout/test_vllm_engine.py", "unit/run/", "unit/search/test_http_client.py"),
+    *("unit/search/test_retrieval_", "unit/test_wheel.py", "unit/tools/", "unit/warmstart/test_rejection.py"),
+)
+"""Tests that start engines, servers or programs, or take more than a few seconds: `make check` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+            item.add_marker("slow")
+
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
