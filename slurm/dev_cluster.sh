@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real Slurm on this machine, to try the jobs of this folder: partition main of two nodes, and partition spare of the same
-# and a third; needs root.
+# Run Slurm on this machine, to try the jobs of this folder: partition main has two nodes, partition spare the same two and
+# a third; needs root.
 #   slurm/dev_cluster.sh start|stop|status
-# Its files are in SLURM_DEV_DIR [/tmp/a2tgpo-slurm]; all is bound to 127.0.0.1. Then, in every shell:
+# Files are in SLURM_DEV_DIR [/tmp/a2tgpo-slurm]; all daemons listen on 127.0.0.1. Then, in every shell:
 #   export SLURM_CONF=/tmp/a2tgpo-slurm/slurm.conf
 set -euo pipefail
 

@@ -8,13 +8,13 @@
 #SBATCH --signal=B:USR1@60
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# A retrieval server for several jobs, until it is cancelled: it puts itself into the queue again before its time is over and when
-# it dies. It listens on the node's own address, on any free port, and says where in runs/retrieval.url (search.url_file).
+# Run a retrieval server for several jobs until it is cancelled: the job requeues itself before its time limit and when the server
+# dies. The server listens on the node's address and any free port, and writes both to runs/retrieval.url (search.url_file).
 #   sbatch slurm/retrieval.sh --corpus FILE [--index DIR] [--port P] [--url-file FILE] [--token-file FILE] ...
 set -euo pipefail
 . slurm/job.sh
 [ $# -ge 1 ] || fail "no corpus; sbatch slurm/retrieval.sh --corpus FILE [--index DIR] [--port P]"
-# What counts as progress of such a job, see finish: that it has served.
+# Progress of such a job, for finish: its number of starts that served.
 furthest_step() { grep -c 'listening on http' "$LOGS/rank_0.log" || true; }
 code=0
 run_ranks tools/retrieval_server.py --host "$(node_address "$HEAD_NODE")" --port 0 --url-file runs/retrieval.url "$@" || code=$?

@@ -94,15 +94,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     dense.add_argument("--factory", default="Flat", help="FAISS's name of the index")
     dense.add_argument(
-        "--nprobe", type=int, default=0, help="lists searched for a query; 0: a 16th, and at least 16"
+        "--nprobe", type=int, default=0, help="lists searched per query; 0: a 16th of them, at least 16"
     )
-    dense.add_argument("--query-prefix", default="", help='e5 wants "query: "')
-    dense.add_argument("--passage-prefix", default="", help='e5 wants "passage: "')
+    dense.add_argument("--query-prefix", default="", help='e5 needs "query: "')
+    dense.add_argument("--passage-prefix", default="", help='e5 needs "passage: "')
     dense.add_argument("--max-tokens", type=int, default=256, help="longer passages are cut")
     dense.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    dense.add_argument("--workers", type=int, default=0, help="processes; 0: one a GPU, or one")
+    dense.add_argument("--workers", type=int, default=0, help="processes; 0: one per GPU, or one")
     dense.add_argument("--worker", default="", metavar="I/N", help="only embed, as one of N processes")
     dense.add_argument(
         "--from-faiss", type=path_argument, metavar="FILE", help="a FAISS index over the whole corpus"
@@ -182,13 +182,13 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
             processes.append(
                 subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             )
-        total, told = dense.blocks.num_passages, 0
+        total, shown = dense.blocks.num_passages, 0
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_S)
             done = dense.blocks.num_done
-            bars("embedding", done - told, total)
-            told = done
-        bars("embedding", -told, total)  # counted again when the missing blocks are embedded
+            bars("embedding", done - shown, total)
+            shown = done
+        bars("embedding", -shown, total)  # counted again when the missing blocks are embedded
     finally:
         for process in processes:
             process.terminate()

@@ -40,9 +40,11 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = saved_model_parser(__doc__)
-    parser.add_argument("--question", help="answer this one and end")
+    parser.add_argument("--question", help="answer this question and exit")
     parser.add_argument(
-        "--sample", action="store_true", help="draw at rollout.temperature instead of the most probable token"
+        "--sample",
+        action="store_true",
+        help="sample at rollout.temperature instead of taking the most probable token",
     )
     add_overrides(parser)
     return parser.parse_intermixed_args()
@@ -59,8 +61,8 @@ def chat(args: argparse.Namespace) -> None:
     player = open_player(config, groups, model)
     paint = painter_for(sys.stdout)
     for number in itertools.count():
-        asked = read_question(args.question, number) if groups.rank == 0 else ""
-        question = broadcast_object(asked, world_group(), source=0)
+        entered = read_question(args.question, number) if groups.rank == 0 else ""
+        question = broadcast_object(entered, world_group(), source=0)
         if not question:
             break
         try:

@@ -61,7 +61,7 @@ def read_run(folder: Path) -> Series:
                 series.setdefault(name, []).append((record["step"], value))
     if not series:
         raise ConfigError(
-            f"{folder}/{METRICS_FILE} holds no finite number yet; give a run that has made a step"
+            f"{folder}/{METRICS_FILE} has no finite value yet; give a run with at least one step"
         )
     return series
 
@@ -181,7 +181,7 @@ def compare(args: argparse.Namespace) -> None:
     wanted = [name.strip() for name in args.metrics.split(",")]
     metrics = [name for name in wanted if any(name in series for series in runs.values())]
     known = sorted(set().union(*runs.values()))
-    rule = f"what a run has recorded, such as {', '.join(known[:8])}"
+    rule = f"a metric that a run has recorded, such as {', '.join(known[:8])}"
     require(bool(metrics), "--metrics", args.metrics, rule)
     text = f"{table(runs, metrics)}\n\n## Settings that differ\n\n{differences(folders)}"
     draw(runs, metrics, args.out / "curves.png")

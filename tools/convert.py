@@ -46,7 +46,13 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = program_parser(__doc__)
     parser.add_argument("direction", choices=DIRECTIONS)
-    parser.add_argument("--in", dest="source", type=path_argument, required=True, help="what to read")
+    parser.add_argument(
+        "--in",
+        dest="source",
+        type=path_argument,
+        required=True,
+        help="checkpoint or Hugging Face folder to read",
+    )
     parser.add_argument("--out", type=path_argument, required=True, help="folder to write; must not exist")
     parser.add_argument("--config", help="YAML file of the run; default: the one beside the checkpoint")
     add_overrides(parser)
@@ -57,7 +63,7 @@ def config_beside(source: Path) -> Path:
     """Return the resolved configuration of a checkpoint's run (RUN/checkpoints/step_N)."""
     path = source.resolve().parent.parent / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"--config is not given and {path} is not there; give the run's YAML file")
+        raise ConfigError(f"--config is missing, and {path} does not exist; give the run's YAML file")
     return path
 
 

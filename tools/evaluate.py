@@ -62,11 +62,14 @@ def parse_arguments() -> argparse.Namespace:
         "--sets",
         default="",
         metavar="NAME=FILE,FILE",
-        help="question files, named by their folder or file where no name is given; default: data.test",
+        help="question files; a set without a name is named after its folder or file; default: data.test",
     )
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions of each set; 0: all")
     parser.add_argument(
-        "--samples", type=int, default=0, help="answers drawn per question for pass@k, besides the greedy one"
+        "--samples",
+        type=int,
+        default=0,
+        help="answers sampled per question for pass@k, in addition to the greedy one",
     )
     parser.add_argument(
         "--out", type=path_argument, help="folder of the report; default: ROOT/NAME/evaluation/CHECKPOINT"
@@ -84,7 +87,7 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
             name, file = set_name(Path(name)), name
         require(bool(name and file), "--sets", part, "NAME=FILE or FILE, separated by commas")
         require(
-            name not in sets, "--sets", part, f"a name other than {name!r}, which is taken; say NAME=FILE"
+            name not in sets, "--sets", part, f"a name other than {name!r}, which is taken; write NAME=FILE"
         )
         questions = load_questions(expand(file, "--sets"), key="--sets" if text else "data.test")
         sets[name] = questions[:limit] if limit else questions

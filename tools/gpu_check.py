@@ -132,14 +132,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.ranks < 0:
         parser.error("--ranks must be positive")
     if args.vllm_logging and not args.keep_logs:
-        parser.error("--vllm-logging needs --keep-logs FOLDER, where the messages go")
+        parser.error("--vllm-logging needs --keep-logs FOLDER, which receives the messages")
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
     if args.keep_logs:
         try:
             args.keep_logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            parser.error(f"--keep-logs: {args.keep_logs} cannot be made a folder ({error.strerror})")
+            parser.error(f"--keep-logs: cannot create {args.keep_logs} ({error.strerror})")
     return args
 
 
@@ -147,7 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = program_parser(__doc__)
     longest = max(check.timeout_s for check in CHECKS.values())
     parser.add_argument("--checks", help=f"some of {','.join(CHECKS)}")
-    parser.add_argument("--ranks", type=int, default=0, help="processes; default: one a GPU, 2 without one")
+    parser.add_argument(
+        "--ranks", type=int, default=0, help="processes; default: one per GPU, 2 without a GPU"
+    )
     parser.add_argument(
         "--timeout-s",
         action="append",
@@ -165,9 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="the slice's model: a folder with config.json, no weights, or a name of tools/plan.py --model "
         "(default qwen2.5-72b; a small stand-in without a GPU)",
     )
-    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel ranks that the slice is of")
+    parser.add_argument("--tensor", type=int, default=8, help="tensor-parallel size of the slice")
     parser.add_argument("--layers", type=int, default=4, help="layers of the slice")
-    parser.add_argument("--min-bus-gb-s", type=float, help="least bus bandwidth of the largest all-reduce")
+    parser.add_argument("--min-bus-gb-s", type=float, help="minimum bus bandwidth of the largest all-reduce")
     parser.add_argument(
         "--json", type=path_argument, help="write machine and results to this file, check by check"
     )
@@ -175,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vllm-logging",
         choices=("INFO", "DEBUG"),
-        help="what the engines choose (model runner, attention, all-reduce), in --keep-logs",
+        help="log the engines' choices (model runner, attention, all-reduce) to --keep-logs",
     )
     parser.add_argument("--one", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=path_argument, help=argparse.SUPPRESS)

@@ -79,7 +79,8 @@ def search_text(made: Plan, args: argparse.Namespace) -> str:
     verdict = "enough" if found >= needed else f"{needed / found:.1f} times too few"
     return (
         f"a Flat index of {args.passages:,} passages x {args.search_dim} on {cores} cores answers about {found:,.1f} "
-        f"queries/s, {needed:,.1f} are asked: {verdict}; {math.ceil(cores * needed / found):,} cores, or GPUs, or an "
+        f"queries/s, {needed:,.1f} are needed: {verdict}; {math.ceil(cores * needed / found):,} cores, or GPUs, "
+        "or an "
         "IVF index (docs/retrieval.md)"
     )
 
@@ -117,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--measured", metavar="FILE", help="JSON of tools/gpu_check.py, measured on such a card"
     )
-    parser.add_argument("--passages", type=_count, help="of a dense search index: what it answers a second")
+    parser.add_argument(
+        "--passages", type=_count, help="of a dense search index: predict its queries per second"
+    )
     parser.add_argument(
         "--search-dim", type=_count, default=768, help="components of its vectors (default 768)"
     )
@@ -125,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--search-cores", type=_count, default=16, help="CPU cores of its servers (default 16)"
     )
     parser.add_argument("--suggest", action="store_true", help="layouts that fit, fastest first")
-    parser.add_argument("--json", type=path_argument, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the numbers to FILE")
     return parser
 
 

@@ -64,7 +64,7 @@ def build_questions(args: argparse.Namespace) -> dict:
     if not questions:
         found = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "no item"
         raise ConfigError(
-            f"--in: {args.source} holds no question with an answer ({found}); is it the right split?"
+            f"--in: {args.source} has no question with an answer ({found}); is it the right split?"
         )
     ids = unique_ids([question.id for question in questions], sources)
     repeated = sum(question.id != identity for question, identity in zip(questions, ids, strict=True))

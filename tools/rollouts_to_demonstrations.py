@@ -57,7 +57,7 @@ def write_demonstrations(args: argparse.Namespace) -> None:
     num_questions = len({record["id"] for record in records})
     print(f"  {len(records):>8} taken, of {num_questions} questions")
     if not records:
-        raise ConfigError("no rollout is good enough; loosen the filters, or take more steps")
+        raise ConfigError("no rollout is good enough; loosen the filters, or include more steps")
     write_text(args.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     print(f"wrote {args.out}")
 
@@ -69,19 +69,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", default="", metavar="FIRST-LAST", help="steps to read, as 10-20 or 10-; all"
     )
-    parser.add_argument("--per-question", type=int, default=2, metavar="K", help="most of one question (2)")
-    parser.add_argument("--min-reward", type=float, metavar="R", help="least outcome reward; any")
-    parser.add_argument("--any-answer", action="store_true", help="also answers that do not match exactly")
-    parser.add_argument("--any-format", action="store_true", help="also responses with a broken format")
+    parser.add_argument("--per-question", type=int, default=2, metavar="K", help="maximum per question (2)")
+    parser.add_argument("--min-reward", type=float, metavar="R", help="minimum outcome reward; default: any")
+    parser.add_argument("--any-answer", action="store_true", help="accept answers that do not match exactly")
+    parser.add_argument("--any-format", action="store_true", help="accept responses with a broken format")
     parser.add_argument(
-        "--max-failed-calls", type=int, default=0, metavar="N", help="calls without an answer (0)"
+        "--max-failed-calls",
+        type=int,
+        default=0,
+        metavar="N",
+        help="maximum number of calls without an answer (0)",
     )
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=0,
         metavar="N",
-        help="longest response, tokens that the policy wrote; 0: any",
+        help="longest response, in tokens that the policy sampled; 0: any",
     )
     parser.add_argument(
         "--questions", type=path_argument, help="the run's training questions, if its data.train has moved"

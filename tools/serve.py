@@ -55,7 +55,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = program_parser(__doc__)
     parser.add_argument("--model", type=path_argument, required=True, help="exported folder")
-    parser.add_argument("--config", help="how it is played; default: agent.json in the folder")
+    parser.add_argument("--config", help="agent file; default: agent.json in the folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8100, help="0: any free one (printed)")
     parser.add_argument("--queue", type=int, default=256, help="questions that may wait; more are refused")
@@ -139,12 +139,12 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
     from a2tgpo.serve.inbox import InboxClosedError
 
     most = player.config.rollout.max_concurrent * player.replicas.count
-    said = time.monotonic()
+    last_sent = time.monotonic()
     while not stopping.is_set():
         batch = inbox.take(most, timeout_s=LOOK_S)
-        if not batch and time.monotonic() < said + KEEP_ALIVE_S:
+        if not batch and time.monotonic() < last_sent + KEEP_ALIVE_S:
             continue
-        said = time.monotonic()
+        last_sent = time.monotonic()
         try:
             played = play(player, exchange([waiting.order for waiting in batch]) or [])
         except BaseException:

@@ -99,14 +99,14 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
     if step is None:
         step = max(files)
     if step not in files:
-        raise ConfigError(f"{run_dir} has no rollouts of step {step}; there are {step_ranges(files)}")
+        raise ConfigError(f"{run_dir} has no rollouts of step {step}; recorded: {step_ranges(files)}")
     found = read_records(files[step])
     if not all(map(_is_trajectory, found)):
         raise ConfigError(f"{files[step][0]} is damaged; give another --step")
     records = [record for record in found if prompt in (None, record["prompt_id"])]
     if not records:
-        asked = f" of prompt {prompt!r}" if prompt is not None else ""
-        raise ConfigError(f"step {step} of {run_dir} has no rollouts{asked}")
+        filter_text = f" of prompt {prompt!r}" if prompt is not None else ""
+        raise ConfigError(f"step {step} of {run_dir} has no rollouts{filter_text}")
     return step, sorted(records, key=ORDERS[order])
 
 

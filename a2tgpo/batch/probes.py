@@ -62,7 +62,7 @@ def pack_probes(
     probes, `turn_trajectory` is the probe's sequence and `turn_index` its place among the sequence's probes.
     `cu_seqlens` describes the row as one segment; `tree` determines the attention.
     """
-    assert align.segment == 1, "trees are not divided over context-parallel ranks"
+    assert align.segment == 1, "context-parallel ranks cannot divide a tree"
     tokens: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
@@ -75,20 +75,20 @@ def pack_probes(
     for number, index in enumerate(kept):
         sequence, start = sequences[index], len(tokens)
         length = sequence.trunk_length
-        assert length <= len(sequence.tokens), f"a probe of sequence {index} continues more than there is"
+        assert length <= len(sequence.tokens), f"a probe of sequence {index} branches off past its end"
         tokens += sequence.tokens[:length]
         positions += range(length)
         targets += [0] * length
         turn_ids += [-1] * length
         nodes.append(TreeNode(start=start, end=len(tokens)))
         for place, probe in enumerate(sequence.probes):
-            assert probe.prefix_length and probe.scaffold and probe.answer, f"an empty part in {probe}"
+            assert probe.prefix_length and probe.scaffold and probe.answer, f"{probe} has an empty part"
             first, branch = len(tokens), probe.branch
-            num_unasked = len(probe.scaffold) - 1
+            num_unscored = len(probe.scaffold) - 1
             tokens += branch
             positions += range(probe.prefix_length, probe.prefix_length + len(branch))
-            targets += [0] * num_unasked + list(probe.answer)
-            turn_ids += [-1] * num_unasked + [len(turn_index)] * len(probe.answer)
+            targets += [0] * num_unscored + list(probe.answer)
+            turn_ids += [-1] * num_unscored + [len(turn_index)] * len(probe.answer)
             nodes.append(
                 TreeNode(
                     start=first,

@@ -130,7 +130,7 @@ def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int
         return
     whole = torch.empty(base.data.shape, dtype=base.data.dtype, device="meta")
     for tensor in nested_values(replace(base, data=whole).build()):
-        assert tensor.data.is_contiguous(), f"{base.key} is saved in parts that are no ranges of it"
+        assert tensor.data.is_contiguous(), f"{base.key} is saved in parts that are not ranges of it"
         yield tensor.data.storage_offset(), tensor
 
 

@@ -142,7 +142,7 @@ class CheckpointWriter:
         on_complete: Callable[[], None],
     ) -> None:
         group = self._group
-        assert group is not None, "start() makes the group"
+        assert group is not None, "start() creates the group"
         final = self._root / f"step_{step}"
         partial, _ = folders_beside(final)
         is_first = dist.get_rank(group) == 0

@@ -85,13 +85,13 @@ class RolloutBank:
         )
         banked = self._read(step)
         world = dist.group.WORLD
-        assert world is not None, "a run's processes are joined"
+        assert world is not None, "torch.distributed is not initialised"
         found = all_gather_object((banked.attempt if banked else None, uuid.uuid4().hex), world)
         if banked is None or any(attempt != banked.attempt for attempt, _ in found):
             self._attempt = found[0][1]
             return None
         if self._parts.groups.rank == 0:
-            logger.warning("step %d goes on with the rollouts it had finished before", step + 1)
+            logger.warning("step %d continues with its rollouts from an earlier start", step + 1)
         metrics.merge(banked.ranks[self._place].metrics)
         self._parts.sampler.load_state_dict(banked.sampler)
         self._parts.carried.state = banked.carried
@@ -120,7 +120,7 @@ class RolloutBank:
                 stream.write(_digest(payload) + payload)
         except OSError as error:
             metrics.add("rollout/not_banked", 1, 0)
-            logger.warning("the rollouts of step %d are not kept: %s (%s)", step + 1, error.strerror, path)
+            logger.warning("could not bank the rollouts of step %d: %s (%s)", step + 1, error.strerror, path)
 
     def _read(self, step: int) -> BankedStep | None:
         path = self._path(step)
@@ -131,12 +131,12 @@ class RolloutBank:
             return None
         payload = content[_DIGEST_BYTES:]
         if content[:_DIGEST_BYTES] != _digest(payload):
-            logger.warning("%s is damaged and passed over", path)
+            logger.warning("skipping %s: it is damaged", path)
             return None
         try:
             banked = decode_records(payload, BankedStep)
         except (msgspec.DecodeError, RecursionError):
-            logger.warning("%s was written by another version and is passed over", path)
+            logger.warning("skipping %s: it was written by another version", path)
             return None
         place = self._place
         return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
@@ -145,7 +145,7 @@ class RolloutBank:
         """Warn if the folder has the files of an earlier version, one per rank."""
         if self._parts.groups.rank == 0 and any(folder.glob("rank_*.bin")):
             logger.warning(
-                "%s was written by an earlier version and is passed over: step %d is played again",
+                "skipping %s, written by an earlier version: step %d is played again",
                 folder,
                 step + 1,
             )

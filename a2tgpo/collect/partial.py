@@ -102,7 +102,7 @@ class PartialRollout:
         missing = self._num_groups + self._config.extra_prompts - len(state.entries)
         assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
         questions = self._parts.sampler.next_indices(
-            missing, asked=[entry.question for entry in state.entries]
+            missing, excluded=[entry.question for entry in state.entries]
         )
         owners = replicas_for(state.entries, missing, num_replicas=replicas.count)
         entries = [

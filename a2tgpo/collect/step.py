@@ -104,7 +104,7 @@ class StepRollout:
             )
             if size == 0:
                 break
-            asked += sampler.next_indices(size, asked=asked)
+            asked += sampler.next_indices(size, excluded=asked)
             # Positions continue from draw to draw: they identify the step's groups and the seeds of their rollouts.
             drawn = range(len(asked))[-size:]
             trajectories = self._play_share(asked, drawn, step, counts, is_cut)
@@ -180,8 +180,8 @@ class StepRollout:
         if self._parts.groups.rank == 0 and not self._has_warned:
             logger.warning(
                 "step %d: after %d draws (rollout.max_draws=%d) and %d of %d questions only %d of %d groups have "
-                "rewards that differ; the others bring no outcome advantage. Raise rollout.max_draws, or give "
-                "questions that are neither too hard nor too easy (said once; see sampling/unfilled_groups)",
+                "rewards that differ; the others have no outcome advantage. Raise rollout.max_draws, or use "
+                "questions that are neither too hard nor too easy (logged once; see sampling/unfilled_groups)",
                 step + 1,
                 draws,
                 self._config.max_draws,

@@ -53,7 +53,7 @@ def expand(text: str, key: str) -> str:
     except ValueError:  # NUL or a lone surrogate
         home = expanded
     if home.startswith("~"):
-        raise ConfigError(f"{key} is {text!r}, but {expanded.split('/')[0]} is no user with a home folder")
+        raise ConfigError(f"{key} is {text!r}, but {expanded.split('/')[0]} is not a user with a home folder")
     return home
 
 

@@ -137,15 +137,15 @@ def fp8_layout_fault(
     ):
         if size % multiple:
             return (
-                f"model.fp8.format is {fp8.format!r}; allowed: none, since a rank holds {size} {what} of this model, "
-                f"and recipe {fp8.recipe} takes multiples of {multiple} (parallel.tensor is {tensor}, "
-                "less may help)"
+                f"model.fp8.format is {fp8.format!r}; allowed: none, since a rank has {size} {what} of this "
+                f"model, and recipe {fp8.recipe} needs multiples of {multiple} (parallel.tensor is {tensor}; a "
+                "smaller value may help)"
             )
     kept = fp8.first_layers_bf16 + fp8.last_layers_bf16
     if kept >= num_layers:
         return (
-            f"model.fp8.first_layers_bf16 and last_layers_bf16 are {kept} together; allowed: below the model's "
-            f"{num_layers} layers, else none computes in FP8"
+            f"model.fp8.first_layers_bf16 and last_layers_bf16 sum to {kept}; allowed: less than the model's "
+            f"{num_layers} layers, otherwise no layer computes in FP8"
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
@@ -153,8 +153,8 @@ def fp8_layout_fault(
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (
-                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most {most}, since stages hold "
-                f"{stages} layers of the model's {num_layers}"
+                f"model.fp8.{name} is {getattr(fp8, name)}; allowed: at most {most}, since the stages have "
+                f"{stages} of the model's {num_layers} layers"
             )
     return None
 
@@ -178,7 +178,8 @@ def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSiz
         held = size if what == "hidden channels" else size // tensor_parallel
         if held % ENGINE_BLOCK:
             return (
-                f"rollout.quantization is 'fp8'; allowed: none | fp8_per_channel, since a rank of the engine holds "
-                f"{held} {what}, not whole blocks of {ENGINE_BLOCK} (rollout.tensor_parallel is {tensor_parallel})"
+                f"rollout.quantization is 'fp8'; allowed: none | fp8_per_channel, since a rank of the engine "
+                f"has {held} {what}, not a multiple of {ENGINE_BLOCK} (rollout.tensor_parallel is "
+                f"{tensor_parallel})"
             )
     return None

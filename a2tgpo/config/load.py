@@ -130,7 +130,7 @@ def _fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, _Field]]:
     for field in dataclasses.fields(section):
         key, kind = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type), f"{key} holds an instance where its class is meant"
+            assert isinstance(kind, type), f"{key} must have a class as its type, not an instance"
             yield from _fields_of(kind, f"{key}.")
         else:
             plain = str if is_expanded(kind) else kind
@@ -175,7 +175,7 @@ def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         files = [file for file, _ in chain]
         if any(path.resolve() == seen.resolve() for seen in files):
             circle = " -> ".join(str(file) for file in [*files, path])
-            raise ConfigError(f"{files[-1]}: base is {str(path)!r}, which goes round in a circle: {circle}")
+            raise ConfigError(f"{files[-1]}: base is {str(path)!r}, which forms a cycle: {circle}")
         if not path.is_file():
             raise ConfigError(f"{named_by}no configuration file {path}; give an existing YAML file")
         content = read_mapping(path)

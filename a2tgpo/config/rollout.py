@@ -36,7 +36,7 @@ class GainConfig:
             self.scaffold not in ("", "<think>", "</think>"),
             "rollout.gain.scaffold",
             self.scaffold,
-            "a text besides <think> or </think>",
+            "a text other than <think> or </think>",
         )
         require(self.verify_every >= 0, "rollout.gain.verify_every", self.verify_every, ">= 0")
 
@@ -165,7 +165,8 @@ class RolloutConfig:
             self.partial.extra_prompts <= self.prompts_per_step,
             "rollout.partial.extra_prompts",
             self.partial.extra_prompts,
-            f"at most rollout.prompts_per_step ({self.prompts_per_step}), or a step could not take all that is due",
+            f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
+            "all carried-over groups",
         )
         # vLLM samples at 0.01 where less is requested.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")

@@ -145,21 +145,23 @@ class RunConfig:
             self.rollout.quantization == "none" or self.algorithm.correction.kind != "none",
             "rollout.quantization",
             self.rollout.quantization,
-            "none without algorithm.correction, since a quantised engine plays another policy than the trainer's; "
+            "none without algorithm.correction, since a quantised engine samples from another policy than the "
+            "trainer's; "
             "set algorithm.correction.kind=truncate or mask",
         )
         require(
             not self.rollout.partial.is_on or self.algorithm.correction.kind != "none",
             "rollout.partial.tokens_per_step",
             self.rollout.partial.tokens_per_step,
-            "0 without algorithm.correction, since turns of earlier steps are those of another policy; "
+            "0 without algorithm.correction, since an earlier policy sampled the turns of earlier steps; "
             "set algorithm.correction.kind=truncate or mask",
         )
         require(
             self.rollout.gain.verify_every == 0 or self.parallel.context == 1,
             "rollout.gain.verify_every",
             self.rollout.gain.verify_every,
-            f"0 with parallel.context ({self.parallel.context}) > 1: a trajectory with its probes is not divided",
+            f"0 with parallel.context ({self.parallel.context}) > 1, which cannot divide a trajectory with its "
+            "probes",
         )
 
     def _check_server_limits(self) -> None:
@@ -185,8 +187,8 @@ class RunConfig:
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
             "rollout.group_size",
             self.rollout.group_size,
-            ">= 2 with algorithm.advantage=turn_group, which compares the rollouts of a prompt: a single one has "
-            "advantage 0",
+            ">= 2 with algorithm.advantage=turn_group, which compares the trajectories of a prompt: a single "
+            "one has advantage 0",
         )
         require(
             self.algorithm.kl_coef == 0 or self.algorithm.kl_estimator != "k1",

@@ -49,7 +49,9 @@ class SearchConfig:
         )
         # Not through `require`: the message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
-            raise ConfigError("search.url holds a user name or password; give a token by search.token_file")
+            raise ConfigError(
+                "search.url contains a user name or password; use search.token_file for a token"
+            )
 
     @property
     def longest_call_s(self) -> float:

@@ -29,7 +29,7 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None,
                 None,
-                f"*{event.anchor} stands for more than one value; write them out",
+                f"*{event.anchor} is an alias of a list or mapping; write the values out",
                 event.start_mark,
             )
         return node
@@ -41,7 +41,7 @@ class _StrictLoader(yaml.SafeLoader):
                 continue
             if key_node.value in keys:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} stands there a second time", key_node.start_mark
+                    None, None, f"key {key_node.value!r} occurs twice", key_node.start_mark
                 )
             keys.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -63,7 +63,8 @@ class _StrictLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None,
                 None,
-                f"{node.value:.40} is a number in base {base} there; write it in base 10, or a text in quotes",
+                f"{node.value:.40} is a number in base {base} in YAML; write it in base 10, or in quotes if it "
+                "is a text",
                 node.start_mark,
             )
 

@@ -45,7 +45,7 @@ def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> 
         for index, (where, record) in enumerate(read_json_lines(path, key=key))
     ]
     if not demonstrations:
-        raise ConfigError(f"{key}: {path} holds no demonstration; give a file with at least one")
+        raise ConfigError(f"{key}: {path} has no demonstration; give a file with at least one")
     return demonstrations
 
 

@@ -197,7 +197,7 @@ def _read_popqa(path: Path) -> Iterator[Item]:
             answers = json.loads(row["possible_answers"])
         except ValueError:
             raise ConfigError(
-                f"{where}: `possible_answers` is no JSON list: {row['possible_answers']:.60}"
+                f"{where}: `possible_answers` is not a JSON list: {row['possible_answers']:.60}"
             ) from None
         yield Item(
             where=where,

@@ -44,7 +44,7 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
         questions.append(parse_question(record, where, default_id=str(index)))
     if not questions:
-        raise ConfigError(f"{key}: {path} holds no question; give a file with at least one")
+        raise ConfigError(f"{key}: {path} has no question; give a file with at least one")
     ids = unique_ids([question.id for question in questions], [question.source for question in questions])
     return [
         question if question.id == identity else dataclasses.replace(question, id=identity)
@@ -151,10 +151,12 @@ def question_of(record: dict, where: str) -> str:
     messages = record.get("prompt")
     if "question" in record or not isinstance(messages, list):
         return text_field(record, "question", where)
-    asked = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
-    if not asked:
+    user_messages = [
+        message for message in messages if isinstance(message, dict) and message.get("role") == "user"
+    ]
+    if not user_messages:
         raise ConfigError(f"{where}: `question` is missing, and `prompt` has no message of role user")
-    return text_field(asked[-1], "content", f"{where}, `prompt`")
+    return text_field(user_messages[-1], "content", f"{where}, `prompt`")
 
 
 def source_of(record: dict) -> str:

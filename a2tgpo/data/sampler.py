@@ -41,21 +41,23 @@ class PromptSampler:
         self._deferred: list[int] = []
         self._order = self._epoch_order()
 
-    def next_indices(self, count: int | None = None, *, asked: Sequence[int] = ()) -> list[int]:
+    def next_indices(self, count: int | None = None, *, excluded: Sequence[int] = ()) -> list[int]:
         """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
             count: number of questions; None: `per_step`.
-            asked: indices that are excluded: those already in the step or, with partial rollouts, carried over (see
+            excluded: indices to leave out: those already in the step or, with partial rollouts, carried over (see
                 `PartialConfig.check_questions`). Together with `count`, at most the size of the set.
         """
         count = self.per_step if count is None else count
-        assert len(asked) + count <= self.num_questions, "a step cannot ask more than all questions"
+        assert len(excluded) + count <= self.num_questions, (
+            "a step cannot use more questions than data.train has"
+        )
         chosen = self._order[self._position : self._position + count]
         self._position += len(chosen)
         if len(chosen) < count:
             self.epoch += 1
-            self._deferred = [*asked, *chosen]
+            self._deferred = [*excluded, *chosen]
             self._order = self._epoch_order()
             self._position = count - len(chosen)
             chosen = chosen + self._order[: self._position]
@@ -92,15 +94,15 @@ class PromptSampler:
         ):
             if state[key] != mine:
                 raise ConfigError(
-                    f"{name} is {mine}, the checkpoint was made with {state[key]}; "
+                    f"{name} is {mine}, but {state[key]} in the checkpoint; "
                     "resume with the same data and seed, or start a new run"
                 )
         # Checkpoints of earlier versions have no fingerprint.
         saved = state.get("fingerprint") or self.fingerprint
         if saved != self.fingerprint:
             raise ConfigError(
-                "data.train does not hold the questions that the checkpoint was made with: ids, texts or their order "
-                "differ; resume with the same data, or start a new run (tools/convert.py exports the weights)"
+                "data.train differs from the questions of the checkpoint (ids, texts or their order); resume "
+                "with the same data, or start a new run (tools/convert.py exports the weights)"
             )
 
     def _epoch_order(self) -> list[int]:

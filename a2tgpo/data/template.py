@@ -113,7 +113,7 @@ class PromptTemplate:
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(
                 f"model.path: the tokenizer of {self.tokenizer.name_or_path} has chat templates named "
-                f"{', '.join(sorted(templates))}, and none named default; write the one that is meant to "
+                f"{', '.join(sorted(templates))}, but none named default; copy the intended one to "
                 "chat_template.jinja in that folder"
             )
 
@@ -125,12 +125,17 @@ class PromptTemplate:
             "strftime_now",
         }
         for name in self._kwargs:
-            require(name not in taken, f"{KWARGS_KEY}.{name}", self._kwargs[name], "left to the program")
+            require(
+                name not in taken,
+                f"{KWARGS_KEY}.{name}",
+                self._kwargs[name],
+                "a name that the program does not use",
+            )
             require(
                 re.search(rf"\b{re.escape(name)}\b", source) is not None,
                 f"{KWARGS_KEY}.{name}",
                 self._kwargs[name],
-                f"a variable of the chat template of {self.tokenizer.name_or_path}, which uses none of that name",
+                f"a variable of the chat template of {self.tokenizer.name_or_path}, which does not use this name",
             )
 
     def _check_prompt(self, prompt: str) -> None:
@@ -140,16 +145,16 @@ class PromptTemplate:
             (
                 "data.instructions",
                 self.instructions,
-                "set data.instructions='' and tell the format in a warm start",
+                "set data.instructions='' and teach the format in a warm start",
             ),
             ("the question", _PROBE, "use another"),
         ):
             if _squeezed(content) not in _squeezed(prompt):
-                raise ConfigError(f"model.path: the chat template of {name} leaves {key} out; {mend}")
+                raise ConfigError(f"model.path: the chat template of {name} ignores {key}; {mend}")
         if not self._has_header(prompt):
             raise ConfigError(
                 f"model.path: the chat template of {name} has no generation header (add_generation_prompt): the "
-                "model would have to begin its own turn; put one into its tokenizer_config.json"
+                "model would have to write it; add one to its tokenizer_config.json"
             )
 
     def _has_header(self, prompt: str) -> bool:
@@ -161,9 +166,9 @@ class PromptTemplate:
         return not whole.startswith(prompt) or not THINK_TAG.sub("", between).strip()
 
     def _find_end_of_turn(self) -> int | None:
-        behind = self._answered().partition(_ANSWER)[2].lstrip()
+        following = self._answered().partition(_ANSWER)[2].lstrip()
         for number, token in self.tokenizer.added_tokens_decoder.items():
-            if token.special and behind.startswith(str(token)):
+            if token.special and following.startswith(str(token)):
                 return number if number != self.tokenizer.eos_token_id else None
         return None
 
@@ -220,7 +225,7 @@ class PromptSet:
                 if len(tokens) > self._max_prompt_tokens:
                     return index, (
                         f"the prompt of question {self.questions[index].id!r} has {len(tokens)} tokens; allowed: at "
-                        f"most data.max_prompt_tokens={self._max_prompt_tokens}; raise that, or take the question out"
+                        f"most data.max_prompt_tokens={self._max_prompt_tokens}; raise that, or remove the question"
                     )
         return None
 

@@ -31,7 +31,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
 
     # If all are missing, transformers invents an empty tokenizer for some architectures.
     if not any((Path(path) / name).is_file() for name in FILES):
-        raise ConfigError(f"{key} {path!r} holds no {FILES[0]}; copy the tokenizer's files there")
+        raise ConfigError(f"{key} {path!r} has no {FILES[0]}; copy the tokenizer's files there")
     is_whole = (Path(path) / FILES[0]).is_file()
     try:
         tokenizer = (PreTrainedTokenizerFast if is_whole else AutoTokenizer).from_pretrained(
@@ -61,6 +61,6 @@ def _require_embedded(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -
         token = tokenizer.convert_ids_to_tokens(size - 1)
         raise ConfigError(
             f"{key} {path!r}: the tokenizer knows id {size - 1} ({token!r:.40}), but the model's embedding has "
-            f"{rows} rows (vocab_size); call resize_token_embeddings({size}) on the model and save it, or take the "
-            "added tokens out of the tokenizer"
+            f"{rows} rows (vocab_size); call resize_token_embeddings({size}) on the model and save it, or "
+            "remove the added tokens from the tokenizer"
         )

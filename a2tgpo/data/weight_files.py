@@ -28,17 +28,15 @@ def weight_files(path: str) -> dict[str, Path]:
         names = _names_in(index, path)
         if SINGLE_FILE not in names and (folder / SINGLE_FILE).is_file():
             raise ConfigError(
-                f"model.path {path!r} holds {SINGLE_FILE} and {INDEX_FILE}, which does not list it; remove the one "
-                "that is not meant"
+                f"model.path {path!r} has both {SINGLE_FILE} and {INDEX_FILE}, which does not list it; remove "
+                "the wrong one"
             )
     elif (folder / SINGLE_FILE).is_file():
         names = [SINGLE_FILE]
     else:
         names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
-        raise ConfigError(
-            f"model.path {path!r} holds no *.safetensors; convert the checkpoint to safetensors"
-        )
+        raise ConfigError(f"model.path {path!r} has no *.safetensors; convert the checkpoint to safetensors")
     for name in names:
         if not (folder / name).is_file():
             raise ConfigError(
@@ -67,8 +65,8 @@ def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
         for name in found:
             if name in holder:
                 raise ConfigError(
-                    f"model.path {path!r}: tensor {name} is in {holder[name]} and in {file_name}; remove the file "
-                    "that is not meant"
+                    f"model.path {path!r}: tensor {name} is in both {holder[name]} and {file_name}; remove the "
+                    "wrong file"
                 )
             holder[name] = file_name
         shapes |= found

@@ -91,7 +91,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
     except OSError as error:
         raise ConfigError(f"--out: cannot use {folder} ({error.strerror}); choose another folder") from None
     except (ValueError, AttributeError):
-        raise ConfigError(f"{path} is damaged; remove the folder to ask every question anew") from None
+        raise ConfigError(f"{path} is damaged; remove the folder to evaluate all questions again") from None
 
 
 def answer_record(name: str, kind: str, answer: Answer) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def _require_equal(folder: Path, begun: dict[str, Any], now: dict[str, Any]) -> 
     for name in sorted({*begun, *now}):
         if begun.get(name) != now.get(name):
             raise ConfigError(
-                f"{folder} holds answers of an evaluation with {name} {begun.get(name)!r:.100}, now it is "
-                f"{now.get(name)!r:.100}; set it back, choose another --out, or remove the folder"
+                f"{folder} has answers of an evaluation with {name} {begun.get(name)!r:.100}, but it is now "
+                f"{now.get(name)!r:.100}; restore it, choose another --out, or remove the folder"
             )
 
 

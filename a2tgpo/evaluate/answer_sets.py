@@ -43,7 +43,7 @@ def answer_sets(
         StopAgreed: on all ranks, if interrupted; `log` holds the answers so far.
     """
     world = dist.group.WORLD
-    assert world is not None, "the processes are joined"
+    assert world is not None, "torch.distributed is not initialised"
     kind = SAMPLE if num_samples else GREEDY
     answers: dict[str, list[Answer]] = {}
     for name, prompt_set in sets.items():

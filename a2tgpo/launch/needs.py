@@ -64,7 +64,7 @@ def training_needs(config: RunConfig) -> Needs:
             DiskNeed(
                 key="run.root",
                 folder=existing_folder(Path(config.run.root) / config.run.name),
-                num_bytes=kept_bytes(config, model, kept_to_come(config)) if model else 0.0,
+                num_bytes=kept_bytes(config, model, checkpoints_to_come(config)) if model else 0.0,
                 what="the checkpoints",
                 change="choose another run.root, or lower checkpoint.keep or checkpoint.keep_gb",
             ),
@@ -106,7 +106,7 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
         return None
 
 
-def kept_to_come(config: RunConfig) -> Kept:
+def checkpoints_to_come(config: RunConfig) -> Kept:
     """Return how many checkpoints will join the existing ones: at least the next one."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")

@@ -129,11 +129,11 @@ class MemoryPhases:
     def _check_order(self, phase: str) -> None:
         before, after = self._wanted(self.phase), self._wanted(phase)
         if phase == "start":
-            raise RuntimeError("memory phase start is that of an engine being built; enter refit")
+            raise RuntimeError("memory phase start is only for building the engine; enter refit")
         if "engine weights" in after - before and phase != "refit":
             raise RuntimeError(
-                f"memory phase {phase} cannot follow {self.phase}: the engine that wakes has no weights; "
-                "enter refit first"
+                f"memory phase {phase} cannot follow {self.phase}: the waking engine has no weights; enter "
+                "refit first"
             )
         if self.phase == "refit" and "KV cache" not in after and self._engine is not None:
             raise RuntimeError(

@@ -36,7 +36,7 @@ class Alarm:
     """Setting of the limit, which 0 turns off; empty: the alarm cannot be turned off."""
     threshold: float
     limit: Callable[[float], float]
-    """Computes the limit from the base line; an alarm that is not `on_change` ignores the base line."""
+    """Computes the limit from the baseline; an alarm that is not `on_change` ignores the baseline."""
     is_floor: bool = False
     """Whether the limit is a lower bound instead of an upper bound."""
     on_change: bool = False
@@ -51,7 +51,7 @@ class Guards:
 
     An alarm stays unchanged in a step that lacks its metric, for example the likelihood of right answers if there are
     none. The alarm also stays unchanged if the metric is not finite: values that are not finite have an alarm of
-    their own. The base line of a metric is its mean over the first `baseline_steps` steps that have it.
+    their own. The baseline of a metric is its mean over the first `baseline_steps` steps that have it.
 
     Args:
         clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
@@ -116,11 +116,11 @@ class Guards:
         """The reason to stop the run, in a few words."""
         if self._skips_too_often:
             return (
-                f"an update was not finite and skipped in {self._skipping} steps in a row "
+                f"a non-finite update was skipped in {self._skipping} steps in a row "
                 f"(guard.stop_after_skipped {self._config.stop_after_skipped})"
             )
         return (
-            f"alarm {', '.join(self.active)}; some alarm in {self._streak} steps in a row "
+            f"alarm {', '.join(self.active)}; alarms in {self._streak} steps in a row "
             f"(guard.stop_after {self._config.stop_after})"
         )
 
@@ -166,7 +166,7 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return the limit of each alarm for a base line of 1; it changes if the alarm's setting or the clipping
+        """Return the limit of each alarm for a baseline of 1; it changes if the alarm's setting or the clipping
         range does.
         """
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
@@ -200,7 +200,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             limit=lambda baseline: config.min_entropy_share * baseline,
             is_floor=True,
             on_change=True,
-            advice="the policy has collapsed onto one course: lower update.lr, or raise algorithm.clip_high",
+            advice="the policy has collapsed to one behaviour: lower update.lr, or raise algorithm.clip_high",
         ),
         "likelihood": Alarm(
             metrics=("likelihood/correct",),
@@ -261,14 +261,14 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             threshold=0.0,
             limit=lambda _: 0.0,
             confirming_steps=1,
-            advice="loss or gradients were not finite, so weights were left as they were: lower update.lr",
+            advice="loss or gradients were not finite, so the weights were left unchanged: lower update.lr",
         ),
     }
 
 
 def _measured(alarm: Alarm, metric: str, value: float, limit: float, baseline: float) -> str:
     source = [f"{alarm.key} {alarm.threshold:g}"] if alarm.key else []
-    source += [f"base line {baseline:.4g}"] if alarm.on_change else []
+    source += [f"baseline {baseline:.4g}"] if alarm.on_change else []
     return f"{metric} is {value:.4g}, limit {limit:.4g}" + (f" ({', '.join(source)})" if source else "")
 
 

@@ -64,21 +64,21 @@ class RatioNoise:
 
     def _line(self, noise: float) -> str:
         algorithm, share = self._config.algorithm, noise / self._clip
-        told = (
+        finding = (
             f"noise of the {algorithm.ratio} ratio over {FIRST_STEPS} steps: {noise:.2g}, {share:.0%} "
             f"of the clipping range (clip_low {algorithm.clip_low:g}, clip_high {algorithm.clip_high:g})"
         )
         limit = self._config.guard.max_noise_share
         if limit == 0 or share <= limit * (1 + 1e-6):
-            return f"{told}: the policy decides what is clipped"
-        return f"{told}: rounding decides what is clipped; {self._advice(share / limit)}"
+            return f"{finding}: the policy decides what is clipped"
+        return f"{finding}: rounding decides what is clipped; {self._advice(share / limit)}"
 
     def _advice(self, wider: float) -> str:
         config = self._config
         low, high = (
             round_up(wider * clip) for clip in (config.algorithm.clip_low, config.algorithm.clip_high)
         )
-        fp8 = "take model.fp8 out, or " if config.model.fp8.enabled else ""
+        fp8 = "turn model.fp8 off, or " if config.model.fp8.enabled else ""
         return (
             f"{fp8}set update.prompts_per_minibatch={config.rollout.prompts_per_step} (one mini-batch a step: no "
             f"noise, no clipping), or algorithm.clip_low={low:g} algorithm.clip_high={high:g}"

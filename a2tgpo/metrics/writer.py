@@ -186,7 +186,9 @@ class _MetricsFile:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         last_step = self._last.get("step")
         if last_step is not None and step < last_step:
-            raise ValueError(f"metrics of step {step} after those of step {last_step}: steps must not fall")
+            raise ValueError(
+                f"metrics of step {step} after those of step {last_step}: steps must not decrease"
+            )
         cleaned = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if step == last_step:
             self._last |= cleaned

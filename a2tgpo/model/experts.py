@@ -33,8 +33,8 @@ def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
         raise ConfigError(f"{where} num_experts_per_tok {chosen}; allowed: 1 to the {experts} experts")
     if chosen == 1 and hf_config.norm_topk_prob:
         raise ConfigError(
-            f"{where} norm_topk_prob true with num_experts_per_tok 1, whose weight is then 1 whatever the router "
-            "says; allowed: norm_topk_prob false, or more experts per token"
+            f"{where} norm_topk_prob true with num_experts_per_tok 1, which fixes the expert's weight at 1; "
+            "allowed: norm_topk_prob false, or more experts per token"
         )
 
 
@@ -54,8 +54,8 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
     if parallel.tensor > 1 and not parallel.sequence:
         # Megatron would only raise in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
         raise ConfigError(
-            f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the model "
-            "has experts, else every tensor-parallel rank would send them the same tokens"
+            f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the "
+            "model has experts, otherwise every tensor-parallel rank would send them the same tokens"
         )
 
 

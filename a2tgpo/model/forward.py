@@ -58,7 +58,7 @@ def forward_packed(
     cp_group = model.pg_collection.cp
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     if cp_group.size() > 1:
-        assert tree is None, "trees are not divided over context-parallel ranks"
+        assert tree is None, "context-parallel ranks cannot divide a tree"
         total = tokens.size(1)
         assert int(cu_seqlens[-1]) == total and total % (cp_group.size() * multiple) == 0, (
             f"context parallelism needs aligned segments that cover the row of {total} tokens"

@@ -32,7 +32,9 @@ def uses_transformer_engine(layer_spec: str) -> bool:
     if layer_spec == "cpu" or (layer_spec == "auto" and not has_gpu):
         return False
     if not has_gpu:
-        raise ConfigError(f"model.layer_spec is {layer_spec!r}, but no GPU is seen; allowed here: auto | cpu")
+        raise ConfigError(
+            f"model.layer_spec is {layer_spec!r}, but torch sees no GPU; allowed here: auto | cpu"
+        )
     if not HAVE_TE:
         raise ConfigError(
             f"model.layer_spec is {layer_spec!r}, but transformer_engine is not installed; "
@@ -83,7 +85,7 @@ def require_fp8_needs(recipe: Recipe, *, engine: str, capability: tuple[int, int
     ):
         if not holds:
             raise ConfigError(
-                f"model.fp8.recipe is {recipe!r}, which this machine cannot compute: {has} is there, needed is "
+                f"model.fp8.recipe is {recipe!r}, which this machine cannot compute: it has {has}, but needs "
                 f"{need}; choose another recipe, or model.fp8.format=none"
             )
 

@@ -65,9 +65,9 @@ def transformer_config(
     """
     if model.fp8.enabled and not transformer_engine:
         raise ConfigError(
-            f"model.fp8.format is {model.fp8.format!r}; allowed here: none, since no GPU is seen and "
-            f"model.layer_spec {model.layer_spec!r} then means layers without Transformer "
-            "Engine; start on a GPU, or set model.fp8.format=none"
+            f"model.fp8.format is {model.fp8.format!r}; allowed here: none, since torch sees no GPU, and "
+            f"model.layer_spec {model.layer_spec!r} then has no Transformer Engine layers; "
+            "start on a GPU, or set model.fp8.format=none"
         )
     dtype = DTYPES[model.dtype]
     return TransformerConfig(

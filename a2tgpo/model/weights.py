@@ -98,7 +98,7 @@ def load_hf_weights(policy: Policy) -> None:
     unused = known.difference(*(names for _, names in results), _derived_names(policy, known))
     if unused:
         raise ConfigError(
-            f"model.path {policy.path!r} holds tensors that a {policy.hf_config.model_type} model has no place for: "
+            f"model.path {policy.path!r} has tensors that a {policy.hf_config.model_type} model does not use: "
             f"{', '.join(sorted(unused)[:3])}{' ...' if len(unused) > 3 else ''}"
         )
 
@@ -145,7 +145,7 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
                 f"{name} {tuple(t.shape)}" for name, t in zip(hf_names, hf_tensors, strict=True)
             )
             raise ConfigError(
-                f"model.path {policy.path!r}: config.json and weights disagree: {shapes} do not make {global_name}"
+                f"model.path {policy.path!r}: config.json and weights disagree: {shapes} do not fit {global_name}"
             ) from error
         parameter.copy_(shard)
         used.update(hf_names)

@@ -30,7 +30,7 @@ def faults(plan: Plan) -> list[str]:
         )
     if not plan.fits_on_hosts:
         lines.append(
-            f"host: {host_needs(plan.host)}, for the node's {plan.gpu.host_memory_gib:.0f} GiB; "
+            f"host: {host_needs(plan.host)}, but the node has {plan.gpu.host_memory_gib:.0f} GiB; "
             f"{host_change(plan.config)}"
         )
     return lines
@@ -47,7 +47,7 @@ def cache_shortage(plan: Plan) -> str:
     more = "raise rollout.tensor_parallel" if plan.share_is_chosen else "raise the engine's share of the card"
     return (
         f"rollout: {geometry.in_flight} sequences in flight, cache for {geometry.concurrent} of mean length: about "
-        f"{geometry.displaced:,.0f} preemptions an engine and step, {lost:.0%} more rollout time; {more} or lower "
+        f"{geometry.displaced:,.0f} preemptions per engine and step, {lost:.0%} more rollout time; {more} or lower "
         f"rollout.max_concurrent"
     )
 
@@ -88,7 +88,7 @@ def _change(plan: Plan, phase_name: str) -> str:
         phase = next(phase for phase in changed.phases if phase.name == phase_name)
         if mends_phase is None and phase.fits and (phase_name != "rollout" or changed.holds_a_sequence):
             mends_phase = f"set {settings}, for this phase"
-    return mends_phase or "no single setting mends it: use more GPUs, or a card with more memory"
+    return mends_phase or "no single setting is enough: use more GPUs, or a card with more memory"
 
 
 def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, RunConfig]]:

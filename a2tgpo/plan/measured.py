@@ -102,7 +102,7 @@ def calibration_text(calibration: Calibration) -> str:
     """Return one line for each replaced assumption, with the value and the file."""
     lines = [f"measured ({calibration.source})"]
     lines += [
-        f"  {each.assumption}: {each.measured:.4g} in place of {each.assumed:.4g} ({each.why})"
+        f"  {each.assumption}: {each.measured:.4g} instead of {each.assumed:.4g} ({each.why})"
         for each in calibration.replaced
     ]
     kept = [

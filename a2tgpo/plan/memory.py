@@ -210,13 +210,13 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
     for a whole round of micro-batches, and lie further apart (megatron/core/pipeline_parallel/schedules.py,
     get_pp_rank_microbatches).
     """
-    behind = parallel.pipeline - stage - 1
+    num_later = parallel.pipeline - stage - 1
     if parallel.virtual == 1:
-        return min(microbatches, behind + 1)
+        return min(microbatches, num_later + 1)
     rounds = -(-microbatches // parallel.pipeline)
     return min(
         rounds * parallel.pipeline * parallel.virtual,
-        2 * behind + (parallel.virtual - 1) * parallel.pipeline + 1,
+        2 * num_later + (parallel.virtual - 1) * parallel.pipeline + 1,
     )
 
 

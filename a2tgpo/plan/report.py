@@ -92,7 +92,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def suggestion_text(plans: Sequence[Plan]) -> str:
     """Return a table of layouts in the given order, and the overrides of the first one."""
     if not plans:
-        return "no layout fits with the headroom asked for; use more GPUs or a card with more memory"
+        return "no layout fits with the required headroom; use more GPUs or a card with more memory"
     rows = []
     for plan in plans[:SUGGESTIONS_SHOWN]:
         config, seconds = plan.config, plan.stage_seconds
@@ -250,8 +250,8 @@ def _geometry_table(plan: Plan) -> str:
 
 
 def _calls_text(plan: Plan) -> str:
-    asked = plan.searches
-    return f"{asked.queries:,.0f} a step: {asked.per_second:,.1f}/s, at most {asked.at_once:,} at a time"
+    demand = plan.searches
+    return f"{demand.queries:,.0f} a step: {demand.per_second:,.1f}/s, at most {demand.at_once:,} at a time"
 
 
 def _cache_hint(plan: Plan) -> str:

@@ -88,7 +88,7 @@ class Recorder:
         if failures := self._rollouts.take_failures():
             engine_metrics.add("rollout/not_recorded", failures, 0)
         world = dist.group.WORLD
-        assert world is not None, "a run's processes are joined"
+        assert world is not None, "torch.distributed is not initialised"
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         # Each model-parallel rank has reduced the same samples, but decisions need values that are equal to the bit.
@@ -142,7 +142,7 @@ class Recorder:
     def record_failed_save(self, step: int, line: str) -> None:
         """Count a checkpoint that could not be written as `checkpoint/failed`, and print why."""
         self.writer.log(step, {"checkpoint/failed": 1.0})
-        self.writer.print(f"warning: {line}; it is tried again when the next one is due")
+        self.writer.print(f"warning: {line}; the next scheduled save tries again")
 
     def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
         """Write one evaluation's scores, equal on all ranks, and the wall time it took."""

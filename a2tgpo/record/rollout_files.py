@@ -81,10 +81,10 @@ def step_ranges(steps: Iterable[int]) -> str:
             ranges[-1][1] = step
         else:
             ranges.append([step, step])
-    said = [f"{first} to {last}" if first < last else f"{first}" for first, last in ranges]
-    if len(said) > _MAX_RANGES:
-        said = [*said[: _MAX_RANGES - 1], "...", said[-1]]
-    return ", ".join(said)
+    shown = [f"{first} to {last}" if first < last else f"{first}" for first, last in ranges]
+    if len(shown) > _MAX_RANGES:
+        shown = [*shown[: _MAX_RANGES - 1], "...", shown[-1]]
+    return ", ".join(shown)
 
 
 def read_step(files: Iterable[Path]) -> list[dict]:

@@ -28,7 +28,7 @@ class RolloutRetention:
         self._keep_gb = keep_gb
         self._sizes: dict[Path, int] = {}
         """Bytes of the steps whose files are final."""
-        self._has_said = False
+        self._has_warned = False
 
     def trim(self, covered: int) -> None:
         """Remove steps before `covered` until the limit is met; a resumed run does not replay the removed steps.
@@ -49,11 +49,11 @@ class RolloutRetention:
                 self._sizes.pop(path, None)
                 excess -= sizes[path]
                 removed.append(step)
-        if removed and not self._has_said:
-            self._has_said = True
+        if removed and not self._has_warned:
+            self._has_warned = True
             logger.warning(
-                "the recorded rollouts take more than run.keep_rollouts_gb (%g): the oldest steps are removed from "
-                "now on, every %dth last (said once; first steps %d to %d)",
+                "the recorded rollouts exceed run.keep_rollouts_gb (%g): from now on the oldest steps are "
+                "removed, every %dth one last (logged once; first steps %d to %d)",
                 self._keep_gb,
                 LASTING_EVERY,
                 min(removed),

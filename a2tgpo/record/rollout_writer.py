@@ -67,7 +67,7 @@ class RolloutWriter:
         if isinstance(error, OSError):
             self._num_failures += 1
             logger.warning(
-                "the rollouts of step %d are not recorded: %s (%s)",
+                "could not record the rollouts of step %d: %s (%s)",
                 self._step,
                 error.strerror,
                 error.filename,

@@ -93,15 +93,15 @@ def verify_refit(
         raise RuntimeError(
             f"refit at step {step}: the trainer's own log-probs of the probe are not finite, so its weights are "
             + (
-                "broken; go on from an earlier checkpoint with a lower update.lr"
+                "broken; continue from an earlier checkpoint with a lower update.lr"
                 if step
-                else "broken as they were read: NaN or infinity in the safetensors of model.path; save them anew"
+                else "broken on disk: NaN or infinity in the safetensors of model.path; export them again"
             )
         )
     if gap.mean > tolerance:
         raise RuntimeError(
             f"refit at step {step}: the engine's log-probs of the probe differ from the trainer's by "
             f"{gap.mean:.3g} in the mean and {gap.max:.3g} at most (nats); allowed mean: {tolerance:g} "
-            "(refit.probe_tolerance). The engine does not hold the trained weights; the run stops here"
+            "(refit.probe_tolerance). The engine does not have the trained weights; the run stops"
         )
     return gap

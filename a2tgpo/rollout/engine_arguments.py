@@ -58,9 +58,7 @@ def engine_arguments(
     if config.quantization != "none":
         arguments["quantization"] = quantization_name(config, dtype, hf_config)
     if ON_GPU:
-        assert config.gpu_memory_fraction, (
-            "whoever builds an engine on a GPU settles its share (engine_share.py)"
-        )
+        assert config.gpu_memory_fraction, "settle the engine's share of the GPU first (engine_share.py)"
         arguments |= dict(
             enable_sleep_mode=True,
             enforce_eager=config.enforce_eager,
@@ -75,16 +73,16 @@ def engine_arguments(
         not config.async_scheduling,
         "rollout.async_scheduling",
         config.async_scheduling,
-        "false where no GPU is seen; vLLM schedules synchronously on CPUs",
+        "false without a visible GPU; vLLM schedules synchronously on CPUs",
     )
     block = arguments["block_size"]
-    require(block % 32 == 0, "rollout.block_size", block, "a multiple of 32 where there is no GPU")
+    require(block % 32 == 0, "rollout.block_size", block, "a multiple of 32 without a visible GPU")
     needed = cache_bytes_of_one(hf_config, max_model_len, block, dtype, config.tensor_parallel)
     require(
         cache_bytes >= needed,
         "rollout.kv_cache_gib",
         config.kv_cache_gib,
-        f">= {needed / 2**30 + 0.0005:.3f}, the room of one sequence of {max_model_len} tokens",
+        f">= {needed / 2**30 + 0.0005:.3f}, enough for one sequence of {max_model_len} tokens",
     )
     # A prompt split into chunks would need a random generator with an offset, which a CPU does not have.
     return arguments | dict(

@@ -93,7 +93,7 @@ def _set_inductor_threads(threads: int | None) -> None:
 
 
 @contextlib.contextmanager
-def host_state_kept() -> Iterator[None]:
+def preserved_host_state() -> Iterator[None]:
     """Restore environment and random generators after the engine's construction.
 
     Inside the context, kernels belong to the engine and compile with one thread, as vLLM sets it.

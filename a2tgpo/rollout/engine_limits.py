@@ -32,7 +32,7 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
         (Path(model_path) / "config.json").is_file(),
         "model.path",
         model_path,
-        "a folder with config.json, *.safetensors and tokenizer.json; config.json is not there",
+        "a folder with config.json, *.safetensors and tokenizer.json; config.json is missing",
     )
     return AutoConfig.from_pretrained(model_path), load_tokenizer(model_path)
 
@@ -58,7 +58,7 @@ def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
     """
     key, value = "rollout.quantization", config.quantization
     require(
-        torch.cuda.is_available(), key, value, "none where no GPU is seen; vLLM has no FP8 layers for CPUs"
+        torch.cuda.is_available(), key, value, "none without a visible GPU; vLLM has no FP8 layers for CPUs"
     )
     require(
         torch.cuda.get_device_capability() >= ENGINE_CAPABILITY,

@@ -261,7 +261,7 @@ class GroupRollout:
         if is_asked is not None:
             return self._agree(is_asked())
         if self._agree(bool(self.outage.verdict)):
-            raise ToolFaultError(self.outage.verdict or "a tool's service does not come back")
+            raise ToolFaultError(self.outage.verdict or "a tool's service stays unavailable")
         return False
 
     def _agree(self, is_cut: bool) -> bool:
@@ -276,7 +276,7 @@ class GroupRollout:
                 len(prompt.tokens) < self._engine.max_model_len,
                 f"length of the prompt of question {prompt.id!r}",
                 len(prompt.tokens),
-                f"< {self._engine.max_model_len} tokens, what the engine holds",
+                f"< {self._engine.max_model_len} tokens, the longest context of the engine",
             )
         return [
             PromptGroup(

@@ -13,7 +13,7 @@ from a2tgpo.rollout.tool_workers import Call
 
 RETRY_S = 1.0
 """Time between two tries of a held call; a client whose circuit breaker is open fails at once in the meantime."""
-SAY_EVERY_S = 60.0
+WARN_EVERY_S = 60.0
 """Shortest time between two warnings about an unreliable service."""
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ class HeldCalls:
         """(time of the next try, call), ascending."""
         self._out_of_service: set[str] = set()
         """Names of tools."""
-        self._said_at = -SAY_EVERY_S
-        self._has_said = False
+        self._warned_at = -WARN_EVERY_S
+        self._has_warned = False
         """Whether a warning about the present outage was logged."""
 
     def __len__(self) -> int:
@@ -71,9 +71,9 @@ class HeldCalls:
         if self._outage.is_on:
             return
         self._outage.begin(call.name, str(call.error))
-        self._has_said = self._outage.limit_s > 0 and self._clock() >= self._said_at + SAY_EVERY_S
-        if self._has_said:
-            self._said_at = self._clock()
+        self._has_warned = self._outage.limit_s > 0 and self._clock() >= self._warned_at + WARN_EVERY_S
+        if self._has_warned:
+            self._warned_at = self._clock()
             logger.warning(
                 "warning: the %s tool is out of service (%s); the rollout waits for it, for at most %g s "
                 "(tools.outage_limit_s)",
@@ -86,6 +86,6 @@ class HeldCalls:
         self._out_of_service.discard(name)
         if self._out_of_service or not self._outage.is_on:
             return
-        if self._has_said:
+        if self._has_warned:
             logger.warning("the %s tool answers again after %.0f s", name, self._outage.seconds)
         self._outage.end()

@@ -129,7 +129,7 @@ def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
     """
     first, *others = by_rank
     for other in others:
-        pairs = zip(_told(by_rank[first]), _told(by_rank[other]), strict=False)
+        pairs = zip(_numbered_texts(by_rank[first]), _numbered_texts(by_rank[other]), strict=False)
         difference = next((pair for pair in pairs if pair[0] != pair[1]), None)
         if difference is not None:
             (number, mine), (other_number, theirs) = difference
@@ -139,10 +139,10 @@ def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
                 "rollout.tensor_parallel=1 if it happens again, and report it"
             )
     counts = ", ".join(f"rank {rank} {len(decisions)}" for rank, decisions in by_rank.items())
-    return f"the ranks of one engine are out of step: one took more decisions than the other ({counts})"
+    return f"the ranks of one engine are out of step: one took more decisions than another ({counts})"
 
 
-def _told(decisions: Iterable[Decision]) -> Iterable[tuple[int, str]]:
+def _numbered_texts(decisions: Iterable[Decision]) -> Iterable[tuple[int, str]]:
     """Yield the number of the pass and the decision in words, request by request."""
     for decision in decisions:
         for name, value in itertools.zip_longest(decision.names, decision.values):

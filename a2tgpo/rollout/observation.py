@@ -51,7 +51,7 @@ class ObservationEncoder:
         """Shorten an observation's `tokens` to at most `room` >= `min_tokens`, keeping both tags."""
         if len(tokens) <= room:
             return tokens
-        assert room >= self.min_tokens, f"{room} tokens do not hold the result's tags"
+        assert room >= self.min_tokens, f"{room} tokens are too few for the result's tags"
         kept = tokens[: room - len(self._closing)]
         whole = next((end for end in range(len(kept), 0, -1) if self._ends_a_character(kept[:end])), 0)
         return kept[:whole] + self._closing

@@ -158,5 +158,5 @@ def _fault(name: str, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     kind, text = type(error).__name__, first_line(error)
-    said = kind if text == kind else f"{kind}: {text}"
-    return f"the {name} tool failed with {said}{place}; a tool may only raise ToolError (docs/tools.md)"
+    error_text = kind if text == kind else f"{kind}: {text}"
+    return f"the {name} tool failed with {error_text}{place}; a tool may only raise ToolError (docs/tools.md)"

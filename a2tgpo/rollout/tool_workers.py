@@ -129,8 +129,8 @@ class ToolWorkers:
         if self._num_hung > allowed:
             names = ", ".join(sorted({call.name for call in late})) or "any"
             raise ToolsHangError(
-                f"{self._num_hung} tool calls, the last of {names}, have run for more than {self._deadline_s:g} s "
-                f"and not returned, more than the {allowed} that are allowed; let the tool bound its own waiting"
+                f"{self._num_hung} tool calls, the latest of {names}, have been running for more than "
+                f"{self._deadline_s:g} s; allowed: {allowed} such calls; give the tool a timeout of its own"
             )
         self._start_threads()
         return [call for call in late if call.is_wanted]

@@ -28,7 +28,7 @@ from a2tgpo.rollout.engine_guest import (
     abort_in_order,
     cap_cache_hits,
     environment_kept,
-    host_state_kept,
+    preserved_host_state,
 )
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput, generation_output, score_output
@@ -173,7 +173,10 @@ class VllmEngine:
             arguments["logits_processors"] = [MaskUnusedIds]
             arguments["additional_config"] = {_NUM_TOKEN_IDS: self.num_token_ids}
         is_alone = ON_GPU or self._owns_process_group
-        with host_state_kept(), contextlib.nullcontext() if is_alone else own_segments(_CPUSHMDistributed):
+        with (
+            preserved_host_state(),
+            contextlib.nullcontext() if is_alone else own_segments(_CPUSHMDistributed),
+        ):
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
@@ -314,10 +317,10 @@ class VllmEngine:
         weights.
         """
         assert not self.has_unfinished, "requests are in flight"
-        assert not self._asleep, "the engine sleeps already"
+        assert not self._asleep, "the engine is asleep already"
         if ON_GPU:
             self._engine.sleep(level=2)
-            self._weights_fault = "its weights were given back by sleep() and not loaded again"
+            self._weights_fault = "sleep() released its weights, and they were not loaded again"
         self._asleep = set(PARTS)
 
     @property
@@ -350,7 +353,7 @@ class VllmEngine:
             _end_distributed()
 
     def _check_usable(self) -> None:
-        assert not self._asleep, f"the engine's {' and '.join(sorted(self._asleep))} sleep"
+        assert not self._asleep, f"the engine's {' and '.join(sorted(self._asleep))} are asleep"
         fault = self._failure or self._weights_fault
         if fault is not None:
             raise RuntimeError(f"the engine cannot be used: {fault}")
@@ -371,12 +374,12 @@ class VllmEngine:
     ) -> None:
         if self._has_second_runner:
             # V1 computes logits for the answer only; V2 for every token unless prompt_logprob_start is set.
-            asked: dict[str, Any] = dict(
+            logprob_options: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,
             )
         else:
-            asked = dict(prompt_logprobs=0, flat_logprobs=True)
+            logprob_options = dict(prompt_logprobs=0, flat_logprobs=True)
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
@@ -385,7 +388,7 @@ class VllmEngine:
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **asked,
+            **logprob_options,
         )
         self._add(request_id, tokens, params)
         self._answers[request_id] = num_scored

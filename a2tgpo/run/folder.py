@@ -135,7 +135,7 @@ class RunFolder:
             changed = changed_settings(state, self._config)
             if changed and not is_own and self._groups.rank == 0:
                 logger.warning(
-                    "the run begins with settings other than those of %s: %s", path, describe_changes(changed)
+                    "the run starts with other settings than %s: %s", path, describe_changes(changed)
                 )
             parts.carried.state = self._read_carried(path, parts, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
@@ -215,7 +215,7 @@ class RunFolder:
             dropped["since rollout.partial is " + (state if partial.is_on else "off")] = num_dropped
         if dropped and self._groups.rank == 0:
             logger.warning(
-                "of %d groups that %s carries over some are dropped, with all that was played of them: %s",
+                "of %d groups carried over by %s, some are dropped with all their turns: %s",
                 len(held),
                 path,
                 "; ".join(f"{count} {reason}" for reason, count in dropped.items()),
@@ -250,10 +250,11 @@ class RunFolder:
         if self.best.step == self._saving[0]:  # its checkpoint failed, so its weights do not exist
             self.best.load_state_dict(best_before)
         if is_last or self._num_failures >= self._config.checkpoint.max_failures:
-            last = f"{self._checkpoints}/step_{step}" if step else "none, the next start begins anew"
+            last = f"{self._checkpoints}/step_{step}" if step else "none; the next start begins at step 0"
             raise RuntimeError(
                 f"the checkpoint of step {self._saving[0]} could not be written: {fault} "
-                f"({self._num_failures} in a row). Last complete one: {last}. Make room and start the run again"
+                f"({self._num_failures} in a row). Last complete one: {last}. Free disk space and start the run "
+                "again"
             )
         self._saving = self._complete
 
@@ -304,7 +305,7 @@ class RunFolder:
         )
         return self._recorder
 
-    def say_where(self, recorder: Recorder) -> None:
+    def report_end(self, recorder: Recorder) -> None:
         """Print where the results are."""
         recorder.writer.print(
             f"done. metrics: {self.path}/metrics.jsonl  rollouts: {self.path}/rollouts  "
@@ -312,15 +313,15 @@ class RunFolder:
             f"look: tensorboard --logdir {self.path}/tensorboard"
         )
 
-    def say_when_to_go_on(self, recorder: Recorder, step: int, reason: str) -> None:
+    def report_stop(self, recorder: Recorder, step: int, reason: str) -> None:
         """Print that the run stopped early on request, and that the next start resumes it."""
         saved = f"saved as {self._checkpoints}/step_{step}" if step else "nothing to save yet"
         recorder.writer.print(
-            f"stopped after step {step} of {self._config.run.steps}: {reason}; {saved}; the next start goes on "
-            f"from there (exit code {START_AGAIN})"
+            f"stopped after step {step} of {self._config.run.steps}: {reason}; {saved}; the next start "
+            f"continues from there (exit code {START_AGAIN})"
         )
 
-    def say_why_stopped(self, recorder: Recorder, step: int, guards: Guards) -> None:
+    def report_guard_stop(self, recorder: Recorder, step: int, guards: Guards) -> None:
         """Print why the guards stopped the run, where its best weights are, and how to continue."""
         last_good = ""
         if guards.num_skipping:
@@ -334,7 +335,7 @@ class RunFolder:
             last_good = f"last checkpoint before the first skipped update: {place}. "
         recorder.writer.print(
             f"stopped after step {step} of {self._config.run.steps}: {guards.reason}. "
-            f"best: {self.best.describe()}. {last_good}To go on nevertheless: {guards.stop_setting}; "
+            f"best: {self.best.describe()}. {last_good}To continue nevertheless: {guards.stop_setting}; "
             f"from an earlier checkpoint, with other settings: --resume {self._checkpoints}/step_N {ACCEPT}"
         )
 
@@ -346,13 +347,13 @@ class RunFolder:
         Ranks may see different files on a network file system, but must agree on which checkpoints to save.
         """
         world = dist.group.WORLD
-        assert world is not None, "a run's processes are joined"
+        assert world is not None, "torch.distributed is not initialised"
         best, questions = state.get("best"), parts.test_prompts.fingerprint
         if best is not None and state.get("test_questions", questions) != questions:
             if self._groups.rank == 0:
                 logger.warning(
-                    "data.test holds other questions than at step %d: the best checkpoint so far, step %d, is not "
-                    "compared with",
+                    "data.test has changed since step %d: the best checkpoint so far, step %d, is no longer "
+                    "compared",
                     state["step"],
                     best["step"],
                 )

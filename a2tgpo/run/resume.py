@@ -142,7 +142,7 @@ def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_a
     """Return why a carried group cannot continue, in a few words; empty if it can."""
     size = len(group.trajectories)
     if size and size != config.rollout.group_size:
-        return f"begun with rollout.group_size {size}, which is now {config.rollout.group_size}"
+        return f"started with rollout.group_size {size}, which is now {config.rollout.group_size}"
     (prompt,) = prompts.prompts([group.question])
     if prompt.tokens != group.prompt.tokens:
         return "whose prompt has changed (data.instructions, the chat template or the tokenizer)"

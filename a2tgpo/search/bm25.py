@@ -86,7 +86,7 @@ def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
         for passage in passages
     ]
     if not vocabulary:
-        raise ConfigError(f"{key}: none of the {len(ids)} passages holds a word; give another corpus")
+        raise ConfigError(f"{key}: none of the {len(ids)} passages has a word; give another corpus")
     scores = bm25s.BM25(method="lucene", backend="numpy")
     scores.index((ids, vocabulary), show_progress=False)
     return scores

@@ -17,10 +17,10 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except socket.gaierror as error:
-        raise ConfigError(f"--host {host}: no address of this machine ({error.strerror})") from None
+        raise ConfigError(f"--host {host}: not an address of this machine ({error.strerror})") from None
     except UnicodeError:
-        raise ConfigError(f"--host {host:.80}: no name of a machine") from None
+        raise ConfigError(f"--host {host:.80}: not a host name") from None
     except OSError as error:
         where = f"--host {host} --port {port}"
-        raise ConfigError(f"{where}: cannot listen there ({error.strerror}); choose another port") from None
+        raise ConfigError(f"{where}: cannot listen ({error.strerror}); choose another port") from None
     return bound

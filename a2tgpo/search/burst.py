@@ -100,7 +100,7 @@ def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> t
     more = f", {times:.1f} times as many" if burst.answered else ""
     line = (
         f"the search server answers {burst.per_second:,.1f} queries/s of {burst.clients} clients at a time "
-        f"({burst.failed} of {burst.failed + burst.answered} had no answer in time), the planned rollout asks "
+        f"({burst.failed} of {burst.failed + burst.answered} had no answer in time), the planned rollout needs "
         f"{needed_per_s:,.1f}/s{more}; give the server more cores or GPUs, divide its index over more servers, or "
         "use an IVF index (docs/retrieval.md)"
     )

@@ -21,10 +21,10 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
     for where, record in read_json_lines(path, key=key):
         passage = parse_passage(record, where)
         if passage.id in passages:
-            raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
+            raise ConfigError(f"{where}: id {passage.id!r} occurs twice; ids must be unique")
         passages[passage.id] = passage
     if not passages:
-        raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
+        raise ConfigError(f"{key}: {path} has no passage; give a corpus with at least one")
     return list(passages.values())
 
 

@@ -78,7 +78,7 @@ class CorpusFile(Sequence[Passage]):
         with contextlib.suppress(ConfigError):
             if (record := parse_line(line, where)) is not None:
                 return parse_passage(record, where)
-        raise ConfigError(f"{where}: not the line that was indexed; build the index anew")
+        raise ConfigError(f"{where}: not the line that was indexed; rebuild the index")
 
 
 def scan(
@@ -119,7 +119,7 @@ def scan(
         passage = parse_passage(record, where)
         name = int.from_bytes(hashlib.blake2b(passage.id.encode(), digest_size=8).digest())
         if name in seen:
-            raise ConfigError(f"{where}: id {passage.id!r} stands there a second time; ids must be unique")
+            raise ConfigError(f"{where}: id {passage.id!r} occurs twice; ids must be unique")
         seen.add(name)
         offsets.append(start)
     if number and not offsets:
@@ -127,7 +127,7 @@ def scan(
             f"--part is {part[0]}/{part[1]}; allowed: at most as many parts as {path} has passages ({number})"
         )
     if not offsets:
-        raise ConfigError(f"{key}: {path} holds no passage; give a corpus with at least one")
+        raise ConfigError(f"{key}: {path} has no passage; give a corpus with at least one")
     return np.array(offsets, dtype=np.int64)
 
 
@@ -135,7 +135,7 @@ def _lines(path: str | Path, key: str) -> Iterator[tuple[str, int, bytes]]:
     try:
         if is_packed(path):
             raise ConfigError(
-                f"{key}: {path} is packed, and passages are read from it by their place; unpack it first (gunzip, "
+                f"{key}: {path} is compressed, but passages are read by their position; unpack it first (gunzip, "
                 "bunzip2, unxz or unzstd)"
             )
         with open(path, "rb") as stream:

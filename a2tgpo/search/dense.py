@@ -92,7 +92,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
     if not getattr(faiss, "get_num_gpus", lambda: 0)():
         raise ConfigError(
             "--gpu: this FAISS sees no GPU; allowed where nvidia-smi shows one and faiss-gpu-cu13-cuvs (or another "
-            "build for GPUs) is installed in place of faiss-cpu"
+            "build for GPUs) is installed instead of faiss-cpu"
         )
     options = faiss.GpuMultipleClonerOptions()
     options.shard, options.useFloat16 = True, True

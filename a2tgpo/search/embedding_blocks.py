@@ -96,8 +96,8 @@ class EmbeddingBlocks:
             is_same = False
         if not is_same:
             raise ConfigError(
-                f"--out: {self.folder} holds embeddings of another corpus, part or encoder; give the options that it "
-                "was begun with, another --out, or remove that folder"
+                f"--out: {self.folder} has embeddings of another corpus, part or encoder; give the same options "
+                "as before, another --out, or remove that folder"
             )
 
 

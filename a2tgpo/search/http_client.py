@@ -101,7 +101,7 @@ class HttpSearch:
         if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
-            raise SearchUnavailableError(f"{self.url} has not answered for a while; not asked")
+            raise SearchUnavailableError(f"{self.url} has not answered for a while; not queried")
         retrying = Retrying(
             stop=stop_after_attempt(self._max_attempts),
             wait=wait_exponential_jitter(initial=self._first_wait_s, max=8, jitter=self._first_wait_s),

@@ -82,7 +82,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
     if found != expected:
         raise ConfigError(
             f"--index: {folder} was built over another corpus ({description['corpus']['name']}, {expected}) than "
-            f"{corpus} ({found}); give that one, or build anew with tools/build_index.py"
+            f"{corpus} ({found}); give that corpus, or rebuild the index with tools/build_index.py"
         )
     try:
         # Check the files before opening any: FAISS allocates the length that a file states, so a damaged file may
@@ -91,7 +91,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
         if changed := sorted(
             name for name in description["files"] if files.get(name) != description["files"][name]
         ):
-            raise ValueError(f"{changed[0]} is not as it was written")
+            raise ValueError(f"{changed[0]} has changed since it was written")
         offsets = np.load(folder / OFFSETS, mmap_mode="r", allow_pickle=False)
         passages = CorpusFile(corpus, offsets)
         if description["kind"] == "bm25":
@@ -99,7 +99,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
         serving = serving or DenseServing()
         neighbours = open_neighbours(folder / FAISS_FILE, serving, built_nprobe=description.get("nprobe", 0))
     except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"--index: {folder} is damaged ({first_line(error):.120}); build it anew") from None
+        raise ConfigError(f"--index: {folder} is damaged ({first_line(error):.120}); rebuild it") from None
     settings = description["encoder"] | ({"path": serving.encoder_path} if serving.encoder_path else {})
     encoder = Encoder(EncoderSettings(**settings), dtype=serving.dtype)
     index = DenseIndex(passages, encoder=encoder, neighbours=neighbours, num_threads=serving.num_threads)
@@ -124,7 +124,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:
-        raise ConfigError(f"--index: {path} is damaged or of another version; build the index anew")
+        raise ConfigError(f"--index: {path} is damaged or of another version; rebuild the index")
     return description
 
 

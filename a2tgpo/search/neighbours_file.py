@@ -109,7 +109,7 @@ def _write_flat(path: Path, blocks: EmbeddingBlocks, *, dim: int) -> None:
     is_right = written.ntotal == blocks.num_passages and np.array_equal(
         written.reconstruct(blocks.num_passages - 1), last
     )
-    assert is_right, "this FAISS has another format of Flat indices than the one that is written here"
+    assert is_right, "this FAISS uses another format for Flat indices than this program"
 
 
 def _refused(factory: str, error: RuntimeError) -> ConfigError:

@@ -34,6 +34,6 @@ def read_token(path: str, *, key: str) -> str | None:
             token = ""
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
-            f"{where}: holds no token; allowed: 8 to 4096 printable ASCII characters without blanks"
+            f"{where}: has no token; allowed: 8 to 4096 printable ASCII characters without blanks"
         )
     return token

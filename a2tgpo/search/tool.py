@@ -155,6 +155,6 @@ def build_search(
             client.close()
             key = "search.url_file" if config.url_file else "search.url"
             raise ConfigError(
-                f"{key}: {error}; start the server (tools/retrieval_server.py) or correct it"
+                f"{key}: {error}; start the server (tools/retrieval_server.py) or correct the address"
             ) from None
     return CachedSearch(client, top_k=config.top_k, tells_outages=tells_outages)

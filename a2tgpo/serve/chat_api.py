@@ -98,9 +98,9 @@ def build_app(
         except BadRequestError as error:
             return _error(400, str(error))
         except InboxFullError:
-            return _error(429, "too many questions wait; ask again later")
+            return _error(429, "too many questions are waiting; try again later")
         except InboxClosedError:
-            return _error(503, "the server is ending")
+            return _error(503, "the server is shutting down")
         return JSONResponse(_completion(played, template, name))
 
     return app

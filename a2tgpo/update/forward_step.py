@@ -60,13 +60,13 @@ def run_pipeline(
         count += -count % groups.pp_size
     filler = [empty_batch(policy.alignment)] * (count - real_count)
     batches = [batch.to(groups.device) for batch in (*microbatches, *filler)]
-    asked = [_asked(batch, groups) for batch in batches] if groups.is_pipeline_last else []
+    scored = [_scored_rows(batch, groups) for batch in batches] if groups.is_pipeline_last else []
     # Megatron divides the loss by `count` and multiplies it by cp_size (schedules.py, forward_step_calc_loss), and
     # divides the gradients by dp_size * cp_size (distributed_data_parallel.py, gradient_scaling_factor).
     scale = 1.0 if forward_only else float(count * groups.dp_size)
 
     def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs, entropy = _logprobs(policy, logits, batches[number], asked[number], distribution)
+        logprobs, entropy = _logprobs(policy, logits, batches[number], scored[number], distribution)
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
@@ -82,7 +82,7 @@ def run_pipeline(
             batch.positions,
             batch.cu_seqlens,
             tree=batch.tree,
-            output_rows=asked[number].rows if groups.is_pipeline_last else None,
+            output_rows=scored[number].rows if groups.is_pipeline_last else None,
         )
         return output, partial(finish, number)
 
@@ -98,7 +98,7 @@ def run_pipeline(
     )
 
 
-class _Asked(NamedTuple):
+class _ScoredRows(NamedTuple):
     """The division of a micro-batch over context-parallel ranks, and the rows that need log-probs."""
 
     positions: Tensor
@@ -110,21 +110,21 @@ class _Asked(NamedTuple):
     """
 
 
-def _asked(batch: PackedBatch, groups: ParallelGroups) -> _Asked:
+def _scored_rows(batch: PackedBatch, groups: ParallelGroups) -> _ScoredRows:
     if groups.cp_size > 1:
         positions = context_positions(batch.cu_seqlens, groups.cp_size).to(groups.device, non_blocking=True)
     else:
         positions = torch.arange(batch.num_tokens, device=batch.tokens.device)[None]
     rows = batch.loss_mask[0, positions[groups.cp_rank]].nonzero()[:, 0]
-    return _Asked(positions, rows if rows.numel() else rows.new_zeros(1))
+    return _ScoredRows(positions, rows if rows.numel() else rows.new_zeros(1))
 
 
 def _logprobs(
-    policy: Policy, logits: Tensor, batch: PackedBatch, asked: _Asked, distribution: TokenDistribution
+    policy: Policy, logits: Tensor, batch: PackedBatch, scored: _ScoredRows, distribution: TokenDistribution
 ) -> tuple[Tensor, Tensor]:
     """Compute log p of the batch's targets and the entropies, [T] each and 0 where masked, from the rows' logits."""
-    groups, own = policy.groups, asked.positions[policy.groups.cp_rank]
-    targets = batch.targets[0, own[asked.rows]]
+    groups, own = policy.groups, scored.positions[policy.groups.cp_rank]
+    targets = batch.targets[0, own[scored.rows]]
     found = token_logprobs(
         logits,
         targets,
@@ -134,9 +134,9 @@ def _logprobs(
     )
 
     def over_the_row(values: Tensor) -> Tensor:
-        values = values.new_zeros(own.numel()).index_copy(0, asked.rows, values)
+        values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
-            values = gather_context(values, asked.positions, groups.cp_group)
+            values = gather_context(values, scored.positions, groups.cp_group)
         return values.where(batch.loss_mask[0], 0.0)  # also masks row [0] if no row is needed
 
     # Scatter separately: stacked, autograd would run backward through entropies that no loss uses.

@@ -113,7 +113,8 @@ class WarmStartFolder:
         """
         if fault := self._writer.wait():
             raise RuntimeError(
-                f"the checkpoint of step {self.saved_step} could not be written: {fault}. Make room and start again"
+                f"the checkpoint of step {self.saved_step} could not be written: {fault}. Free disk space and "
+                "start again"
             )
 
     def remove_checkpoints(self) -> None:

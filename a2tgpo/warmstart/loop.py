@@ -124,8 +124,8 @@ class WarmStart:
             self.schedule.step()
         elif self._num_skipped == self.config.guard.stop_after_skipped:
             raise RuntimeError(
-                f"an update was not finite and skipped in {self._num_skipped} steps in a row, the last of them step "
-                f"{self.step} (guard.stop_after_skipped); lower warmstart.lr, or look for what is wrong with "
+                f"a non-finite update was skipped in {self._num_skipped} steps in a row, up to step "
+                f"{self.step} (guard.stop_after_skipped); lower warmstart.lr, or check "
                 f"{self.settings.demonstrations}"
             )
         self._longest_step_s = max(self._longest_step_s, time.monotonic() - begin)
@@ -167,8 +167,8 @@ class WarmStart:
         )
         if state.get("demonstrations") != self.examples.fingerprint:
             raise ConfigError(
-                f"warmstart.demonstrations: {self.settings.demonstrations} does not hold what {checkpoint} was "
-                "trained on; give the same file, or begin anew (--resume none)"
+                f"warmstart.demonstrations: {self.settings.demonstrations} differs from the file that "
+                f"{checkpoint} was trained on; give that file, or start over (--resume none)"
             )
         self.sampler.load_state_dict(state["sampler"])
         return int(state["step"])

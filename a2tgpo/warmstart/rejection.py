@@ -62,8 +62,8 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
         step: files for step, files in found.items() if first <= step and (last is None or step <= last)
     }
     if not chosen:
-        there = f"steps {step_ranges(found)}" if found else "none"
-        raise ConfigError(f"{run}/rollouts holds no rollouts of the steps asked for; there are {there}")
+        recorded = f"steps {step_ranges(found)}" if found else "none"
+        raise ConfigError(f"{run}/rollouts has no rollouts of the requested steps; it has {recorded}")
     return chosen
 
 
@@ -78,8 +78,8 @@ def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
             yield from read_part(path)
         except FileNotFoundError:
             raise ConfigError(
-                f"{path}: the run has removed it meanwhile (run.keep_rollouts_gb); start again, or with --steps "
-                "from a later one on"
+                f"{path}: the run has removed it in the meantime (run.keep_rollouts_gb); start again, or give "
+                "later --steps"
             ) from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
@@ -176,11 +176,11 @@ def demonstrations_of(
                 reason = reject(record, filters)
                 is_known = record["prompt_id"] in by_id
             except (KeyError, TypeError):
-                raise ConfigError(f"{files[0]} holds no rollouts of this program") from None
+                raise ConfigError(f"{files[0]} has no rollouts of this program") from None
             if not is_known:
                 raise ConfigError(
-                    f"{files[0]} has a rollout of question {record['prompt_id']!r:.60}, which the questions lack; "
-                    "give the run's own data.train (--questions)"
+                    f"{files[0]} has a rollout of question {record['prompt_id']!r:.60}, which is not among the "
+                    "questions; give the run's own data.train (--questions)"
                 )
             if reason:
                 counts[reason] += 1

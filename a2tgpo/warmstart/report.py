@@ -88,7 +88,8 @@ class Report:
             self._bar.close()
             saved = f"saved as {self._folder}/checkpoints/step_{step}" if step else "nothing to save yet"
             print(
-                f"stopped after step {step} of {self._steps}: {reason}; {saved}; the next start goes on from there "
+                f"stopped after step {step} of {self._steps}: {reason}; {saved}; the next start continues from "
+                "there "
                 f"(exit code {START_AGAIN})",
                 file=sys.stderr,
                 flush=True,

@@ -42,13 +42,13 @@ def require_target(config: RunConfig) -> None:
         place = path.resolve()
         if place.is_relative_to(target) or target.is_relative_to(place) or _is_same(place, target):
             raise ConfigError(
-                f"model.path is {given!r}, which a warm start writes as a whole; allowed: a folder apart from "
+                f"model.path is {given!r}, which a warm start replaces as a whole; allowed: a folder outside "
                 f"{key} ({path})"
             )
     if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
         raise ConfigError(
-            f"model.path is {given!r}, which a warm start would replace, but no warm start has written it (it has no "
-            f"{MARKER}); give a new folder, or move that one away"
+            f"model.path is {given!r}, which a warm start would replace, but it was not written by a warm start "
+            f"(it has no {MARKER}); give a new folder, or move this one away"
         )
 
 

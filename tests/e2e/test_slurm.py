@@ -249,7 +249,7 @@ def test_a_job_says_at_its_first_start_what_was_edited_after_its_submission(dist
     assert "edited after" not in log, log
     (line,) = [line for line in disturbed.second.log.splitlines() if "edited after" in line]
     assert re.fullmatch(
-        r"slurm: edited after the job was submitted \(\S+\), and followed: configs/edited.yaml", line
+        r"slurm: edited after the job was submitted \(\S+\), and used: configs/edited.yaml", line
     )
 
 

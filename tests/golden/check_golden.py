@@ -47,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     files = sorted(args.directory.glob("*.json"))
     if not files:
-        print(f"error: {args.directory} holds no *.json; give a folder of golden files", file=sys.stderr)
+        print(f"error: {args.directory} has no *.json; give a folder of golden files", file=sys.stderr)
         return 2
     failed = unreadable = 0
     for path in files:

@@ -76,13 +76,13 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError if the run in `folder` was started with another configuration than `config`."""
     if not (folder / CONFIG_FILE).exists():
         return
-    begun = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
+    recorded = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
     for key, value in leaves(config_to_dict(config)):
         # The whole folder may have been moved.
-        if key != "run.root" and begun[key] != value:
+        if key != "run.root" and recorded[key] != value:
             raise ConfigError(
-                f"{folder} was begun with {key}={begun[key]!r}, now it is {value!r}; "
-                "give another --out, or remove that folder to run it anew"
+                f"{folder} was started with {key}={recorded[key]!r}, but it is now {value!r}; "
+                "give another --out, or remove that folder to repeat the run"
             )
 
 
@@ -112,7 +112,7 @@ class Progress:
         self._seen = {run.name: (0.0, run.step()) for run in runs}
         """For each run, the time of the last change of its metrics, and its number of steps."""
         self._total = total_steps
-        self._begun_at = self._done = sum(step for _, step in self._seen.values())
+        self._first_done = self._done = sum(step for _, step in self._seen.values())
         self._start = time.monotonic()
         self._bar = tqdm(
             total=total_steps,
@@ -140,7 +140,7 @@ class Progress:
         self._ended_runs += 1
         scores = [record["evaluation/em"] for record in result.evaluations()]
         became = f"held-out EM {scores[0]:.3f} to {scores[-1]:.3f}" if result.is_finished else result.fault
-        made = self._done - self._begun_at
+        made = self._done - self._first_done
         to_do = self._total - self._done
         seconds = (time.monotonic() - self._start) / made * to_do if made else 0.0
         left = f"; about {seconds / 60:.0f} min left" if made and to_do else ""
@@ -216,7 +216,7 @@ def report_so_far(out: Path) -> None:
     try:
         write_report(out)
     except (OSError, ValueError) as error:
-        tqdm.write(f"ablation: no report this time: {error}", file=sys.stderr)
+        tqdm.write(f"ablation: could not write the report: {error}", file=sys.stderr)
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
@@ -258,7 +258,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--presets", type=path_argument, default=PRESETS, help="folder of the methods (default: %(default)s)"
     )
     parser.add_argument(
-        "--report", type=path_argument, metavar="DIR", help="only write tables and figures of DIR anew"
+        "--report", type=path_argument, metavar="DIR", help="only rewrite tables and figures of DIR"
     )
     add_overrides(parser)
     # Values may follow options: the plain parser would consume all positionals at the first one.
@@ -277,7 +277,10 @@ def parse_plan(options: argparse.Namespace) -> Plan:
     for override in options.overrides:
         key = override.partition("=")[0].strip()
         require(
-            key not in OWN_KEYS, "command line", override, f"anything but {', '.join(OWN_KEYS)}, set here"
+            key not in OWN_KEYS,
+            "command line",
+            override,
+            f"any key but {', '.join(OWN_KEYS)}, which this program sets",
         )
     methods = list(dict.fromkeys(options.methods.split(",")))
     known = sorted(path.stem for path in options.presets.glob("*.yaml"))
@@ -311,7 +314,7 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ablation: interrupted; the same command goes on from here", file=sys.stderr)
+        print("ablation: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 1 if failed else 0
 

@@ -142,18 +142,18 @@ def report_text(methods: Sequence[str], results: Sequence[RunResult], rows: Sequ
 
 
 def setting_text(results: Sequence[RunResult]) -> str:
-    begun = next((result for result in results if result.config is not None), None)
-    if begun is None or begun.config is None:
-        return "No run has begun."
-    config = begun.config
+    started = next((result for result in results if result.config is not None), None)
+    if started is None or started.config is None:
+        return "No run has started."
+    config = started.config
     questions = [r["evaluation/num_questions"] for result in results for r in result.evaluations()]
     return (
         f"{config.model.path} on {config.data.train}, {config.run.steps} steps of "
         f"{config.rollout.prompts_per_step} prompts × {config.rollout.group_size} rollouts"
         + (f", evaluated greedily on {questions[-1]:.0f} held-out questions. " if questions else ". ")
-        + "± is the half of the 95 % interval of the mean over seeds (Student's t), ? where one seed leaves it "
-        "unknown; what another choice of questions would change is not in it. Runs of one seed were dealt the same "
-        "questions in the same order; those with dynamic sampling asked more of them."
+        + "± is half of the 95 % interval of the mean over seeds (Student's t), ? for a single seed; it does "
+        "not include the effect of another choice of questions. Runs with the same seed got the same questions "
+        "in the same order; dynamic sampling used more of them."
     )
 
 
@@ -168,8 +168,9 @@ def em_table(by_method: Mapping[str, Sequence[Row]], *, base: str) -> str:
         )
         lines.append([method, str(len(rows)), *cells, "" if method == base else difference_cell(difference)])
     note = (
-        f"The difference is that of the mean of the last {LAST_EVALUATIONS} evaluations after step 0, seed by seed; "
-        "bold where its interval leaves out 0. The best of several evaluations picks luck, so it is too high."
+        f"The difference is between the means of the last {LAST_EVALUATIONS} evaluations after step 0, seed by "
+        "seed; bold if its interval excludes 0. The best of several evaluations selects lucky ones, so it is "
+        "too high."
     )
     return markdown_table([*header, f"difference to {base}"], lines) + f"\n\n{note}"
 
@@ -206,7 +207,7 @@ def budget_table(by_method: Mapping[str, Sequence[Row]]) -> str:
     note = (
         "Means over a method's runs. Groups dropped by dynamic sampling count as played. Seconds are those of steps, "
         "evaluations and checkpoints, without start-up; runs played side by side slow each other down. "
-        "Information gain is scored in every run, also where the method makes no use of it."
+        "Information gain is scored in every run, also if the method does not use it."
     )
     return markdown_table(["method", *columns], lines) + f"\n\n{note}"
 

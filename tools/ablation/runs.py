@@ -157,6 +157,6 @@ def last_words(log: Path) -> str:
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     starts = [number for number, line in enumerate(lines) if line.startswith(ATTEMPT_MARK)]
-    said = [line for line in lines[starts[-1] + 1 if starts else 0 :] if line]
-    errors = [line for line in said if line.startswith("error:")]
-    return (errors or said or ["it said nothing"])[-1]
+    output = [line for line in lines[starts[-1] + 1 if starts else 0 :] if line]
+    errors = [line for line in output if line.startswith("error:")]
+    return (errors or output or ["no output"])[-1]

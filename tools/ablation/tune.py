@@ -97,7 +97,12 @@ class Tuner:
     def best(self, trials: Sequence[Trial]) -> Trial:
         """Return the first trial with the highest score. ConfigError if all failed."""
         best = max(trials, key=lambda trial: self.scores[trial])
-        require(math.isfinite(self.scores[best]), "--methods", best.method, "methods of which a trial ends")
+        require(
+            math.isfinite(self.scores[best]),
+            "--methods",
+            best.method,
+            "methods with at least one finished trial",
+        )
         return best
 
     def _score(self, trial: Trial) -> float:

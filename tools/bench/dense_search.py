@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="over all numbers of threads")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each row")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

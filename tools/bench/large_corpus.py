@@ -115,8 +115,8 @@ def main() -> int:
     parser = program_parser(__doc__)
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--words", type=int, default=100, help="of a passage")
-    parser.add_argument("--keep", type=Path, help="folder of corpus and index; what is there is used again")
-    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--keep", type=Path, help="folder of corpus and index; existing files are reused")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     if args.passages < TOP_K or args.words < 1:
         parser.error(f"--passages must be at least {TOP_K}, --words at least 1")

@@ -131,7 +131,7 @@ def rows() -> list[measure.Row]:
     shutdown()
     shutil.rmtree(folder)
     if not is_equal:
-        raise RuntimeError("record: the file does not hold what it held before")
+        raise RuntimeError("record: the file does not contain the original records")
     size = f"{COUNT:,} trajectories, {tokens / 1e6:.1f} M tokens"
     was = "one JSON document, written in the step"
     return [

@@ -127,8 +127,8 @@ def main() -> int:
     parser.add_argument("--clients", default="1,8,80", help="connections at once, level by level")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each level")
     parser.add_argument("--topk", type=int, default=3)
-    parser.add_argument("--repeat", action="store_true", help="ask the same queries again and again")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--repeat", action="store_true", help="repeat the same queries")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     args = parser.parse_args()
     try:
         lines = args.questions.read_text(encoding="utf-8").splitlines()

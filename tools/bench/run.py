@@ -39,9 +39,9 @@ def main() -> int:
     parser.add_argument("benches", nargs="*", metavar="BENCH", help="default: all of those below")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the records")
     parser.add_argument(
-        "--page", type=with_table, default=ROOT / "docs/performance.md", help="holds the table"
+        "--page", type=with_table, default=ROOT / "docs/performance.md", help="file with the table"
     )
-    parser.add_argument("--table-only", action="store_true", help="run nothing, write the records there are")
+    parser.add_argument("--table-only", action="store_true", help="write the table from existing records")
     args = parser.parse_args()
     if unknown := set(args.benches) - set(BENCHES):
         parser.error(f"no bench called {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")

@@ -53,7 +53,7 @@ REAL_ROWS = {
 
 def main() -> int:
     parser = program_parser(__doc__)
-    parser.add_argument("--ranks", default="8,64,512,1024", help="numbers of ranks of which one is played")
+    parser.add_argument("--ranks", default="8,64,512,1024", help="numbers of ranks, one simulated")
     parser.add_argument("--real", default="", help="numbers of real processes, such as 2,4,8")
     parser.add_argument("--page", type=Path, help="replace the tables between the marks of this page")
     args = parser.parse_args()

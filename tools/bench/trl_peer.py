@@ -16,7 +16,7 @@ NAME = "TRL's GRPOTrainer"
 def is_there() -> bool:
     """Return whether TRL's environment exists; print a line if not."""
     if not PYTHON.exists():
-        print(f"rows of {NAME} are left out: no {PYTHON.parents[1].name} here; make setup-trl makes it")
+        print(f"skipping the rows of {NAME}: there is no {PYTHON.parents[1].name}; run make setup-trl")
     return PYTHON.exists()
 
 
@@ -31,15 +31,21 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        request_file, answer_file = Path(folder, "request.json"), Path(folder, "answer.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         measure.run_program(
             script,
-            [PYTHON, *(launcher if ranks > 1 else []), Path(__file__).parent / script, asked, answered],
+            [
+                PYTHON,
+                *(launcher if ranks > 1 else []),
+                Path(__file__).parent / script,
+                request_file,
+                answer_file,
+            ],
             {
                 "PYTHONPATH": str(measure.ROOT),
                 "TRL_EXPERIMENTAL_SILENCE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
             },
         )
-        return json.loads(answered.read_text(encoding="utf-8"))
+        return json.loads(answer_file.read_text(encoding="utf-8"))

@@ -209,10 +209,10 @@ def train(request: dict[str, Any]) -> list[dict[str, float]]:
     questions = load_questions(config.data.train, key="data.train")
     sampler = PromptSampler(len(questions), rollout.prompts_per_step, config.run.seed)
     drawn = [index for _ in range(config.run.steps) for index in sampler.next_indices()]
-    asked = PromptSet(
+    prompt_set = PromptSet(
         [questions[index] for index in drawn], template, max_prompt_tokens=config.data.max_prompt_tokens
     )
-    player = Player(config, tokenizer, asked.prompts(range(len(drawn))))
+    player = Player(config, tokenizer, prompt_set.prompts(range(len(drawn))))
     updates = rollout.prompts_per_step // update.prompts_per_minibatch
     size = update.prompts_per_minibatch * rollout.group_size // request["ranks"]
     with tempfile.TemporaryDirectory() as folder:

@@ -85,8 +85,8 @@ def rows() -> list[measure.Row]:
     ]
     if not trl_peer.is_there():
         return made
-    asked = {"config": CONFIG, "overrides": OVERRIDES, "ranks": RANKS}
-    theirs = trl_peer.run("trl_whole_step.py", asked, ranks=RANKS)["steps"][1:]
+    request = {"config": CONFIG, "overrides": OVERRIDES, "ranks": RANKS}
+    theirs = trl_peer.run("trl_whole_step.py", request, ranks=RANKS)["steps"][1:]
     print(f"  TRL: {theirs}", flush=True)
     shares = ", ".join(
         f"{stage} {sum(s[stage] for s in theirs) / sum(s['step'] for s in theirs):.0%}"

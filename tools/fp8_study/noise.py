@@ -63,7 +63,7 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
     sequences = [_sequence(prompt, turns) for prompt, turns in pieces]
     sequences = [sequence for sequence in sequences if sequence.turns]
     if not sequences:
-        raise ConfigError(f"TEXTS: {path} holds no turn with a token; give demonstrations, rollouts or texts")
+        raise ConfigError(f"TEXTS: {path} has no turn with a token; give demonstrations, rollouts or texts")
     return sequences
 
 

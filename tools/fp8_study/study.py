@@ -50,9 +50,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=text_argument, required=True, help="folder for the table and the figure"
     )
-    parser.add_argument("--sequences", type=int, default=16, help="lines of TEXTS used, the first ones")
+    parser.add_argument("--sequences", type=int, default=16, help="number of lines of TEXTS to use")
     parser.add_argument(
-        "--sample", type=int, default=0, metavar="TOKENS", help="let the model write turns this long"
+        "--sample", type=int, default=0, metavar="TOKENS", help="let the model write turns of this length"
     )
     parser.add_argument(
         "--drift", type=float, default=8e-6, help="movement of every weight; 8 updates at 1e-6"
@@ -80,7 +80,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.recipes:
         require(name in RECIPES, "--recipes", name, " | ".join(RECIPES))
     load_hf_config(args.model)
-    begun = time.process_time()
+    begin = time.process_time()
     tokenizer = load_tokenizer(args.model)
     sequences = read_sequences(args.texts, tokenizer, limit=args.sequences)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
@@ -97,13 +97,13 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "noise.csv", rows)
-    told = {key: value for key, value in vars(args).items() if key != "out"}
+    options = {key: value for key, value in vars(args).items() if key != "out"}
     about = {
-        **told,
+        **options,
         "epsilon": EPSILON,
         "num_turns": sum(len(sequence.turns) for sequence in sequences),
         "num_tokens": sum(end - first for sequence in sequences for first, end in sequence.turns),
-        "cpu_seconds": round(time.process_time() - begun, 1),
+        "cpu_seconds": round(time.process_time() - begin, 1),
     }
     write_json(out / "noise.json", {"study": about, "rows": rows})
     draw(rows, out / "noise.png")

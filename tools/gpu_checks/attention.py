@@ -36,7 +36,7 @@ def check_packed_attention(bench: Bench) -> None:
 def check_context_parallel(bench: Bench) -> None:
     """Compare sequences split over two ranks with whole ones."""
     if bench.world_size < 2 or bench.world_size % 2:
-        return bench.skip("context parallel", f"{bench.world_size} ranks; it takes an even number")
+        return bench.skip("context parallel", f"{bench.world_size} ranks; needs an even number")
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import lay_out
 

@@ -99,32 +99,32 @@ def check_engine_speed(bench: Bench) -> None:
     # The model has no ids beyond the tokenizer's: log-probs of samples leave such ids out, those of sequences include
     # them.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
-    asked = Play(
+    settings = Play(
         path=path,
         dtype="bfloat16" if on_gpu else "float32",
         cache_gib=1.0 if on_gpu else 0.1,
         sequences=64 if on_gpu else 8,
         tokens=64 if on_gpu else 24,
     )
-    off = in_own_process(play, asked)
-    per_sequence = max(0.0, (off.together_s - off.alone_s) / (asked.sequences - 1))
+    off = in_own_process(play, settings)
+    per_sequence = max(0.0, (off.together_s - off.alone_s) / (settings.sequences - 1))
     note = f"a tiny model, async scheduling off; {off.tokens_per_s:.4g} tokens/s"
-    limit = MAX_RESCORED_GAP[asked.dtype]
+    limit = MAX_RESCORED_GAP[settings.dtype]
     bench.at_most("sampled tokens scored again", off.rescored_gap, limit, "nats")
     bench.info("engine step, one sequence", 1e3 * off.alone_s, "ms", note, "decode_step_ms")
     bench.info(
         "engine step, one more sequence",
         1e6 * per_sequence,
         "us",
-        f"of {asked.sequences}",
+        f"of {settings.sequences}",
         "decode_sequence_us",
     )
     if not on_gpu:
         bench.skip("async scheduling", "needs a GPU: vLLM turns it off on CPUs")
         return bench.skip(
-            "engine prefill of the slice", "needs a GPU: a CPU's figure says nothing about a card"
+            "engine prefill of the slice", "needs a GPU: a measurement on a CPU does not predict a card"
         )
-    on = in_own_process(play, Play(**vars(asked) | {"async_scheduling": True}))
+    on = in_own_process(play, Play(**vars(settings) | {"async_scheduling": True}))
     different = sum(tokens != on.tokens[request] for request, tokens in off.tokens.items())
     count = len(off.tokens)
     bench.at_most("async scheduling, sampled tokens scored again", on.rescored_gap, limit, "nats")
@@ -156,40 +156,40 @@ def in_own_process(function: Callable[[Any], Any], argument: Any) -> Any:
         return pool.submit(function, argument).result()
 
 
-def play(asked: Play) -> Played:
-    """Build an engine, and play `asked` on it."""
+def play(settings: Play) -> Played:
+    """Build an engine, and play `settings` on it."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
     config = RolloutConfig(
-        kv_cache_gib=asked.cache_gib,
-        max_concurrent=asked.sequences,
+        kv_cache_gib=settings.cache_gib,
+        max_concurrent=settings.sequences,
         gpu_memory_fraction=0.3,
-        async_scheduling=asked.async_scheduling,
+        async_scheduling=settings.async_scheduling,
     )
-    engine = VllmEngine(asked.path, config=config, model_dtype=asked.dtype, max_model_len=512, seed=0)
+    engine = VllmEngine(settings.path, config=config, model_dtype=settings.dtype, max_model_len=512, seed=0)
     try:
-        return play_on(engine, asked)
+        return play_on(engine, settings)
     finally:
         engine.close()
 
 
-def play_on(engine: Any, asked: Play) -> Played:
-    """Play one sequence alone, then `asked.sequences` concurrently in two rounds, each with its own seed.
+def play_on(engine: Any, settings: Play) -> Played:
+    """Play one sequence alone, then `settings.sequences` concurrently in two rounds, each with its own seed.
 
     Every second sequence stops at a text that a small vocabulary soon produces, like a turn that calls a tool.
     """
     from a2tgpo.refit.verify import probe_tokens
 
     ids = [token % min(engine.num_token_ids, VOCAB_SIZE) for token in probe_tokens(VOCAB_SIZE, 4096)]
-    limits = {"max_tokens": asked.tokens, "temperature": 1.0, "top_p": 1.0}
+    limits = {"max_tokens": settings.tokens, "temperature": 1.0, "top_p": 1.0}
     engine.submit("warm", ids[:16], seed=0, stop=(), **limits)
     _drain(engine)
     engine.submit("alone", ids[16:32], seed=1, stop=(), **limits)
     alone, seconds, steps = _drain(engine)
     alone_s = seconds / steps
     sampled, total_s, together_s = dict(alone), 0.0, 0.0
-    contexts = {f"{number}": ids[number : number + 32] for number in range(asked.sequences)}
+    contexts = {f"{number}": ids[number : number + 32] for number in range(settings.sequences)}
     for turn in (1, 2):
         for name, context in contexts.items():
             seed = 1000 * turn + int(name)

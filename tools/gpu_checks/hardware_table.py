@@ -84,8 +84,8 @@ def _verdict(result: dict[str, Any], check: str) -> str:
         word: sum(row["status"] == status for row in rows)
         for status, word in (("FAIL", "failed"), ("PASS", "passed"), ("SKIP", "skipped"))
     }
-    said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "measured"
-    return f"{said}; {result['seconds'][check]:.0f} s"
+    summary = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "measured"
+    return f"{summary}; {result['seconds'][check]:.0f} s"
 
 
 def _measured(result: dict[str, Any], quantity: str) -> str:

@@ -79,8 +79,8 @@ class RankSync:
             return rows
         if self.rank > 0:
             where = f"rank {self.rank} on {platform.node()}: "
-            told = [dataclasses.asdict(dataclasses.replace(row, note=where + row.note)) for row in rows]
-            self._store.set(f"{check}/{self.rank}", json.dumps(told))
+            records = [dataclasses.asdict(dataclasses.replace(row, note=where + row.note)) for row in rows]
+            self._store.set(f"{check}/{self.rank}", json.dumps(records))
             self._store.get(f"{check}/heard")
             return []
         for rank in range(1, self._world_size):

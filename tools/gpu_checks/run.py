@@ -82,5 +82,5 @@ def _describe(process: subprocess.Popen, log: Path) -> str:
     errors = [
         line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "error:" in line[:60]
     ]
-    last = (errors or lines or ["it wrote nothing"])[-1]
+    last = (errors or lines or ["no output"])[-1]
     return f"{last[:240]} (exit code {process.returncode}; --keep-logs keeps {log.name})"

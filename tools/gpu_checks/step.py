@@ -187,10 +187,10 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
     prompts_per_step = 2 * bench.world_size
     capitals = list(CITIES.items())
     # As many questions as a step has prompts, so that the step has enough.
-    asked = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
+    drawn = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
     questions = [
         {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}
-        for i, (country, city) in enumerate(asked)
+        for i, (country, city) in enumerate(drawn)
     ]
     corpus = [
         {"id": str(i), "contents": f"{country}\nThe capital of {country} is {city}."}

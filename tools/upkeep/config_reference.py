@@ -35,12 +35,12 @@ Paths are relative to the folder in which the program starts. Keys without a def
 YAML and on the command line, where it needs quotes because shells expand `[`: `'tools.names=[search,calculator]'`.
 
 In paths, `run.name` and `search.url`, a leading `~` or `~USER` and every `${NAME}` or `$NAME` of an environment
-variable are replaced, and `$$` stands for `$`; a variable that is not set or empty is an error. The same holds for
-`base:` and for the paths among the arguments of every program. `runs/NAME/config.yaml` holds the result.
+variable are replaced, and `$$` means `$`; a variable that is empty or not set is an error. The same applies to
+`base:` and to the paths among the arguments of every program. `runs/NAME/config.yaml` contains the result.
 
 Numbers are in base 10: YAML would read `012` in base 8 and `1:30` in base 60, so both are refused. `1e-5` is a
-number here though YAML reads a text, `1_000` is 1000, and `0x1f` is 31. `yes`, `no`, `on` and `off` are true and
-false, as in YAML; where a text is meant, put them in quotes. Files are in UTF-8.
+number here although YAML reads it as a text, `1_000` is 1000, and `0x1f` is 31. `yes`, `no`, `on` and `off` are true
+and false, as in YAML; put them in quotes if you mean a text. Files are in UTF-8.
 """
 
 

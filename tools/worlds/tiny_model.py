@@ -158,7 +158,7 @@ def texts_of(data: Path) -> Iterator[str]:
 
     path = data / "demonstrations.jsonl"
     if not path.is_file():
-        raise ConfigError(f"--data {data} holds no demonstrations.jsonl; make it with tools/prepare_data.py")
+        raise ConfigError(f"--data {data} has no demonstrations.jsonl; create it with tools/prepare_data.py")
     for demonstration in load_demonstrations(str(path), key="--data"):
         yield demonstration.question.question
         for text, observation in demonstration.turns:

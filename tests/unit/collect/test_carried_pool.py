@@ -117,7 +117,7 @@ def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
     carried: list[Entry] = []
     for step in range(25):
         dealt = sampler.next_indices(
-            num_groups + partial.extra_prompts - len(carried), asked=[e.question for e in carried]
+            num_groups + partial.extra_prompts - len(carried), excluded=[e.question for e in carried]
         )
         in_play = carried + [
             Entry(begun=step, index=index, question=question, replica=0)

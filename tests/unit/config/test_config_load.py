@@ -130,28 +130,28 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ("algorithm: {gamma: 1.5}", "algorithm.gamma is 1.5; allowed: in [0, 1]"),
         ("rollout: {group_size: 0}", "rollout.group_size is 0; allowed: >= 1"),
         ("update: {prompts_per_minibatch: 7}", "update.prompts_per_minibatch is 7; allowed: a divisor of"),
-        ("update: {lr: 1, lr: 2}", "line 6, column 17: not valid YAML (key 'lr' stands there a second time)"),
+        ("update: {lr: 1, lr: 2}", "line 6, column 17: not valid YAML (key 'lr' occurs twice)"),
         ("update: {lr: 1", "not valid YAML"),
         ("\tupdate: 1", "line 6, column 1: not valid YAML"),
         ("update: {lr: 2024-13-45}", "not valid YAML"),
         ("update: !!python/object/apply:os.getcwd []", "not valid YAML"),
         (
             "update: {lr: [&a [1], &b [*a, *a]]}",
-            "line 6, column 27: not valid YAML (*a stands for more than one",
+            "line 6, column 27: not valid YAML (*a is an alias of a list",
         ),
-        ("update: &a {lr: 1}\nrollout: {<<: *a}", "not valid YAML (*a stands for more than one value"),
+        ("update: &a {lr: 1}\nrollout: {<<: *a}", "not valid YAML (*a is an alias of a list or mapping"),
         ("rollout: {group_size: 0x" + "f" * 9000 + "}", "not valid YAML (integer past 2^1024)"),
-        ("update: {lr: 1" + ":59" * 300 + ".5}", "is a number in base 60 there"),
+        ("update: {lr: 1" + ":59" * 300 + ".5}", "is a number in base 60 in YAML"),
         (
             "rollout: {max_turns: 012}",
-            "line 6, column 22: not valid YAML (012 is a number in base 8 there; write it in",
+            "line 6, column 22: not valid YAML (012 is a number in base 8 in YAML; write it in",
         ),
         (
             "algorithm: {ratio: 007}",
-            "(007 is a number in base 8 there; write it in base 10, or a text in quotes)",
+            "(007 is a number in base 8 in YAML; write it in base 10, or in quotes if it is a text)",
         ),
-        ("rollout: {max_turns: 1:30}", "(1:30 is a number in base 60 there; write it in base 10"),
-        ("update: {lr: 1:30.5}", "(1:30.5 is a number in base 60 there"),
+        ("rollout: {max_turns: 1:30}", "(1:30 is a number in base 60 in YAML; write it in base 10"),
+        ("update: {lr: 1:30.5}", "(1:30.5 is a number in base 60 in YAML"),
         ("rollout: {max_turns: 1e3}", "rollout.max_turns is '1e3'; allowed: an integer"),
         ("warmstart: {source: on}", "warmstart.source is True; allowed: a text (put it in quotes)"),
         ("warmstart: {source: 2026-11-28}", "allowed: a text (put it in quotes)"),
@@ -265,7 +265,7 @@ def test_base_that_is_missing_circular_or_no_path_is_refused(tmp_path):
     assert refusal(path).startswith(f"{path}: base: no configuration file {tmp_path}/gone.yaml")
     write(tmp_path, "base: sub/b.yaml", "a.yaml")
     write(tmp_path, "base: ../a.yaml", "sub/b.yaml")
-    assert "goes round in a circle: " in refusal(str(tmp_path / "a.yaml"))
+    assert "forms a cycle: " in refusal(str(tmp_path / "a.yaml"))
     assert "base is ['x']; allowed: the path of one YAML file" in refusal(write(tmp_path, "base: [x]"))
 
 
@@ -341,7 +341,7 @@ def test_home_and_variables_in_paths_are_replaced_wherever_they_are_set(tmp_path
         ("model.path=${oc.env:HOME}/m", "allowed in ${...}: the name of an environment variable"),
         ("model.path=${HOME:-/x}/m", "allowed in ${...}: the name of an environment variable"),
         ("model.path=${HOME", "allowed in ${...}: the name of an environment variable"),
-        ("search.corpus=~nobody-here/c", "but ~nobody-here is no user with a home folder"),
+        ("search.corpus=~nobody-here/c", "but ~nobody-here is not a user with a home folder"),
     ],
 )
 def test_a_path_that_cannot_be_expanded_is_one_line(tmp_path, monkeypatch, override, says):

@@ -68,7 +68,7 @@ def test_seeds_that_not_every_generator_takes_are_refused(seed):
 
 def test_a_scaffold_is_more_than_a_tag_that_may_be_left_out():
     for scaffold in ("", "<think>", "</think>"):
-        with pytest.raises(ConfigError, match=r"rollout\.gain\.scaffold is .*; allowed: a text besides"):
+        with pytest.raises(ConfigError, match=r"rollout\.gain\.scaffold is .*; allowed: a text other than"):
             GainConfig(scaffold=scaffold)
 
 

@@ -79,7 +79,7 @@ def test_bad_turns_are_refused_with_their_line(tmp_path, turns, says):
 
 
 def test_file_without_demonstration_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"warmstart\.demonstrations: .* holds no demonstration"):
+    with pytest.raises(ConfigError, match=r"warmstart\.demonstrations: .* has no demonstration"):
         load(tmp_path)
 
 

@@ -363,7 +363,7 @@ MISTAKES = {
     "answers that are no list": (
         "popqa",
         "id\tquestion\tpossible_answers\n1\tq\tpolitician\n",
-        "line 2: `possible_answers` is no JSON list",
+        "line 2: `possible_answers` is not a JSON list",
     ),
     "latin-1 in a table": (
         "bamboogle",
@@ -372,11 +372,11 @@ MISTAKES = {
     ),
     "UTF-16": ("hotpotqa", "[]".encode("utf-16"), "not UTF-8 but UTF-16"),
     "ZIP archive": ("jsonl", b"PK\x03\x04rest", "is a ZIP archive; unpack it"),
-    "empty file": ("jsonl", "", "holds no question with an answer (no item)"),
+    "empty file": ("jsonl", "", "has no question with an answer (no item)"),
     "test split without answers": (
         "hotpotqa",
         '[{"_id": "1", "question": "q"}]',
-        "holds no question with an answer (1 x no answer)",
+        "has no question with an answer (1 x no answer)",
     ),
 }
 

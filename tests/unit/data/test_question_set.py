@@ -81,7 +81,7 @@ def test_bad_record_is_one_line_with_its_line_number(tmp_path, bad, says):
 
 
 def test_empty_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.test: .* holds no question"):
+    with pytest.raises(ConfigError, match=r"data\.test: .* has no question"):
         load_questions(write(tmp_path, b"", b"  "), key="data.test")
     with pytest.raises(ConfigError, match=r"data\.train: cannot read .*nowhere\.jsonl \(No such file"):
         load_questions(str(tmp_path / "nowhere.jsonl"))

@@ -78,7 +78,7 @@ def drawn_steps(draw) -> tuple[int, int, list[list[int]]]:
 def deal(sampler: PromptSampler, sizes: list[int]) -> list[int]:
     asked: list[int] = []
     for size in sizes:
-        asked += sampler.next_indices(size, asked=asked)
+        asked += sampler.next_indices(size, excluded=asked)
     return asked
 
 

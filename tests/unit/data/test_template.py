@@ -100,10 +100,10 @@ def test_a_question_that_spells_control_tokens_is_text(tokenizer, question):
         (
             CHATML.replace("{% for m in messages %}", "{% for m in messages[1:] %}"),
             "Be brief.",
-            "data.instructions out",
+            "ignores data.instructions",
         ),
-        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "Be brief.", "data.instructions out"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "", "leaves the question out"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "Be brief.", "ignores data.instructions"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "", "ignores the question"),
         (CHATML.partition("{% if add_generation_prompt %}")[0], "Be brief.", "no generation header"),
         (CHATML.partition("{% if add_generation_prompt %}")[0], "", "no generation header"),
     ],
@@ -140,7 +140,7 @@ def test_of_several_templates_the_default_is_rendered_and_without_one_all_are_na
     assert prompt == PromptTemplate(tokenizer, "Be brief.").render("Why?")
     tokenizer.chat_template = {"tool_use": OPENED, "rag": CHATML}
     with pytest.raises(
-        ConfigError, match=r"toy has chat templates named rag, tool_use, and none named default; write"
+        ConfigError, match=r"toy has chat templates named rag, tool_use, but none named default; copy"
     ):
         PromptTemplate(tokenizer, "Be brief.")
 
@@ -191,7 +191,9 @@ def test_variables_reach_the_template_and_those_it_does_not_use_are_refused(toke
     ):
         PromptTemplate(tokenizer, "", kwargs={"enable_thinkin": False})
     for name in ("messages", "tokenize", "add_generation_prompt", "strftime_now"):
-        with pytest.raises(ConfigError, match=rf"kwargs\.{name} is True; allowed: left to the program"):
+        with pytest.raises(
+            ConfigError, match=rf"kwargs\.{name} is True; allowed: a name that the program does not use"
+        ):
             PromptTemplate(tokenizer, "", kwargs={name: True})
 
 

@@ -87,7 +87,7 @@ def test_a_start_that_failed_before_its_first_answer_binds_nobody(tmp_path):
     open_log(tmp_path, {"run.seed": 1})
     assert open_log(tmp_path, {"run.seed": 2}) == {}
     write(tmp_path, 0, (GREEDY, answer("a")))
-    with pytest.raises(ConfigError, match=r"run\.seed 2, now it is 1"):
+    with pytest.raises(ConfigError, match=r"run\.seed 2, but it is now 1"):
         open_log(tmp_path, {"run.seed": 1})
 
 
@@ -119,7 +119,7 @@ def test_an_evaluation_that_an_earlier_version_began_goes_on(begun):
 def test_a_setting_that_decides_answers_is_refused_by_name(begun, override):
     _, weights, sets, out = begun
     other = load_config("configs/quickstart.yaml", [override])
-    with pytest.raises(ConfigError, match=override.partition("=")[0] + ".*set it back, choose another --out"):
+    with pytest.raises(ConfigError, match=override.partition("=")[0] + ".*restore it, choose another --out"):
         open_log(out, evaluation_settings(other, weights.identity, sets))
 
 

@@ -57,7 +57,7 @@ def test_a_fingerprint_sees_names_sizes_and_ends_and_not_where_the_folder_is(tmp
 def test_the_checkpoints_to_come_count_the_new_one_and_the_weights_that_stay(tmp_path):
     def to_come(**settings: object) -> tuple[int, int]:
         overrides = [f"run.root={tmp_path}", *(f"{k.replace('__', '.')}={v}" for k, v in settings.items())]
-        kept = needs.kept_to_come(load_config("configs/quickstart.yaml", overrides))
+        kept = needs.checkpoints_to_come(load_config("configs/quickstart.yaml", overrides))
         return kept.whole, kept.weights_only
 
     settings = {

@@ -69,7 +69,7 @@ def test_an_alarm_starts_and_ends_at_the_second_step_in_a_row(name):
 def test_the_limit_of_a_change_is_told_with_its_base_line():
     entropies = [0.8, 1.2, 0.05, 0.05]
     _, lines = play(make(), [SOUND | {"entropy/mean": value} for value in entropies])[-1]
-    assert "entropy/mean is 0.05, limit 0.1 (guard.min_entropy_share 0.1, base line 1)" in lines[0]
+    assert "entropy/mean is 0.05, limit 0.1 (guard.min_entropy_share 0.1, baseline 1)" in lines[0]
 
 
 def test_the_clipping_range_that_counts_is_the_narrower_one():

@@ -74,7 +74,7 @@ def test_the_range_that_is_advised_ends_the_complaint(measured):
         return [noise.watch(squares(measured**2, measured**2))[1] for _ in range(FIRST_STEPS)][-1]
 
     line = last_line()
-    assert "take model.fp8 out, or set" in line
+    assert "turn model.fp8 off, or set" in line
     advised = [word for word in line.split() if word.startswith("algorithm.clip")]
     assert last_line(*advised).endswith("the policy decides what is clipped")
     high, low = (float(word.split("=")[1]) for word in reversed(advised))

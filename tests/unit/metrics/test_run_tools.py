@@ -139,7 +139,7 @@ def test_rollouts_are_shown_in_the_order_asked_for(tmp_path):
     assert "    Lima" in out
     assert out.count("Capital of Peru?") == 1
     assert "\x1b" not in out  # neither colours in a pipe nor what the model wrote
-    assert "there are 9 to 10" in refusal("view_rollouts.py", tmp_path, "--step", "3")
+    assert "recorded: 9 to 10" in refusal("view_rollouts.py", tmp_path, "--step", "3")
     assert "no rollouts of prompt 'q2'" in refusal("view_rollouts.py", tmp_path, "--prompt", "q2")
 
 

@@ -111,7 +111,7 @@ def test_fp8_without_transformer_engine_is_refused_not_run_in_bfloat16(
         built(checkpoint(), fp8, transformer_engine=False)
     if not torch.cuda.is_available():
         model = ModelConfig(path=str(checkpoint("qwen3")), fp8=fp8)
-        with pytest.raises(ConfigError, match="no GPU is seen"):
+        with pytest.raises(ConfigError, match="torch sees no GPU"):
             build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
 
 
@@ -163,17 +163,17 @@ def test_a_rank_must_hold_channels_that_fp8_can_take(
 
 def test_layers_kept_in_bfloat16_must_leave_some_and_fit_a_stage(checkpoint: Checkpoint) -> None:
     whole, staged = ParallelConfig(), ParallelConfig(pipeline=2)
-    assert "are 2 together; allowed: below the model's 2 layers" in layout_fault(
+    assert "sum to 2; allowed: less than the model's 2 layers" in layout_fault(
         checkpoint(), Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=1), whole
     )
     fp8 = Fp8Config(format="e4m3", last_layers_bf16=3)
     assert (
-        "model.fp8.last_layers_bf16 is 3; allowed: at most 2, since stages hold [2, 2] layers"
+        "model.fp8.last_layers_bf16 is 3; allowed: at most 2, since the stages have [2, 2] of"
         in layout_fault(checkpoint(), fp8, staged, num_hidden_layers=4)
     )
     uneven = ParallelConfig(pipeline=2, last_stage_layers=1)
     fp8 = Fp8Config(format="e4m3", last_layers_bf16=2)
-    assert "last_layers_bf16 is 2; allowed: at most 1, since stages hold [3, 1] layers" in layout_fault(
+    assert "last_layers_bf16 is 2; allowed: at most 1, since the stages have [3, 1] of" in layout_fault(
         checkpoint(), fp8, uneven, num_hidden_layers=4
     )
     check_layout(load_hf_config(str(checkpoint())), staged, Fp8Config(format="e4m3", last_layers_bf16=1))
@@ -189,14 +189,12 @@ def test_old_software_and_cards_are_named() -> None:
             require_fp8_needs(recipe, **(new | has))
         return str(caught.value)
 
-    assert "compute capability 9.0 is there, needed is >= 10.0 and < 12.0" in fault(
-        "mxfp8", capability=(9, 0)
-    )
+    assert "it has compute capability 9.0, but needs >= 10.0 and < 12.0" in fault("mxfp8", capability=(9, 0))
     assert "12.0 is there" in fault("mxfp8", capability=(12, 0))
-    assert "compute capability 8.9 is there, needed is >= 9.0;" in fault("blockwise", capability=(8, 9))
-    assert "compute capability 8.0 is there, needed is >= 8.9;" in fault("tensorwise", capability=(8, 0))
-    assert "Transformer Engine 2.2.0 is there, needed is >= 2.3" in fault("blockwise", engine="2.2.0")
-    assert "Transformer Engine 2.1.0 is there, needed is >= 2.2" in fault("tensorwise", engine="2.1.0")
-    assert "CUDA 12.8 is there, needed is >= 12.9" in fault("blockwise", cuda="12.8")
+    assert "it has compute capability 8.9, but needs >= 9.0;" in fault("blockwise", capability=(8, 9))
+    assert "it has compute capability 8.0, but needs >= 8.9;" in fault("tensorwise", capability=(8, 0))
+    assert "it has Transformer Engine 2.2.0, but needs >= 2.3" in fault("blockwise", engine="2.2.0")
+    assert "it has Transformer Engine 2.1.0, but needs >= 2.2" in fault("tensorwise", engine="2.1.0")
+    assert "it has CUDA 12.8, but needs >= 12.9" in fault("blockwise", cuda="12.8")
     require_fp8_needs("blockwise", engine="2.20.2+cu13", capability=(9, 0), cuda="12.9")
     require_fp8_needs("tensorwise", engine="2.10", capability=(8, 9), cuda="12.4")

@@ -66,7 +66,7 @@ def test_missing_pieces_are_named(tmp_path: Path, checkpoint: Checkpoint) -> Non
         (folder / "model.safetensors").write_bytes(whole[:length])
         assert "model.safetensors is damaged: " in refusal(folder), length
     (folder / "model.safetensors").unlink()
-    assert "holds no *.safetensors" in refusal(folder)
+    assert "has no *.safetensors" in refusal(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     assert "model-1.safetensors is listed in model.safetensors.index.json but missing" in refusal(folder)
     for weight_map in ("[1]", '{"a": 3}', "null"):
@@ -279,7 +279,7 @@ def test_vocabulary_padding_fits_every_tensor_parallel_size(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a machine without a GPU refuses")
 def test_transformer_engine_without_a_gpu_is_refused() -> None:
     assert not uses_transformer_engine("auto") and not uses_transformer_engine("cpu")
-    with pytest.raises(ConfigError, match=r"no GPU is seen; allowed here: auto \| cpu$"):
+    with pytest.raises(ConfigError, match=r"torch sees no GPU; allowed here: auto \| cpu$"):
         uses_transformer_engine("transformer_engine")
 
 
@@ -300,7 +300,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     edit_config(folder, intermediate_size=128, num_key_value_heads=1)
     assert "config.json and weights disagree: model.layers.0.self_attn." in build(folder)
     edit_config(folder, num_key_value_heads=2, num_hidden_layers=1, layer_types=["full_attention"])
-    assert "holds tensors that a qwen3 model has no place for: model.layers.1." in build(folder)
+    assert "has tensors that a qwen3 model does not use: model.layers.1." in build(folder)
     edit_config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
     assert "tensor model.layers.2." in build(folder)
     (folder / "model.safetensors").write_bytes(b"not a tensor file")

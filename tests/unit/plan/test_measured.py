@@ -79,8 +79,8 @@ def test_the_text_says_what_was_replaced_by_what_and_from_which_file(write):
     path = write({"train_tflops_bf16": 494.5})
     lines = calibration_text(calibrate(path, H100, fp8_recipe="blockwise")).splitlines()
     assert lines[0] == f"measured ({path}, NVIDIA H100 80GB HBM3, 2027-01-02T03:04:05)"
-    assert lines[1] == "  compute_utilisation: 0.5 in place of 0.45 (494.5 of 989 TFLOP/s)"
-    assert lines[2] == "  memory_gib: 79.2 in place of 79.1 (what torch sees of the card)"
+    assert lines[1] == "  compute_utilisation: 0.5 instead of 0.45 (494.5 of 989 TFLOP/s)"
+    assert lines[2] == "  memory_gib: 79.2 instead of 79.1 (what torch sees of the card)"
     assert lines[3].startswith("  still assumed: fp8_speed, imbalance, memory_utilisation,")
     assert "compute_utilisation" not in lines[3] and len(lines) == 4
 

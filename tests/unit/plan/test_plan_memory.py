@@ -229,8 +229,8 @@ def test_a_node_has_room_for_what_leaves_its_cards_and_a_checkpoint_beside_it():
     assert not small.fits
     assert faults(small) == [
         "host: 295 GiB of a node's memory are needed (140 for what leaves the cards, 123 for a checkpoint being "
-        "written, 32 for processes), for the node's 290 GiB; set update.offload=false, raise parallel.tensor, or use "
-        "more nodes"
+        "written, 32 for processes), but the node has 290 GiB; set update.offload=false, raise parallel.tensor, or "
+        "use more nodes"
     ]
 
 
@@ -449,7 +449,7 @@ def test_an_engine_too_small_for_one_sequence_is_refused():
 
 def test_what_no_setting_mends_is_said():
     plan = make_plan(changed(CONFIG_70B, "parallel", tensor=8, pipeline=1), QWEN_72B, H100, gpus=8)
-    assert any("no single setting mends it" in fault for fault in faults(plan))
+    assert any("no single setting is enough" in fault for fault in faults(plan))
 
 
 def test_a_refit_holds_two_buckets_and_the_parameter_being_made():

@@ -330,7 +330,7 @@ def test_preemptions_and_what_they_cost_by_hand():
     assert plan.rollout.recompute == pytest.approx(seconds)
     lost = plan.rollout.seconds / _in_a_cache(60.0).rollout.seconds - 1
     assert cache_shortage(plan) == (
-        f"rollout: 256 sequences in flight, cache for 101 of mean length: about 155 preemptions an engine and step, "
+        f"rollout: 256 sequences in flight, cache for 101 of mean length: about 155 preemptions per engine and step, "
         f"{lost:.0%} more rollout time; raise rollout.tensor_parallel or lower rollout.max_concurrent"
     )
     assert f"SLOWER: {cache_shortage(plan)}" in plan_text(plan, source="built in")

@@ -102,7 +102,9 @@ def test_rollouts_that_cannot_be_written_cost_a_warning_and_are_counted_once(tmp
     with caplog.at_level(logging.WARNING):
         writer.start(1, [played(0, tokenizer)], {})
         writer.wait()
-    assert "rollouts of step 1 are not recorded" in caplog.text and str(tmp_path / "rollouts") in caplog.text
+    assert (
+        "could not record the rollouts of step 1" in caplog.text and str(tmp_path / "rollouts") in caplog.text
+    )
     (tmp_path / "rollouts").unlink()
     writer.start(2, [played(0, tokenizer)], {})
     writer.wait()

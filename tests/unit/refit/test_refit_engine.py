@@ -127,7 +127,7 @@ def test_weights_of_one_layer_left_old_are_noticed(engine, model_of):
         if ".layers.0." in name:
             weights[name] = tensor
     engine.load_weights(weights.items(), version=9)
-    with pytest.raises(RuntimeError, match="does not hold the trained weights"):
+    with pytest.raises(RuntimeError, match="does not have the trained weights"):
         verify(engine, model_of(9))
 
 

@@ -20,7 +20,7 @@ def test_fp8_without_a_gpu_is_refused_before_an_engine_is_built(tmp_path):
     with pytest.raises(ConfigError) as caught:
         open_engine(save_tiny(tmp_path, "qwen3"), model_dtype="bfloat16")
     assert str(caught.value) == (
-        "rollout.quantization is 'fp8'; allowed: none where no GPU is seen; vLLM has no FP8 layers for CPUs"
+        "rollout.quantization is 'fp8'; allowed: none without a visible GPU; vLLM has no FP8 layers for CPUs"
     )
 
 

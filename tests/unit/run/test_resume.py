@@ -51,7 +51,7 @@ def test_other_questions_of_the_same_number_are_refused_in_one_line(saved: str |
         sampler.load_state_dict(state)
         return
     with pytest.raises(
-        ConfigError, match=r"data\.train does not hold the questions that the checkpoint"
+        ConfigError, match=r"data\.train differs from the questions of the checkpoint"
     ) as caught:
         sampler.load_state_dict(state)
     assert "\n" not in str(caught.value)
@@ -64,7 +64,7 @@ def test_a_checkpoint_of_other_questions_is_refused_before_anything_is_built(wor
     assert found is not None and found[0] == run.checkpoints / "step_3"
     hf_config = run.parts.policy.hf_config
     require_same_run(*found, hf_config, PromptSampler(10, 2, seed=0, fingerprint="q"))
-    with pytest.raises(ConfigError, match=r"data\.train does not hold the questions"):
+    with pytest.raises(ConfigError, match=r"data\.train differs from the questions"):
         require_same_run(*found, hf_config, PromptSampler(10, 2, seed=0, fingerprint="r"))
 
 
@@ -72,7 +72,7 @@ def test_a_run_from_the_checkpoint_of_another_says_which_settings_differ(world, 
     other = Run(world, tmp_path, name="other", max_turns=6)
     other.save(3)
     Run(world, tmp_path, max_turns=4, temperature=0.5, resume=str(other.checkpoints / "step_3"))
-    (line,) = [r.getMessage() for r in caplog.records if "begins with settings other" in r.getMessage()]
+    (line,) = [r.getMessage() for r in caplog.records if "starts with other settings" in r.getMessage()]
     assert line.endswith("step_3: rollout.temperature 1.0 -> 0.5, rollout.max_turns 6 -> 4")
 
 
@@ -102,7 +102,7 @@ def test_a_best_score_on_other_held_out_questions_is_forgotten(world, tmp_path, 
     try:
         run.parts.test_prompts = Questions("other")
         assert Run(world, tmp_path).best_step is None
-        assert "data.test holds other questions than at step 3" in caplog.text
+        assert "data.test has changed since step 3" in caplog.text
     finally:
         run.parts.test_prompts = Questions("t")
 
@@ -129,7 +129,7 @@ def carried_group(*reasons: str, tokens: tuple[int, ...] = (1, 2), tool: str = "
     [
         (carried_group("", "answer"), (), ""),
         (carried_group(), (), ""),
-        (carried_group("", "", ""), (), "begun with rollout.group_size 3, which is now 2"),
+        (carried_group("", "", ""), (), "started with rollout.group_size 3, which is now 2"),
         (
             carried_group("", "", tokens=(9,)),
             (),

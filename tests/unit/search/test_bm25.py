@@ -54,7 +54,7 @@ def test_equal_scores_keep_the_order_of_the_corpus():
 
 
 def test_corpus_without_a_word_is_refused():
-    with pytest.raises(ConfigError, match="none of the 2 passages holds a word"):
+    with pytest.raises(ConfigError, match="none of the 2 passages has a word"):
         Bm25Index([Passage("0", "", "?!"), Passage("1", "", "...")])
 
 

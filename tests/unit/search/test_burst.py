@@ -54,7 +54,7 @@ def test_a_server_that_does_not_keep_up_is_told_with_numbers_and_then_refused():
     line, is_refused = judge_burst(burst, needed_per_s=67.0, max_shortfall=8.0)
     assert is_refused and line.startswith(
         "the search server answers 2.5 queries/s of 128 clients at a time (78 of 128 had no answer in time), the "
-        "planned rollout asks 67.0/s, 26.8 times as many; "
+        "planned rollout needs 67.0/s, 26.8 times as many; "
     )
     assert judge_burst(burst, needed_per_s=67.0, max_shortfall=30.0) == (line, False)
     assert judge_burst(burst, needed_per_s=67.0, max_shortfall=0.0) == (line, False)

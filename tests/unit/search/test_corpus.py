@@ -24,7 +24,7 @@ def test_a_packed_corpus_is_read_but_not_indexed_by_place(tmp_path):
     packed.write_bytes(gzip.compress(Path(path).read_bytes()))
     assert load_corpus(str(packed)) == load_corpus(path)
     with pytest.raises(
-        ConfigError, match=r"--corpus: .*corpus\.jsonl\.gz is packed, .*; unpack it first"
+        ConfigError, match=r"--corpus: .*corpus\.jsonl\.gz is compressed, .*; unpack it first"
     ) as caught:
         scan(packed)
     assert "\n" not in str(caught.value)
@@ -58,7 +58,7 @@ def test_contents_of_other_shapes_are_read(contents, title, text):
         ({"id": "a"}, "`contents` is missing"),
         ({"id": "a", "contents": ["x"]}, "`contents` is ['x']"),
         ({"id": "a", "contents": ""}, "`contents` is ''"),
-        (GOOD, "id '7' stands there a second time"),
+        (GOOD, "id '7' occurs twice"),
     ],
 )
 def test_bad_passage_is_refused_with_its_line(tmp_path, bad, says):
@@ -76,7 +76,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_passage(tmp_path):
 
 
 def test_empty_and_missing_corpora_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"search\.corpus: .* holds no passage"):
+    with pytest.raises(ConfigError, match=r"search\.corpus: .* has no passage"):
         load_corpus(write(tmp_path))
     with pytest.raises(ConfigError, match=r"--corpus: cannot read nowhere \(No such file"):
         load_corpus("nowhere", key="--corpus")

@@ -242,7 +242,7 @@ def test_a_server_that_moves_is_found_by_its_file(server, tmp_path):
         with pytest.raises(SearchUnavailableError):
             client.search("x", 3)
     file.write_text("")  # being written, by another program
-    with pytest.raises(SearchUnavailableError, match="not asked"):
+    with pytest.raises(SearchUnavailableError, match="not queried"):
         client.search("x", 3)
     write_address(file, server.url)
     assert client.search("x", 3) == [(LIMA, 2.5)]  # though the old address was being spared
@@ -323,7 +323,7 @@ def test_a_dead_server_is_spared_until_one_query_finds_it_back(server):
         with pytest.raises(SearchError, match="HTTP 503"):
             client.search("x", 3)
     for _ in range(5):
-        with pytest.raises(SearchError, match="not asked"):
+        with pytest.raises(SearchError, match="not queried"):
             client.search("x", 3)
     assert len(server.requests) == 3 and client.num_refused == 5
     server.script = [GOOD]

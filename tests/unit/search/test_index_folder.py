@@ -180,7 +180,7 @@ def test_embeddings_of_something_else_are_not_gone_on_with(short_corpus, minilm,
     DenseBuild(short_corpus, tmp_path / "index", recipe)
     other = DenseRecipe(encoder=EncoderSettings(path=minilm, passage_prefix="passage: "))
     with pytest.raises(
-        ConfigError, match=r"index\.embeddings holds embeddings of another corpus, part or encoder"
+        ConfigError, match=r"index\.embeddings has embeddings of another corpus, part or encoder"
     ):
         DenseBuild(short_corpus, tmp_path / "index", other)
 
@@ -313,14 +313,14 @@ def flip_a_bit_of_a_score(index):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_description, "is damaged or of another version; build the index anew"),
-        (break_offsets, "is damaged .*build it anew"),
-        (empty_offsets, "is damaged .*build it anew"),
-        (lose_the_encoder, "is damaged or of another version; build the index anew"),
-        (lose_scores, "is damaged .*build it anew"),
+        (break_description, "is damaged or of another version; rebuild the index"),
+        (break_offsets, "is damaged .*rebuild it"),
+        (empty_offsets, "is damaged .*rebuild it"),
+        (lose_the_encoder, "is damaged or of another version; rebuild the index"),
+        (lose_scores, "is damaged .*rebuild it"),
         (
             flip_a_bit_of_a_score,
-            r"is damaged \(bm25/data.csc.index.npy is not as it was written\); build it anew",
+            r"is damaged \(bm25/data.csc.index.npy has changed since it was written\); rebuild it",
         ),
     ],
 )
@@ -341,7 +341,7 @@ def test_one_changed_bit_of_a_dense_index_does_not_take_all_memory(minilm, tmp_p
     content = bytearray((tmp_path / "index" / "faiss.index").read_bytes())
     content[128] ^= 0x20
     (tmp_path / "index" / "faiss.index").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"faiss\.index is not as it was written"):
+    with pytest.raises(ConfigError, match=r"faiss\.index has changed since it was written"):
         load_index(tmp_path / "index", corpus)
 
 
@@ -361,11 +361,11 @@ def test_another_corpus_than_the_indexed_one_is_refused(corpus, tmp_path):
 
 MISTAKES = {
     "missing corpus": (["bm25"], None, "--corpus: cannot read"),
-    "empty corpus": (["bm25"], "\n", "holds no passage"),
+    "empty corpus": (["bm25"], "\n", "has no passage"),
     "broken line": (["bm25"], '{"id": 1, "contents": "a"}\n{"id": 2\n', "line 2: not JSON"),
     "no contents": (["bm25"], '{"id": 1}\n', "line 1: `contents` is missing"),
-    "id twice": (["bm25"], '{"id": 1, "contents": "a"}\n' * 2, "line 2: id '1' stands there a second time"),
-    "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "--corpus: none of the 1 passages holds a word"),
+    "id twice": (["bm25"], '{"id": 1, "contents": "a"}\n' * 2, "line 2: id '1' occurs twice"),
+    "no words": (["bm25"], '{"id": 1, "contents": "!"}\n', "--corpus: none of the 1 passages has a word"),
     "part": (["bm25", "--part", "2/2"], '{"id": 1, "contents": "a"}\n', "--part is '2/2'"),
     "superscripts": (
         ["bm25", "--part", "\u00b2/\u00b3"],

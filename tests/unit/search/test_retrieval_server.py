@@ -268,6 +268,6 @@ def test_client_and_server_agree_on_a_token(corpus, tmp_path):
 def test_what_is_no_token_is_refused_without_being_shown(tmp_path, content):
     path = tmp_path / "token"
     path.write_text(content)
-    with pytest.raises(ConfigError, match="holds no token") as caught:
+    with pytest.raises(ConfigError, match="has no token") as caught:
         read_token(str(path), key="search.token_file")
     assert not content or content not in str(caught.value)

@@ -295,7 +295,7 @@ def test_a_run_begun_with_other_values_is_refused_before_anything_starts(tmp_pat
     write_run(Run(method="a2tgpo", seed=0, out=tmp_path), {0: 0.25, 2: 0.5}, steps=2)
     assert compare(tmp_path, "reward.overlong_buffer_tokens=0", "update.lr=0.5") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "a2tgpo-seed0 was begun with update.lr=0.0002, now it is 0.5; give another --out" in line
+    assert "a2tgpo-seed0 was started with update.lr=0.0002, but it is now 0.5; give another --out" in line
     assert not (tmp_path / "logs").exists()
 
 
@@ -322,7 +322,7 @@ def test_jobs_are_played_side_by_side(tmp_path, monkeypatch):
         (["--methods", "grpo,ppo"], "--methods is 'ppo'; allowed: a2tgpo | "),
         (["--seeds", "0,x"], "--seeds is '0,x'; allowed: integers"),
         (["--jobs", "0"], "--jobs is 0; allowed: >= 1"),
-        (["run.seed=3"], "command line is 'run.seed=3'; allowed: anything but run.name, run.root, run.seed"),
+        (["run.seed=3"], "command line is 'run.seed=3'; allowed: any key but run.name, run.root, run.seed"),
         (["update.rl=1"], "unknown key update.rl"),
     ],
 )

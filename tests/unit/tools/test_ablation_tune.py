@@ -55,7 +55,7 @@ def test_trials_of_another_configuration_are_refused(tune, tmp_path, capsys):
     assert tune() == 0
     assert tune("rollout.group_size=4") == 2
     error = capsys.readouterr().err
-    assert "was begun with rollout.group_size=8, now it is 4" in error and error.count("\n") == 1
+    assert "was started with rollout.group_size=8, but it is now 4" in error and error.count("\n") == 1
 
 
 def test_what_the_file_of_a_method_says_besides_is_used_and_kept(tune, tmp_path):

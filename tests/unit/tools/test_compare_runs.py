@@ -43,7 +43,7 @@ def test_curves_last_and_best_values_and_differing_settings(tmp_path):
     [
         (["RUN", "none"], "none has no metrics.jsonl"),
         (["RUN", "RUN"], "the same run is named twice"),
-        (["RUN", "DIVERGED"], "diverged/metrics.jsonl holds no finite number"),
+        (["RUN", "DIVERGED"], "diverged/metrics.jsonl has no finite value"),
         (["RUN", "--metrics", "loss"], "--metrics is 'loss'"),
         (["RUN", "--out", "/proc/no"], "--out: cannot write /proc/no"),
     ],

@@ -121,7 +121,7 @@ def test_a_plan_refuses_a_cpus_figures_and_takes_a_cards(rehearsal, tmp_path, ca
     out = tmp_path / "plan.json"
     options = ["--model", "qwen3-8b", "--measured", str(tmp_path / "card.json"), "--json", str(out)]
     plan.main([config, *options])
-    assert "in place of 0.45" in capsys.readouterr().out
+    assert "instead of 0.45" in capsys.readouterr().out
     assumed = json.loads(out.read_text())["assumptions"]
     assert assumed["compute_utilisation"] == pytest.approx(tflops / 989)
     assert assumed["prefill_utilisation"] == 0.4  # not measured without a GPU

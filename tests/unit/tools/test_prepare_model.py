@@ -99,12 +99,12 @@ def test_cold_model_already_copies_the_token_after_an_earlier_occurrence(tokeniz
 
 def test_missing_demonstrations_are_refused_in_one_line(tmp_path: Path):
     with pytest.raises(
-        ConfigError, match=r"holds no demonstrations\.jsonl; make it with tools/prepare_data\.py$"
+        ConfigError, match=r"has no demonstrations\.jsonl; create it with tools/prepare_data\.py$"
     ):
         prepare(["tiny", "--data", str(tmp_path), "--out", str(tmp_path / "model")])
 
 
-@pytest.mark.parametrize(("content", "told"), [("", "holds no demonstration; give"), ("{", "line 1")])
+@pytest.mark.parametrize(("content", "told"), [("", "has no demonstration; give"), ("{", "line 1")])
 def test_demonstrations_that_teach_nothing_are_refused_before_a_model_is_written(
     tmp_path: Path, content: str, told: str
 ):

@@ -137,7 +137,7 @@ def test_the_tool_prints_counts_and_writes_what_a_warm_start_reads(tmp_path, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "7-9"], "holds no rollouts of the steps asked for; there are steps 1"),
+        (["--steps", "7-9"], "has no rollouts of the requested steps; it has steps 1"),
         (["--steps", "x"], "--steps is 'x'; allowed"),
         (["--per-question", "0"], "--per-question is 0"),
         (["--max-tokens", "1"], "no rollout is good enough"),
@@ -157,7 +157,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
 
 def test_a_damaged_file_and_questions_of_another_run_are_named(tmp_path) -> None:
     run = write_run(tmp_path / "run", [rollout(1)])
-    with pytest.raises(ConfigError, match=r"question 'q1', which the questions lack"):
+    with pytest.raises(ConfigError, match=r"question 'q1', which is not among the questions"):
         demonstrations_of(run, QUESTIONS[:1], Filters(), per_question=1)
     (path,) = (run / "rollouts" / "step_1").iterdir()
     path.write_bytes(path.read_bytes()[:-9])

@@ -44,15 +44,15 @@ def test_a_new_folder_and_one_of_a_warm_start_may_be_written(folder, target) -> 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("base", "apart from warmstart.source"),
-        ("link", "apart from warmstart.source"),
-        ("link_to_link", "apart from warmstart.source"),
-        ("other/../base", "apart from warmstart.source"),
-        ("base/inner", "apart from warmstart.source"),
-        ("", "apart from warmstart.source"),
-        ("data", "apart from warmstart.demonstrations"),
-        ("runs", "apart from run.root's folder"),
-        ("other", f"no warm start has written it (it has no {MARKER})"),
+        ("base", "outside warmstart.source"),
+        ("link", "outside warmstart.source"),
+        ("link_to_link", "outside warmstart.source"),
+        ("other/../base", "outside warmstart.source"),
+        ("base/inner", "outside warmstart.source"),
+        ("", "outside warmstart.source"),
+        ("data", "outside warmstart.demonstrations"),
+        ("runs", "outside run.root's folder"),
+        ("other", f"it was not written by a warm start (it has no {MARKER})"),
         ("file", "a folder, which a warm start writes"),
     ],
 )
@@ -74,5 +74,5 @@ def test_a_folder_seen_under_two_names_is_one(folder, monkeypatch) -> None:
         os.path, "samefile", lambda one, other: {Path(one).name, other.name} == {"base", "new"}
     )
     path, *overrides = arguments(folder, "new")
-    with pytest.raises(ConfigError, match=r"apart from warmstart\.source"):
+    with pytest.raises(ConfigError, match=r"outside warmstart\.source"):
         require_target(load_config(path, overrides))
