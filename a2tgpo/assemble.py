@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.checkpoint.folder import read_record
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.data.sampler import PromptSampler
@@ -20,36 +18,27 @@ from a2tgpo.data.stratified_subset import stratified_subset
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
-from a2tgpo.io.errors import ConfigError, first_line, require
+from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.memory.phases import MemoryPhases
+from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.model.rope import check_positions
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
+from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.reward.overlong import overlong_penalty
-from a2tgpo.reward.score import score_trajectory
+from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.date import run_date
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.run.resume import require_same_run
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replicas:
-    """The division of ranks into engine replicas: neighbouring ranks share an engine, which plays its own prompts."""
-
-    index: int
-    count: int
-    is_first: bool
-    """Whether this rank counts and records for its replica."""
-    group: dist.ProcessGroup | None
-    """The ranks of this replica; None if the replica is this rank alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +47,11 @@ class RunParts:
 
     config: RunConfig
     groups: ParallelGroups
-    replicas: Replicas
+    engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptSet
     test_prompts: PromptSet
-    sampler: PromptSampler
-    carried: CarriedPool
-    """Groups that continue in the next step; empty without `rollout.partial`."""
+    state: RolloutState
     policy: Policy
     reference: Policy | None
     """Frozen copy of the initial policy; None without a KL penalty."""
@@ -75,8 +62,9 @@ class RunParts:
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
+    reward: TrajectoryReward
     startup: dict[str, float]
-    """Seconds of this process's start by stage, as `time/startup_STAGE_s`; reported with the first rollout."""
+    """Seconds that this process took to build the parts, as `time/startup_STAGE_s`."""
 
     @property
     def distribution(self) -> TokenDistribution:
@@ -103,7 +91,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     """
     config.check_training()
     timers = StageTimers()
-    replicas = divide_into_replicas(config, groups)
+    engine_group = build_engine_group(config, groups)
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
@@ -145,17 +133,16 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
     with timers.stage("startup_engine"):
         engine = phases.build_engine(
-            functools.partial(build_engine, config, replicas, with_weights=resume_from is None)
+            functools.partial(build_engine, config, engine_group, with_weights=resume_from is None)
         )
     return RunParts(
         config=config,
         groups=groups,
-        replicas=replicas,
+        engine_group=engine_group,
         tokenizer=tokenizer,
         train_prompts=train_prompts,
         test_prompts=test_prompts,
-        sampler=sampler,
-        carried=CarriedPool(),
+        state=RolloutState(sampler=sampler),
         policy=policy,
         reference=reference,
         optimizer=optimizer,
@@ -163,7 +150,8 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         phases=phases,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
+        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
+        reward=build_reward(config, toolset, template),
         startup=timers.take(),
     )
 
@@ -175,7 +163,7 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
-def build_engine(config: RunConfig, replicas: Replicas, *, with_weights: bool = True) -> VllmEngine:
+def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: bool = True) -> VllmEngine:
     """Build the engine of `config`, awake, with the weights of `model.path`; every rank must call this.
 
     Args:
@@ -188,41 +176,39 @@ def build_engine(config: RunConfig, replicas: Replicas, *, with_weights: bool = 
         model_dtype=config.model.dtype,
         max_model_len=config.max_model_len,
         seed=config.run.seed,
-        replica_group=replicas.group,
+        replica_group=engine_group.group,
         with_weights=with_weights,
     )
 
 
 def build_rollout(
     config: RunConfig,
-    replicas: Replicas,
+    engine_group: EngineGroup,
     *,
     engine: VllmEngine,
     toolset: Toolset,
     template: PromptTemplate,
 ) -> GroupRollout:
-    """Build the rollout on this rank's engine, with the rewards and gains of `config`."""
-    length_penalty = functools.partial(
-        overlong_penalty,
-        max_tokens=config.rollout.max_response_tokens,
-        buffer_tokens=config.reward.overlong_buffer_tokens,
-        penalty=config.reward.overlong_penalty,
-    )
+    """Build the rollout on this rank's engine."""
     return GroupRollout(
         engine,
         toolset,
         template.tokenizer,
         rollout=config.rollout,
-        score_trajectory=functools.partial(
-            score_trajectory,
-            measure=config.rollout.gain.measure,
-            tools=toolset.names,
-            length_penalty=length_penalty,
-            opening_tags=template.opening_tags,
-        ),
         opening_tags=template.opening_tags,
         end_of_turn=template.end_of_turn,
-        replica_group=replicas.group,
+        engine_group=engine_group,
+    )
+
+
+def build_reward(config: RunConfig, toolset: Toolset, template: PromptTemplate) -> TrajectoryReward:
+    """Build what scores trajectories that used `toolset` after prompts of `template`."""
+    return TrajectoryReward(
+        measure=config.rollout.gain.measure,
+        tools=toolset.names,
+        opening_tags=template.opening_tags,
+        overlong=config.reward,
+        max_response_tokens=config.rollout.max_response_tokens,
     )
 
 
@@ -237,38 +223,13 @@ def _prompt_set(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet:
     """Build the prompt set; each rank checks its share, and all raise ConfigError if one prompt is too long."""
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
+    world = world_group()
     prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
     share = slice(groups.rank, None, groups.world_size)
     faults = [fault for fault in all_gather_object(prompts.first_too_long(share), world) if fault]
     if faults:
         raise ConfigError(min(faults)[1])
     return prompts
-
-
-def divide_into_replicas(config: RunConfig, groups: ParallelGroups) -> Replicas:
-    """Return this rank's place among the engine replicas; every rank must call this."""
-    size = config.rollout.tensor_parallel
-    require(
-        groups.world_size % size == 0,
-        "rollout.tensor_parallel",
-        size,
-        f"a divisor of the {groups.world_size} processes",
-    )
-    group, timeout = None, timedelta(seconds=config.parallel.timeout_s)
-    for first in range(0, groups.world_size, size):
-        ranks = list(range(first, first + size))
-        # Over the CPU: on the GPU, a tool's answer would wait for the engine's current step.
-        made = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
-        if groups.rank in ranks:
-            group = made
-    return Replicas(
-        index=groups.rank // size,
-        count=groups.world_size // size,
-        is_first=groups.rank % size == 0,
-        group=group,
-    )
 
 
 def gain_check(parts: RunParts) -> GainCheck:
@@ -280,4 +241,22 @@ def gain_check(parts: RunParts) -> GainCheck:
         answer_tokens=parts.rollout.answer_tokens,
         answers={question.id: question.answers for question in parts.train_prompts.questions},
         max_tokens=config.update.max_microbatch_tokens,
+    )
+
+
+def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> RunCheckpoints:
+    """Build what saves and restores the state of `parts` and `guards`."""
+    return RunCheckpoints(
+        folder,
+        parts.config,
+        parts.groups,
+        parts.engine_group,
+        policy=parts.policy,
+        optimizer=parts.optimizer,
+        schedule=parts.schedule,
+        state=parts.state,
+        guards=guards,
+        phases=parts.phases,
+        train_prompts=parts.train_prompts,
+        test_prompts=parts.test_prompts,
     )

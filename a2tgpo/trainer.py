@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from a2tgpo.advantage.step import step_advantages
 from a2tgpo.assemble import RunParts, gain_check
 from a2tgpo.batch.exchange import exchange
 from a2tgpo.collect.bank import RolloutBank
+from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.step import StepRollout
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
@@ -20,8 +21,8 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.record.recorder import Recorder
 from a2tgpo.refit.sync import sync_engine
-from a2tgpo.run.early_stop import EarlyEnd
-from a2tgpo.run.folder import RunFolder
+from a2tgpo.run.checkpoints import RunCheckpoints
+from a2tgpo.run.early_stop import EarlyStop
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import (
     compute_old_logprobs,
@@ -37,9 +38,11 @@ class Trainer:
     Args:
         parts: of the run.
         recorder: writes metrics and rollouts.
-        folder: saves the checkpoints.
+        checkpoints: save the state of `parts` and `guards`.
         guards: check each step's metrics.
+        bank: folder of the rollout bank.
         step: steps already done, from the checkpoint that the run resumes.
+        startup: metrics of this start, reported with its first rollout.
         watchdog: receives stage changes; None disables it.
         stop: reports a requested stop, after which another start resumes bit for bit; None: the run is never stopped.
     """
@@ -48,22 +51,36 @@ class Trainer:
         self,
         parts: RunParts,
         recorder: Recorder,
-        folder: RunFolder,
+        checkpoints: RunCheckpoints,
         guards: Guards,
         *,
+        bank: Path,
         step: int = 0,
+        startup: dict[str, float] | None = None,
         watchdog: Watchdog | None = None,
         stop: StopRequest | None = None,
     ):
         self.parts = parts
         self.config = parts.config
         self.recorder = recorder
-        self.step_rollout = StepRollout(parts)
-        self.gain_check = gain_check(parts)
-        self.bank = RolloutBank(folder.bank, parts)
-        self.folder = folder
+        self.checkpoints = checkpoints
         self.guards, self.step = guards, step
-        self.early_end = EarlyEnd(stop or StopRequest(), parts, folder, guards)
+        self.early_stop = EarlyStop(stop or StopRequest(), parts.state, parts.rollout.outage, checkpoints)
+        self.bank = RolloutBank(bank, parts.config, parts.state, parts.groups, parts.engine_group)
+        self.step_rollout = StepRollout(
+            parts.config.rollout,
+            RewardedRollout(
+                parts.rollout,
+                parts.reward,
+                seed=parts.config.run.seed,
+                should_stop=self.early_stop.should_stop,
+            ),
+            parts.train_prompts,
+            parts.state,
+            parts.engine_group,
+            startup=startup,
+        )
+        self.gain_check = gain_check(parts)
         self.timers = StageTimers(
             torch.cuda.synchronize if torch.cuda.is_available() else None,
             enter=watchdog.enter if watchdog else None,
@@ -73,9 +90,9 @@ class Trainer:
         """Run the remaining steps, evaluations and checkpoints; return False if stopped before the last step.
 
         The guards stop a run after the evaluation that is due and a checkpoint; started again, it stops before its
-        first step. A requested stop (`early_end`) saves a checkpoint of the last finished step.
+        first step. A requested stop (`early_stop`) saves a checkpoint of the last finished step.
         """
-        evaluation_is_due = self.folder.evaluation_is_due
+        evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
             if self.step == 0 and self.config.evaluation.at_start:
                 self.evaluate()
@@ -83,18 +100,22 @@ class Trainer:
                 self._evaluate_and_save(evaluation_is_due)
             while self.step < self.config.run.steps and not self.guards.stop_is_due:
                 evaluation_is_due = False
-                self.early_end.agree_before("refit", "rollout", "bank")
+                self.early_stop.agree_before("refit", "rollout", "bank")
                 metrics = self.train_step()
                 evaluation_is_due = self._is_due(self.config.evaluation.every)
                 alarms, lines = self.guards.watch(self.step, metrics)
                 self.recorder.record_alarms(self.step, alarms, lines)
-                self.folder.report_saving(self.recorder, self.step)
+                self.checkpoints.report_saving(self.recorder, self.step)
                 self._evaluate_and_save(evaluation_is_due)
         except StopAgreed:
             with self.timers.stage("checkpoint"):
-                self.early_end.save(self.step, evaluation_is_due=evaluation_is_due)
+                self.early_stop.rewind()
+                self.checkpoints.finish_saving(is_last=False)
+                if self.checkpoints.saved_step != self.step:
+                    self._save(evaluation_is_due=evaluation_is_due)
+                self.checkpoints.finish_saving()
             return False
-        self.folder.finish_saving()
+        self.checkpoints.finish_saving()
         return self.step >= self.config.run.steps
 
     def _evaluate_and_save(self, evaluation_is_due: bool) -> None:
@@ -103,8 +124,12 @@ class Trainer:
         is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
         if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
             with self.timers.stage("checkpoint"):
-                self.folder.save(self.step, self.parts, self.guards)
+                self._save()
             self.recorder.writer.log(self.step, self.timers.take())
+
+    def _save(self, *, evaluation_is_due: bool = False) -> None:
+        self.recorder.finish_rollouts()
+        self.checkpoints.save(self.step, evaluation_is_due=evaluation_is_due)
 
     def train_step(self) -> dict[str, float]:
         """Run one step: refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
@@ -116,28 +141,30 @@ class Trainer:
             StopAgreed: on all ranks, before the first update; once updates began, the step is finished.
         """
         start = time.monotonic()
-        engine_metrics, learning_metrics = MetricSums(), MetricSums()
-        self.early_end.begin_step()
+        learning_metrics = MetricSums()
+        self.early_stop.begin_step()
         with self.timers.stage("bank"):
-            played = self.bank.take(self.step, engine_metrics)
+            self.parts.phases.enter("bank")
+            played = self.bank.take(self.step + 1, self.parts.policy)
         if played is None:
             with self.timers.stage("refit"):
-                engine_metrics.merge(sync_engine(self.parts, step=self.step))
+                refit_metrics = self._refit()
             with self.timers.stage("rollout"):
-                played = self.step_rollout.play(
-                    step=self.step, metrics=engine_metrics, is_cut=self.early_end.is_near
-                )
+                played = self.step_rollout.play(version=self.step)
             if played is not None:
+                played.metrics.merge(refit_metrics)
                 with self.timers.stage("bank"):
-                    self.bank.put(self.step, played, engine_metrics)
+                    self.bank.put(self.step + 1, played)
         with self.timers.stage("exchange"):
-            self.early_end.agree_before("score", "update", is_broken_off=played is None)
-            assert played is not None, "a rollout that was broken off ends the run"
+            self.early_stop.agree_before("score", "update", is_interrupted=played is None)
+            assert played is not None, "an interrupted rollout ends the run"
             trajectories = exchange(
-                played, self.parts.groups, prompts_per_minibatch=self.config.update.prompts_per_minibatch
+                played.trajectories,
+                self.parts.groups,
+                prompts_per_minibatch=self.config.update.prompts_per_minibatch,
             )
         with self.timers.stage("advantage"):
-            table, advantages, clip_scales = step_advantages(self.parts, trajectories)
+            table, advantages, clip_scales = step_advantages(trajectories, self.config, self.parts.groups)
             minibatches = build_minibatches(
                 trajectories,
                 advantages,
@@ -152,7 +179,7 @@ class Trainer:
                 self.parts.policy,
                 minibatches,
                 distribution=self.parts.distribution,
-                before_each=lambda: self.early_end.agree_before("update"),
+                before_each=lambda: self.early_stop.agree_before("update"),
             )
             learning_metrics.merge(metrics)
             if self.parts.reference is not None:
@@ -161,7 +188,7 @@ class Trainer:
                 )
             learning_metrics.merge(self.gain_check.run(self.step, trajectories))
         with self.timers.stage("update"):
-            self.early_end.agree_before("update")
+            self.early_stop.agree_before("update")
             self.parts.phases.enter("update")
             metrics, turn_ratios = update_policy(
                 self.parts.policy,
@@ -175,7 +202,8 @@ class Trainer:
             ratios = lay_out_ratios(self.parts.policy, turn_ratios, shape=clip_scales.shape)
         self.step += 1
         seconds = self.timers.take()
-        self.early_end.finish_step(seconds)
+        self.early_stop.finish_step(seconds)
+        engine_metrics = played.metrics
         engine_metrics.merge(self.parts.phases.take_metrics())
         return self.recorder.record_step(
             self.step,
@@ -192,17 +220,18 @@ class Trainer:
     def evaluate(self) -> bool:
         """Answer the held-out questions greedily; return whether this is the best score so far, to be saved."""
         with self.timers.stage("evaluation"):
-            sync_engine(self.parts, step=self.step)
-            everything, replicas = range(len(self.parts.test_prompts)), self.parts.replicas
-            scores, _ = evaluate(
-                self.parts.rollout,
-                self.parts.test_prompts.prompts(everything, everything[replicas.index :: replicas.count]),
-                is_replica_first=replicas.is_first,
-                group=dist.group.WORLD,
-                stop=self.early_end.request,
-            )
+            self._refit()
+            questions, engine_group = self.parts.test_prompts, self.parts.engine_group
+            everything = range(len(questions))
+            share = questions.prompts(everything, engine_group.share(everything))
+            scores = evaluate(self.parts.rollout, share, engine_group, stop=self.early_stop.request)
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
-        return self.folder.best.offer(self.step, scores)
+        return self.checkpoints.best.offer(self.step, scores)
+
+    def _refit(self) -> MetricSums:
+        return sync_engine(
+            self.parts.policy, self.parts.engine, self.parts.phases, self.config, version=self.step
+        )
 
     def _is_due(self, every: int) -> bool:
         """Return True after the last step and after every `every` steps (0: only after the last)."""

@@ -74,8 +74,8 @@ class Turn:
     """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
     info_gain: float | None = None
     """ig_t = P_t - P_{t-1} (or its log form); None on a final turn and where it could not be computed."""
-    step: int = 0
-    """Training step, from 0, whose rollout sampled this turn; identifies the weights."""
+    version: int = 0
+    """Version of the weights that sampled this turn: the number of steps they were trained for."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -149,9 +149,9 @@ class Trajectory:
         """P_0 .. P_n: the gold answer's probability in each context, by the engine."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
-    def staleness(self, step: int) -> int:
-        """Return the steps between the sampling of the oldest tokens and `step`, which trains on them."""
-        return max(step - turn.step for turn in self.turns)
+    def staleness(self, version: int) -> int:
+        """Return how many versions older than `version` the weights that sampled the oldest tokens are."""
+        return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
         """Convert all fields, turns included, with lists in place of arrays."""

@@ -46,7 +46,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     """Join the other ranks, build, resume and train; return the program's exit code."""
     import torch.distributed as dist
 
-    from a2tgpo.assemble import assemble
+    from a2tgpo.assemble import assemble, build_checkpoints
     from a2tgpo.launch.needs import training_inputs
     from a2tgpo.launch.preflight import start_ranks
     from a2tgpo.lifecycle.process_age import process_age_s
@@ -54,6 +54,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     from a2tgpo.lifecycle.watchdog import Watchdog
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.run import ending
     from a2tgpo.run.folder import RunFolder
     from a2tgpo.trainer import Trainer
 
@@ -69,35 +70,45 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     parts = assemble(config, groups, resume_from=checkpoint)
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
+    checkpoints = build_checkpoints(parts, folder, guards)
     watchdog.enter("restore")
-    step = folder.restore(checkpoint, parts, guards)
+    step = checkpoints.restore(checkpoint, is_auto=args.resume == "auto")
     watchdog.enter("")
-    recorder = folder.recorder(parts, step=step)
+    recorder = folder.recorder(parts.tokenizer, step=step)
     outage = parts.rollout.outage
     watchdog.follow(outage)
-    parts.startup.update(
-        {
-            "time/startup_imports_s": imported_s,
-            "time/startup_join_s": joined_s - imported_s,
-            "time/startup_s": process_age_s(),
-        }
-    )
+    startup = {
+        "time/startup_imports_s": imported_s,
+        "time/startup_join_s": joined_s - imported_s,
+        "time/startup_s": process_age_s(),
+    }
     stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=outage)
-    trainer = Trainer(parts, recorder, folder, guards, step=step, watchdog=watchdog, stop=stop)
-    recorder.writer.print(
-        f"{config.run.name}: step {step} of {config.run.steps} on {groups.world_size} ranks"
+    trainer = Trainer(
+        parts,
+        recorder,
+        checkpoints,
+        guards,
+        bank=folder.bank,
+        step=step,
+        startup=parts.startup | startup,
+        watchdog=watchdog,
+        stop=stop,
     )
+    num_steps, best = config.run.steps, checkpoints.best
+    recorder.writer.print(f"{config.run.name}: step {step} of {num_steps} on {groups.world_size} ranks")
     code = 0
     try:
         stop_signal.begin_training()
         if trainer.train():
-            folder.report_end(recorder)
+            recorder.writer.print(ending.finished(folder, best))
         elif stop.is_agreed:
             code = START_AGAIN
-            folder.report_stop(recorder, trainer.step, stop.reason)
+            line = ending.stopped(folder, trainer.step, num_steps=num_steps, reason=stop.reason)
+            recorder.writer.print(line)
         else:
             code = BROKEN_RUN
-            folder.report_guard_stop(recorder, trainer.step, guards)
+            line = ending.alarmed(folder, best, trainer.step, num_steps=num_steps, guards=guards)
+            recorder.writer.print(line)
     finally:
         watchdog.close()
         recorder.close()

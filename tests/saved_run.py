@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from tiny_models import build_model
 
+from a2tgpo.assemble import build_checkpoints
 from a2tgpo.checkpoint.best import BEST_FILE
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -28,6 +29,7 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run.folder import RunFolder
@@ -69,12 +71,11 @@ def new_parts(groups: ParallelGroups, model: Path, *, vocab_size: int = 250) -> 
         optimizer=optimizer,
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
-        sampler=PromptSampler(10, 2, seed=0, fingerprint="q"),
+        state=RolloutState(sampler=PromptSampler(10, 2, seed=0, fingerprint="q")),
         train_prompts=Questions("q"),
         test_prompts=Questions("t"),
-        startup={},
-        carried=CarriedPool(),
-        replicas=SimpleNamespace(index=0, count=1, is_first=True, group=None),
+        groups=groups,
+        engine_group=ALONE,
     )
 
 
@@ -125,18 +126,19 @@ class Run:
                 max_failures=2,
             ),
         )
-        self.parts: Any = world.parts
+        self.parts: Any = SimpleNamespace(**vars(world.parts), config=self.config)
         self.folder = RunFolder(self.config, world.groups)
         self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
         checkpoint = self.folder.open(resume, accept_changes=accept_changes)
-        self.step = self.folder.restore(checkpoint, self.parts, self.guards)
+        self.saver = build_checkpoints(self.parts, self.folder, self.guards)
+        self.step = self.saver.restore(checkpoint, is_auto=resume == "auto")
         self.checkpoints = self.folder.path / "checkpoints"
 
     def save(self, step: int, em: float | None = None) -> None:
         if em is not None:
-            self.folder.best.offer(step, scores(em))
-        self.folder.save(step, self.parts, self.guards)
-        self.folder.finish_saving()
+            self.saver.best.offer(step, scores(em))
+        self.saver.save(step)
+        self.saver.finish_saving()
 
     @property
     def steps(self) -> list[int]:

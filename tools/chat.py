@@ -24,8 +24,8 @@ from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
 
 if TYPE_CHECKING:
+    from a2tgpo.rollout.group_rollout import Finished
     from a2tgpo.serve.player import Player
-    from a2tgpo.trajectory import Trajectory
 
 
 def main() -> int:
@@ -102,17 +102,15 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
     prompt = Prompt(
         index=0, id=f"chat-{number}", question=question, answers=(), tokens=player.template.render(question)
     )
-    trajectories, _ = player.rollout.run(
-        [prompt], seed=player.config.run.seed, step=0, greedy=not sample, group_size=1, score_gain=False
-    )
-    return render(player, trajectories[0], paint)
+    (done,) = player.play([prompt], greedy=not sample)
+    return render(player, done, paint)
 
 
-def render(player: Player, trajectory: Trajectory, paint: Painter) -> str:
+def render(player: Player, done: Finished, paint: Painter) -> str:
     """Format turns, calls, results, and finally the answer."""
     from a2tgpo.reward.outcome import extract_answer
 
-    texts = player.rollout.turn_texts(trajectory)
+    trajectory, texts = done.trajectory, done.turn_texts
     lines = []
     for index, (turn, text) in enumerate(zip(trajectory.turns, texts, strict=True), start=1):
         lines += [paint(f"turn {index}", "yellow"), paint.tags(indented(text))]

@@ -187,18 +187,13 @@ def play(
     from a2tgpo.evaluate.answer_log import AnswerLog
     from a2tgpo.evaluate.answer_sets import answer_sets
 
-    replicas = player.replicas
+    engine_group = player.engine_group
     total = sum(map(len, sets.values())) * (1 + num_samples)
-    log = AnswerLog(partial, replica=replicas.index) if replicas.is_first else None
+    log = AnswerLog(partial, replica=engine_group.index) if engine_group.is_leader else None
     found: list[Answers] = []
     with tqdm(
         total=total, initial=min(len(known), total), unit="answer", disable=dist.get_rank() != 0
     ) as bar:
-
-        def show() -> None:
-            # Replicas have equal shares, so this replica's progress is extrapolated to all.
-            bar.update(min(replicas.count, total - bar.n))
-
         try:
             for samples in (0, num_samples) if num_samples else (0,):
                 found.append(
@@ -207,12 +202,11 @@ def play(
                         sets,
                         num_samples=samples,
                         seed=player.config.run.seed,
-                        replica=replicas.index,
-                        num_replicas=replicas.count,
+                        engine_group=engine_group,
                         known=known,
                         log=log,
                         stop=stop,
-                        on_answer=show,
+                        bar=bar,
                     )
                 )
         finally:

@@ -138,7 +138,7 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
     """Play batch after batch until `stopping`; the inbox then refuses the waiting requests."""
     from a2tgpo.serve.inbox import InboxClosedError
 
-    most = player.config.rollout.max_concurrent * player.replicas.count
+    most = player.config.rollout.max_concurrent * player.engine_group.count
     last_sent = time.monotonic()
     while not stopping.is_set():
         batch = inbox.take(most, timeout_s=LOOK_S)
@@ -168,22 +168,15 @@ def play(player: Player, orders: list[Order]) -> list[Played]:
     from a2tgpo.parallel.collectives import all_gather_object, world_group
     from a2tgpo.serve.inbox import Played
 
-    replicas = player.replicas
+    engines = player.engine_group
     mine: list[Played] = []
-    if share := orders[replicas.index :: replicas.count]:
-        trajectories, _ = player.rollout.run(
-            [order.prompt for order in share],
-            seed=player.config.run.seed,
-            step=0,
-            greedy=share[0].is_greedy,
-            group_size=1,
-            score_gain=False,
-        )
-        mine = [Played(trajectory=t, texts=tuple(player.rollout.turn_texts(t))) for t in trajectories]
+    if share := engines.share(orders):
+        played = player.play([order.prompt for order in share], greedy=share[0].is_greedy)
+        mine = [Played(trajectory=done.trajectory, texts=tuple(done.turn_texts)) for done in played]
     parts = [
-        part for part, is_first in all_gather_object((mine, replicas.is_first), world_group()) if is_first
+        part for part, is_leader in all_gather_object((mine, engines.is_leader), world_group()) if is_leader
     ]
-    return [parts[index % replicas.count][index // replicas.count] for index in range(len(orders))]
+    return [parts[index % engines.count][index // engines.count] for index in range(len(orders))]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Keep finished rollouts on disk until a checkpoint covers them, so that a crash does not replay them.
 
-`bank/step_N/replica_R.bin` holds the rollout of step N (counted from 0) of engine replica R: its trajectories, the
+`bank/step_N/replica_R.bin` holds the rollout of step N of engine replica R: its trajectories, the
 metrics so far of each of its ranks, the sampler's state after all draws of the step, and the carried groups. The
 replica's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
 The rollouts are used only if step, weights (bitwise) and rollout configuration match and all ranks' files come from
@@ -19,20 +19,22 @@ import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-import torch.distributed as dist
 
 from a2tgpo.collect.carried_pool import Carried
+from a2tgpo.collect.state import RolloutSnapshot, RolloutState
+from a2tgpo.collect.step import PlayedStep
+from a2tgpo.config.run import RunConfig
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import weights_fingerprint
-from a2tgpo.parallel.collectives import all_gather_object, gather_object
+from a2tgpo.model.policy import Policy
+from a2tgpo.parallel.collectives import all_gather_object, gather_object, world_group
+from a2tgpo.parallel.engine_group import EngineGroup
+from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
-
-if TYPE_CHECKING:
-    from a2tgpo.assemble import RunParts
 
 logger = logging.getLogger(__name__)
 
@@ -65,53 +67,62 @@ class RolloutBank:
 
     Args:
         folder: `bank/` of the run.
+        state: stored with the rollouts, and advanced by `take`.
     """
 
-    def __init__(self, folder: Path, parts: RunParts):
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        state: RolloutState,
+        groups: ParallelGroups,
+        engine_group: EngineGroup,
+    ):
         self._folder = folder
-        self._parts = parts
+        self._config_key = _config_key(config, state.sampler.fingerprint, groups)
+        self._state = state
+        self._is_first_rank = groups.rank == 0
+        self._engine_group = engine_group
         self._key = ""
         self._attempt = ""
 
-    def take(self, step: int, metrics: MetricSums) -> list[Trajectory] | None:
-        """Return the stored rollouts of `step` by the current policy and add their metrics, or None to play the step.
+    def take(self, step: int, policy: Policy) -> PlayedStep | None:
+        """Return the stored rollouts of `step` by `policy`, or None to play the step.
 
-        Advances sampler and carried groups past the step. Enters memory phase bank. Returns no trajectories on ranks
-        other than the first of a replica.
+        The weights must be on the GPU. Advances the state past the step. Returns no trajectories on ranks other than
+        the leader of an engine.
         """
-        self._parts.phases.enter("bank")
-        self._key = (
-            f"step {step} weights {weights_fingerprint(self._parts.policy)} {_config_key(self._parts)}"
-        )
+        self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
         banked = self._read(step)
-        world = dist.group.WORLD
-        assert world is not None, "torch.distributed is not initialised"
+        world = world_group()
         found = all_gather_object((banked.attempt if banked else None, uuid.uuid4().hex), world)
         if banked is None or any(attempt != banked.attempt for attempt, _ in found):
             self._attempt = found[0][1]
             return None
-        if self._parts.groups.rank == 0:
-            logger.warning("step %d continues with its rollouts from an earlier start", step + 1)
-        metrics.merge(banked.ranks[self._place].metrics)
-        self._parts.sampler.load_state_dict(banked.sampler)
-        self._parts.carried.state = banked.carried
-        return banked.trajectories if self._parts.replicas.is_first else []
+        if self._is_first_rank:
+            logger.warning("step %d continues with its rollouts from an earlier start", step)
+        self._state.restore(RolloutSnapshot(sampler=banked.sampler, carried=banked.carried))
+        return PlayedStep(
+            trajectories=banked.trajectories if self._engine_group.is_leader else [],
+            metrics=banked.ranks[self._engine_group.rank].metrics,
+        )
 
-    def put(self, step: int, trajectories: list[Trajectory], metrics: MetricSums) -> None:
-        """Store the rollouts just played, after `take` found none; the first rank of each replica writes a file.
+    def put(self, step: int, played: PlayedStep) -> None:
+        """Store the rollouts just played, after `take` found none; the leader of each engine writes a file.
 
         If the disk is full, warn and count `rollout/not_banked`; the run continues.
         """
-        share, group = RankShare(self._key, metrics), self._parts.replicas.group
+        share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]
-        if not self._parts.replicas.is_first:
+        if not self._engine_group.is_leader:
             return
+        state = self._state.snapshot()
         banked = BankedStep(
             attempt=self._attempt,
             ranks=ranks,
-            trajectories=trajectories,
-            sampler=self._parts.sampler.state_dict(),
-            carried=self._parts.carried.state,
+            trajectories=played.trajectories,
+            sampler=state.sampler,
+            carried=state.carried,
         )
         payload = encode_records(banked)
         path = self._path(step)
@@ -119,8 +130,8 @@ class RolloutBank:
             with atomic_file(path) as stream:
                 stream.write(_digest(payload) + payload)
         except OSError as error:
-            metrics.add("rollout/not_banked", 1, 0)
-            logger.warning("could not bank the rollouts of step %d: %s (%s)", step + 1, error.strerror, path)
+            played.metrics.add("rollout/not_banked", 1, 0)
+            logger.warning("could not bank the rollouts of step %d: %s (%s)", step, error.strerror, path)
 
     def _read(self, step: int) -> BankedStep | None:
         path = self._path(step)
@@ -138,33 +149,27 @@ class RolloutBank:
         except (msgspec.DecodeError, RecursionError):
             logger.warning("skipping %s: it was written by another version", path)
             return None
-        place = self._place
+        place = self._engine_group.rank
         return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
 
     def _say_if_earlier_version(self, folder: Path, step: int) -> None:
         """Warn if the folder has the files of an earlier version, one per rank."""
-        if self._parts.groups.rank == 0 and any(folder.glob("rank_*.bin")):
+        if self._is_first_rank and any(folder.glob("rank_*.bin")):
             logger.warning(
                 "skipping %s, written by an earlier version: step %d is played again",
                 folder,
-                step + 1,
+                step,
             )
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step_{step}" / f"replica_{self._parts.replicas.index}.bin"
-
-    @property
-    def _place(self) -> int:
-        """This rank's index within its replica."""
-        group = self._parts.replicas.group
-        return group.rank() if group else 0
+        return self._folder / f"step_{step}" / f"replica_{self._engine_group.index}.bin"
 
 
 def drop_covered(folder: Path, step: int) -> None:
-    """Remove the rollouts of steps before `step`, which a checkpoint covers; one rank calls this."""
+    """Remove the rollouts of steps up to `step`, which a checkpoint covers; one rank calls this."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(entry.name)
-        if match and int(match[1]) < step:
+        if match and int(match[1]) <= step:
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -172,14 +177,10 @@ def _digest(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
 
 
-def _config_key(parts: RunParts) -> str:
-    """Fingerprint everything except the weights that a replica's rollouts may depend on."""
-    sections = dataclasses.asdict(parts.config)
+def _config_key(config: RunConfig, questions: str, groups: ParallelGroups) -> str:
+    """Fingerprint everything except the weights that an engine's rollouts may depend on."""
+    sections = dataclasses.asdict(config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]
-    groups = parts.groups
-    questions = parts.sampler.fingerprint
-    text = json.dumps(
-        [sections, parts.config.run.seed, questions, groups.rank, groups.world_size], sort_keys=True
-    )
+    text = json.dumps([sections, config.run.seed, questions, groups.rank, groups.world_size], sort_keys=True)
     return f"config {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

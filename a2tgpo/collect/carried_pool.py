@@ -1,7 +1,7 @@
 """Groups that continue from step to step (`rollout.partial`): owners, selection for a step, files.
 
-All decisions of this module use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
-themselves stay on the replica that began them.
+All decisions here use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
+themselves stay on the engine that began them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 FOLDER = "carried"
-"""Name of the folder within a checkpoint; one file per replica."""
+"""Name of the folder within a checkpoint; one file per engine."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -25,12 +25,12 @@ class Entry:
     """The facts about a group that all ranks know; sorts by age, then by prompt within a step."""
 
     begun: int
-    """Step in which the group began, from 0."""
+    """Version of the weights with which the group began (`Turn.version`)."""
     index: int
-    """Index of the prompt among the prompts of that step."""
+    """Index of the prompt among the prompts that began with it."""
     question: int
-    replica: int
-    """The replica that plays the group."""
+    engine: int
+    """The engine that plays the group."""
     is_complete: bool = False
 
     @property
@@ -44,34 +44,27 @@ class Carried:
     """The groups carried from one step to the next, as one rank holds them; immutable."""
 
     entries: tuple[Entry, ...] = ()
-    """Groups of all replicas, oldest first; equal on all ranks."""
+    """Groups of all engines, oldest first; equal on all ranks."""
     own: tuple[CarriedGroup, ...] = ()
-    """This replica's groups."""
+    """This engine's groups."""
 
 
-@dataclass
-class CarriedPool:
-    """The run's current `Carried`; part of the run's state, like the sampler."""
-
-    state: Carried = Carried()
-
-
-def replicas_for(entries: Sequence[Entry], count: int, *, num_replicas: int) -> list[int]:
-    """Assign `count` new prompts to replicas: each to the least loaded one, the lowest index first among equals."""
-    load = [0] * num_replicas
+def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
+    """Assign `count` new prompts to engines: each to the least loaded one, the lowest index first among equals."""
+    load = [0] * num_engines
     for entry in entries:
-        load[entry.replica] += not entry.is_complete
+        load[entry.engine] += not entry.is_complete
     chosen = []
     for _ in range(count):
-        replica = load.index(min(load))
-        load[replica] += 1
-        chosen.append(replica)
+        engine = load.index(min(load))
+        load[engine] += 1
+        chosen.append(engine)
     return chosen
 
 
-def is_due(entry: Entry, step: int, *, max_staleness: int) -> bool:
-    """Return whether `step` is the last step that may train on the group."""
-    return step - entry.begun >= max_staleness
+def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
+    """Return whether the step that plays `version` is the last one that may train on the group."""
+    return version - entry.begun >= max_staleness
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
@@ -106,12 +99,12 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
     ]
 
 
-def bounded(state: Carried, step: int, *, max_groups: int, max_staleness: int) -> Carried:
-    """Return the oldest `max_groups` groups that are young enough to continue in `step`.
+def bounded(state: Carried, version: int, *, max_groups: int, max_staleness: int) -> Carried:
+    """Return the oldest `max_groups` groups that are young enough to continue with `version`.
 
     Drops groups only if a run resumes with smaller settings than it was saved with.
     """
-    young = [entry for entry in state.entries if step - entry.begun <= max_staleness]
+    young = [entry for entry in state.entries if version - entry.begun <= max_staleness]
     kept = {entry.key for entry in young[:max_groups]}
     return Carried(
         entries=tuple(entry for entry in state.entries if entry.key in kept),
@@ -119,54 +112,65 @@ def bounded(state: Carried, step: int, *, max_groups: int, max_staleness: int) -
     )
 
 
-def carried_file(replica: int) -> str:
-    """Return the name of a replica's file within a checkpoint."""
-    return f"{FOLDER}/replica_{replica}.bin"
+def carried_file(engine: int) -> str:
+    """Return the name of an engine's file within a checkpoint."""
+    return f"{FOLDER}/engine_{engine}.bin"
 
 
 def encode(state: Carried) -> bytes:
-    """Serialise this replica's groups."""
+    """Serialise this engine's groups."""
     return encode_records(state.own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A group in a checkpoint, and the replica that will continue it."""
+    """A group in a checkpoint, and the engine that will continue it."""
 
-    replica: int
+    engine: int
     group: CarriedGroup
 
 
-def read(checkpoint: Path, *, num_replicas: int) -> list[Held]:
-    """Read a checkpoint's carried groups, oldest first; if the number of replicas changed, deal them out in turn.
+def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
+    """Read a checkpoint's carried groups, oldest first; if the number of engines changed, deal them out in turn.
 
     Raises:
         ValueError: one line; a file does not hold carried groups.
     """
-    files = sorted((checkpoint / FOLDER).glob("replica_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
+    files = sorted((checkpoint / FOLDER).glob("*_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
     held: list[Held] = []
     for number, path in enumerate(files):
         try:
-            groups = decode_records(path.read_bytes(), list[CarriedGroup])
-        except (msgspec.DecodeError, RecursionError) as error:
+            groups = decode_records(_content(path), list[CarriedGroup])
+        except (msgspec.DecodeError, RecursionError, LookupError, TypeError) as error:
             raise ValueError(f"{path} was not written by this program") from error
-        held += [Held(replica=number, group=group) for group in groups]
+        held += [Held(engine=number, group=group) for group in groups]
     held.sort(key=lambda item: item.group.key)
-    if len(files) == num_replicas:
+    if len(files) == num_engines:
         return held
-    return [Held(replica=place % num_replicas, group=item.group) for place, item in enumerate(held)]
+    return [Held(engine=place % num_engines, group=item.group) for place, item in enumerate(held)]
 
 
-def carried(held: Sequence[Held], *, replica: int) -> Carried:
-    """Return the `Carried` state of replica `replica`, whose ranks hold only its own groups."""
+def _content(path: Path) -> bytes:
+    """Return the file's content; in replica_N.bin of release 0.1, the field `Turn.version` was called step."""
+    content = path.read_bytes()
+    if path.name.startswith("engine_"):
+        return content
+    groups = msgspec.msgpack.decode(content)
+    for turn in (turn for group in groups for member in group["trajectories"] for turn in member["turns"]):
+        turn["version"] = turn.pop("step")
+    return msgspec.msgpack.encode(groups)
+
+
+def carried(held: Sequence[Held], *, engine: int) -> Carried:
+    """Return the `held` groups as the ranks of one engine hold them."""
     entries = (
         Entry(
             begun=item.group.begun,
             index=item.group.prompt.index,
             question=item.group.question,
-            replica=item.replica,
+            engine=item.engine,
             is_complete=item.group.is_complete,
         )
         for item in held
     )
-    return Carried(entries=tuple(entries), own=tuple(item.group for item in held if item.replica == replica))
+    return Carried(entries=tuple(entries), own=tuple(item.group for item in held if item.engine == engine))

@@ -17,60 +17,60 @@ pauses depend on tokens, never on the clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
+from collections.abc import Collection, Iterable, Sequence
 
 from a2tgpo.collect.carried_pool import (
     Carried,
     Entry,
+    engines_for,
     is_due,
-    replicas_for,
     select,
     to_finish,
     trajectories_of,
     with_complete,
 )
+from a2tgpo.collect.rewarded_rollout import RewardedRollout
+from a2tgpo.collect.state import RolloutState
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.template import PromptSet
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, world_group
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout.group_rollout import Progress
-from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from a2tgpo.assemble import RunParts
 
 
 class PartialRollout:
     """Plays the steps of a run with `rollout.partial`; each rank has one and makes the same calls."""
 
-    def __init__(self, parts: RunParts):
-        self._parts = parts
-        self._num_groups = parts.config.rollout.prompts_per_step
-        self._config = parts.config.rollout.partial
-
-    def play(
+    def __init__(
         self,
-        step: int,
-        counts: RolloutCounts,
-        metrics: MetricSums,
-        is_cut: Callable[[], bool] | None,
-        *,
-        progress: Progress | None = None,
-    ) -> list[Trajectory] | None:
-        """Return this replica's share of the step's groups, like `StepRollout.play`, and advance the carried pool.
+        config: RolloutConfig,
+        rollout: RewardedRollout,
+        prompts: PromptSet,
+        state: RolloutState,
+        engine_group: EngineGroup,
+    ):
+        self._num_groups = config.prompts_per_step
+        self._config = config.partial
+        self._rollout = rollout
+        self._prompts = prompts
+        self._state = state
+        self._engine_group = engine_group
 
-        Returns None if any rank interrupted the rollout; the pool must then be restored before its next use.
+    def play(self, version: int, counts: RolloutCounts, metrics: MetricSums) -> list[Trajectory] | None:
+        """Return this engine's share of the step's groups, like `StepRollout.play`, and advance the carried groups.
+
+        Returns None if any rank interrupted the rollout; the state must then be restored before its next use.
         """
-        entries, own = self._in_play(step)
+        entries, own = self._in_play(version)
         due = {
-            entry.key for entry in entries if is_due(entry, step, max_staleness=self._config.max_staleness)
+            entry.key for entry in entries if is_due(entry, version, max_staleness=self._config.max_staleness)
         }
         num_unbounded = sum(not entry.is_complete for entry in entries if entry.key in due)
-        played = self._play(own, counts, step=step, unbounded=due, is_cut=is_cut, progress=progress)
+        played = self._play(own, counts, version=version, unbounded=due)
         complete = self._agree_on_complete(played)
         if complete is None or played is None:
             return None
@@ -78,7 +78,7 @@ class PartialRollout:
         late = {entry.key for entry in to_finish(entries, num_groups=self._num_groups)}
         if late:
             chosen = [group for group in played if group.key in late]
-            finished = self._play(chosen, counts, step=step, unbounded=late, is_cut=is_cut, progress=progress)
+            finished = self._play(chosen, counts, version=version, unbounded=late)
             complete = self._agree_on_complete(finished)
             if complete is None or finished is None:
                 return None
@@ -86,70 +86,59 @@ class PartialRollout:
             entries = with_complete(entries, complete)
         taken, left = select(entries, num_groups=self._num_groups)
         keys = {entry.key for entry in left}
-        self._parts.carried.state = Carried(
-            entries=tuple(left), own=_by_age(group for group in played if group.key in keys)
-        )
+        carried = Carried(entries=tuple(left), own=_by_age(group for group in played if group.key in keys))
+        self._state.carried = carried
         trajectories = trajectories_of(played, taken)
         metrics.add("partial/unbounded_groups", num_unbounded + len(late), 1)
         metrics.add("partial/pool_groups", len(left), 1)
-        if self._parts.replicas.is_first:
-            _add_metrics(metrics, self._parts.carried.state.own, trajectories, step)
+        if self._engine_group.is_leader:
+            _add_metrics(metrics, carried.own, trajectories, version)
         return trajectories
 
-    def _in_play(self, step: int) -> tuple[list[Entry], list[CarriedGroup]]:
-        """Return all groups of the step, and this replica's groups."""
-        state, replicas = self._parts.carried.state, self._parts.replicas
-        missing = self._num_groups + self._config.extra_prompts - len(state.entries)
+    def _in_play(self, version: int) -> tuple[list[Entry], list[CarriedGroup]]:
+        """Return all groups of the step, and this engine's groups."""
+        carried, engines = self._state.carried, self._engine_group
+        missing = self._num_groups + self._config.extra_prompts - len(carried.entries)
         assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
-        questions = self._parts.sampler.next_indices(
-            missing, excluded=[entry.question for entry in state.entries]
+        questions = self._state.sampler.next_indices(
+            missing, excluded=[entry.question for entry in carried.entries]
         )
-        owners = replicas_for(state.entries, missing, num_replicas=replicas.count)
+        owners = engines_for(carried.entries, missing, num_engines=engines.count)
         entries = [
-            *state.entries,
+            *carried.entries,
             *(
-                Entry(begun=step, index=index, question=question, replica=owner)
+                Entry(begun=version, index=index, question=question, engine=owner)
                 for index, (question, owner) in enumerate(zip(questions, owners, strict=True))
             ),
         ]
-        mine = [index for index, owner in enumerate(owners) if owner == replicas.index]
-        prompts = self._parts.train_prompts.prompts(questions, mine)
+        mine = [index for index, owner in enumerate(owners) if owner == engines.index]
         begun = [
-            CarriedGroup(begun=step, question=questions[prompt.index], prompt=prompt) for prompt in prompts
+            CarriedGroup(begun=version, question=questions[prompt.index], prompt=prompt)
+            for prompt in self._prompts.prompts(questions, mine)
         ]
-        return entries, [*state.own, *begun]
+        return entries, [*carried.own, *begun]
 
     def _play(
         self,
         groups: Sequence[CarriedGroup],
         counts: RolloutCounts,
         *,
-        step: int,
+        version: int,
         unbounded: Collection[tuple[int, int]],
-        is_cut: Callable[[], bool] | None,
-        progress: Progress | None = None,
     ) -> list[CarriedGroup] | None:
         """Continue `groups` within the budget, those in `unbounded` to their end; None if interrupted."""
         budget = self._config.tokens_per_step
         unfinished = [group for group in groups if not group.is_complete]
+        budgets = [None if group.key in unbounded else budget for group in unfinished]
         try:
-            played, counted = self._parts.rollout.play_on(
-                unfinished,
-                budgets=[None if group.key in unbounded else budget for group in unfinished],
-                seed=self._parts.config.run.seed,
-                step=step,
-                progress=progress,
-                is_cut=is_cut,
-            )
-        except RolloutCutError:
+            played = self._rollout.play_on(unfinished, budgets=budgets, version=version, counts=counts)
+        except RolloutInterruptedError:
             return None
-        counts.add(counted)
         return [group for group in groups if group.is_complete] + played
 
     def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
         """Return the keys of all complete groups, equal on all ranks; None if any rank was interrupted."""
-        world = dist.group.WORLD
-        assert world is not None, "torch.distributed is not initialised"
+        world = world_group()
         mine = None if groups is None else [group.key for group in groups if group.is_complete]
         parts = all_gather_object(mine, world)
         if any(part is None for part in parts):
@@ -163,11 +152,11 @@ def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
 
 
 def _add_metrics(
-    metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], step: int
+    metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], version: int
 ) -> None:
-    """Add the metrics of one replica's carried groups and of the staleness of its share of the step."""
+    """Add the metrics of one engine's carried groups and of the staleness of its share of the step."""
     paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
-    staleness = [trajectory.staleness(step) for trajectory in trajectories]
+    staleness = [trajectory.staleness(version) for trajectory in trajectories]
     metrics.add("partial/carried_trajectories", len(paused), 0)
     metrics.add("partial/carried_tokens", sum(member.num_sampled_tokens for member in paused), 0)
     metrics.add("partial/staleness_mean", sum(staleness), len(staleness))

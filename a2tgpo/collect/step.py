@@ -22,76 +22,96 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch.distributed as dist
 
 from a2tgpo.collect.partial import PartialRollout
-from a2tgpo.lifecycle.process_age import process_age_s
+from a2tgpo.collect.rewarded_rollout import RewardedRollout
+from a2tgpo.collect.state import RolloutState
+from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.template import PromptSet
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.record.recorder import add_rollout_counts
+from a2tgpo.parallel.collectives import all_gather_object, world_group
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from a2tgpo.assemble import RunParts
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlayedStep:
+    """A step's rollout on one rank."""
+
+    trajectories: list[Trajectory]
+    """This engine's share of the step's groups, prompt_index in [0, prompts_per_step); empty on ranks other than the
+    leader of an engine."""
+    metrics: MetricSums
+    """The engine's counts and the `sampling/` or `partial/` metrics, to be reduced over the world."""
+
+
 class StepRollout:
-    """Plays the groups of every step; each rank has one and makes the same calls."""
+    """Plays the groups of every step; each rank has one and makes the same calls.
 
-    def __init__(self, parts: RunParts):
-        self._parts = parts
-        self._config = parts.config.rollout
-        self._partial = PartialRollout(parts)
+    Args:
+        rollout: plays on this rank's engine, and decides whether it is interrupted.
+        prompts: the training questions.
+        state: advanced by each step.
+        startup: metrics of the start, reported with the first rollout.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        rollout: RewardedRollout,
+        prompts: PromptSet,
+        state: RolloutState,
+        engine_group: EngineGroup,
+        *,
+        startup: dict[str, float] | None = None,
+    ):
+        self._config = config
+        self._rollout = rollout
+        self._prompts = prompts
+        self._state = state
+        self._engine_group = engine_group
+        self._partial = PartialRollout(config, rollout, prompts, state, engine_group)
+        self._startup = startup
         self._has_warned = False
-        self._startup = dict(parts.startup)
-        """Reported with the first rollout; the process's age at the first finished trajectory is added."""
 
-    def play(
-        self, *, step: int, metrics: MetricSums, is_cut: Callable[[], bool] | None = None
-    ) -> list[Trajectory] | None:
-        """Play a step on awake engines with the step's weights; every rank must call this.
+    def play(self, *, version: int) -> PlayedStep | None:
+        """Play a step on awake engines that hold the weights of `version`; every rank must call this.
 
-        Args:
-            step: step of the run, from 0.
-            metrics: receives the engine's counts and the `sampling/` or `partial/` metrics; to be reduced over the
-                world.
-            is_cut: polled for whether to interrupt the rollout; ranks may see it at different times. None: never.
-
-        Returns:
-            This replica's share of the step's groups, prompt_index in [0, prompts_per_step); empty on ranks other
-            than the first of a replica. None if interrupted on this rank or, with dynamic or partial rollouts, on
-            any rank.
+        Returns None if interrupted on this rank or, with dynamic or partial rollouts, on any rank; the state must
+        then be restored before its next use.
         """
-        counts = RolloutCounts()
+        counts, metrics = RolloutCounts(), MetricSums()
         if self._config.dynamic_sampling:
-            trajectories = self._play_until_full(step, counts, metrics, is_cut)
+            trajectories = self._play_until_full(version, counts, metrics)
         elif self._config.partial.is_on:
-            trajectories = self._partial.play(step, counts, metrics, is_cut, progress=self._note_first)
+            trajectories = self._partial.play(version, counts, metrics)
         else:
-            asked = self._parts.sampler.next_indices()
-            trajectories = self._play_share(asked, range(len(asked)), step, counts, is_cut)
+            drawn = self._state.sampler.next_indices()
+            trajectories = self._play_share(drawn, range(len(drawn)), version, counts)
         if trajectories is None:
             return None
-        if not self._parts.replicas.is_first:
-            return []
+        if not self._engine_group.is_leader:
+            return PlayedStep(trajectories=[], metrics=metrics)
         add_rollout_counts(metrics, counts)
-        while self._startup:
-            metrics.add_max(*self._startup.popitem())
-        return trajectories
+        if self._startup is not None:
+            for name, seconds in self._startup.items():
+                metrics.add_max(name, seconds)
+            if self._rollout.first_finished_s is not None:
+                metrics.add_max("time/startup_to_rollout_s", self._rollout.first_finished_s)
+            self._startup = None
+        return PlayedStep(trajectories=trajectories, metrics=metrics)
 
     def _play_until_full(
-        self, step: int, counts: RolloutCounts, metrics: MetricSums, is_cut: Callable[[], bool] | None
+        self, version: int, counts: RolloutCounts, metrics: MetricSums
     ) -> list[Trajectory] | None:
-        sampler, num_groups = self._parts.sampler, self._config.prompts_per_step
-        asked: list[int] = []
+        sampler, num_groups = self._state.sampler, self._config.prompts_per_step
+        questions: list[int] = []
         informative: list[bool] = []
         played: list[Trajectory] = []
         draws = 0
@@ -99,15 +119,15 @@ class StepRollout:
             size = draw_size(
                 informative,
                 num_groups=num_groups,
-                num_replicas=self._parts.replicas.count,
-                num_left=sampler.num_questions - len(asked),
+                num_engines=self._engine_group.count,
+                num_left=sampler.num_questions - len(questions),
             )
             if size == 0:
                 break
-            asked += sampler.next_indices(size, excluded=asked)
+            questions += sampler.next_indices(size, excluded=questions)
             # Positions continue from draw to draw: they identify the step's groups and the seeds of their rollouts.
-            drawn = range(len(asked))[-size:]
-            trajectories = self._play_share(asked, drawn, step, counts, is_cut)
+            drawn = range(len(questions))[-size:]
+            trajectories = self._play_share(questions, drawn, version, counts)
             found = self._agree_on_informative(drawn, trajectories)
             if found is None or trajectories is None:
                 return None
@@ -116,47 +136,26 @@ class StepRollout:
             draws += 1
         selection = select_groups(informative, num_groups=num_groups)
         if selection.num_unfilled:
-            self._warn_once(step, draws, len(informative), selection.num_unfilled)
+            self._warn_once(version, draws, len(informative), selection.num_unfilled)
         metrics.add("sampling/draws", draws, 1)
         metrics.add("sampling/groups_played", len(informative), 1)
         metrics.add("sampling/kept_share", sum(informative), len(informative))
         metrics.add("sampling/surplus_groups", selection.num_surplus, 1)
         metrics.add("sampling/unfilled_groups", selection.num_unfilled, 1)
-        if self._parts.replicas.is_first:
+        if self._engine_group.is_leader:
             metrics.add("sampling/reward_all_mean", sum(t.outcome_reward for t in played), len(played))
             metrics.add("sampling/format_error_rate_all", sum(not t.format_ok for t in played), len(played))
         return take_groups(played, selection.groups)
 
     def _play_share(
-        self,
-        asked: Sequence[int],
-        drawn: range,
-        step: int,
-        counts: RolloutCounts,
-        is_cut: Callable[[], bool] | None,
+        self, questions: Sequence[int], drawn: range, version: int, counts: RolloutCounts
     ) -> list[Trajectory] | None:
-        """Play this replica's share of the questions at positions `drawn` in the list `asked`.
-
-        Returns None if interrupted.
-        """
-        replicas = self._parts.replicas
-        share = drawn[replicas.index :: replicas.count]
+        """Play this engine's share of the `drawn` positions of `questions`; return None if interrupted."""
+        prompts = self._prompts.prompts(questions, self._engine_group.share(drawn))
         try:
-            trajectories, counted = self._parts.rollout.run(
-                self._parts.train_prompts.prompts(asked, share),
-                seed=self._parts.config.run.seed,
-                step=step,
-                is_cut=is_cut,
-                progress=self._note_first,
-            )
-        except RolloutCutError:
+            return self._rollout.play(prompts, version=version, counts=counts)
+        except RolloutInterruptedError:
             return None
-        counts.add(counted)
-        return trajectories
-
-    def _note_first(self, _finished: int, _all: int) -> None:
-        if self._startup:
-            self._startup.setdefault("time/startup_to_rollout_s", process_age_s())
 
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
@@ -165,28 +164,28 @@ class StepRollout:
 
         Returns None if the draw was interrupted on any rank.
         """
-        world = dist.group.WORLD
-        assert world is not None, "torch.distributed is not initialised"
+        world = world_group()
         mine = None
         if trajectories is not None:
-            mine = informative_groups(trajectories) if self._parts.replicas.is_first else {}
+            mine = informative_groups(trajectories) if self._engine_group.is_leader else {}
         parts = all_gather_object(mine, world)
         if any(part is None for part in parts):
             return None
         merged = {index: bit for part in parts for index, bit in part.items()}
         return [merged[index] for index in drawn]
 
-    def _warn_once(self, step: int, draws: int, num_played: int, num_unfilled: int) -> None:
-        if self._parts.groups.rank == 0 and not self._has_warned:
+    def _warn_once(self, version: int, draws: int, num_played: int, num_unfilled: int) -> None:
+        is_first_rank = self._engine_group.is_leader and self._engine_group.index == 0
+        if is_first_rank and not self._has_warned:
             logger.warning(
                 "step %d: after %d draws (rollout.max_draws=%d) and %d of %d questions only %d of %d groups have "
                 "rewards that differ; the others have no outcome advantage. Raise rollout.max_draws, or use "
                 "questions that are neither too hard nor too easy (logged once; see sampling/unfilled_groups)",
-                step + 1,
+                version + 1,
                 draws,
                 self._config.max_draws,
                 num_played,
-                self._parts.sampler.num_questions,
+                self._state.sampler.num_questions,
                 self._config.prompts_per_step - num_unfilled,
                 self._config.prompts_per_step,
             )
@@ -203,13 +202,13 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
     return {index: len(values) > 1 for index, values in rewards.items()}
 
 
-def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int, num_left: int) -> int:
-    """Return how many prompts to draw next to fill the step, judging by the share of informative groups so far.
+def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
+    """Return how many prompts to draw next to fill the step, at the share of informative groups so far.
 
     Args:
         informative: for every group played, in draw order; empty before the first draw, which takes `num_groups`.
         num_groups: groups of a step; no draw is larger.
-        num_replicas: engine replicas; all get equally many prompts while the set lasts.
+        num_engines: engines; all get equally many prompts while the set lasts.
         num_left: questions that the step has not drawn yet.
 
     Returns:
@@ -218,7 +217,7 @@ def draw_size(informative: Sequence[bool], *, num_groups: int, num_replicas: int
     kept = sum(informative)
     missing = max(num_groups - kept, 0)
     wanted = math.ceil(missing * len(informative) / kept) if kept else num_groups
-    return min(math.ceil(wanted / num_replicas) * num_replicas, num_groups, num_left)
+    return min(math.ceil(wanted / num_engines) * num_engines, num_groups, num_left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,3 +256,18 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
         for trajectory in trajectories
         if trajectory.prompt_index in places
     ]
+
+
+def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
+    """Add an engine's counts of the rollout; only the leader of each engine calls this."""
+    metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
+    metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
+    metrics.add("tools/calls", counts.tool_calls, 0)
+    metrics.add("tools/failures", counts.failed_calls, 0)
+    metrics.add_max("tools/outage_s", counts.outage_s)
+    metrics.add("tools/hung_calls", counts.hung_calls, 0)
+    metrics.add("tools/empty_queries", counts.empty_queries, 0)
+    metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
+    # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
+    metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
+    metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)

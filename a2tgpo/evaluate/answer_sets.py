@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch.distributed as dist
+from tqdm import tqdm
 
 from a2tgpo.data.template import PromptSet
 from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE, AnswerLog, Key
 from a2tgpo.evaluate.evaluate import Answer, answer_questions
 from a2tgpo.lifecycle.stop_request import StopRequest
-from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.parallel.collectives import all_gather_object, world_group
+from a2tgpo.parallel.engine_group import EngineGroup
+from a2tgpo.rollout.group_rollout import GroupRollout, RolloutInterruptedError
 
 
 def answer_sets(
@@ -21,29 +21,27 @@ def answer_sets(
     *,
     num_samples: int,
     seed: int,
-    replica: int,
-    num_replicas: int,
+    engine_group: EngineGroup,
     known: Mapping[Key, Answer],
     log: AnswerLog | None,
     stop: StopRequest,
-    on_answer: Callable[[], None],
+    bar: tqdm,
 ) -> dict[str, list[Answer]]:
     """Answer all questions; return the answers by set, in its order. Every rank of the world must call this.
 
     Args:
         num_samples: answers drawn per question; 0: one greedy answer.
         seed: of the draws.
-        replica: index of this rank's engine replica, of `num_replicas`.
+        engine_group: the ranks that share this rank's engine.
         known: answers that exist already, equal on all ranks.
-        log: of this replica; None except on its first rank.
+        log: of this engine; None except on its leader.
         stop: reports a requested stop, which interrupts the evaluation.
-        on_answer: called for each new answer of this replica.
+        bar: shows the progress; engines have equal shares, so this engine's progress stands for all.
 
     Raises:
         StopAgreed: on all ranks, if interrupted; `log` holds the answers so far.
     """
-    world = dist.group.WORLD
-    assert world is not None, "torch.distributed is not initialised"
+    world = world_group()
     kind = SAMPLE if num_samples else GREEDY
     answers: dict[str, list[Answer]] = {}
     for name, prompt_set in sets.items():
@@ -53,27 +51,24 @@ def answer_sets(
             for position in range(len(prompt_set))
             if any((position, sample) not in there for sample in range(max(1, num_samples)))
         ]
-
-        def keep(answer: Answer, name: str = name) -> None:
-            if log is not None:
-                log.append(name, kind, answer)
-            on_answer()
-
         mine: list[Answer] = []
-        is_cut = False
+        is_interrupted = False
         try:
-            mine, _ = answer_questions(
+            for answer in answer_questions(
                 rollout,
-                prompt_set.prompts(range(len(prompt_set)), missing[replica::num_replicas]),
+                prompt_set.prompts(range(len(prompt_set)), engine_group.share(missing)),
                 num_samples=num_samples,
                 seed=seed,
                 skip=there.keys(),
-                on_answer=keep,
-                is_cut=stop.is_requested,
-            )
-        except RolloutCutError:
-            is_cut = True
-        stop.agree(is_cut)
+                should_stop=stop.should_stop,
+            ):
+                mine.append(answer)
+                if log is not None:
+                    log.append(name, kind, answer)
+                bar.update(min(engine_group.count, bar.total - bar.n))
+        except RolloutInterruptedError:
+            is_interrupted = True
+        stop.agree(is_interrupted)
         parts = all_gather_object(mine if log is not None else [], world)
         answers[name] = _in_order(
             [*there.values(), *(answer for part in parts for answer in part)], prompt_set

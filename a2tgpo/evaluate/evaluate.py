@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.reward.outcome import judged_text, score_response
-from a2tgpo.rollout.group_rollout import GroupRollout, Progress
-from a2tgpo.rollout.multi_turn import RolloutCutError
-from a2tgpo.trajectory import Prompt, Trajectory
+from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterruptedError
+from a2tgpo.trajectory import Prompt
 
 _SQUARE = "square of "
 """Prefix of a metric that sums a score's squares."""
@@ -50,47 +50,40 @@ class Answer:
 def evaluate(
     rollout: GroupRollout,
     prompts: Sequence[Prompt],
+    engine_group: EngineGroup = ALONE,
     *,
-    is_replica_first: bool = True,
-    group: dist.ProcessGroup | None = None,
-    progress: Progress | None = None,
     stop: StopRequest | None = None,
-) -> tuple[dict[str, float], list[Trajectory]]:
-    """Answer every question once, greedily; every rank of `group` must call this with its share.
+) -> dict[str, float]:
+    """Answer every question once, greedily; every rank of the world must call this with its engine's share.
 
     Args:
-        rollout: this rank's.
-        prompts: this replica's share of the questions; may be empty.
-        is_replica_first: this rank counts its replica's answers; its other ranks count none.
-        group: the ranks of all replicas; None: the world.
-        progress: as in `GroupRollout.run`.
-        stop: reports a requested stop, which interrupts the evaluation; `group` must then be the world. None: never.
+        prompts: this engine's share of the questions; may be empty.
+        stop: reports a requested stop, which interrupts the evaluation; None: never.
 
     Returns:
         Metrics over all questions, equal on all ranks: em (of any format), em_format_gated, f1, the standard
         errors of these three as standard_error_em and so on, format_ok_rate, tool_calls, num_questions, and em by
-        hops as em_1_hops and so on; and the trajectories that this replica played.
+        hops as em_1_hops and so on.
 
     Raises:
         StopAgreed: on all ranks, if interrupted.
     """
-    is_cut = False
+    answers: dict[str, Answer] = {}
+    is_interrupted = False
     try:
-        answers, trajectories = answer_questions(
-            rollout,
-            prompts,
-            progress=progress,
-            is_cut=stop.is_requested if stop else None,
-        )
-    except RolloutCutError:
-        is_cut = True
+        for answer in answer_questions(rollout, prompts, should_stop=stop.should_stop if stop else None):
+            answers[answer.question_id] = answer
+    except RolloutInterruptedError:
+        is_interrupted = True
     if stop is not None:
-        stop.agree(is_cut)
+        stop.agree(is_interrupted)
     sums = MetricSums()
     sums.add("num_questions", 0, 0)
-    for answer in answers if is_replica_first else ():
-        _add(sums, answer)
-    return _with_standard_errors(sums.reduce(group)), trajectories
+    for prompt in (
+        prompts if engine_group.is_leader else ()
+    ):  # in one order, since sums of floats depend on it
+        _add(sums, answers[prompt.id])
+    return _with_standard_errors(sums.reduce(dist.group.WORLD))
 
 
 def answer_questions(
@@ -100,63 +93,36 @@ def answer_questions(
     num_samples: int = 0,
     seed: int = 0,
     skip: Container[tuple[int, int]] = (),
-    progress: Progress | None = None,
-    on_answer: Callable[[Answer], None] | None = None,
-    is_cut: Callable[[], bool] | None = None,
-) -> tuple[list[Answer], list[Trajectory]]:
-    """Play these questions on this rank's engine; all ranks of its replica must make the same call.
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[Answer]:
+    """Play these questions on this rank's engine; all ranks of the engine must iterate alike.
 
     Args:
         num_samples: answers drawn per question at `rollout.temperature`; 0: one greedy answer.
         seed: of the draws.
         skip: (index of the prompt, sample) of answers that exist already.
-        progress: as in `GroupRollout.run`.
-        on_answer: called with each answer as it comes.
-        is_cut: as in `GroupRollout.run`, whose errors are passed on.
+        should_stop: as in `GroupRollout.finished`, whose errors are raised here, too.
 
-    Returns:
-        Answers and their trajectories, sorted by question, then by sample.
+    Yields:
+        Each answer as it is given.
     """
-    by_index = {prompt.index: prompt for prompt in prompts}
-
-    def judge(trajectory: Trajectory) -> Answer:
-        return _judge(
-            by_index[trajectory.prompt_index],
-            trajectory,
-            rollout.turn_texts(trajectory),
-            tools=rollout.tool_names,
-            opening_tags=rollout.opening_tags,
-        )
-
-    def tell(trajectory: Trajectory) -> None:
-        if on_answer is not None:
-            on_answer(judge(trajectory))
-
-    trajectories, _ = rollout.run(
+    playing = rollout.play(
         prompts,
         seed=seed,
-        step=0,
+        version=0,
         greedy=num_samples == 0,
         group_size=max(1, num_samples),
         score_gain=False,
         skip=skip,
-        progress=progress,
-        finished=tell,
-        is_cut=is_cut,
     )
-    return [judge(trajectory) for trajectory in trajectories], trajectories
+    for done in rollout.finished(playing, should_stop=should_stop):
+        yield _judge(done, tools=rollout.tool_names, opening_tags=rollout.opening_tags)
 
 
-def _judge(
-    prompt: Prompt,
-    trajectory: Trajectory,
-    texts: Sequence[str],
-    *,
-    tools: tuple[str, ...],
-    opening_tags: str,
-) -> Answer:
+def _judge(done: Finished, *, tools: tuple[str, ...], opening_tags: str) -> Answer:
+    prompt, trajectory = done.prompt, done.trajectory
     answered = [turn.query is not None for turn in trajectory.turns]
-    response = judged_text(list(zip(texts, answered, strict=True)), opening_tags=opening_tags)
+    response = judged_text(list(zip(done.turn_texts, answered, strict=True)), opening_tags=opening_tags)
     outcome = score_response(response, prompt.answers, tools=tools)
     return Answer(
         question_id=prompt.id,

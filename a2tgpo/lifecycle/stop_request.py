@@ -50,7 +50,7 @@ class StopRequest:
         self._store = side_store("stop", timeout_s=STORE_TIMEOUT_S)
         self._looked = -LOOK_S
 
-    def is_requested(self, *, needed_s: float = 0.0) -> bool:
+    def should_stop(self, *, needed_s: float = 0.0) -> bool:
         """Whether this rank knows of a stop request, or less than `needed_s` plus the margin is left of the job.
 
         Runs no collective and is cheap enough for every pass of a loop. Ranks learn of a request at different times.

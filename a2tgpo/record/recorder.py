@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
@@ -15,13 +14,12 @@ from a2tgpo.metrics.ratio_noise import RatioNoise
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
-from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.record.rollout_metrics import add_rollout_metrics
 from a2tgpo.record.rollout_record import as_text, to_record
 from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
 from a2tgpo.record.rollout_writer import RolloutWriter
-from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.trajectory import Trajectory
 
 
@@ -87,8 +85,7 @@ class Recorder:
         engine_metrics.add_max("memory/host_gib", resident_bytes() / 2**30)
         if failures := self._rollouts.take_failures():
             engine_metrics.add("rollout/not_recorded", failures, 0)
-        world = dist.group.WORLD
-        assert world is not None, "torch.distributed is not initialised"
+        world = world_group()
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         # Each model-parallel rank has reduced the same samples, but decisions need values that are equal to the bit.
@@ -151,21 +148,6 @@ class Recorder:
             f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
             f"{scores['em_format_gated']:.3f}, on {scores['num_questions']:.0f} questions"
         )
-
-
-def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
-    """Add an engine replica's counts of the rollout; call on one rank of each replica."""
-    metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
-    metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
-    metrics.add("tools/calls", counts.tool_calls, 0)
-    metrics.add("tools/failures", counts.failed_calls, 0)
-    metrics.add_max("tools/outage_s", counts.outage_s)
-    metrics.add("tools/hung_calls", counts.hung_calls, 0)
-    metrics.add("tools/empty_queries", counts.empty_queries, 0)
-    metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
-    # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
-    metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
-    metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
 
 
 def add_advantage_metrics(

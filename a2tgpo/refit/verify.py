@@ -60,7 +60,7 @@ def verify_refit(
     probe: Sequence[int],
     trainer_logprobs: torch.Tensor,
     *,
-    step: int,
+    version: int,
     tolerance: float,
     group: dist.ProcessGroup | None,
 ) -> ProbeGap:
@@ -70,7 +70,7 @@ def verify_refit(
         engine: idle and awake.
         probe: as from `probe_tokens`, the same on all ranks.
         trainer_logprobs: [len(probe) - 1] float; log p of probe[1:] by the trainer at temperature 1, nats.
-        step: for the message.
+        version: of the weights, for the message.
         tolerance: largest allowed mean |difference|, nats.
         group: the ranks that raise together if one of them differs; None: this rank alone.
 
@@ -91,16 +91,17 @@ def verify_refit(
     gap = ProbeGap(mean=worst[0].item(), max=worst[1].item())
     if worst[2]:
         raise RuntimeError(
-            f"refit at step {step}: the trainer's own log-probs of the probe are not finite, so its weights are "
+            f"refit after step {version}: the trainer's own log-probs of the probe are not finite, so its weights "
+            "are "
             + (
                 "broken; continue from an earlier checkpoint with a lower update.lr"
-                if step
+                if version
                 else "broken on disk: NaN or infinity in the safetensors of model.path; export them again"
             )
         )
     if gap.mean > tolerance:
         raise RuntimeError(
-            f"refit at step {step}: the engine's log-probs of the probe differ from the trainer's by "
+            f"refit after step {version}: the engine's log-probs of the probe differ from the trainer's by "
             f"{gap.mean:.3g} in the mean and {gap.max:.3g} at most (nats); allowed mean: {tolerance:g} "
             "(refit.probe_tolerance). The engine does not have the trained weights; the run stops"
         )

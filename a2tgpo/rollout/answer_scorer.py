@@ -22,6 +22,9 @@ class AnswerScore:
     aliases: list[list[float] | None]
     """For each alias, nats per answer token; None until scored, and permanently if the alias did not fit."""
 
+    num_pending: int = 0
+    """Aliases that the engine is still scoring."""
+
     @property
     def logprobs(self) -> list[list[float]] | None:
         """Log-probs of all aliases; None unless all were scored (a maximum needs the same aliases in every turn)."""
@@ -55,6 +58,7 @@ class AnswerScorer:
             request_id = f"score-{self._num_submitted}"
             self._num_submitted += 1
             self._in_flight[request_id] = (score, index)
+            score.num_pending += 1
             self._engine.submit_score(request_id, prefix, alias)
         return score
 
@@ -62,6 +66,7 @@ class AnswerScorer:
         """Store a finished scoring's log-probs in its score."""
         score, index = self._in_flight.pop(output.request_id)
         score.aliases[index] = output.answer_logprobs
+        score.num_pending -= 1
         self._counts.scored_tokens += len(output.answer_logprobs)
         self._counts.score_prompt_tokens += output.num_prompt_tokens
         self._counts.score_cached_tokens += output.num_cached_tokens

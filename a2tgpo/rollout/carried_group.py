@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from a2tgpo.rollout.multi_turn import ANSWER_ROOM, Limits
+from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS, Limits
 from a2tgpo.trajectory import Prompt, Trajectory
 
 
@@ -14,11 +14,11 @@ class CarriedGroup:
     """A group kept between steps. Immutable; continuing a group returns a new object."""
 
     begun: int
-    """Step in which the group began, from 0."""
+    """Version of the weights with which the group began (`Turn.version`)."""
     question: int
     """The prompt's index in its question set."""
     prompt: Prompt
-    """The prompt as in step `begun`, with its `index` in that step."""
+    """The prompt as it was then, with its `index` in that step."""
     trajectories: list[Trajectory] = field(default_factory=list)
     """By sample index; those without a stop reason continue. Empty: not begun yet."""
 
@@ -54,10 +54,10 @@ def _shortened(trajectory: Trajectory, limits: Limits) -> Trajectory:
     room = min(limits.max_response_tokens, limits.max_model_len - prompt)
     has_ended = bool(trajectory.stop_reason)
     if trajectory.num_process_turns <= limits.max_turns and trajectory.num_tokens - prompt <= room - (
-        0 if has_ended else ANSWER_ROOM
+        0 if has_ended else MIN_TURN_TOKENS
     ):
         return trajectory
     contexts = trajectory.context_lengths[1 : limits.max_turns + 1]
-    fitting = sum(length - prompt <= room - ANSWER_ROOM for length in contexts)  # they ascend
+    fitting = sum(length - prompt <= room - MIN_TURN_TOKENS for length in contexts)  # they ascend
     turns = [dataclasses.replace(turn) for turn in trajectory.turns[:fitting]]
     return dataclasses.replace(trajectory, turns=turns, stop_reason="")

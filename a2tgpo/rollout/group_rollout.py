@@ -1,19 +1,18 @@
-"""The rollout of one step on one engine replica: plays and scores every prompt's group of trajectories."""
+"""The rollout on one engine: plays every prompt's group of trajectories, and scores the gold answers."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch
-import torch.distributed as dist
 
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
 from a2tgpo.io.errors import require
 from a2tgpo.lifecycle.outage import Outage
-from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
@@ -29,31 +28,39 @@ if TYPE_CHECKING:
 
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
-ScoreTrajectory = Callable[
-    [Trajectory, Sequence[str], Sequence[str], Sequence[list[list[float]] | None]], None
-]
-"""(trajectory, its turns' texts, gold answers, answer log-probs in c_0..c_n per alias; empty if not scored).
 
-Fills in the trajectory's reward and gains. Passed in as a function so that rollout/ does not import reward/.
-"""
-Progress = Callable[[int, int], None]
-"""(finished trajectories, all trajectories)."""
-Finished = Callable[[Trajectory], None]
-"""Receives a trajectory whose last token is sampled, but whose reward and gains are not computed yet."""
+class RolloutInterruptedError(Exception):
+    """The rollout was interrupted on request; its trajectories so far are lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A trajectory that has ended, and what its reward and gains are computed from."""
+
+    trajectory: Trajectory
+    prompt: Prompt
+    turn_texts: list[str]
+    """The policy's text of each turn, see `GroupRollout.turn_texts`."""
+    context_logprobs: list[list[list[float]] | None]
+    """Log-probs of the gold answers per alias and token, after the prompt and after each process turn; None where
+    they could not be computed, empty if nothing was scored."""
+
+
+Playing = Generator[Finished | None, None, None]
+"""A rollout in play: see `GroupRollout.play`."""
 
 
 class GroupRollout:
-    """Play groups of trajectories on one engine replica.
+    """Play groups of trajectories on one engine.
 
     Args:
         engine: this rank's engine.
         toolset: the tools that the policy may call; this object does not close it.
         tokenizer: the policy's.
         rollout: the `rollout` section.
-        score_trajectory: turns texts and answer log-probs into rewards and gains; see `ScoreTrajectory`.
         opening_tags: the tags that end a prompt (`PromptTemplate.opening_tags`).
         end_of_turn: `PromptTemplate.end_of_turn`; None: only the end of sequence ends a response.
-        replica_group: the ranks that share the engine, the first of which calls the tools; None if there is only one.
+        engine_group: the ranks that share the engine.
     """
 
     def __init__(
@@ -63,13 +70,12 @@ class GroupRollout:
         tokenizer: PreTrainedTokenizerBase,
         *,
         rollout: RolloutConfig,
-        score_trajectory: ScoreTrajectory,
         opening_tags: str = "",
         end_of_turn: int | None = None,
-        replica_group: dist.ProcessGroup | None = None,
+        engine_group: EngineGroup = ALONE,
     ):
         require(
-            rollout.tensor_parallel == (1 if replica_group is None else dist.get_world_size(replica_group)),
+            rollout.tensor_parallel == engine_group.size,
             "rollout.tensor_parallel",
             rollout.tensor_parallel,
             "the number of ranks that share an engine",
@@ -77,7 +83,6 @@ class GroupRollout:
         self._engine = engine
         self._tokenizer = tokenizer
         self._config = rollout
-        self._score_trajectory = score_trajectory
         self.opening_tags = opening_tags
         self._stop_tokens = () if end_of_turn is None else (end_of_turn,)
         self.answer_tokens = AnswerTokens(tokenizer, rollout.gain, opening_tags=opening_tags)
@@ -85,47 +90,41 @@ class GroupRollout:
         self._observations = ObservationEncoder(
             tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
         )
-        self._tools = ToolPool(toolset, replica_group=replica_group)
-        self._replica_group = replica_group
+        self._tools = ToolPool(toolset, engine_group=engine_group)
+        self._engine_group = engine_group
 
-    def run(
+    def play(
         self,
         prompts: Sequence[Prompt],
         *,
         seed: int,
-        step: int,
+        version: int,
         greedy: bool = False,
         group_size: int | None = None,
         score_gain: bool = True,
         skip: Container[tuple[int, int]] = (),
-        progress: Progress | None = None,
-        finished: Finished | None = None,
-        is_cut: Callable[[], bool] | None = None,
-    ) -> tuple[list[Trajectory], RolloutCounts]:
-        """Play `group_size` trajectories of every prompt; all ranks of the engine replica must call this alike.
+        counts: RolloutCounts | None = None,
+    ) -> Playing:
+        """Play `group_size` trajectories of every prompt; all ranks of the engine must iterate alike.
+
+        The iterator is usually passed to `finished`, which handles the heartbeats.
 
         Args:
-            prompts: this engine replica's share; may be empty.
+            prompts: this engine's share; may be empty.
             seed: seed of the run.
-            step: step of the run; seed, step, prompt and sample together determine every draw.
+            version: of the weights (`Turn.version`); seed, version, prompt and sample together determine every draw.
             greedy: always take the most probable token, for evaluation.
             group_size: trajectories per prompt; None: `rollout.group_size`.
             score_gain: score the gold answer in every context.
             skip: (index of the prompt, sample) of trajectories that are not played.
-            progress: called whenever a trajectory ends.
-            finished: called at the same time with the trajectory.
-            is_cut: returns whether to interrupt the rollout; True on one rank of the engine replica is enough. None:
-                never. `is_cut` also decides what happens when an `outage` reaches its limit; without `is_cut` that is
-                a RuntimeError.
+            counts: counts this rollout, in addition to what they hold.
 
-        Returns:
-            The trajectories, ordered by prompt, then by sample; and this engine replica's counts.
+        Yields:
+            As `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a heartbeat.
 
         Raises:
             ConfigError: if a prompt leaves no room for one token.
-            RuntimeError: if the engine failed, or a tool has a bug, hangs too often or stays out of service.
-            RolloutCutError: on all ranks of the engine replica, if the rollout was interrupted; the next call starts
-                over.
+            RuntimeError: if the engine failed, or a tool has a bug or hangs too often.
         """
         live = [
             _live(group, _start(group.prompt, sample))
@@ -137,12 +136,9 @@ class GroupRollout:
             temperature=0.0 if greedy else self._config.temperature,
             top_p=1.0 if greedy else self._config.top_p,
             seed=seed,
-            step=step,
+            version=version,
         )
-        counts = self._play(
-            live, sampling, score_gain=score_gain, progress=progress, finished=finished, is_cut=is_cut
-        )
-        return [played.trajectory for played in live], counts
+        return self._play(live, sampling, score_gain=score_gain, counts=counts or RolloutCounts())
 
     def play_on(
         self,
@@ -150,27 +146,24 @@ class GroupRollout:
         *,
         budgets: Sequence[int | None],
         seed: int,
-        step: int,
-        progress: Progress | None = None,
-        is_cut: Callable[[], bool] | None = None,
-    ) -> tuple[list[CarriedGroup], RolloutCounts]:
-        """Continue or begin the unfinished trajectories of `groups`; all ranks of the engine replica must call this.
+        version: int,
+        counts: RolloutCounts | None = None,
+    ) -> tuple[list[CarriedGroup], Playing]:
+        """Continue or begin the unfinished trajectories of `groups`; all ranks of the engine must iterate alike.
 
         The earlier turns keep their tokens. In a continued trajectory the gold answer is scored again in all
         contexts, so that its gains are differences of one policy's probabilities.
 
         Args:
-            groups: this engine replica's groups; they are not changed.
+            groups: this engine's groups; they are not changed.
             budgets: per group, tokens after which a trajectory begins no further turn in this call; None: play it to
                 its end.
-            seed, step, progress, is_cut: as in `run`; within its first step a group draws the same samples as `run`.
+            seed, version, counts: as in `play`; with the weights that it began with, a group draws the same samples
+                as in `play`.
 
         Returns:
-            The groups after this call, and this engine replica's counts. Finished trajectories have rewards and gains
-            as in `run`, unfinished ones have none.
-
-        Raises:
-            As `run`.
+            The continued groups, whose trajectories grow while the second value, an iterator as that of `play`, is
+            exhausted.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []
@@ -184,29 +177,37 @@ class GroupRollout:
             live += [_live(shared, member, budget) for member in members if not member.stop_reason]
             played.append(dataclasses.replace(group, trajectories=members))
         sampling = Sampling(
-            temperature=self._config.temperature, top_p=self._config.top_p, seed=seed, step=step
+            temperature=self._config.temperature, top_p=self._config.top_p, seed=seed, version=version
         )
-        return played, self._play(live, sampling, score_gain=True, progress=progress, is_cut=is_cut)
+        return played, self._play(live, sampling, score_gain=True, counts=counts or RolloutCounts())
+
+    def finished(
+        self, playing: Playing, *, should_stop: Callable[[], bool] | None = None
+    ) -> Iterator[Finished]:
+        """Yield what `playing` finishes, and decide at each heartbeat whether to continue.
+
+        Args:
+            playing: from `play` or `play_on`.
+            should_stop: returns whether to interrupt the rollout; True on one rank of the engine is enough, also for
+                an `outage` at its limit. None: never, and such an outage is an error.
+
+        Raises:
+            RolloutInterruptedError: on all ranks of the engine; the next call starts over.
+            ToolFaultError: on all ranks of the engine, if a tool's service does not come back.
+        """
+        with contextlib.closing(playing):
+            for done in playing:
+                if done is not None:
+                    yield done
+                elif should_stop is not None:
+                    if self._engine_group.any(should_stop()):
+                        raise RolloutInterruptedError
+                elif self._engine_group.any(bool(self.outage.verdict)):
+                    raise ToolFaultError(self.outage.verdict or "a tool's service does not come back")
 
     def _play(
-        self,
-        live: Sequence[LiveTrajectory],
-        sampling: Sampling,
-        *,
-        score_gain: bool,
-        progress: Progress | None = None,
-        finished: Finished | None = None,
-        is_cut: Callable[[], bool] | None = None,
-    ) -> RolloutCounts:
-        """Play all of `live` and score the finished trajectories."""
-        counts = RolloutCounts()
-
-        def on_finished(trajectory: Trajectory) -> None:
-            if finished is not None:
-                finished(trajectory)
-            if progress is not None:
-                progress(counts.trajectories, len(live))
-
+        self, live: Sequence[LiveTrajectory], sampling: Sampling, *, score_gain: bool, counts: RolloutCounts
+    ) -> Playing:
         loop = MultiTurnLoop(
             self._engine,
             tools=self._tools,
@@ -222,14 +223,18 @@ class GroupRollout:
             ),
             sampling=sampling,
             counts=counts,
-            on_finished=on_finished,
-            is_cut=lambda: self._is_cut(is_cut),
         )
-        loop.run(live)
-        for played in live:
-            if played.trajectory.stop_reason:
-                self._score(played)
-        return counts
+        with contextlib.closing(loop.play(live)) as playing:
+            for done in playing:
+                yield None if done is None else self._finished(done)
+
+    def _finished(self, live: LiveTrajectory) -> Finished:
+        return Finished(
+            trajectory=live.trajectory,
+            prompt=live.group.prompt,
+            turn_texts=self.turn_texts(live.trajectory),
+            context_logprobs=[score.logprobs for score in live.contexts],
+        )
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
         """Return the policy's text per turn, without observations and without the token that ended the response.
@@ -252,24 +257,6 @@ class GroupRollout:
         """Stop the tools' threads; the caller closes engine and toolset."""
         self._tools.close()
 
-    def _is_cut(self, is_asked: Callable[[], bool] | None) -> bool:
-        """Whether `is_asked` returns True on any rank of the engine replica.
-
-        Raises:
-            ToolFaultError: on all of these ranks, if `is_asked` is None and an outage is at its limit.
-        """
-        if is_asked is not None:
-            return self._agree(is_asked())
-        if self._agree(bool(self.outage.verdict)):
-            raise ToolFaultError(self.outage.verdict or "a tool's service stays unavailable")
-        return False
-
-    def _agree(self, is_cut: bool) -> bool:
-        """Whether `is_cut` is True on any rank of the engine replica."""
-        if self._replica_group is None:
-            return is_cut
-        return bool(all_reduce_max(torch.tensor(float(is_cut)), self._replica_group).item())
-
     def _groups(self, prompts: Sequence[Prompt], *, score_gain: bool) -> list[PromptGroup]:
         for prompt in prompts:
             require(
@@ -284,16 +271,6 @@ class GroupRollout:
             )
             for prompt in prompts
         ]
-
-    def _score(self, played: LiveTrajectory) -> None:
-        baseline = played.group.baseline
-        contexts = [] if baseline is None else [baseline, *played.scores]
-        self._score_trajectory(
-            played.trajectory,
-            self.turn_texts(played.trajectory),
-            played.group.prompt.answers,
-            [score.logprobs for score in contexts],
-        )
 
     def _decode(self, tokens: Sequence[int]) -> str:
         ends = (self._tokenizer.eos_token_id, *self._stop_tokens)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,14 +32,10 @@ from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
-CUT_EVERY = 16
-"""Passes of the loop between two calls of `is_cut`, while the engine has work."""
-ANSWER_ROOM = 32
+HEARTBEAT_EVERY = 16
+"""Passes of the loop between two heartbeats, while the engine has work."""
+MIN_TURN_TOKENS = 32
 """Tokens that an observation leaves for the turn after it."""
-
-
-class RolloutCutError(Exception):
-    """The rollout was interrupted on request; its trajectories so far are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +50,22 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are sampled; `seed` and `step` enter every request's seed."""
+    """How tokens are sampled; `seed` and `version` enter every request's seed."""
 
     temperature: float
     """0: greedy."""
     top_p: float
     seed: int
-    step: int
+    version: int
+    """Version of the weights, see `Turn.version`."""
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
         """Return the seed of one generation, which does not depend on the rank, the time or the other requests."""
         if self.temperature == 0:
             return None
         prompt = group.prompt
-        name = f"{self.seed}|{self.step}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
-        if group.begun not in (None, self.step):  # a prompt of this step may have the same index
+        name = f"{self.seed}|{self.version}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
+        if group.begun not in (None, self.version):  # a prompt begun now may have the same index
             name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # vLLM takes a signed 64-bit number
@@ -84,7 +81,7 @@ class PromptGroup:
     baseline: AnswerScore | None = None
     """The gold answer's score after the prompt alone; None where nothing is scored."""
     begun: int | None = None
-    """Step in which the group began; None: the present step."""
+    """Version of the weights with which the group began; None: the present ones."""
 
 
 @dataclass(kw_only=True)
@@ -121,6 +118,16 @@ class LiveTrajectory:
         return self.trajectory.turns[self.num_past_turns :]
 
     @property
+    def contexts(self) -> list[AnswerScore]:
+        """The gold answer's scores after the prompt and after each process turn; empty where nothing is scored."""
+        return [] if self.group.baseline is None else [self.group.baseline, *self.scores]
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the engine has returned all scores."""
+        return not any(score.num_pending for score in self.contexts)
+
+    @property
     def is_spent(self) -> bool:
         """Whether the budget is used up."""
         return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
@@ -136,9 +143,7 @@ class MultiTurnLoop:
         observations: encodes the tools' answers as tokens.
         stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation; None: no scoring.
-        on_finished: called with each trajectory once its last token is sampled.
-        is_cut: returns whether to interrupt the rollout. All ranks that share the engine call `is_cut` in the same
-            passes, and it must return the same value on each of them.
+        counts: counts this rollout, in addition to what they hold.
     """
 
     def __init__(
@@ -153,8 +158,6 @@ class MultiTurnLoop:
         limits: Limits,
         sampling: Sampling,
         counts: RolloutCounts,
-        on_finished: Callable[[Trajectory], None],
-        is_cut: Callable[[], bool] = lambda: False,
     ):
         self._engine = engine
         self._tools = tools
@@ -165,30 +168,33 @@ class MultiTurnLoop:
         self._limits = limits
         self._sampling = sampling
         self._counts = counts
-        self._on_finished = on_finished
-        self._is_cut = is_cut
         self._generating: dict[str, LiveTrajectory] = {}
         self._calling: dict[int, LiveTrajectory] = {}
+        self._ended: list[LiveTrajectory] = []
+        """Trajectories whose last token is sampled, but some of whose scores are still being computed."""
         self._num_requests = 0
 
-    def run(self, live: Sequence[LiveTrajectory]) -> None:
+    def play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
         """Play all of `live`; the engine works whenever any trajectory can continue.
 
-        Trajectories start in `LiveTrajectory.start_order`.
+        Trajectories start in `LiveTrajectory.start_order`. A caller may close the iterator after any item; ranks that
+        share the engine must close theirs after the same item. Engine and tools then hold no request of this rollout.
+
+        Yields:
+            Each trajectory that ends, once all its scores are known; and None, a heartbeat, every `HEARTBEAT_EVERY`
+            passes and whenever all trajectories wait for tools. All ranks of the engine get the same items.
 
         Raises:
-            RolloutCutError: if `is_cut` returned True.
-            ToolFaultError: if a tool has a bug or hangs too often. After either error, engine and tools hold no
-                request of this rollout and can play again.
+            ToolFaultError: if a tool has a bug or hangs too often; engine and tools can then play again.
         """
         try:
-            self._play(live)
-        except (RolloutCutError, ToolFaultError):
+            yield from self._play(live)
+        except (GeneratorExit, ToolFaultError):
             self._engine.abort_all()
             self._tools.drop_pending()
             raise
 
-    def _play(self, live: Sequence[LiveTrajectory]) -> None:
+    def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
         start = time.monotonic()
         waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
@@ -198,23 +204,32 @@ class MultiTurnLoop:
         passes = 0
         while self._engine.has_unfinished or self._calling:
             is_waiting = not self._engine.has_unfinished
-            if (is_waiting or passes % CUT_EVERY == 0) and self._is_cut():
-                raise RolloutCutError
+            if is_waiting or passes % HEARTBEAT_EVERY == 0:
+                yield None
             passes += 1
             for result in self._tools.results(wait=is_waiting):
                 self._observe(self._calling.pop(result.key), result)
-            if not self._engine.has_unfinished:
-                continue
-            self._counts.engine_steps += 1
-            for output in self._engine.step():
-                if isinstance(output, ScoreOutput):
-                    assert self._scorer is not None
-                    self._scorer.collect(output)
-                else:
-                    self._take_turn(self._generating.pop(output.request_id), output)
+            if self._engine.has_unfinished:
+                self._step_engine()
+            yield from self._take_finished()
         self._counts.tool_wait_s += self._tools.waited_s - waited_before
         self._counts.outage_s += self._tools.outage.total_s - outage_before
         self._counts.wall_s += time.monotonic() - start
+
+    def _step_engine(self) -> None:
+        self._counts.engine_steps += 1
+        for output in self._engine.step():
+            if isinstance(output, ScoreOutput):
+                assert self._scorer is not None
+                self._scorer.collect(output)
+            else:
+                self._take_turn(self._generating.pop(output.request_id), output)
+
+    def _take_finished(self) -> list[LiveTrajectory]:
+        """Remove and return the trajectories that have ended and whose scores are all known."""
+        finished = [live for live in self._ended if live.is_scored]
+        self._ended = [live for live in self._ended if not live.is_scored]
+        return finished
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
         """Score the gold answer after the prompt, once per group, and in each context that earlier calls played."""
@@ -246,7 +261,7 @@ class MultiTurnLoop:
         turn = Turn(
             tokens=TokenIds(output.tokens),
             rollout_logprobs=LogProbs(output.logprobs),
-            step=self._sampling.step,
+            version=self._sampling.version,
         )
         live.trajectory.turns.append(turn)
         self._counts.known_prefix_tokens += live.num_known
@@ -271,7 +286,7 @@ class MultiTurnLoop:
             self._end(live, "empty_query")
         elif live.trajectory.num_process_turns >= self._limits.max_turns:
             self._end(live, "max_turns")
-        elif room - ANSWER_ROOM < self._observations.min_tokens:
+        elif room - MIN_TURN_TOKENS < self._observations.min_tokens:
             self._end(live, limit)
         else:
             live.open_call = tool, query
@@ -288,7 +303,7 @@ class MultiTurnLoop:
             self._counts.failed_calls += 1
             self._counts.hung_calls += result.is_late
         room, _ = self._room(live)
-        fitted = self._observations.fit(tokens, room - ANSWER_ROOM)
+        fitted = self._observations.fit(tokens, room - MIN_TURN_TOKENS)
         self._counts.truncated_observations += len(fitted) < len(tokens)
         turn = live.trajectory.turns[-1]
         turn.tool, turn.query = tool, query
@@ -318,7 +333,7 @@ class MultiTurnLoop:
         self._counts.trajectories += 1
         self._counts.stop_reasons[reason] += 1
         self._count_turns(live)
-        self._on_finished(trajectory)
+        self._ended.append(live)
 
     def _count_turns(self, live: LiveTrajectory) -> None:
         self._counts.turns += len(live.new_turns)

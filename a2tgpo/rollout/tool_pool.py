@@ -9,12 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
 from a2tgpo.environment.tool import ToolError, Toolset
 from a2tgpo.io.errors import first_line
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.parallel.collectives import broadcast_object
+from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
@@ -44,16 +43,16 @@ class ToolResult:
 class ToolPool:
     """Run tool calls in threads and return their answers as they arrive.
 
-    Where several ranks share an engine, only the first rank calls tools and reads the clock. The first rank
-    broadcasts answers and faults, since the ranks' schedulers must see the same requests in the same order. All ranks
-    of `replica_group` must make the same calls in the same order.
+    Where several ranks share an engine, only the first rank calls tools and reads the clock. It also broadcasts
+    answers and faults, since the ranks' schedulers must see the same requests in the same order. All ranks of
+    `engine_group` must make the same calls in the same order.
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; to the
     other ranks the call just seems to take longer.
 
     Args:
         toolset: the tools and their limits.
-        replica_group: the ranks that share the engine; None if there is only one.
+        engine_group: the ranks that share the engine.
         clock: monotonic, seconds; for deadlines and `waited_s`.
     """
 
@@ -61,7 +60,7 @@ class ToolPool:
         self,
         toolset: Toolset,
         *,
-        replica_group: dist.ProcessGroup | None = None,
+        engine_group: EngineGroup = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tools = toolset.tools
@@ -73,8 +72,8 @@ class ToolPool:
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
         """The state of the wait for a service, on all ranks of the engine; the caller enforces the limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
-        self._group = replica_group
-        self._leads = replica_group is None or dist.get_rank(replica_group) == 0
+        self._group = engine_group.group
+        self._leads = engine_group.is_leader
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0

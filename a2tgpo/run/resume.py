@@ -134,7 +134,7 @@ def follow_settings(
         if reason:
             dropped[reason] = dropped.get(reason, 0) + 1
         else:
-            kept.append(Held(replica=item.replica, group=shortened(item.group, limits)))
+            kept.append(Held(engine=item.engine, group=shortened(item.group, limits)))
     return kept, dropped
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from a2tgpo.assemble import Replicas, build_engine, build_rollout, divide_into_replicas
+from a2tgpo.assemble import build_engine, build_rollout
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.find import SavedModel, find_model
 from a2tgpo.config.load import load_config, overridden_keys
@@ -26,20 +26,13 @@ from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.inference_layout import UNDIVIDED, inference_config
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.rope import check_positions
+from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.refit.sync import sync_engine
-from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.rollout.group_rollout import Finished, GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
 from a2tgpo.run.date import run_date
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WeightHolders:
-    config: RunConfig
-    groups: ParallelGroups
-    policy: Policy
-    engine: VllmEngine
-    phases: MemoryPhases
+from a2tgpo.trajectory import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +41,20 @@ class Player:
 
     config: RunConfig
     """`model.path` names the folder that supplied architecture and tokenizer."""
-    replicas: Replicas
+    engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
+
+    def play(self, prompts: Sequence[Prompt], *, greedy: bool) -> list[Finished]:
+        """Play each prompt once; return the results in the order of `prompts`. All ranks of the engine call this."""
+        playing = self.rollout.play(
+            prompts, seed=self.config.run.seed, version=0, greedy=greedy, group_size=1, score_gain=False
+        )
+        finished = {id(done.prompt): done for done in self.rollout.finished(playing)}
+        return [finished[id(prompt)] for prompt in prompts]
 
     def close(self) -> None:
         """Stop the tools and the engine; the process group stays."""
@@ -95,7 +96,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     """
     if model.is_hf:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
-    replicas = divide_into_replicas(config, groups)
+    engine_group = build_engine_group(config, groups)
     check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
     tokenizer = load_tokenizer(config.model.path)
     template = PromptTemplate(
@@ -106,21 +107,22 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     )
     toolset = build_tools(config)
     if model.is_hf:
-        engine = build_engine(config, replicas)
+        engine = build_engine(config, engine_group)
     else:
         policy = load_policy(config, groups, model)
         phases = MemoryPhases(policy)
-        engine = phases.build_engine(functools.partial(build_engine, config, replicas, with_weights=False))
-        holders = _WeightHolders(config=config, groups=groups, policy=policy, engine=engine, phases=phases)
-        sync_engine(holders, step=model.step)
+        engine = phases.build_engine(
+            functools.partial(build_engine, config, engine_group, with_weights=False)
+        )
+        sync_engine(policy, engine, phases, config, version=model.step)
     return Player(
         config=config,
-        replicas=replicas,
+        engine_group=engine_group,
         tokenizer=tokenizer,
         template=template,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
+        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
     )
 
 

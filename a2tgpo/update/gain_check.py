@@ -41,7 +41,7 @@ class GainCheck:
         self._answers = answers
         self._max_tokens = max_tokens
 
-    def run(self, step: int, trajectories: Sequence[Trajectory]) -> MetricSums:
+    def run(self, version: int, trajectories: Sequence[Trajectory]) -> MetricSums:
         """Every `verify_every` steps, return the gap between engine and trainer; every rank must call this.
 
         `gain/engine_trainer_gap` is the mean over contexts of |log P by the engine - log P by the trainer|, where
@@ -49,17 +49,17 @@ class GainCheck:
         are omitted if the engine scored no context.
 
         Args:
-            step: step of the run, from 0.
+            version: of the policy (`Turn.version`).
             trajectories: this data-parallel replica's share of the step, before training on it.
 
         Returns:
             Metrics to be reduced over the data-parallel group; empty in other steps.
         """
         every, metrics = self._config.verify_every, MetricSums()
-        if every == 0 or step % every:
+        if every == 0 or version % every:
             return metrics
         # A trajectory that ended in an earlier step was scored under weights that no longer exist.
-        current = [trajectory for trajectory in trajectories if trajectory.turns[-1].step == step]
+        current = [trajectory for trajectory in trajectories if trajectory.turns[-1].version == version]
         sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]
         logprobs = compute_probe_logprobs(self._policy, sequences, max_tokens=self._max_tokens)

@@ -91,7 +91,7 @@ class WarmStart:
                 self._evaluate()
             while self.step < self.settings.steps:
                 needed_s = self._longest_step_s + self.folder.longest_save_s
-                self.stop.agree(self.stop.is_requested(needed_s=needed_s))
+                self.stop.agree(self.stop.should_stop(needed_s=needed_s))
                 self._train_step()
                 if self._is_due(self.settings.evaluate_every):
                     self._evaluate()

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from played import rewarded
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import CAPITALS
 
-from a2tgpo.assemble import build_rollout, divide_into_replicas
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.assemble import build_checkpoints, build_rollout
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
@@ -32,8 +33,8 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.engine_group import build_engine_group
 from a2tgpo.refit.handover import refit
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.optimizer import build_optimizer
@@ -78,42 +79,45 @@ class Run:
             Question(id=str(number), question=question, answers=(CAPITALS.get(question[11:-1], "none"),))
             for number, question in enumerate(3 * asked)
         ]
-        replicas = divide_into_replicas(config, groups)
+        engine_group = build_engine_group(config, groups)
         template = PromptTemplate(tokenizer, "")
         self.parts = SimpleNamespace(
             config=config,
             groups=groups,
-            replicas=replicas,
-            sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
-            carried=CarriedPool(),
+            engine_group=engine_group,
+            state=RolloutState(sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0)),
             train_prompts=PromptSet(questions, template, max_prompt_tokens=64),
             test_prompts=PromptSet(questions, template, max_prompt_tokens=64),
             **trainer,
             engine=engine,
             rollout=build_rollout(
-                config, replicas, engine=engine, toolset=toolset_of(ScriptedSearch()), template=template
+                config, engine_group, engine=engine, toolset=toolset_of(ScriptedSearch()), template=template
             ),
-            startup={},
         )
         self._folder = RunFolder(config, groups)
-        self._guards = Guards(GuardConfig(), clip_low=0.2, clip_high=0.2)
-        self._steps = StepRollout(self.parts)
+        guards = Guards(GuardConfig(), clip_low=0.2, clip_high=0.2)
+        self._checkpoints = build_checkpoints(self.parts, self._folder, guards)
 
-    def play(self, step, is_cut=None):
+    def play(self, step, should_stop=None):
         """What all replicas together train on in `step` and carry over from it; None: broken off on both ranks."""
         parts = self.parts
         # As between the steps of a run: nothing of one is in the cache in the next.
         version = parts.engine.weight_version + 1
         assert not refit(parts.policy, parts.engine, version=version, bucket_mib=1).skipped
-        share = self._steps.play(step=step, metrics=MetricSums(), is_cut=is_cut)
-        state, replicas = parts.carried.state, parts.replicas
-        ranks = all_gather_object((replicas.index, replicas.is_first, share, state), dist.group.WORLD)
+        rollout = rewarded(parts.rollout, should_stop=should_stop)
+        steps = StepRollout(
+            parts.config.rollout, rollout, parts.train_prompts, parts.state, parts.engine_group
+        )
+        played = steps.play(version=step)
+        share = played and played.trajectories
+        state, engines = parts.state.carried, parts.engine_group
+        ranks = all_gather_object((engines.index, engines.is_leader, share, state), dist.group.WORLD)
         if any(theirs is None for _, _, theirs, _ in ranks):
             assert all(theirs is None for _, _, theirs, _ in ranks), "one rank was broken off, the other not"
             return None
         for index, is_first, theirs, other in ranks:
             assert other.entries == state.entries, "the ranks differ in what is carried over"
-            assert index != replicas.index or other == state, "the ranks of an engine hold other groups"
+            assert index != engines.index or other == state, "the ranks of an engine hold other groups"
             assert is_first or not theirs, "the step holds trajectories twice"
         first = [(theirs, other.own) for _, is_first, theirs, other in ranks if is_first]
         trained = sorted(
@@ -123,15 +127,12 @@ class Run:
         return trained, sorted((group for _, own in first for group in own), key=lambda group: group.key)
 
     def save(self, step):
-        self._folder.save(step, self.parts, self._guards)
-        self._folder.finish_saving()
+        self._checkpoints.save(step)
+        self._checkpoints.finish_saving()
 
     def restore(self):
         """Everything as the checkpoint has it, from however many engines that is."""
-        assert (
-            self._folder.restore(self._folder.open("auto", accept_changes=True), self.parts, self._guards)
-            == SAVED_STEP
-        )
+        assert self._checkpoints.restore(self._folder.open("auto", accept_changes=True)) == SAVED_STEP
 
     def close(self):
         self.parts.rollout.close()
@@ -154,14 +155,14 @@ def check_one_engine_over_both_ranks_carries_groups_on(run):
     assert [run.play(step) for step in range(SAVED_STEP, NUM_STEPS)] == played[SAVED_STEP:]
     looks = itertools.count()
     is_second_rank = run.parts.groups.rank == 1
-    assert run.play(NUM_STEPS, is_cut=lambda: is_second_rank and next(looks) > 0) is None
+    assert run.play(NUM_STEPS, should_stop=lambda: is_second_rank and next(looks) > 0) is None
     return played
 
 
 def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
     """From the checkpoint of the one engine: both play of its groups, and the steps come to the same."""
     run.restore()
-    shares = all_gather_object(run.parts.carried.state.own, dist.group.WORLD)
+    shares = all_gather_object(run.parts.state.carried.own, dist.group.WORLD)
     assert all(any(not group.is_complete for group in share) for share in shares), "not shared out"
     for step in range(SAVED_STEP, NUM_STEPS):
         found, expected = members(run.play(step)), members(played[step])
@@ -179,7 +180,7 @@ def members(step):
 
 def course(member):
     """All that does not depend on an engine's rounding."""
-    turns = [(turn.step, turn.tokens, turn.observation_tokens, turn.query) for turn in member.turns]
+    turns = [(turn.version, turn.tokens, turn.observation_tokens, turn.query) for turn in member.turns]
     return member.prompt_index, member.prompt_id, member.sample_index, member.stop_reason, turns
 
 

@@ -9,12 +9,14 @@ import threading
 from collections import Counter
 from types import SimpleNamespace
 
+from played import rewarded, run
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import CAPITALS, SCRIPTS
 from transformers import AutoTokenizer
 
-from a2tgpo.assemble import build_rollout, divide_into_replicas
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.assemble import build_rollout
+from a2tgpo.collect.state import RolloutState
+from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -27,6 +29,7 @@ from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.engine_group import build_engine_group
 from a2tgpo.rollout.vllm_engine import VllmEngine
 
 BLOCK_TOKENS = 32
@@ -148,14 +151,14 @@ class Bench:
             update=UpdateConfig(prompts_per_minibatch=rollout.prompts_per_step),
             algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="truncate" if is_partial else "none")),
         )
-        replicas = divide_into_replicas(config, self.groups)
+        engine_group = build_engine_group(config, self.groups)
         engine = VllmEngine(
             self.path,
             config=rollout,
             model_dtype="float32",
             max_model_len=MAX_MODEL_LEN,
             seed=0,
-            replica_group=replicas.group,
+            replica_group=engine_group.group,
         )
         questions = [
             Question(id=f"{number}", question=question, answers=(CAPITALS.get(question[11:-1], "none"),))
@@ -167,12 +170,10 @@ class Bench:
         parts = SimpleNamespace(
             config=config,
             groups=self.groups,
-            replicas=replicas,
-            sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0),
-            carried=CarriedPool(),
+            engine_group=engine_group,
+            state=RolloutState(sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0)),
             train_prompts=prompts,
-            rollout=build_rollout(config, replicas, engine=engine, toolset=toolset, template=template),
-            startup={},
+            rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
         )
         try:
             yield parts, Schedule(engine, self.group) if watched else None
@@ -183,9 +184,18 @@ class Bench:
     def play(self, parts, *, seed, num_prompts=9, **settings):
         """Trajectories that both ranks played alike."""
         prompts = parts.train_prompts.prompts(range(num_prompts))
-        trajectories, counts = parts.rollout.run(prompts, seed=seed, step=0, **settings)
+        trajectories, counts = run(parts.rollout, prompts, seed=seed, **settings)
         self.assert_equal([trajectory.to_dict() for trajectory in trajectories])
         return trajectories, counts
+
+    def steps(self, parts):
+        return StepRollout(
+            parts.config.rollout,
+            rewarded(parts.rollout),
+            parts.train_prompts,
+            parts.state,
+            parts.engine_group,
+        )
 
     def assert_equal(self, value):
         mine, theirs = all_gather_object(value, self.group)

@@ -22,14 +22,12 @@ from unittest import mock
 from lockstep_bench import PREEMPTING, Bench, ShuffledSearch
 from scripted_search import ScriptedSearch
 
-from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
-from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.rollout.lockstep import LockstepError
-from a2tgpo.rollout.multi_turn import RolloutCutError
 from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.search.errors import SearchUnavailableError
 
@@ -51,20 +49,19 @@ def check_preempted_sequences(bench, seed):
 
 def check_dynamic_sampling(bench, seed):
     with bench.open(search=ShuffledSearch(seed), dynamic_sampling=True, max_draws=2) as (parts, _):
-        metrics = MetricSums()
-        trajectories = StepRollout(parts).play(step=seed, metrics=metrics)
-        mine = metrics.values()["sampling/draws"]
-        bench.assert_equal((mine, bench.rank == 0 or not trajectories))
+        played = bench.steps(parts).play(version=seed)
+        mine = played.metrics.values()["sampling/draws"]
+        bench.assert_equal((mine, bench.rank == 0 or not played.trajectories))
         assert mine == 2, mine
 
 
 def check_partial_rollouts(bench, seed):
     partial = PartialConfig(tokens_per_step=1, extra_prompts=3, max_staleness=2)
     with bench.open(search=ShuffledSearch(seed), partial=partial) as (parts, _):
-        steps = StepRollout(parts)
+        steps = bench.steps(parts)
         for step in range(3):
-            steps.play(step=step, metrics=MetricSums())
-            own = parts.carried.state.own
+            steps.play(version=step)
+            own = parts.state.carried.own
             bench.assert_equal([member.to_dict() for group in own for member in group.trajectories])
         assert any(not group.is_complete for group in own), "nothing was carried over"
 
@@ -75,12 +72,13 @@ def check_a_rollout_that_is_broken_off_and_played_anew(bench, seed):
         for rank in (0, 1):
             left = [draw.randrange(1, 5)]
 
-            def is_cut(rank=rank, left=left):
+            def should_stop(rank=rank, left=left):
                 left[0] -= 1
                 return bench.rank == rank and left[0] <= 0
 
             message = bench.raised(
-                RolloutCutError, lambda is_cut=is_cut: bench.play(parts, seed=seed, is_cut=is_cut)
+                RolloutInterruptedError,
+                lambda should_stop=should_stop: bench.play(parts, seed=seed, should_stop=should_stop),
             )
             assert message == "", message
         bench.play(parts, seed=seed)
@@ -239,8 +237,11 @@ def check_an_outage_holds_both_ranks_and_changes_nothing_that_they_play(bench, s
         assert found == expected and counts.failed_calls == 0
         assert bench.rank == 1 or counts.outage_s > 0, counts
         search.num_refusals = 10**6
-        is_cut = lambda: bool(parts.rollout.outage.verdict)  # noqa: E731
-        assert bench.raised(RolloutCutError, lambda: bench.play(parts, seed=0, is_cut=is_cut)) == ""
+        should_stop = lambda: bool(parts.rollout.outage.verdict)  # noqa: E731
+        assert (
+            bench.raised(RolloutInterruptedError, lambda: bench.play(parts, seed=0, should_stop=should_stop))
+            == ""
+        )
         search.num_refusals = 0
         assert tokens()[0] == expected
 

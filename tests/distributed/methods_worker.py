@@ -19,7 +19,15 @@ import torch
 import torch.distributed as dist
 from held_memory import held
 
-from a2tgpo.assemble import RunParts, assemble, build_reference, build_rollout
+from a2tgpo.assemble import (
+    RunParts,
+    assemble,
+    build_checkpoints,
+    build_reference,
+    build_reward,
+    build_rollout,
+)
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
@@ -57,10 +65,13 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
             engine=parts.engine,
             offload=config.update.offload,
         ),
-        sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed),
+        state=RolloutState(
+            sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed)
+        ),
+        reward=build_reward(config, parts.toolset, template),
         rollout=build_rollout(
             config,
-            parts.replicas,
+            parts.engine_group,
             engine=parts.engine,
             toolset=parts.toolset,
             template=template,
@@ -77,9 +88,10 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
     config = parts.config
     folder = RunFolder(config, parts.groups)
     folder.open("none")
-    recorder = folder.recorder(parts, step=0)
+    recorder = folder.recorder(parts.tokenizer, step=0)
     guards = Guards(config.guard, clip_low=config.algorithm.clip_low, clip_high=config.algorithm.clip_high)
-    trainer = Trainer(parts, recorder, folder, guards)
+    checkpoints = build_checkpoints(parts, folder, guards)
+    trainer = Trainer(parts, recorder, checkpoints, guards, bank=folder.bank)
     held_after = []
     for _ in range(config.run.steps):
         trainer.train_step()

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.collect.bank import RolloutBank
-from a2tgpo.collect.carried_pool import CarriedPool
 from a2tgpo.collect.partial import PartialRollout
+from a2tgpo.collect.state import RolloutState
+from a2tgpo.collect.step import PlayedStep
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
@@ -24,9 +25,10 @@ from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout.multi_turn import RolloutCutError
+from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 
@@ -37,21 +39,20 @@ def prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
     ]
 
 
+PROMPTS: Any = SimpleNamespace(prompts=prompts)
+
+
 class Played:
-    """Stands in for `GroupRollout`: a turn per call, and an end only for groups without a budget."""
+    """Stands in for `RewardedRollout`: a turn per call, and an end only for groups without a budget."""
+
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
 
     def play_on(
-        self,
-        groups: Sequence[CarriedGroup],
-        *,
-        budgets: Sequence[int | None],
-        step: int,
-        is_cut: Callable[[], bool] | None,
-        progress: Callable[[int, int], None] | None,
-        **_: Any,
-    ) -> tuple[list[CarriedGroup], RolloutCounts]:
-        if is_cut is not None and is_cut():
-            raise RolloutCutError
+        self, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], version: int, **_: Any
+    ) -> list[CarriedGroup]:
+        if self.should_stop():
+            raise RolloutInterruptedError
         played = []
         for group, budget in zip(groups, budgets, strict=True):
             turns = [turn for member in group.trajectories for turn in member.turns]
@@ -60,17 +61,15 @@ class Played:
                 prompt_id=group.prompt.id,
                 sample_index=0,
                 prompt_tokens=[1],
-                turns=[*turns, Turn(tokens=[1], rollout_logprobs=[0.0], step=step)],
+                turns=[*turns, Turn(tokens=[1], rollout_logprobs=[0.0], version=version)],
                 stop_reason="answer" if budget is None else "",
             )
             played.append(dataclasses.replace(group, trajectories=[member]))
-            if member.stop_reason and progress is not None:
-                progress(1, 1)
-        return played, RolloutCounts()
+        return played
 
 
-def run_parts(root: Path, rank: int) -> Any:
-    config = RunConfig(
+def run_config(root: Path) -> RunConfig:
+    return RunConfig(
         run=RunSettings(name="r", root=str(root)),
         model=ModelConfig(path="unused"),
         data=DataConfig(train="unused", test="unused"),
@@ -78,61 +77,60 @@ def run_parts(root: Path, rank: int) -> Any:
         rollout=RolloutConfig(partial=PartialConfig(tokens_per_step=1, extra_prompts=4)),
         algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
     )
-    return SimpleNamespace(
-        config=config,
-        groups=SimpleNamespace(rank=rank, world_size=2),
-        replicas=SimpleNamespace(index=rank, count=2, is_first=True, group=None),
-        sampler=PromptSampler(500, config.rollout.prompts_per_step, seed=0),
-        carried=CarriedPool(),
-        train_prompts=SimpleNamespace(prompts=prompts),
-        rollout=Played(),
-        phases=SimpleNamespace(enter=lambda name: None),
-        policy=SimpleNamespace(chunks=[torch.nn.Linear(2, 2, bias=False)]),
+
+
+def new_state(config: RunConfig) -> RolloutState:
+    return RolloutState(sampler=PromptSampler(500, config.rollout.prompts_per_step, seed=0))
+
+
+def new_policy() -> Any:
+    return SimpleNamespace(chunks=[torch.nn.Linear(2, 2, bias=False)], wrapped_chunks=[])
+
+
+def member_of(prompt_id: str, token: int) -> Trajectory:
+    return Trajectory(
+        prompt_index=0,
+        prompt_id=prompt_id,
+        sample_index=0,
+        prompt_tokens=[1],
+        turns=[Turn(tokens=[token], rollout_logprobs=[0.0])],
+        stop_reason="eos",
     )
 
 
 def check_a_second_wave_is_broken_off_on_all_ranks_or_on_none(root: Path, rank: int) -> None:
-    for cut_rank in (None, 0, 1):
-        parts = run_parts(root, rank)
-        calls: list[int] = []
-        ended: list[tuple[int, int]] = []
+    config = run_config(root)
+    for stopped_rank in (None, 0, 1):
+        state, calls = new_state(config), []
 
-        def is_cut(cut_rank: int | None = cut_rank, calls: list[int] = calls) -> bool:
+        def should_stop(stopped_rank: int | None = stopped_rank, calls: list[int] = calls) -> bool:
             calls.append(1)
-            return len(calls) == 2 and rank == cut_rank
+            return len(calls) == 2 and rank == stopped_rank
 
-        found = PartialRollout(parts).play(
-            0,
-            RolloutCounts(),
-            MetricSums(),
-            is_cut,
-            progress=lambda *counts, ended=ended: ended.append(counts),
-        )
+        rollout: Any = Played(should_stop)
+        partial = PartialRollout(config.rollout, rollout, PROMPTS, state, EngineGroup(index=rank, count=2))
+        found = partial.play(0, RolloutCounts(), MetricSums())
         assert len(calls) == 2, "no second wave"
-        if cut_rank is not None:
-            assert found is None and not parts.carried.state.entries
+        if stopped_rank is not None:
+            assert found is None and not state.carried.entries
         else:
-            assert found is not None and len(found) == len(ended) == 32 and len(parts.carried.state.own) == 2
+            assert found is not None and len(found) == 32 and len(state.carried.own) == 2
+
+
+def bank_of(folder: Path, rank: int, state: RolloutState, engine_group: EngineGroup) -> RolloutBank:
+    groups: Any = SimpleNamespace(rank=rank, world_size=2)
+    return RolloutBank(folder, run_config(folder), state, groups, engine_group)
 
 
 def check_banks_of_two_attempts_are_not_mixed(root: Path, rank: int) -> None:
     torch.manual_seed(0)
-    parts = run_parts(root, rank)
+    policy, state = new_policy(), new_state(run_config(root))
 
-    def played_step(name: str, *, is_kept: bool) -> list[Trajectory] | None:
-        bank = RolloutBank(root / "bank", parts)
-        found = bank.take(3, MetricSums())
+    def played_step(name: str, *, is_kept: bool) -> PlayedStep | None:
+        bank = bank_of(root / "bank", rank, state, EngineGroup(index=rank, count=2))
+        found = bank.take(3, policy)
         if found is None and is_kept:
-            turn = Turn(tokens=[rank], rollout_logprobs=[0.0])
-            member = Trajectory(
-                prompt_index=0,
-                prompt_id=name,
-                sample_index=0,
-                prompt_tokens=[1],
-                turns=[turn],
-                stop_reason="eos",
-            )
-            bank.put(3, [member], MetricSums())
+            bank.put(3, PlayedStep(trajectories=[member_of(name, rank)], metrics=MetricSums()))
         dist.barrier()
         return found
 
@@ -140,34 +138,34 @@ def check_banks_of_two_attempts_are_not_mixed(root: Path, rank: int) -> None:
     assert played_step("second", is_kept=rank == 1) is None, "rank 1 had nothing"
     assert played_step("third", is_kept=True) is None, "each rank had one, of different attempts"
     found = played_step("fourth", is_kept=True)
-    assert found is not None and found[0].prompt_id == "third"
+    assert found is not None and found.trajectories[0].prompt_id == "third"
 
 
 def check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own(root: Path, rank: int) -> None:
     torch.manual_seed(rank)  # as with tensor parallelism, each rank has weights of its own
-    parts = run_parts(root, rank)
-    parts.replicas = SimpleNamespace(index=0, count=1, is_first=rank == 0, group=dist.group.WORLD)
-    bank = RolloutBank(root / "shared", parts)
-    assert bank.take(3, MetricSums()) is None
+    policy, state = new_policy(), new_state(run_config(root))
+
+    def bank() -> RolloutBank:
+        return bank_of(root / "shared", rank, state, EngineGroup(rank=rank, group=dist.group.WORLD))
+
+    first = bank()
+    assert first.take(3, policy) is None
     metrics = MetricSums()
     metrics.add("asked of", rank, 1)
-    turn = Turn(tokens=[7], rollout_logprobs=[0.0])
-    member = Trajectory(
-        prompt_index=0, prompt_id="q", sample_index=0, prompt_tokens=[1], turns=[turn], stop_reason="eos"
-    )
-    parts.sampler.next_indices()
-    behind = parts.sampler.state_dict()
-    bank.put(3, [member] if rank == 0 else [], metrics)
+    member = member_of("q", 7)
+    state.sampler.next_indices()
+    behind = state.sampler.state_dict()
+    first.put(3, PlayedStep(trajectories=[member] if rank == 0 else [], metrics=metrics))
     dist.barrier()
     assert [path.name for path in (root / "shared/step_3").iterdir()] == ["replica_0.bin"]
 
-    parts.sampler.next_indices()
-    found = MetricSums()
-    assert RolloutBank(root / "shared", parts).take(3, found) == ([member] if rank == 0 else [])
-    assert found.values() == {"asked of": rank} and parts.sampler.state_dict() == behind
+    state.sampler.next_indices()
+    found = bank().take(3, policy)
+    assert found is not None and found.trajectories == ([member] if rank == 0 else [])
+    assert found.metrics.values() == {"asked of": rank} and state.sampler.state_dict() == behind
     if rank == 1:
-        torch.nn.init.zeros_(parts.policy.chunks[0].weight)
-    assert RolloutBank(root / "shared", parts).take(3, MetricSums()) is None, "rank 1 has other weights"
+        torch.nn.init.zeros_(policy.chunks[0].weight)
+    assert bank().take(3, policy) is None, "rank 1 has other weights"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 refit_worker.py shared MODEL ROOT  one engine over b
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import os
@@ -27,6 +26,7 @@ from carried_checks import (
     check_one_engine_over_both_ranks_carries_groups_on,
     trainer_parts,
 )
+from played import run as play
 from safetensors.torch import load_file
 from scripted_search import ScriptedSearch, toolset_of
 from storage_tally import StorageTally
@@ -46,10 +46,10 @@ from a2tgpo.model.experts import is_expert
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION, TokenDistribution
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.refit.handover import refit
 from a2tgpo.refit.verify import probe_tokens, probe_trajectory, verify_refit
-from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.weight_names import checkpoint_shapes
 from a2tgpo.trajectory import Prompt
@@ -252,7 +252,7 @@ def check_three_cycles(policy, parallel, engine, rank, first_version):
         report = refit(policy, engine, version=cycle, bucket_mib=1)
         assert not report.skipped and report.num_tensors > 15 and report.num_bytes > 0
         expected = trainer_logprobs(policy, parallel, [probe_trajectory(probe)])
-        gap = verify_refit(engine, probe, expected, step=cycle, tolerance=1e-3, group=world)
+        gap = verify_refit(engine, probe, expected, version=cycle, tolerance=1e-3, group=world)
         gaps.append(gap.max)
         if parallel.tensor == 1:  # each rank trains on its own
             played = rank_trajectories(engine, rank, cycle)
@@ -281,7 +281,7 @@ def check_training_step(policy, parallel, engine, rank, version):
     assert not refit(policy, engine, version=version, bucket_mib=1).skipped
     probe = played[0].prompt_tokens + played[0].turns[0].tokens
     expected = trainer_logprobs(policy, parallel, [probe_trajectory(probe)])
-    verify_refit(engine, probe, expected, step=version, tolerance=2e-4, group=dist.group.WORLD)
+    verify_refit(engine, probe, expected, version=version, tolerance=2e-4, group=dist.group.WORLD)
 
 
 def check_one_bad_rank_stops_both(policy, parallel, engine, rank):
@@ -293,9 +293,9 @@ def check_one_bad_rank_stops_both(policy, parallel, engine, rank):
     probe = probe_tokens(engine.num_token_ids, 64)
     expected = trainer_logprobs(policy, parallel, [probe_trajectory(probe)])
     try:
-        verify_refit(engine, probe, expected, step=99, tolerance=1e-3, group=dist.group.WORLD)
+        verify_refit(engine, probe, expected, version=99, tolerance=1e-3, group=dist.group.WORLD)
     except RuntimeError as error:
-        assert "refit at step 99" in str(error)
+        assert "refit after step 99" in str(error)
     else:
         raise AssertionError("rank 1 holds wrong weights and nobody noticed")
 
@@ -350,26 +350,26 @@ def run_shared(path, root):
     config, engine = make_engine(path, tensor_parallel=2, **SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(path)
     search = ScriptedSearch(delays={"capital of France": 0.3}, failing=["capital of Peru"])
+    engine_group = EngineGroup(rank=groups.rank, group=groups.tp_group)
     rollout = GroupRollout(
         engine,
         toolset_of(search),
         tokenizer,
         rollout=config,
-        score_trajectory=functools.partial(score_trajectory, measure="probability"),
-        replica_group=groups.tp_group,
+        engine_group=engine_group,
     )
     questions = {"capital of France?": "Paris", "capital of Peru?": "Lima", "ruler of Italy?": "King of Rome"}
     prompts = [
         Prompt(index=i, id=q, question=q, answers=(a,), hops=1, tokens=tuple(prompt_ids(tokenizer, q)))
         for i, (q, a) in enumerate(questions.items())
     ]
-    trajectories, counts = rollout.run(prompts, seed=1, step=2)
+    trajectories, counts = play(rollout, prompts, seed=1, version=2)
     mine, theirs = all_gather_object([t.to_dict() for t in trajectories], groups.tp_group)
     assert mine == theirs, "the ranks of one engine played different rollouts"
     assert counts.tool_calls >= 6 and counts.failed_calls >= 1
     assert bool(search.queries) == (groups.rank == 0), "only the first rank searches"
     check_logprobs_against_transformers(path, trajectories)
-    metrics, _ = evaluate(rollout, prompts, is_replica_first=groups.rank == 0)
+    metrics = evaluate(rollout, prompts, engine_group)
     assert metrics["num_questions"] == 3
     assert all_gather_object(metrics, groups.tp_group) == [metrics, metrics]
     rollout.close()

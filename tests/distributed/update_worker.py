@@ -45,7 +45,8 @@ from layout_checks import (
 from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.assemble import build_checkpoints
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -56,7 +57,9 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
@@ -146,30 +149,32 @@ def check_one_best(bench: Bench) -> None:
         optimizer=optimizer,
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
-        sampler=PromptSampler(10, 2, seed=0),
+        groups=bench.groups,
+        state=RolloutState(sampler=PromptSampler(10, 2, seed=0)),
         train_prompts=SimpleNamespace(fingerprint="q"),
         test_prompts=SimpleNamespace(fingerprint="t"),
-        carried=CarriedPool(),
-        replicas=SimpleNamespace(index=bench.groups.rank, count=bench.groups.world_size, is_first=True),
+        engine_group=EngineGroup(index=bench.groups.rank, count=bench.groups.world_size),
     )
     guards = Guards(GuardConfig(), clip_low=0.1, clip_high=0.1)
 
-    def run_folder(root: Path) -> RunFolder:
+    def open_run(root: Path) -> tuple[RunFolder, RunCheckpoints]:
         config = RunConfig(
             run=RunSettings(name="r", root=str(root)),
             model=ModelConfig(path="unused"),
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),
         )
-        return RunFolder(config, bench.groups)
+        parts.config = config
+        folder = RunFolder(config, bench.groups)
+        return folder, build_checkpoints(parts, folder, guards)
 
     seen_by_0, seen_by_others = bench.folder / "seen_by_0", bench.folder / "seen_by_others"
-    folder = run_folder(seen_by_0)
+    folder, checkpoints = open_run(seen_by_0)
     folder.open("auto")
-    folder.best.offer(1, {"em": 0.5, "standard_error_em": 0.0})
-    folder.save(1, parts, guards)
-    folder.save(2, parts, guards)
-    folder.finish_saving()
+    checkpoints.best.offer(1, {"em": 0.5, "standard_error_em": 0.0})
+    checkpoints.save(1)
+    checkpoints.save(2)
+    checkpoints.finish_saving()
     if bench.groups.rank == 0:
         hidden = seen_by_others / "r" / "checkpoints"
         hidden.mkdir(parents=True)
@@ -177,9 +182,9 @@ def check_one_best(bench: Bench) -> None:
     dist.barrier()
     found = []
     for first, others in ((seen_by_0, seen_by_others), (seen_by_others, seen_by_0)):
-        resumed = run_folder(first if bench.groups.rank == 0 else others)
-        resumed.restore(resumed.path / "checkpoints" / "step_2", parts, guards)
-        found.append(resumed.best.step)
+        folder, checkpoints = open_run(first if bench.groups.rank == 0 else others)
+        checkpoints.restore(folder.checkpoints / "step_2")
+        found.append(checkpoints.best.step)
     assert found == [1, None], found
 
 

@@ -152,7 +152,7 @@ def install() -> None:
     from a2tgpo.rollout.answer_scorer import AnswerScorer
     from a2tgpo.rollout.held_calls import HeldCalls
     from a2tgpo.rollout.tool_pool import ToolPool
-    from a2tgpo.run import folder as run_folder
+    from a2tgpo.run import checkpoints as run_checkpoints
     from a2tgpo.search.tool import CachedSearch
     from a2tgpo.update import policy_update
 
@@ -185,7 +185,7 @@ def install() -> None:
     passing(checkpoint_writer, "write_sharded", "save: write")
     passing(torch.distributed.checkpoint.FileSystemWriter, "write_data", "save: written", after=True)
     passing(checkpoint, "put_in_place", "save: before the rename")
-    passing(run_folder.RunFolder, "_tidy", "save: after the rename")
+    passing(run_checkpoints.RunCheckpoints, "_tidy", "save: after the rename")
     passing(retention, "drop_old", "save: before old ones go")
     build = CachedSearch.__init__
 

@@ -12,17 +12,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import measure
 from lengths import planned_turn
 
-from a2tgpo.collect.carried_pool import CarriedPool
 from a2tgpo.collect.partial import PartialRollout
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
@@ -50,9 +51,9 @@ class CountedRollout:
         """Engine steps by the number of busy slots."""
 
     def play_on(
-        self, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], seed: int, step: int, **_: Any
-    ) -> tuple[list[CarriedGroup], RolloutCounts]:
-        sampling = Sampling(temperature=1.0, top_p=1.0, seed=seed, step=step)
+        self, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], version: int, **_: Any
+    ) -> list[CarriedGroup]:
+        sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, version=version)
         played, waiting = [], []
         for group, budget in zip(groups, budgets, strict=True):
             members = [copied(member) for member in group.trajectories or _begin(group.prompt)]
@@ -64,7 +65,7 @@ class CountedRollout:
             ]
             played.append(dataclasses.replace(group, trajectories=members))
         self._count(waiting)
-        return played, RolloutCounts()
+        return played
 
     def _time_of(
         self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
@@ -76,7 +77,7 @@ class CountedRollout:
             assert turn_seed is not None, "this is no greedy rollout"
             length, calls = planned_turn(turn_seed, median=MEDIAN, longest=LONGEST, call_share=CALL_SHARE)
             trajectory.turns.append(
-                Turn(tokens=TokenIds([0] * length), rollout_logprobs=LogProbs(), step=sampling.step)
+                Turn(tokens=TokenIds([0] * length), rollout_logprobs=LogProbs(), version=sampling.version)
             )
             sampled += length
             if not calls or len(trajectory.turns) > MAX_TURNS:
@@ -118,20 +119,12 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 def count(partial: PartialConfig) -> tuple[float, float]:
     """Return the engine steps of a training step, and those with under a quarter of the slots busy."""
     rollout = CountedRollout()
-    parts: Any = SimpleNamespace(
-        config=SimpleNamespace(
-            rollout=RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial),
-            run=SimpleNamespace(seed=0),
-        ),
-        replicas=SimpleNamespace(index=0, count=1, is_first=True),
-        sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0),
-        carried=CarriedPool(),
-        train_prompts=SimpleNamespace(prompts=_prompts),
-        rollout=rollout,
-    )
-    played = PartialRollout(parts)
+    config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
+    state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))
+    prompts: Any = SimpleNamespace(prompts=_prompts)
+    played = PartialRollout(config, cast(Any, rollout), prompts, state, ALONE)
     for step in range(STEPS):
-        played.play(step, RolloutCounts(), MetricSums(), None)
+        played.play(step, RolloutCounts(), MetricSums())
     few = sum(steps for busy, steps in rollout.steps_by_busy.items() if busy < FEW)
     return rollout.steps_by_busy.total() / STEPS, few / STEPS
 

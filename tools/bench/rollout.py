@@ -30,7 +30,6 @@ from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.environment.tool import Toolset
-from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -117,12 +116,14 @@ class Variants:
             toolset,
             self.tokenizer,
             rollout=self.config,
-            score_trajectory=functools.partial(score_trajectory, measure="probability"),
         )
         self.engine.forget()
-        result = rollout.run(self.prompts, seed=0, step=0, score_gain=gain)
+        counts = RolloutCounts()
+        playing = rollout.play(self.prompts, seed=0, version=0, score_gain=gain, counts=counts)
+        trajectories = [done.trajectory for done in rollout.finished(playing)]
         rollout.close()
-        return result
+        trajectories.sort(key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index))
+        return trajectories, counts
 
     def play_alone(self) -> None:
         """Run the engine with the next turn always ready."""

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from a2tgpo.assemble import divide_into_replicas
 from a2tgpo.batch.exchange import exchange
 from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import Question
@@ -35,6 +34,7 @@ from a2tgpo.metrics.host_memory import resident_bytes
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.parallel.collectives import all_gather_object, world_group
+from a2tgpo.parallel.engine_group import build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import lay_out
 from a2tgpo.record.rollout_record import as_text, to_record
@@ -125,7 +125,7 @@ def main(size: int) -> None:
     layout = ["parallel.tensor=8", f"parallel.pipeline={4 if size >= 64 else 1}"]
     config = load_config("configs/train_70b.yaml", layout)
     groups = lay_out(config.parallel, seed=0)
-    divide_into_replicas(config, groups)
+    build_engine_group(config, groups)
     record["groups_s"] = time.process_time() - start
     record["groups"] = [peers.made["all"], peers.made["own"]]
     record["host_mb"] = (resident_bytes() - before) / 1e6

@@ -28,7 +28,7 @@ from a2tgpo.data.question_set import load_questions
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.environment.tool import ToolError, build_tools
-from a2tgpo.reward.score import score_trajectory
+from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.observation import ObservationEncoder
 from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
@@ -121,9 +121,9 @@ class Player:
                 for i, tokens in zip(live, sampled, strict=True)
                 if self._goes_on(played[i], texts[i], tokens)
             ]
+        reward = TrajectoryReward(measure="probability", tools=self._toolset.names)
         for trajectory, text in zip(played, texts, strict=True):
-            answers = self._prompts[int(trajectory.prompt_id)].answers
-            score_trajectory(trajectory, text, answers, [], measure="probability", tools=self._toolset.names)
+            reward.score(trajectory, text, self._prompts[int(trajectory.prompt_id)].answers, [])
         self.num_sampled = sum(t.num_sampled_tokens for t in played)
         self.num_tokens = sum(t.num_tokens for t in played)
         return {

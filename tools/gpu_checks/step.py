@@ -38,15 +38,12 @@ CORRECTION = {"algorithm": {"correction": {"kind": "truncate"}}}
 
 def check_training_step(bench: Bench) -> None:
     """Refit and probe, run two training steps with searches, and verify that moved weights arrive in the engine."""
-    import torch.distributed as dist
-
-    from a2tgpo.refit.sync import sync_engine
     from a2tgpo.refit.verify import TOLERANCES
 
     parts, trainer = _start(bench)
     dtype = parts.config.model.dtype
     tolerance = TOLERANCES[dtype]
-    gap = sync_engine(parts, step=0).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
+    gap = _probe_gap(parts, version=0)
     bench.at_most("refit, probe of first weights", gap, tolerance, "nats")
     for step in range(1, STEPS + 1):
         metrics = _take_step(bench, trainer, f"step {step}")
@@ -64,9 +61,18 @@ def check_training_step(bench: Bench) -> None:
     # Move the probe by four times the tolerance, so that an engine with the old weights fails.
     moved_by = _move_weights(parts, target=4 * tolerance)
     bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
-    gap = sync_engine(parts, step=STEPS + 1).reduce(dist.group.WORLD)["refit/probe_gap_mean"]
+    gap = _probe_gap(parts, version=STEPS + 1)
     bench.at_most("refit, probe of moved weights", gap, tolerance, "nats")
     _end(parts, trainer)
+
+
+def _probe_gap(parts: Any, *, version: int) -> float:
+    import torch.distributed as dist
+
+    from a2tgpo.refit.sync import sync_engine
+
+    metrics = sync_engine(parts.policy, parts.engine, parts.phases, parts.config, version=version)
+    return metrics.reduce(dist.group.WORLD)["refit/probe_gap_mean"]
 
 
 def check_fp8_rollout_step(bench: Bench) -> None:
@@ -102,7 +108,7 @@ def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
 
 def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     """Build all parts of a run, and its trainer."""
-    from a2tgpo.assemble import assemble
+    from a2tgpo.assemble import assemble, build_checkpoints
     from a2tgpo.config.load import load_config
     from a2tgpo.metrics.guards import Guards
     from a2tgpo.parallel.initialize import initialize
@@ -117,7 +123,8 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     parts = assemble(config, groups)
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
-    return parts, Trainer(parts, folder.recorder(parts, step=0), folder, guards)
+    recorder, checkpoints = folder.recorder(parts.tokenizer, step=0), build_checkpoints(parts, folder, guards)
+    return parts, Trainer(parts, recorder, checkpoints, guards, bank=folder.bank)
 
 
 def _take_step(bench: Bench, trainer: Any, name: str) -> dict[str, float]:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from saved_run import Run, best_of, scores, world
 
+from a2tgpo.assemble import build_checkpoints
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.best import BEST_FILE, BestCheckpoint
 from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.run import EvaluationConfig
+from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.trainer import Trainer
 
@@ -133,7 +135,7 @@ def test_a_resumed_run_knows_its_best_and_its_alarms(world, tmp_path):
     second = Run(world, tmp_path)
     assert second.step == 2 and second.guards.stop_is_due
     assert best_of(second.checkpoints) == {"step": 1, "score": 0.5, "metric": "em", "standard_error": 0.0}
-    assert not second.folder.best.offer(3, scores(0.5))
+    assert not second.saver.best.offer(3, scores(0.5))
 
 
 def test_a_best_of_the_dropped_future_is_forgotten_and_its_checkpoint_set_aside(world, tmp_path):
@@ -170,7 +172,7 @@ class ScriptedTrainer(Trainer):
         return {"update/skipped": 1.0}
 
     def evaluate(self) -> bool:
-        return self.folder.best.offer(self.step, scores(self.step / 10))
+        return self.checkpoints.best.offer(self.step, scores(self.step / 10))
 
 
 @pytest.mark.parametrize(("every", "best", "steps"), [(2, 4, [4]), (3, 3, [3, 4]), (0, None, [4])])
@@ -180,12 +182,14 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     config = dataclasses.replace(run.config, evaluation=evaluation)
     no_answers = {
         "tokenizer": None,
-        "rollout": SimpleNamespace(answer_tokens=None),
+        "rollout": SimpleNamespace(answer_tokens=None, outage=Outage(limit_s=1)),
+        "reward": None,
         "train_prompts": SimpleNamespace(questions=[]),
     }
     parts: Any = SimpleNamespace(**{**vars(world.parts), "config": config, **no_answers})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
-    trainer = ScriptedTrainer(parts, run.folder.recorder(parts, step=0), run.folder, guards)
+    recorder, checkpoints = run.folder.recorder(None, step=0), build_checkpoints(parts, run.folder, guards)
+    trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, bank=run.folder.bank)
     assert not trainer.train() and trainer.step == 4
     assert run.best_step == best and run.steps == steps
 
@@ -226,7 +230,7 @@ def test_a_reader_of_the_runs_settings_never_sees_half_a_file(world, tmp_path):
 
 def test_a_run_begun_anew_forgets_the_best_that_has_no_checkpoint(world, tmp_path):
     first = Run(world, tmp_path)
-    first.folder.best.offer(0, scores(0.3))
+    first.saver.best.offer(0, scores(0.3))
     assert first.best_step == 0
     second = Run(world, tmp_path)
     assert second.step == 0 and second.best_step is None
@@ -241,7 +245,7 @@ def test_a_checkpoint_without_guards_and_best_is_resumed_from(world, tmp_path):
         policy=parts.policy,
         optimizer=parts.optimizer,
         schedule=parts.schedule,
-        state={"step": 5, "sampler": parts.sampler.state_dict()},
+        state={"step": 5, "sampler": parts.state.sampler.state_dict()},
         on_complete=lambda: None,
     )
     assert writer.wait() == ""

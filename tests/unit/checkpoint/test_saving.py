@@ -132,15 +132,15 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(w
     run = Run(world, small_disk, keep=9)
     run.save(1, 0.2)
     filling = small_disk / "filling"
-    run.folder.best.offer(2, scores(0.5))
+    run.saver.best.offer(2, scores(0.5))
     filling.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 100_000)))
-    run.folder.save(2, run.parts, run.guards)
-    run.folder.finish_saving(is_last=False)  # a failure, and no exception
+    run.saver.save(2)
+    run.saver.finish_saving(is_last=False)  # a failure, and no exception
     assert run.steps == [1] and not list(run.checkpoints.glob(".step_*"))
-    assert run.folder.best.step == 1, "the best is one without weights"
-    run.folder.save(3, run.parts, run.guards)
+    assert run.saver.best.step == 1, "the best is one without weights"
+    run.saver.save(3)
     with pytest.raises(RuntimeError, match=r"step 3 .*No space left.*2 in a row.*step_1"):
-        run.folder.save(4, run.parts, run.guards)
+        run.saver.save(4)
     filling.unlink()
     run.save(5)
     assert run.steps == [1, 5] and checkpoint.latest(run.checkpoints) == run.checkpoints / "step_5"
@@ -155,12 +155,12 @@ def test_training_on_does_not_change_the_checkpoint_that_is_being_written(world,
         checkpoint_writer, "write_sharded", lambda *arguments: (gate.wait(20), write(*arguments))[1]
     )
     run = Run(world, tmp_path)
-    run.folder.save(1, run.parts, run.guards)
+    run.saver.save(1)
     with torch.no_grad():
         weight.add_(1.0)
     assert not run.steps
     gate.set()
-    run.folder.finish_saving()
+    run.saver.finish_saving()
     Run(world, tmp_path)
     assert torch.equal(weight, before)
 
@@ -291,31 +291,31 @@ def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, t
     is_on = PartialConfig(tokens_per_step=1, extra_prompts=1)
     run = Run(world, tmp_path, partial=is_on, group_size=1)
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
-    turn = Turn(tokens=[5], rollout_logprobs=[-1e-17], observation_tokens=[6], query="x", step=3)
+    turn = Turn(tokens=[5], rollout_logprobs=[-1e-17], observation_tokens=[6], query="x", version=3)
     member = Trajectory(
         prompt_index=1, prompt_id="q", sample_index=0, prompt_tokens=[1, 2], turns=[turn], stop_reason=""
     )
     group = CarriedGroup(begun=3, question=7, prompt=prompt, trajectories=[member])
-    held = Carried(entries=(Entry(begun=3, index=1, question=7, replica=0),), own=(group,))
+    held = Carried(entries=(Entry(begun=3, index=1, question=7, engine=0),), own=(group,))
     try:
-        run.parts.carried.state = held
+        run.parts.state.carried = held
         run.save(4)
-        run.parts.carried.state = Carried()
-        assert Run(world, tmp_path, partial=is_on, group_size=1).parts.carried.state == held
+        run.parts.state.carried = Carried()
+        assert Run(world, tmp_path, partial=is_on, group_size=1).parts.state.carried == held
         is_off = Run(world, tmp_path, group_size=1, accept_changes=True)
-        assert not is_off.parts.carried.state.entries
+        assert not is_off.parts.state.carried.entries
         assert "of 1 groups that" in caplog.text and "1 since rollout.partial is off" in caplog.text
         fewer = PartialConfig(tokens_per_step=1)
         has_fewer = Run(world, tmp_path, partial=fewer, group_size=1, accept_changes=True)
-        assert not has_fewer.parts.carried.state.entries
+        assert not has_fewer.parts.state.carried.entries
         assert "rollout.partial is on with extra_prompts 0, max_staleness 1" in caplog.text
-        path = run.checkpoints / "step_4" / "carried" / "replica_0.bin"
+        path = run.checkpoints / "step_4" / "carried" / "engine_0.bin"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
         assert checkpoint.latest(run.checkpoints) is None
     finally:
-        run.parts.carried.state = Carried()
+        run.parts.state.carried = Carried()
 
 
 def test_without_partial_rollouts_a_checkpoint_has_no_such_file(world, tmp_path):

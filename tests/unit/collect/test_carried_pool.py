@@ -12,9 +12,9 @@ from a2tgpo.collect.carried_pool import (
     carried,
     carried_file,
     encode,
+    engines_for,
     is_due,
     read,
-    replicas_for,
     select,
     to_finish,
     trajectories_of,
@@ -23,18 +23,16 @@ from a2tgpo.collect.carried_pool import (
 from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.rollout.carried_group import CarriedGroup, copied, shortened
-from a2tgpo.rollout.multi_turn import ANSWER_ROOM, Limits
+from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS, Limits
 from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
 
 
-def entry(begun: int, index: int, *, complete: bool = False, replica: int = 0) -> Entry:
-    return Entry(
-        begun=begun, index=index, question=100 * begun + index, replica=replica, is_complete=complete
-    )
+def entry(begun: int, index: int, *, complete: bool = False, engine: int = 0) -> Entry:
+    return Entry(begun=begun, index=index, question=100 * begun + index, engine=engine, is_complete=complete)
 
 
 def trajectory(index: int, sample: int, reason: str) -> Trajectory:
-    turn = Turn(tokens=[5, 6], rollout_logprobs=[-0.1, -1e-17], observation_tokens=[7], query="x", step=3)
+    turn = Turn(tokens=[5, 6], rollout_logprobs=[-0.1, -1e-17], observation_tokens=[7], query="x", version=3)
     return Trajectory(
         prompt_index=index,
         prompt_id=f"q{index}",
@@ -58,13 +56,13 @@ def group(begun: int, index: int, *reasons: str) -> CarriedGroup:
     num_groups=st.integers(1, 5),
     extra_share=st.floats(0, 1),
     max_staleness=st.integers(1, 4),
-    num_replicas=st.integers(1, 3),
+    num_engines=st.integers(1, 3),
     num_steps=st.integers(1, 12),
     luck=st.floats(0, 1),
     random=st.randoms(use_true_random=False),
 )
 def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
-    num_groups, extra_share, max_staleness, num_replicas, num_steps, luck, random
+    num_groups, extra_share, max_staleness, num_engines, num_steps, luck, random
 ):
     extra = round(extra_share * num_groups)
     carried: list[Entry] = []
@@ -72,8 +70,8 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
     for step in range(num_steps):
         missing = num_groups + extra - len(carried)
         assert missing >= num_groups, "no more than extra_prompts groups are carried over"
-        owners = replicas_for(carried, missing, num_replicas=num_replicas)
-        fresh = [entry(step, index, replica=owner) for index, owner in enumerate(owners)]
+        owners = engines_for(carried, missing, num_engines=num_engines)
+        fresh = [entry(step, index, engine=owner) for index, owner in enumerate(owners)]
         begun.update(new.key for new in fresh)
         in_play = [*carried, *fresh]
         due = {old.key for old in in_play if is_due(old, step, max_staleness=max_staleness)}
@@ -120,7 +118,7 @@ def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
             num_groups + partial.extra_prompts - len(carried), excluded=[e.question for e in carried]
         )
         in_play = carried + [
-            Entry(begun=step, index=index, question=question, replica=0)
+            Entry(begun=step, index=index, question=question, engine=0)
             for index, question in enumerate(dealt)
         ]
         assert len({e.question for e in in_play}) == len(in_play)
@@ -135,18 +133,18 @@ def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
     step=st.integers(10, 12),
     max_groups=st.integers(0, 20),
     max_staleness=st.integers(1, 12),
-    num_replicas=st.integers(1, 3),
+    num_engines=st.integers(1, 3),
 )
 def test_smaller_settings_keep_the_oldest_groups_that_a_step_can_still_train_on(
-    begun, step, max_groups, max_staleness, num_replicas
+    begun, step, max_groups, max_staleness, num_engines
 ):
-    entries = [entry(old, i, replica=i % num_replicas) for i, old in enumerate(sorted(begun))]
+    entries = [entry(old, i, engine=i % num_engines) for i, old in enumerate(sorted(begun))]
     kept = []
-    for replica in range(num_replicas):
-        own = tuple(group(e.begun, e.index, "") for e in entries if e.replica == replica)
+    for engine in range(num_engines):
+        own = tuple(group(e.begun, e.index, "") for e in entries if e.engine == engine)
         state = Carried(entries=tuple(entries), own=own)
         found = bounded(state, step, max_groups=max_groups, max_staleness=max_staleness)
-        assert [g.key for g in found.own] == [e.key for e in found.entries if e.replica == replica]
+        assert [g.key for g in found.own] == [e.key for e in found.entries if e.engine == engine]
         kept.append(found.entries)
     assert all(other == kept[0] for other in kept)
     allowed = [e for e in entries if e.begun >= step - max_staleness]
@@ -154,18 +152,18 @@ def test_smaller_settings_keep_the_oldest_groups_that_a_step_can_still_train_on(
 
 
 @given(st.integers(0, 30), st.integers(1, 5))
-def test_new_prompts_go_round_the_replicas_where_nothing_is_carried(count, num_replicas):
-    assert replicas_for([], count, num_replicas=num_replicas) == [i % num_replicas for i in range(count)]
+def test_new_prompts_go_round_the_engines_where_nothing_is_carried(count, num_engines):
+    assert engines_for([], count, num_engines=num_engines) == [i % num_engines for i in range(count)]
 
 
-def test_a_replica_that_carries_more_begins_less():
-    held = [entry(0, 0), entry(0, 1), entry(0, 2, complete=True, replica=1), entry(0, 3, replica=2)]
-    assert replicas_for(held, 5, num_replicas=3) == [1, 1, 2, 0, 1]
+def test_an_engine_that_carries_more_begins_less():
+    held = [entry(0, 0), entry(0, 1), entry(0, 2, complete=True, engine=1), entry(0, 3, engine=2)]
+    assert engines_for(held, 5, num_engines=3) == [1, 1, 2, 0, 1]
 
 
 def test_taken_trajectories_are_numbered_by_place_and_the_groups_stay_as_they_are():
     groups = [group(2, 1, "answer", "eos"), group(1, 4, "answer", "length"), group(2, 0, "answer", "")]
-    taken = [entry(1, 4), entry(1, 5, replica=1), entry(2, 1)]
+    taken = [entry(1, 4), entry(1, 5, engine=1), entry(2, 1)]
     found = trajectories_of(groups, taken)
     assert [(t.prompt_index, t.prompt_id, t.sample_index) for t in found] == [
         (0, "q4", 0), (0, "q4", 1), (2, "q1", 0), (2, "q1", 1),
@@ -191,54 +189,69 @@ def test_what_is_played_on_is_another_trajectory():
 
 def test_staleness_is_that_of_the_oldest_turn():
     old = trajectory(0, 0, "answer")
-    old.turns.append(Turn(tokens=[1], rollout_logprobs=[0.0], step=5))
+    old.turns.append(Turn(tokens=[1], rollout_logprobs=[0.0], version=5))
     assert (old.staleness(5), old.staleness(6)) == (2, 3)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """Two replicas' groups in a checkpoint."""
+    """Two engines' groups in a checkpoint."""
     held = {0: (group(1, 3, "answer", "eos"), group(2, 0, "answer", "")), 1: (group(1, 2, "", ""),)}
-    for replica, own in held.items():
-        path = tmp_path / carried_file(replica)
+    for engine, own in held.items():
+        path = tmp_path / carried_file(engine)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(encode(Carried(own=own)))
     return tmp_path, held
 
 
-def test_each_replica_reads_its_own_groups_and_all_know_of_all(saved):
+def test_each_engine_reads_its_own_groups_and_all_know_of_all(saved):
     folder, held = saved
-    for replica in held:
-        state = carried(read(folder, num_replicas=2), replica=replica)
-        assert state.own == held[replica]
+    for engine in held:
+        state = carried(read(folder, num_engines=2), engine=engine)
+        assert state.own == held[engine]
         assert state.entries == (
-            entry(1, 2, replica=1),
+            entry(1, 2, engine=1),
             entry(1, 3, complete=True),
             entry(2, 0),
         )
 
 
-@pytest.mark.parametrize("num_replicas", [1, 3])
-def test_another_number_of_replicas_shares_the_groups_out(saved, num_replicas):
+@pytest.mark.parametrize("num_engines", [1, 3])
+def test_another_number_of_engines_shares_the_groups_out(saved, num_engines):
     folder, own_of = saved
-    held = read(folder, num_replicas=num_replicas)
-    states = [carried(held, replica=replica) for replica in range(num_replicas)]
+    held = read(folder, num_engines=num_engines)
+    states = [carried(held, engine=engine) for engine in range(num_engines)]
     expected = sorted((g for own in own_of.values() for g in own), key=lambda g: g.key)
     assert sorted((g for state in states for g in state.own), key=lambda g: g.key) == expected
     assert all(state.entries == states[0].entries for state in states)
-    for replica, state in enumerate(states):
-        assert [e.key for e in state.entries if e.replica == replica] == [g.key for g in state.own]
+    for engine, state in enumerate(states):
+        assert [e.key for e in state.entries if e.engine == engine] == [g.key for g in state.own]
 
 
 def test_a_checkpoint_without_such_files_carries_nothing(tmp_path):
-    assert carried(read(tmp_path, num_replicas=2), replica=0) == Carried()
+    assert carried(read(tmp_path, num_engines=2), engine=0) == Carried()
+
+
+def test_groups_of_release_0_1_are_read(saved):
+    """It named the files by replica, and a turn's version its step."""
+    folder, _ = saved
+    expected = read(folder, num_engines=2)
+    for path in (folder / "carried").iterdir():
+        groups = msgspec.msgpack.decode(path.read_bytes())
+        for turn in (
+            turn for group in groups for member in group["trajectories"] for turn in member["turns"]
+        ):
+            turn["step"] = turn.pop("version")
+        path.with_name(path.name.replace("engine", "replica")).write_bytes(msgspec.msgpack.encode(groups))
+        path.unlink()
+    assert read(folder, num_engines=2) == expected
 
 
 def test_a_file_of_something_else_is_refused_in_one_line(saved):
     folder, _ = saved
     (folder / carried_file(1)).write_bytes(msgspec.msgpack.encode([{"begun": "soon"}]))
-    with pytest.raises(ValueError, match=r"replica_1\.bin was not written by this program$"):
-        read(folder, num_replicas=2)
+    with pytest.raises(ValueError, match=r"engine_1\.bin was not written by this program$"):
+        read(folder, num_engines=2)
 
 
 def searching(num_turns: int, reason: str) -> Trajectory:
@@ -268,12 +281,12 @@ def searching(num_turns: int, reason: str) -> Trajectory:
         (3, "", {"max_turns": 3}, None),
         (3, "", {"max_turns": 2}, 2),
         (3, "answer", {"max_turns": 2}, 2),
-        (3, "", {"max_response_tokens": 120 + ANSWER_ROOM}, None),
-        (3, "", {"max_response_tokens": 119 + ANSWER_ROOM}, 2),
+        (3, "", {"max_response_tokens": 120 + MIN_TURN_TOKENS}, None),
+        (3, "", {"max_response_tokens": 119 + MIN_TURN_TOKENS}, 2),
         (3, "answer", {"max_response_tokens": 130}, None),
         (3, "answer", {"max_response_tokens": 129}, 2),
         (3, "", {"max_response_tokens": 71}, 0),
-        (3, "", {"max_model_len": 2 + 80 + ANSWER_ROOM}, 2),
+        (3, "", {"max_model_len": 2 + 80 + MIN_TURN_TOKENS}, 2),
     ],
 )
 def test_carried_trajectories_past_smaller_budgets_are_cut_back(num_turns, reason, limits, left):

@@ -14,10 +14,13 @@ import torch
 from saved_run import Run, world
 
 from a2tgpo.collect.bank import RolloutBank, drop_covered
-from a2tgpo.collect.carried_pool import Carried, CarriedPool, Entry
+from a2tgpo.collect.carried_pool import Carried, Entry
+from a2tgpo.collect.state import RolloutState
+from a2tgpo.collect.step import PlayedStep
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import CheckpointConfig
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
 
@@ -46,52 +49,52 @@ class Start:
 
     def __init__(self, world: SimpleNamespace, root: Path, **changes: Any):
         config = dataclasses.replace(Run(world, root).config, **changes)
-        self.parts: Any = SimpleNamespace(**vars(world.parts), config=config, groups=world.groups)
-        self.parts.carried = CarriedPool()
-        self.parts.sampler.load_state_dict(self.parts.sampler.state_dict() | {"position": 0, "epoch": 0})
-        self.bank = RolloutBank(root / "bank", self.parts)
+        self.policy = world.parts.policy
+        self.state = RolloutState(sampler=world.parts.state.sampler)
+        self.state.sampler.load_state_dict(self.state.sampler.state_dict() | {"position": 0, "epoch": 0})
+        self.bank = RolloutBank(root / "bank", config, self.state, world.groups, ALONE)
 
-    def take(self, step: int = 3) -> tuple[list[Trajectory] | None, dict[str, float]]:
-        metrics = MetricSums()
-        return self.bank.take(step, metrics), metrics.values()
+    def take(self, step: int = 3) -> PlayedStep | None:
+        return self.bank.take(step, self.policy)
 
 
 @pytest.fixture
 def banked(world, tmp_path) -> dict[str, float]:
     """Step 3 played and put on disk; its metrics."""
     first = Start(world, tmp_path)
-    assert first.take() == (None, {})
+    assert first.take() is None
     metrics = MetricSums()
     metrics.add("reward", 0.1 + 0.2, 3)
     metrics.add_max("gap", 1e-300)
-    first.parts.sampler.next_indices()
-    first.bank.put(3, played(), metrics)
+    first.state.sampler.next_indices()
+    first.bank.put(3, PlayedStep(trajectories=played(), metrics=metrics))
     return metrics.values()
 
 
 def test_the_same_step_goes_on_with_rollouts_metrics_and_sampler(world, tmp_path, banked):
     again = Start(world, tmp_path, checkpoint=CheckpointConfig(every=7))
-    assert again.take() == (played(), banked)
-    assert again.parts.sampler.state_dict()["position"] == 2
+    found = again.take()
+    assert found is not None and (found.trajectories, found.metrics.values()) == (played(), banked)
+    assert again.state.sampler.state_dict()["position"] == 2
 
 
 def test_what_is_carried_over_is_put_back_with_the_step(world, tmp_path):
     first = Start(world, tmp_path)
-    assert first.take()[0] is None
+    assert first.take() is None
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
     group = CarriedGroup(begun=3, question=7, prompt=prompt, trajectories=played())
-    held = Carried(entries=(Entry(begun=3, index=1, question=7, replica=0),), own=(group,))
-    first.parts.carried.state = held
-    first.bank.put(3, played(), MetricSums())
+    held = Carried(entries=(Entry(begun=3, index=1, question=7, engine=0),), own=(group,))
+    first.state.carried = held
+    first.bank.put(3, PlayedStep(trajectories=played(), metrics=MetricSums()))
     again = Start(world, tmp_path)
-    again.parts.carried.state = Carried()
-    assert again.take()[0] == played()
-    assert again.parts.carried.state == held
+    found = again.take()
+    assert found is not None and found.trajectories == played()
+    assert again.state.carried == held
 
 
 def test_another_step_or_configuration_plays_anew(world, tmp_path, banked):
-    assert Start(world, tmp_path).take(step=2)[0] is None
-    assert Start(world, tmp_path, rollout=RolloutConfig(temperature=0.9)).take()[0] is None
+    assert Start(world, tmp_path).take(step=2) is None
+    assert Start(world, tmp_path, rollout=RolloutConfig(temperature=0.9)).take() is None
 
 
 def test_other_weights_play_anew_also_where_one_bit_differs(world, tmp_path, banked):
@@ -99,9 +102,9 @@ def test_other_weights_play_anew_also_where_one_bit_differs(world, tmp_path, ban
     with torch.no_grad():
         value = weight.view(-1)[0].clone()
         weight.view(-1)[0] = torch.nextafter(value, torch.tensor(9.0))
-        assert Start(world, tmp_path).take()[0] is None
+        assert Start(world, tmp_path).take() is None
         weight.view(-1)[0] = value
-    assert Start(world, tmp_path).take()[0] == played()
+    assert Start(world, tmp_path).take() is not None
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])
@@ -110,9 +113,9 @@ def test_a_damaged_file_is_passed_over(world, tmp_path, banked, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    assert Start(world, tmp_path).take()[0] is None
+    assert Start(world, tmp_path).take() is None
     path.write_bytes(content[:50])
-    assert Start(world, tmp_path).take()[0] is None
+    assert Start(world, tmp_path).take() is None
 
 
 @pytest.mark.parametrize(
@@ -124,14 +127,14 @@ def test_rollouts_of_another_version_are_passed_over_with_one_line(world, tmp_pa
     path.parent.mkdir(parents=True)
     payload = encode_records({"key": "step 3"})
     path.write_bytes(hashlib.blake2b(payload, digest_size=32).digest() + payload)
-    assert Start(world, tmp_path).take()[0] is None
+    assert Start(world, tmp_path).take() is None
     assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_a_checkpoint_removes_the_steps_it_covers(world, tmp_path, banked):
-    drop_covered(tmp_path / "bank", 3)
+    drop_covered(tmp_path / "bank", 2)
     assert (tmp_path / "bank/step_3").exists()
-    drop_covered(tmp_path / "bank", 4)
+    drop_covered(tmp_path / "bank", 3)
     assert not (tmp_path / "bank/step_3").exists()
 
 
@@ -140,5 +143,5 @@ def test_a_bank_that_cannot_be_written_costs_a_metric_not_the_run(world, tmp_pat
     start = Start(world, tmp_path)
     start.take()
     metrics = MetricSums()
-    start.bank.put(3, played(), metrics)
+    start.bank.put(3, PlayedStep(trajectories=played(), metrics=metrics))
     assert metrics.values() == {"rollout/not_banked": 1.0}

@@ -2,13 +2,13 @@
 
 import math
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import (
     StepRollout,
     draw_size,
@@ -19,7 +19,7 @@ from a2tgpo.collect.step import (
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.trajectory import Prompt, Trajectory
@@ -82,7 +82,7 @@ def test_taken_groups_are_numbered_from_0_in_draw_order_and_stay_whole(case, ran
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 4), st.integers(1, 4), st.integers(0, 60))
 def test_a_draw_ends_the_step_or_gives_all_replicas_as_much(informative, replicas, per_replica, num_left):
     num_groups = replicas * per_replica
-    size = draw_size(informative, num_groups=num_groups, num_replicas=replicas, num_left=num_left)
+    size = draw_size(informative, num_groups=num_groups, num_engines=replicas, num_left=num_left)
     kept = sum(informative)
     if kept >= num_groups or num_left == 0:
         assert size == 0
@@ -109,7 +109,7 @@ def test_a_draw_ends_the_step_or_gives_all_replicas_as_much(informative, replica
     ],
 )
 def test_draw_sizes_by_hand(informative, num_left, size):
-    assert draw_size(informative, num_groups=16, num_replicas=4, num_left=num_left) == size
+    assert draw_size(informative, num_groups=16, num_engines=4, num_left=num_left) == size
 
 
 def test_a_group_is_informative_unless_all_its_rewards_are_equal():
@@ -126,32 +126,21 @@ def test_a_length_penalty_makes_no_group_informative():
     assert informative_groups(trajectories) == {0: False}
 
 
-class ScriptedParts:
-    """Stands in for prompts, engine and rollout.
+class ScriptedRollout:
+    """Stands in for prompts and rollout.
 
     Answers to questions 0 and 1 are all ill-formed, of those to 2 and 3 half are right.
     """
 
-    def __init__(self, groups) -> None:
-        self.config = SimpleNamespace(
-            rollout=RolloutConfig(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=3),
-            run=SimpleNamespace(seed=0),
-        )
-        self.groups = groups
-        self.replicas = SimpleNamespace(index=0, count=1, is_first=True)
-        self.sampler = PromptSampler(4, 2, seed=0)
-        self.startup = {"time/startup_engine_s": 3.0}
-        self.train_prompts = self.rollout = self.engine = self
+    first_finished_s = 7.0
 
-    def prompts(self, asked, positions) -> list[Prompt]:
+    def prompts(self, questions, positions) -> list[Prompt]:
         return [
-            Prompt(index=index, id=str(asked[index]), question="", answers=("a",), tokens=(1,))
+            Prompt(index=index, id=str(questions[index]), question="", answers=("a",), tokens=(1,))
             for index in positions
         ]
 
-    def run(
-        self, prompts, *, seed: int, step: int, is_cut: Any, progress: Any
-    ) -> tuple[list[Trajectory], RolloutCounts]:
+    def play(self, prompts, *, version: int, counts: RolloutCounts) -> list[Trajectory]:
         played = []
         for prompt in prompts:
             for sample in range(2):
@@ -160,29 +149,30 @@ class ScriptedParts:
                     made.outcome_reward = made.exact_match = float(sample)
                     made.format_ok = True
                 played.append(made)
-                progress(len(played), 2 * len(prompts))
-        return played, RolloutCounts()
-
-    def sleep(self) -> None:
-        pass
+        return played
 
 
 def test_reward_and_format_are_reported_over_everything_played():
     environment = dict(os.environ)
-    parts: Any = ScriptedParts(initialize(ParallelConfig(), seed=0))
-    metrics, later = MetricSums(), MetricSums()
+    scripted: Any = ScriptedRollout()
+    config = RolloutConfig(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=3)
+    state = RolloutState(sampler=PromptSampler(4, 2, seed=0))
+    initialize(ParallelConfig(), seed=0)
     try:
-        rollout = StepRollout(parts)
-        taken = rollout.play(step=0, metrics=metrics)
-        rollout.play(step=1, metrics=later)
+        rollout = StepRollout(
+            config, scripted, scripted, state, ALONE, startup={"time/startup_engine_s": 3.0}
+        )
+        played = rollout.play(version=0)
+        later = rollout.play(version=1)
     finally:
         shutdown()
         os.environ.clear()
         os.environ.update(environment)
-    found = metrics.values()
+    assert played is not None and later is not None
+    taken, found = played.trajectories, played.metrics.values()
     assert len(taken) == 4 and all(t.format_ok for t in taken) and found["sampling/groups_played"] == 4
     assert found["sampling/format_error_rate_all"] == 0.5
     assert found["sampling/reward_all_mean"] == -0.25
-    # What the start took is told with the first step's rollout only.
-    assert found["time/startup_engine_s"] == 3.0 and 0 < found["time/startup_to_rollout_s"] < 3600
-    assert not [name for name in later.values() if name.startswith("time/startup")]
+    # What the start took is reported with the first step's rollout only.
+    assert (found["time/startup_engine_s"], found["time/startup_to_rollout_s"]) == (3.0, 7.0)
+    assert not [name for name in later.metrics.values() if name.startswith("time/startup")]

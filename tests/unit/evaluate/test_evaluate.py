@@ -1,6 +1,5 @@
 """Greedy evaluation of the taught model, and scoring by hand-made numbers."""
 
-import functools
 import math
 import statistics
 
@@ -9,9 +8,11 @@ from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
 
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.evaluate.evaluate import answer_questions, evaluate
-from a2tgpo.reward.score import score_trajectory
+from a2tgpo.parallel.engine_group import EngineGroup
+from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
@@ -36,7 +37,6 @@ def rollout():
         toolset_of(ScriptedSearch()),
         AutoTokenizer.from_pretrained(path),
         rollout=config,
-        score_trajectory=functools.partial(score_trajectory, measure="probability"),
     )
     yield rollout
     rollout.close()
@@ -53,7 +53,7 @@ def prompts():
 
 
 def test_metrics_over_all_questions(rollout, prompts):
-    metrics, trajectories = evaluate(rollout, prompts)
+    metrics = evaluate(rollout, prompts)
     assert metrics["num_questions"] == 5
     assert metrics["em"] == metrics["em_format_gated"] == pytest.approx(3 / 5)
     assert metrics["em_1_hops"] == pytest.approx(2 / 3)
@@ -65,28 +65,25 @@ def test_metrics_over_all_questions(rollout, prompts):
     )
     assert metrics["format_ok_rate"] == pytest.approx(4 / 5)
     assert metrics["tool_calls"] == pytest.approx((1 + 1 + 2 + 2 + 0) / 5)
-    assert [t.prompt_id for t in trajectories] == ["0", "1", "2", "3", "4"]
-    assert all(turn.info_gain is None for t in trajectories for turn in t.turns)
 
 
-def test_a_replica_plays_its_share_and_none_where_that_is_empty(rollout, prompts):
-    assert [t.prompt_id for t in evaluate(rollout, prompts[1:3])[1]] == ["1", "2"]
-    assert evaluate(rollout, []) == ({"num_questions": 0.0}, [])
+def test_an_engine_plays_its_share_and_none_where_that_is_empty(rollout, prompts):
+    assert evaluate(rollout, prompts[1:3])["num_questions"] == 2
+    assert evaluate(rollout, []) == {"num_questions": 0.0}
 
 
-def test_a_replicas_further_ranks_count_nothing(rollout, prompts):
-    metrics, trajectories = evaluate(rollout, prompts[:2], is_replica_first=False)
-    assert metrics == {"num_questions": 0.0}
-    assert len(trajectories) == 2
+def test_an_engines_further_ranks_count_nothing(rollout, prompts):
+    assert evaluate(rollout, prompts[:2], EngineGroup(rank=1)) == {"num_questions": 0.0}
 
 
-def test_an_answer_is_told_as_it_comes_and_one_that_is_there_is_not_asked_again(rollout, prompts):
-    told = []
-    answers, _ = answer_questions(rollout, prompts, num_samples=3, seed=5, on_answer=told.append)
-    assert sorted(told, key=lambda a: (a.question_id, a.sample_index)) == answers
-    skip = {(0, 1), (3, 0), (3, 1), (3, 2)}
-    rest, _ = answer_questions(rollout, prompts, num_samples=3, seed=5, skip=skip)
-    assert rest == [a for a in answers if (int(a.question_id), a.sample_index) not in skip]
+def test_an_answer_that_exists_is_not_played_again(rollout, prompts):
+    def play(**settings):
+        answers = answer_questions(rollout, prompts, num_samples=3, seed=5, **settings)
+        return sorted(answers, key=lambda answer: (answer.question_id, answer.sample_index))
+
+    answers, skip = play(), {(0, 1), (3, 0), (3, 1), (3, 2)}
+    assert len(answers) == 15
+    assert play(skip=skip) == [a for a in answers if (int(a.question_id), a.sample_index) not in skip]
 
 
 def trajectory_of(num_process_turns):
@@ -107,7 +104,9 @@ ANSWERED = "<answer> \\boxed{Paris} </answer>"
 def test_gains_and_reward_are_filled_in():
     trajectory = trajectory_of(2)
     logprobs = [[[-2.0, -4.0]], [[-1.0, -1.0]], [[0.0, -1.0]]]
-    score_trajectory(trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], logprobs, measure="probability")
+    TrajectoryReward(measure="probability").score(
+        trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], logprobs
+    )
     assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (1.0, 1.0, True)
     assert trajectory.baseline_prob == pytest.approx(math.exp(-3))
     assert [turn.answer_prob for turn in trajectory.turns] == [
@@ -123,7 +122,9 @@ def test_gains_and_reward_are_filled_in():
 def test_a_missing_score_leaves_its_two_gains_empty_and_shifts_none():
     trajectory = trajectory_of(3)
     logprobs = [[[-3.0]], None, [[-2.0]], [[-1.0]]]
-    score_trajectory(trajectory, [SEARCHED] * 3 + [ANSWERED], ["Rome"], logprobs, measure="log_probability")
+    TrajectoryReward(measure="log_probability").score(
+        trajectory, [SEARCHED] * 3 + [ANSWERED], ["Rome"], logprobs
+    )
     assert [turn.info_gain for turn in trajectory.turns] == [None, None, 1.0, None]
     assert trajectory.turns[0].answer_prob is None
 
@@ -132,14 +133,9 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
     trajectory = trajectory_of(
         2
     )  # 2 x (1 sampled + 1 observed) + 1 sampled; the prompt's token does not count
-    score_trajectory(
-        trajectory,
-        [SEARCHED, SEARCHED, ANSWERED],
-        ["paris"],
-        [],
-        measure="probability",
-        length_penalty={5: -0.25}.__getitem__,
-    )
+    overlong = RewardConfig(overlong_buffer_tokens=4, overlong_penalty=0.5)
+    reward = TrajectoryReward(measure="probability", overlong=overlong, max_response_tokens=7)
+    reward.score(trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], [])
     assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (0.75, 1.0, True)
 
 
@@ -161,15 +157,14 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
 )
 def test_a_thought_that_the_prompt_opens_counts_for_the_format(opening_tags, first, last, format_ok):
     trajectory = trajectory_of(1)
-    score_trajectory(
-        trajectory, [first, last], ["Paris"], [], measure="probability", opening_tags=opening_tags
-    )
+    reward = TrajectoryReward(measure="probability", opening_tags=opening_tags)
+    reward.score(trajectory, [first, last], ["Paris"], [])
     assert (trajectory.format_ok, trajectory.exact_match) == (format_ok, 1.0)
     assert trajectory.outcome_reward == (1.0 if format_ok else -1.0)
 
 
 def test_an_unanswered_search_is_a_format_error():
     trajectory = trajectory_of(0)
-    score_trajectory(trajectory, [SEARCHED], ["Paris"], [], measure="probability")
+    TrajectoryReward(measure="probability").score(trajectory, [SEARCHED], ["Paris"], [])
     assert (trajectory.outcome_reward, trajectory.format_ok) == (-1.0, False)
     assert trajectory.baseline_prob is None

@@ -91,8 +91,8 @@ def test_what_the_thread_writes_holds_tokens_texts_and_values_of_each_turn(tmp_p
         "<search> Peru",
         " Lima",
     ]
-    restored = {name: first["turns"][0][name] for name in ("query", "info_gain", "tool_failed", "step")}
-    assert restored == {"query": "Peru", "info_gain": 0.1, "tool_failed": False, "step": 0}
+    restored = {name: first["turns"][0][name] for name in ("query", "info_gain", "tool_failed", "version")}
+    assert restored == {"query": "Peru", "info_gain": 0.1, "tool_failed": False, "version": 0}
 
 
 def test_rollouts_that_cannot_be_written_cost_a_warning_and_are_counted_once(tmp_path, caplog):

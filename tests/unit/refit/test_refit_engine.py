@@ -49,7 +49,9 @@ def logprobs_of(model, tokens, *, num_ids=VOCAB):
 
 def verify(engine, model, *, tolerance=1e-3, step=3):
     probe = probe_tokens(engine.num_token_ids, 64)
-    return verify_refit(engine, probe, logprobs_of(model, probe), step=step, tolerance=tolerance, group=None)
+    return verify_refit(
+        engine, probe, logprobs_of(model, probe), version=step, tolerance=tolerance, group=None
+    )
 
 
 def greedy(engine, tokens):
@@ -114,7 +116,7 @@ def test_a_corrupted_weight_stops_the_run_with_one_line(engine, model_of, name):
     weights[name] = weights[name] * 1.05
     engine.load_weights(weights.items(), version=7)
     with pytest.raises(
-        RuntimeError, match=r"^refit at step 3: .* differ from the trainer's by [\d.e-]+ in the mean"
+        RuntimeError, match=r"^refit after step 3: .* differ from the trainer's by [\d.e-]+ in the mean"
     ) as stop:
         verify(engine, model)
     assert "\n" not in str(stop.value)
@@ -141,10 +143,10 @@ def test_values_that_are_no_numbers_are_noticed(engine, model_of):
     # Where the trainer's are none, the engine is not to blame.
     model.load_state_dict(weights, strict=False)
     with pytest.raises(
-        RuntimeError, match=r"^refit at step 0: the trainer's own .* safetensors of model\.path"
+        RuntimeError, match=r"^refit after step 0: the trainer's own .* safetensors of model\.path"
     ):
         verify(engine, model, step=0)
-    with pytest.raises(RuntimeError, match=r"^refit at step 3: the trainer's own .* earlier checkpoint"):
+    with pytest.raises(RuntimeError, match=r"^refit after step 3: the trainer's own .* earlier checkpoint"):
         verify(engine, model)
 
 

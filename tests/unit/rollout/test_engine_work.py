@@ -1,17 +1,16 @@
 """How many tokens the real engine computes: counted in its scheduler, held against the least there is to compute."""
 
 import dataclasses
-import functools
 from collections import Counter
 
 import pytest
 import torch
+from played import run
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
 
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.reward.score import score_trajectory
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt
 
@@ -66,7 +65,6 @@ def play(asking_engine, engine_config, tokenizer, computed):
             toolset_of(ScriptedSearch(text=PASSAGE)),
             tokenizer,
             rollout=config,
-            score_trajectory=functools.partial(score_trajectory, measure="probability"),
         )
         prompt = Prompt(
             index=0,
@@ -78,8 +76,8 @@ def play(asking_engine, engine_config, tokenizer, computed):
         )
         computed.clear()
         assert asking_engine._engine.reset_prefix_cache()
-        trajectories, counts = rollout.run(
-            [prompt], seed=0, step=0, greedy=True, group_size=GROUP_SIZE, score_gain=bool(gain)
+        trajectories, counts = run(
+            rollout, [prompt], seed=0, version=0, greedy=True, group_size=GROUP_SIZE, score_gain=bool(gain)
         )
         rollout.close()
         assert [len(t.turns) for t in trajectories] == [len(QUERIES) + 1] * GROUP_SIZE, "not as taught"

@@ -1,11 +1,11 @@
 """Rollouts of the taught model, which plays the scripts of tiny_models by heart."""
 
 import dataclasses
-import functools
 import threading
 
 import pytest
 import torch
+from played import run
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
@@ -14,9 +14,9 @@ from a2tgpo.config.rollout import GainConfig
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.reward.score import score_trajectory
-from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.rollout.multi_turn import ANSWER_ROOM, RolloutCutError
+from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.group_rollout import GroupRollout, RolloutInterruptedError
+from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS
 from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.trajectory import Prompt
 
@@ -36,9 +36,6 @@ def open_rollout(engine, engine_config, tokenizer):
             toolset_of(search, more_tools=more_tools, **(limits or {})),
             tokenizer,
             rollout=config,
-            score_trajectory=functools.partial(
-                score_trajectory, measure=config.gain.measure, tools=("search", *(more_tools or ()))
-            ),
             end_of_turn=end_of_turn,
         )
         opened.append(rollout)
@@ -54,17 +51,25 @@ def play(open_rollout, tokenizer):
     """Play questions; returns trajectories and counts."""
 
     def play(
-        questions, search, *, greedy=True, gain=None, limits=None, more_tools=None, step=0, seed=0, **settings
+        questions,
+        search,
+        *,
+        greedy=True,
+        gain=None,
+        limits=None,
+        more_tools=None,
+        version=0,
+        seed=0,
+        **settings,
     ):
-        run_settings = {
-            name: settings.pop(name) for name in ("group_size", "score_gain", "progress") if name in settings
-        }
+        run_settings = {name: settings.pop(name) for name in ("group_size", "score_gain") if name in settings}
         run_settings.setdefault("group_size", 1)
-        rollout = open_rollout(
-            search, limits=limits, more_tools=more_tools, gain=gain or GainConfig(), **settings
-        )
+        gain = gain or GainConfig()
+        rollout = open_rollout(search, limits=limits, more_tools=more_tools, gain=gain, **settings)
         prompts = [make_prompt(tokenizer, i, q) if isinstance(q, str) else q for i, q in enumerate(questions)]
-        return rollout.run(prompts, seed=seed, step=step, greedy=greedy, **run_settings)
+        return run(
+            rollout, prompts, seed=seed, version=version, greedy=greedy, measure=gain.measure, **run_settings
+        )
 
     return play
 
@@ -109,12 +114,12 @@ def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(pla
 
 def test_a_response_ends_with_the_token_that_the_template_ends_answers_with(open_rollout, search, tokenizer):
     """As where the tokenizer of a base model names another end of sequence."""
-    prompts, how = [make_prompt(tokenizer, 0, "silent?")], dict(seed=0, step=0, greedy=True, group_size=1)
-    (whole,), _ = open_rollout(search).run(prompts, **how)
+    prompts, how = [make_prompt(tokenizer, 0, "silent?")], dict(seed=0, version=0, greedy=True, group_size=1)
+    (whole,), _ = run(open_rollout(search), prompts, **how)
     tokens = list(whole.turns[0].tokens)
     end = next(i for i in reversed(range(len(tokens) - 1)) if tokens[i] not in tokens[:i])
     rollout = open_rollout(search, end_of_turn=tokens[end])
-    (ended,), counts = rollout.run(prompts, **how)
+    (ended,), counts = run(rollout, prompts, **how)
     assert [list(turn.tokens) for turn in ended.turns] == [tokens[: end + 1]], (
         "it is sampled, so it is trained on"
     )
@@ -148,7 +153,7 @@ def test_seeds_make_rollouts_repeatable_whatever_is_played_beside_them(play, sea
     alone = {key: value for prompt in prompts for key, value in played([prompt]).items()}
     assert alone == together
     assert played(prompts, score_gain=True) == together
-    assert played(prompts, step=1) != together
+    assert played(prompts, version=1) != together
     assert played(prompts, seed=1) != together
 
 
@@ -258,7 +263,7 @@ def test_a_long_observation_is_cut_to_the_budget_and_still_closed(play, tokenize
         ["capital of France?"], search, max_turn_tokens=40, max_response_tokens=budget
     )
     observation = trajectory.turns[0].observation_tokens
-    assert len(observation) == budget - num_asked - ANSWER_ROOM
+    assert len(observation) == budget - num_asked - MIN_TURN_TOKENS
     assert tokenizer.decode(observation).endswith("\n</result>")
     assert counts.truncated_observations == 1
     assert trajectory.num_tokens - len(trajectory.prompt_tokens) <= budget
@@ -266,7 +271,7 @@ def test_a_long_observation_is_cut_to_the_budget_and_still_closed(play, tokenize
 
 def test_a_call_without_room_for_an_answer_ends_the_rollout(play, search):
     (full,), _ = play(["capital of France?"], search)
-    budget = len(full.turns[0].tokens) + ANSWER_ROOM
+    budget = len(full.turns[0].tokens) + MIN_TURN_TOKENS
     searched = len(search.queries)
     (trajectory,), counts = play(["capital of France?"], search, max_response_tokens=budget)
     assert (trajectory.stop_reason, trajectory.num_process_turns, counts.tool_calls) == ("length", 0, 0)
@@ -322,22 +327,22 @@ def test_a_rollout_that_ends_early_leaves_nothing_behind_and_the_next_one_plays_
 
     asked, freed, has_bug = threading.Event(), threading.Event(), threading.Event()
     prompts = [make_prompt(tokenizer, i, q) for i, q in enumerate(["capital of France?", "babble?", "loop?"])]
-    settings = dict(seed=0, step=0, group_size=2)
-    expected = [sequence(t) for t in open_rollout(search).run(prompts, **settings)[0]]
+    settings = dict(seed=0, version=0, group_size=2)
+    expected = [sequence(t) for t in run(open_rollout(search), prompts, **settings)[0]]
     rollout = open_rollout(Held())
-    with pytest.raises(RolloutCutError):
-        rollout.run(prompts, is_cut=asked.is_set, **settings)
+    with pytest.raises(RolloutInterruptedError):
+        run(rollout, prompts, should_stop=asked.is_set, **settings)
     assert not engine.has_unfinished
     freed.set()
-    assert [sequence(t) for t in rollout.run(prompts, **settings)[0]] == expected
+    assert [sequence(t) for t in run(rollout, prompts, **settings)[0]] == expected
     has_bug.set()
     with pytest.raises(
         ToolFaultError, match=r"^the search tool failed with KeyError: 'a bug' at test_multi_turn\.py"
     ):
-        rollout.run(prompts, **settings)
+        run(rollout, prompts, **settings)
     assert not engine.has_unfinished
     has_bug.clear()
-    assert [sequence(t) for t in rollout.run(prompts, **settings)[0]] == expected
+    assert [sequence(t) for t in run(rollout, prompts, **settings)[0]] == expected
 
 
 def test_a_rollout_is_broken_off_while_all_trajectories_wait_for_their_tools(open_rollout, tokenizer):
@@ -348,37 +353,38 @@ def test_a_rollout_is_broken_off_while_all_trajectories_wait_for_their_tools(ope
             return super().search(query)
 
     asked, freed = threading.Event(), threading.Event()
-    with pytest.raises(RolloutCutError):
-        open_rollout(Hanging()).run(
+    with pytest.raises(RolloutInterruptedError):
+        run(
+            open_rollout(Hanging()),
             [make_prompt(tokenizer, 0, "capital of France?")],
             seed=0,
-            step=0,
+            version=0,
             group_size=1,
-            is_cut=asked.is_set,
+            should_stop=asked.is_set,
         )
     assert not freed.is_set()
     freed.set()
 
 
-def test_others_go_on_while_a_search_is_slow(play):
-    """The slow search ends when the whole rollouts of the others have ended."""
+def test_others_go_on_while_a_search_is_slow(open_rollout, tokenizer):
+    """The slow search ends once the others have finished."""
+    slow, others_finished = "capital of France?", threading.Event()
 
     class Slow(ScriptedSearch):
         def search(self, query):
-            assert query != "capital of France" or others_ended.wait(60)
+            assert query != slow.removesuffix("?") or others_finished.wait(60)
             return super().search(query)
 
-    others_ended, finished = threading.Event(), []
-
-    def progress(done, total):
-        finished.append((done, total))
-        if done == 3:
-            others_ended.set()
-
-    questions = ["capital of France?", "ruler of Japan?", "ruler of Italy?", "capital of Peru?"]
-    trajectories, _ = play(questions, Slow(), progress=progress)
-    assert finished == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert all(trajectory.stop_reason == "answer" for trajectory in trajectories)
+    questions = [slow, "ruler of Japan?", "ruler of Italy?", "capital of Peru?"]
+    prompts = [make_prompt(tokenizer, i, q) for i, q in enumerate(questions)]
+    rollout, finished, counts = open_rollout(Slow()), [], RolloutCounts()
+    playing = rollout.play(prompts, seed=0, version=0, greedy=True, group_size=1, counts=counts)
+    for done in rollout.finished(playing):
+        finished.append(done.prompt.id)
+        if len(finished) == 3:
+            others_finished.set()
+    assert finished[3:] == [slow] and sorted(finished) == sorted(questions)
+    assert counts.tool_wait_s > 0
 
 
 def test_searches_run_beside_each_other(play):

@@ -2,23 +2,22 @@
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from played import rewarded, run, run_on
 from scripted_search import toolset_of
 from tiny_models import CAPITALS, prompt_ids
 from transformers import AutoModelForCausalLM
 
-from a2tgpo.collect.carried_pool import CarriedPool
+from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.reward.score import score_trajectory
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.multi_turn import LiveTrajectory, PromptGroup, Sampling
@@ -48,7 +47,6 @@ def rollout(engine, engine_config, tokenizer, search):
         toolset_of(search),
         tokenizer,
         rollout=config,
-        score_trajectory=functools.partial(score_trajectory, measure="probability", tools=("search",)),
     )
     yield made
     made.close()
@@ -142,7 +140,7 @@ def play_out(rollout, groups, *, budget, step=0, calls=9):
     counted = []
     while not all(group.is_complete for group in groups):
         unfinished = [group for group in groups if not group.is_complete]
-        played, counts = rollout.play_on(unfinished, budgets=[budget] * len(unfinished), seed=0, step=step)
+        played, counts = run_on(rollout, unfinished, budgets=[budget] * len(unfinished), version=step)
         counted.append(counts)
         by_key = {group.key: group for group in played}
         groups = [by_key.get(group.key, group) for group in groups]
@@ -151,11 +149,11 @@ def play_out(rollout, groups, *, budget, step=0, calls=9):
 
 
 def test_without_a_budget_it_is_the_rollout_of_a_whole_step(rollout, begin, prompts_of):
-    expected, counts = rollout.run(prompts_of(range(6)), seed=0, step=4)
+    expected, counts = run(rollout, prompts_of(range(6)), version=4)
     for budgets in ([None] * 6, [ENDLESS] * 6):
-        played, counted = rollout.play_on(begin(*range(6), step=4), budgets=budgets, seed=0, step=4)
+        played, counted = run_on(rollout, begin(*range(6), step=4), budgets=budgets, version=4)
         assert_alike(as_dicts(members(played)), as_dicts(expected))
-        assert {turn.step for trajectory in members(played) for turn in trajectory.turns} == {4}
+        assert {turn.version for trajectory in members(played) for turn in trajectory.turns} == {4}
         assert counted.sampled_tokens == counts.sampled_tokens
         assert counted.stop_reasons == counts.stop_reasons
 
@@ -163,7 +161,7 @@ def test_without_a_budget_it_is_the_rollout_of_a_whole_step(rollout, begin, prom
 @pytest.mark.parametrize("budget", [1, 10, 20])
 def test_no_turn_begins_once_the_budget_is_used_up(rollout, begin, budget):
     groups = begin(*range(6))
-    (played, counts) = rollout.play_on(groups, budgets=[budget] * 6, seed=0, step=0)
+    (played, counts) = run_on(rollout, groups, budgets=[budget] * 6, version=0)
     assert any(not trajectory.stop_reason for trajectory in members(played)), "none was cut"
     for trajectory in members(played):
         assert sum(len(turn.tokens) for turn in trajectory.turns[:-1]) < budget
@@ -176,7 +174,7 @@ def test_no_turn_begins_once_the_budget_is_used_up(rollout, begin, budget):
 
 
 def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
-    whole, _ = rollout.play_on(begin(*range(6)), budgets=[None] * 6, seed=0, step=0)
+    whole, _ = run_on(rollout, begin(*range(6)), budgets=[None] * 6, version=0)
     pieces, counted = play_out(rollout, begin(*range(6)), budget=1)
     assert len(counted) >= 3
     for one, other in zip(members(pieces), members(whole), strict=True):
@@ -193,10 +191,10 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights
     rollout, begin, tokenizer, reference, other_weights
 ):
     groups = begin(0, 2, 3)
-    first, _ = rollout.play_on(groups, budgets=[1] * 3, seed=0, step=0)
-    second, _ = rollout.play_on(first, budgets=[1] * 3, seed=0, step=1)
+    first, _ = run_on(rollout, groups, budgets=[1] * 3, version=0)
+    second, _ = run_on(rollout, first, budgets=[1] * 3, version=1)
     new_logprobs = other_weights()
-    last, _ = rollout.play_on(second, budgets=[None] * 3, seed=0, step=2)
+    last, _ = run_on(rollout, second, budgets=[None] * 3, version=2)
     scaffold = tokenizer(NO_THOUGHT_IS_OPEN, add_special_tokens=False)["input_ids"]
     carried = [
         (group, before, after)
@@ -210,7 +208,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights
         assert [(t.tokens, t.rollout_logprobs, t.observation_tokens, t.query) for t in before.turns] == [
             (t.tokens, t.rollout_logprobs, t.observation_tokens, t.query) for t in after.turns[:past]
         ]
-        assert [turn.step for turn in after.turns] == [*range(past), *[2] * (len(after.turns) - past)]
+        assert [turn.version for turn in after.turns] == [*range(past), *[2] * (len(after.turns) - past)]
         assert after.staleness(2) == 2
         # The engine's log-probs: of old turns by the old weights, of new ones by the new.
         position = len(after.prompt_tokens)
@@ -219,7 +217,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights
         )
         for turn in after.turns:
             end = position + len(turn.tokens)
-            expected = (by_old if turn.step < 2 else by_new)[position - 1 : end - 1]
+            expected = (by_old if turn.version < 2 else by_new)[position - 1 : end - 1]
             assert turn.rollout_logprobs == pytest.approx(expected, abs=1e-3)
             position = end + len(turn.observation_tokens)
         # The answer's probability: in every context by the new weights.
@@ -264,7 +262,7 @@ def test_what_must_end_in_this_step_starts_first_then_the_carried_then_most_hops
 
 def test_seeds_of_a_carried_group_are_no_other_groups(begin):
     (prompt,) = (group.prompt for group in begin(0))
-    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, step=2)
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0, version=2)
     groups = [PromptGroup(prompt=prompt, aliases=[], begun=begun) for begun in (None, 2, 1, 0)]
     plain, fresh, old, older = (sampling.turn_seed(group, 0, 1) for group in groups)
     assert plain == fresh, "without carrying over, seeds are what they were"
@@ -272,15 +270,13 @@ def test_seeds_of_a_carried_group_are_no_other_groups(begin):
 
 
 def test_what_goes_on_does_not_depend_on_what_is_played_beside_it(rollout, begin):
-    first, _ = rollout.play_on(begin(0, 2, 3), budgets=[1] * 3, seed=0, step=0)
+    first, _ = run_on(rollout, begin(0, 2, 3), budgets=[1] * 3, version=0)
     unfinished = [group for group in first if not group.is_complete]
     assert unfinished
     fresh = begin(0, 1, 2, step=1)
-    together, _ = rollout.play_on(
-        [*unfinished, *fresh], budgets=[None] * (len(unfinished) + 3), seed=0, step=1
-    )
+    together, _ = run_on(rollout, [*unfinished, *fresh], budgets=[None] * (len(unfinished) + 3), version=1)
     for number, group in enumerate(unfinished):
-        (alone,), _ = rollout.play_on([group], budgets=[None], seed=0, step=1)
+        (alone,), _ = run_on(rollout, [group], budgets=[None], version=1)
         assert [t.tokens for t in alone.trajectories] == [t.tokens for t in together[number].trajectories]
 
 
@@ -289,22 +285,19 @@ class Parts(SimpleNamespace):
 
     def __init__(self, rollout, prompts_of, **partial):
         super().__init__(
-            config=SimpleNamespace(
-                rollout=RolloutConfig(prompts_per_step=3, group_size=2, partial=PartialConfig(**partial)),
-                run=SimpleNamespace(seed=0),
-            ),
-            groups=SimpleNamespace(rank=0),
-            replicas=SimpleNamespace(index=0, count=1, is_first=True),
-            sampler=PromptSampler(3 * len(QUESTIONS), 3, seed=0),
-            carried=CarriedPool(),
-            startup={"time/startup_engine_s": 0.5},
-            train_prompts=SimpleNamespace(prompts=prompts_of),
+            config=RolloutConfig(prompts_per_step=3, group_size=2, partial=PartialConfig(**partial)),
+            state=RolloutState(sampler=PromptSampler(3 * len(QUESTIONS), 3, seed=0)),
+            prompts=SimpleNamespace(prompts=prompts_of),
             rollout=rollout,
         )
 
     def play(self, step):
-        metrics = MetricSums()
-        return StepRollout(self).play(step=step, metrics=metrics), metrics.values()
+        played = self.steps().play(version=step)
+        return played.trajectories, played.metrics.values()
+
+    def steps(self, *, should_stop=None):
+        rollout = rewarded(self.rollout, should_stop=should_stop)
+        return StepRollout(self.config, rollout, self.prompts, self.state, ALONE)
 
 
 def test_an_endless_budget_and_no_further_prompts_play_the_steps_of_a_run_without(rollout, prompts_of):
@@ -317,7 +310,7 @@ def test_an_endless_budget_and_no_further_prompts_play_the_steps_of_a_run_withou
         assert not any(name.startswith("partial/") for name in metrics)
         ours = {name: value for name, value in others.items() if name.startswith("partial/")}
         assert set(ours.values()) == {0.0}
-        assert not partial.carried.state.entries
+        assert not partial.state.carried.entries
 
 
 @pytest.mark.parametrize("max_staleness", [1, 2])
@@ -326,10 +319,10 @@ def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_
     runs = [Parts(rollout, prompts_of, **settings) for _ in range(2)]
     stale, carried = 0, 0
     for step in range(4):
-        held = runs[0].carried.state
+        held = runs[0].state.carried
         (found, metrics), (again, _) = (run.play(step) for run in runs)
         assert_alike(as_dicts(found), as_dicts(again))
-        states = [run.carried.state for run in runs]
+        states = [run.state.carried for run in runs]
         assert states[0].entries == states[1].entries
         assert_alike(*(as_dicts(members(state.own)) for state in states))
         assert [(t.prompt_index, t.sample_index) for t in found] == [
@@ -339,7 +332,7 @@ def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_
         staleness = [t.staleness(step) for t in found]
         assert metrics["partial/staleness_max"] == max(staleness) <= max_staleness
         assert metrics["partial/staleness_mean"] == pytest.approx(sum(staleness) / 6)
-        left = runs[0].carried.state
+        left = runs[0].state.carried
         open_members = [t for t in members(left.own) if not t.stop_reason]
         assert metrics["partial/pool_groups"] == len(left.entries) == len(left.own) == 2
         assert metrics["partial/carried_trajectories"] == len(open_members)
@@ -357,7 +350,7 @@ def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_
 def test_a_rollout_that_is_broken_off_gives_nothing(rollout, prompts_of):
     parts = Parts(rollout, prompts_of, tokens_per_step=1, extra_prompts=2)
     parts.play(0)
-    before = parts.carried.state
+    before = parts.state.carried
     kept = [group.trajectories[0].to_dict() for group in before.own]
-    assert StepRollout(parts).play(step=1, metrics=MetricSums(), is_cut=lambda: True) is None
+    assert parts.steps(should_stop=lambda: True).play(version=1) is None
     assert [group.trajectories[0].to_dict() for group in before.own] == kept

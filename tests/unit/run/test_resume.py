@@ -100,15 +100,15 @@ def test_a_best_score_on_other_held_out_questions_is_forgotten(world, tmp_path, 
     run.save(3, em=0.9)
     assert Run(world, tmp_path).best_step == 3
     try:
-        run.parts.test_prompts = Questions("other")
+        world.parts.test_prompts = Questions("other")
         assert Run(world, tmp_path).best_step is None
         assert "data.test has changed since step 3" in caplog.text
     finally:
-        run.parts.test_prompts = Questions("t")
+        world.parts.test_prompts = Questions("t")
 
 
 def carried_group(*reasons: str, tokens: tuple[int, ...] = (1, 2), tool: str = "search") -> CarriedGroup:
-    turn = Turn(tokens=[5], rollout_logprobs=[-1.0], observation_tokens=[6], query="x", tool=tool, step=3)
+    turn = Turn(tokens=[5], rollout_logprobs=[-1.0], observation_tokens=[6], query="x", tool=tool, version=3)
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=tokens)
     members = [
         Trajectory(
@@ -149,7 +149,7 @@ def test_carried_groups_that_settings_of_now_rule_out_are_dropped_with_a_reason(
     reason,
 ) -> None:
     config = Run(world, tmp_path, partial=IS_ON, group_size=2).config
-    held = [Held(replica=0, group=group)]
+    held = [Held(engine=0, group=group)]
     kept, dropped = follow_settings(held, config=config, prompts=Questions("q"), changed=changed)  # type: ignore[arg-type]
     if not reason:
         assert kept == held and not dropped
@@ -165,19 +165,19 @@ def test_a_run_that_goes_on_with_less_drops_what_it_cannot_carry_and_says_so(
     run = Run(world, tmp_path, partial=IS_ON, group_size=2)
     group = carried_group("", "answer")
     try:
-        run.parts.carried.state = Carried(own=(group,))
+        run.parts.state.carried = Carried(own=(group,))
         run.save(4)
         with caplog.at_level(logging.WARNING):
             kept = Run(
                 world, tmp_path, partial=IS_ON, group_size=2, max_response_tokens=32, accept_changes=True
-            ).parts.carried.state
+            ).parts.state.carried
         assert [len(member.turns) for member in kept.own[0].trajectories] == [0, 1]
         assert not kept.entries[0].is_complete and "are dropped" not in caplog.text
         gain = GainConfig(measure="log_probability")
         other = Run(world, tmp_path, partial=IS_ON, group_size=2, gain=gain, accept_changes=True)
-        assert not other.parts.carried.state.entries
+        assert not other.parts.state.carried.entries
         assert (
             "of 1 groups that" in caplog.text and "1 scored with another rollout.gain.measure" in caplog.text
         )
     finally:
-        run.parts.carried.state = Carried()
+        run.parts.state.carried = Carried()

@@ -107,7 +107,7 @@ def test_the_gap_is_what_the_engine_was_off(policy):
                 rollout_logprobs=[0.0] * 5,
                 observation_tokens=list(tokens(7, 10 + number)) if number < 2 else [],
                 query="?" if number < 2 else None,
-                step=2,
+                version=2,
             )
             for number in range(3)
         ],
@@ -136,7 +136,7 @@ def test_the_gap_is_what_the_engine_was_off(policy):
     )
     assert check.run(1, [played]).values() == {}
     finished_before = copy.deepcopy(played)  # by weights that are gone
-    finished_before.turns[-1].step, finished_before.baseline_prob = 1, 0.01
+    finished_before.turns[-1].version, finished_before.baseline_prob = 1, 0.01
     found = check.run(2, [finished_before, played]).values()
     assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
     assert found["gain/engine_trainer_gap_max"] == pytest.approx(0.3, abs=1e-4)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from a2tgpo.assemble import divide_into_replicas
+from a2tgpo.parallel.engine_group import build_engine_group
 
 
 def test_ranks_of_an_engine_talk_over_the_cpu_and_all_ranks_make_all_groups(monkeypatch):
@@ -18,6 +18,6 @@ def test_ranks_of_an_engine_talk_over_the_cpu_and_all_ranks_make_all_groups(monk
     config = SimpleNamespace(
         rollout=SimpleNamespace(tensor_parallel=2), parallel=SimpleNamespace(timeout_s=90.0)
     )
-    replicas = divide_into_replicas(config, SimpleNamespace(world_size=4, rank=3))
+    engines = build_engine_group(config, SimpleNamespace(world_size=4, rank=3))
     assert made == [([0, 1], "gloo", 90.0), ([2, 3], "gloo", 90.0)]
-    assert (replicas.index, replicas.count, replicas.is_first, replicas.group) == (1, 2, False, (2, 3))
+    assert (engines.index, engines.count, engines.is_leader, engines.group) == (1, 2, False, (2, 3))

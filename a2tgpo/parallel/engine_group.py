@@ -1,0 +1,81 @@
+"""How the ranks share the vLLM engines: neighbours share one engine, and each engine plays its own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import require
+from a2tgpo.parallel.collectives import all_reduce_max
+from a2tgpo.parallel.groups import ParallelGroups
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineGroup:
+    """The ranks that share this rank's engine, and the engine's place among all engines."""
+
+    index: int = 0
+    """Of the engine."""
+    count: int = 1
+    """Number of engines."""
+    rank: int = 0
+    """This rank's place among the ranks of the engine."""
+    group: dist.ProcessGroup | None = None
+    """CPU group of these ranks; None if the engine belongs to this rank alone."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that share the engine."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank is the first of its engine, which calls the tools, counts and records."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this engine's share of `items`: every `count`-th one."""
+        return items[self.index :: self.count]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is True on any rank of the engine; all of them must call this."""
+        if self.group is None:
+            return flag
+        return bool(all_reduce_max(torch.tensor(float(flag)), self.group).item())
+
+
+ALONE = EngineGroup()
+"""One rank with the only engine."""
+
+
+def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup:
+    """Divide the ranks into engines of `rollout.tensor_parallel` neighbours; every rank must call this.
+
+    Raises:
+        ConfigError: one line; the ranks cannot be divided so.
+    """
+    size = config.rollout.tensor_parallel
+    require(
+        groups.world_size % size == 0,
+        "rollout.tensor_parallel",
+        size,
+        f"a divisor of the {groups.world_size} processes",
+    )
+    own, timeout = None, timedelta(seconds=config.parallel.timeout_s)
+    for first in range(0, groups.world_size, size):
+        ranks = list(range(first, first + size))
+        # Over the CPU: on the GPU, a tool's answer would wait for the engine's current step.
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
+        if groups.rank in ranks:
+            own = group
+    return EngineGroup(
+        index=groups.rank // size, count=groups.world_size // size, rank=groups.rank % size, group=own
+    )
