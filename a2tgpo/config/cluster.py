@@ -29,5 +29,5 @@ class ClusterConfig:
         require(self.plan_margin >= 0, "cluster.plan_margin", self.plan_margin, ">= 0")
 
     def refuses(self, planned: float, available: float) -> bool:
-        """Return whether a start is refused that is planned to take this much of the available memory."""
+        """Return whether to refuse a start whose plan takes `planned` of the `available` memory."""
         return self.plan_margin > 0 and planned > (1 + self.plan_margin) * available

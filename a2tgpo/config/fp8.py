@@ -9,12 +9,12 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
 Format = Literal["none", "hybrid", "e4m3"]
-# Not "delayed": it learns its scales in training passes. Scoring before the first of them, a reference and a resumed
-# run would compute with other scales, and ratios would not start at 1 (docs/fp8.md).
+# Without "delayed", which learns its scales in training passes: scoring before the first training pass, a reference
+# and a resumed run would compute with other scales, and ratios would not start at 1 (docs/fp8.md).
 Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
 TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""By recipe, the number that must divide a rank's tokens: the weight gradient sums over tokens and scales them in
-blocks. FP8 matrix products need 16; MXFP8's blocks have 32 tokens, the others' 128."""
+"""By recipe, the number that must divide a rank's tokens: the weight gradient sums over tokens, scaled in blocks.
+FP8 matrix products need 16; MXFP8's blocks have 32 tokens, the others' 128."""
 CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
 """By recipe, the number that must divide the sizes of a rank's weight matrices."""
 CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -22,7 +22,7 @@ CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""By recipe, the compute capabilities of GPUs that support it: from, and below."""
+"""By recipe, the GPUs that support it: the lowest compute capability, and the first one that is too high."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability at which an engine can be quantised."""
 ENGINE_BLOCK = 128
@@ -149,7 +149,7 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron limits both to an even share, even with uneven stages (transformer_config.py:995).
+        # Megatron limits both settings to an even share, even with uneven stages (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (
@@ -160,7 +160,7 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """Return in one line why an engine's linear layers cannot be quantised so; None if they can.
+    """Return in one line why an engine's linear layers cannot be quantised like this; None if they can.
 
     A token's activations are scaled in blocks along the channels that a rank's matrices sum over. vLLM asserts that
     these blocks are whole (fp8_utils.py, per_token_group_quant_fp8), but pads experts (online/fp8.py,

@@ -1,4 +1,4 @@
-"""YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
+"""Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
 
 A file may name a base file with `base:` (relative to itself). A file's own values override its base's values, and
 arguments override files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative
@@ -32,7 +32,7 @@ BASE_KEY = "base"
 COMMAND_LINE = "command line"
 FILE_SUFFIXES = (".yaml", ".yml")
 
-# YAML 1.1 reads 1e-6 as a text because it has no dot; here it is a number.
+# YAML 1.1 reads 1e-6 as a text because it has no dot; users mean a number.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LIST = tuple[str, ...]
 _RULES = {
@@ -81,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # A section's own rule begins with the key; the last file that set the key is to blame.
+        # The section's error begins with the key; name the source that set the key last.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
@@ -108,14 +108,14 @@ def flat_config(config: RunConfig) -> dict[str, Any]:
 
 
 def flat_value(value: Any) -> Any:
-    """Return a field's value as a number or a text: a mapping's JSON, a list's items with commas between."""
+    """Return a field's value as a number or a text: a mapping as JSON, a list as its items separated by commas."""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     return ",".join(value) if isinstance(value, list | tuple) else value
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the configuration as YAML with every key; `load_config` of it returns an equal configuration."""
+    """Return the configuration as YAML with every key; `load_config` restores an equal one."""
     sections = config_to_dict(config)
     for key in (key for key, field in _FIELDS.items() if field.is_expanded):
         *path, name = key.split(".")
@@ -242,7 +242,7 @@ def _typed(value: Any, key: str, source: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Return `value` as a finite float; None if it is none."""
+    """Return `value` as a finite float; None if `value` is no finite number."""
     if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
         value = float(value)
     try:
@@ -270,7 +270,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_whole(text: str) -> bool:
-    """Return whether `text` has no NUL, which no path may hold, and no half characters, which no file can hold."""
+    """Return whether `text` has no NUL, which no path may hold, and no lone surrogate, which no file can hold."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

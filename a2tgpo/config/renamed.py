@@ -1,4 +1,4 @@
-"""Keys that have changed their names: refused where people write them, followed in what a run has recorded."""
+"""Renamed keys: refused in files and arguments, but accepted in the records of runs of earlier versions."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ RENAMED = {
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by dotted key, as an earlier version recorded them, under the keys of this version."""
+    """Rename the keys of settings that an earlier version recorded (by dotted key) to those of this version."""
     return {RENAMED.get(key, key): value for key, value in settings.items()}

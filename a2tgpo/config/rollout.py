@@ -73,7 +73,7 @@ class PartialConfig:
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
         """Raise `ConfigError` if a set is so small that a question could be drawn again while it is in flight."""
-        # The sampler checks only at an epoch's start which questions are in flight, and moves those to its end.
+        # Only at an epoch's start the sampler checks which questions are in flight, and moves them to the epoch's end.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -168,7 +168,7 @@ class RolloutConfig:
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
             "all carried-over groups",
         )
-        # vLLM samples at 0.01 where less is requested.
+        # vLLM raises lower temperatures to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
@@ -186,7 +186,7 @@ class RolloutConfig:
 
     def check_training(self) -> None:
         """Raise `ConfigError` if trajectories could be played but not trained on."""
-        # The sampler gives a token outside the nucleus probability 0, the trainer does not: a biased gradient.
+        # The engine gives tokens outside the nucleus probability 0, but the trainer does not: a biased gradient.
         require(
             self.top_p == 1,
             "rollout.top_p",

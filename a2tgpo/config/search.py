@@ -47,7 +47,7 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # Not through `require`: the message would show the secret.
+        # Do not use `require`: its message would show the secret.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError(
                 "search.url contains a user name or password; use search.token_file for a token"

@@ -11,15 +11,15 @@ import yaml
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.text_file import decode
 
-# YAML 1.1 reads 012 as 10. (0x1f and 0b11 name their base.)
+# YAML 1.1 reads 012 as 10. (0x1f and 0b11 show their base, so they are allowed.)
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Reject more than `yaml.safe_load`, which rejects tags that make objects.
 
-    Also rejects duplicate keys, aliases of lists and mappings (nested ones double each time), integers too long for
-    a message, and numbers that YAML 1.1 reads in base 8 or 60.
+    Also rejects duplicate keys, aliases of lists and mappings (nested aliases grow exponentially), integers too long
+    for a message, and numbers that YAML 1.1 reads in base 8 or 60.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

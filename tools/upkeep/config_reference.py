@@ -26,7 +26,7 @@ HEAD = """\
 
 <!-- Written by tools/upkeep/config_reference.py from the dataclasses in a2tgpo/config/. Change those. -->
 
-One YAML file of sections describes a run. `base:` names another file that it is laid over; on the command line follow
+One YAML file of sections describes a run. `base:` names a file whose values it overrides; on the command line follow
 `section.field=value` or further files; later ones win. An unknown key is refused with the nearest known one, a key of
 an earlier version with its new name, and a value with what is allowed. `launch/local.sh -n 1 CONFIG --dry-run` prints
 the resolved configuration and checks it.
