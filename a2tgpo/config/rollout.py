@@ -73,7 +73,7 @@ class PartialConfig:
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
         """Raise `ConfigError` if a set is so small that a question could be drawn again while it is in flight."""
-        # Only at an epoch's start the sampler checks which questions are in flight, and moves them to the epoch's end.
+        # The sampler checks only at an epoch's start which questions are in flight, and then moves them to its end.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
