@@ -157,7 +157,8 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return a fault, by its first rank, for each machine with less memory left than its ranks are planned to take.
+    """Return a fault for each machine with less memory left than its ranks are planned to take, by the machine's
+    first rank.
 
     A machine whose memory the plan exceeds by no more than `cluster.plan_margin` gets a warning instead.
 

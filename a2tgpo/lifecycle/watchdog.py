@@ -71,7 +71,7 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_seen = 0
-        """Number of polls by any rank that found an outage, as last read by this rank."""
+        """Number of polls that found an outage, over all ranks, when this rank last read the number."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
         """Number of the current place, and the seconds for which its clock stood still."""

@@ -22,9 +22,9 @@ FIRST_STEPS = 3
 def noise_of(after_one: float, after_two: float) -> float:
     """Return the standard deviation of log s due to rounding alone, nats.
 
-    Extrapolates a straight line through both mean squares to zero updates. Updates in random directions move the
-    policy by equal amounts, and consistent updates by more. So movement is never counted as noise, but may hide some
-    of it.
+    Extrapolates the mean squares after one and after two updates linearly to zero updates. Updates in random
+    directions move the policy by equal amounts, and consistent updates by more. So movement is never counted as
+    noise, but may hide some of it.
     """
     return math.sqrt(min(max(2 * after_one - after_two, 0.0), after_one))
 

@@ -14,7 +14,7 @@ How to run the policy on a packed batch (see `forward.forward_packed`):
 
 `seq_length` is unused with `variable_seq_lengths` (pipeline > 1) and with one stage. Under interleaved stages the
 number of micro-batches must be a multiple of the pipeline size. The trainer calls `update/forward_step.py`, which
-ensures this.
+fills up the number.
 """
 
 from __future__ import annotations

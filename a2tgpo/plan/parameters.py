@@ -52,7 +52,7 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
 
 
 def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> int:
-    """Return how many of one layer's parameters on a rank FP8 applies to: all matrices except the router's."""
+    """Return the number of one layer's parameters on a rank that can be in FP8: all matrices except the router's."""
     layer = layer_parameters(dimensions, tensor, expert)
     has_bias = dimensions.architecture == "qwen2"
     biases = (dimensions.query_width + 2 * dimensions.kv_width) // tensor if has_bias else 0

@@ -127,7 +127,9 @@ class Progress:
         """Count the steps done since the last call."""
         for job in jobs:
             changed, steps = self._seen[job.run.name]
-            with contextlib.suppress(OSError, ValueError):  # being written, or missing yet
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # the metrics are being written, or do not exist yet
                 if (now := job.run.metrics_file.stat().st_mtime) != changed:
                     step = job.run.step()
                     self._seen[job.run.name] = (now, step)
