@@ -304,7 +304,7 @@ def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, t
         assert Run(world, tmp_path, partial=is_on, group_size=1).parts.state.carried == held
         is_off = Run(world, tmp_path, group_size=1, accept_changes=True)
         assert not is_off.parts.state.carried.entries
-        assert "of 1 groups that" in caplog.text and "1 since rollout.partial is off" in caplog.text
+        assert "of 1 groups carried over" in caplog.text and "1 since rollout.partial is off" in caplog.text
         fewer = PartialConfig(tokens_per_step=1)
         has_fewer = Run(world, tmp_path, partial=fewer, group_size=1, accept_changes=True)
         assert not has_fewer.parts.state.carried.entries

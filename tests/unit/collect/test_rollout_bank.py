@@ -120,7 +120,7 @@ def test_a_damaged_file_is_passed_over(world, tmp_path, banked, place):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("rank_0.bin", "step_3 was written by an earlier version"), ("replica_0.bin", "by another version")],
+    [("rank_0.bin", "step_3, written by an earlier version"), ("replica_0.bin", "by another version")],
 )
 def test_rollouts_of_another_version_are_passed_over_with_one_line(world, tmp_path, caplog, name, said):
     path = tmp_path / "bank/step_3" / name
