@@ -6,7 +6,7 @@
 FOLDER is written by `tools/convert.py megatron-to-hf`; its agent.json says how to play the agent. POST
 /v1/chat/completions takes one user message and returns the content of the agent's box; the field `agent` has turns,
 calls and results. The default --host listens on this machine only; --token-file makes a bearer token required. Ranks
-divide the model, and the questions if there are several engine replicas. SIGTERM finishes the questions being played,
+divide the model, and the questions if there are several engines. SIGTERM finishes the questions being played,
 then ends.
 """
 

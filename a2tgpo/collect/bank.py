@@ -1,8 +1,8 @@
 """Keep finished rollouts on disk until a checkpoint covers them, so that a crash does not replay them.
 
-`bank/step_N/replica_R.bin` holds the rollout of step N of engine replica R: its trajectories, the
+`bank/step_N/replica_R.bin` holds the rollout of step N of engine R: its trajectories, the
 metrics so far of each of its ranks, the sampler's state after all draws of the step, and the carried groups. The
-replica's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
+engine's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
 The rollouts are used only if step, weights (bitwise) and rollout configuration match and all ranks' files come from
 one attempt at the step; otherwise all ranks replay it. On CPU, steps replayed after a crash have the same weights. On
 a GPU an update need not repeat bit for bit: the first step after the checkpoint matches, later steps may have other

@@ -89,7 +89,7 @@ class RolloutConfig:
     """One step's trajectories."""
 
     prompts_per_step: int = 64
-    """Prompts per step over all ranks; must be a multiple of the engine replicas (paper: 64)."""
+    """Prompts per step over all ranks; must be a multiple of the number of engines (paper: 64)."""
     group_size: int = 16
     """Trajectories per prompt, G (paper: 16)."""
     dynamic_sampling: bool = False

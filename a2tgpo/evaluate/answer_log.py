@@ -1,7 +1,7 @@
 """Write answers to disk as they come, so that an interrupted evaluation can resume.
 
 A folder beside the report holds `settings.json`, which identifies the evaluation, and `replica_R.jsonl`, to which
-engine replica R appends. The next start reads all files, from any number of replicas.
+engine R appends. The next start reads all files, from any number of engines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AnswerLog:
 
     Args:
         folder: of the log; must exist.
-        replica: index of this engine replica.
+        replica: index of this engine.
     """
 
     def __init__(self, folder: Path, *, replica: int):

@@ -1,4 +1,4 @@
-"""Answer the questions of several sets on all engine replicas; every answer is stored as it comes."""
+"""Answer the questions of several sets on all engines; every answer is stored as it comes."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class RolloutCounts:
-    """Sums over the trajectories of this engine replica; add them over engine replicas for the step."""
+    """Sums over the trajectories of this engine; add them over the engines for the step."""
 
     trajectories: int = 0
     turns: int = 0

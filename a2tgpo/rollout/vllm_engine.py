@@ -119,10 +119,10 @@ class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
 
 
 class VllmEngine:
-    """One engine replica, or this rank's part of it.
+    """One engine, or this rank's part of it.
 
     All ranks of the world must construct the engine at the same point, since construction creates process groups, and
-    close it before the world is destroyed. Where `config.tensor_parallel` > 1, the ranks of an engine replica must
+    close it before the world is destroyed. Where `config.tensor_parallel` > 1, the ranks of an engine must
     make the same calls in the same order. After an exception from `step` the engine is unusable.
 
     Args:

@@ -2,7 +2,7 @@
 
     python tools/bench/scale.py [--ranks 8,64,512,1024] [--real 2,4,8] [--page docs/performance.md]
 
-A process plays rank 0 of a 72B model's layout (8 x tensor, 4 x pipeline from 64 ranks on, engine replicas of 8
+A process plays rank 0 of a 72B model's layout (8 x tensor, 4 x pipeline from 64 ranks on, engines of 8
 ranks): torch's fake process group creates the groups, and collectives return the data that peers would have sent, so
 that this process does all of Python's work. A step has 1,024 trajectories of about 8,192 tokens at every size.
 Collectives and bytes are counted; seconds are CPU seconds of Python on rank 0, without the network.

@@ -177,7 +177,8 @@ def test_a_run_that_goes_on_with_less_drops_what_it_cannot_carry_and_says_so(
         other = Run(world, tmp_path, partial=IS_ON, group_size=2, gain=gain, accept_changes=True)
         assert not other.parts.state.carried.entries
         assert (
-            "of 1 groups carried over" in caplog.text and "1 scored with another rollout.gain.measure" in caplog.text
+            "of 1 groups carried over" in caplog.text
+            and "1 scored with another rollout.gain.measure" in caplog.text
         )
     finally:
         run.parts.state.carried = Carried()
