@@ -187,7 +187,7 @@ BROKEN_MODELS = {
         lambda m: os.truncate(m / "model.safetensors", 100_000),
         "model.safetensors is damaged",
     ),
-    "no tokenizer": (lose_the_tokenizer, "holds no tokenizer.json"),
+    "no tokenizer": (lose_the_tokenizer, "has no tokenizer.json"),
     "damaged tokenizer": (lambda m: (m / "tokenizer.json").write_text("{}"), "the tokenizer is damaged"),
     "tokenizer that is no text": (
         lambda m: (m / "tokenizer.json").write_bytes(b"\xff"),
@@ -203,7 +203,7 @@ BROKEN_MODELS = {
     ),
     "index beside weights that it does not list": (
         lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}'),
-        "model.safetensors.index.json, which does not list it; remove the one",
+        "model.safetensors.index.json, which does not list it; remove the wrong one",
     ),
     "rope scaling by the length of the sequence": (
         lambda m: set_sizes(m, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

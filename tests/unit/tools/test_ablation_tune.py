@@ -75,7 +75,7 @@ def test_failed_trials_lose_and_a_method_without_any_other_is_refused(tune, tmp_
     assert choice(tmp_path)["update"] == {"lr": 1e-4}
     monkeypatch.setenv("FAILS", "igpo")
     assert tune(methods="igpo") == 2
-    assert "--methods is 'igpo'; allowed: methods of which a trial ends" in capsys.readouterr().err
+    assert "--methods is 'igpo'; allowed: methods with at least one finished trial" in capsys.readouterr().err
     assert not (tmp_path / "tuned" / "igpo.yaml").exists()
 
 
