@@ -1,6 +1,6 @@
 """Groups that continue from step to step (`rollout.partial`): owners, selection for a step, files.
 
-All decisions here use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
+All decisions of this module use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
 themselves stay on the engine that began them.
 """
 

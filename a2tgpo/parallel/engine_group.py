@@ -23,7 +23,7 @@ class EngineGroup:
     """The ranks that share this rank's engine, and the engine's place among all engines."""
 
     index: int = 0
-    """Of the engine."""
+    """Index of the engine."""
     count: int = 1
     """Number of engines."""
     rank: int = 0
@@ -60,7 +60,7 @@ def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup
     """Divide the ranks into engines of `rollout.tensor_parallel` neighbours; every rank must call this.
 
     Raises:
-        ConfigError: one line; the ranks cannot be divided so.
+        ConfigError: one line; the ranks cannot be divided like this.
     """
     size = config.rollout.tensor_parallel
     require(

@@ -189,7 +189,7 @@ class GroupRollout:
         Args:
             playing: from `play` or `play_on`.
             should_stop: returns whether to interrupt the rollout; True on one rank of the engine is enough, also for
-                an `outage` at its limit. None: never, and such an outage is an error.
+                an `outage` at its limit. None: never; an outage at its limit is then an error.
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine; the next call starts over.

@@ -65,7 +65,7 @@ class Sampling:
             return None
         prompt = group.prompt
         name = f"{self.seed}|{self.version}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
-        if group.begun not in (None, self.version):  # a prompt begun now may have the same index
+        if group.begun not in (None, self.version):  # a new prompt may have the same index
             name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # vLLM takes a signed 64-bit number

@@ -43,9 +43,9 @@ class ToolResult:
 class ToolPool:
     """Run tool calls in threads and return their answers as they arrive.
 
-    Where several ranks share an engine, only the first rank calls tools and reads the clock. It also broadcasts
-    answers and faults, since the ranks' schedulers must see the same requests in the same order. All ranks of
-    `engine_group` must make the same calls in the same order.
+    Where several ranks share an engine, only the first rank calls tools and reads the clock. The first rank also
+    broadcasts answers and faults, since the ranks' schedulers must see the same requests in the same order. All ranks
+    of `engine_group` must make the same calls in the same order.
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; to the
     other ranks the call just seems to take longer.

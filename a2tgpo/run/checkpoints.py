@@ -250,7 +250,7 @@ class RunCheckpoints:
     def _if_comparable(self, state: dict) -> dict | None:
         """Return the best policy in `state`, or None if later ones cannot be compared with it.
 
-        Its checkpoint may no longer exist, or its score may be for other held-out questions.
+        The best policy's checkpoint may no longer exist, or its score may be for other held-out questions.
 
         Ranks may see different files on a network file system, but must agree on which checkpoints to save.
         """
