@@ -90,7 +90,7 @@ class Trajectory:
     prompt_index: int
     prompt_id: str
     sample_index: int
-    """0..group_size-1 within its prompt."""
+    """Number of the trajectory among those of its prompt, 0 to group_size - 1."""
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str

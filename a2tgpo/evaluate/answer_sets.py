@@ -27,7 +27,7 @@ def answer_sets(
     stop: StopRequest,
     bar: tqdm,
 ) -> dict[str, list[Answer]]:
-    """Answer all questions; return the answers by set, in its order. Every rank of the world must call this.
+    """Return the answers to all questions by set, in each set's order; every rank of the world must call this.
 
     Args:
         num_samples: answers drawn per question; 0: one greedy answer.

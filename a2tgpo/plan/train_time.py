@@ -180,7 +180,7 @@ def _dispatch_seconds(given: PlanInputs) -> float:
     expert = given.config.parallel.expert
     seconds = _most_layers(given) * PERMUTATIONS * _routed_bytes(given) / given.memory_bytes_per_s
     if expert > 1:
-        # Expert-parallel ranks are neighbours: they share a node if they are no more than its GPUs.
+        # Expert-parallel ranks are neighbours: they share a node if a node has at least as many GPUs.
         seconds += _dispatch_bytes(given) / given.link_bytes_per_s(expert)
     return seconds * _expert_wait(given.config)
 

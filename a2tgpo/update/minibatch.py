@@ -33,9 +33,9 @@ class Microbatch:
     sequence_is_correct: Tensor
     """[S] bool: the trajectory's answer matches exactly."""
     old_logprobs: Tensor | None = None
-    """[T] float32 under the policy that played; None before they are computed, and off the last pipeline stage."""
+    """[T] float32, log-probs under the policy that played; None before their computation, and off the last stage."""
     ref_logprobs: Tensor | None = None
-    """[T] float32 under the reference, on the last pipeline stage; None without a reference."""
+    """[T] float32, log-probs under the reference, on the last pipeline stage; None without a reference."""
 
     def to(self, device: torch.device) -> Microbatch:
         """Return the micro-batch with its tensors on `device`, as `PackedBatch.to`."""
