@@ -7,7 +7,6 @@ from a2tgpo.environment.tool import Toolset
 from a2tgpo.environment.tools.search import Search
 from a2tgpo.search.errors import SearchError
 from a2tgpo.search.passage import Passage
-from a2tgpo.search.tool import SearchCounts
 
 
 class ScriptedSearch:
@@ -34,8 +33,8 @@ class ScriptedSearch:
             raise SearchError(f"no route to {query}")
         return [Passage("p", query, self.text.format(query))]
 
-    def counts(self):
-        return SearchCounts(queries=len(self.queries))
+    def take_counts(self):
+        return {}
 
     def close(self):
         """Nothing to close."""

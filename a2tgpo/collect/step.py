@@ -267,6 +267,9 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add_max("tools/outage_s", counts.outage_s)
     metrics.add("tools/hung_calls", counts.hung_calls, 0)
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
+    metrics.add("tools/truncated_observations", counts.truncated_observations, 0)
+    for name, number in counts.tool_counts.items():
+        metrics.add(name, number, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
     # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
     metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)

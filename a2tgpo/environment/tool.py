@@ -58,6 +58,14 @@ class Toolset:
     def names(self) -> tuple[str, ...]:
         return tuple(self.tools)
 
+    def take_counts(self) -> dict[str, int]:
+        """Return, as `TOOL/COUNT`, what tools with a method `take_counts` have counted since the last call."""
+        return {
+            f"{name}/{count}": number
+            for name, tool in self.tools.items()
+            for count, number in getattr(tool, "take_counts", dict)().items()
+        }
+
     def close(self) -> None:
         for tool in self.tools.values():
             tool.close()

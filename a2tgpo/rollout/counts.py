@@ -42,6 +42,8 @@ class RolloutCounts:
     outage_s: float = 0.0
     """Time in which a tool's service answered none of this engine's calls, seconds."""
     wall_s: float = 0.0
+    tool_counts: Counter[str] = field(default_factory=Counter)
+    """See `Toolset.take_counts`."""
     stop_reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: RolloutCounts) -> None:

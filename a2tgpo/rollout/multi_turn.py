@@ -214,6 +214,7 @@ class MultiTurnLoop:
             yield from self._take_finished()
         self._counts.tool_wait_s += self._tools.waited_s - waited_before
         self._counts.outage_s += self._tools.outage.total_s - outage_before
+        self._counts.tool_counts.update(self._tools.take_counts())
         self._counts.wall_s += time.monotonic() - start
 
     def _step_engine(self) -> None:

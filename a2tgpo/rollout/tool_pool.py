@@ -63,7 +63,7 @@ class ToolPool:
         engine_group: EngineGroup = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._tools = toolset.tools
+        self._tools, self.take_counts = toolset.tools, toolset.take_counts
         self._workers = ToolWorkers(
             toolset.max_concurrent_calls, deadline_s=toolset.call_timeout_s, clock=clock
         )

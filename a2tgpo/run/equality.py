@@ -15,6 +15,7 @@ NOT_COMPARED = (
     "speed/",
     "rollout/tool_wait",
     "tools/outage",
+    "search/",
     "checkpoint/failed",
     "memory/",
     "refit/",

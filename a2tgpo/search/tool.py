@@ -1,7 +1,5 @@
 """The search tool of a rollout: one call, with any backend."""
 
-import threading
-from dataclasses import dataclass
 from typing import Protocol
 
 from a2tgpo.config.search import SearchConfig
@@ -15,34 +13,10 @@ from a2tgpo.search.passage import Passage
 from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
-__all__ = ["CachedSearch", "SearchCounts", "SearchError", "SearchTool", "build_search"]
+__all__ = ["CachedSearch", "SearchError", "SearchTool", "build_search"]
 
 CACHE_BYTES = 2**27
 """Size of the answer cache, about 60,000 answers of short passages at top-3; a corpus is fixed during a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchCounts:
-    """Counts of a tool since its construction."""
-
-    queries: int = 0
-    cache_hits: int = 0
-    retries: int = 0
-    """Requests sent again after a failure."""
-    refused: int = 0
-    """Queries not sent because the circuit breaker was open."""
-    failures: int = 0
-    """Queries that raised `SearchError`."""
-
-    def since(self, earlier: "SearchCounts") -> "SearchCounts":
-        """Return the counts since `earlier`."""
-        return SearchCounts(
-            queries=self.queries - earlier.queries,
-            cache_hits=self.cache_hits - earlier.cache_hits,
-            retries=self.retries - earlier.retries,
-            refused=self.refused - earlier.refused,
-            failures=self.failures - earlier.failures,
-        )
 
 
 class SearchTool(Protocol):
@@ -56,13 +30,13 @@ class SearchTool(Protocol):
             SearchUnavailableError: no query seems to get an answer.
         """
 
-    def counts(self) -> SearchCounts: ...
+    def take_counts(self) -> dict[str, int]: ...
 
     def close(self) -> None: ...
 
 
 class CachedSearch:
-    """Caches answers (least recently used evicted first) and counts; failures are not cached.
+    """Caches answers, least recently used evicted first; failures are not cached.
 
     Args:
         backend: the index or client; see `build_search`.
@@ -76,13 +50,9 @@ class CachedSearch:
         self._top_k = top_k
         self._tells_outages = tells_outages
         self._cache = AnswerCache(CACHE_BYTES)
-        self._lock = threading.Lock()
-        self._queries = 0
-        self._failures = 0
+        self._taken: dict[str, int] = {}
 
     def search(self, query: str) -> list[Passage]:
-        with self._lock:
-            self._queries += 1
         try:
             # A policy's text need not be valid Unicode, and a lone surrogate cannot be sent.
             clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
@@ -92,8 +62,6 @@ class CachedSearch:
                 self._cache.put(clean, self._top_k, hits)
             return [passage for passage, _ in hits]
         except SearchError as error:
-            with self._lock:
-                self._failures += 1
             if self._answers_others(error):
                 raise SearchError(f"{error}; it answers other queries") from None
             raise
@@ -108,14 +76,14 @@ class CachedSearch:
             and self._backend.answers_others()
         )
 
-    def counts(self) -> SearchCounts:
-        return SearchCounts(
-            queries=self._queries,
-            cache_hits=self._cache.num_hits,
-            retries=self._backend.num_retries if isinstance(self._backend, HttpSearch) else 0,
-            refused=self._backend.num_refused if isinstance(self._backend, HttpSearch) else 0,
-            failures=self._failures,
-        )
+    def take_counts(self) -> dict[str, int]:
+        """Return counts since the last call: answers from the cache; a client's retries and refused queries."""
+        counts = {"cache_hits": self._cache.num_hits}
+        if isinstance(self._backend, HttpSearch):
+            counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}
+        taken = {name: number - self._taken.get(name, 0) for name, number in counts.items()}
+        self._taken = counts
+        return taken
 
     def close(self) -> None:
         """Close a client's connections; the tool cannot be used afterwards."""

@@ -25,6 +25,9 @@ class Search:
         formatted = [format_passage(rank, passage) for rank, passage in enumerate(passages, start=1)]
         return formatted or [NOTHING_FOUND]
 
+    def take_counts(self) -> dict[str, int]:
+        return self._search.take_counts()
+
     def close(self) -> None:
         self._search.close()
 
