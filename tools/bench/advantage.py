@@ -241,9 +241,8 @@ def on_ranks(num_ranks: int, rounds: int = 5) -> tuple[list[list[float]], int]:
 def _rank(rank: int, num_ranks: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
-    own = [
-        t for t in make(COUNT) if t.sample_index % num_ranks == rank
-    ]  # so every rank has a part of every prompt
+    # Every rank has a part of every prompt's trajectories.
+    own = [t for t in make(COUNT) if t.sample_index % num_ranks == rank]
     sent, all_reduce = [], collectives._all_reduce
 
     def counted(tensor: torch.Tensor, op: object, group: dist.ProcessGroup) -> torch.Tensor:
