@@ -87,7 +87,7 @@ def test_only_the_files_that_the_index_lists_are_read(checkpoint: Checkpoint) ->
         save_file({name: whole[name] for name in members}, folder / file)
     index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.safetensors.index.json, which does not list it; remove the one" in refusal(folder)
+    assert "model.safetensors.index.json, which does not list it; remove the wrong one" in refusal(folder)
     (folder / "model.safetensors").unlink()
     assert list(weight_files(str(folder))) == sorted(parts)
     assert weight_shapes(str(folder)).keys() == whole.keys()
