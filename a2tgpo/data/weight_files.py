@@ -15,8 +15,8 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 def weight_files(path: str) -> dict[str, Path]:
     """Return the safetensors files of the checkpoint in folder `path`, by name; reads only their headers.
 
-    These are the files that the index lists; without an index, model.safetensors; without that, every *.safetensors.
-    Other files in the folder, such as an adapter or the weights in another format, are ignored.
+    A checkpoint consists of the files that its index lists; without an index, of model.safetensors; without that, of
+    every *.safetensors. Other files in the folder, such as an adapter or the weights in another format, are ignored.
 
     Raises:
         ConfigError: one line; there are no files, one is missing, damaged or truncated, the folder has both an index

@@ -194,7 +194,10 @@ class MemoryPhases:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Return the bytes in use on the GPU, and torch's allocator's part of them; without a GPU, this process's."""
+    """Return the bytes in use on the GPU, and how many of them torch's allocator holds.
+
+    Without a GPU, return the resident memory of this process.
+    """
     if not ON_GPU:
         return {"used": resident_bytes()}
     free, total = torch.cuda.mem_get_info()

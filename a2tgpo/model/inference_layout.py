@@ -40,9 +40,9 @@ def inference_config(
 ) -> RunConfig:
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
-    Trainer: tensor-parallel over as many processes as the model's sizes allow, experts over all of them, one pipeline
-    stage, no FP8. Engines: `rollout.tensor_parallel` processes each, or the greatest common divisor of that number
-    and `world_size`; with `MEMORY_FRACTION` of each GPU.
+    The trainer's model is tensor-parallel over as many processes as the model's sizes allow, with experts over all
+    processes, one pipeline stage and no FP8. Each engine has `rollout.tensor_parallel` processes, or the greatest
+    common divisor of that number and `world_size`, and `MEMORY_FRACTION` of each GPU.
 
     Args:
         config: a run's configuration after the overrides `UNDIVIDED`.

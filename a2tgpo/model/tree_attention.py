@@ -46,7 +46,7 @@ class TreeAttention(nn.Module):
         mask = None
         if num_keys > num_queries:
             # On GPUs PyTorch has no fused kernel for a mask with grouped heads: it creates [heads, queries, keys]
-            # scores and copies keys and values for every head, in float32. This is affordable: a branch has few
+            # scores and copies keys and values for every head, in float32. The cost is small: a branch has few
             # queries (scaffold and answer) and saves no activations, and branches run one by one. A trunk needs no
             # mask and is fused.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)

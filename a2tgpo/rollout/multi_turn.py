@@ -107,7 +107,7 @@ class LiveTrajectory:
     def start_order(self) -> tuple[bool, bool, int]:
         """Sort key that puts first the trajectories that may take longest.
 
-        These are the ones without a budget, then the ones begun by earlier calls, then the questions with the most
+        Trajectories without a budget come first, then those begun by earlier calls, then questions with the most
         hops, if the question set gives their number.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops

@@ -73,10 +73,10 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._path, timeout_s=config.parallel.timeout_s)
         self._rollouts = RolloutRetention(folder.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
-        """Step of the last complete checkpoint (0: none), and what was the best when it was written."""
+        """Step of the last complete checkpoint (0: none), and the best policy at that time."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
-        """Whether the evaluation after the last step was not made before the checkpoint; set by `restore`."""
+        """Whether the evaluation after the last step is still to be made; set by `restore`."""
         self._reported = 0
         self._num_failures = 0
 

@@ -154,7 +154,7 @@ class FolderLock:
                     )
                     os._exit(BROKEN_RUN)
                 self._write()
-            except OSError:  # an unavailable file system returns, or ends the run at another place
+            except OSError:  # the file system may come back; if not, other writes end the run
                 continue
 
 
