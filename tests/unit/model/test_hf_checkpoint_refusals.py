@@ -93,7 +93,7 @@ def test_only_the_files_that_the_index_lists_are_read(checkpoint: Checkpoint) ->
     assert weight_shapes(str(folder)).keys() == whole.keys()
     load_hf_config(str(folder))
     save_file({name: whole[name] for name in names[:1]}, folder / "model-2.safetensors")
-    assert f"{names[0]} is in model-1.safetensors and in model-2.safetensors; remove" in refusal(folder)
+    assert f"{names[0]} is in both model-1.safetensors and model-2.safetensors; remove" in refusal(folder)
 
 
 def test_the_output_head_must_be_the_one_that_the_config_states(checkpoint: Checkpoint) -> None:
