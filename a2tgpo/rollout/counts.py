@@ -21,7 +21,6 @@ class RolloutCounts:
     truncated_observations: int = 0
     """Observations cut to the remaining token budget."""
     sampled_tokens: int = 0
-    observation_tokens: int = 0
     known_prefix_tokens: int = 0
     """Context tokens of later turns that the engine had computed before."""
     cached_prefix_tokens: int = 0
@@ -36,17 +35,10 @@ class RolloutCounts:
     """Tokens of all scoring requests, including prefixes."""
     score_cached_tokens: int = 0
     """Tokens of scoring requests found in the prefix cache."""
-    engine_steps: int = 0
     tool_wait_s: float = 0.0
     """Time without generation because all trajectories waited for a tool, seconds."""
     outage_s: float = 0.0
     """Time in which a tool's service answered none of this engine's calls, seconds."""
-    wall_s: float = 0.0
     tool_counts: Counter[str] = field(default_factory=Counter)
     """See `Toolset.take_counts`."""
     stop_reasons: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: RolloutCounts) -> None:
-        """Add the counts of another call."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)

@@ -16,7 +16,6 @@ which a later call continues the trajectory.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -195,7 +194,6 @@ class MultiTurnLoop:
             raise
 
     def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
-        start = time.monotonic()
         waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
             self._generate(trajectory)
@@ -215,10 +213,8 @@ class MultiTurnLoop:
         self._counts.tool_wait_s += self._tools.waited_s - waited_before
         self._counts.outage_s += self._tools.outage.total_s - outage_before
         self._counts.tool_counts.update(self._tools.take_counts())
-        self._counts.wall_s += time.monotonic() - start
 
     def _step_engine(self) -> None:
-        self._counts.engine_steps += 1
         for output in self._engine.step():
             if isinstance(output, ScoreOutput):
                 assert self._scorer is not None
@@ -339,4 +335,3 @@ class MultiTurnLoop:
     def _count_turns(self, live: LiveTrajectory) -> None:
         self._counts.turns += len(live.new_turns)
         self._counts.sampled_tokens += sum(len(turn.tokens) for turn in live.new_turns)
-        self._counts.observation_tokens += sum(len(turn.observation_tokens) for turn in live.new_turns)
