@@ -83,6 +83,7 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         virtual_pipeline_model_parallel_size=config.virtual if config.virtual > 1 else None,
         context_parallel_size=config.context,
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
+        create_gloo_process_groups=False,  # second groups of the same ranks, which nothing here uses
     )
     random.seed(seed)
     np.random.seed(seed)
