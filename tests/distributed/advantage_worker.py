@@ -1,4 +1,6 @@
-"""Run under torchrun: every method's advantages for random spreads of the rollouts, against one process with all.
+"""Every method's advantages for random spreads of the rollouts over 4 ranks, against one process with all.
+
+    torchrun --nproc-per-node 4 advantage_worker.py RESULTS.json
 
 Sums are taken in another order when rollouts are spread otherwise, which moves the last bit. Gains are therefore of
 ordinary size and all different, and discounts powers of two: where the members of a group are equal but for that bit,
@@ -6,10 +8,12 @@ it would be divided by the floor under their deviation.
 """
 
 import random
+import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from claims import Claims
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
@@ -68,11 +72,15 @@ def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
     return named
 
 
-def check(trajectories: list[Trajectory], config: AlgorithmConfig) -> float:
-    """Largest relative error over all deals; every rank calls this."""
+def check(name: str) -> None:
+    for seed in (0, 1):
+        for fields in ({}, {"gamma": 0.5}, {"normalize_by_std": False}):
+            check_deals(all_trajectories(seed), AlgorithmConfig(advantage=name, **fields))
+
+
+def check_deals(trajectories: list[Trajectory], config: AlgorithmConfig) -> None:
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     whole = compute_advantages(table_of(trajectories), config, dp_group=None)
-    worst = 0.0
     for number, owners in enumerate(deals(trajectories, num_ranks)):
         mine = [place for place, owner in enumerate(owners) if owner == rank]
         random.Random(number).shuffle(mine)
@@ -82,33 +90,24 @@ def check(trajectories: list[Trajectory], config: AlgorithmConfig) -> float:
             expect = getattr(whole, field)
             got = getattr(spread, field)
             assert got.shape == expect[mine].shape
-            if not mine:
-                continue
-            error = ((got - expect[mine]).abs().max() / expect.abs().max().clamp(min=1.0)).item()
-            assert error <= LIMIT, (config.advantage, field, number, error)
-            worst = max(worst, error)
-    return worst
+            if mine:
+                error = ((got - expect[mine]).abs().max() / expect.abs().max().clamp(min=1.0)).item()
+                assert error <= LIMIT, (field, number, error)
 
 
 def table_of(trajectories: list[Trajectory]):
     return build_turn_table(trajectories, num_prompts=NUM_PROMPTS, max_turns=MAX_TURNS)
 
 
-def main() -> None:
+def main(out: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
+    claims = Claims()
     for name in advantage_names():
-        worst = 0.0
-        for seed in (0, 1):
-            for fields in ({}, {"gamma": 0.5}, {"normalize_by_std": False}):
-                config = AlgorithmConfig(advantage=name, **fields)
-                worst = max(worst, check(all_trajectories(seed), config))
-        if dist.get_rank() == 0:
-            print(f"{name}: largest relative error on rank 0 {worst:.1e}")
-    if dist.get_rank() == 0:
-        print("ALL CHECKS PASSED")
+        claims.check(name, check, name)
+    claims.save(out)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

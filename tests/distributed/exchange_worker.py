@@ -1,10 +1,14 @@
-"""Run under torchrun: exchange and advantages over real processes, against one process that holds everything."""
+"""Exchange and advantages over 4 ranks, in two layouts, against one process that holds everything.
+
+torchrun --nproc-per-node 4 exchange_worker.py RESULTS.json
+"""
 
 import random
 import sys
 
 import torch
 import torch.distributed as dist
+from claims import Claims
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
@@ -12,7 +16,7 @@ from a2tgpo.batch.exchange import exchange
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.loss.aggregate import token_weights
-from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.record.rollout_summary import RolloutSummary, best_and_worst, gather_summaries, gather_texts
 from a2tgpo.trajectory import TokenIds, Trajectory, Turn
 
@@ -135,20 +139,24 @@ def check_token_weights(groups, mine: list[Trajectory]) -> None:
         torch.testing.assert_close(part, whole[[everything.index(t) for t in mine]], rtol=1e-15, atol=0)
 
 
-def main() -> None:
-    tensor, pipeline = int(sys.argv[1]), int(sys.argv[2])
-    groups = initialize(ParallelConfig(tensor=tensor, pipeline=pipeline, timeout_s=60), seed=0)
-    mine = check_exchange(groups)
-    check_texts_shown_on_rank_0(groups, mine)
-    check_advantages(groups, mine)
-    check_small_gains_to_the_last_digits(groups)
-    check_token_weights(groups, mine)
-    nothing = exchange([], groups, prompts_per_minibatch=2)
-    assert nothing == []
-    if groups.rank == 0:
-        print("ALL CHECKS PASSED")
+def check_nothing(groups) -> None:
+    """Ranks that played nothing exchange nothing."""
+    assert exchange([], groups, prompts_per_minibatch=2) == []
+
+
+def main(out: str) -> None:
+    claims = Claims()
+    initialize(ParallelConfig(timeout_s=60), seed=0)
+    for tensor in (1, 2):
+        groups = lay_out(ParallelConfig(tensor=tensor, timeout_s=60), seed=0)
+        mine = claims.check(f"exchange[tp{tensor}]", check_exchange, groups)
+        for check in (check_texts_shown_on_rank_0, check_advantages, check_token_weights):
+            claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups, mine)
+        for check in (check_small_gains_to_the_last_digits, check_nothing):
+            claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups)
+    claims.save(out)
     shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,4 +1,9 @@
-"""Run under torchrun on 2 ranks: partial rollouts and the bank decide alike on ranks that see different things."""
+"""Partial rollouts and the bank on 2 ranks, which decide alike although they see different things.
+
+    torchrun --nproc-per-node 2 partial_worker.py FOLDER
+
+Results go to FOLDER/results.json.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from claims import Claims
 
 from a2tgpo.collect.bank import RolloutBank
 from a2tgpo.collect.partial import PartialRollout
@@ -168,15 +174,16 @@ def check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own(root: Path,
     assert bank().take(3, policy) is None, "rank 1 has other weights"
 
 
+CHECKS = (
+    check_a_second_wave_is_broken_off_on_all_ranks_or_on_none,
+    check_banks_of_two_attempts_are_not_mixed,
+    check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own,
+)
+
 if __name__ == "__main__":
+    folder, claims = Path(sys.argv[1]), Claims()
     dist.init_process_group("gloo")
-    for check in (
-        check_a_second_wave_is_broken_off_on_all_ranks_or_on_none,
-        check_banks_of_two_attempts_are_not_mixed,
-        check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own,
-    ):
-        check(Path(sys.argv[1]), dist.get_rank())
-        dist.barrier()
-    if dist.get_rank() == 0:
-        print("ALL CHECKS PASSED")
+    for check in CHECKS:
+        claims.check(check.__name__.removeprefix("check_"), check, folder, dist.get_rank())
+    claims.save(folder / "results.json")
     dist.destroy_process_group()

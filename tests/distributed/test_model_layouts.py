@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny_models import build_model
 
 pytestmark = pytest.mark.distributed
@@ -38,14 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         model.to(torch.bfloat16).save_pretrained(checkpoints / kind)
         (checkpoints / kind / "tokenizer.json").write_text("{}")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"),
-        *(str(Path(__file__).with_name("model_worker.py")), str(checkpoints), str(out)),
-    ]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    process = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
+    run_ranks(4, "model_worker.py", checkpoints, out)
     return json.loads((out / "measured.json").read_text())
 
 

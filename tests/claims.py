@@ -1,0 +1,41 @@
+"""What a program of tests/distributed finds out, claim by claim, so that each is a test of its own."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+class Claims:
+    """`outcomes`: by claim, empty where it holds on every rank, else what the first rank says that sees a fault."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+
+    def check(self, claim: str, check: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `check` on every rank, to its end or its fault; return what it returns, None after a fault.
+
+        A rank that a fault leaves waiting in a collective is freed by the time-out.
+        """
+        result, fault = None, ""
+        try:
+            result = check(*arguments)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{type(error).__name__}: {error}"[:800]
+            fault = f"rank {dist.get_rank()}: {said} ({place.name}, line {place.lineno})"
+        faults = [""] * dist.get_world_size()
+        dist.all_gather_object(faults, fault)
+        self.outcomes[claim] = next(filter(None, faults), "")
+        if dist.get_rank() == 0:
+            print(f"{claim}: {self.outcomes[claim] or 'holds'}", flush=True)
+        return result
+
+    def save(self, path: str | Path) -> None:
+        if dist.get_rank() == 0:
+            Path(path).write_text(json.dumps(self.outcomes))

@@ -1,0 +1,64 @@
+"""Programs of tests/distributed on several real processes, as torchrun starts them.
+
+    python ranks.py NUM_RANKS WORKER [ARGUMENT ...]
+
+The ranks are forks of a process that has imported what the worker imports, which saves most of a short launch.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+DISTRIBUTED = Path(__file__).with_name("distributed")
+OF_A_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+"""Variables that a test in this process may have left."""
+
+
+def run_ranks(
+    num_ranks: int,
+    worker: str,
+    *arguments: object,
+    environment: dict[str, str] | None = None,
+    timeout_s: float = 300,
+) -> str:
+    """Run `worker`, a file of tests/distributed, on each rank; return what they printed.
+
+    Raises:
+        AssertionError: unless all ranks end with exit code 0 in time.
+    """
+    variables = {k: v for k, v in os.environ.items() if k not in OF_A_LAUNCHER} | (environment or {})
+    variables["PYTHONPATH"] = os.pathsep.join([str(DISTRIBUTED), variables["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(num_ranks), str(DISTRIBUTED / worker), *map(str, arguments)],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends its ranks
+        output, _ = process.communicate()
+        raise AssertionError(f"still running after {timeout_s} s:\n{output[-4000:]}") from None
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+def main(num_ranks: str, worker: str, *arguments: str) -> None:
+    runpy.run_path(worker)  # imports, and runs nothing: it is not __main__
+    from torch.distributed.run import main as torchrun
+
+    gc.freeze()  # what was imported stays: an engine's start collects garbage five times
+    sys.stdout.flush()  # otherwise each fork prints what is still in the buffer
+    fork = ["--start-method", "fork", "--run-path", worker]
+    torchrun(["--standalone", "--nproc-per-node", num_ranks, *fork, *arguments])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
