@@ -1,7 +1,7 @@
 """What each of the 2 ranks of test_refit.py runs.
 
-torchrun --nproc-per-node 2 refit_worker.py replicas MODEL     one engine per rank beside Megatron
-torchrun --nproc-per-node 2 refit_worker.py shared MODEL ROOT  one engine over both ranks, then one per rank
+torchrun --nproc-per-node 2 refit_worker.py RESULTS.json replicas MODEL     one engine per rank beside Megatron
+torchrun --nproc-per-node 2 refit_worker.py RESULTS.json shared MODEL ROOT  one engine over both, then one per rank
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from carried_checks import (
     check_one_engine_over_both_ranks_carries_groups_on,
     trainer_parts,
 )
+from claims import Claims
 from played import run as play
 from safetensors.torch import load_file
 from scripted_search import ScriptedSearch, toolset_of
@@ -310,7 +311,7 @@ def check_world(groups):
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
 
-def run_replicas(path):
+def run_replicas(claims, path):
     data_parallel, tensor_parallel, pipeline_parallel = (
         ParallelConfig(expert=2, timeout_s=WORLD_TIMEOUT_S),
         ParallelConfig(tensor=2, sequence=True, expert=2, timeout_s=WORLD_TIMEOUT_S),
@@ -322,33 +323,63 @@ def run_replicas(path):
     assert torch.equal(state, torch.get_rng_state()), "the engine reseeded the trainer"
     policy = make_policy(path, data_parallel, groups)
     assert refit(policy, engine, version=0, bucket_mib=1).skipped, "the engine loaded version 0 itself"
-    check_what_a_refit_moves(policy, engine, path, 20)
-    check_three_cycles(policy, data_parallel, engine, groups.rank, 1)
-    check_training_step(policy, data_parallel, engine, groups.rank, 4)
-    check_world(groups)
+    claims.check("what_a_refit_moves[dp2]", check_what_a_refit_moves, policy, engine, path, 20)
+    claims.check("three_cycles[dp2]", check_three_cycles, policy, data_parallel, engine, groups.rank, 1)
+    claims.check("training_step[dp2]", check_training_step, policy, data_parallel, engine, groups.rank, 4)
+    claims.check("world[dp2]", check_world, groups)
     groups = lay_out(tensor_parallel, seed=3)
     policy = make_policy(path, tensor_parallel, groups)
-    check_what_a_refit_moves(policy, engine, path, 21)
-    check_one_engines_refusal_stops_both(policy, engine, groups.rank, 30)
-    check_three_cycles(policy, tensor_parallel, engine, groups.rank, 5)
-    check_one_bad_rank_stops_both(policy, tensor_parallel, engine, groups.rank)
-    check_world(groups)
+    refusal, bad_rank = check_one_engines_refusal_stops_both, check_one_bad_rank_stops_both
+    claims.check("what_a_refit_moves[tp2]", check_what_a_refit_moves, policy, engine, path, 21)
+    claims.check("one_engines_refusal_stops_both[tp2]", refusal, policy, engine, groups.rank, 30)
+    claims.check("three_cycles[tp2]", check_three_cycles, policy, tensor_parallel, engine, groups.rank, 5)
+    claims.check("one_bad_rank_stops_both[tp2]", bad_rank, policy, tensor_parallel, engine, groups.rank)
+    claims.check("world[tp2]", check_world, groups)
     groups = lay_out(pipeline_parallel, seed=3)
     policy = make_policy(path, pipeline_parallel, groups)
-    check_what_a_refit_moves(policy, engine, path, 22)
-    check_one_engines_refusal_stops_both(policy, engine, groups.rank, 40)
+    claims.check("what_a_refit_moves[pp2]", check_what_a_refit_moves, policy, engine, path, 22)
+    claims.check("one_engines_refusal_stops_both[pp2]", refusal, policy, engine, groups.rank, 40)
     engine.close()
-    check_world(groups)
-    shutdown()
+    claims.check("world[pp2]", check_world, groups)
 
 
-def run_shared(path, root):
-    """Both ranks hold half of one engine: rank 0 searches, both play the same."""
+def run_shared(claims, path, root):
     from vllm.distributed.parallel_state import destroy_model_parallel
 
     groups = initialize(ParallelConfig(tensor=2, timeout_s=WORLD_TIMEOUT_S), seed=3)
     config, engine = make_engine(path, tensor_parallel=2, **SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    claims.check(
+        "both_ranks_play_alike", check_both_ranks_play_alike, path, config, engine, tokenizer, groups
+    )
+    policy = make_policy(path, ParallelConfig(tensor=2), groups)
+    trainer = trainer_parts(policy)
+    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
+    played = claims.check("groups_are_carried_on", check_one_engine_over_both_ranks_carries_groups_on, run)
+    trained = [member for trained, _ in played or [] for member in trained]
+    claims.check("carried_logprobs", check_logprobs_against_transformers, path, trained)
+    run.close()
+    version = engine.weight_version + 1
+    claims.check(
+        "three_cycles", check_three_cycles, policy, ParallelConfig(tensor=2), engine, groups.rank, version
+    )
+    engine.close()
+    destroy_model_parallel()  # vLLM holds one layout per process
+    config, engine = make_engine(path, **SETTINGS)
+    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
+    claims.check(
+        "an_engine_per_rank_plays_what_the_one_carried",
+        check_an_engine_per_rank_plays_what_the_one_carried,
+        run,
+        played,
+    )
+    run.close()
+    engine.close()
+    claims.check("world", check_world, groups)
+
+
+def check_both_ranks_play_alike(path, config, engine, tokenizer, groups):
+    """Both ranks hold half of one engine: rank 0 searches, both play the same."""
     search = ScriptedSearch(delays={"capital of France": 0.3}, failing=["capital of Peru"])
     engine_group = EngineGroup(rank=groups.rank, group=groups.tp_group)
     rollout = GroupRollout(
@@ -373,22 +404,6 @@ def run_shared(path, root):
     assert metrics["num_questions"] == 3
     assert all_gather_object(metrics, groups.tp_group) == [metrics, metrics]
     rollout.close()
-    policy = make_policy(path, ParallelConfig(tensor=2), groups)
-    trainer = trainer_parts(policy)
-    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
-    played = check_one_engine_over_both_ranks_carries_groups_on(run)
-    check_logprobs_against_transformers(path, [member for trained, _ in played for member in trained])
-    run.close()
-    check_three_cycles(policy, ParallelConfig(tensor=2), engine, groups.rank, engine.weight_version + 1)
-    engine.close()
-    destroy_model_parallel()  # vLLM holds one layout per process
-    config, engine = make_engine(path, **SETTINGS)
-    run = Run(root, path, config, groups, trainer=trainer, engine=engine, tokenizer=tokenizer)
-    check_an_engine_per_rank_plays_what_the_one_carried(run, played)
-    run.close()
-    engine.close()
-    check_world(groups)
-    shutdown()
 
 
 def check_logprobs_against_transformers(path, trajectories):
@@ -407,5 +422,8 @@ def check_logprobs_against_transformers(path, trajectories):
 
 
 if __name__ == "__main__":
-    {"replicas": run_replicas, "shared": run_shared}[sys.argv[1]](*sys.argv[2:])
-    print("ALL CHECKS PASSED", flush=True)
+    out, mode, *places = sys.argv[1:]
+    found = Claims()
+    {"replicas": run_replicas, "shared": run_shared}[mode](found, *places)
+    found.save(out)
+    shutdown()

@@ -1,32 +1,59 @@
 """Engines beside Megatron on 2 real gloo processes (see refit_worker for what is checked)."""
 
-import subprocess
-import sys
-from pathlib import Path
+import json
 
 import pytest
+from ranks import run_ranks
 from tiny_models import save_tiny, taught_folder
 
-WORKER = Path(__file__).with_name("refit_worker.py")
-NUM_RANKS = 2
+CLAIMS = {
+    "replicas": [
+        *(f"{check}[dp2]" for check in ("what_a_refit_moves", "three_cycles", "training_step", "world")),
+        *(f"{check}[tp2]" for check in ("what_a_refit_moves", "one_engines_refusal_stops_both")),
+        *(f"{check}[tp2]" for check in ("three_cycles", "one_bad_rank_stops_both", "world")),
+        *(f"{check}[pp2]" for check in ("what_a_refit_moves", "one_engines_refusal_stops_both", "world")),
+    ],
+    "shared": [
+        "both_ranks_play_alike",
+        "groups_are_carried_on",
+        "carried_logprobs",
+        "three_cycles",
+        "an_engine_per_rank_plays_what_the_one_carried",
+        "world",
+    ],
+}
+
+pytestmark = pytest.mark.distributed
 
 
-def passed_ranks(mode, *arguments):
-    """How many ranks say that all their checks passed, after an exit code of 0."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-    result = subprocess.run(
-        [*command, str(WORKER), mode, *arguments], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout.count("ALL CHECKS PASSED")
-
-
-@pytest.mark.distributed
-def test_one_engine_per_rank_follows_the_trainer_at_dp2_and_tp2(tmp_path):
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory) -> dict[str, str]:
     """A mixture of experts with tied embeddings: the two that vLLM's CPU kernels keep packed copies of."""
-    assert passed_ranks("replicas", save_tiny(tmp_path, "qwen3_moe", tied=True)) == NUM_RANKS
+    folder = tmp_path_factory.mktemp("replicas")
+    out, model = folder / "results.json", save_tiny(folder / "model", "qwen3_moe", tied=True)
+    run_ranks(2, "refit_worker.py", out, "replicas", model)
+    return json.loads(out.read_text())
 
 
-@pytest.mark.distributed
-def test_one_engine_over_both_ranks_plays_alike_and_follows_the_trainer(tmp_path):
-    assert passed_ranks("shared", taught_folder().name, str(tmp_path)) == NUM_RANKS
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("shared")
+    out = folder / "results.json"
+    run_ranks(2, "refit_worker.py", out, "shared", taught_folder().name, folder)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("claim", CLAIMS["replicas"])
+def test_one_engine_per_rank_follows_the_trainer(replicas, claim):
+    """Each claim is stated in refit_worker.py."""
+    assert replicas[claim] == ""
+
+
+@pytest.mark.parametrize("claim", CLAIMS["shared"])
+def test_one_engine_over_both_ranks_plays_alike_and_follows_the_trainer(shared, claim):
+    """Each claim is stated in refit_worker.py."""
+    assert shared[claim] == ""
+
+
+def test_every_claim_of_the_worker_is_looked_at(replicas, shared):
+    assert sorted(replicas) == sorted(CLAIMS["replicas"]) and sorted(shared) == sorted(CLAIMS["shared"])
