@@ -45,11 +45,11 @@ def answer_sets(
     kind = SAMPLE if num_samples else GREEDY
     answers: dict[str, list[Answer]] = {}
     for name, prompt_set in sets.items():
-        there = _there(known, name, kind, prompt_set, max(1, num_samples))
+        found = _known_answers(known, name, kind, prompt_set, max(1, num_samples))
         missing = [
             position
             for position in range(len(prompt_set))
-            if any((position, sample) not in there for sample in range(max(1, num_samples)))
+            if any((position, sample) not in found for sample in range(max(1, num_samples)))
         ]
         mine: list[Answer] = []
         is_interrupted = False
@@ -59,7 +59,7 @@ def answer_sets(
                 prompt_set.prompts(range(len(prompt_set)), engine_group.share(missing)),
                 num_samples=num_samples,
                 seed=seed,
-                skip=there.keys(),
+                skip=found.keys(),
                 should_stop=stop.should_stop,
             ):
                 mine.append(answer)
@@ -71,7 +71,7 @@ def answer_sets(
         stop.agree(is_interrupted)
         parts = all_gather_object(mine if log is not None else [], world)
         answers[name] = _in_order(
-            [*there.values(), *(answer for part in parts for answer in part)], prompt_set
+            [*found.values(), *(answer for part in parts for answer in part)], prompt_set
         )
     return answers
 
@@ -82,7 +82,7 @@ def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
     return sorted(answers, key=lambda answer: (places[answer.question_id], answer.sample_index))
 
 
-def _there(
+def _known_answers(
     known: Mapping[Key, Answer], name: str, kind: str, prompt_set: PromptSet, num_samples: int
 ) -> dict[tuple[int, int], Answer]:
     """Return the known answers to this set's questions by (position, sample)."""

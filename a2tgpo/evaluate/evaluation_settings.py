@@ -52,6 +52,6 @@ def evaluation_settings(
 def _fingerprint(questions: Sequence[Question]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for question in questions:
-        told = [question.id, question.question, question.answers, question.hops]
-        digest.update(json.dumps(told).encode())
+        content = [question.id, question.question, question.answers, question.hops]
+        digest.update(json.dumps(content).encode())
     return f"{len(questions)} ({digest.hexdigest()})"
