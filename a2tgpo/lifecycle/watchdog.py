@@ -160,7 +160,7 @@ class Watchdog:
         return self._paused[1] if self._paused[0] == place.number else 0.0
 
     def _left_s(self, place: Place) -> float | None:
-        """Return the rest of the place's deadline; None if it has none."""
+        """Return the seconds left before the deadline of `place`; None without a deadline."""
         _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None

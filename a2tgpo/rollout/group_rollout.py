@@ -162,8 +162,8 @@ class GroupRollout:
                 as in `play`.
 
         Returns:
-            The continued groups, whose trajectories grow while the second value, an iterator as that of `play`, is
-            exhausted.
+            The continued groups, and an iterator like that of `play`. The groups' trajectories grow while the caller
+            exhausts the iterator.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []

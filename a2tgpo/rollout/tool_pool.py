@@ -20,7 +20,7 @@ from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 WAIT_S = 1.0
 """Longest wait for an answer in one call of `ToolPool.results`; the caller has other work in between."""
 IDLE_S = 0.1
-"""Wait if every call is held, so that no thread can return an answer."""
+"""Length of a wait in which every call is held, so that no thread can return an answer."""
 
 
 class ToolFaultError(RuntimeError):
