@@ -9,8 +9,8 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN
 
 GRACE_S = 3.0
-"""If all ranks fail on the same mistake, the other ranks wait this long, so that rank 0 can report the mistake and the
-launcher can end them.
+"""If all ranks fail on the same mistake, the other ranks wait this long, so that rank 0 can report the mistake and
+the launcher can end them.
 """
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Ranks as named by torchrun, srun, Open MPI and MPICH: the launcher's names are valid even if joining failed."""
