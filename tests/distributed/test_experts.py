@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from test_update import finish, start
+from ranks import run_ranks
 
 CHECKS = {
     "ep2": ["transformers", "gradients", "scores", "updates", "nan_is_skipped", "resume"],
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("experts")
-    finish(start(4, Path(__file__).with_name("expert_worker.py"), str(folder)), 300)
+    run_ranks(4, "expert_worker.py", folder)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS_OF = {
     "gradients": "dp4 tp2 tp2_sequence pp2_vpp2 pp2 pp2_uneven cp2 tp2_cp2_sequence cp2_pp2_vpp2 tp2_pp2",
     "output_rows": "dp4 tp2 tp2_sequence pp2 cp2 tp2_cp2_sequence cp2_pp2_vpp2",
@@ -40,37 +36,10 @@ CHECKS = [f"{check}[{layout}]" for check, layouts in LAYOUTS_OF.items() for layo
 pytestmark = pytest.mark.distributed
 
 
-def start(num_ranks: int, script: Path, *arguments: str) -> subprocess.Popen:
-    launcher = (
-        [sys.executable]
-        if num_ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    )
-    outside = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return subprocess.Popen(
-        [*launcher, str(script), *arguments],
-        env={key: value for key, value in os.environ.items() if key not in outside},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen, timeout_s: float) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        output, _ = process.communicate()
-        raise AssertionError(f"still running after {timeout_s} s:\n{output[-3000:]}") from None
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("update")
-    finish(start(4, Path(__file__).with_name("update_worker.py"), str(folder)), 300)
+    run_ranks(4, "update_worker.py", folder)
     return json.loads((folder / "results.json").read_text())
 
 

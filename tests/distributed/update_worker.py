@@ -2,19 +2,16 @@
 
     torchrun --nproc-per-node 4 update_worker.py FOLDER
 
-A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault. Every rank runs every
-check to its end or to its fault; a rank that is left waiting in a collective is freed by the time-out.
+A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +30,7 @@ from checkpoint_checks import (
     check_retention,
     check_values_of_another_layout,
 )
+from claims import Claims
 from layout_checks import (
     check_correction,
     check_gradients,
@@ -56,7 +54,7 @@ from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
-from a2tgpo.parallel.collectives import all_gather_object, broadcast_object
+from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run.checkpoints import RunCheckpoints
@@ -259,36 +257,20 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
 
 def run_checks(folder: Path, checks_by_layout: dict[str, Any], *, experts: int = 0) -> None:
     """All checks on a model in FOLDER/model, results to FOLDER/results.json."""
-    start = time.perf_counter()
-    trajectories, results = make_trajectories(), {}
+    trajectories, claims = make_trajectories(), Claims()
     rank = initialize(ParallelConfig(timeout_s=60), seed=3).rank
     if rank == 0:
         make_model(folder / "model", experts=experts)
     leave()
     reference = make_reference(folder / "model", trajectories)
-    for name, checks in checks_by_layout.items():
-        bench = Bench(folder, name, trajectories, reference)
+    for layout, checks in checks_by_layout.items():
+        bench = Bench(folder, layout, trajectories, reference)
         for check in checks:
-            key = f"{check.__name__.removeprefix('check_')}[{name}]"
-            results[key] = run_check(check, bench)
-            if rank == 0:
-                print(f"{time.perf_counter() - start:6.1f}s {key} {results[key] or 'ok'}", flush=True)
+            claims.check(f"{check.__name__.removeprefix('check_')}[{layout}]", check, bench)
+        claims.save(folder / "results.json")
         del bench  # with its groups, of which each keeps a thread that wakes a hundred times a second
         gc.collect()
         leave()
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-
-
-def run_check(check: Callable[[Bench], None], bench: Bench) -> str:
-    """Empty where the check holds on every rank, else what the first failing rank says."""
-    try:
-        check(bench)
-        fault = ""
-    except Exception as error:
-        fault = f"rank {bench.groups.rank}: {type(error).__name__}: {error}"
-    assert dist.group.WORLD is not None
-    return next(filter(None, all_gather_object(fault, dist.group.WORLD)), "")
 
 
 def leave() -> None:
