@@ -189,7 +189,7 @@ def play(
 
     engine_group = player.engine_group
     total = sum(map(len, sets.values())) * (1 + num_samples)
-    log = AnswerLog(partial, replica=engine_group.index) if engine_group.is_leader else None
+    log = AnswerLog(partial, engine=engine_group.index) if engine_group.is_leader else None
     found: list[Answers] = []
     with tqdm(
         total=total, initial=min(len(known), total), unit="answer", disable=dist.get_rank() != 0

@@ -43,7 +43,7 @@ _DIGEST_BYTES = 32
 
 
 class RankShare(msgspec.Struct, frozen=True):
-    """One rank's own part of a replica's step."""
+    """One rank's own part of an engine's step."""
 
     key: str
     """Step, weights and configuration, see `RolloutBank`; the weights are this rank's own shard."""
@@ -51,12 +51,12 @@ class RankShare(msgspec.Struct, frozen=True):
 
 
 class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
-    """The rollout of a step by one replica."""
+    """The rollout of a step by one engine."""
 
     attempt: str
     """Identifies the attempt at the step, equal on all ranks; another attempt may train on other groups."""
     ranks: list[RankShare]
-    """One share per rank of the replica, in rank order."""
+    """One share per rank of the engine, in rank order."""
     trajectories: list[Trajectory]
     sampler: dict[str, Any]
     carried: Carried

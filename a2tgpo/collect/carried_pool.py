@@ -141,7 +141,7 @@ def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
     for number, path in enumerate(files):
         try:
             groups = decode_records(_content(path), list[CarriedGroup])
-        except (msgspec.DecodeError, RecursionError, LookupError, TypeError) as error:
+        except (msgspec.DecodeError, RecursionError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} was not written by this program") from error
         held += [Held(engine=number, group=group) for group in groups]
     held.sort(key=lambda item: item.group.key)

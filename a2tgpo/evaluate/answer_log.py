@@ -30,15 +30,15 @@ Key = tuple[str, str, str, int]
 
 
 class AnswerLog:
-    """Appends the answers of one replica.
+    """Appends the answers of one engine.
 
     Args:
         folder: of the log; must exist.
-        replica: index of this engine.
+        engine: index of the engine.
     """
 
-    def __init__(self, folder: Path, *, replica: int):
-        self._path = folder / f"replica_{replica}.jsonl"
+    def __init__(self, folder: Path, *, engine: int):
+        self._path = folder / f"replica_{engine}.jsonl"
         with naming(self._path):
             self._stream = open(self._path, "ab+")  # noqa: SIM115 (closed by `close`)
             if self._stream.tell():

@@ -1,4 +1,4 @@
-"""Counts of one rollout call, as plain sums on this rank."""
+"""Counts of a step's rollouts, as plain sums on this rank."""
 
 from __future__ import annotations
 

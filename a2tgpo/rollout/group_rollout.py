@@ -123,8 +123,8 @@ class GroupRollout:
             As `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a heartbeat.
 
         Raises:
-            ConfigError: if a prompt leaves no room for one token.
-            RuntimeError: if the engine failed, or a tool has a bug or hangs too often.
+            ConfigError: by the call; a prompt leaves no room for one token.
+            RuntimeError: by the iterator; the engine failed, or a tool has a bug or hangs too often.
         """
         live = [
             _live(group, _start(group.prompt, sample))

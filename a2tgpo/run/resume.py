@@ -113,7 +113,7 @@ def follow_settings(
     which read the same groups.
 
     Args:
-        held: the carried groups of all replicas.
+        held: the carried groups of all engines.
         prompts: the training questions.
         changed: keys of settings, see `changed_settings`.
 

@@ -22,7 +22,7 @@ def answer(question_id, sample=0):
 
 
 def write(folder, replica, *entries):
-    log = AnswerLog(folder, replica=replica)
+    log = AnswerLog(folder, engine=replica)
     for kind, member in entries:
         log.append("nq", kind, member)
     log.close()
@@ -54,7 +54,7 @@ def test_half_a_line_is_dropped_and_what_follows_is_read(tmp_path, num_bytes):
 
 def test_answers_are_on_disk_before_the_log_is_closed(tmp_path):
     open_log(tmp_path, {})
-    log = AnswerLog(tmp_path, replica=0)
+    log = AnswerLog(tmp_path, engine=0)
     log.append("nq", GREEDY, answer("a"))
     assert len(open_log(tmp_path, {})) == 1
     log.close()
