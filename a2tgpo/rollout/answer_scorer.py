@@ -48,11 +48,9 @@ class AnswerScorer:
         The context is the prompt and the first `num_turns` turns, all of them process turns.
         """
         score = AnswerScore(aliases=[None] * len(aliases))
-        self._counts.scored_contexts += 1
         context = trajectory.tokens[: trajectory.context_lengths[num_turns]]
         prefix = [*context, *self._answers.scaffold(trajectory, num_turns)]
         if not aliases or len(prefix) + max(map(len, aliases)) >= self._engine.max_model_len:
-            self._counts.missing_scores += 1
             return score if aliases else AnswerScore(aliases=[None])
         for index, alias in enumerate(aliases):
             request_id = f"score-{self._num_submitted}"

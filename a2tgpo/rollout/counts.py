@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 class RolloutCounts:
     """Sums over the trajectories of this engine; add them over the engines for the step."""
 
-    trajectories: int = 0
-    turns: int = 0
     tool_calls: int = 0
     """Calls made, including failed ones."""
     failed_calls: int = 0
@@ -25,10 +23,6 @@ class RolloutCounts:
     """Context tokens of later turns that the engine had computed before."""
     cached_prefix_tokens: int = 0
     """Known prefix tokens found in the prefix cache; the others were computed again."""
-    scored_contexts: int = 0
-    """Contexts (prompts and process turns) in which the gold answer was to be scored."""
-    missing_scores: int = 0
-    """Contexts without room for the answer, hence without a gain."""
     scored_tokens: int = 0
     """Answer tokens scored, over all aliases."""
     score_prompt_tokens: int = 0
@@ -41,4 +35,3 @@ class RolloutCounts:
     """Time in which a tool's service answered none of this engine's calls, seconds."""
     tool_counts: Counter[str] = field(default_factory=Counter)
     """See `Toolset.take_counts`."""
-    stop_reasons: Counter[str] = field(default_factory=Counter)

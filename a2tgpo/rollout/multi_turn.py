@@ -325,13 +325,9 @@ class MultiTurnLoop:
         return min(response_room, model_room), "length" if response_room <= model_room else "context"
 
     def _end(self, live: LiveTrajectory, reason: str) -> None:
-        trajectory = live.trajectory
-        trajectory.stop_reason = reason
-        self._counts.trajectories += 1
-        self._counts.stop_reasons[reason] += 1
+        live.trajectory.stop_reason = reason
         self._count_turns(live)
         self._ended.append(live)
 
     def _count_turns(self, live: LiveTrajectory) -> None:
-        self._counts.turns += len(live.new_turns)
         self._counts.sampled_tokens += sum(len(turn.tokens) for turn in live.new_turns)

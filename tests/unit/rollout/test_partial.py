@@ -155,13 +155,12 @@ def test_without_a_budget_it_is_the_rollout_of_a_whole_step(rollout, begin, prom
         assert_alike(as_dicts(members(played)), as_dicts(expected))
         assert {turn.version for trajectory in members(played) for turn in trajectory.turns} == {4}
         assert counted.sampled_tokens == counts.sampled_tokens
-        assert counted.stop_reasons == counts.stop_reasons
 
 
 @pytest.mark.parametrize("budget", [1, 10, 20])
 def test_no_turn_begins_once_the_budget_is_used_up(rollout, begin, budget):
     groups = begin(*range(6))
-    (played, counts) = run_on(rollout, groups, budgets=[budget] * 6, version=0)
+    played, _ = run_on(rollout, groups, budgets=[budget] * 6, version=0)
     assert any(not trajectory.stop_reason for trajectory in members(played)), "none was cut"
     for trajectory in members(played):
         assert sum(len(turn.tokens) for turn in trajectory.turns[:-1]) < budget
@@ -170,7 +169,6 @@ def test_no_turn_begins_once_the_budget_is_used_up(rollout, begin, budget):
             assert trajectory.turns[-1].query is not None and trajectory.turns[-1].observation_tokens
             assert trajectory.baseline_prob is None and trajectory.turns[-1].info_gain is None
     assert groups == begin(*range(6)), "what was handed in has changed"
-    assert counts.trajectories == sum(bool(t.stop_reason) for t in members(played))
 
 
 def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
@@ -183,8 +181,6 @@ def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
     assert sum(counts.sampled_tokens for counts in counted) == sum(
         t.num_sampled_tokens for t in members(whole)
     )
-    assert sum(counts.turns for counts in counted) == sum(len(t.turns) for t in members(whole))
-    assert sum(counts.trajectories for counts in counted) == len(members(whole))
 
 
 def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights(
