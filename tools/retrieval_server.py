@@ -217,7 +217,7 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the clients' address of `bound`, with the machine's name if it listens on all addresses."""
+    """Return the URL at which clients reach `bound`, with the machine's name if `bound` listens on all addresses."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = platform.node()

@@ -32,7 +32,10 @@ class SavedModel:
 
     @property
     def identity(self) -> str:
-        """The folder with a digest that changes when other weights are written to it; does not read the weights."""
+        """The folder's path and a digest that changes when other weights are written to the folder.
+
+        The digest is computed without reading the weights.
+        """
         digest = hashlib.blake2b(digest_size=8)
         if not self.is_hf:
             digest.update((self.path / MARKER).read_bytes())

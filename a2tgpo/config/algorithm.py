@@ -37,9 +37,9 @@ class AlgorithmConfig:
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """One importance ratio for each turn (Eq. 10), sequence or token."""
     clip_low: float = 3e-3
-    """epsilon_low: the ratio is clipped at 1 - c * clip_low."""
+    """The paper's epsilon_low: the ratio is clipped from below at 1 - c * clip_low, with c as in clip_beta."""
     clip_high: float = 4e-3
-    """epsilon_high: the ratio is clipped at 1 + c * clip_high."""
+    """The paper's epsilon_high: the ratio is clipped from above at 1 + c * clip_high."""
     clip_beta: float = 0.3
     """beta of the adaptive clip c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11), in [0, 1); 0: fixed clip."""
     dual_clip: float = 0.0

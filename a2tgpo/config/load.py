@@ -194,7 +194,8 @@ def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 def _flatten(mapping: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of all settings in a file's sections, unchecked."""
     for name, value in mapping.items():
-        key = f"{prefix}{name!r}" if "." in str(name) else f"{prefix}{name}"  # only sections make dotted keys
+        # A name with a dot is quoted, so that it is not taken for a key inside a section.
+        key = f"{prefix}{name!r}" if "." in str(name) else f"{prefix}{name}"
         if key in _SECTIONS and isinstance(value, dict):
             yield from _flatten(value, f"{key}.")
         elif key not in _SECTIONS or value is not None:

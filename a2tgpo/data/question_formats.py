@@ -159,7 +159,7 @@ def _annotated_nq(where: str, record: dict) -> Item:
 
 
 def _nq_tokens(where: str, record: dict) -> list[str]:
-    """Return the document's tokens, with HTML tags as empty texts if the format marks them.
+    """Return the document's tokens; where the format says which tokens are HTML tags, a tag becomes an empty text.
 
     The simplified format has `document_text`, separated by spaces; the full format has `document_tokens`, a list of
     objects.

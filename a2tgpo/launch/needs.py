@@ -99,7 +99,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 
 def read_model(config: RunConfig) -> ModelDimensions | None:
-    """Return the model's sizes; None if it cannot be read, which is reported when it is loaded."""
+    """Return the model's sizes, or None if the model cannot be read; loading the model later reports the error."""
     try:
         return read_dimensions(config.model.path)
     except (ConfigError, OSError):

@@ -273,7 +273,8 @@ def _plan_on_gpus(config: RunConfig, world_size: int) -> Plan | None:
     """Return the plan of `config` on the visible GPUs; None without a GPU.
 
     Raises:
-        ConfigError: one line; the layout is impossible. Without a GPU, this is found when the ranks are laid out.
+        ConfigError: one line; the layout is impossible. Without a GPU the layout is checked later, when the ranks are
+            laid out.
     """
     import torch
 

@@ -87,7 +87,7 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 
 
 def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
-    """Return segment ids [n] and their number; a level (token | turn | sequence) shares one value per segment.
+    """Return each token's segment id [n] and the number of segments; one segment is a token, turn or sequence.
 
     At token level every token is its own segment: None, 0.
     """

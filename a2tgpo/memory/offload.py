@@ -16,7 +16,7 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Size of the pages of host memory: torch rounds page-locked memory up to a power of two."""
+"""Host memory is allocated in pieces of this size, a power of two: torch rounds page-locked allocations up to one."""
 
 
 class MovablePart:

@@ -87,7 +87,7 @@ class MemoryPhases:
         self._check()
 
     def enter(self, phase: str) -> None:
-        """Move everything to where `phase` needs it; do nothing within the same phase.
+        """Move everything to where `phase` needs it; if `phase` is already the current one, do nothing.
 
         Raises:
             RuntimeError: one line; `phase` cannot follow the current one, or a part is not where the table says.

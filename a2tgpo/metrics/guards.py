@@ -36,7 +36,7 @@ class Alarm:
     """Setting of the limit, which 0 turns off; empty: the alarm cannot be turned off."""
     threshold: float
     limit: Callable[[float], float]
-    """Computes the limit from the baseline; an alarm that is not `on_change` ignores the baseline."""
+    """Takes the baseline and returns the limit, which depends on the baseline only if `on_change`."""
     is_floor: bool = False
     """Whether the limit is a lower bound instead of an upper bound."""
     on_change: bool = False

@@ -39,8 +39,8 @@ def suggest(
     """Return plans with LEAST_HEADROOM in every phase, sorted by predicted step time; the best for each pair of
     trainer and engine layout.
 
-    Varies parallel.* except parallel.context, model.recompute, rollout.tensor_parallel and
-    update.max_microbatch_tokens. Chooses the engine's share and cache for each layout, and gives all stages equal
+    Varies model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens, and all of parallel.* but
+    parallel.context. Chooses the engine's share and cache for each layout, and gives all stages equal
     shares of the layers. All other settings are those of `config`.
     """
     best: dict[tuple, Plan] = {}

@@ -117,7 +117,7 @@ def trainer_memory(
 def memory_phases(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
 ) -> list[Phase]:
-    """Return the phases of a step in order, each for the rank that it fills most."""
+    """Return the phases of a step in order, each with the numbers of the rank where its peak is highest."""
     engine = engine_memory(config, dimensions, gpu)
     by_stage = [
         _phases_of_stage(config, dimensions, gpu, geometry, engine, assumed, stage)

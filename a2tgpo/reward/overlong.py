@@ -8,7 +8,7 @@ def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, pe
     beyond.
 
     Args:
-        num_tokens: length of the response, sampled and observation tokens, as limited by `max_tokens`.
+        num_tokens: the response's sampled and observation tokens, counted as for `max_tokens`.
         max_tokens: `rollout.max_response_tokens`.
         buffer_tokens: L_cache; 0: no penalty at any length.
         penalty: for a response of full length, >= 0; 1 in the paper.

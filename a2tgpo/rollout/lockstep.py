@@ -36,7 +36,7 @@ class Decision:
     number: int
     """The engine's pass, from 1."""
     kind: str
-    """scheduled | took from the cache | sampled | freed"""
+    """What the scheduler did with the requests: scheduled | took from the cache | sampled | freed."""
     names: list[str]
     """Ids of the requests."""
     values: list[Any]

@@ -38,8 +38,8 @@ def compute_old_logprobs(
 ) -> tuple[list[Minibatch], MetricSums]:
     """Return the mini-batches with `old_logprobs`: the trainer's log-probs under the policy that played.
 
-    Every rank must call this. A single mini-batch is left to `update_policy`: no update precedes its training pass,
-    which computes the same log-probs.
+    Every rank must call this. A single mini-batch is returned unchanged: no update precedes its training pass, so
+    `update_policy` takes the log-probs from that pass.
 
     The metrics are the entropy; the likelihood of the sampled tokens (`likelihood/correct`: in trajectories whose
     answer matches; omitted in steps without any); and the gap between the trainer's log-probs and the engine's:

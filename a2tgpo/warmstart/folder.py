@@ -73,7 +73,7 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load a checkpoint, or the newest whole one before it; return the state that was saved with it."""
+        """Load the checkpoint, or the newest undamaged one before it if it is damaged; return the state of that one."""
         try:
             _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:

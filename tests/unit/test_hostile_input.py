@@ -214,4 +214,4 @@ def test_a_checkpoint_cannot_name_files_elsewhere(tmp_path, name):
     from a2tgpo.checkpoint.folder import MARKER, _fault_of
 
     (tmp_path / MARKER).write_text(json.dumps({"files": {name: [1, 1]}}))
-    assert "elsewhere" in _fault_of(tmp_path)
+    assert "outside the folder" in _fault_of(tmp_path)

@@ -218,7 +218,7 @@ def fault_line(result: RunResult) -> str:
 
 
 def figure_text(figures: Mapping[str, str]) -> str:
-    """Format pictures with captions, given by file name."""
+    """Return Markdown that shows each picture above its caption; `figures` maps file names to captions."""
     return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
 
 

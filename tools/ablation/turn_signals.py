@@ -150,8 +150,8 @@ def drifts(rows: Sequence[Mapping]) -> list[dict]:
         rows: from `distributions` by turn.
 
     Returns:
-        For every signal, the `turns` with enough values, and its `drift`: the largest minus the smallest mean over
-        these turns (None for fewer than two turns).
+        For every signal, the `turns` with enough values, and its `drift`: the largest of these turns' means minus
+        the smallest (None for fewer than two turns).
     """
     found = []
     for name in dict.fromkeys(row["signal"] for row in rows):

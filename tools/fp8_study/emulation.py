@@ -116,7 +116,7 @@ class EmulatedLinear(nn.Module):
 
 @contextmanager
 def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Replace all linear layers of `decoder` by `EmulatedLinear` within the block; the LM head keeps its
+    """Replace all linear layers of `decoder` by `EmulatedLinear` inside the `with` statement; the LM head keeps its
     precision.
     """
     replaced = [

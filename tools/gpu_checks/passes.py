@@ -98,7 +98,7 @@ def logprobs_and_gradients(
         return logprobs[sampled].mean() / groups.dp_size, {}
 
     compute_gradients(policy, [batch], mean_logprob)
-    with torch.no_grad():  # maps gradients to Hugging Face's names like weights
+    with torch.no_grad():  # so that the iterator below yields gradients
         for parameter in policy.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
     gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}

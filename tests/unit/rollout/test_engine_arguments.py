@@ -49,7 +49,9 @@ def test_the_key_and_not_vllms_default_decides_on_asynchronous_scheduling(
 
 
 def test_asynchronous_scheduling_without_a_gpu_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"rollout.async_scheduling is True; allowed: false where no GPU"):
+    with pytest.raises(
+        ConfigError, match=r"rollout.async_scheduling is True; allowed: false without a visible GPU"
+    ):
         engine_arguments.engine_arguments(
             str(tmp_path),
             SimpleNamespace(),

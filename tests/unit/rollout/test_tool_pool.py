@@ -202,7 +202,8 @@ def test_so_many_hanging_calls_end_the_run_and_those_that_return_make_room(pool_
     tool.await_begin("one more")
     clock.now += DEADLINE_S
     with pytest.raises(
-        ToolFaultError, match=rf"^{most + 1} tool calls, the last of tool, have run for more than 10 s"
+        ToolFaultError,
+        match=rf"^{most + 1} tool calls, the latest of tool, have been running for more than 10 s",
     ):
         pool.results(wait=True)
 

@@ -103,7 +103,7 @@ def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_settings
     }
 
 
-def test_the_settings_in_a_checkpoint_of_an_earlier_version_are_compared_by_their_new_names() -> None:
+def test_settings_of_an_earlier_checkpoint_are_compared_by_their_new_names() -> None:
     config = load_config(QUICKSTART, ["tools.max_part_tokens=7"])
     saved = {"search.max_passage_tokens": 96, "tools.names": "search", "search.timeout_s": 30.0}
     assert changed_settings({"settings": saved}, config) == {"tools.max_part_tokens": (96, 7)}
