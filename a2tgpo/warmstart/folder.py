@@ -73,7 +73,7 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load the checkpoint, or the newest undamaged one before it if it is damaged; return the state of that one."""
+        """Load the checkpoint; if it is damaged, load the newest undamaged one before it. Return the loaded state."""
         try:
             _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
