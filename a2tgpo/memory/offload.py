@@ -1,8 +1,8 @@
 """Offloading: tensors leave the GPU and come back in place, equal to the bit.
 
-Offloading empties and refills storages but keeps the tensors, so every view of a storage stays valid: parameters and
-gradients are views of Megatron's buffers, and so are the optimizer's shards. On a CPU, where both memories are the
-same, storages are still emptied and refilled.
+Offloading frees the memory of a storage but keeps the tensors that use it, so every view of the storage stays
+valid. This matters because parameters, gradients and the optimizer's shards are views of Megatron's buffers. On
+a CPU, host memory and device memory are the same, but storages are emptied and refilled in the same way.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Host memory is allocated in pieces of this size, a power of two: torch rounds page-locked allocations up to one."""
+"""Host memory is allocated in pieces of this size. The size is a power of two because torch rounds every
+page-locked allocation up to a power of two.
+"""
 
 
 class MovablePart:
-    """Tensors that are all on the GPU or all off it.
+    """A set of tensors that are either all on the GPU or all off the GPU.
 
     Between `leave` and `come_back` the tensors have no memory and must not be used.
 
     Args:
-        tensors: returns the current tensors; they may share storages, and be replaced between two calls.
-        keeps_values: False: nothing is copied, and the tensors come back as zeros.
+        tensors: a function that returns the current tensors. They may share storages. A later call may return
+            other tensors.
+        keeps_values: whether the values are copied to the host and back. If False, the tensors come back as zeros.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], *, keeps_values: bool = True) -> None:
         self._tensors = tensors
         self._keeps_values = keeps_values
-        self._away: dict[int, int] = {}  # storage -> its bytes
+        self._away: dict[int, int] = {}  # address of each storage that has left -> its number of bytes
         self._host: _HostPages | None = None
 
     def bytes_on_card(self) -> int:
         return sum(storage.nbytes() for storage in self._storages())
 
     def is_resident(self) -> bool:
-        """Whether all storages are on the GPU."""
+        """Return whether all storages are on the GPU."""
         return all(storage.nbytes() > 0 for storage in self._storages())
 
     def is_away(self) -> bool:
-        """Whether no storage is on the GPU."""
+        """Return whether all storages are off the GPU."""
         return self.bytes_on_card() == 0
 
     def leave(self) -> int:
@@ -83,7 +86,7 @@ class MovablePart:
         if is_gpu:
             torch.cuda.synchronize()
         elif not to_host:
-            self._host = None  # keep only page-locked memory, which is slow to allocate
+            self._host = None  # only page-locked memory is worth keeping, because it is slow to allocate
         return total
 
     def _storages(self) -> list[UntypedStorage]:
@@ -103,7 +106,10 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pieces of `on_card` [bytes], each with its place in the host's pages from byte `start` on."""
+        """Split `on_card` [bytes] where the host's pages end, and yield each piece with its place in a page.
+
+        The first piece has its place at byte `start` of all pages together.
+        """
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)
@@ -121,7 +127,7 @@ def weight_tensors(policy: Policy) -> list[Tensor]:
 
 
 def gradient_tensors(policy: Policy) -> list[Tensor]:
-    """Return Megatron's gradient buffers; none for a model that is not trained."""
+    """Return Megatron's gradient buffers, or an empty list for a model that is not trained."""
     wrapped = policy.wrapped_chunks
     return [
         buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
@@ -129,7 +135,7 @@ def gradient_tensors(policy: Policy) -> list[Tensor]:
 
 
 def optimizer_tensors(policy: Policy, optimizer: Any) -> list[Tensor]:
-    """Return Adam's moments, and the float32 weights where they are not the model's own."""
+    """Return Adam's moments, and the optimizer's float32 weights unless the model itself stores them."""
     of_model = {tensor.untyped_storage()._cdata for tensor in weight_tensors(policy)}
     adams = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
     stepped = [tensor.data for adam in adams for group in adam.param_groups for tensor in group["params"]]

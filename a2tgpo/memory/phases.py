@@ -1,17 +1,20 @@
 """GPU memory by phase: trainer and engine make room for each other according to the table in `memory/residency.py`.
 
-A change of phase has a fixed order. First the parts that the next phase does not need leave: gradients, optimizer,
-reference, weights, then the engine. Then the allocator's cache is emptied, and the needed parts come back. Before and
-after, a check of the tensors' storages and the engine's allocations verifies that every part is where the table
-says. Metrics at every change, for the new phase, from the rank with the largest value:
+Every change of phase has the same order. First, the parts that the next phase does not need leave the GPU:
+gradients, then optimizer, reference, weights, and the engine last. Then torch's allocator frees its cache. Then
+the parts that the next phase needs come back. Before and after each change, the tensors' storages and the
+engine's allocations are checked, and an error is raised if a part is not where the table says.
+
+Every change adds these metrics for the new phase. Each metric is the largest value over all ranks:
 
     memory/PHASE_trainer_gib    trainer state on the GPU
     memory/PHASE_used_gib       all memory in use on the GPU; without a GPU, resident memory of the process
-    memory/PHASE_allocated_gib  held by torch's tensors; GPUs only
-    memory/PHASE_reserved_gib   the same plus the cache of torch's allocator; GPUs only
-    memory/PHASE_peak_gib       most memory held by torch's tensors in the phase that ends; GPUs only
+    memory/PHASE_allocated_gib  memory of torch's tensors; only with a GPU
+    memory/PHASE_reserved_gib   memory of torch's tensors plus the cache of torch's allocator; only with a GPU
+    memory/PHASE_peak_gib       most memory of torch's tensors, when the phase ends; only with a GPU
 
-Metrics per step, as the mean over ranks: `memory/moved_gib` (to and from the host) and `memory/move_s`.
+Two metrics are means over ranks for the whole step: `memory/moved_gib` is the data copied to and from the host,
+and `memory/move_s` is the time of all changes.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""The engine's names of its parts, in the order in which they wake."""
+"""The table's name of each engine part -> the engine's own name, in the order in which the parts wake."""
 
 
 class Engine(Protocol):
-    """The engine's methods that the phases call; `VllmEngine` has them."""
+    """The methods of an engine that the phases call; `VllmEngine` has all of them."""
 
     def sleep(self) -> None: ...
 
@@ -52,14 +55,16 @@ EngineType = TypeVar("EngineType", bound=Engine)
 
 
 class MemoryPhases:
-    """Move a rank's state from phase to phase, beginning with `build`; every rank must make the same calls.
+    """Move a rank's state to where each phase needs it. The first phase is `build`.
+
+    Every rank must make the same calls.
 
     Args:
-        policy: entirely on the GPU, like optimizer and reference.
-        optimizer: None: nothing is trained.
-        reference: None: the run has no reference.
-        engine: asleep; None: the run has no engine, or `build_engine` builds it later.
-        offload: `update.offload`.
+        policy: the policy. At construction, the policy, the optimizer and the reference are entirely on the GPU.
+        optimizer: None if nothing is trained.
+        reference: None if the run has no reference.
+        engine: an engine that is asleep. None if the run has no engine, or if `build_engine` builds the engine later.
+        offload: the setting `update.offload`.
     """
 
     def __init__(
@@ -87,10 +92,11 @@ class MemoryPhases:
         self._check()
 
     def enter(self, phase: str) -> None:
-        """Move everything to where `phase` needs it; if `phase` is already the current one, do nothing.
+        """Move every part to where `phase` needs it. If `phase` is already the current phase, move nothing.
 
         Raises:
-            RuntimeError: one line; `phase` cannot follow the current one, or a part is not where the table says.
+            RuntimeError: if `phase` cannot follow the current phase, or if a part is not where the table says.
+                The message is one line.
         """
         self._check()
         if phase == self.phase:
@@ -107,7 +113,7 @@ class MemoryPhases:
         self._record(moved, time.perf_counter() - start)
 
     def build_engine(self, build: Callable[[], EngineType]) -> EngineType:
-        """Free the trainer's GPU memory, then return the engine that `build` creates, awake."""
+        """Free the trainer's GPU memory, then call `build` and return the engine that it creates, which is awake."""
         assert self._engine is None and self.phase == "build", "one engine, before anything else"
         self._free(self._wanted("start"))
         self._engine = engine = build()
@@ -116,10 +122,10 @@ class MemoryPhases:
         return engine
 
     def take_metrics(self) -> MetricSums:
-        """Return the metrics of the changes since the last call, to be reduced over the world."""
+        """Return the metrics of all changes since the last call. The caller must reduce them over the world."""
         taken, self._metrics = self._metrics, MetricSums()
         for name in (_MOVED, _SECONDS):
-            taken.add(name, 0.0, 1)  # one sample per rank, over all its changes
+            taken.add(name, 0.0, 1)  # each rank counts as one sample, however many changes it made
         return taken
 
     def _wanted(self, phase: str) -> frozenset[str]:
@@ -151,7 +157,7 @@ class MemoryPhases:
         ):
             engine.sleep()
         if ON_GPU:
-            # The engine does not allocate through torch's allocator, which would keep freed memory.
+            # The engine has an allocator of its own and cannot use memory that torch's allocator keeps in its cache.
             torch.cuda.empty_cache()
         return moved
 
@@ -194,9 +200,9 @@ class MemoryPhases:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Return the bytes in use on the GPU, and how many of them torch's allocator holds.
+    """Return the bytes in use on the GPU, the bytes of torch's tensors, and the bytes that torch's allocator holds.
 
-    Without a GPU, return the resident memory of this process.
+    Without a GPU, return only the resident memory of this process.
     """
     if not ON_GPU:
         return {"used": resident_bytes()}

@@ -1,15 +1,15 @@
-"""What is on the GPU in each phase of a run: one table, used both by the run and by the estimates of `plan/`.
+"""The table of what is on the GPU in each phase; both the run and the estimates of `plan/` use this table.
 
-    build       trainer being built; engine absent or asleep
-    start       engine being built
-    bank        look up this step in the rollout bank; needs the weights, to fingerprint them
+    build       the trainer is built; the engine does not exist yet or is asleep
+    start       the engine is built
+    bank        the rollout bank is searched for this step, which requires a fingerprint of the weights
     refit       the engine gets the weights; the trainer scores the probe
     rollout     the engine plays training and held-out questions
-    score       log-probs by the trainer and by the reference
-    update      forward, backward, optimizer step
+    score       the trainer and the reference compute log-probs
+    update      the trainer runs forward and backward passes and the optimizer step
     checkpoint  model and optimizer are copied to host memory, or loaded
 
-A sleeping engine has lost its weights. The refit brings new weights, and only a rollout can follow a refit.
+A sleeping engine has lost its weights, so the next refit brings new weights. Only a rollout can follow a refit.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PHASES = tuple(_RESIDENT)
 
 
 def resident(phase: str, *, offload: bool) -> frozenset[str]:
-    """Return the parts, of `TRAINER` and `ENGINE`, that are on the GPU in `phase`.
+    """Return which of the parts in `TRAINER` and `ENGINE` are on the GPU in `phase`.
 
     Args:
-        offload: `update.offload`; without it, the whole trainer stays on the GPU in all phases.
+        offload: the setting `update.offload`. If it is False, the whole trainer stays on the GPU in all phases.
     """
     return frozenset(_RESIDENT[phase] if offload else (*_RESIDENT[phase], *TRAINER))

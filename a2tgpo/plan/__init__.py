@@ -1,1 +1,1 @@
-"""What a configuration needs of memory and time on a given cluster: arithmetic only, no torch, no GPU."""
+"""Predict how much memory and time a configuration needs on a given cluster, without torch and without a GPU."""

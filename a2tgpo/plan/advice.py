@@ -14,7 +14,7 @@ from a2tgpo.plan.rollout_time import rollout_time_with_room
 
 
 def faults(plan: Plan) -> list[str]:
-    """Return one line, with a remedy, for each phase that does not fit; empty if all fit."""
+    """Return one line, with a remedy, for each reason why the plan does not fit. The list is empty if it fits."""
     lines = []
     for phase in plan.phases:
         if not phase.fits:
@@ -37,8 +37,9 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """Return the cost of a cache too small for the trajectories in flight, with a remedy; empty if it is large
-    enough.
+    """Return what a cache that is too small for the trajectories in flight costs, and a remedy.
+
+    Return an empty text if the cache is large enough.
     """
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
@@ -53,7 +54,7 @@ def cache_shortage(plan: Plan) -> str:
 
 
 def host_needs(memory: HostMemory) -> str:
-    """Describe how much host memory the ranks take, and for what."""
+    """Describe how much host memory the ranks need, and what they need it for."""
     return (
         f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
         f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, {memory.processes / GIB:.0f} for "
@@ -62,14 +63,17 @@ def host_needs(memory: HostMemory) -> str:
 
 
 def host_change(config: RunConfig) -> str:
-    """Return settings that reduce a node's host memory."""
+    """Return the settings to change so that the ranks of a node need less host memory."""
     offload = "set update.offload=false, " if config.update.offload else ""
     shard = "" if config.update.distributed_optimizer else "set update.distributed_optimizer=true, "
     return f"{offload}{shard}raise parallel.tensor, or use more nodes"
 
 
 def _change(plan: Plan, phase_name: str) -> str:
-    """Return the first change that makes the whole plan fit, else the first that makes this phase fit."""
+    """Return the first setting that makes the whole plan fit.
+
+    If no setting does, return the first one that makes the phase `phase_name` fit.
+    """
     mends_phase = None
     for settings, config in _changes(plan.given_config, has_experts=bool(plan.dimensions.experts)):
         try:
@@ -81,7 +85,7 @@ def _change(plan: Plan, phase_name: str) -> str:
                 workload=plan.workload,
                 assumed=plan.assumed,
             )
-        except ConfigError:  # a layout that divides neither the model nor the GPUs
+        except ConfigError:  # the changed layout does not divide the model or the GPUs
             continue
         if changed.fits:
             return f"set {settings}"
@@ -92,7 +96,7 @@ def _change(plan: Plan, phase_name: str) -> str:
 
 
 def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, RunConfig]]:
-    """Yield settings to try, cheapest first, each with the changed configuration."""
+    """Yield each setting to try as text, with the changed configuration. The cheapest settings come first."""
     rollout, parallel = config.rollout, config.parallel
     if not config.update.offload:
         update = dataclasses.replace(config.update, offload=True)
@@ -103,7 +107,7 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    # If the plan chose the engine's share, no other share is better.
+    # If the plan itself chose the engine's share, no other share can be better.
     candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
     below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
     above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]

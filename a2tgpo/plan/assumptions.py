@@ -1,7 +1,7 @@
-"""Assumptions of a plan: round figures that were not fitted to data. `plan.published` shows the resulting error of
-the time model.
+"""Assumptions of a plan. They are round figures that were not fitted to data.
 
-Measurements on a GPU can replace most of them (`plan.measured`).
+`plan.published` shows how far the time model is from published times. `plan.measured` can replace most
+assumptions with measurements on a GPU.
 """
 
 from __future__ import annotations
@@ -12,39 +12,46 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     compute_utilisation: float = 0.45
-    """Share of the GPU's peak that large matrix products and attention reach, including gaps between kernel
-    launches.
+    """Share of the GPU's peak that large matrix products and attention reach. The gaps between kernel launches
+    count as lost time.
     """
     fp8_speed: float = 1.5
-    """Speed of linear layers in FP8 relative to bfloat16, quantisation included; the GPU's peak is twice as high."""
+    """Speed of linear layers in FP8 relative to bfloat16, including the time of quantisation. At its peak, the
+    GPU is twice as fast in FP8.
+    """
     imbalance: float = 0.05
-    """Share of the computing time that replicas wait for the replica with the most tokens."""
+    """Share of the computing time in which a replica waits for the replica with the most tokens."""
     memory_utilisation: float = 0.7
     """Share of the memory bandwidth that decoding and the optimizer reach."""
     link_utilisation: float = 0.7
     """Share of a link's bandwidth that collectives reach."""
     prefill_utilisation: float = 0.4
-    """Share of the GPU's peak that the engine's prefill (prompts and observations) reaches."""
+    """Share of the GPU's peak that the engine reaches in prefill, which computes prompts and observations."""
     decode_step_s: float = 0.006
-    """Host time of one engine step that the GPU does not hide: scheduling, launches, sampling; seconds."""
+    """Seconds of host work in one engine step that the GPU does not hide. The work is scheduling, launches and
+    sampling.
+    """
     decode_sequence_s: float = 20e-6
-    """Host time of one engine step per running trajectory, seconds."""
+    """Seconds that each running trajectory adds to the host work of an engine step."""
     collective_latency_s: float = 12e-6
-    """Time of one small all-reduce in the engine, seconds; each step has two per layer."""
+    """Seconds of one small all-reduce in the engine. Each engine step has two all-reduces per layer."""
     tail_concurrency: float = 0.125
-    """Mean share of trajectories that still run after those of mean length have ended."""
+    """Share of the trajectories that still run, on average, after the trajectories of mean length have ended."""
     answer_tokens: float = 16.0
-    """Tokens of scaffold and gold answer, which are scored after every turn."""
+    """Tokens of scaffold and gold answer together. They are scored after every turn."""
     fixed_s: float = 5.0
-    """Time per step for exchange, advantages, packing, records, and the engine's sleep and wake-up, seconds."""
+    """Seconds per step for everything else: exchange, advantages, packing, records, and the engine's sleep and
+    wake-up.
+    """
     activation_ratio: float = 1.0
-    """Actual activation memory of the layers, relative to the memory computed from their shapes."""
+    """Actual memory of the layers' activations, divided by the memory computed from their shapes."""
     context_gib: float = 3.0
-    """Memory reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces of trainer and engine,
-    GiB.
+    """GiB reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, both of the trainer
+    and of the engine.
 
-    The reserve also covers placeholders: Transformer Engine keeps a tensor for each shape of a layer's weights and
-    returns it once the gradient is in the buffer (0.2 GiB for 72B on 8 tensor-parallel ranks).
+    The reserve also covers Transformer Engine's placeholders for weight gradients. Transformer Engine keeps one
+    tensor for each shape of a layer's weights, and returns this tensor once the real gradient is in the buffer.
+    The placeholders take 0.2 GiB for 72B on 8 tensor-parallel ranks.
     """
     fragmentation: float = 0.03
     """Memory reserved for fragmentation, as a share of all other memory on the GPU."""

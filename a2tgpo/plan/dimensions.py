@@ -1,4 +1,4 @@
-"""A model's dimensions: from its config.json, or built in, so that planning needs no download."""
+"""A model's dimensions. They are read from config.json, or built in, so that planning needs no download."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from a2tgpo.io.errors import ConfigError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_MULTIPLE = 128
-"""Equal to model.transformer_config.VOCAB_MULTIPLE, which cannot be imported here without Megatron."""
+"""Equal to VOCAB_MULTIPLE in model.transformer_config, which cannot be imported here because it needs Megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDimensions:
-    """The dimensions of a decoder as built by `model/`."""
+    """The dimensions of a decoder that `model/` can build."""
 
     architecture: str
-    """llama | qwen2 (bias on q, k, v) | qwen3 (norms on q and k) | qwen3_moe (the same with experts)."""
+    """One of llama, qwen2 (q, k and v have biases), qwen3 (q and k have norms), qwen3_moe (qwen3 with experts)."""
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels, per expert in a mixture; the gated unit has two such projections in and one out."""
+    """Feed-forward channels; in a mixture, those of one expert. Two projections lead to these channels, and one
+    leads back.
+    """
     vocab: int
     tied: bool
-    """Whether the output layer shares the embedding's weight."""
+    """Whether the output layer uses the embedding's weight."""
     experts: int = 0
-    """Number of experts per layer; 0: dense feed-forward layers."""
+    """Number of experts per layer. 0 means that the feed-forward layers are dense."""
     experts_per_token: int = 1
     """Number of experts that compute each token."""
 
@@ -48,7 +50,7 @@ class ModelDimensions:
 
     @property
     def kv_width(self) -> int:
-        """Number of key channels, equal to the number of value channels."""
+        """Number of key channels, which equals the number of value channels."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -63,7 +65,9 @@ class ModelDimensions:
         )
 
     def padded_vocab(self, tensor: int) -> int:
-        """Rows of the embedding in training, padded so that all `tensor` ranks get the same number."""
+        """Return the rows of the embedding in training. They are padded so that all `tensor` ranks get the same
+        number.
+        """
         multiple = math.lcm(VOCAB_MULTIPLE, tensor)
         return math.ceil(self.vocab / multiple) * multiple
 
@@ -87,7 +91,9 @@ def _qwen2(
 def _eight_kv_heads(
     architecture: str, hidden: int, layers: int, heads: int, ffn: int, vocab: int, *, tied: bool
 ) -> ModelDimensions:
-    """Qwen3 and Llama 3 have eight key-value heads of 128 channels in every size."""
+    """Return the dimensions of a Qwen3 or Llama 3 model; every size of both has eight key-value heads of 128
+    channels.
+    """
     return ModelDimensions(
         architecture=architecture,
         hidden=hidden,
@@ -137,15 +143,15 @@ KNOWN_MODELS = {
 
 
 def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensions, str]:
-    """Return the dimensions of the model to plan for, and their source.
+    """Return the dimensions of the model to plan for, and the source of these dimensions.
 
     Args:
-        path: `model.path`. If this folder does not exist, use the known model with the folder's name, with or without
-            an ending such as -Instruct.
-        known: one of `KNOWN_MODELS`, used instead of the model at `path`.
+        path: the setting `model.path`. If the folder does not exist, the known model with the folder's name is
+            used. The name may have an additional ending, for example -Instruct.
+        known: one of `KNOWN_MODELS`, which is used instead of the model at `path`.
 
     Raises:
-        ConfigError: one line, if there is neither a readable config.json nor a known model.
+        ConfigError: if neither a readable config.json nor a known model exists. The message is one line.
     """
     if known is not None:
         if known not in KNOWN_MODELS:
@@ -154,7 +160,7 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
     if Path(path).is_dir():
         return read_dimensions(path), f"{path}/config.json"
     name = Path(path).name.lower()
-    # The longest name first, so that qwen2.5-7b does not match qwen2.5-72b.
+    # Try the longest name first, so that a longer known name wins over a shorter one that it begins with.
     for candidate in sorted(KNOWN_MODELS, key=len, reverse=True):
         if name == candidate or name.startswith(f"{candidate}-"):
             return KNOWN_MODELS[candidate], f"built in as {candidate}; there is no folder {path}"
@@ -165,10 +171,11 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
 
 
 def read_dimensions(path: str) -> ModelDimensions:
-    """Return the dimensions in the config.json of folder `path`.
+    """Return the dimensions that the config.json in folder `path` describes.
 
     Raises:
-        ConfigError: one line; the file is missing or malformed, or the architecture is unsupported.
+        ConfigError: if the file is missing or malformed, or if the architecture is unsupported. The message is
+            one line.
     """
     file = Path(path) / "config.json"
     try:
@@ -183,7 +190,7 @@ def read_dimensions(path: str) -> ModelDimensions:
     try:
         heads = int(content["num_attention_heads"])
         has_experts = architecture == "qwen3_moe"
-        # transformers 5 writes num_local_experts
+        # transformers 5 calls this field num_local_experts.
         experts = content.get("num_experts", content.get("num_local_experts")) if has_experts else 0
         dimensions = ModelDimensions(
             architecture=architecture,
@@ -209,11 +216,13 @@ def read_dimensions(path: str) -> ModelDimensions:
 
 
 def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:
-    """Return a line on why the layout is impossible; None if it is possible. The rules are those of
-    model.transformer_config.check_layout, model.experts.check_expert_layout and parallel.initialize.check_layout.
+    """Return one line that says why the layout is impossible, or None if it is possible.
+
+    The rules are the same as in model.transformer_config.check_layout, model.experts.check_expert_layout and
+    parallel.initialize.check_layout.
     """
     split = [(dimensions.heads, "attention heads"), (dimensions.kv_heads, "key-value heads")]
-    if not dimensions.experts:  # experts are never sliced
+    if not dimensions.experts:  # tensor parallelism splits dense feed-forward layers, but never an expert
         split.append((dimensions.ffn, "feed-forward channels"))
     for size, what in split:
         if size % parallel.tensor:
