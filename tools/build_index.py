@@ -1,19 +1,20 @@
-"""Build a retrieval index over a corpus: BM25, or dense with FAISS.
+"""Build a retrieval index over a corpus: either a BM25 index or a dense index with FAISS.
 
     python tools/build_index.py bm25 --corpus FILE --out FOLDER [--part I/N]
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER [--factory Flat] [--workers N]
         [--query-prefix "query: " --passage-prefix "passage: "] [--part I/N]
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
-The corpus is JSONL in Search-R1's format (`id`, `contents`) and is not copied; the index has the place of every
-passage in it and the corpus's fingerprint, which is checked on load. --part builds one of N parts, for N servers
-(tools/retrieval_server.py --shards).
+The corpus is JSONL in Search-R1's format (`id`, `contents`). The index does not copy the corpus. The index stores
+each passage's position in the corpus file, and a fingerprint of the corpus, which is compared on every load. --part
+I/N builds the index of part I of the corpus, so that N servers can share it (tools/retrieval_server.py --shards).
 
-Embeddings are kept in FOLDER.embeddings until the index is written: after an error, a signal or a time limit, the
-same command resumes the build. --workers N embeds in N processes of this machine, assigned to the GPUs in turn.
---worker I/N is one of N processes of your own, on any machines that see the folder; each ends when all passages are
-embedded, and the same command without it then writes the index. --from-faiss takes an existing FAISS index over the
-corpus, such as Search-R1's e5_Flat.index.
+Embeddings are kept in FOLDER.embeddings until the index is written. So if an error, a signal or a time limit ends the
+build, the same command resumes it. --workers N starts N embedding processes on this machine, and assigns the GPUs to
+them in turn. --worker I/N makes this process number I of N embedding processes that you start yourself, on any
+machines that see the folder. Each of these processes ends when all passages are embedded; then run the same command
+without --worker to write the index. --from-faiss takes an existing FAISS index over the corpus, such as Search-R1's
+e5_Flat.index.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from a2tgpo.search.encoder import DTYPES, EncoderSettings
 from a2tgpo.search.index_build import DenseBuild, DenseRecipe, build_bm25, import_faiss
 
 POLL_S = 1.0
-"""Interval of polls for other processes' embeddings."""
+"""Seconds between two checks of how many passages the other processes have embedded."""
 
 
 class Bars:
-    """Shows one progress bar after the other."""
+    """Shows the progress of one activity at a time; a new label replaces the bar by a new bar."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -59,7 +60,7 @@ class Bars:
 
 
 def parse_part(text: str, option: str = "--part") -> tuple[int, int]:
-    """Parse 0/4 as (0, 4)."""
+    """Parse the value I/N of `option`: return (0, 4) for "0/4"."""
     first, _, second = text.partition("/")
     good = first.isdecimal() and second.isdecimal() and int(first) < int(second)
     require(good, option, text, "I/N with 0 <= I < N")
@@ -111,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, bars: Bars) -> str:
-    """Execute the options; return a line about the result.
+    """Build the index that the options describe; return a line that says what was written.
 
     Raises:
         ConfigError: one line; an option, the corpus or the encoder cannot be used.
@@ -152,7 +153,7 @@ def build(args: argparse.Namespace, bars: Bars) -> str:
 
 
 def use_all_cpus() -> None:
-    """Use all CPUs despite OMP_NUM_THREADS, which jobs set for their ranks."""
+    """Let torch and FAISS use all CPUs, although jobs set OMP_NUM_THREADS to a small number for their ranks."""
     import faiss
     import torch
 
@@ -168,10 +169,13 @@ def num_gpus() -> int:
 
 
 def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
-    """Compute blocks in `num_workers` processes until all have ended; blocks of a failed one stay missing."""
+    """Embed the passages in `num_workers` processes, and wait until all processes have ended.
+
+    If a process fails, its blocks of embeddings stay missing.
+    """
     cpus, gpus = len(os.sched_getaffinity(0)), num_gpus()
     processes = []
-    # Schedulers end a job with SIGTERM: the workers end with this process.
+    # Schedulers end a job with SIGTERM. Exit then, so that the `finally` below ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for worker in range(num_workers):
@@ -188,7 +192,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
             done = dense.blocks.num_done
             bars("embedding", done - shown, total)
             shown = done
-        bars("embedding", -shown, total)  # counted again when the missing blocks are embedded
+        bars("embedding", -shown, total)  # the caller embeds what is missing, and counts from 0
     finally:
         for process in processes:
             process.terminate()
@@ -196,7 +200,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
 
 
 def visible_gpu(number: int) -> str:
-    """Return CUDA_VISIBLE_DEVICES's name of the GPU with this number in torch."""
+    """Return the name that CUDA_VISIBLE_DEVICES uses for the GPU which torch calls `cuda:number`."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return names.split(",")[number] if names else str(number)
 

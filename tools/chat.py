@@ -1,10 +1,10 @@
-"""Talk to a trained agent in the terminal, with its tools: every turn, call and result is shown.
+"""Ask a trained agent questions in the terminal, and see every turn, tool call and result.
 
     python tools/chat.py --config CONFIG --checkpoint PATH [--question TEXT] [--sample] [OVERRIDE ...]
 
-PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
-configuration. Each question starts a new conversation, as in training: the agent does not remember earlier ones. An
-empty line or end of input ends the program.
+PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder. CONFIG is the run's
+configuration. Each question starts a new conversation, as in training, so the agent does not remember earlier
+questions. An empty line or the end of the input ends the program.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions until there are no more; every rank must call this, and rank 0 reads and prints."""
+    """Answer questions until the user enters no more. Every rank must call this; rank 0 reads and prints."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.serve.player import load_saved, open_player
@@ -78,7 +78,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def read_question(given: str | None, number: int) -> str:
-    """Return the command line's question, or the next input line; empty at the end."""
+    """Return question `number` (from 0): the `given` question once, or else the next input line; "" at the end."""
     if given is not None:
         return whole(given).strip() if number == 0 else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -87,12 +87,12 @@ def read_question(given: str | None, number: int) -> str:
 
 
 def whole(text: str) -> str:
-    """Replace invalid UTF-8 from the terminal or the command line, which no tokenizer accepts."""
+    """Return `text` with invalid UTF-8 replaced by "?", because no tokenizer accepts invalid UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def ask(player: Player, question: str, *, number: int, sample: bool, paint: Painter) -> str:
-    """Play one question; return the rollout as text.
+    """Play one trajectory on `question`; return the trajectory as text.
 
     Raises:
         ConfigError: the question is too long.
@@ -107,7 +107,7 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
 
 
 def render(player: Player, done: Finished, paint: Painter) -> str:
-    """Format turns, calls, results, and finally the answer."""
+    """Return the text to print: every turn with its tool call and the result, then the answer."""
     from a2tgpo.reward.outcome import extract_answer
 
     trajectory, texts = done.trajectory, done.turn_texts

@@ -1,11 +1,11 @@
-"""Compare runs: curves in one picture, a table of last and best values, and the differences of settings.
+"""Compare runs: draw their curves in one picture, and tabulate their last and best values and differing settings.
 
     python tools/compare_runs.py RUN RUN ... [--out FOLDER] [--metrics evaluation/em,reward/mean,...]
     python tools/compare_runs.py RUN RUN --exact
 
-RUN is a run's folder (runs/NAME). Writes curves.png and table.md to FOLDER, by default runs/comparison. --exact
-writes nothing: it checks whether two runs computed the same to the bit, as a resumed run and an uninterrupted one
-should, and exits with 1 if not.
+RUN is a run's folder (runs/NAME). The program writes curves.png and table.md to FOLDER, by default runs/comparison.
+With --exact, the program writes no files: it checks whether two runs computed the same numbers to the bit, and exits
+with 1 if they did not. A resumed run and an uninterrupted run should be equal to the bit.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ METRICS = (
 HIGHER_IS_BETTER = ("evaluation/", "reward/mean", "reward/em")
 
 Series = dict[str, list[tuple[int, float]]]
-"""(step, value) by metric."""
+"""{metric: [(step, value), ...]} of one run."""
 
 
 def read_run(folder: Path) -> Series:
-    """Return a run's finite values; ConfigError if there are none."""
+    """Return the finite values in a run's metrics file. Raise ConfigError if the file has none."""
     try:
         records = read_metrics(folder / METRICS_FILE)
     except (OSError, ValueError) as error:
@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Series:
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many parents as needed to distinguish them."""
+    """Return a label per folder: its name, preceded by as many parent folders as make the labels distinct."""
     for depth in range(1, 10):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):
@@ -76,7 +76,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
-    """Draw one panel per metric with one curve per run."""
+    """Write the picture `out`: one panel per metric, each with one curve per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +91,7 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
         for axis, metric in zip(axes.flat, metrics, strict=False):
             for number, (label, series) in enumerate(runs.items()):
                 points = series.get(metric, [])
-                # The first run keeps its colour in any comparison.
+                # Choose the colour by the run's number, so that the first run has the same colour in every picture.
                 axis.plot(
                     [step for step, _ in points],
                     [value for _, value in points],
@@ -112,7 +112,10 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
 
 
 def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> str:
-    """Format each metric's last value and, where one exists, its best value, with its step."""
+    """Return a Markdown table of each metric's last value and its step.
+
+    If a higher value of the metric is better, the table also has the best value and its step.
+    """
     lines = []
     for metric in metrics:
         lines.append([f"{metric}, last", *(_last(series.get(metric)) for series in runs.values())])
@@ -133,7 +136,7 @@ def _best(points: list[tuple[int, float]] | None) -> str:
 
 
 def differences(folders: Mapping[str, Path]) -> str:
-    """Return a table of the settings in which the runs differ; empty if a run has no config.yaml."""
+    """Return a Markdown table of the settings in which the runs differ. Return "" if a run has no config.yaml."""
     configs: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         try:
@@ -157,7 +160,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compare_exactly(folders: Sequence[Path]) -> int:
-    """Print the differences between two runs; return the exit code."""
+    """Print the values in which two runs differ; return exit code 1 if they differ, else 0."""
     require(len(folders) == 2, "number of runs with --exact", len(folders), "2")
     found = exact_differences(*folders)
     print("\n".join(found) or "equal to the bit in all steps that both have recorded")
@@ -175,7 +178,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Write curves and table, and print the table."""
+    """Write curves.png and table.md to `args.out`, and print the table."""
     folders = dict(zip(run_labels(args.runs), args.runs, strict=True))
     runs = {label: read_run(folder) for label, folder in folders.items()}
     wanted = [name.strip() for name in args.metrics.split(",")]

@@ -1,15 +1,17 @@
-"""Convert weights from a run's checkpoint to a Hugging Face folder, and back.
+"""Convert a run's checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint.
 
     python tools/convert.py megatron-to-hf --in RUN/checkpoints/step_N --out FOLDER [--config CONFIG] [OVERRIDE ...]
     python tools/convert.py hf-to-megatron --in FOLDER --out CHECKPOINTS --config CONFIG [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/convert.py CONFIG megatron-to-hf --in ... --out ...
 
-An exported folder also has agent.json, which says how to play the agent (tools/serve.py, tools/chat.py).
+megatron-to-hf also writes agent.json into the folder: the settings with which tools/serve.py and tools/chat.py play
+the agent.
 
-A checkpoint needs its run's configuration for architecture and tokenizer (`model.path`); the default of --config is
-the configuration in the checkpoint's run folder. hf-to-megatron writes CHECKPOINTS/step_0 with a new optimizer, to
-start a run with `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the model among themselves,
-independent of the run's layout; settings such as `parallel.tensor=N` override this division.
+The conversion reads architecture and tokenizer from `model.path` of the run's configuration. The default of --config
+is the configuration in the run folder that contains the checkpoint. hf-to-megatron writes CHECKPOINTS/step_0 with a
+new optimizer; start a run from it with `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the
+model among themselves; this division does not depend on the run's layout. Settings such as `parallel.tensor=N`
+override this division.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def config_beside(source: Path) -> Path:
-    """Return the resolved configuration of a checkpoint's run (RUN/checkpoints/step_N)."""
+    """Return the path RUN/config.yaml for a checkpoint RUN/checkpoints/step_N. Raise ConfigError if it is missing."""
     path = source.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"--config is missing, and {path} does not exist; give the run's YAML file")
@@ -88,14 +90,15 @@ def export(args: argparse.Namespace) -> None:
     groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
-        # Write the run's own settings, since engines other than this conversion's processes will play the model.
+        # `config` has the layout of this conversion's processes. Write the settings without a layout, because other
+        # processes will play the model.
         write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()
 
 
 def import_hf(args: argparse.Namespace) -> None:
-    """Convert a Hugging Face folder to a checkpoint of step 0; every rank must call this."""
+    """Convert a Hugging Face folder to a checkpoint for step 0; every rank must call this."""
     from a2tgpo.checkpoint.writer import CheckpointWriter
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import shutdown
@@ -119,7 +122,7 @@ def import_hf(args: argparse.Namespace) -> None:
     if fault:
         if groups.rank == 0:
             with contextlib.suppress(OSError):
-                out.rmdir()  # the partial folder is removed already
+                out.rmdir()  # the writer has already removed the partial folder in it
         raise RuntimeError(f"--out: {out} could not be written: {fault}")
     path = out / "step_0"
     if groups.rank == 0:

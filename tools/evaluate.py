@@ -1,11 +1,12 @@
-"""Score a trained policy on question sets: greedy and pass@k, exact match and F1, with and without the format gate.
+"""Score a trained policy on question sets: exact match, F1 and pass@k, with and without the format gate.
 
     python tools/evaluate.py --config CONFIG --checkpoint PATH [--sets NAME=FILE,FILE] [--samples N] [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/evaluate.py CONFIG --checkpoint PATH [...]
 
-PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder; CONFIG is the run's
-configuration, for example runs/NAME/config.yaml, and says how to play. Writes report.md, report.json, answers.jsonl
-and tensorboard/ to --out. Answers are kept in OUT.partial/ as they come, so the same command resumes.
+PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder. CONFIG is the run's
+configuration, for example runs/NAME/config.yaml; its settings determine how the policy plays. The program writes
+report.md, report.json, answers.jsonl and tensorboard/ to --out. Each answer is saved in OUT.partial/ when it is
+complete, so the same command resumes an interrupted evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Answers = dict[str, list["Answer"]]
-"""By data set."""
+"""{name of the data set: its answers}."""
 
 
 def main() -> int:
@@ -79,7 +80,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Question]]:
-    """Return questions by data set; ConfigError if a file is bad or two sets share a name."""
+    """Parse the value of --sets; return {name: questions}.
+
+    Raises:
+        ConfigError: a question file is bad, or two sets share a name.
+    """
     sets: dict[str, list[Question]] = {}
     for part in text.split(",") if text else [config.data.test]:
         name, equals, file = part.strip().partition("=")
@@ -95,12 +100,12 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
 
 
 def set_name(file: Path) -> str:
-    """Return hotpotqa for data/hotpotqa/test.jsonl, bamboogle for data/bamboogle.jsonl."""
+    """Return a set's name: "hotpotqa" for data/hotpotqa/test.jsonl, "bamboogle" for data/bamboogle.jsonl."""
     return file.parent.name if file.stem in ("test", "dev", "train") and file.parent.name else file.stem
 
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
-    """Join the other ranks, play every set, write the report; every rank must call this. Return the exit code."""
+    """Play every set and write the report; return the exit code. Every rank must call this."""
     import torch.distributed as dist
 
     from a2tgpo.evaluate.answer_log import open_log
@@ -134,14 +139,14 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
             write_report(out, config, model, greedy, sampled)
             shutil.rmtree(partial, ignore_errors=True)
     player.close()
-    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
+    # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
     dist.barrier()
     shutdown()
     return START_AGAIN if stop.is_agreed else 0
 
 
 def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, PromptSet]:
-    """Return the sets as prompts; ConfigError if a prompt is too long."""
+    """Return {name: the set's questions as prompts}. Raise ConfigError if a prompt is too long."""
     from a2tgpo.data.template import PromptSet
 
     limit = player.config.data.max_prompt_tokens
@@ -155,7 +160,10 @@ def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, Pr
 
 
 def on_rank_0(work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0; return its result or raise its ConfigError on all ranks; every rank must call this."""
+    """Run `work` on rank 0, and return its result on all ranks; every rank must call this.
+
+    If `work` raises a ConfigError, all ranks raise that error.
+    """
     from a2tgpo.parallel.collectives import broadcast_object, world_group
 
     world = world_group()
@@ -180,7 +188,10 @@ def play(
     partial: Path,
     stop: StopRequest,
 ) -> tuple[Answers, Answers]:
-    """Return greedy and sampled answers of all ranks, in the sets' order; every rank must call this."""
+    """Play all sets; return all ranks' greedy answers and all ranks' sampled answers, in the order of the questions.
+
+    Every rank must call this.
+    """
     import torch.distributed as dist
     from tqdm import tqdm
 
@@ -216,7 +227,7 @@ def play(
 
 
 def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answers, sampled: Answers) -> None:
-    """Replace the folder `out` atomically by a new one, and print the tables."""
+    """Write the report to a new folder that atomically replaces `out`, and print the report's tables."""
     from torch.utils.tensorboard import SummaryWriter
 
     from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE

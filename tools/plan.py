@@ -4,10 +4,11 @@
     python tools/plan.py CONFIG --passages 21015324 [--search-dim 768] [--search-cores 16]
     python tools/plan.py CONFIG --measured found.json
 
-OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu the plan is for cluster.gpus
-and cluster.gpu of CONFIG. --measured takes a JSON of tools/gpu_check.py: measurements on such a GPU replace the
-assumptions, and each replacement is printed. Exit code 1: some phase does not fit, or no layout does; 2: a mistake
-in the configuration or in the arguments.
+An OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu, the plan is for
+cluster.gpus and cluster.gpu of CONFIG. --measured takes a file that tools/gpu_check.py --json wrote on a GPU of this
+kind: the plan then uses its measurements in place of assumptions, and prints each replacement. The exit code is 1 if
+a phase of the step does not fit in memory, or if --suggest finds no layout that fits. The exit code is 2 if the
+configuration or the arguments are wrong.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def search_text(made: Plan, args: argparse.Namespace) -> str:
-    """Compare the queries that a Flat index answers on CPUs with those that the plan needs."""
+    """Return a sentence that compares a Flat index's queries/s on CPUs with the queries/s that the plan needs."""
     needed, cores = made.searches.per_second, args.search_cores
     found = flat_queries_per_s(passages=args.passages, dim=args.search_dim, cores=cores)
     verdict = "enough" if found >= needed else f"{needed / found:.1f} times too few"
@@ -151,7 +152,7 @@ def _share(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """Parse a number; return NaN, which no rule allows, for any other text."""
+    """Return the number that `text` spells. Return NaN, which every caller rejects, if `text` is not a number."""
     try:
         return float(text)
     except ValueError:

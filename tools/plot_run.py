@@ -1,8 +1,8 @@
-"""Plot a run's curves as one PNG, and print its closing summary.
+"""Plot a run's curves as one PNG, and print a summary of the run.
 
     python tools/plot_run.py RUN [--out FILE]
 
-RUN is a run's folder (runs/NAME); the default of --out is RUN/curves.png.
+RUN is a run's folder (runs/NAME). The default of --out is RUN/curves.png.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BETWEEN_STEPS = ("evaluation", "checkpoint")
-"""Stages between steps, which are not part of a step's time."""
+"""Stages that run between steps. A step's time does not include them."""
 
 
 class History:
-    """The run's metrics as series over steps."""
+    """Gives access to a run's metrics as series over steps."""
 
     def __init__(self, records: Sequence[dict]):
         self._records = records
@@ -55,19 +55,19 @@ class History:
         return self._records[-1]["step"]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (steps, values) [n] where `name` was recorded as a finite number; both empty if it never was."""
+        """Return the steps [n] at which the metric `name` has a finite value, and these values [n]; n may be 0."""
         points = [(r["step"], r[name]) for r in self._records if r.get(name) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
     def numbered(self, pattern: str) -> dict[int, str]:
-        """Map numbers to names for all metrics that match `pattern`, which has one group of digits."""
+        """Return the metrics whose names match `pattern`, as {number: name}; the pattern's group is the number."""
         names = {name for record in self._records for name in record}
         matches = [match for name in names if (match := re.fullmatch(pattern, name))]
         return {int(match.group(1)): match.string for match in sorted(matches, key=lambda m: int(m.group(1)))}
 
     def stages(self) -> dict[str, np.ndarray]:
-        """Map each stage to its seconds in each training step [num_steps], the longest stage first."""
+        """Return {stage: seconds in each training step [num_steps]}, the stage with the largest sum first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
         # `time/startup_*` is not part of a step; `_min_s` and `_max_s` are the spread of a stage over the ranks.
         stage = r"time/(?!startup_)\w+(?<!_min)(?<!_max)_s"
@@ -78,7 +78,7 @@ class History:
 
 
 def draw_line(ax: Axes, history: History, name: str, label: str, color: object, *, marker: str = "") -> None:
-    """Draw a series; draw a long one faintly, with its moving average on top."""
+    """Draw the series `name`. If the series is long, draw it faintly and draw its moving average over it."""
     steps, values = history.series(name)
     if not len(steps):
         return
@@ -128,7 +128,7 @@ def draw_clipping(ax: Axes, history: History) -> None:
 
 
 def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
-    """Draw one line per turn index, pale to dark."""
+    """Draw one line per turn index; later turns have darker lines."""
     from matplotlib import colormaps
 
     names = history.numbered(pattern)
@@ -205,7 +205,7 @@ def draw_run(history: History, title: str) -> Figure:
 
 
 def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
-    """Return (set, first EM, last EM) of the held-out questions: all of them, then by hops."""
+    """Return rows (label, first EM, last EM): one row for all held-out questions, then one row per number of hops."""
     names = {"all": "evaluation/em"}
     names |= {
         f"{hops} hop{'s' * (hops > 1)}": name
@@ -215,18 +215,21 @@ def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
-    """Return means over the first and the last fifth of a series, at least one value each, to reduce noise."""
+    """Return the mean of the first fifth and the mean of the last fifth of a series.
+
+    A mean has less noise than a single value. Each fifth has at least one value.
+    """
     count = max(1, len(values) // 5)
     return float(values[:count].mean()), float(values[-count:].mean())
 
 
 def summary(history: History) -> str:
-    """Format the closing table: EM before and after by hops, gain by turn, time by stage."""
+    """Return the text of the summary: first and last EM by hops, gain by turn, and time by stage."""
     return "\n".join([*evaluation_lines(history), *gain_lines(history), *time_lines(history)])
 
 
 def evaluation_lines(history: History) -> list[str]:
-    """Return EM of the first and the last evaluation, for all questions and by hops."""
+    """Return lines with the EM of the first and of the last evaluation: for all questions, then by hops."""
     lines = []
     steps, _ = history.series("evaluation/em")
     if len(steps):
@@ -237,7 +240,7 @@ def evaluation_lines(history: History) -> list[str]:
 
 
 def gain_lines(history: History) -> list[str]:
-    """Return the mean gain by turn index at both ends of the run, and the final share of positive gains."""
+    """Return a line per turn index: the mean gain early and late in the run, and the late share of positive gains."""
     lines = []
     gains = history.numbered(r"gain/turn_(\d+)_mean")
     if gains:
@@ -253,14 +256,17 @@ def gain_lines(history: History) -> list[str]:
 
 
 def spread_columns(history: History, stage: str) -> str:
-    """Return mean seconds of the fastest and of the slowest rank in `stage`, which may differ between steps."""
+    """Return two columns: the mean over steps of the fastest rank's and of the slowest rank's seconds in `stage`.
+
+    Each step has its own fastest and slowest rank.
+    """
     metric = "step" if stage == "whole step" else stage
     fastest, slowest = (history.series(f"time/{metric}_{end}_s")[1] for end in ("min", "max"))
     return f"   {fastest.mean():>12.2f}   {slowest.mean():>12.2f}" if len(fastest) else ""
 
 
 def time_lines(history: History) -> list[str]:
-    """Return mean seconds of each stage on rank 0, on its fastest and on its slowest rank."""
+    """Return a line per stage: mean seconds per step on rank 0, on the fastest rank and on the slowest rank."""
     lines = []
     steps = history.series("time/step_s")[1]
     stages = history.stages() | {"whole step": steps}

@@ -1,17 +1,18 @@
-"""Make question files, and the data sets of the examples.
+"""Convert published question sets to question files, or generate the data sets of the examples.
 
     python tools/prepare_data.py worldqa --out FOLDER [--seed 0]
     python tools/prepare_data.py arithmetic --out FOLDER [--seed 0]
     python tools/prepare_data.py SET --in RAW --out FILE [--against FILE] [--limit N]
 
-worldqa: questions of 1, 2 and 3 hops about countries and cities, with the corpus that answers them and
-demonstrations of mixed quality for a warm start. arithmetic: sums to be computed with the calculator, with
-demonstrations. Both write a folder, and equal seeds give equal files.
+`worldqa` writes questions of 1, 2 and 3 hops about countries and cities, a corpus that contains their answers, and
+demonstrations of mixed quality for a warm start. `arithmetic` writes sums that the agent computes with the
+calculator, and demonstrations. Both write into a folder. Equal seeds give equal files.
 
-SET is hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa (RAW as published) or jsonl (any JSONL or Parquet with
-`question` and `answers`, or in the format of search agents' training sets). RAW may be compressed. Writes FILE, for
-data.train and data.test, and FILE.report.json: counts, duplicates, lengths, and the overlap with the questions of
---against.
+SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. For all sets except jsonl, RAW is
+the file as published. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or
+that is in the format of search agents' training sets. RAW may be compressed. FILE can be used as data.train or
+data.test. FILE.report.json has counts, duplicates and lengths. If --against is given, the report also has the overlap
+with the questions of that file.
 """
 
 import argparse
@@ -35,10 +36,10 @@ from worlds.worldqa import GOOD_SHARE, build_worldqa
 
 
 def build_questions(args: argparse.Namespace) -> dict:
-    """Write the questions of one published set to `args.out`; return the report.
+    """Write the questions of one published set to `args.out`, and the report beside it; return the report.
 
     Raises:
-        ConfigError: one line; bad source, or no question in it.
+        ConfigError: one line; the source cannot be read, or it contains no question with an answer.
     """
     others = load_questions(str(args.against), key="--against") if args.against else None
     questions: list[Question] = []
@@ -153,7 +154,7 @@ def check_worldqa(args: argparse.Namespace) -> None:
 
 
 def prepare(argv: Sequence[str] | None = None) -> None:
-    """Execute `argv`; raise ConfigError, one line, if its work cannot be done."""
+    """Run the command line `argv`. Raise a one-line ConfigError if the command cannot be carried out."""
     args = parse_args(argv)
     builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic}
     report = builders.get(args.set, build_questions)(args)

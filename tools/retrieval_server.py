@@ -1,18 +1,20 @@
-"""Serve retrieval over one corpus, in Search-R1's wire format.
+"""Run an HTTP server that searches one corpus; requests and responses have Search-R1's format.
 
     python tools/retrieval_server.py --corpus FILE [--index bm25|FOLDER] [--host 127.0.0.1] [--port 8000]
         [--threads N] [--gpu] [--url-file FILE]
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} returns {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...], ...]}, or with return_scores false (the default, as in Search-R1) the
-documents themselves. GET /health returns {"status": "ok", "passages": n, "index": kind} once the index is loaded, GET
-/metrics counts for Prometheus, GET /docs the description of the interface. FOLDER is an index made by
-tools/build_index.py, BM25 or dense; bm25 builds one in memory. --shards queries other servers, each with a part of
-the corpus, and merges. Anyone who reaches the port can search the corpus: the default --host listens on this machine
-only, and --token-file or A2TGPO_SEARCH_TOKEN makes a bearer token required. SIGTERM ends the server after the pending
-requests. SIGUSR1 does the same with exit code 75, which asks for a restart. --url-file publishes the address
-(search.url_file).
+{"id", "contents"}, "score": x}, ...], ...]}. If return_scores is false, which is the default as in Search-R1, the
+inner lists hold the documents themselves. GET /health returns {"status": "ok", "passages": n, "index": kind} once the
+index is loaded. GET /metrics returns counts for Prometheus. GET /docs returns a description of the interface.
+
+--index FOLDER loads a BM25 or dense index that tools/build_index.py wrote. --index bm25 builds a BM25 index in
+memory. With --shards, the server passes every query to other servers, which serve one part of the corpus each, and
+merges their results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine
+only. Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM the server completes
+pending requests and exits with 0. On SIGUSR1 it completes them and exits with 75, which requests a restart.
+--url-file writes the server's address to a file for search.url_file.
 """
 
 from __future__ import annotations
@@ -44,17 +46,17 @@ from a2tgpo.search.shards import ShardedIndex
 from a2tgpo.search.token import read_token
 
 LISTEN_BACKLOG = 4096
-"""Most connections that wait to be accepted, so that a burst of clients is not refused."""
+"""Maximum number of connections that wait to be accepted; large enough for a burst of clients."""
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
-"""Time for pending requests to finish, seconds."""
+"""Seconds that pending requests have to finish once the server ends."""
 
 
 def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:
-    """Return the index to search, and its number of passages.
+    """Return the index that the options select, and its number of passages.
 
     Raises:
-        ConfigError: one line; bad corpus or index, or a shard that does not answer.
+        ConfigError: one line; the corpus or the index cannot be used, or a shard does not answer.
     """
     if options.shards:
         return open_shards([url.strip() for url in options.shards.split(",")], token)
@@ -72,12 +74,16 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
 
 
 def health_url(url: str) -> httpx.URL:
-    """Return the health address of the server that searches at `url`: the last part of the path is replaced."""
+    """Return the health URL of the server that searches at `url`: `url` with "health" as its last path part."""
     return httpx.URL(url.rstrip("/")).join("health")
 
 
 def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
-    """Connect to the servers at `urls`, all of which must answer; return them with the sum of their passages."""
+    """Return an index that queries the servers at `urls`, and the sum of their passages.
+
+    Raises:
+        ConfigError: a server does not answer.
+    """
     num_passages = 0
     for url in urls:
         try:
@@ -183,17 +189,18 @@ def main() -> int:
         index,
         num_passages=num_passages,
         default_top_k=options.top_k,
-        # An encoder and FAISS use all threads for one batch; threads for shards mostly wait.
+        # A dense index needs 1 search thread, because the encoder and FAISS use all threads for one batch. Shards
+        # get 16 threads on any machine, because these threads mostly wait.
         num_threads={"dense": 1, "shards": 16}.get(index.kind, options.threads),
         token=token,
         max_requests_per_s=options.max_requests_per_s,
     )
-    bound.listen(LISTEN_BACKLOG)  # before the address is published, so that every client is answered
+    bound.listen(LISTEN_BACKLOG)  # before the address is published, so that no client is refused
     url = address_of(bound)
     if options.url_file:
         write_address(options.url_file, url)
     print(f"{num_passages} passages, listening on {url}", flush=True)
-    # uvicorn re-raises the signal that ended it, but a clean end is no failure.
+    # uvicorn raises the signal that ended it again. Ignore that signal, because a clean end is not a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(
@@ -217,7 +224,7 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the URL at which clients reach `bound`, with the machine's name if `bound` listens on all addresses."""
+    """Return the URL of `bound` for clients; its host is this machine's name if `bound` listens on all addresses."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = platform.node()

@@ -1,11 +1,12 @@
-"""Turn good rollouts of a run into demonstrations for a warm start: rejection sampling.
+"""Select good trajectories of a run, and write them as demonstrations for a warm start (rejection sampling).
 
     python tools/rollouts_to_demonstrations.py RUN --out FILE [--steps FIRST-LAST] [--per-question 2]
         [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
 
-RUN is a run's folder (runs/NAME). By default, rollouts are accepted if they ended with an exactly matching answer in
-the right format and without a failed call; each question keeps its best ones: highest reward, then
-fewest calls, then fewest tokens. FILE is for `warmstart.demonstrations` (docs/warmstart.md).
+RUN is a run's folder (runs/NAME). By default, a trajectory is accepted if its answer matches a gold answer exactly,
+its format is right, and no tool call failed. If a question has more than --per-question accepted trajectories, the
+best are kept: first by highest reward, then by fewest calls, then by fewest tokens. FILE can be used as
+`warmstart.demonstrations` (docs/warmstart.md).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> int:
 
 
 def write_demonstrations(args: argparse.Namespace) -> None:
-    """Write the good rollouts to `args.out`, and print how many were left out, and why."""
+    """Write the selected trajectories to `args.out`; print how many were left out for which reason."""
     require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
     first, last = steps_of(args.steps)
     records, counts, num_read = demonstrations_of(
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def steps_of(text: str) -> tuple[int, int | None]:
-    """Return the first and the last step of --steps."""
+    """Parse the value of --steps; return the first and the last step. The last is None if there is no upper limit."""
     if not text:
         return 0, None
     match = re.fullmatch(r"(\d+)(-(\d*))?", text)
@@ -107,7 +108,7 @@ def steps_of(text: str) -> tuple[int, int | None]:
 
 
 def questions_of(run: Path) -> str:
-    """Return the run's data.train."""
+    """Return the question files in data.train of the run's configuration."""
     path = run / "config.yaml"
     try:
         return expand(

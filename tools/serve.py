@@ -1,13 +1,13 @@
-"""Serve an exported agent, with its tools, as an OpenAI-compatible endpoint.
+"""Serve an exported agent as an OpenAI-compatible endpoint; the server calls the agent's tools.
 
     python tools/serve.py --model FOLDER [--host 127.0.0.1] [--port 8100] [--queue 256] [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
 
-FOLDER is written by `tools/convert.py megatron-to-hf`; its agent.json says how to play the agent. POST
-/v1/chat/completions takes one user message and returns the content of the agent's box; the field `agent` has turns,
-calls and results. The default --host listens on this machine only; --token-file makes a bearer token required. Ranks
-divide the model, and the questions if there are several engines. SIGTERM finishes the questions being played,
-then ends.
+`tools/convert.py megatron-to-hf` writes FOLDER, including agent.json, the settings for playing the agent. POST
+/v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}.
+The field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
+--token-file is given, clients must send that bearer token. The ranks divide the model; if they form several engines,
+the engines also divide the questions. On SIGTERM the server finishes the questions that are being played, and exits.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
     from a2tgpo.serve.player import Player
 
 LOOK_S = 0.5
-"""Seconds between checks for the end of the server."""
+"""Longest wait for a request, seconds; after each wait, the server checks whether it should end."""
 KEEP_ALIVE_S = 60.0
-"""Longest time between messages from rank 0, so that the other ranks' wait does not reach parallel.timeout_s."""
+"""Longest time between two messages from rank 0, seconds.
+
+The other ranks wait for these messages, and a wait must not reach parallel.timeout_s.
+"""
 GRACE_S = 30.0
-"""Time for answers to reach their clients once the server ends."""
+"""Seconds that answers have to reach their clients once the server ends."""
 
 
 def main() -> int:
@@ -67,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Play requests until SIGTERM or Ctrl-C; every rank must call this, and rank 0 listens."""
+    """Answer requests until SIGTERM or Ctrl-C. Every rank must call this; rank 0 listens."""
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.search.bound_socket import bind
     from a2tgpo.serve.agent_file import AGENT_FILE
@@ -95,7 +98,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: threading.Event) -> None:
-    """Listen in a thread on rank 0, and play each batch of requests with all ranks."""
+    """Run the HTTP server in a thread, and play its requests with all ranks. Only rank 0 calls this."""
     import uvicorn
 
     from a2tgpo.data.template import PromptTemplate
@@ -106,7 +109,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 
     config, inbox = player.config, Inbox(max_waiting=args.queue)
     template = PromptTemplate(
-        load_tokenizer(config.model.path),  # other threads than the player's use this tokenizer
+        load_tokenizer(config.model.path),  # not the player's tokenizer, which another thread uses
         config.data.instructions,
         kwargs=config.data.chat_template_kwargs,
         date=player.template.date,
@@ -135,7 +138,10 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 
 
 def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
-    """Play batch after batch until `stopping`; the inbox then refuses the waiting requests."""
+    """Take batches of requests from the inbox and answer them until `stopping` is set.
+
+    If playing raises an error, the batch's requests get an InboxClosedError, and the error is raised again.
+    """
     from a2tgpo.serve.inbox import InboxClosedError
 
     most = player.config.rollout.max_concurrent * player.engine_group.count
@@ -156,7 +162,7 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
 
 
 def exchange(orders: list[Order] | None) -> list[Order] | None:
-    """Return rank 0's `orders` on all ranks; None: the end. Every rank must call this."""
+    """Return rank 0's `orders` on all ranks; None means that the server ends. Every rank must call this."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
 
     found: list[Order] | None = broadcast_object(orders, world_group(), source=0)
@@ -164,7 +170,11 @@ def exchange(orders: list[Order] | None) -> list[Order] | None:
 
 
 def play(player: Player, orders: list[Order]) -> list[Played]:
-    """Play `orders`, all greedy or all drawn; return their results in order. Every rank must call this."""
+    """Play `orders`; return their results in order. Every rank must call this.
+
+    Args:
+        orders: either all greedy or all sampled.
+    """
     from a2tgpo.parallel.collectives import all_gather_object, world_group
     from a2tgpo.serve.inbox import Played
 

@@ -1,12 +1,13 @@
-"""Read a run's rollouts in the terminal, or as a page for the browser.
+"""Show a run's recorded trajectories in the terminal, or write them as a page for the browser.
 
     python tools/view_rollouts.py RUN [--step N] [--prompt ID] [--limit 5] [--order index|reward|gain]
     python tools/view_rollouts.py RUN --html FILE [--step N] [--prompt ID]
 
-RUN is a run's folder (runs/NAME). Shows for every trajectory: reward, exact match, format, stop reason, and the gold
-answer's probability given the prompt alone; for every turn: the policy's text, the observation, its gain, advantage
-and clip scale, and its ratio if it was trained on. The page is self-contained: choose step, question and right or
-wrong answers, see a question's group turn by turn, and each token coloured by its log-prob.
+RUN is a run's folder (runs/NAME). For every trajectory, the program shows reward, exact match, format, stop reason,
+and the gold answer's probability given only the prompt. For every turn, it shows the policy's text, the observation,
+and the turn's gain, advantage and clip scale. If a turn was trained on, the program also shows the turn's ratio. The
+page needs no other files. In the page you can select a step, a question, and right or wrong answers. The page shows
+the question's group turn by turn, and colours each token by its log-prob.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SHOWN_OF_TURN = {
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
-    """Format one trajectory (a line of the recorded rollouts)."""
+    """Return the text that shows one trajectory; `record` is one line of the recorded rollouts."""
     reward = record["outcome_reward"]
     head = [
         f"{record['prompt_id']} #{record['sample_index']}",
@@ -66,7 +67,7 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
             "" if turn["answer_prob"] is None else f" to P {turn['answer_prob']:.4f}"
         )
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
-    # A value that was not finite is null; rollouts of older versions have no ratio.
+    # Skip a value that is null because it was not finite, and a ratio that older versions did not record.
     weights = {"advantage": "+.3f", "clip_scale": ".3f", "ratio": ".5f"}
     shown_weights = [
         f"{name.replace('_', ' ')} {turn[name]:{digits}}"
@@ -94,7 +95,11 @@ def _is_trajectory(record: object) -> bool:
 
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:
-    """Return (step, its trajectories in order), by default of the newest step; ConfigError if there are none."""
+    """Return a step's number and its trajectories in the given order; `step` None: of the newest step.
+
+    Raises:
+        ConfigError: no trajectory matches.
+    """
     files = rollout_files(run_dir)
     if step is None:
         step = max(files)
@@ -111,7 +116,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
 
 
 def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
-    """Return the files of rollouts by step, ascending; ConfigError if there are none."""
+    """Return {step: its files of rollouts}, steps ascending. Raise ConfigError if the run has no rollouts."""
     files = recorded_steps(run_dir)
     if not files:
         raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")
@@ -119,7 +124,11 @@ def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:
-    """Write the page of one step or, if None, of all steps that fit; return the line to print."""
+    """Write the page to `out`; return the line to print.
+
+    Args:
+        step: the only step to show; None: as many steps as fit on the page.
+    """
     if step is not None:
         steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
     else:
@@ -136,7 +145,10 @@ def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> s
 
 
 def decoder(run_dir: Path) -> Decode | None:
-    """Return a decoder by the run's tokenizer; None, with a warning, if the tokenizer no longer exists."""
+    """Return a function that decodes token ids with the run's tokenizer.
+
+    If the tokenizer cannot be loaded, print a warning and return None.
+    """
     import yaml
 
     try:
@@ -193,7 +205,7 @@ def main() -> int:
             print(render_trajectory(record, paint, with_prompt=record["prompt_id"] != shown_prompt))
             shown_prompt = record["prompt_id"]
         print(paint(f"step {step}: {len(shown)} of {len(records)} trajectories shown", "dim"), flush=True)
-    except BrokenPipeError:  # `| head` has ended; without this, Python would report a broken pipe
+    except BrokenPipeError:  # `| head` has ended; without this, Python would print an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
