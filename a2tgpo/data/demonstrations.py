@@ -16,7 +16,10 @@ from a2tgpo.io.json_lines import read_json_lines, text_field
 from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
-"""An observation: opening tag, the tool's answer, closing tag. A tag and its spaces may be one token."""
+"""Splits an observation into the opening tag, the tool's answer and the closing tag.
+
+The spaces around a tag stay with the tag, because a tokenizer may encode both as one token.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,20 +28,21 @@ class Demonstration:
 
     question: Question
     turns: tuple[tuple[str, str | None], ...]
-    """(text of the policy, observation); every turn but the last has an observation."""
+    """For each turn, the policy's text and the observation after it. Only the last turn's observation is None."""
     quality: str = ""
-    """Label by the data set's maker; for reporting only."""
+    """Quality label that the data set's authors assigned; used only in reports."""
 
 
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
     """Return every demonstration of a JSONL file, in file order.
 
-    A record has the fields of a question (see `load_questions`), and `turns`: a list of {"text", "observation"}.
-    Every turn but the last ends with a call, <NAME> text </NAME>, and has an observation; the last has none. Ids may
-    repeat for several demonstrations of one question.
+    A record has the fields of a question (see `load_questions`) and the field `turns`, a list of
+    {"text", "observation"}. The last turn has no observation. Every other turn has an observation, and its text ends
+    with a call, <NAME> text </NAME>. Several demonstrations of one question may have the same id.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line), or no demonstration.
+        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
+            its line), or if the file has no demonstration.
     """
     demonstrations = [
         _parse_demonstration(stated(record), where, default_id=str(index))
@@ -90,17 +94,18 @@ def to_trajectory(
 ) -> Trajectory:
     """Convert a demonstration to the trajectory that a rollout would record, with log-probs of 0.
 
-    Prompt, text and observation are tokenised separately, as in a rollout, which cuts a turn at the closing tag
-    before it appends the observation. The only control tokens are the protocol's tags; an observation has only its
-    enclosing tags. A <think> that the prompt opened is not opened again.
+    The prompt, each turn's text and each observation are tokenised separately, because a rollout also cuts a turn at
+    its closing tag before it appends the observation. In a turn's text, only the protocol's tags can become control
+    tokens; in an observation, only the two tags that enclose it can. If the prompt already opened a thought, the
+    <think> at the beginning of the first turn is removed.
 
     Args:
-        demonstration: to tokenise.
+        demonstration: the demonstration to tokenise.
         template: renders the prompt; its tokenizer encodes all pieces.
         tools: names of the tools that the policy may call.
         prompt_index: `Trajectory.prompt_index`.
-        append_eos: train the end-of-sequence token after the last turn. Rollouts stop at </answer> and do not
-            need it.
+        append_eos: append the end-of-sequence token to the last turn, so that this token is trained. Rollouts do not
+            need the token, because they stop at </answer>.
 
     Raises:
         ConfigError: `append_eos` is set and the tokenizer has no end-of-sequence token.
@@ -145,7 +150,7 @@ def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observat
 
 
 def _call_at_end(text: str) -> tuple[str, str] | None:
-    """Return the tool called at the end of a turn and the call's text; None if there is no call."""
+    """Return name and text of the tool call at the end of a turn; None if the turn does not end with a call."""
     closing = re.search(r"</(\w+)>$", text)
     if closing is None:
         return None

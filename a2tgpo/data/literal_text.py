@@ -1,14 +1,14 @@
-r"""Encode text written by others, so that the spelling of a control token stays text.
+r"""Encode text that this program did not write, so that no part of the text becomes a control token.
 
-A tokenizer replaces the spelling of a control token, such as <|im_end|> or <tool_call>, anywhere in a text. A passage
-about chat templates would then end the policy's turn, and a question could open a system message. transformers'
-`split_special_tokens` covers only tokens marked as special; several families add <think> or <|fim_prefix|> without
-that mark. This module therefore breaks up such spellings and encodes the parts separately. Text without such a
-spelling gets the same tokens as from the tokenizer itself.
+If a text contains the spelling of a control token, such as <|im_end|> or <tool_call>, a tokenizer encodes the
+spelling as that token. A passage about chat templates could then end the policy's turn, and a question could open a
+system message. transformers' option `split_special_tokens` prevents this only for tokens that are marked as special,
+but several model families add <think> or <|fim_prefix|> without that mark. This module therefore breaks up such
+spellings and encodes the parts separately. For a text without such a spelling, it returns the tokenizer's own tokens.
 
-SentencePiece tokenizers (of Llama 2, for example) put a space before every text, which only the beginning of a
-sequence should have: `\boxed{` and `Vienna`, encoded separately, would become `\boxed{ Vienna`. This module removes
-the additional space from all parts but the first.
+A SentencePiece tokenizer (of Llama 2, for example) puts a space before every text that it encodes, but only the
+beginning of a sequence should have this space. For example, `\boxed{` and `Vienna` would become `\boxed{ Vienna` if
+they were encoded separately. This module removes the additional space from every part except the first.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""Marks where a spelling is broken up: a Unicode noncharacter, which is removed from input text."""
+"""A Unicode noncharacter that marks where a spelling is broken up. Input text loses this character first."""
 
 _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Anchor before a part: it takes the leading space of such a tokenizer, and seldom merges with the following text."""
+"""Text before a part: a SentencePiece tokenizer then puts its space before the anchor instead of before the part.
+A tokenizer seldom merges the anchor with the part."""
 
 
 class LiteralEncoder:
-    """Encodes text written by others within a frame written by this program.
+    """Encodes text of other authors within a frame that this program wrote.
 
     Args:
-        tokenizer: the policy's. Control tokens are the tokens added to its vocabulary that are marked as special or
-            look like a tag, such as <think> or [INST]. Other additions are words of a domain or runs of spaces.
+        tokenizer: the policy's tokenizer. A token that was added to its vocabulary is a control token if it is marked
+            as special or looks like a tag, such as <think> or [INST]. All other added tokens are ordinary text, such
+            as words of a domain or runs of spaces.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -49,21 +51,21 @@ class LiteralEncoder:
         }
         self._control_ids = frozenset(added)
         spellings = "|".join(map(re.escape, added.values()))
-        # Matched at every character, because one spelling may begin inside another.
+        # The pattern is tried at every character, because one spelling may begin inside another.
         self._spelling = re.compile(rf"(?=(?:{spellings}))(.)", re.DOTALL) if added else None
         self._anchor = self._ids([_ANCHOR])[0] if self._puts_a_space_first() else None
 
     def broken_up(self, text: str) -> str:
-        """Insert a `BREAK` into every spelling of a control token, and replace lone surrogates."""
+        """Return `text` with a `BREAK` in every spelling of a control token, and with lone surrogates replaced."""
         text = text.replace(BREAK, "").encode("utf-8", "replace").decode("utf-8")
         return text if self._spelling is None else self._spelling.sub(rf"\1{BREAK}", text)
 
     def encode(self, text: str) -> list[int]:
-        """Encode text by others."""
+        """Return the token ids of `text`, none of which is a control token."""
         return self.encode_between("", text, "")
 
     def encode_between(self, before: str, text: str, after: str) -> list[int]:
-        """Encode `before` + `text` + `after`, where only `text` is by others."""
+        """Return the token ids of `before` + `text` + `after`; no part of `text` becomes a control token."""
         return self.encode_framed([text], lambda inner: [f"{before}{one}{after}" for one in inner])[0]
 
     def encode_framed(
@@ -73,12 +75,14 @@ class LiteralEncoder:
         *,
         begins_sequence: bool = False,
     ) -> list[list[int]]:
-        """Encode `frame(texts)`, which puts each of `texts` into text of our own.
+        """Return the token ids of each text in `frame(texts)`.
 
-        Each result holds the control tokens of the frame and no others.
+        `frame` puts each text into text that this program wrote. Each result holds the frame's control tokens and no
+        other control tokens.
 
         Args:
-            begins_sequence: nothing precedes the results, so their beginning is encoded like the tokenizer's own.
+            begins_sequence: True if no token precedes a result; its first part then keeps a SentencePiece
+                tokenizer's space.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:
@@ -87,13 +91,14 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # A tokenizer that normalises text may find a spelling that was not there before.
+            # If the tokenizer normalises text, it may create a spelling that the text did not contain. So break up
+            # the text between all its characters.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
 
     def encode_tagged(self, text: str, tags: re.Pattern[str]) -> list[int]:
-        """Encode text whose `tags` are real, while no other part may become a control token."""
+        """Return the token ids of `text`; only the tags that match `tags` can become control tokens."""
         pieces, position = [], 0
         for tag in tags.finditer(text):
             pieces += [self.broken_up(text[position : tag.start()]), tag[0]]
@@ -101,10 +106,10 @@ class LiteralEncoder:
         return self.encode_parts(["".join([*pieces, self.broken_up(text[position:])])])[0]
 
     def encode_parts(self, texts: Sequence[str], *, begins_sequence: bool = False) -> list[list[int]]:
-        """Encode each text, with the parts between `BREAK`s encoded separately.
+        """Return the token ids of each text; the parts between its `BREAK`s are encoded separately.
 
         Args:
-            begins_sequence: as for `encode_framed`.
+            begins_sequence: see `encode_framed`.
         """
         parts = [text.split(BREAK) for text in texts]
         inside = iter(self._encode_inside([part for of_text in parts for part in of_text]))
@@ -115,12 +120,12 @@ class LiteralEncoder:
         return [[token for piece in pieces for token in piece] for pieces in encoded]
 
     def _encode_inside(self, parts: Sequence[str]) -> list[list[int]]:
-        """Encode parts that follow other tokens."""
+        """Return the token ids of each part, without the space that a SentencePiece tokenizer puts before a text."""
         if self._anchor is None:
             return self._ids(parts)
         width = len(self._anchor)
         return [
-            # A part that merges with the anchor keeps its space.
+            # If the part merges with the anchor, use the encoding that has the space.
             anchored[width:] if anchored[:width] == self._anchor else plain
             for plain, anchored in zip(
                 self._ids(parts), self._ids([_ANCHOR + part for part in parts]), strict=True
@@ -128,7 +133,7 @@ class LiteralEncoder:
         ]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Call the tokenizer without begin- and end-of-sequence tokens."""
+        """Return the tokenizer's ids of each text, without begin- and end-of-sequence tokens."""
         return self._tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
     def _puts_a_space_first(self) -> bool:

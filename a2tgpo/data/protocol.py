@@ -11,18 +11,22 @@ THINK_TAG = re.compile(r"</?think>")
 
 
 def tag_pattern(tools: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of all tags of the protocol, including those that call `tools`."""
+    """Return a pattern that matches every tag of the protocol, including the tags that call `tools`."""
     return re.compile(rf"</?(?:{'|'.join(['think', 'result', 'answer', *map(re.escape, tools)])})>")
 
 
 def without_tags(text: str, tags: re.Pattern[str]) -> str:
-    """Remove `tags` from `text`, also those formed by a removal, as in </res</result>ult>."""
+    """Return `text` without `tags`; a tag that only a removal creates, as in </res</result>ult>, is removed too."""
     while (stripped := tags.sub("", text)) != text:
         text = stripped
     return text
 
 
 def thought_is_open(text: str, *, before: bool = False) -> bool:
-    """Return whether a thought is open after `text`: its last <think> or </think> decides; without one, `before`."""
+    """Return whether a thought is open after `text`.
+
+    A thought is open if the last think tag in `text` is <think>. If `text` has no think tag, the result is `before`,
+    which states whether a thought was open before `text`.
+    """
     tags = THINK_TAG.findall(text)
     return tags[-1] == THINK_OPEN if tags else before

@@ -5,12 +5,13 @@ hotpotqa    hotpot_*_v1*.json                         a JSON list; yes/no answer
 musique     musique_{ans,full}_v1.0_*.jsonl           JSONL; aliases; unanswerable items in `full`
 bamboogle   *.csv                                     columns Question, Answer
 nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items. The
-            development file of that name is not simplified, and is supported too
+            development file with this name has the full format, which is also supported
 triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
 popqa       *.tsv                                     possible_answers is a JSON list inside a column
-jsonl       any JSONL or Parquet for data.train: `question` and `answers`, or search agents' training sets
+jsonl       any JSONL or Parquet file that data.train accepts, search agents' training sets included
 
-All but Parquet may be compressed by gzip, bzip2, xz or zstd. JSONL and tables are read line by line in any case.
+Every file except Parquet may be compressed with gzip, bzip2, xz or zstd. JSONL files and tables are read line by
+line, whether or not they are compressed.
 """
 
 from __future__ import annotations
@@ -39,27 +40,28 @@ class Item:
     """One item of a published set."""
 
     where: str
-    """File and line or item, for error messages."""
+    """The file and the number of the line or item in it, for error messages."""
     question: str
     answers: list[str] = field(default_factory=list)
-    """Gold answer first, then its aliases; empty if the set gives none."""
+    """The gold answer, then its aliases; empty if the set has no answer to the question."""
     id: str | None = None
-    """None: the set has no ids."""
+    """None if the set has no ids."""
     hops: int = 0
     source: str = ""
-    """The set that an item of a joined set is from."""
+    """Name of the set that this item is from, if the file joins several sets; else empty."""
     left_out: str = ""
-    """Why the item makes no question; empty if it does."""
+    """Why the item cannot become a question; empty if it can."""
 
 
 def read_items(name: str, path: Path, *, aliases: Path | None = None) -> Iterator[Item]:
     """Yield the items of the set `name` in the file `path`, in file order.
 
     Args:
-        aliases: 2WikiMultihopQA's id_aliases.json; None for the other sets.
+        aliases: the file id_aliases.json of 2WikiMultihopQA; None for all other sets.
 
     Raises:
-        ConfigError: one line; unreadable file, another format, or a malformed item (with its line or number).
+        ConfigError: with a one-line message, if the file cannot be read or has another format, or if an item is
+            malformed (the message names its line or number).
     """
     if aliases is not None and name != "2wiki":
         raise ConfigError(f"--aliases is {str(aliases)!r}; allowed: with 2wiki only")
@@ -96,7 +98,7 @@ def _read_2wiki(path: Path, aliases: Path | None) -> Iterator[Item]:
 
 
 def _load_aliases(path: Path) -> dict[str, list[str]]:
-    """Return names and demonyms by Wikidata id, from id_aliases.json (one object per line)."""
+    """Return each Wikidata id's names and demonyms, read from id_aliases.json (one object per line)."""
     known: dict[str, list[str]] = {}
     for where, record in read_json_lines(path, key="--aliases"):
         names = [*(record.get("aliases") or ()), *(record.get("demonyms") or ())]
@@ -140,7 +142,10 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Parse Natural Questions with document, simplified or not: short answers are spans of the document's tokens."""
+    """Return the item in a Natural Questions record that includes its document, in the simplified or the full format.
+
+    A short answer is a span of the document's tokens.
+    """
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:
@@ -153,16 +158,17 @@ def _annotated_nq(where: str, record: dict) -> Item:
         id=str(record.get("example_id", "")) or None,
         question=_text(record, "question_text", where),
         answers=_texts(answers, where, "annotations"),
-        # Most of these items have only a long answer or none, which exact match cannot judge.
+        # Most items without a short answer have only a long answer, which exact match cannot judge, or no answer.
         left_out="" if answers else UNANSWERABLE,
     )
 
 
 def _nq_tokens(where: str, record: dict) -> list[str]:
-    """Return the document's tokens; where the format says which tokens are HTML tags, a tag becomes an empty text.
+    """Return the document's tokens.
 
-    The simplified format has `document_text`, separated by spaces; the full format has `document_tokens`, a list of
-    objects.
+    The simplified format has the field `document_text`, in which spaces separate the tokens. The full format has the
+    field `document_tokens`, a list of objects. Such an object states whether its token is an HTML tag; if so, the
+    token becomes an empty text.
     """
     if "document_tokens" not in record:
         return _text(record, "document_text", where).split(" ")
@@ -235,7 +241,7 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 
 def _json_items(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """Yield the records of one JSON document: a list, or TriviaQA's {"Data": list}."""
+    """Yield the records of a JSON document, which is a list or, for TriviaQA, an object {"Data": list}."""
     with open_unpacked(path, key=IN) as stream:
         text = decode(stream.read(), str(path))
     try:
@@ -288,13 +294,13 @@ def _text(record: dict, name: str, where: str) -> str:
 
 
 def _texts(value: Any, where: str, name: str) -> list[str]:
-    """Normalise one text, number or truth value, or a list of them, to non-empty, unique `gold_text`s."""
+    """Return the unique, non-empty `gold_text`s of `value`: a text, a number, a boolean or a list of these."""
     values = value if isinstance(value, list) else [value]
     texts: list[str] = []
     for entry in values:
         if isinstance(entry, bool):
             entry = "yes" if entry else "no"
-        entry = whole_number(entry)  # 1912.0 would be 19120 without punctuation
+        entry = whole_number(entry)  # exact match removes the point of 1912.0
         if isinstance(entry, int | float):
             entry = str(entry)
         if not isinstance(entry, str):

@@ -19,26 +19,27 @@ class Question:
     """Unique in its set."""
     question: str
     answers: tuple[str, ...]
-    """Gold answer, then its aliases; never empty."""
+    """The gold answer, then its aliases; at least one text."""
     hops: int = 0
-    """Searches that the question needs; 0 if the set does not say."""
+    """Number of searches that the question needs; 0 if the set does not state the number."""
     source: str = ""
-    """The set that the question is from (`data_source`); empty if the file does not say."""
+    """Name of the set that the question is from (`data_source`); empty if the file does not name one."""
 
 
 def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
     """Return every question of a JSONL or Parquet file, in file order.
 
-    A record has a question (see `question_of`) and answers (see `answers_of`), and may have `id` (text or integer;
-    default: the record's position), `data_source` and `hops` (integer >= 0). Ids that repeat, as in joined sets, are
-    made unique (see `unique_ids`).
+    A record has a question (see `question_of`) and answers (see `answers_of`). The record may also have `id` (a text
+    or an integer; the default is the record's position), `data_source` (a text) and `hops` (an integer >= 0). If
+    several records have the same id, as may happen in joined sets, their ids are made unique (see `unique_ids`).
 
     Args:
-        path: the file; JSONL may be compressed.
+        path: the file. A JSONL file may be compressed.
         key: the configuration key that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line or row), or no question.
+        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
+            its line or row), or if the file has no question.
     """
     questions: list[Question] = []
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
@@ -53,7 +54,11 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
 
 
 def parse_question(record: dict, where: str, *, default_id: str) -> Question:
-    """Parse the question in one record without nulls; the ConfigError of a bad record starts with `where`."""
+    """Return the question in `record`, which must not have null fields.
+
+    Raises:
+        ConfigError: with a message that starts with `where`, if the record is malformed.
+    """
     name, answers = answers_of(record, where)
     if isinstance(answers, str) and name in _ONE_OR_MANY:
         answers = [answers]
@@ -83,10 +88,10 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
 
 
 def gold_text(text: str) -> str:
-    """Bring a gold answer to the form in which a policy would write it.
+    """Return a gold answer in the form in which a policy would write it.
 
-    Composes characters (Unicode's NFC), removes invisible marks such as U+200E except joiners that change how letters
-    look, and squeezes spaces.
+    Characters are composed (Unicode's NFC), and each run of spaces becomes one space. Invisible marks, such as
+    U+200E, are removed. Only joiners stay, because they change how letters look.
     """
     text = unicodedata.normalize("NFC", text)
     shown = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)
@@ -97,12 +102,18 @@ _JOINERS = "\u200c\u200d"
 
 
 def whole_number(value: Any) -> Any:
-    """Return 2 for 2.0, as pandas writes an integer in a column with missing values; anything else unchanged."""
+    """Return a float that is a whole number as an int; return any other value unchanged.
+
+    pandas writes the integer 2 as 2.0 if other values of the column are missing.
+    """
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_number(value: Any, where: str, name: str) -> None:
-    """Refuse numbers and booleans: whether true means yes or True, and 3.0 means 3, is ambiguous."""
+    """Raise `ConfigError` if `value` is a number or a boolean.
+
+    Such values are ambiguous: true could mean yes or True, and 3.0 could mean 3.
+    """
     if isinstance(value, bool | int | float):
         kind = "true or false" if isinstance(value, bool) else "a number"
         raise ConfigError(
@@ -117,13 +128,14 @@ _ONE_OR_MANY = ("answer", _GROUND_TRUTH, f"{_GROUND_TRUTH}.target")
 
 
 def answers_of(record: dict, where: str) -> tuple[str, Any]:
-    """Return name and value of the field that holds the answers.
+    """Return the name and the value of the field that holds the answers.
 
-    Takes the first field present of `answers`, `golden_answers`, `answer`, and `reward_model.ground_truth` or its
-    `target`, as in search agents' training sets for verl.
+    This is the first of `answers`, `golden_answers`, `answer` and `reward_model.ground_truth` that the record has.
+    `reward_model.ground_truth` is a field of search agents' training sets for verl; if its value is an object, the
+    answers are in the object's field `target`.
 
     Raises:
-        ConfigError: starts with `where`; there is no such field.
+        ConfigError: with a message that starts with `where`, if the record has none of these fields.
     """
     for name in ("answers", "golden_answers", "answer"):
         if name in record:
@@ -143,10 +155,13 @@ def answers_of(record: dict, where: str) -> tuple[str, Any]:
 
 
 def question_of(record: dict, where: str) -> str:
-    """Return the text of `question`, or else of the last user message in `prompt`, a list of messages.
+    """Return the question in `record`: the text of its field `question`.
+
+    If the record has no such field but has a list of messages in `prompt`, the question is the last user message.
 
     Raises:
-        ConfigError: starts with `where`; the record has neither field, or the question is not a text.
+        ConfigError: with a message that starts with `where`, if the record has no question or the question is not a
+            text.
     """
     messages = record.get("prompt")
     if "question" in record or not isinstance(messages, list):
@@ -160,16 +175,19 @@ def question_of(record: dict, where: str) -> str:
 
 
 def source_of(record: dict) -> str:
-    """Return the set that a record of a joined set is from; empty if it does not say."""
+    """Return the name of the set that a record is from (`data_source`); an empty text if the record names none."""
     source = record.get("data_source")
     return source if isinstance(source, str) else ""
 
 
 def unique_ids(ids: Sequence[str], sources: Sequence[str]) -> list[str]:
-    """Return `ids` with repeated ones changed to SOURCE/ID, and to SOURCE/ID#2, ... if that also repeats.
+    """Return `ids`, changed so that each is unique.
+
+    An id that several records have becomes SOURCE/ID if its record has a source. If several records then still have
+    the same id, the second of them gets the suffix #2, the third #3, and so on.
 
     Args:
-        sources: by record, see `source_of`.
+        sources: the source of each record, see `source_of`.
     """
     counts = Counter(ids)
     if len(counts) == len(ids):

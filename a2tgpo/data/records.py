@@ -1,4 +1,4 @@
-"""Read records of a question file one at a time: lines of JSONL, rows of Parquet."""
+"""Read the records of a question file one at a time; a record is a line of JSONL or a row of Parquet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ _BATCH_ROWS = 1024
 
 
 def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield (`"FILE line N"` or `"FILE row N"`, record) for every record, in file order.
+    """Yield (place, record) for every record, in file order; the place is `"FILE line N"` or `"FILE row N"`.
 
-    Parquet is recognised by its first bytes or its name. Null fields are dropped (see `stated`).
+    The file is read as Parquet if it begins with Parquet's magic bytes or its name ends in .parquet. The records are
+    yielded without their null fields (see `stated`).
 
     Args:
         key: the configuration key or option that names the file, for messages.
 
     Raises:
-        ConfigError: one line; unreadable file, or as `read_json_lines`.
+        ConfigError: with a one-line message, if the file cannot be read, or for the reasons of `read_json_lines`.
     """
     is_parquet = path.suffix == ".parquet" or _begins_as_parquet(path)
     for where, record in (_read_parquet if is_parquet else read_json_lines)(path, key=key):
@@ -29,7 +30,10 @@ def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def stated(record: dict) -> dict:
-    """Drop null fields: in Parquet and in joined sets, every record has every field."""
+    """Return `record` without its null fields.
+
+    In Parquet files and in joined sets, every record has every field, and a missing value is null.
+    """
     return {name: value for name, value in record.items() if value is not None}
 
 
@@ -55,5 +59,5 @@ def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise ConfigError(f"{key}: cannot read {path} ({reason:.120}); give an existing file") from None
-    except Exception as error:  # pyarrow has its own error type for each kind of damage
+    except Exception as error:  # pyarrow raises a different type for each kind of damage
         raise ConfigError(f"{key}: cannot read {path} as Parquet ({first_line(error):.120})") from None

@@ -1,4 +1,4 @@
-"""Choose each step's questions: seeded epochs, the same on every rank and in every layout."""
+"""Choose the questions of each step, in a seeded order that is the same on every rank and in every layout."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,21 @@ from a2tgpo.io.errors import ConfigError, require
 
 
 class PromptSampler:
-    """Deals question indices, `per_step` at a time, in a new seeded order each epoch.
+    """Returns question indices, `per_step` at a time; the seed and the number of the epoch determine their order.
 
-    A step spans two or more epochs if `per_step` does not divide the number of questions or a step draws several
-    times. No step contains a question twice: questions already in the step move to the end of the new epoch's order.
-    Every rank has the same sampler and takes its share of the step's list, so the order does not depend on the number
-    of ranks.
+    A step may span two or more epochs if `per_step` does not divide the number of questions, or if the step draws
+    several times. No step contains a question twice, because the questions that are already in the step move to the
+    end of the new epoch's order. Every rank has the same sampler and takes its share of the step's list, so the order
+    does not depend on the number of ranks.
 
     Args:
-        num_questions: size of the set.
-        per_step: questions of a step.
-        seed: determines the sequence of orders.
-        fingerprint: of the questions, see `PromptSet.fingerprint`; empty: unknown.
+        num_questions: number of questions in the set.
+        per_step: number of questions that a step uses.
+        seed: determines the orders of all epochs.
+        fingerprint: fingerprint of the questions, see `PromptSet.fingerprint`; empty if it is unknown.
 
     Raises:
-        ConfigError: the set is smaller than one step.
+        ConfigError: if the set has fewer questions than one step uses.
     """
 
     def __init__(self, num_questions: int, per_step: int, seed: int, *, fingerprint: str = ""):
@@ -46,8 +46,9 @@ class PromptSampler:
 
         Args:
             count: number of questions; None: `per_step`.
-            excluded: indices to leave out: those already in the step or, with partial rollouts, carried over (see
-                `PartialConfig.check_questions`). Together with `count`, at most the size of the set.
+            excluded: indices that must not be returned, because their questions are already in the step or, with
+                partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
+                is at most the size of the set.
         """
         count = self.per_step if count is None else count
         assert len(excluded) + count <= self.num_questions, (
@@ -75,10 +76,10 @@ class PromptSampler:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state`; `per_step` may differ.
+        """Continue from `state`, which a sampler with another `per_step` may have saved.
 
         Raises:
-            ConfigError: the question set or the seed differs.
+            ConfigError: if the questions or the seed of `state` differ from this sampler's.
         """
         self.require_same_questions(state)
         self.epoch = state["epoch"]
@@ -87,7 +88,7 @@ class PromptSampler:
         self._order = self._epoch_order()
 
     def require_same_questions(self, state: dict) -> None:
-        """Raise `ConfigError`, one line, unless `state` has the same questions and seed."""
+        """Raise a one-line `ConfigError` if the questions or the seed of `state` differ from this sampler's."""
         for key, name, mine in (
             ("num_questions", "the number of questions in data.train", self.num_questions),
             ("seed", "run.seed", self.seed),

@@ -1,4 +1,4 @@
-"""Select a subset of a question set in which every source and number of hops keeps its share."""
+"""Select a subset of a question set that has the same shares of sources and numbers of hops as the set."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ _UNLABELLED = ("", 0)
 
 
 def stratified_subset(questions: Sequence[Question], count: int) -> list[Question]:
-    """Select `count` of `questions` in their order, deterministically; all of them if there are no more.
+    """Return `count` of `questions` in their order, without randomness; all of them if there are at most `count`.
 
-    Each pair of source and hops is a stratum with a proportional share of `count`, rounded so that the shares add up
-    (largest remainders first). The first questions of a stratum are selected. Questions with neither source nor hops
-    form one stratum, selected at equal distances, because the file may concatenate several sets.
+    Questions with the same source and the same number of hops form a stratum. Each stratum gets a share of `count` in
+    proportion to its size; the shares are rounded by largest remainders, so that they add up to `count`. The subset
+    has the first questions of each stratum. There is one exception: from the stratum of questions without source and
+    hops, the subset has questions at equal distances, because the file may concatenate several sets.
 
     Args:
         questions: the set.
-        count: at least 0.
+        count: number of questions to select, >= 0.
     """
     if count >= len(questions):
         return list(questions)
@@ -36,7 +37,7 @@ def stratified_subset(questions: Sequence[Question], count: int) -> list[Questio
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:
-    """Divide `count` in proportion to `sizes`, in whole numbers."""
+    """Return whole numbers that add up to `count`, in proportion to `sizes`."""
     total = sum(sizes)
     shares = [size * count // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda index: (-(sizes[index] * count % total), index))

@@ -1,4 +1,4 @@
-"""Render a question for the model: the chat template, and prompts within the length limit."""
+"""Render questions through the model's chat template, and check that the prompts are not too long."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 _PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
-"""Questions per tokenizer call for a whole set: a tokenizer keeps about 20 kB per text until it returns."""
+"""Largest number of questions in one tokenizer call, which keeps about 20 kB per question until it returns."""
 
 
 class PromptTemplate:
-    """Renders a question through the tokenizer's chat template, generation header included.
+    """Renders a question through the tokenizer's chat template; the prompt ends with the generation header.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
-        instructions: the system message; empty: no system message.
-        kwargs: further variables of the template, such as enable_thinking.
-        date: the date that the template's `strftime_now` returns; None: today's, UTC.
+        instructions: the system message; if it is empty, the prompt has no system message.
+        kwargs: values for other variables of the template, such as enable_thinking.
+        date: the date that the template's `strftime_now` returns; None: today's date in UTC.
 
     Raises:
-        ConfigError: one line; the tokenizer has no chat template, or the template refuses or drops a message, has no
-            generation header, or does not use one of `kwargs`.
+        ConfigError: with a one-line message, if the tokenizer has no chat template, if the template refuses or drops
+            a message, if the template has no generation header, or if it does not use one of `kwargs`.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class PromptTemplate:
         (prompt,) = self._texts([_PROBE])
         self._check_prompt(prompt)
         self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
-        """The <think> and </think> after the question, where the model's text begins: empty for most templates,
-        <think> if the template opens the thought, both if thinking is switched off."""
+        """The think tags that the prompt has after the question. For most templates, this text is empty. It is
+        <think> if the template opens a thought, and <think></think> if thinking is switched off."""
         self.end_of_turn = self._find_end_of_turn()
-        """Id of the control token that ends an answer in a conversation, if it differs from the tokenizer's end of
-        sequence: base models end with <|endoftext|>, but the template writes <|im_end|>. None: both tokens are the
-        same, or the template ends no answer with a token.
+        """Id of the control token with which the template ends an answer, if this token differs from the tokenizer's
+        end-of-sequence token. For example, a base model ends a sequence with <|endoftext|>, but its template writes
+        <|im_end|>. None if both tokens are the same, or if the template ends an answer without a control token.
         """
 
     def render(self, question: str) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class PromptTemplate:
         return self.render_many([question])[0]
 
     def render_many(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the token ids of each question's prompt, in order; no part of a question is a control token."""
+        """Return the token ids of each question's prompt, in order; no part of a question becomes a control token."""
         encoded = self._literal.encode_framed(questions, self._texts, begins_sequence=True)
         return [tuple(ids) for ids in encoded]
 
@@ -94,12 +94,12 @@ class PromptTemplate:
                 conversations,
                 add_generation_prompt=has_header,
                 tokenize=False,
-                # transformers' own `strftime_now` reads the clock of each process at each start.
+                # transformers' own `strftime_now` reads the clock, so processes and starts could get different dates.
                 strftime_now=self.date.strftime,
                 **self._kwargs,
             )
         except Exception as error:
-            # Templates are code of the model's author; jinja2 passes on their exceptions.
+            # A template is code of the model's author, and jinja2 passes on every exception that the template raises.
             raise ConfigError(
                 f"model.path: the chat template of {self.tokenizer.name_or_path} refuses "
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "
@@ -108,7 +108,10 @@ class PromptTemplate:
         return texts
 
     def _check_names(self) -> None:
-        """Check for a template named default: of several templates, transformers renders that one."""
+        """Raise `ConfigError` if the tokenizer has several templates, but none named default.
+
+        transformers renders the template named default if there are several.
+        """
         templates = self.tokenizer.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(
@@ -139,7 +142,10 @@ class PromptTemplate:
             )
 
     def _check_prompt(self, prompt: str) -> None:
-        """Check that the prompt has all messages: templates for other purposes silently skip unknown ones."""
+        """Raise `ConfigError` if the prompt lacks a message or the generation header.
+
+        A template that was written for another purpose silently skips messages whose role it does not know.
+        """
         name = self.tokenizer.name_or_path
         for key, content, mend in (
             (
@@ -158,7 +164,11 @@ class PromptTemplate:
             )
 
     def _has_header(self, prompt: str) -> bool:
-        """Return whether at most a thought separates the prompt from the beginning of an answer in a conversation."""
+        """Return whether the model's answer can directly follow the prompt.
+
+        It can if the template adds a generation header. Otherwise this method renders a conversation with an answer:
+        if the conversation begins with the prompt, only think tags may stand between the prompt and the answer.
+        """
         if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
         whole = self._answered()
@@ -173,7 +183,7 @@ class PromptTemplate:
         return None
 
     def _answered(self) -> str:
-        """Render a conversation that ends with an answer; empty if the template does not support answers."""
+        """Return a rendered conversation that ends with an answer; an empty text if the template refuses answers."""
         messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
         try:
             (whole,) = self._apply([messages], has_header=False)
@@ -183,7 +193,7 @@ class PromptTemplate:
 
 
 def today() -> datetime.date:
-    """Return the date in UTC, which does not depend on the time zone."""
+    """Return today's date in UTC, which is the same for processes in different time zones."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
@@ -196,8 +206,8 @@ class PromptSet:
 
     Args:
         questions: the set.
-        template: renders it.
-        max_prompt_tokens: longest prompt allowed, tokens; see `first_too_long`.
+        template: renders the questions.
+        max_prompt_tokens: largest number of tokens that a prompt may have; see `first_too_long`.
     """
 
     def __init__(self, questions: Sequence[Question], template: PromptTemplate, *, max_prompt_tokens: int):
@@ -210,14 +220,17 @@ class PromptSet:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the questions: equal for the same ids and texts in the same order."""
+        """Hexadecimal digest that is equal for sets with the same ids and question texts in the same order."""
         digest = hashlib.blake2b(digest_size=16)
         for question in self.questions:
             digest.update(json.dumps([question.id, question.question]).encode())
         return digest.hexdigest()
 
     def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
-        """Return index and error line of the first question in `share` whose prompt is too long; None if all fit."""
+        """Return the index of the first question in `share` whose prompt is too long, and an error message.
+
+        Return None if no prompt in `share` is too long.
+        """
         indices = range(len(self))[share]
         for first in range(0, len(indices), CHUNK):
             chunk = indices[first : first + CHUNK]
@@ -235,9 +248,10 @@ class PromptSet:
             raise ConfigError(fault[1])
 
     def prompts(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Return prompts of the questions at `indices`, or only at `positions` in it; the others are not tokenised.
+        """Return the prompts of the questions at `indices`.
 
-        A prompt's `index` is its question's position in `indices`.
+        If `positions` is given, only the questions at these positions in `indices` are tokenised and returned. A
+        prompt's `index` is its question's position in `indices`.
         """
         positions = range(len(indices)) if positions is None else positions
         rendered = self._render([indices[position] for position in positions])

@@ -17,19 +17,21 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer in folder `path`, without network access.
 
-    The tokenizer splits texts as tokenizer.json says, if that file exists. The class named in tokenizer_config.json
-    is ignored: in transformers 5 some classes replace the file's rules by their own, and several families name a
-    wrong class. The R1 distillates of Llama name LlamaTokenizerFast, which would remove all spaces from their texts.
+    If tokenizer.json exists, the tokenizer follows that file, and the class named in tokenizer_config.json is
+    ignored, because some classes in transformers 5 replace the file's rules with their own and several model
+    families name a wrong class. For example, the R1 distillates of Llama name LlamaTokenizerFast, which would remove
+    all spaces from their texts.
 
     Args:
         key: the configuration key that names the folder, for error messages.
 
     Raises:
-        ConfigError: one line; there is no tokenizer, it is damaged, or it has ids without an embedding in the model.
+        ConfigError: with a one-line message, if the folder has no tokenizer, if the tokenizer is damaged, or if the
+            model has no embedding for one of its ids.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # If all are missing, transformers invents an empty tokenizer for some architectures.
+    # If all these files are missing, transformers creates an empty tokenizer for some architectures.
     if not any((Path(path) / name).is_file() for name in FILES):
         raise ConfigError(f"{key} {path!r} has no {FILES[0]}; copy the tokenizer's files there")
     is_whole = (Path(path) / FILES[0]).is_file()
@@ -46,12 +48,15 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest id of `tokenizer` plus one; ids below it may be unused."""
+    """Return the largest id of `tokenizer` plus one; some of the smaller ids may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def _require_embedded(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> None:
-    """Refuse a tokenizer larger than its model, whose padded embedding would return zeros for the extra ids."""
+    """Raise `ConfigError` if the tokenizer has ids for which the model has no embedding.
+
+    The embedding's padding would return zeros for these ids.
+    """
     try:
         rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -13,14 +13,15 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(path: str) -> dict[str, Path]:
-    """Return the safetensors files of the checkpoint in folder `path`, by name; reads only their headers.
+    """Return the safetensors files of the checkpoint in folder `path`, as a map from file name to path.
 
-    A checkpoint consists of the files that its index lists; without an index, of model.safetensors; without that, of
-    every *.safetensors. Other files in the folder, such as an adapter or the weights in another format, are ignored.
+    If the folder has an index, the checkpoint consists of the files that the index lists. Without an index, it
+    consists of model.safetensors. If this file is missing too, it consists of all *.safetensors files. All other
+    files in the folder are ignored, for example an adapter or weights in another format.
 
     Raises:
-        ConfigError: one line; there are no files, one is missing, damaged or truncated, the folder has both an index
-            and a model.safetensors that the index does not list, or two files hold the same tensor.
+        ConfigError: with a one-line message, if the folder has no such files, if the index is malformed or lists a
+            missing file, or if the folder has both an index and a model.safetensors that the index does not list.
     """
     folder = Path(path)
     index = folder / INDEX_FILE
@@ -46,16 +47,19 @@ def weight_files(path: str) -> dict[str, Path]:
 
 
 def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor in the `weight_files` of folder `path`, from their headers.
+    """Return a map from the name to the shape of every tensor in the `weight_files` of folder `path`.
+
+    Only the headers of the files are read.
 
     Raises:
-        ConfigError: as `weight_files`.
+        ConfigError: with a one-line message, if a file is damaged or truncated, if two files hold the same tensor, or
+            for the reasons of `weight_files`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     holder: dict[str, str] = {}
     for file_name, file in weight_files(path).items():
         try:
-            # Opening checks the file's size against its header.
+            # Opening a file fails if the file's size contradicts its header.
             with safe_open(file, framework="np") as tensors:
                 found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -74,7 +78,7 @@ def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def _names_in(index: Path, path: str) -> list[str]:
-    """Return the file names in an index, each once, sorted."""
+    """Return the sorted names of all files that an index lists."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,11 +1,12 @@
 """Exact match and token F1 between an answer and its golds, after SQuAD normalisation (Eq. 14).
 
-SQuAD's rules cover ASCII punctuation and words between spaces. Text with letters of another script than Latin is
-therefore converted to Unicode's compatibility form (full-width digits and letters become plain) and stripped of all
-punctuation; for F1, each character of a script without spaces is a word. Text in Latin letters follows SQuAD's rules
-alone, so that scores compare with published ones. In any text, a letter and its accent are one character, and
-invisible characters are ignored. (Some tokenizers compose their input, so their policies could not write a gold
-answer that is not composed.)
+SQuAD's rules remove only ASCII punctuation, and they split text into words only at spaces. If a text has letters of a
+script other than Latin, this module therefore also converts the text to Unicode's compatibility form (full-width
+digits and letters become plain) and removes all punctuation. For F1, each character of a script without spaces is a
+word. Text in Latin letters follows SQuAD's rules alone, so that its scores can be compared with published scores. In
+every text, invisible characters are removed, and a letter and its accent are composed to one character. This is
+necessary because some tokenizers compose their input: their policies could not write a gold answer that is not
+composed.
 """
 
 import re
@@ -24,26 +25,30 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def normalize_answer(text: str) -> str:
-    """Normalise to lower case, without punctuation and articles, single spaces; empty only for a blank `text`.
+    """Return `text` in lower case, without punctuation and articles, and with single spaces.
 
-    A text that would vanish, such as "A" or "The The", stays as written and equals only the same text.
+    If nothing would remain, as for "A" or "The The", return `text` as written, except for its spaces. The result is
+    therefore empty only if `text` is blank.
     """
     return _normalized(text) or " ".join(text.split())
 
 
 def is_kept_as_written(text: str) -> bool:
-    """Return whether normalisation would leave nothing of `text`, so that it is compared as written."""
+    """Return whether normalisation would remove all of `text`; such a text is compared as written."""
     return not _normalized(text)
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
-    """Return 1.0 if the normalised answer equals any normalised gold answer, else 0.0; 0.0 for an empty answer."""
+    """Return 1.0 if the normalised answer is not empty and equals a normalised gold answer, else 0.0."""
     normalized = normalize_answer(answer)
     return float(bool(normalized) and any(normalized == normalize_answer(gold) for gold in golds))
 
 
 def f1_score(answer: str, golds: Sequence[str]) -> float:
-    """Return the best token F1 over the gold answers; yes, no and noanswer match only as a whole."""
+    """Return the highest token F1 of `answer` over all gold answers.
+
+    If the answer or the gold answer is yes, no or noanswer, F1 is 1.0 if the two are equal, else 0.0.
+    """
     return max((_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golds), default=0.0)
 
 
@@ -71,7 +76,10 @@ def _normalized(text: str) -> str:
 
 
 def _is_of_another_script(letter: str) -> bool:
-    """Return whether this is a letter that is not Latin, or a full-width form; not for signs that Latin text uses."""
+    """Return whether `letter` is a letter of a script other than Latin, or a full-width character but not an emoji.
+
+    Signs that also occur in text in Latin letters give False.
+    """
     if unicodedata.east_asian_width(letter) in "FW":
         return unicodedata.category(letter) != "So"  # emoji
     is_letter = ord(letter) >= 0x370 and letter.isalpha() and not 0x2000 <= ord(letter) < 0x2C00

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
-    """Return one answer's length-normalised log-probability, nats; None if it is empty or not finite."""
+    """Return the mean of an answer's token log-probs, in nats; None if there are none or the mean is not finite."""
     if not answer_logprobs:
         return None
     mean = math.fsum(answer_logprobs) / len(answer_logprobs)
@@ -14,16 +14,16 @@ def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
 
 
 def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
-    """Return the best alias's length-normalised log-probability; None if any alias could not be scored.
+    """Return the largest `mean_logprob` over the aliases; None if any alias could not be scored.
 
-    The maximum must cover the same aliases after every turn; otherwise a missing alias could cause a gain.
+    The maximum must be over the same aliases after every turn; otherwise a missing alias could change the gain.
     """
     means = [mean_logprob(logprobs) for logprobs in aliases]
     return max((m for m in means if m is not None), default=None) if None not in means else None
 
 
 def answer_probability(logprob: float | None) -> float | None:
-    """Return P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)); `logprob` is that mean."""
+    """Return P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)); `logprob` is the mean. Return None for None."""
     return None if logprob is None else math.exp(logprob)
 
 
@@ -31,11 +31,11 @@ def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability"
     """Compute ig_t for t = 1..n from the gold answer's length-normalised log-probability in contexts c_0..c_n.
 
     Args:
-        logprobs: n + 1 values, nats; None where a context could not be scored.
+        logprobs: n + 1 values, in nats; None for each context that could not be scored.
         measure: "probability" (difference of P, Eq. 3) or "log_probability" (difference of log P).
 
     Returns:
-        n gains; None if either neighbour is missing, so that a failure never shifts another turn.
+        n gains. The gain ig_t is None if the value for c_{t-1} or c_t is None; other gains keep their positions.
     """
     values = [answer_probability(p) for p in logprobs] if measure == "probability" else list(logprobs)
     return [

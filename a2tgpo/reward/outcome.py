@@ -1,4 +1,4 @@
-"""The outcome reward: exact match, if the format is right (Eq. 13-15)."""
+"""The outcome reward of a response: exact match if its format is right, else -1 (Eq. 13-15)."""
 
 import functools
 import re
@@ -22,22 +22,24 @@ class OutcomeScore:
     reward: float
     """EM if the format is right, else -1."""
     exact_match: float
-    """EM of the extracted answer, whether or not the format is right; 0.0 if none can be extracted."""
+    """EM of the extracted answer, whether or not the format is right; 0.0 if no answer can be extracted."""
     f1: float
     format_ok: bool
     answer: str | None
-    """Text inside the last box of the last answer; None if there is none."""
+    """Text inside the last box of the last answer; None if the response has no such box."""
 
 
 def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None = "") -> str:
-    """Return the text whose format is judged: the policy's text, with every observation emptied.
+    """Return the text whose format is judged: the policy's text, with an empty result block for each observation.
 
-    Retrieved passages may contain tags, which must not affect the policy's reward.
+    The content of the observations is left out, because tags in retrieved passages must not affect the policy's
+    reward.
 
     Args:
-        turns: the decoded text of each turn, and whether it got an observation.
-        opening_tags: <think> and </think> at the end of the prompt, which belong to the response; None: unknown, so a
-            response that first closes a thought is assumed to have it opened by the prompt.
+        turns: for each turn, its decoded text and whether an observation followed it.
+        opening_tags: the think tags at the end of the prompt, which count as part of the response. None if these tags
+            are unknown: then, if the first think tag of the response is </think>, this function puts <think> before
+                it.
     """
     text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
     if opening_tags is None:
@@ -51,7 +53,7 @@ def score_response(
     """Return reward, EM and F1 of a whole response (all turns, `<result>` blocks included).
 
     Args:
-        tools: names of the tools, which are also the tags of their calls.
+        tools: names of the tools; a tool's name is also the tag of its calls.
     """
     answer = extract_answer(response)
     format_ok = answer is not None and is_well_formed(response, tools=tools)
@@ -66,7 +68,11 @@ def score_response(
 
 
 def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
-    r"""Check for balanced thoughts, exactly one answer with a `\boxed{...}`, and one result per tool call."""
+    r"""Return whether the format of the response is right.
+
+    It is right if the think tags are balanced, if there is exactly one answer and it has a `\boxed{...}`, and if each
+    tool call has one result.
+    """
     return (
         _is_balanced(THINK_TAG.findall(response), "<think>")
         and _ANSWER_TAG.findall(response) == ["<answer>", "</answer>"]
@@ -79,8 +85,8 @@ def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bo
 def extract_answer(response: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
 
-    A `\boxed` followed by a space boxes the rest of the block up to a `$`, as in the authors' code, which follows the
-    code of the MATH data set.
+    If a space follows `\boxed`, the content is the rest of the block up to the first `$`. The authors' code does the
+    same; it is based on the code of the MATH data set.
     """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None
@@ -111,7 +117,7 @@ def _is_balanced(tags: list[str], opening: str) -> bool:
 
 
 def _calls_are_answered(tags: list[str], tools: tuple[str, ...]) -> bool:
-    """Check that the tags form complete exchanges: <NAME> </NAME> <result> </result>, repeated."""
+    """Return whether the tags form a sequence of complete exchanges, each <NAME> </NAME> <result> </result>."""
     exchanges = {(f"<{name}>", f"</{name}>", "<result>", "</result>") for name in tools}
     return len(tags) % 4 == 0 and all(tuple(tags[i : i + 4]) in exchanges for i in range(0, len(tags), 4))
 

@@ -4,14 +4,14 @@
 def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
     """Return the penalty to add to a response's outcome reward (DAPO, arXiv 2503.14476, Eq. 13).
 
-    0 up to `max_tokens` - `buffer_tokens`, then falling linearly to -`penalty` at `max_tokens`, and -`penalty`
-    beyond.
+    The result is 0 for a response of at most `max_tokens` - `buffer_tokens` tokens. For longer responses it falls
+    linearly, to -`penalty` at `max_tokens` tokens. Beyond `max_tokens` it stays at -`penalty`.
 
     Args:
-        num_tokens: the response's sampled and observation tokens, counted as for `max_tokens`.
+        num_tokens: number of tokens in the response: sampled tokens and observation tokens.
         max_tokens: `rollout.max_response_tokens`.
-        buffer_tokens: L_cache; 0: no penalty at any length.
-        penalty: for a response of full length, >= 0; 1 in the paper.
+        buffer_tokens: number of tokens over which the penalty grows (L_cache); 0: no response gets a penalty.
+        penalty: the largest penalty, >= 0; the paper uses 1.
     """
     if buffer_tokens == 0:
         return 0.0

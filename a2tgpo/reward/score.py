@@ -14,17 +14,17 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryReward:
-    """Computes rewards and gains."""
+    """Computes the reward of a trajectory and the gains of its turns."""
 
     measure: str
     """`rollout.gain.measure`."""
     tools: tuple[str, ...] = SEARCH_ONLY
     """Names of the tools that the policy may call."""
     opening_tags: str | None = None
-    """Those at the end of the prompt (`PromptTemplate.opening_tags`); None: unknown, so a response that first closes
-    a thought is assumed to have it opened by the prompt."""
+    """The think tags at the end of the prompt (`PromptTemplate.opening_tags`); None if they are unknown (see
+    `judged_text`)."""
     overlong: RewardConfig = field(default_factory=RewardConfig)
-    """The penalty of long responses, observations included; exact match and format are unaffected."""
+    """Settings of the penalty for long responses. The penalty changes the reward, but not exact match or format."""
     max_response_tokens: int = 0
     """`rollout.max_response_tokens`."""
 
@@ -35,13 +35,14 @@ class TrajectoryReward:
         answers: Sequence[str],
         context_logprobs: Sequence[list[list[float]] | None],
     ) -> None:
-        """Set reward, exact match, format, answer probabilities and gains of `trajectory`.
+        """Set the fields of `trajectory` for its reward, exact match, format, answer probabilities and gains.
 
         Args:
             turn_texts: the policy's text of each turn.
             answers: the gold answer and its aliases.
-            context_logprobs: for the prompt and after each process turn, log-probs per alias and token; None where
-                they could not be computed; empty if nothing was scored.
+            context_logprobs: one entry for the prompt and one for the context after each process turn. An entry has a
+                list of token log-probs for each alias, or is None if the context could not be scored. The sequence is
+                empty if no context was scored.
         """
         answered = [turn.query is not None for turn in trajectory.turns]
         response = judged_text(list(zip(turn_texts, answered, strict=True)), opening_tags=self.opening_tags)
