@@ -16,21 +16,23 @@ from a2tgpo.plan.precision import ENGINE_WEIGHT_BYTES
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 SAMPLER_COPIES = 3
-"""Number of float32 tensors [max_concurrent, vocabulary] during sampling: logits, log-probs, a sorted copy."""
+"""Number of float32 tensors [max_concurrent, vocabulary] that exist during sampling: logits, log-probs, a
+sorted copy.
+"""
 GRAPH_GIB = 1.0
-"""Memory of captured graphs and their buffers, which sleep does not free; 0 with rollout.enforce_eager."""
+"""GiB of captured graphs and their buffers. Sleep does not free them. With rollout.enforce_eager they take 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineMemory:
-    """Bytes of an engine's parts on one rank."""
+    """Bytes of each part of an engine on one rank."""
 
     weights: float
     workspace: float
     """Memory for activations and sampling while the engine is awake."""
     graphs: float
     kv_cache: float
-    """Negative if the engine's share of the GPU does not even hold its weights."""
+    """Bytes of the KV cache. They are negative if the engine's share of the GPU is too small for the other parts."""
 
     @property
     def total(self) -> float:
@@ -42,7 +44,7 @@ def engine_dtype(config: RunConfig) -> str:
 
 
 def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> str | None:
-    """Return a line on why the engine's layout is impossible; None if it is possible."""
+    """Return one line that says why the engine's layout is impossible, or None if it is possible."""
     tensor = config.rollout.tensor_parallel
     kv_divides = dimensions.kv_heads % tensor == 0 or tensor % dimensions.kv_heads == 0
     if dimensions.heads % tensor or not kv_divides:
@@ -58,7 +60,7 @@ def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> s
 def engine_weight_bytes(
     config: RunConfig, dimensions: ModelDimensions, *, experts_share: float = 1.0
 ) -> float:
-    """Return the bytes of weights on one rank, counting the given share of the experts."""
+    """Return the bytes of the engine's weights on one rank. Only the share `experts_share` of the experts counts."""
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
     layer = layer_parameters(dimensions, tensor)
@@ -75,25 +77,27 @@ def engine_weight_bytes(
 
 
 def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Return the bytes of one token's keys and values in all layers, on one rank."""
+    """Return the bytes that one token's keys and values take on one rank, over all layers."""
     heads = max(1, dimensions.kv_heads // config.rollout.tensor_parallel)
     return 2 * dimensions.layers * heads * dimensions.head_dim * ELEMENT_BYTES[engine_dtype(config)]
 
 
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """Return the cache that `rollout.gpu_memory_fraction` leaves in this plan, rounded down to half a GiB, at least
-    0.
+    """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves in this plan.
 
-    Setting `rollout.kv_cache_gib` to this value fixes the cache's size. Otherwise vLLM sizes the cache by a
-    measurement at the start, and a version with a larger overhead would silently hold fewer trajectories.
+    The value is rounded down to half a GiB and is never negative. Setting `rollout.kv_cache_gib` to this value
+    fixes the cache's size. If it is not set, vLLM measures at the start how much memory is left for the cache,
+    so a version of vLLM with a larger overhead would silently hold fewer trajectories.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)
 
 
 def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:
-    """Return the memory of an awake engine; its cache is `rollout.kv_cache_gib`, or the rest of its share of the
-    GPU.
+    """Return the memory of an engine that is awake.
+
+    The KV cache has the size `rollout.kv_cache_gib`. If this is 0, the cache gets the rest of the engine's
+    share of the GPU.
     """
     rollout = config.rollout
     feed_forward = 3 * dimensions.ffn * dimensions.experts_per_token // rollout.tensor_parallel

@@ -1,4 +1,4 @@
-"""Choose the engine's share of a GPU, and its KV cache, if the configuration leaves them open."""
+"""Choose the engine's share of a GPU, and the size of its KV cache, if the configuration does not set them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from a2tgpo.plan.memory import memory_phases
 from a2tgpo.plan.workload import Workload, geometry
 
 SAFETY_MARGIN = 0.1
-"""Share of the GPU left free at the start and in the rollout, in addition to the plan's reserve: plans are
-arithmetic, and none has been compared with a GPU yet.
+"""Share of the GPU that is left free at the start and in the rollout, in addition to the plan's reserve. It is
+needed because plans are arithmetic, and no plan has been compared with a GPU yet.
 """
 STEP_GIB = 0.5
-"""A chosen cache is a multiple of this size."""
+"""The size of a chosen cache is a multiple of this many GiB."""
 DECIMALS = 3
 LARGEST_SHARE = 0.95
 
@@ -33,12 +33,13 @@ def with_engine_share(
     gpus: int,
     assumed: Assumptions | None = None,
 ) -> RunConfig:
-    """Return `config` with `rollout.gpu_memory_fraction` and `kv_cache_gib` chosen if the fraction is 0.
+    """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
-    The chosen cache is the largest that leaves `SAFETY_MARGIN` of the GPU free, but at most as large as the sequences
-    in flight can fill. The cache always holds one sequence, even if the margin becomes smaller. The share is the sum
-    of weights, workspace, graphs and cache. A cache that the configuration sets is kept; if it sets the fraction,
-    nothing is changed.
+    If `config` sets the fraction, return `config` unchanged. If `config` sets only the size of the cache, keep
+    this size. Otherwise choose the largest cache that leaves `SAFETY_MARGIN` of the GPU free, but no larger
+    than the sequences in flight can fill. The cache always holds at least one sequence, even if the margin
+    becomes smaller. The fraction is the sum of weights, workspace, graphs and cache, divided by the GPU's
+    memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:
@@ -65,8 +66,8 @@ def _chosen_cache_gib(
 def _engine_room(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
-    """Return the bytes that an engine may take, weights included, both at the start and in the rollout."""
-    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # an engine that takes no memory
+    """Return the bytes that an engine, including its weights, may take in both the start and the rollout phase."""
+    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # with an engine that takes no memory
     divided = geometry(without, dimensions, Workload().limited(config), gpus=gpus, kv_cache_bytes=0.0)
     phases = memory_phases(without, dimensions, gpu, divided, assumed)
     others = max(phase.peak for phase in phases if phase.name in ("start", "rollout"))
@@ -74,7 +75,7 @@ def _engine_room(
 
 
 def _beside_cache(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """Return the bytes of an engine without its cache."""
+    """Return the bytes of all parts of an engine except its cache."""
     engine = engine_memory(config, dimensions, gpu)
     return engine.total - engine.kv_cache
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of the model; a multiplication and an addition count as two."""
+"""Floating-point operations of the model. A multiplication and an addition count as two operations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from a2tgpo.plan.dimensions import ModelDimensions
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Operations of one token's forward pass; a backward pass takes twice as many."""
+    """Operations of one token's forward pass. A backward pass takes twice as many."""
 
     linear: float
-    """Linear layers of the decoder without experts; FP8 accelerates these and the experts."""
+    """Operations of the decoder's linear layers outside the experts. FP8 speeds up these layers and the experts."""
     attention: float
     experts: float
-    """The chosen experts of all layers; 0 in a dense model."""
+    """Operations of the experts that the token chose, over all layers. A dense model has 0."""
     output: float
-    """The output layer, averaged over all tokens."""
+    """Operations of the output layer, averaged over all tokens, including those at which it does not run."""
 
     @property
     def total(self) -> float:
@@ -25,11 +25,11 @@ class TokenFlops:
 
 
 def forward_flops(dimensions: ModelDimensions, *, context: float, output_share: float = 1.0) -> TokenFlops:
-    """Return the operations of a token's forward pass with attention to `context` tokens (on average half its
-    sequence).
+    """Return the operations of a token's forward pass in which the token attends to `context` tokens.
 
     Args:
-        output_share: share of the tokens at which the output layer runs.
+        context: the number of tokens to attend to. On average, this is half the length of the sequence.
+        output_share: the share of the tokens at which the output layer runs.
     """
     d = dimensions
     matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width)

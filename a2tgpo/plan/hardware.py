@@ -1,4 +1,4 @@
-"""GPUs for which a plan can be made. Figures are the makers'; memory is the total that torch reports."""
+"""GPUs for which a plan can be made. The makers publish the speeds; memory is the total that torch reports."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ GIB = 2**30
 class Gpu:
     name: str
     memory_gib: float
-    """GPU memory that a process sees, GiB."""
+    """GiB of GPU memory that a process can see."""
     bf16_tflops: float
-    """Dense bfloat16 peak, 1e12 operations per second."""
+    """Peak of dense bfloat16 products, 1e12 operations per second."""
     fp32_tflops: float
-    """Peak without tensor cores, 1e12 operations per second; the peak for float32 training."""
+    """Peak without tensor cores, 1e12 operations per second. Training in float32 has this peak."""
     memory_tb_per_s: float
-    """Bandwidth of the GPU's memory, 1e12 bytes per second."""
+    """Bandwidth of the GPU's own memory, 1e12 bytes per second."""
     node_gb_per_s: float
-    """Link to the GPUs of the same node, 1e9 bytes per second, one direction."""
+    """Bandwidth in one direction of a GPU's link to the other GPUs of its node, 1e9 bytes per second."""
     network_gb_per_s: float
-    """A GPU's share of the network between nodes, 1e9 bytes per second, one direction."""
+    """Bandwidth in one direction of the network between nodes that one GPU gets, 1e9 bytes per second."""
     capability: tuple[int, int]
-    """CUDA's compute capability, which determines the GPU's FP8 recipes."""
+    """CUDA's compute capability, which determines the FP8 recipes that the GPU supports."""
     gpus_per_node: int = 8
     host_memory_gib: float = 1024
-    """Host memory of a node, GiB: a round figure, since nodes are sold with more and with less."""
+    """GiB of host memory of a node. The value is a round figure, because nodes are sold with more and with less."""
 
     def link_bytes_per_s(self, span: int) -> float:
-        """Return the peak rate of the slowest link among `span` consecutive ranks, bytes per second."""
+        """Return the peak rate, in bytes per second, of the slowest link among `span` consecutive ranks."""
         return 1e9 * (self.node_gb_per_s if span <= self.gpus_per_node else self.network_gb_per_s)
 
     def peak_flops(self, dtype: str) -> float:
-        """Return the peak operations per second in `dtype`, bfloat16 or float32."""
+        """Return the GPU's peak operations per second in `dtype`, which is bfloat16 or float32."""
         return 1e12 * (self.bf16_tflops if dtype == "bfloat16" else self.fp32_tflops)
 
 

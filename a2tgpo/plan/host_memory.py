@@ -1,4 +1,6 @@
-"""Host memory of ranks and nodes: offloaded GPU state, and checkpoints being written."""
+"""Host memory that ranks and nodes need, mainly for state offloaded from the GPU and for checkpoints being
+written.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +15,30 @@ from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters, stage_parameters
 
 PROCESS_GIB = 4.0
-"""Memory of a rank's process, trainer and engine, GiB: Python, torch, the host side of CUDA and NCCL. A round
-figure.
+"""GiB of a rank's process, which runs both the trainer and the engine. Python, torch, and the host side of CUDA
+and NCCL need them. The value is a round figure.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostMemory:
-    """Bytes of host memory of one or several ranks."""
+    """Bytes of host memory that one rank needs, or that several ranks need together."""
 
     offloaded: float
-    """Page-locked memory for state offloaded from the GPU; 0 without `update.offload`."""
+    """Page-locked memory for state that was offloaded from the GPU. It is 0 if `update.offload` is False."""
     saving: float
-    """Copies of the state that is written to a checkpoint; freed once the checkpoint is on disk."""
+    """Copies of the state that is being written to a checkpoint. They are freed once the checkpoint is on disk."""
     loading: float
-    """Tensors read at the start, from a checkpoint or from `model.path`, before offloaded and saved state exist."""
+    """Tensors that the start reads from a checkpoint or from `model.path`. At that time, no state is offloaded
+    or saved yet.
+    """
     processes: float
 
     @property
     def total(self) -> float:
-        """Peak: a checkpoint is written while the next rollout occupies the GPU."""
+        """Peak over time. While a checkpoint is written, the next rollout occupies the GPU, so offloaded and
+        saved state exist together.
+        """
         return self.processes + max(self.offloaded + self.saving, self.loading)
 
     def __add__(self, other: HostMemory) -> HostMemory:
@@ -42,7 +48,7 @@ class HostMemory:
 def host_memory_by_rank(
     config: RunConfig, dimensions: ModelDimensions, *, data_parallel: int
 ) -> list[HostMemory]:
-    """Return each rank's host memory, in rank order: the ranks of a pipeline stage are neighbours."""
+    """Return each rank's host memory, in rank order. Ranks of the same pipeline stage have consecutive numbers."""
     parallel = config.parallel
     by_stage = [
         _of_stage(config, dimensions, stage, data_parallel=data_parallel)
@@ -53,7 +59,7 @@ def host_memory_by_rank(
 
 
 def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemory:
-    """Return the memory of the fullest node, if ranks fill one node after the other."""
+    """Return the memory of the node that needs most, if consecutive ranks fill one node after the other."""
     nodes = [
         sum_of(by_rank[first : first + ranks_per_node]) for first in range(0, len(by_rank), ranks_per_node)
     ]
@@ -61,7 +67,7 @@ def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemor
 
 
 def sum_of(ranks: list[HostMemory]) -> HostMemory:
-    """Return the sum over these ranks, of which there is at least one."""
+    """Return the memory of all `ranks` together. `ranks` must not be empty."""
     first, *others = ranks
     return sum(others, start=first)
 
@@ -71,7 +77,7 @@ def _of_stage(
 ) -> HostMemory:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
     element_bytes = ELEMENT_BYTES[config.model.dtype]
-    # Each data-parallel rank writes its own part of the optimizer's state, and its share of the weights.
+    # Each data-parallel rank writes only its own part of the optimizer's state and its own share of the weights.
     share = optimizer_parameters(
         stage_parameters(dimensions, config.parallel, stage), config.parallel, data_parallel
     )
@@ -79,7 +85,7 @@ def _of_stage(
     return HostMemory(
         offloaded=trainer.offloaded if config.update.offload else 0.0,
         saving=share * (element_bytes + state_bytes),
-        # The whole tensor, and its tensor-parallel parts.
+        # Both the whole tensor and its tensor-parallel parts exist, hence the factor 2.
         loading=2 * largest_tensor(dimensions, config.parallel.tensor) * element_bytes,
         processes=PROCESS_GIB * GIB,
     )

@@ -1,4 +1,4 @@
-"""The inputs of all predictions of a plan."""
+"""The inputs that all predictions of a plan share."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ class PlanInputs:
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """Achieved bandwidth of the GPU's memory, bytes per second."""
+        """Bandwidth of the GPU's memory that a program actually reaches, bytes per second."""
         return 1e12 * self.gpu.memory_tb_per_s * self.assumed.memory_utilisation
 
     def link_bytes_per_s(self, ranks: int) -> float:
-        """Achieved bandwidth of a rank's links within a group of `ranks` neighbouring ranks, bytes per second."""
+        """Return the bandwidth, in bytes per second, that a rank's links reach within a group of `ranks`
+        consecutive ranks.
+        """
         return self.gpu.link_bytes_per_s(ranks) * self.assumed.link_utilisation

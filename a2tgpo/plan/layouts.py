@@ -1,4 +1,4 @@
-"""Find layouts of a configuration that fit a cluster, fastest first."""
+"""Find the layouts with which a configuration fits a cluster, and sort them by speed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from a2tgpo.plan.workload import Workload
 
 PIPELINE_SIZES = (1, 2, 4, 8, 16)
 TENSOR_SIZES = (1, 2, 4, 8)
-"""Tensor-parallel groups stay inside a node."""
+"""Sizes of tensor-parallel groups. None exceeds 8, so that a group stays inside a node."""
 EXPERT_SIZES = (1, 2, 4, 8, 16, 32)
 VIRTUAL_SIZES = (1, 2, 4)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
-"""Share of GPU memory left free in every phase: plans are arithmetic, not measurements."""
+"""Share of GPU memory that every phase must leave free, because plans are arithmetic and not measurements."""
 
 
 def suggest(
@@ -36,11 +36,11 @@ def suggest(
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
 ) -> list[Plan]:
-    """Return plans with LEAST_HEADROOM in every phase, sorted by predicted step time; the best for each pair of
-    trainer and engine layout.
+    """Return the plans that leave LEAST_HEADROOM free in every phase, sorted by predicted step time.
 
-    Varies model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens, and all of parallel.* but
-    parallel.context. Chooses the engine's share and cache for each layout, and gives all stages equal
+    For each pair of a trainer layout and an engine layout, only the best plan is returned. The plans differ in
+    model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens, and all settings of parallel.*
+    except parallel.context. The engine's share and cache are chosen for each layout, and all stages get equal
     shares of the layers. All other settings are those of `config`.
     """
     best: dict[tuple, Plan] = {}
@@ -61,7 +61,7 @@ def suggest(
 
 
 def overrides(plan: Plan) -> list[str]:
-    """Return the overrides that set the layout of `plan` on a command line."""
+    """Return the command-line overrides that set the layout of `plan`."""
     config = plan.given_config
     return [
         f"parallel.tensor={config.parallel.tensor}",
@@ -80,7 +80,9 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _order(plan: Plan) -> tuple[float, float]:
-    """By time to a tenth of a second, then by the headroom of the fullest phase."""
+    """Return a sort key: step time rounded to a tenth of a second, then headroom of the fullest phase, largest
+    first.
+    """
     return round(plan.step_seconds, 1), -min(phase.headroom for phase in plan.phases)
 
 

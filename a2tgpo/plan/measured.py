@@ -1,4 +1,4 @@
-"""Use measurements of tools/gpu_check.py in place of a plan's assumptions."""
+"""Replace a plan's assumptions with measurements of tools/gpu_check.py."""
 
 from __future__ import annotations
 
@@ -30,49 +30,50 @@ QUANTITIES = {
     "context_gib": "memory of a card that belongs neither to torch nor to the engine's parts, GiB",
     "fragmentation_share": "memory that torch's allocator reserves beyond what tensors hold, as a share of that",
 }
-"""The measurements that a plan can use: the contract between tools/gpu_check.py, which writes these names into its
-JSON, and `calibrate`, which reads them.
+"""The measurements that a plan can use, with their meaning. tools/gpu_check.py writes these names into its
+JSON, and `calibrate` reads them.
 """
 
 MAY_BE_ZERO = ("decode_sequence_us", "fragmentation_share")
 
 MEMORY_TOLERANCE = 0.1
-"""Largest relative difference between a GPU's memory and the plan's for both to be the same kind of GPU."""
+"""Largest relative difference between the memory of two GPUs that still count as GPUs of the same kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """An assumption of a plan that a measurement replaces."""
+    """A measurement that replaces an assumption of a plan."""
 
     assumption: str
     assumed: float
     measured: float
     why: str
-    """The measurement, in words with its unit."""
+    """The meaning of the measurement in words, with its unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A plan's assumptions, some of them replaced by measurements, and the source of the measurements."""
+    """A plan's assumptions after measurements have replaced some of them, and the source of these measurements."""
 
     source: str
-    """File, GPU and time of the measurement."""
+    """The measurement's file, GPU and time."""
     assumed: Assumptions
     gpu: Gpu
     replaced: list[Replacement]
 
 
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
-    """Read the measurements in `path`, a JSON of tools/gpu_check.py, for a plan on `gpu`.
+    """Return the assumptions of a plan on `gpu`, updated with the measurements in `path`, a JSON of
+    tools/gpu_check.py.
 
-    Ignores failed rows. Assumptions without a measurement in the file stay.
+    Rows of failed measurements are ignored. An assumption stays if the file has no measurement of its quantity.
 
     Args:
-        fp8_recipe: `model.fp8.recipe`, the recipe whose speed is used.
+        fp8_recipe: the setting `model.fp8.recipe`. Only the measured speed of this recipe is used.
 
     Raises:
-        ConfigError: one line; the file is not a JSON of tools/gpu_check.py, or is from another kind of GPU or from a
-            machine without one.
+        ConfigError: if the file is not a JSON of tools/gpu_check.py, or if it was measured on another kind of
+            GPU or without a GPU. The message is one line.
     """
     assumed = assumed or Assumptions()
     content = _read(path)
@@ -99,7 +100,7 @@ def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | No
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """Return one line for each replaced assumption, with the value and the file."""
+    """Return one line for each replaced assumption, with its new value and the file of the measurement."""
     lines = [f"measured ({calibration.source})"]
     lines += [
         f"  {each.assumption}: {each.measured:.4g} instead of {each.assumed:.4g} ({each.why})"
@@ -180,7 +181,7 @@ def _require_same_card(path: str, machine: Mapping[str, Any], gpu: Gpu) -> None:
 
 
 def _quantities(path: str, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the measurements by name; the last row with a name wins."""
+    """Return the measured values by name. If several rows have the same name, the last row wins."""
     found = {}
     for row in rows:
         quantity: Any = row.get("quantity")

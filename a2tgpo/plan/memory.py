@@ -1,7 +1,7 @@
-"""Peak GPU memory of the fullest rank in each phase.
+"""Peak GPU memory in each phase, on the rank that needs the most memory in that phase.
 
-The same table as in a run (`memory/residency.py`) says which parts are on the GPU in each phase. The trainer's
-allocator frees its cache at every change of phase.
+The table in `memory/residency.py`, which a run follows, says which parts are on the GPU in each phase. The
+trainer's allocator frees its cache at every change of phase.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from a2tgpo.plan.precision import VALUE_BYTES, fp8_copy_bytes
 from a2tgpo.plan.workload import Geometry
 
 OF_ACTIVATIONS = ("activations", "backward workspace")
-"""Parts that are multiplied by `Assumptions.activation_ratio`."""
+"""Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""The phases of `residency.PHASES` that fill the GPU most; each other phase holds a subset of one of these."""
+"""The phases of `residency.PHASES` that need the most memory. Every other phase holds a subset of one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     name: str
     stage: int
-    """Pipeline stage of the fullest rank."""
+    """Pipeline stage of the rank that needs the most memory in this phase."""
     parts: dict[str, float]
-    """Bytes by part, reserve included."""
+    """Bytes by name of the part. The reserve is one of the parts."""
     capacity: float
-    """GPU memory, bytes."""
+    """Bytes of the GPU's memory."""
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
     @property
     def headroom(self) -> float:
-        """Share of the GPU left free; negative if the phase does not fit."""
+        """Share of the GPU that the phase leaves free. The share is negative if the phase does not fit."""
         return 1 - self.peak / self.capacity
 
     @property
@@ -60,22 +60,26 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerMemory:
-    """Bytes on one rank of each part, while the part is on the GPU."""
+    """Bytes that each part of the trainer takes on one rank while the part is on the GPU."""
 
     weights: float
     gradients: float
-    """float32 in any case: gradients are summed and reduced in float32."""
+    """Gradients are always float32, because they are summed and reduced in float32."""
     master_weights: float
-    """The optimizer's float32 copy of the weights; 0 if the weights are float32."""
+    """The optimizer's float32 copy of the weights. It is 0 if the weights themselves are float32."""
     moments: float
-    """Adam's two moments, float32; created in the first update."""
+    """Adam's two float32 moments, which the first update creates."""
     fp8_copies: float
-    """FP8 copies of the weights, including the reference's; created in the first pass; 0 without FP8."""
+    """FP8 copies of the policy's and the reference's weights, which the first pass creates. 0 if FP8 is off."""
     reference: float
-    """Weights of the reference model; 0 without a KL penalty."""
+    """Weights of the reference model. 0 if the loss has no KL penalty."""
 
     def parts(self, phase: str, *, offload: bool) -> dict[str, float]:
-        """Return the bytes on the GPU in `phase`, one of `residency.PHASES`, by the part's name in printed plans."""
+        """Return the bytes of each part that is on the GPU in `phase`, by the part's name in printed plans.
+
+        Args:
+            phase: one of `residency.PHASES`.
+        """
         sizes = {
             "weights": ("trainer weights", self.weights),
             "gradients": ("gradients", self.gradients),
@@ -84,13 +88,13 @@ class TrainerMemory:
         }
         held = resident(phase, offload=offload)
         parts = {name: size for part, (name, size) in sizes.items() if part in held}
-        if phase != "start":  # from the first pass on, in all phases
+        if phase != "start":  # the first pass creates the copies, and they stay in all later phases
             parts["FP8 copies of weights"] = self.fp8_copies
         return parts
 
     @property
     def offloaded(self) -> float:
-        """Bytes copied to host memory: all parts except gradients, which come back as zeros."""
+        """Bytes that offloading copies to host memory. Gradients are not copied, because they come back as zeros."""
         return self.weights + self.master_weights + self.moments + self.reference
 
 
@@ -117,7 +121,7 @@ def trainer_memory(
 def memory_phases(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, geometry: Geometry, assumed: Assumptions
 ) -> list[Phase]:
-    """Return the phases of a step in order, each with the numbers of the rank where its peak is highest."""
+    """Return the phases of a step in order. Each phase has the numbers of the rank with the highest peak."""
     engine = engine_memory(config, dimensions, gpu)
     by_stage = [
         _phases_of_stage(config, dimensions, gpu, geometry, engine, assumed, stage)
@@ -137,7 +141,7 @@ def _phases_of_stage(
 ) -> list[Phase]:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=geometry.data_parallel)
     capacity, offload = gpu.memory_gib * GIB, config.update.offload
-    # vLLM refuses to start unless its share of the GPU is free, even if the cache has a fixed size.
+    # vLLM refuses to start unless its whole share of the GPU is free, even if the size of the cache is set.
     requested = max(engine.total, config.rollout.gpu_memory_fraction * capacity)
     engine_parts = {"engine weights": engine.weights, "KV cache": engine.kv_cache}
     working = {
@@ -150,7 +154,7 @@ def _phases_of_stage(
     phases = []
     for name in PHASES:
         held = trainer.parts(name, offload=offload)
-        if name != "start":  # at the start, the engine's share includes these parts
+        if name != "start":  # in the phase start, the engine's requested share already includes these parts
             on_card = resident(name, offload=offload)
             held["engine graphs"] = engine.graphs
             held |= {part: size for part, size in engine_parts.items() if part in on_card}
@@ -165,7 +169,7 @@ def _phases_of_stage(
 
 
 def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
-    # A trajectory longer than the limit gets its own micro-batch.
+    # A trajectory that exceeds the micro-batch's token limit gets a micro-batch of its own.
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     tokens = max(config.update.max_microbatch_tokens, longest)
     return MicrobatchShape(
@@ -204,11 +208,11 @@ def _update_parts(
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
-    """Return how often a stage runs a chunk forward before the first backward pass arrives (1F1B).
+    """Return how often a stage runs a chunk forward before its first backward pass in the 1F1B schedule.
 
-    Each of these chunks keeps the activations of its layers. Interleaved stages first run all chunks except the last
-    for a whole round of micro-batches, and lie further apart (megatron/core/pipeline_parallel/schedules.py,
-    get_pp_rank_microbatches).
+    Each of these runs keeps the activations of the chunk's layers. An interleaved stage first runs each of its
+    chunks except the last for a whole round of micro-batches, and then two more chunks for each later stage
+    (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches).
     """
     num_later = parallel.pipeline - stage - 1
     if parallel.virtual == 1:
@@ -221,18 +225,20 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """Return the bytes of the bucket being loaded, the next bucket, and the tensors merged from one parameter's
-    shards.
+    """Return the bytes that a refit needs at its peak.
+
+    These are the bucket that is being loaded, the next bucket, and the tensors that one parameter's shards are
+    merged into.
     """
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes
-    # Embedding or head is the largest parameter; the other bucket then holds parameters of a layer.
+    # The largest parameter is the embedding or the head. While one bucket holds it, the other holds layer parameters.
     in_layer, bucket = largest_layer_tensor(dimensions) * element_bytes, config.refit.bucket_mib * 2**20
     gathered: float = max(bucket, largest) + max(bucket, in_layer)
     if tensor > 1 and config.parallel.pipeline > 1:
-        gathered += gathered / tensor  # the broadcast's result
+        gathered += gathered / tensor  # the broadcast needs a buffer for its result
     copies = 1 if tensor > 1 else 0
-    # The engine collects all experts of a layer, then copies its part of each.
+    # The engine first collects all experts of a layer, and then copies its own part of each expert.
     layer = layer_parameters(dimensions, 1).experts * element_bytes
     collected = layer * (1 + 1 / config.rollout.tensor_parallel)
     return gathered + copies * largest + collected

@@ -1,4 +1,4 @@
-"""Number of parameters on a rank: exact, as compared with Megatron's model in tests/unit/plan."""
+"""Exact numbers of parameters on a rank. Tests in tests/unit/plan compare them with Megatron's model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from a2tgpo.plan.dimensions import ModelDimensions
 @dataclass(frozen=True)
 class Parameters:
     split: int
-    """Parameters split over the tensor-parallel ranks: one rank's part."""
+    """Parameters that are split over the tensor-parallel ranks. Only one rank's part is counted."""
     replicated: int
-    """Parameters that every tensor-parallel rank holds: norms and routers."""
+    """Parameters that every tensor-parallel rank holds in full: norms and routers."""
     experts: int = 0
-    """Parameters of one rank's experts; each expert is whole on one expert-parallel rank."""
+    """Parameters of the experts on one rank. Each expert is whole on one expert-parallel rank."""
 
     @property
     def dense(self) -> int:
@@ -35,7 +35,9 @@ class Parameters:
 
 
 def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> Parameters:
-    """Return one layer's parameters on one of `tensor` tensor-parallel and `expert` expert-parallel ranks."""
+    """Return the parameters of one layer on one rank of `tensor` tensor-parallel and `expert` expert-parallel
+    ranks.
+    """
     d = dimensions
     qkv_width = d.query_width + 2 * d.kv_width
     split = d.hidden * qkv_width + d.query_width * d.hidden
@@ -52,7 +54,7 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
 
 
 def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> int:
-    """Return the number of one layer's parameters on a rank that can be in FP8: all matrices except the router's."""
+    """Return how many parameters of one layer on a rank can be in FP8: those of all matrices except the router's."""
     layer = layer_parameters(dimensions, tensor, expert)
     has_bias = dimensions.architecture == "qwen2"
     biases = (dimensions.query_width + 2 * dimensions.kv_width) // tensor if has_bias else 0
@@ -60,8 +62,9 @@ def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1)
 
 
 def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stage: int) -> Parameters:
-    """Return the parameters on one rank of pipeline stage `stage` (0-based), all chunks together. Tied embeddings are
-    on the first and on the last stage.
+    """Return the parameters of all chunks on one rank of pipeline stage `stage`, counted from 0.
+
+    If the embeddings are tied, both the first and the last stage hold them.
     """
     layers = parallel.stage_layers(dimensions.layers)[stage]
     held = layer_parameters(dimensions, parallel.tensor, parallel.expert) * layers
@@ -70,35 +73,35 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
     if is_first:
         held += Parameters(embedding, 0)
     if is_last:
-        held += Parameters(0, dimensions.hidden)  # the final norm
+        held += Parameters(0, dimensions.hidden)  # the norm after the last layer
         if not (dimensions.tied and is_first):
             held += Parameters(embedding, 0)
     return held
 
 
 def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
-    """Return how many of `parameters` on one rank have their optimizer state on this rank (distributed optimizer).
+    """Return for how many of a rank's `parameters` the distributed optimizer keeps the state on this rank.
 
-    Context-parallel ranks hold the same weights, like data-parallel ranks. The same experts are on tensor x context x
-    data-parallel / expert-parallel ranks.
+    Context-parallel ranks hold the same weights, as data-parallel ranks do. The same experts are on (tensor x
+    context x data-parallel / expert-parallel) ranks.
     """
     replicas = parallel.context * data_parallel
     return parameters.dense / replicas + parameters.experts / (parallel.tensor * replicas / parallel.expert)
 
 
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:
-    """Return the number of parameters in the checkpoint, without padding, tied embeddings once."""
+    """Return the number of parameters in the checkpoint. Padding does not count, and tied embeddings count once."""
     d = dimensions
     return d.layers * layer_parameters(d, 1).total + d.hidden + (1 if d.tied else 2) * d.vocab * d.hidden
 
 
 def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
-    """Return the elements of the largest full parameter, which the refit gathers at once."""
+    """Return the number of elements of the largest full parameter. The refit gathers a full parameter at once."""
     return max(dimensions.padded_vocab(tensor) * dimensions.hidden, largest_layer_tensor(dimensions))
 
 
 def largest_layer_tensor(dimensions: ModelDimensions) -> int:
-    """Return the elements of the largest full parameter within a layer."""
+    """Return the number of elements of the largest full parameter that belongs to a layer."""
     d = dimensions
-    # The experts that are gathered at a time, one per expert-parallel rank, together have fewer elements.
+    # The refit gathers one expert per expert-parallel rank at a time; these have fewer elements in total.
     return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

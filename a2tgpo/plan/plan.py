@@ -1,4 +1,6 @@
-"""Plan one configuration on one cluster: whether it fits, how a step is divided, how long it takes."""
+"""Plan one configuration on one cluster: predict whether it fits, how a step is divided, and how long a step
+takes.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +27,28 @@ from a2tgpo.plan.workload import Workload, geometry
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlanInputs):
-    """The predictions, together with their inputs."""
+    """All predictions for a configuration, and the inputs from which they are computed."""
 
     given_config: RunConfig
-    """The original configuration; in `config`, the engine's share of the GPU and its cache are numbers."""
+    """The configuration before the plan changed it. In `config`, the engine's share and its cache always have
+    values.
+    """
     phases: list[Phase]
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
     score: PassTime
-    """One scoring pass; see `score_passes` for their number."""
+    """Time of one scoring pass. `score_passes` is the number of these passes."""
     update: PassTime
     refit_s: float
 
     @property
     def share_is_chosen(self) -> bool:
-        """Whether the plan chose the engine's share, because `rollout.gpu_memory_fraction` is 0."""
+        """Whether the plan chose the engine's share of the GPU. It does so if `rollout.gpu_memory_fraction` is 0."""
         return not self.given_config.rollout.gpu_memory_fraction
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        """Predicted seconds of one training step by stage."""
+        """Predicted seconds of each stage of one training step, by the stage's name."""
         return {
             "refit": self.refit_s,
             "rollout": self.rollout.seconds,
@@ -55,13 +59,15 @@ class Plan(PlanInputs):
 
     @property
     def searches(self) -> SearchDemand:
-        """The load of the rollout on the search server."""
+        """The load that the rollout puts on the search server."""
         return search_demand(self, self.rollout.seconds)
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes: one by the policy if a step has several mini-batches, one by the reference if
-        there is one.
+        """Number of scoring passes in a step.
+
+        The policy scores once if a step has several mini-batches. The reference, if the run has one, also
+        scores once.
         """
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
@@ -71,45 +77,45 @@ class Plan(PlanInputs):
 
     @property
     def run_seconds(self) -> float:
-        """Seconds of `run.steps` steps, without evaluations, checkpoints and starts."""
+        """Predicted seconds of `run.steps` steps. Evaluations, checkpoints and starts are not included."""
         return self.config.run.steps * self.step_seconds
 
     @property
     def token_flops(self) -> float:
-        """Mean operations of one token's forward pass in the trainer."""
+        """Operations of one token's forward pass in the trainer, averaged over all tokens."""
         w = self.workload
         return forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share).total
 
     @property
     def stage_flops(self) -> dict[str, float]:
-        """Model operations of a step by stage, without recomputation."""
+        """The model's operations in one step, by stage. Recomputed operations do not count."""
         once = self.token_flops * self.geometry.tokens
         return {"score": self.score_passes * once, "update": 3 * once}
 
     @property
     def update_mfu(self) -> float:
-        """Model operations per second of the update, relative to the GPUs' bfloat16 (or float32) peak."""
+        """Operations per second that the update reaches, as a share of the GPUs' peak in the model's dtype."""
         peak = self.gpu.peak_flops(self.config.model.dtype) * self.gpus
         return self.stage_flops["update"] / self.update.seconds / peak
 
     @property
     def holds_a_sequence(self) -> bool:
-        """Whether the engine's cache holds one sequence of full length; otherwise vLLM refuses to start."""
+        """Whether the engine's cache can hold one sequence of full length. If it cannot, vLLM refuses to start."""
         return self.geometry.full_sequences >= 1
 
     @property
     def host(self) -> HostMemory:
-        """Host memory of the fullest node."""
+        """Host memory of the node that needs the most."""
         return fullest_node(self.host_by_rank, ranks_per_node=self.gpu.gpus_per_node)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint."""
+        """Bytes of one checkpoint."""
         return checkpoint_bytes(self.config, self.dimensions)
 
     @property
     def kept_bytes(self) -> float:
-        """Largest total size of all checkpoints on disk at the same time."""
+        """Largest number of bytes that all checkpoints together take on disk at any time."""
         return kept_bytes(self.config, self.dimensions, most_kept(self.config))
 
     @property
@@ -120,7 +126,9 @@ class Plan(PlanInputs):
 
     @property
     def fits_on_hosts(self) -> bool:
-        """Whether the nodes' memory holds the offloaded state and a checkpoint being written."""
+        """Whether each node's memory is large enough for its processes, offloaded state, and a checkpoint being
+        written.
+        """
         return self.host.total <= self.gpu.host_memory_gib * GIB
 
     @property
@@ -137,13 +145,15 @@ def make_plan(
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
 ) -> Plan:
-    """Plan `config` on `gpus` GPUs.
+    """Plan `config` on a cluster of `gpus` GPUs.
 
     Args:
-        workload: the expected mean trajectory, cut to the limits of `config`; None: the defaults.
+        workload: the expected mean trajectory, which is cut to the limits of `config`. None means the default
+            workload.
 
     Raises:
-        ConfigError: one line; the layout does not divide the model or the GPUs, or FP8 is impossible.
+        ConfigError: if the layout does not divide the model or the GPUs, or if FP8 is impossible. The message
+            is one line.
     """
     fault = (
         layout_fault(dimensions, config.parallel, gpus)

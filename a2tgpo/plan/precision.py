@@ -1,4 +1,4 @@
-"""FP8 in a plan: whether GPU, model and layout allow it, and the memory that it takes."""
+"""FP8 in a plan: whether the GPU, the model and the layout allow it, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.parameters import linear_parameters
 
 VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
-"""Bytes per value, scales included, of an activation that a linear layer keeps for its backward pass, by recipe."""
+"""FP8 recipe -> bytes per value of an activation that a linear layer keeps for its backward pass, including
+scales.
+"""
 WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
-"""Of a weight."""
+"""FP8 recipe -> bytes per value of a weight's FP8 copy, including scales."""
 WEIGHT_COPIES = 2
-"""Bytes per weight of the FP8 copies that exist beside the bfloat16 weight: for the forward pass, and transposed for
-the backward pass. Modules create the copies at the first micro-batch after an update and keep them
-(transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
+"""Number of FP8 copies of each weight that exist in addition to the bfloat16 weight. One copy is for the
+forward pass, and a transposed copy is for the backward pass. Modules create the copies at the first micro-batch
+after an update and keep them (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
 """
 ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2
-"""Bytes per weight in a quantised engine, scales included."""
+"""Bytes per weight in a quantised engine, including scales."""
 
 
 def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> str | None:
-    """Return a line on why `config` cannot compute in FP8 on this GPU, model and layout; None if it can."""
+    """Return one line that says why `config` cannot use FP8 with this GPU, model and layout; None if it can."""
     fp8, quantization = config.model.fp8, config.rollout.quantization
     if fp8.enabled:
         first, end = CAPABILITIES[fp8.recipe]
@@ -39,7 +41,9 @@ def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) ->
 
 
 def fp8_copy_bytes(config: RunConfig, dimensions: ModelDimensions, stage: int) -> float:
-    """Return the bytes of the weights' FP8 copies on a rank of pipeline stage `stage`; 0 without FP8."""
+    """Return the bytes that FP8 copies of weights take on a rank of pipeline stage `stage`. Return 0 if FP8 is
+    off.
+    """
     fp8, parallel = config.model.fp8, config.parallel
     if not fp8.enabled:
         return 0.0

@@ -1,4 +1,4 @@
-"""Print a plan as text tables and as one JSON object; every number has its unit."""
+"""Print a plan as text tables, and as one JSON object. Every number has its unit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ HOUR_S, DAY_S = 3600, 86400
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format columns as wide as their widest cell, the first left-aligned and the others right-aligned."""
+    """Format a table in which every column is as wide as its widest cell.
+
+    Cells of the first column are left-aligned, and all other cells are right-aligned.
+    """
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -34,7 +37,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_text(plan: Plan, *, source: str) -> str:
-    """Return all tables of a plan; `source` says where the dimensions come from."""
+    """Return all tables of a plan as one text. `source` is the text that says where the dimensions come from."""
     parts = [
         _heading(plan, source),
         _memory_table(plan),
@@ -49,7 +52,7 @@ def plan_text(plan: Plan, *, source: str) -> str:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Return the same numbers as JSON values, with units in the names."""
+    """Return the numbers of `plan_text` as JSON values. Each number's name contains its unit."""
     return {
         "gpu": plan.gpu.name,
         "gpus": plan.gpus,
@@ -90,7 +93,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def suggestion_text(plans: Sequence[Plan]) -> str:
-    """Return a table of layouts in the given order, and the overrides of the first one."""
+    """Return a table of the layouts in `plans`, in the same order, and the overrides that set the first layout."""
     if not plans:
         return "no layout fits with the required headroom; use more GPUs or a card with more memory"
     rows = []
@@ -156,7 +159,7 @@ def _quantization_text(plan: Plan) -> str:
 
 
 def share_text(plan: Plan) -> str:
-    """Return a table of an engine's memory on each of its GPUs."""
+    """Return a text that says which share of each GPU an engine takes, and how large its cache is."""
     rollout = plan.config.rollout
     share = f"{rollout.gpu_memory_fraction:.1%} of a card"
     cache = f" with {rollout.kv_cache_gib:g} GiB of KV cache" if rollout.kv_cache_gib else ""
@@ -255,7 +258,7 @@ def _calls_text(plan: Plan) -> str:
 
 
 def _cache_hint(plan: Plan) -> str:
-    """Return how to fix the cache's size, if the cache is the rest of the engine's share."""
+    """Return a hint on how to fix the cache's size, or an empty text if the configuration has fixed it."""
     config = plan.config
     fixed = 0.0 if config.rollout.kv_cache_gib else cache_gib_of_share(config, plan.dimensions, plan.gpu)
     return f" (fixed by rollout.kv_cache_gib={fixed:g})" if fixed else ""
@@ -286,7 +289,7 @@ def _time_table(plan: Plan) -> str:
 
 
 def _run_line(plan: Plan) -> str:
-    """Return how long the run takes, and how many steps fit into a given time."""
+    """Return a line that says how long the run takes, and how many steps fit into a day and into a week."""
     steps, seconds = plan.config.run.steps, plan.run_seconds
     time = f"{seconds / HOUR_S:.1f} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:.1f} days"
     a_day, a_week = DAY_S / plan.step_seconds, 7 * DAY_S / plan.step_seconds

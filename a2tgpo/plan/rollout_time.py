@@ -1,4 +1,4 @@
-"""Seconds of the rollout and of the refit."""
+"""Predict how many seconds a rollout takes, and how many seconds a refit takes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from a2tgpo.plan.parameters import checkpoint_parameters
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutTime:
-    """Seconds of one engine's share of a step."""
+    """Seconds that an engine takes for its share of a step's trajectories."""
 
     prefill: float
-    """Prompts (once per group if one engine plays the whole group) and observations."""
+    """Computing prompts and observations. If one engine plays a whole group, it computes the group's prompt once."""
     decode: float
-    """Decoding while the engine is full."""
+    """Decoding while the engine runs as many trajectories as it can."""
     tail: float
-    """The longest trajectories, after those of mean length have ended, with their tool calls."""
+    """Decoding the longest trajectories, and their tool calls, after the trajectories of mean length have ended."""
     gain: float
-    """Scoring the gold answer after every turn, on the cached prefix."""
+    """Scoring the gold answer after every turn. The prefix is already in the cache."""
     recompute: float
-    """Recomputing contexts, because the cache does not hold all trajectories in flight."""
+    """Computing contexts again that were lost because the cache cannot hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:
@@ -33,19 +33,21 @@ class RolloutTime:
 
 
 def rollout_time(given: PlanInputs) -> RolloutTime:
-    """Return the time that an engine takes for its share."""
+    """Return the time that an engine takes for its share of a step's trajectories."""
     config, dimensions, assumed = given.config, given.dimensions, given.assumed
     geometry, workload = given.geometry, given.workload
     tensor = config.rollout.tensor_parallel
     peak = given.gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    # FP8 operations are converted to bfloat16 operations of equal duration.
+    # Operations in FP8 count as the number of bfloat16 operations that would take the same time.
     linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
     forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
     per_token = kv_bytes_per_token(config, dimensions)
 
     def step_seconds(running: float, context: float) -> float:
-        """Return the seconds of one decoding step with `running` trajectories of `context` tokens."""
+        """Return the seconds of one decoding step with `running` trajectories whose mean context is `context`
+        tokens.
+        """
         weights = engine_weight_bytes(config, dimensions, experts_share=_experts_read(dimensions, running))
         memory = (weights + running * context * per_token) / given.memory_bytes_per_s
         latency = 2 * dimensions.layers * assumed.collective_latency_s if tensor > 1 else 0.0
@@ -59,10 +61,11 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     steps = max(sampled, trajectories * sampled / geometry.concurrent)
     few = max(1.0, assumed.tail_concurrency * geometry.concurrent)
     tail_steps = max(0.0, geometry.longest_sampled - sampled)
-    # Observations and tool calls grow in proportion to the trajectory's length.
+    # A longer trajectory has proportionally more observations and tool calls.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
-    # A trajectory without room loses its cached context in each turn: by preemption, or while its tool runs.
+    # A trajectory that has no room in the cache loses its cached context in each turn. Either it is preempted,
+    # or the engine needs the room while the trajectory's tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,
@@ -75,7 +78,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
 
 
 def rollout_time_with_room(given: PlanInputs) -> RolloutTime:
-    """Return the rollout's time if the cache held all trajectories in flight."""
+    """Return the time that the rollout would take if the cache held all trajectories in flight."""
     roomy = dataclasses.replace(given.geometry, concurrent=given.geometry.in_flight)
     return rollout_time(dataclasses.replace(given, geometry=roomy))
 
@@ -88,13 +91,15 @@ def _experts_read(dimensions: ModelDimensions, running: float) -> float:
 
 
 def refit_bytes(given: PlanInputs) -> float:
-    """Return the bytes of the full weights, which every rank receives."""
+    """Return the bytes of the full weights. Every rank receives this many bytes in a refit."""
     return checkpoint_parameters(given.dimensions) * given.element_bytes
 
 
 def refit_time(given: PlanInputs) -> float:
-    """Return the seconds of a refit: broadcast over the stages, then gather over tensor- or expert-parallel ranks.
-    The engine copies the previous bucket meanwhile.
+    """Return the seconds of a refit.
+
+    Weights are first broadcast over the stages, and then gathered over the tensor-parallel or expert-parallel
+    ranks. Meanwhile, the engine copies the previous bucket.
     """
     parallel, size = given.config.parallel, refit_bytes(given)
     seconds = 0.0

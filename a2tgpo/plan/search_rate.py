@@ -1,4 +1,4 @@
-"""Searches per second: the demand of a step, and the capacity of a dense index."""
+"""Searches per second that a step demands, and searches per second that a dense index can answer."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import dataclass
 from a2tgpo.plan.inputs import PlanInputs
 
 CORE_FLOPS = 40e9
-"""Rate of one CPU core in the products of a Flat search, float32 operations per second: docs/retrieval.md."""
+"""float32 operations per second that one CPU core reaches in the products of a Flat search (see
+docs/retrieval.md).
+"""
 ENCODER_FLOPS = 2 * 85e6 * 16
-"""Operations of one query of 16 tokens in an encoder of e5-base-v2's shape."""
+"""Operations that an encoder of e5-base-v2's shape needs for one query of 16 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchDemand:
-    """Tool calls of a step; all count as searches."""
+    """The tool calls of a step. Every tool call counts as a search."""
 
     queries: float
     per_second: float
-    """Searches per second over the planned rollout; a slower server makes the rollout longer."""
+    """Searches per second if the rollout takes the planned time. With a slower server, the rollout takes longer."""
     at_once: int
-    """Most concurrent searches, over all engines."""
+    """Largest number of concurrent searches, over all engines together."""
 
 
 def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
-    """Return the searches of a planned step whose rollout takes `rollout_s` seconds."""
+    """Return the demand for searches in a planned step whose rollout takes `rollout_s` seconds."""
     trajectories = given.geometry.trajectories
     queries = trajectories * given.workload.turns
     return SearchDemand(
@@ -37,6 +39,6 @@ def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
 def flat_queries_per_s(*, passages: int, dim: int, cores: int) -> float:
     """Return the queries per second of a server that compares each query with every passage, in full batches.
 
-    2 * passages * dim operations per query, and those of the encoder.
+    A query takes 2 * passages * dim operations, and in addition the encoder's operations.
     """
     return cores * CORE_FLOPS / (2.0 * passages * dim + ENCODER_FLOPS)

@@ -1,4 +1,4 @@
-"""Bytes that a run reads from, and keeps on, the file system shared by its nodes."""
+"""Bytes that a run reads from the file system that its nodes share, and bytes that the run keeps there."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.parameters import checkpoint_parameters
 
 MODEL_FILE_BYTES = 2
-"""Bytes per parameter in the files of `model.path`, assumed to be in bfloat16."""
+"""Bytes per parameter in the files of `model.path`. The files are assumed to be in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Number of checkpoints on disk."""
+    """Numbers of checkpoints on disk: whole checkpoints, and checkpoints reduced to their weights."""
 
     whole: int
     weights_only: int
 
 
 def most_kept(config: RunConfig) -> Kept:
-    """Return the largest number of checkpoints on disk: a new one is complete before an older one is reduced or
-    removed.
+    """Return the largest number of checkpoints that are on disk at the same time.
+
+    The number includes one more whole checkpoint, because a new one is complete before an older one is reduced
+    or removed.
     """
     kept, last = config.checkpoint, config.run.steps
     every = [kept.every] if kept.every else []
@@ -37,20 +39,24 @@ def most_kept(config: RunConfig) -> Kept:
 
 
 def checkpoint_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Return the size of a checkpoint: weights, two float32 moments, and float32 master weights if the weights are
-    bfloat16.
+    """Return the bytes of one checkpoint.
+
+    It holds the weights and two float32 moments. If the weights are bfloat16, it also holds float32 master weights.
     """
     element = ELEMENT_BYTES[config.model.dtype]
     return checkpoint_parameters(dimensions) * (element + 8 + (4 if element < 4 else 0))
 
 
 def weights_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Return the size of a checkpoint reduced to its weights, and of a model that a warm start writes."""
+    """Return the bytes of a checkpoint that was reduced to its weights. A warm start's model has the same size."""
     return checkpoint_parameters(dimensions) * ELEMENT_BYTES[config.model.dtype]
 
 
 def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> float:
-    """Return the total size of these checkpoints, limited by `checkpoint.keep_gb`, which never removes the best."""
+    """Return the bytes of the checkpoints in `kept`.
+
+    `checkpoint.keep_gb` limits the bytes of reduced checkpoints, but never so far that the best one is removed.
+    """
     one = weights_bytes(config, dimensions)
     weights: float = kept.weights_only * one
     if config.checkpoint.keep_gb:
@@ -59,10 +65,11 @@ def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> fl
 
 
 def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, gpus_per_node: int) -> int:
-    """Return the bytes that all ranks read in a start from a checkpoint; a file counts once per node that reads it.
+    """Return the bytes that all ranks together read when they start from a checkpoint.
 
-    All ranks together read the checkpoint once. Each node reads the files of `model.path` if there is a reference
-    model, and for each engine that quantises weights during loading.
+    All ranks together read the checkpoint once. If there is a reference model, each node reads the files of
+    `model.path` once. If engines quantise weights while loading, each engine reads these files, and at least
+    once per node.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

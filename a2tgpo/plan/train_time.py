@@ -1,4 +1,4 @@
-"""Seconds of scoring and update: computation, pipeline bubble, communication."""
+"""Predict how many seconds scoring and update take: computation, pipeline bubble, communication."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 
 OPTIMIZER_BYTES = 30
-"""Bytes that an optimizer step reads and writes per parameter of its shard: reads the gradient, reads and writes the
-master weight and two moments, writes the new weight.
+"""Bytes that an optimizer step reads and writes for each parameter of a rank's shard. The step reads the
+gradient, reads and writes the master weight and two moments, and writes the new weight.
 """
 PERMUTATIONS = 8
-"""How often a pass reads or writes a routed token in GPU memory, without the matrix products: it sorts tokens by
-rank, by expert, back by rank, and into the original order; each sort reads and writes them.
+"""How often a pass reads or writes each routed token in GPU memory, not counting the matrix products. The pass
+sorts tokens by rank, by expert, back by rank, and back into the original order. Each of these four sorts reads
+and writes every token once.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime:
-    """Seconds of all micro-batches of a step on one rank. The fields add up to the total."""
+    """Seconds that one rank takes for all micro-batches of a step. The sum of all fields is the total."""
 
     compute: float
-    """Matrix products and attention of the slowest stage."""
+    """Matrix products and attention of the slowest pipeline stage."""
     bubble: float
-    """Idle time of stages at the start and the end of each optimizer step."""
+    """Time at the start and the end of each optimizer step in which a stage has nothing to compute."""
     tensor: float
-    """Tensor-parallel collectives, not overlapped."""
+    """Tensor-parallel collectives. They are not overlapped with computation."""
     pipeline: float
-    """Sends between stages."""
+    """Sending hidden states and gradients between pipeline stages."""
     context: float = 0.0
-    """Sending keys and values around the context-parallel ranks, not overlapped."""
+    """Sending keys and values around the context-parallel ranks. It is not overlapped with computation."""
     dispatch: float = 0.0
-    """Sorting tokens by expert, sending them to the experts' ranks and back, not overlapped."""
+    """Sorting tokens by expert, and sending them to the experts' ranks and back. It is not overlapped."""
     data: float = 0.0
-    """Reduction of gradients and gathering of weights over the data-parallel ranks, not overlapped."""
+    """Reducing gradients and gathering weights over the data-parallel ranks. It is not overlapped."""
     optimizer: float = 0.0
 
     @property
@@ -49,23 +50,23 @@ class PassTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Bytes that one rank sends in one step's update."""
+    """Bytes that one rank sends during the update of one step."""
 
     tensor: float
     context: float
     pipeline: float
     data: float
     expert: float
-    """All-to-all between tokens' ranks and experts' ranks."""
+    """All-to-all between the ranks that hold tokens and the ranks that hold their experts."""
 
 
 def score_time(given: PlanInputs) -> PassTime:
-    """Return the time of one forward pass over the step's tokens."""
+    """Return the time of one forward pass over all tokens of the step."""
     return _pass_time(given, layer_passes=1, output_passes=1, collectives=2)
 
 
 def update_time(given: PlanInputs) -> PassTime:
-    """Return the time of forward, backward and optimizer steps over the step's tokens."""
+    """Return the time of the forward pass, the backward pass and the optimizer steps over all tokens of the step."""
     parallel, geometry = given.config.parallel, given.geometry
     passes = _pass_time(
         given,
@@ -86,7 +87,7 @@ def update_time(given: PlanInputs) -> PassTime:
 
 
 def update_volume(given: PlanInputs) -> Volume:
-    """Return the bytes that one rank of the first stage sends in one step's update."""
+    """Return the bytes that a rank of the first pipeline stage sends during the update of one step."""
     config, geometry, parallel = given.config, given.geometry, given.config.parallel
     count = geometry.microbatches * geometry.optimizer_steps
     parameters = stage_parameters(given.dimensions, parallel, 0)
@@ -97,7 +98,7 @@ def update_volume(given: PlanInputs) -> Volume:
     passes = _update_passes(config)
     gradient_and_weight = FLOAT32_BYTES + given.element_bytes
     if not config.update.distributed_optimizer:
-        gradient_and_weight = 2 * FLOAT32_BYTES  # an all-reduce of gradients
+        gradient_and_weight = 2 * FLOAT32_BYTES  # gradients are all-reduced, and weights are not gathered
     return Volume(
         tensor=count * _update_collectives(config) * _tensor_bytes(given),
         context=count * passes * _ring_bytes(given),
@@ -108,35 +109,39 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return the cost of a layer in forward passes: the backward pass counts as two, recomputation as one more."""
+    """Return how many forward passes cost as much as a layer's work: a backward pass counts as 2, recomputation
+    as 1.
+    """
     return 4 if config.model.recompute == "full" else 3
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return the collectives of a layer: two in the forward pass, two in the backward pass. Sequence parallelism
-    gathers two inputs once more, each worth half a collective.
+    """Return the number of tensor-parallel collectives per layer: 2 in the forward pass and 2 in the backward pass.
+
+    Full recomputation adds 2. Sequence parallelism gathers two inputs once more, and each of these counts as a half.
     """
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
 def _tensor_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends in one all-reduce (or reduce-scatter and all-gather) per layer of its
-    stage.
+    """Return the bytes that a rank sends if each layer of its stage makes one all-reduce.
+
+    A reduce-scatter followed by an all-gather sends as many bytes as an all-reduce.
     """
     hidden_states = given.geometry.rank_tokens * given.dimensions.hidden * given.element_bytes
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.tensor) * hidden_states
 
 
 def _most_layers(given: PlanInputs) -> int:
-    """Return the number of layers of the largest stage."""
+    """Return the number of layers of the pipeline stage that has the most."""
     return max(given.config.parallel.stage_layers(given.dimensions.layers))
 
 
 def _ring_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends in one pass over a micro-batch: it passes on keys and values of all other
-    ranks.
+    """Return the bytes that a rank sends to its context-parallel neighbour in one pass over a micro-batch.
 
-    The backward pass sends keys and values again, together with their gradients, and so counts as two passes.
+    The rank passes on the keys and values of all other ranks. A backward pass counts as two passes, because it
+    sends keys and values again together with their gradients.
     """
     width = 2 * given.dimensions.kv_width / given.config.parallel.tensor
     others = given.config.parallel.context - 1
@@ -144,8 +149,9 @@ def _ring_bytes(given: PlanInputs) -> float:
 
 
 def _boundary_bytes(given: PlanInputs) -> float:
-    """Return the bytes of one micro-batch's hidden states that a rank sends to the next stage, once for each
-    chunk.
+    """Return the bytes of a micro-batch's hidden states that a rank sends to the next stage.
+
+    With several chunks per stage, the hidden states are sent once for each chunk.
     """
     parallel = given.config.parallel
     if parallel.pipeline == 1:
@@ -156,17 +162,17 @@ def _boundary_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends to experts and back in one pass over a micro-batch, for all layers of its
-    stage.
+    """Return the bytes that a rank sends to experts and back in one pass over a micro-batch, for all layers of
+    its stage.
 
-    A token is sent once per chosen expert, even if a rank holds several of them; in the backward pass gradients take
-    the same ways.
+    A token is sent once for each expert that it chose, even if one rank holds several of these experts. In the
+    backward pass, gradients take the same routes as the tokens.
     """
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.expert) * _routed_bytes(given)
 
 
 def _routed_bytes(given: PlanInputs) -> float:
-    """Return the bytes of a rank's tokens of a micro-batch, once per chosen expert; 0 in a dense model."""
+    """Return the bytes of a rank's tokens in a micro-batch, counted once per chosen expert; 0 in a dense model."""
     if not given.dimensions.experts:
         return 0.0
     tokens = given.geometry.rank_tokens / given.config.parallel.tensor * given.dimensions.experts_per_token
@@ -174,24 +180,26 @@ def _routed_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_seconds(given: PlanInputs) -> float:
-    """Return the seconds of permutations in GPU memory and of the all-to-all, for one pass over a micro-batch."""
+    """Return the seconds that sorting tokens and the all-to-all take in one pass over a micro-batch."""
     if not given.dimensions.experts:
         return 0.0
     expert = given.config.parallel.expert
     seconds = _most_layers(given) * PERMUTATIONS * _routed_bytes(given) / given.memory_bytes_per_s
     if expert > 1:
-        # Expert-parallel ranks are neighbours: they share a node if a node has at least as many GPUs.
+        # Expert-parallel ranks have consecutive numbers, so they share a node if a node has enough GPUs.
         seconds += _dispatch_bytes(given) / given.link_bytes_per_s(expert)
     return seconds * _expert_wait(given.config)
 
 
 def _expert_wait(config: RunConfig) -> float:
-    """Return the experts' time relative to an even distribution; a rank that holds all experts is always even."""
+    """Return the time of the busiest expert rank relative to an even load. It is 1 if each rank holds all experts."""
     return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
 
 
 def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, collectives: int) -> PassTime:
-    """Return the time of a step's micro-batches, each with the layers' work of `layer_passes` forward passes."""
+    """Return the time of all micro-batches of a step. A micro-batch's layers cost as much as `layer_passes`
+    forward passes.
+    """
     parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
     flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)
     by_stage = [layer_passes * _stage_operations(given, flops, stage) for stage in range(parallel.pipeline)]
@@ -207,10 +215,10 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
     ring_rate = given.link_bytes_per_s(parallel.tensor * parallel.context)
     one_ring = layer_passes * _ring_bytes(given) / ring_rate
     directions = 2 if layer_passes > 1 else 1
-    # Stages are furthest apart in rank order, so a boundary crosses nodes unless one node holds all ranks.
+    # Neighbouring stages are far apart in rank order, so their link crosses nodes unless one node holds all ranks.
     one_boundary = directions * _boundary_bytes(given) / given.link_bytes_per_s(given.gpus)
     count, steps = geometry.microbatches, geometry.optimizer_steps
-    # An interleaved stage waits only for a chunk of the previous stage.
+    # A stage with several chunks waits only until the previous stage has finished one chunk.
     waits = (parallel.pipeline - 1) / parallel.virtual
     return PassTime(
         compute=steps * count * one_compute,
@@ -223,7 +231,10 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
 
 
 def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """Return a token's forward operations in a stage's layers, with FP8 converted to bfloat16 of equal duration."""
+    """Return a token's forward operations in the layers of `stage`.
+
+    FP8 operations count as the number of bfloat16 operations that would take the same time.
+    """
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0

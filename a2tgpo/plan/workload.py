@@ -1,4 +1,4 @@
-"""The expected work of a step, and its division over ranks, engines and micro-batches."""
+"""The expected work of a step, and how it is divided over ranks, engines and micro-batches."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from a2tgpo.plan.engine import kv_bytes_per_token
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The mean trajectory; only a run can measure it, so its values are options of tools/plan.py."""
+    """The mean trajectory. Its values are options of tools/plan.py, because only a run can measure them."""
 
     prompt_tokens: float = 300.0
     response_tokens: float = 1700.0
-    """Sampled and observation tokens together."""
+    """Tokens of the response: sampled tokens and observation tokens together."""
     sampled_share: float = 0.4
-    """Share of the response's tokens that the policy samples; the others are observations."""
+    """Share of the response's tokens that the policy samples. The other tokens are observations."""
     turns: float = 3.0
-    """Tool calls."""
+    """Number of tool calls."""
     tool_seconds: float = 0.3
-    """Time of one tool call, seconds; hidden by other trajectories except at the end of the rollout."""
+    """Seconds of one tool call. Other trajectories hide this time, except at the end of the rollout."""
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory relative to the mean, unless a limit is lower."""
+    """Sampled tokens of a step's longest trajectory, relative to the mean. A limit of the configuration may cut
+    them.
+    """
 
     @property
     def tokens(self) -> float:
-        """Length of the whole trajectory, which the trainer runs over."""
+        """Length of the whole trajectory. The trainer computes all of its tokens."""
         return self.prompt_tokens + self.response_tokens
 
     @property
@@ -38,11 +40,11 @@ class Workload:
 
     @property
     def output_share(self) -> float:
-        """Share of the trajectory's tokens that need a log-prob: the sampled ones."""
+        """Share of the trajectory's tokens that need a log-prob. These are the sampled tokens."""
         return self.sampled_tokens / self.tokens
 
     def limited(self, config: RunConfig) -> Workload:
-        """Return this workload cut to the limits of `config`."""
+        """Return this workload with each value cut to the corresponding limit of `config`."""
         return dataclasses.replace(
             self,
             prompt_tokens=min(self.prompt_tokens, config.data.max_prompt_tokens),
@@ -53,40 +55,42 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The division of a step."""
+    """How a step is divided over ranks, engines and micro-batches."""
 
     data_parallel: int
     engines: int
     trajectories: int
-    """Trajectories of the step, over all engines."""
+    """Number of trajectories of the step, over all engines."""
     trajectories_per_engine: float
-    """Mean; below 1 if there are more engines than trajectories."""
+    """Mean number of trajectories of one engine. It is below 1 if there are more engines than trajectories."""
     tokens: float
-    """Tokens of the step that the trainer runs over, without padding."""
+    """Number of tokens that the trainer computes in the step, not counting padding."""
     sampled_tokens: float
     optimizer_steps: int
     microbatches: int
-    """Micro-batches per optimizer step and data-parallel replica, as full as packing allows."""
+    """Micro-batches per optimizer step and data-parallel replica, if each is packed as full as possible."""
     microbatch_tokens: float
-    """Mean tokens of a micro-batch."""
+    """Mean number of tokens of a micro-batch."""
     rank_tokens: float
-    """Mean tokens of a micro-batch on one context-parallel rank."""
+    """Mean number of a micro-batch's tokens on one context-parallel rank."""
     longest_sampled: float
-    """Sampled tokens of the step's longest trajectory; with partial rollouts, only those sampled in this step."""
+    """Sampled tokens of the step's longest trajectory. With partial rollouts, only those sampled in this step
+    count.
+    """
     in_flight: int
-    """Trajectories that one engine starts at once, if the cache holds their first tokens."""
+    """Number of trajectories that one engine starts at once, if the cache has room for their first tokens."""
     concurrent: int
-    """How many trajectories of mean length the cache holds to their end."""
+    """Number of trajectories of mean length that fit into the cache until they end."""
     kv_tokens: int
-    """Tokens that one engine's cache holds."""
+    """Number of tokens that one engine's cache can hold."""
     full_sequences: int
-    """Sequences of full length that one engine's cache holds."""
+    """Number of sequences of full length that one engine's cache can hold."""
 
     @property
     def displaced(self) -> float:
-        """Trajectories per engine and step that find no room to grow; each is preempted once.
+        """Number of trajectories per engine and step that find no room to grow in the cache. Each is preempted once.
 
-        In vLLM the number of preemptions is one to two times this number (docs/performance.md).
+        vLLM's number of preemptions is one to two times this number (docs/performance.md).
         """
         return self.trajectories_per_engine * (1 - self.concurrent / self.in_flight)
 
@@ -94,10 +98,10 @@ class Geometry:
 def geometry(
     config: RunConfig, dimensions: ModelDimensions, workload: Workload, *, gpus: int, kv_cache_bytes: float
 ) -> Geometry:
-    """Return the division of a step of `workload` on `gpus` GPUs.
+    """Return how a step of `workload` is divided on a cluster of `gpus` GPUs.
 
     Args:
-        kv_cache_bytes: size of the cache on one rank.
+        kv_cache_bytes: size of an engine's KV cache on one rank.
     """
     data_parallel = gpus // config.parallel.model_ranks
     engines = gpus // config.rollout.tensor_parallel
@@ -105,7 +109,7 @@ def geometry(
     per_engine = trajectories / engines
     optimizer_steps = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     tokens_per_replica = trajectories * workload.tokens / optimizer_steps / data_parallel
-    # A trajectory is never cut: even a smaller micro-batch limit admits a whole mean trajectory.
+    # A trajectory is never cut, so a smaller limit of a micro-batch still admits one whole mean trajectory.
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
@@ -114,7 +118,7 @@ def geometry(
         config.rollout.max_response_tokens,
         config.rollout.max_turn_tokens * (config.rollout.max_turns + 1),
     )
-    if config.rollout.partial.is_on:  # the turn in which the budget ends is played to its end
+    if config.rollout.partial.is_on:  # a turn that has begun is played to its end, even beyond the budget
         turn_tokens = workload.sampled_tokens / (workload.turns + 1)
         most_sampled = min(most_sampled, config.rollout.partial.tokens_per_step + turn_tokens)
     return Geometry(
