@@ -1,14 +1,15 @@
-"""Compare methods: every method with every seed on one experiment, then tables and figures.
+"""Compare methods: train every method with every seed on one experiment, then write tables and figures.
 
     python tools/ablation/compare.py CONFIG --methods grpo,dapo,igpo,a2tgpo --seeds 0,1,2 --out DIR [--ranks R]
                              [--jobs J] [--tuned DIR] [section.field=value ...]
     python tools/ablation/compare.py --report DIR
 
-A method NAME is configs/algorithm/NAME.yaml over CONFIG, then NAME.yaml of the --tuned folder, if it exists, for
-settings that depend on the experiment's scale, such as learning rate and clipping range. Runs of one seed draw the
-same questions with the same seeds. Started again, the comparison skips finished runs and resumes the others from
-their checkpoints; a failed run does not stop the others. DIR holds runs/, logs/, results.csv, curves.csv, report.md,
-figures and tensorboard/, rewritten after every run that ends; --report writes them from the existing runs.
+A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NAME.yaml of the --tuned folder if that
+file exists; later files override earlier ones. The tuned file has settings that depend on the experiment's scale,
+such as learning rate and clipping range. Runs with the same seed draw the same questions with the same seeds. If the
+same command is started again, it skips finished runs and resumes the other runs from their checkpoints. A failed run
+does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv, curves.csv,
+report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files, from the existing runs.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
 PRESETS = ROOT / "configs" / "algorithm"
 OWN_KEYS = ("run.name", "run.root", "run.seed")
-"""Settings that this program sets for every run; they are refused on the command line."""
+"""Settings that this program sets for every run. The command line must not set them."""
 POLL_S = 0.25
 
 
@@ -52,10 +53,10 @@ class Experiment:
     tuned: Path | None
     ranks: int
     launcher: Sequence[str]
-    """A command with the arguments of launch/local.sh."""
+    """The command that starts a run; it takes the same arguments as launch/local.sh."""
 
     def arguments(self, run: Run) -> list[str]:
-        """Return the arguments after CONFIG: files, then values; later ones win."""
+        """Return the overrides of `run`: files, then values. A later override replaces an earlier one."""
         files = [self.presets / f"{run.method}.yaml"]
         if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
             files.append(self.tuned / f"{run.method}.yaml")
@@ -66,7 +67,7 @@ class Experiment:
         return [*self.launcher, "-n", str(self.ranks), self.config, *self.arguments(run)]
 
     def check(self, run: Run) -> RunConfig:
-        """Return the configuration for `run`; ConfigError if the run was started with another one."""
+        """Return the configuration for `run`. Raise ConfigError if the run was started with another configuration."""
         config = load_config(self.config, self.arguments(run))
         refuse_other_config(run.folder, config)
         return config
@@ -78,7 +79,7 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
         return
     recorded = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
     for key, value in leaves(config_to_dict(config)):
-        # The whole folder may have been moved.
+        # run.root may differ, because the whole folder may have been moved.
         if key != "run.root" and recorded[key] != value:
             raise ConfigError(
                 f"{folder} was started with {key}={recorded[key]!r}, but it is now {value!r}; "
@@ -87,7 +88,7 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
 
 
 def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) of all entries in nested dicts."""
+    """Yield (dotted key, value) for every entry of `mapping` that is not a dict, also in nested dicts."""
     for name, value in mapping.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -97,7 +98,7 @@ def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 @dataclass(kw_only=True)
 class Job:
-    """A run in progress."""
+    """A run whose processes have been started."""
 
     run: Run
     slot: int
@@ -105,12 +106,12 @@ class Job:
 
 
 class Progress:
-    """Shows steps over all runs and the time left: a bar in a terminal, else a line per run that ends."""
+    """Shows a bar with the steps of all runs and the time left. Without a terminal, prints a line per ended run."""
 
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)
         self._seen = {run.name: (0.0, run.step()) for run in runs}
-        """For each run, the time of the last change of its metrics, and its number of steps."""
+        """{run: (modification time of its metrics file, number of steps in that file)}."""
         self._total = total_steps
         self._first_done = self._done = sum(step for _, step in self._seen.values())
         self._start = time.monotonic()
@@ -119,17 +120,17 @@ class Progress:
             initial=self._done,
             desc="steps",
             dynamic_ncols=True,
-            disable=None,  # disabled if stderr is no terminal
+            disable=None,  # disables the bar if stderr is not a terminal
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )
 
     def look(self, jobs: Sequence[Job]) -> None:
-        """Count the steps done since the last call."""
+        """Add to the bar the steps that `jobs` have completed since the last call."""
         for job in jobs:
             changed, steps = self._seen[job.run.name]
             with contextlib.suppress(
                 OSError, ValueError
-            ):  # the metrics are being written, or do not exist yet
+            ):  # the file is just being written, or does not exist yet
                 if (now := job.run.metrics_file.stat().st_mtime) != changed:
                     step = job.run.step()
                     self._seen[job.run.name] = (now, step)
@@ -138,7 +139,7 @@ class Progress:
         self._bar.set_postfix_str(", ".join(job.run.name for job in jobs), refresh=False)
 
     def end(self, result: RunResult) -> None:
-        """Print the outcome of a run."""
+        """Print a line that says how a run ended."""
         self._ended_runs += 1
         scores = [record["evaluation/em"] for record in result.evaluations()]
         became = f"held-out EM {scores[0]:.3f} to {scores[-1]:.3f}" if result.is_finished else result.fault
@@ -154,17 +155,18 @@ class Progress:
 
 
 def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list[RunResult]:
-    """Run all runs of `plan` to their end, `jobs` at a time; return those that failed.
+    """Train all unfinished runs of `plan`, `jobs` at a time; return the results of the runs that failed.
 
     Raises:
-        ConfigError: before any start; a configuration is wrong or a run was started with another one.
+        ConfigError: a configuration is wrong, or a run was started with another configuration. The error is raised
+            before any run starts.
     """
     from style import MAX_METHODS
 
     runs = plan.runs(out)
     total_steps = sum(experiment.check(run).run.steps for run in runs)
     if (out / PLAN_FILE).exists():
-        with contextlib.suppress(ConfigError):  # a damaged plan is written anew
+        with contextlib.suppress(ConfigError):  # a damaged plan is overwritten below
             plan.widen(load_plan(out))
     require(
         len(plan.methods) <= MAX_METHODS,
@@ -186,7 +188,7 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
 def play(
     experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
 ) -> list[RunResult]:
-    """Start `runs` in order, `jobs` at a time, and report after each; return those that failed."""
+    """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends; return the failed results."""
     waiting, running, failed = list(runs), list[Job](), list[RunResult]()
     try:
         while waiting or running:
@@ -212,7 +214,7 @@ def play(
 
 
 def report_so_far(out: Path) -> None:
-    """Write the report; a file that cannot be read at present does not end the runs."""
+    """Write the report. If that fails, only print the reason, so that the runs continue."""
     from report import write_report
 
     try:
@@ -222,7 +224,10 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start one run with its output in its log, on its own share of the cores if there are enough."""
+    """Start `run`, and append its output to its log.
+
+    The run gets its own share of the cores if the share has at least one core per rank.
+    """
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:
@@ -263,12 +268,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report", type=path_argument, metavar="DIR", help="only rewrite tables and figures of DIR"
     )
     add_overrides(parser)
-    # Values may follow options: the plain parser would consume all positionals at the first one.
+    # Overrides may follow options. `parse_args` would refuse them there.
     return parser.parse_intermixed_args(argv)
 
 
 def parse_plan(options: argparse.Namespace) -> Plan:
-    """Check and return methods and seeds of the command line."""
+    """Return the plan with the methods and seeds of the command line, after checking them."""
     for name in ("config", "methods", "out"):
         require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
     require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")
@@ -322,6 +327,6 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
 
 
 if __name__ == "__main__":
-    # If a batch system ends this program, it ends its runs too.
+    # A batch system sends SIGTERM to this program. Treat it like Ctrl-C, so that the program also ends its runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,12 +1,12 @@
 """Draw the figures of a comparison, and write each figure's numbers as CSV.
 
 learning_curves.png   held-out EM, training reward, entropy and turns over training (curves.csv)
-figure4.png           gains and advantages by turn index, IGPO's and A2TGPO's on the same rollouts
-figure5.png           spread of the advantage by turns still to come
+figure4.png           gains and advantages of IGPO and of A2TGPO by turn index, for the same trajectories
+figure5.png           spread of the advantage by the number of remaining process turns
 figure10.png          tool calls over training, and exact match by tool calls
-needless.png          each method's advantage for rollouts with more searches than the question needs
+needless.png          each method's advantage for trajectories with more searches than the question needs
 
-The numbers are those of the paper's figures (arXiv 2605.06200); needless.png is not in the paper.
+The figures have the numbers that they have in the paper (arXiv 2605.06200). The paper does not contain needless.png.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ ENVELOPE_LABELS = {
 }
 
 SIGNAL_STEPS = 8
-"""Number of steps of each run whose rollouts enter figures 4 and 5."""
+"""Number of steps per run from which figures 4 and 5 take trajectories."""
 LAST_STEPS = 4
-"""Number of last steps of each run whose rollouts enter the plot of EM by tool calls."""
+"""Number of final steps per run from which figure 10 takes trajectories for exact match by tool calls."""
 SMOOTHED_FROM = 12
-"""Training curves with at least this many steps are shown as moving averages."""
+"""Smallest number of steps for which a learning curve is drawn as a moving average."""
 
 LEARNING_PANELS: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("Held-out exact match, greedy", "", ("evaluation/em",)),
-    # Dynamic sampling trains on selected groups; the policy's reward is the mean over all played groups.
+    # With dynamic sampling, reward/mean covers only the groups trained on. Prefer the mean over all played groups.
     ("Reward while training", "", ("sampling/reward_all_mean", "reward/mean")),
     ("Policy entropy", "nats a token", ("entropy/mean",)),
     ("Tool calls while training", "a rollout", ("turns/process_turns",)),
 )
-"""Title, unit, and metrics; the first metric that a run has is drawn."""
+"""Panels as (title, unit, metrics). A panel draws the first of its metrics that a run has recorded."""
 
 
 def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
-    """Draw the figures that the finished runs `results` allow; return captions by file name."""
+    """Draw every figure for which the finished runs `results` have data; return {file name: caption}."""
     captions: dict[str, str] = {}
     if not results:
         return captions
@@ -85,7 +85,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         envelopes = [envelope_signals(rollouts) for rollouts in signal_batches(by_method[source])]
         captions["figure5.png"] = write_figure5(join(envelopes), out, origin)
         needless = [needless_signals(rollouts) for rollouts in signal_batches(by_method[source])]
-        if len(join(needless)["needless"]):  # empty if the data set has no hops
+        if len(join(needless)["needless"]):  # has no rows if the questions have no number of hops
             captions["needless.png"] = write_needless(join(needless), out, origin)
     calls = {method: last_calls(own) for method, own in by_method.items()}
     captions["figure10.png"] = write_figure10(by_method, {m: c for m, c in calls.items() if c}, out)
@@ -93,7 +93,10 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
 
 
 def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """Return the method for figures 4 and 5: the last one with turn-group advantages, else the last."""
+    """Return the method whose trajectories figures 4 and 5 use.
+
+    It is the last method with turn-group advantages, or the last of all methods if none has them.
+    """
     grouped = [
         method
         for method, own in by_method.items()
@@ -107,12 +110,15 @@ def signal_steps(result: RunResult) -> list[int]:
 
 
 def signal_batches(results: Sequence[RunResult]) -> list[list[Trajectory]]:
-    """Return rollouts of single steps, spread over the training of every run."""
+    """Return one list of trajectories per selected step; the steps are spread over the training of every run."""
     return [read_step(result.run.folder, step) for result in results for step in signal_steps(result)]
 
 
 def last_calls(results: Sequence[RunResult]) -> Columns | None:
-    """Return tool calls and exact match of rollouts in the last steps of a method's runs; None if none."""
+    """Return tool calls and exact match of the trajectories in the last steps of a method's runs.
+
+    Return None if the runs recorded no trajectories.
+    """
     steps = [(r, step) for r in results for step in list(recorded_steps(r.run.folder))[-LAST_STEPS:]]
     parts = [call_signals(read_step(result.run.folder, step)) for result, step in steps]
     return join(parts) if parts else None
@@ -129,7 +135,10 @@ def draw_learning_curves(by_method: Mapping[str, Sequence[RunResult]]) -> Figure
 
 
 def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Sequence[str]) -> None:
-    """Draw, one line per method, mean and range over seeds of the first of `names` that its runs have."""
+    """Draw for each method a line of the mean and a band of the range over seeds.
+
+    The metric is, for each run, the first of `names` that the run has recorded.
+    """
     for number, (method, results) in enumerate(by_method.items()):
         steps, values = seed_curves(results, names)
         if not len(steps):
@@ -151,7 +160,10 @@ def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Se
 
 
 def seed_curves(results: Sequence[RunResult], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps [n] at which all runs have a value, and the values [runs, n]."""
+    """Return the steps [n] at which all runs have a value, and these values [runs, n].
+
+    A run's values are those of the first metric in `names` that the run has recorded.
+    """
     curves = []
     for result in results:
         found = [{r["step"]: r[name] for r in result.records if r.get(name) is not None} for name in names]
@@ -179,7 +191,7 @@ def write_figure4(columns: Columns, out: Path, origin: str) -> str:
             drift = by_signal[name]["drift"]
             shown = "unknown" if drift is None else f"{drift:.2f}"
             decorate(ax, f"{name}: drift {shown}", "", "turn index")
-        for row_axes in (axes[0, 1:], axes[1, 1:]):  # one scale for panels to be compared
+        for row_axes in (axes[0, 1:], axes[1, 1:]):  # readers compare these panels, so give them one scale
             limits = [ax.get_ylim() for ax in row_axes]
             for ax in row_axes:
                 ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -195,7 +207,7 @@ def write_figure4(columns: Columns, out: Path, origin: str) -> str:
 
 
 def draw_boxes(ax: Axes, rows: Sequence[Mapping], color: str) -> None:
-    """Draw a box for each turn index, faint if it has too few values, and dots for the means."""
+    """Draw a box and a dot (the mean) for each turn index. If an index has too few values, draw only a faint box."""
     for row in rows:
         is_enough = row["count"] >= MIN_SAMPLES
         box = {
@@ -236,7 +248,7 @@ def draw_counts(ax: Axes, rows: Sequence[Mapping]) -> None:
     turns = [row["turn"] for row in rows]
     bars = ax.bar(turns, [row["count"] for row in rows], 0.55, color=GRID)
     ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5, color=MUTED, padding=1)
-    ax.margins(y=0.1)  # room for the numbers
+    ax.margins(y=0.1)  # room for the numbers above the bars
     ax.set_xticks(turns, [str(turn) for turn in turns])
 
 
@@ -279,7 +291,10 @@ def write_figure5(columns: Columns, out: Path, origin: str) -> str:
 def write_figure10(
     by_method: Mapping[str, Sequence[RunResult]], calls: Mapping[str, Columns], out: Path
 ) -> str:
-    """Write figure10.csv (right panel; the left one is in curves.csv) and figure10.png; return the caption."""
+    """Write figure10.csv and figure10.png; return the caption.
+
+    figure10.csv has the numbers of the right panel. curves.csv already has those of the left panel.
+    """
     rows = [
         {
             "method": method,
@@ -319,7 +334,7 @@ def write_figure10(
 
 
 def seeds_text(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """Return how many runs the lines average."""
+    """Return the end of a figure's title, which says how many seeds each line averages."""
     counts = sorted({len(own) for own in by_method.values()})
     if len(counts) > 1:
         return f", {counts[0]} to {counts[-1]} seeds"

@@ -1,4 +1,4 @@
-"""Plot each method's advantage for rollouts with more searches than the question needs, and write the numbers."""
+"""Plot each method's advantage by how many more searches a trajectory has than its question needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from a2tgpo.metrics.figure_style import MUTED, STYLE
 
 
 def write_needless(columns: Columns, out: Path, origin: str) -> str:
-    """Write needless.csv and needless.png; return the caption."""
+    """Write needless.csv and needless.png from the columns of `needless_signals`; return the figure's caption."""
     rows: list[dict] = []
     for outcome, reward in OUTCOMES.items():
         of_outcome = {

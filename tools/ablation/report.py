@@ -1,4 +1,4 @@
-"""Write a comparison's tables: results.csv, curves.csv, report.md, and TensorBoard curves averaged over seeds."""
+"""Write a comparison's results.csv, curves.csv and report.md, and TensorBoard curves that average the seeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 from runs import RunResult, read_results
 
 LAST_EVALUATIONS = 3
-"""Number of last evaluations whose mean compares methods; the mean is less noisy than the last evaluation."""
+"""Number of final evaluations whose mean score compares methods. The mean has less noise than one evaluation."""
 TRAINING_CURVES = (
     "reward/mean",
     "reward/em",
@@ -26,17 +26,17 @@ TRAINING_CURVES = (
     "clip/fraction",
     "update/grad_norm",
 )
-"""Metrics in curves.csv, in addition to all held-out scores."""
+"""Training metrics in curves.csv, which also has all held-out scores."""
 HOPS_COLUMN = re.compile(r"em_(\d+)_hops")
 
 Row = dict[str, str | int | float | None]
 
 
 def write_report(out: Path) -> str:
-    """Write all tables and figures of the comparison in `out`; return a line that names the report.
+    """Write all tables and figures of the comparison in `out`; return a line with the report's path.
 
     Raises:
-        ConfigError: `out` holds no comparison.
+        ConfigError: `out` is not the folder of a comparison.
     """
     plan, results = read_results(out)
     rows = [result_row(result) for result in results]
@@ -51,7 +51,7 @@ def write_report(out: Path) -> str:
 
 
 def result_row(result: RunResult) -> Row:
-    """Return one line of results.csv; scores are empty if the run is not finished."""
+    """Return the run's row of results.csv. If the run is not finished, its scores are empty."""
     evaluations = result.evaluations() if result.is_finished else []
     trained = [record["evaluation/em"] for record in evaluations if record["step"] > 0]
     last = evaluations[-1] if evaluations else {}
@@ -81,7 +81,7 @@ def result_row(result: RunResult) -> Row:
 
 
 def played_groups(result: RunResult) -> int:
-    """Return the number of groups played in training, including those that dynamic sampling dropped."""
+    """Return the number of groups that the run played in training; groups that dynamic sampling dropped count too."""
     if result.config is None:
         return 0
     usual = result.config.rollout.prompts_per_step
@@ -94,7 +94,7 @@ def total(result: RunResult, *metrics: str) -> float:
 
 
 def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
-    """Yield the rows of curves.csv, one per value."""
+    """Yield the rows of curves.csv; each row has one value of one metric."""
     for result in results:
         for record in result.records:
             for name, value in record.items():
@@ -109,7 +109,10 @@ def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
 
 
 def write_boards(results: Sequence[RunResult], folder: Path) -> None:
-    """Write a TensorBoard run for each method: every metric's mean over the seeds, where all of them have it."""
+    """Write a TensorBoard run for each method, with every metric's mean over the seeds.
+
+    A step has a mean only if the runs of all seeds recorded the metric at that step.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +129,7 @@ def write_boards(results: Sequence[RunResult], folder: Path) -> None:
 
 
 def report_text(methods: Sequence[str], results: Sequence[RunResult], rows: Sequence[Row]) -> str:
-    """Return the text of report.md without its figures."""
+    """Return the tables and texts of report.md. The caller adds the figures."""
     finished = [row for row in rows if row["status"] == "finished"]
     by_method = {method: [row for row in finished if row["method"] == method] for method in methods}
     by_method = {method: own for method, own in by_method.items() if own}
@@ -158,7 +161,7 @@ def setting_text(results: Sequence[RunResult]) -> str:
 
 
 def em_table(by_method: Mapping[str, Sequence[Row]], *, base: str) -> str:
-    """Format the scores over training, and the paired difference to the first method."""
+    """Return a table of each method's scores over training, and of its paired difference from the method `base`."""
     header = ["method", "seeds", "step 0", "last", "best", f"mean of last {LAST_EVALUATIONS}"]
     lines = []
     for method, rows in by_method.items():
@@ -218,7 +221,11 @@ def fault_line(result: RunResult) -> str:
 
 
 def figure_text(figures: Mapping[str, str]) -> str:
-    """Return Markdown that shows each picture above its caption; `figures` maps file names to captions."""
+    """Return Markdown that shows each picture above its caption.
+
+    Args:
+        figures: {file name of the picture: caption}.
+    """
     return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
 
 

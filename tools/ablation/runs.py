@@ -1,8 +1,8 @@
-"""The runs of a comparison: their list, their folders, their progress.
+"""The runs of a comparison: which runs it has, where their files are, and how far they have come.
 
 DIR/ablation.json      methods, seeds, and the exit codes of runs that have ended
 DIR/runs/NAME-seedS/   the run's folder
-DIR/logs/NAME-seedS.log   output of all attempts
+DIR/logs/NAME-seedS.log   output of all attempts to train the run
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 PLAN_FILE = "ablation.json"
 CONFIG_FILE = "config.yaml"
 ATTEMPT_MARK = "$ "
-"""Start of the log line that holds an attempt's command."""
+"""Prefix of the log line with the command; each attempt begins with such a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One method with one seed."""
+    """The run of one method with one seed."""
 
     method: str
     seed: int
@@ -54,27 +54,30 @@ class Run:
         return self.folder / METRICS_FILE
 
     def step(self) -> int:
-        """Steps done; 0 before the first."""
+        """Return the number of steps that the run has completed."""
         records = read_metrics(self.metrics_file)
         return records[-1]["step"] if records else 0
 
 
 @dataclass(kw_only=True)
 class Plan:
-    """The methods and seeds that DIR compares, kept in DIR/ablation.json, so that a report needs only DIR."""
+    """The methods and seeds of a comparison. DIR/ablation.json stores them, so that --report needs only DIR."""
 
     methods: list[str]
-    """Names of the methods; the others are compared with the first."""
+    """Names of the methods. The first method is the base that the other methods are compared with."""
     seeds: list[int]
     exit_codes: dict[str, int] = field(default_factory=dict)
-    """Exit codes by run name, for runs whose last attempt has ended."""
+    """{name of the run: exit code of its last attempt}, for runs whose last attempt has ended."""
 
     def runs(self, out: Path) -> list[Run]:
-        """Return the runs ordered by seed, so that an interrupted comparison has all methods of its first seeds."""
+        """Return the runs ordered by seed, so that an interrupted comparison has all methods for its first seeds."""
         return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
 
     def widen(self, earlier: Plan) -> None:
-        """Add the methods and seeds of an earlier call on the same folder, after this call's."""
+        """Add the methods, seeds and exit codes of an earlier plan for the same folder.
+
+        This plan's methods stay before the earlier plan's methods.
+        """
         self.methods += [method for method in earlier.methods if method not in self.methods]
         self.seeds = sorted({*self.seeds, *earlier.seeds})
         self.exit_codes = earlier.exit_codes | self.exit_codes
@@ -84,7 +87,7 @@ class Plan:
 
 
 def load_plan(out: Path) -> Plan:
-    """Load the plan in `out`; ConfigError if there is none."""
+    """Load the plan of the comparison in `out`. Raise ConfigError if the plan is missing or damaged."""
     try:
         return Plan(**json.loads((out / PLAN_FILE).read_text(encoding="utf-8")))
     except OSError:
@@ -95,17 +98,21 @@ def load_plan(out: Path) -> Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """The current results of a run."""
+    """A run's recorded metrics, and whether the run is finished."""
 
     run: Run
     config: RunConfig | None
     """The resolved configuration of the run's last start; None if the run never started."""
     records: Sequence[dict]
-    """metrics.jsonl: one record per step."""
+    """The records of metrics.jsonl, one per step."""
     status: str
-    """finished (last step and its evaluation exist) | failed (ended earlier) | unfinished."""
+    """One of `finished`, `failed` and `unfinished`.
+
+    `finished` means that the last step and its evaluation are recorded. `failed` means that the last attempt ended
+    before that. Any other run is `unfinished`.
+    """
     fault: str
-    """Why the run is not finished, one line; empty if it is."""
+    """A line that says why the run is not finished; empty if the run is finished."""
 
     @property
     def is_finished(self) -> bool:
@@ -116,15 +123,15 @@ class RunResult:
         return self.records[-1]["step"] if self.records else 0
 
     def evaluations(self) -> list[dict]:
-        """Records with a held-out score, ascending."""
+        """Return the records that have a held-out score, steps ascending."""
         return [record for record in self.records if record.get("evaluation/em") is not None]
 
 
 def read_result(run: Run, exit_code: int | None) -> RunResult:
-    """Read a run's folder.
+    """Read the results of `run` from its folder.
 
     Args:
-        exit_code: exit code of the run's last attempt; None if there was no attempt or it has not ended.
+        exit_code: exit code of the run's last attempt; None if the run had no attempt or its last attempt goes on.
     """
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)
@@ -139,7 +146,7 @@ def read_result(run: Run, exit_code: int | None) -> RunResult:
 
 
 def read_results(out: Path) -> tuple[Plan, list[RunResult]]:
-    """Return the plan of `out` and each run's results, methods in the plan's order."""
+    """Return the plan of the comparison in `out`, and the results of its runs, ordered by method as in the plan."""
     plan = load_plan(out)
     results = [read_result(run, plan.exit_codes.get(run.name)) for run in plan.runs(out)]
     return plan, sorted(results, key=lambda result: plan.methods.index(result.run.method))
@@ -152,7 +159,7 @@ def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """Return the line that explains the end of the last attempt: its last error, else its last line."""
+    """Return the last line that begins with "error:" in the log of the last attempt, or else the log's last line."""
     if not log.exists():
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]

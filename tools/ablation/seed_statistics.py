@@ -1,4 +1,4 @@
-"""Compute means over seeds and their uncertainty from plain numbers."""
+"""Compute means over seeds, and the uncertainty of these means."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its uncertainty."""
+    """A mean over seeds, with its uncertainty."""
 
     mean: float
-    """NaN if there is no value."""
+    """The mean; NaN if no seed has a value."""
     half_width: float | None
     """Half of the 95 % interval (Student's t); None for fewer than two values."""
     count: int
@@ -24,16 +24,16 @@ class Estimate:
         return self.half_width is not None and abs(self.mean) > self.half_width
 
     def text(self, spec: str = ".3f") -> str:
-        """ "0.512 ± 0.034"; a question mark for an unknown interval."""
+        """Return a text such as "0.512 ± 0.034", or "0.512 ± ?" if the interval is unknown."""
         if self.count == 0:
             return "–"
         width = "?" if self.half_width is None else format(self.half_width, spec.lstrip("+"))
-        mean = round(self.mean, 9) + 0.0  # rounding to -0 would print a sign
+        mean = round(self.mean, 9) + 0.0  # + 0.0 turns -0.0 into 0.0, which prints no sign
         return f"{mean:{spec}} ± {width}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return mean and 95 % interval of independent, normally distributed values."""
+    """Return the mean of `values` and its 95 % interval, for independent and normally distributed values."""
     count = len(values)
     if count == 0:
         return Estimate(math.nan, None, 0)
@@ -45,15 +45,19 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
-    """Return the mean of `values` - `base` over the seeds that both have.
+    """Return the mean difference `values[seed] - base[seed]` over the seeds that both mappings have.
 
-    Runs of one seed draw the same prompts in the same order, so the difficulty of a seed's prompts cancels.
+    Runs with the same seed draw the same prompts in the same order, so the prompts' difficulty cancels in the
+    difference.
     """
     return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
 
 
 def t_quantile(degrees: int) -> float:
-    """Return t with P(|T| <= t) = 0.95 for Student's T, to rounding; `degrees` of freedom >= 1."""
+    """Return the t for which P(|T| <= t) = 0.95, exact up to rounding.
+
+    T has Student's distribution with `degrees` >= 1 degrees of freedom.
+    """
     low, high = 0.0, 1000.0
     while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
@@ -62,7 +66,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def t_coverage(t: float, degrees: int) -> float:
-    """Return P(|T| <= t) for Student's T: finite sums of Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    """Return P(|T| <= t) for Student's T with `degrees` degrees of freedom.
+
+    The finite sums are those of Abramowitz and Stegun: 26.7.3 for odd `degrees`, 26.7.4 for even `degrees`.
+    """
     angle = math.atan(t / math.sqrt(degrees))
     term, total = math.cos(angle) ** (degrees % 2), 0.0
     for power in range(degrees % 2, degrees - 1, 2):

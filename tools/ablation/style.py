@@ -1,4 +1,4 @@
-"""The common style of a comparison's figures: colours, marks, titles and legends."""
+"""The colours, marks, titles and legends that all figures of a comparison share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.metrics.figure_style import INK, MUTED
 
-# Okabe and Ito's palette, distinct for any colour vision; grey replaces yellow, which is invisible on white.
+# The palette of Okabe and Ito, which all kinds of colour vision can distinguish. Grey replaces their yellow, which is
+# hard to see on white.
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 MAX_METHODS = len(PALETTE)
@@ -42,7 +43,7 @@ def decorate(ax: Axes, title: str, unit: str, across: str) -> None:
 
 
 def finish(figure: Figure, labelled: Axes | None, title: str) -> None:
-    """Add the title, and the legend of one panel's lines below all panels."""
+    """Add `title` to the figure. If `labelled` is a panel, also add a legend of its lines below all panels."""
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.01, ha="left")
     if labelled is not None:
         handles, labels = labelled.get_legend_handles_labels()

@@ -1,13 +1,15 @@
-"""Find each method's learning rate and clipping range on one experiment, all by the same protocol.
+"""Find each method's learning rate and clipping range on one experiment, with the same protocol for all methods.
 
     python tools/ablation/tune.py CONFIG --methods grpo,igpo,a2tgpo --out DIR --write configs/ablation [--jobs J]
                                   [--ranks R] [section.field=value ...]
 
-First it tries the rates of LEARNING_RATES at the middle clipping range of CLIP_LOW, then the other ranges at the best
-rate. A trial is one short run with a seed that no comparison uses; its score is the mean reward on training
-questions over the second half of its steps, so no test question has an influence. The choice goes to
-WRITE/METHOD.yaml, every trial to WRITE/tuning.csv. Other settings in WRITE/METHOD.yaml are kept, also during the
-trials. Finished trials are not repeated.
+The program first tries every learning rate of LEARNING_RATES with the middle clipping range of CLIP_LOW. Then it
+tries the other clipping ranges with the best learning rate. A trial is one short run with a seed that no comparison
+uses.
+A trial's score is the mean reward on training questions over the second half of its steps, so test questions do not
+influence the choice. --write names a folder: the program writes each method's choice to METHOD.yaml in that folder,
+and every trial to tuning.csv. Other settings that METHOD.yaml already has are kept, and also apply to the trials.
+Finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
-"""Values of clip_low to try, by the ratio's level; clip_high keeps the preset's proportion to clip_low."""
+"""{level of the ratio: values of clip_low to try}.
+
+In every trial, clip_high / clip_low is the same as in the method's preset.
+"""
 SEED = 100
 
 
@@ -63,7 +68,7 @@ class Trial:
 
 
 class Tuner:
-    """Runs trials, `jobs` at a time, and stores their scores."""
+    """Runs trials, at most --jobs at a time, and keeps their scores."""
 
     def __init__(self, args: argparse.Namespace, launcher: Sequence[str]):
         self._args = args
@@ -87,7 +92,7 @@ class Tuner:
         ]  # fmt: skip
 
     def play(self, trials: Sequence[Trial]) -> None:
-        """Score all `trials`; a failed one scores -inf and is reported."""
+        """Run every trial that has no score yet, and store its score. If a trial fails, report it, and store -inf."""
         todo = [trial for trial in trials if trial not in self.scores]
         with ThreadPoolExecutor(self._args.jobs) as pool:
             for trial, score in zip(todo, pool.map(self._score, todo), strict=True):
@@ -95,7 +100,7 @@ class Tuner:
                 print(f"{trial.name}: {score:.3f}", flush=True)
 
     def best(self, trials: Sequence[Trial]) -> Trial:
-        """Return the first trial with the highest score. ConfigError if all failed."""
+        """Return the first trial that has the highest score. Raise ConfigError if all trials failed."""
         best = max(trials, key=lambda trial: self.scores[trial])
         require(
             math.isfinite(self.scores[best]),
@@ -123,8 +128,8 @@ class Tuner:
 
 
 def rewards(folder: Path) -> list[float]:
-    """Return the mean reward of all rollouts played, per step; [] if there is no step yet."""
-    name = "sampling/reward_all_mean"  # the first is recorded only if groups are dropped
+    """Return the mean reward of all trajectories played, for each recorded step; [] if no step is recorded."""
+    name = "sampling/reward_all_mean"  # recorded only if dynamic sampling drops groups
     records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
 
@@ -134,13 +139,13 @@ def preset(method: str) -> Path:
 
 
 def files_of(method: str, folder: str) -> list[str]:
-    """Return the preset, and the experiment's settings for it."""
+    """Return the path of the method's preset and, if it exists, of the method's YAML file in `folder`."""
     own = Path(folder) / f"{method}.yaml"
     return [str(preset(method)), *([str(own)] if own.exists() else [])]
 
 
 def trials_of(method: str) -> tuple[list[Trial], list[float]]:
-    """Return the trials over learning rates, and the other clipping ranges to try afterwards."""
+    """Return the trials that compare learning rates, and the values of clip_low to try after these trials."""
     algorithm = yaml.safe_load(preset(method).read_text(encoding="utf-8"))["algorithm"]
     ranges = CLIP_LOW[algorithm["ratio"]]
     middle = ranges[len(ranges) // 2]
@@ -154,7 +159,7 @@ def scaled(clip_low: float, proportion: float) -> float:
 
 
 def with_clip(trial: Trial, clip_low: float) -> Trial:
-    """Return `trial` with another clipping range of the same proportion."""
+    """Return `trial` with the given `clip_low`, and a clip_high that keeps clip_high / clip_low."""
     clip_high = scaled(clip_low, trial.clip_high / trial.clip_low)
     return dataclasses.replace(trial, clip_low=clip_low, clip_high=clip_high)
 
@@ -174,7 +179,7 @@ def tune(args: argparse.Namespace, launcher: Sequence[str]) -> None:
 
 
 def write_choice(trial: Trial, folder: Path) -> None:
-    """Write the tuned values and the file's other settings as a file to lay over the preset."""
+    """Write the tuned values of `trial` to the method's YAML file in `folder`; keep the file's other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{trial.method}.yaml"
     sections: dict[str, dict] = (
@@ -188,7 +193,7 @@ def write_choice(trial: Trial, folder: Path) -> None:
 
 
 def write_table(scores: dict[Trial, float], path: Path) -> None:
-    """Write one row per trial; keep rows of methods that were not tuned this time."""
+    """Write one row per trial to `path`; keep the rows of methods that were not tuned this time."""
     rows: dict[tuple[str, ...], list] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as handle:

@@ -1,6 +1,7 @@
-"""Compute the advantages of IGPO and of A2TGPO for the same recorded rollouts.
+"""Compute the advantages of IGPO and of A2TGPO for the same recorded trajectories.
 
-Uses the trainer's own functions for both methods, step by step, because normalisation is within a step's groups.
+Both methods are computed by the trainer's own functions. Each step is computed separately, because a trainer
+normalises within the groups of one step.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ IGPO = AlgorithmConfig(advantage="igpo_joint", gamma=1.0)
 GRPO = AlgorithmConfig(advantage="grpo")
 
 MAX_NEEDLESS = 3
-"""Largest number of searches beyond a question's need that has its own column; it includes larger numbers."""
+"""Largest number of needless searches that is counted separately. Larger numbers count as this number."""
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
-"""A turn index with fewer values has too uncertain a mean to count for a drift."""
+"""Smallest number of values for which a turn index's mean is certain enough to enter a drift."""
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]
-"""Equally long columns: int64 for keys (turn, remaining or tool_calls), float64 for each signal."""
+"""{name: column}, all columns of one length. Keys (turn, remaining, tool_calls) are int64, signals are float64."""
 
 
 def spread_out(steps: Sequence[int], count: int) -> list[int]:
@@ -42,9 +43,9 @@ def spread_out(steps: Sequence[int], count: int) -> list[int]:
 
 
 def read_step(run_dir: Path, step: int) -> list[Trajectory]:
-    """Return the rollouts that `run_dir` trained on in one step."""
+    """Return the trajectories that the run in `run_dir` trained on in one step."""
     records = read_records(recorded_steps(run_dir)[step])
-    # Drops advantages and texts, which are recorded with each trajectory.
+    # `from_dict` ignores the advantages and texts that each record also has.
     return [from_dict(record) for record in records]
 
 
@@ -57,7 +58,10 @@ def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
 
 
 def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return every process turn of one step with a computed gain: its index from 1 as `turn`, and its signals."""
+    """Return a row for every process turn of one step that has a gain.
+
+    Columns: `turn`, the turn's index from 1, and the signals of the turn.
+    """
     table = table_of(trajectories)
     has_gain = table.has_gain
     igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))
@@ -73,8 +77,11 @@ def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return every turn of one step: the number of process turns from it on as `remaining` (final turn: 0), and its
-    advantages."""
+    """Return a row for every turn of one step.
+
+    Columns: `remaining`, the number of process turns from this turn on (0 for the final turn), and the turn's
+    advantages.
+    """
     table = table_of(trajectories)
     column = torch.arange(table.max_turns + 1)
     # A response that a limit cut off right after an observation has no final turn.
@@ -90,7 +97,7 @@ def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return every rollout: its `tool_calls`, and its exact match as `em`."""
+    """Return a row for every trajectory, with the columns `tool_calls` and `em` (exact match)."""
     return {
         "tool_calls": np.array([t.num_process_turns for t in trajectories], dtype=np.int64),
         "em": np.array([t.exact_match for t in trajectories], dtype=np.float64),
@@ -98,10 +105,10 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return every rollout with at least as many searches as its question needs.
+    """Return a row for every trajectory that has at least as many searches as its question needs.
 
-    Columns: `needless` searches, `reward`, and for each method the rollout's advantage: the mean over its sampled
-    tokens.
+    Columns: `needless`, the number of searches beyond that need; `reward`; and for each method the mean advantage
+    over the trajectory's sampled tokens.
     """
     table = table_of(trajectories)
     num_tokens = torch.zeros(len(trajectories), table.max_turns + 1, dtype=torch.float64)
@@ -122,12 +129,12 @@ def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
 
 
 def join(parts: Sequence[Columns]) -> Columns:
-    """Concatenate rows of several steps."""
+    """Return the rows of all `parts`, concatenated column by column."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
-    """Yield count, mean, spread and percentiles of every signal for each value of the column `by`."""
+    """Yield a row for every signal and every value in the column `by`: count, mean, spread and percentiles."""
     for name, values in columns.items():
         if name == by:
             continue
@@ -144,14 +151,14 @@ def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
 
 
 def drifts(rows: Sequence[Mapping]) -> list[dict]:
-    """Return how far apart a signal's means at different turn indices lie, if enough turns have values.
+    """Return how much the mean of each signal differs between turn indices.
 
     Args:
         rows: from `distributions` by turn.
 
     Returns:
-        For every signal, the `turns` with enough values, and its `drift`: the largest of these turns' means minus
-        the smallest (None for fewer than two turns).
+        A row for every signal. `turns` lists the turn indices that have at least `MIN_SAMPLES` values. `drift` is the
+        largest mean of these turn indices minus their smallest mean; None if `turns` has fewer than two indices.
     """
     found = []
     for name in dict.fromkeys(row["signal"] for row in rows):
