@@ -8,8 +8,9 @@ A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NA
 file exists; later files override earlier ones. The tuned file has settings that depend on the experiment's scale,
 such as learning rate and clipping range. Runs with the same seed draw the same questions with the same seeds. If the
 same command is started again, it skips finished runs and resumes the other runs from their checkpoints. A failed run
-does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv, curves.csv,
-report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files, from the existing runs.
+does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
+curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files, from the existing
+runs.
 """
 
 from __future__ import annotations
