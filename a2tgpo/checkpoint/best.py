@@ -1,4 +1,4 @@
-"""Which evaluated policy of a run is the best so far, and the file that names it."""
+"""Track the best policy that a run has evaluated so far, and write the file that names this policy."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ BEST_FILE = "best.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Best:
-    """One evaluation."""
+    """The evaluation of the best policy so far."""
 
     step: int
-    """Step of the checkpoint that has the weights; 0: the untrained weights at model.path, which are not saved again.
-    """
+    """Step of the checkpoint that has the weights. If 0, the weights are the untrained ones at model.path, and no
+    checkpoint has them."""
     score: float
     metric: str
     standard_error: float = 0.0
-    """Standard error of the score over the questions; 0 if a checkpoint of an earlier version did not store it."""
+    """Standard error of the score over the questions. It is 0 if the evaluation comes from a checkpoint of an earlier
+    version that did not store the error."""
 
 
 class BestCheckpoint:
-    """The best held-out score among policies that still exist.
+    """The policy with the best held-out score among the evaluated policies whose weights still exist.
 
-    A score is better only if it is higher by more than the standard error of the difference, sqrt(a^2 + b^2) for
-    scores with standard errors a and b. Among policies that the questions cannot distinguish, the earliest therefore
-    stays the best. (Both answer the same questions, so the true error of the difference is smaller.)
+    A score is better only if it is higher by more than the standard error of the difference. This error is
+    sqrt(a^2 + b^2) if the two scores have the standard errors a and b. If the questions cannot distinguish several
+    policies, the earliest of these policies therefore stays the best. (Two policies answer the same questions, so the
+    true error of their difference is smaller.)
 
     `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
-    from the checkpoint that it resumes, not from this file, and so forgets a best policy from dropped steps. The
-    caller must also forget a best policy whose checkpoint no longer exists, because it was removed in favour of a
-    checkpoint that is now dropped.
+    policy from the checkpoint that it resumes, not from this file. The run therefore forgets a best policy of a step
+    after that checkpoint. The caller must also forget a best policy whose checkpoint no longer exists. Retention may
+    have removed this checkpoint when a later step became the best, and the run may since have dropped that step.
 
     Args:
         root: folder of the checkpoints.
@@ -53,17 +55,17 @@ class BestCheckpoint:
 
     @property
     def step(self) -> int | None:
-        """Step of the best policy; None before the first evaluation."""
+        """The step of the best policy, or None before the first evaluation."""
         return self._best.step if self._best else None
 
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Compare an evaluation after `step` steps; return True if it is the best so far and its checkpoint must be
-        saved.
+        """Compare the evaluation after `step` steps with the best so far; return whether to save a checkpoint for it.
 
-        Step 0 needs no checkpoint: this method writes the file and returns False.
+        Returns True if the evaluation is the new best and `step` is not 0. Step 0 needs no checkpoint, so if step 0
+        is the new best, this method writes the file at once and returns False.
 
         Args:
-            scores: as returned by `evaluate`.
+            scores: the metrics that `evaluate` returned after `step` steps.
         """
         if self._metric == "none":
             return False
@@ -78,32 +80,36 @@ class BestCheckpoint:
         return step > 0
 
     def write(self) -> None:
-        """Update the file; call this when the checkpoint of the best policy is complete."""
+        """Write the best policy to the file. Call this when the checkpoint of the best policy is complete."""
         if self._is_writer:
             write_best(self._root, self.state_dict())
 
     def describe(self) -> str:
-        """Return the place of the best weights and their score, in a few words."""
+        """Return a few words that name the place of the best weights and their score."""
         if self._best is None:
             return "none"
         place = self._root / f"step_{self._best.step}" if self._best.step else "the untrained model"
         return f"{place} ({self._best.metric} {self._best.score:.3f} ± {self._best.standard_error:.3f})"
 
     def state_dict(self) -> dict | None:
-        """Return the state for `load_state_dict`, as plain JSON values."""
+        """Return the best policy as JSON values for `load_state_dict`, or None before the first evaluation."""
         return asdict(self._best) if self._best else None
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Continue with the best from `state`, unless it was chosen by another metric."""
+        """Continue with the best policy in `state`, or with none if another metric chose that policy."""
         self._best = Best(**state) if state is not None and state["metric"] == self._metric else None
 
     def has_weights(self, step: int) -> bool:
-        """Return whether this rank sees a complete checkpoint of `step`; step 0 needs none."""
+        """Return whether this rank sees a complete checkpoint of `step`. Step 0 needs none, so return True for 0."""
         return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()
 
 
 def write_best(root: Path, best: dict | None) -> None:
-    """Write `best`, a `BestCheckpoint.state_dict()`, to `root/best.json`; one rank calls this."""
+    """Write `best` to `root/best.json`, or remove the file if `best` is None; one rank calls this.
+
+    Args:
+        best: the result of `BestCheckpoint.state_dict`.
+    """
     path = root / BEST_FILE
     if best is None:
         path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
-"""Checksums of files; checksums of tensors are computed during the write and compared during the read.
+"""Checksums of files and of the tensors in them.
 
-Torch's distributed checkpoints put many tensors into one file and read them one at a time. Each tensor's bytes, a
-piece, have their own checksum. So neither saving nor loading reads a file twice to check it, and a piece that is not
-loaded is not read.
+Torch's distributed checkpoints put many tensors into one file and read them one at a time. The bytes of one tensor
+are a piece, and each piece has its own checksum. The writer computes the checksum while it writes the piece, and the
+reader compares the checksum when it reads the piece. So neither a save nor a load reads a file a second time to check
+it, and a load reads only the pieces that it needs.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from a2tgpo.parallel.collectives import all_gather_object
 
 Piece = tuple[int, int, int]
-"""Start of a piece in its file, its length in bytes, and its CRC-32."""
+"""The offset of a piece in its file, the length of the piece in bytes, and the CRC-32 of the piece."""
 
 
 class DamagedFileError(Exception):
-    """A piece differs from the piece that was written; the message names its file."""
+    """The bytes read from a piece are not the bytes that were written; the message names the file."""
 
 
 class ChecksummingStream:
-    """A stream to a file that starts a new piece whenever its position is read.
+    """A stream to a file that ends the current piece, and starts a new one, whenever `tell` is called.
 
-    Torch reads the position before and after each tensor.
+    Torch calls `tell` before and after it writes each tensor, so each tensor becomes one piece.
     """
 
     def __init__(self, stream: Any):
@@ -72,7 +73,7 @@ class _ChecksummingFiles(FileSystem):
 
 
 class CheckedWriter(torch_checkpoint.FileSystemWriter):
-    """Torch's writer, which also records checksums and raises the original OSError."""
+    """Torch's checkpoint writer, extended to record checksums and to raise the OSError that made a write fail."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -80,15 +81,15 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
 
     @property
     def pieces(self) -> dict[str, list[Piece]]:
-        """The pieces that this rank has written, by file name."""
+        """A map from each file name to the list of pieces that this rank has written to that file."""
         return self._files.pieces
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # After a write error, closing the file raises a second error about the file's position, which hides the
-            # first.
+            # When the file is closed after a write error, the close raises a second error, about the file's position.
+            # The second error hides the first, so find the first in the chain.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -96,7 +97,7 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
 
 
 class _CheckedReader(torch_checkpoint.FileSystemReader):
-    """Torch's reader, which also compares each piece with its checksum, and reads the index only once."""
+    """Torch's checkpoint reader, extended to compare each piece with its checksum and to read the index only once."""
 
     def __init__(self, folder: Path, pieces: Mapping[str, list[Piece]]):
         super().__init__(folder)
@@ -122,19 +123,20 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
 
 @contextlib.contextmanager
 def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator[None]:
-    """Within this context Megatron compares each piece that it reads in `folder` with its checksum.
+    """Make Megatron compare each piece that it reads in `folder` with the checksum of the piece.
 
-    Reading a piece that differs raises `DamagedFileError`, which torch wraps in a CheckpointException on all ranks.
+    If a piece does not match its checksum, the reader raises `DamagedFileError`. Torch wraps this error in a
+    CheckpointException and raises the CheckpointException on all ranks.
 
     Args:
-        folder: the only folder that Megatron reads within the context.
-        pieces: by file name; empty: nothing is compared.
+        folder: the only folder that Megatron may read within the context.
+        pieces: maps each file name to the pieces of that file. If empty, Megatron compares nothing.
     """
     if not pieces:
         yield
         return
     reader = _CheckedReader(folder, pieces)
-    # Megatron's strategy gets its reader from this function; its caller cannot pass one.
+    # Megatron's loading strategy gets its reader from this function, and no argument can give it another reader.
     choose = torch_strategy._get_filesystem_reader
     torch_strategy._get_filesystem_reader = lambda *_, **__: reader
     try:
@@ -144,17 +146,19 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
 
 
 def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
-    """Return the size in bytes of a file that consists of these pieces, and a checksum of their checksums."""
+    """Return the size in bytes of a file that consists of `pieces`, and one CRC-32 over the list of its pieces."""
     return sum(size for _, size, _ in pieces), zlib.crc32(
         json.dumps([list(piece) for piece in pieces]).encode()
     )
 
 
 def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
-    """Return size and CRC-32 of each file; the ranks of `group` divide the reading, and all must call this.
+    """Return the size in bytes and the CRC-32 of each file in `folder` that `names` lists.
+
+    Each rank of `group` reads a share of the files, and every rank of `group` must call this.
 
     Raises:
-        OSError: on every rank, if any rank could not read its share.
+        OSError: if any rank could not read a file; raised on every rank.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine: dict[str, tuple[int, int]] | str
@@ -171,10 +175,10 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:
-    """Return the size of a file in bytes and its CRC-32."""
+    """Return the size of a file in bytes and the CRC-32 of its content."""
     size = crc = 0
-    # Reads in small blocks: every save runs in a new thread, and glibc keeps a thread's freed memory for the next
-    # thread in the same arena. A buffer of megabytes would remain in every arena of the process.
+    # The block is small, because every save runs in a new thread, and glibc keeps the memory that a thread frees for
+    # the next thread in the same arena. A buffer of megabytes would stay allocated in every arena of the process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):

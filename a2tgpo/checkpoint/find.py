@@ -1,4 +1,4 @@
-"""Find the weights that a path refers to: a Hugging Face folder, or a checkpoint of a run."""
+"""Find the weights that a path refers to. They are in a Hugging Face folder or in a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ _STEP = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """Weights on disk."""
+    """A folder on disk that contains the weights of a model."""
 
     path: Path
-    """A Hugging Face folder, or a checkpoint's `step_N`."""
+    """A Hugging Face folder, or the folder `step_N` of a checkpoint."""
     is_hf: bool
     step: int
-    """Number of updates; 0 if unknown."""
+    """Number of updates that produced the weights, or 0 if that number is unknown."""
 
     @property
     def label(self) -> str:
-        """A name for reports."""
+        """The name under which reports show the model."""
         return self.path.name
 
     @property
     def identity(self) -> str:
-        """The folder's path and a digest that changes when other weights are written to the folder.
+        """The folder's path, followed by a digest that changes when a program writes other weights to the folder.
 
-        The digest is computed without reading the weights.
+        The digest of a Hugging Face folder covers the name, size and modification time of each weight file. The
+        digest of a checkpoint covers `complete.json`. So neither digest reads the weights.
         """
         digest = hashlib.blake2b(digest_size=8)
         if not self.is_hf:
@@ -49,13 +50,14 @@ def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--ch
     """Return the weights that `path` refers to.
 
     Args:
-        path: a Hugging Face folder; a checkpoint (`runs/NAME/checkpoints/step_N`); `.../checkpoints/best`, which
-            best.json resolves; or a folder of checkpoints, for the newest complete one.
-        untrained: the Hugging Face folder used if the best step is 0.
-        key: the option that names `path`, for error messages.
+        path: one of four: a Hugging Face folder; a checkpoint (`runs/NAME/checkpoints/step_N`);
+            `.../checkpoints/best`, for the checkpoint that best.json names; or a folder of checkpoints, for the
+            newest complete checkpoint in it.
+        untrained: the Hugging Face folder to return if best.json names step 0.
+        key: the option with which the user gave `path`; error messages name it.
 
     Raises:
-        ConfigError: one line; `path` is none of these.
+        ConfigError: one line; `path` refers to no weights.
     """
     path = Path(path)
     if path.name == "best" and not path.exists():

@@ -1,14 +1,18 @@
-"""Checkpoints: all state that a run needs to continue as if it had never stopped.
+"""Find, check and load checkpoints. A checkpoint has all state that a run needs to continue as if it had not stopped.
 
-`ROOT/step_N/` contains: `sharded/` and `optimizer/`, Megatron's torch_dist checkpoints of model and optimizer;
-`rng/rank_R.pt`, each rank's random state; `state.json` with the learning rate schedule, the layout, the model's
-architecture and the caller's own values; and the caller's own files. Reading a checkpoint never executes code from
-it. The checkpoint is written (`writer.py`) as `.step_N.unfinished` and renamed once it contains `complete.json`, the
-list of its files with their sizes and checksums: a folder without a matching list is not a checkpoint. Each tensor
-also has a checksum (`checked_files.py`), which is compared when the tensor is read.
+The folder `ROOT/step_N/` of a checkpoint contains
+- `sharded/` and `optimizer/`, which are Megatron's torch_dist checkpoints of model and optimizer;
+- `rng/rank_R.pt`, the random state of rank R;
+- `state.json`, with the learning rate schedule, the layout, the model's architecture and the caller's own values;
+- the caller's own files.
 
-All ranks see the same file system. Every rank must call every public function here, unless its docstring says
-otherwise.
+No code of a checkpoint is executed when the checkpoint is read. The writer (`writer.py`) writes the files to
+`.step_N.unfinished`. It then adds `complete.json`, which lists all files with their sizes and checksums, and renames
+the folder. If a folder has no `complete.json`, or if its files do not match the list, the folder is not a checkpoint.
+Each tensor also has its own checksum, which is compared when the tensor is read (`checked_files.py`).
+
+All ranks see the same file system. Every rank must call each public function here, unless the docstring of the
+function says otherwise.
 """
 
 from __future__ import annotations
@@ -46,25 +50,30 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
-"""Key of `complete.json`: True if everything except the weights has been removed (`retention.py`)."""
+"""Key of `complete.json`. Its value is True if the checkpoint had more than its weights and retention removed the
+rest (`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
-"""Folders of an interrupted save; earlier versions used the second form."""
+"""Names of the folders that an interrupted save leaves. Earlier versions left `step_N.tmp` or `step_N.old`."""
 
 
 class DamagedCheckpointError(ValueError):
-    """The tensors of a checkpoint differ from those that were written; one line."""
+    """A tensor of a checkpoint is not the tensor that was written; the message is one line."""
 
 
 def load_newest(
     path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
 ) -> tuple[Path, dict[str, Any]]:
-    """`load` the checkpoint `path`, found by `latest`, or the newest earlier one whose tensors are undamaged.
+    """Load the checkpoint `path`. If its tensors are damaged, load the newest earlier checkpoint that is undamaged.
+
+    Args:
+        path: a checkpoint that `latest` returned.
 
     Returns:
+        The path of the checkpoint that was loaded, and the `state` in it.
 
     Raises:
-        ValueError: one line; as `load`, or no checkpoint is undamaged.
+        ValueError: one line; `load` refused a checkpoint for another reason, or every checkpoint is damaged.
     """
     newest: Path | None = path
     while newest is not None:
@@ -89,17 +98,17 @@ def load(
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    The layout may differ from that of the saving run; random states are then not restored, with a warning, since they
-    belong to ranks.
+    The layout of this run may differ from the layout of the run that saved the checkpoint. If it differs, this
+    function logs a warning and does not restore the random states, because each random state belongs to one rank.
 
     Args:
-        is_checked: `latest` has checked the files; only the tensors remain to be compared with their checksums.
+        is_checked: True if `latest` has already checked the files. This function then checks only the tensors.
 
     Returns:
-        The `state` given to `CheckpointWriter.start`.
+        The `state` that the saving run passed to `CheckpointWriter.start`.
 
     Raises:
-        DamagedCheckpointError: on all ranks; a tensor is damaged. Other tensors may have been loaded.
+        DamagedCheckpointError: a tensor is damaged; raised on all ranks. Other tensors may already have been loaded.
         ValueError: one line; `path` is not a complete checkpoint of this program, or belongs to another model.
     """
     path = Path(path)
@@ -129,7 +138,7 @@ def load(
 
 
 def load_weights(path: str | Path, policy: Policy) -> None:
-    """Load only the weights of a checkpoint saved in any layout; read and check nothing else.
+    """Load the weights of a checkpoint, which may have any layout. Read and check no other part of the checkpoint.
 
     Raises:
         ValueError: one line; `path` is not a complete checkpoint, or belongs to another model.
@@ -142,10 +151,11 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 
 
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
-    """Raise ValueError, one line, if the checkpoint with this record is of another model; one process may call this.
+    """Raise a ValueError of one line if `record` describes another model than `hf_config`; one process may call this.
 
-    Comparing shapes is not enough: a vocabulary of another size may be padded to the same shape, and loading skips
-    keys that only one side has. Older checkpoints without a record of the architecture are accepted.
+    Equal shapes do not prove that the models are equal. Megatron may pad two vocabularies of different sizes to the
+    same shape, and a load skips the keys that only the model or only the checkpoint has. An older checkpoint may have
+    no record of the architecture, and this function accepts such a checkpoint.
     """
     mine = architecture_of(hf_config)
     saved = record.get("model", mine)
@@ -163,7 +173,10 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise ValueError, one line, if the saved state is of the other kind of optimizer; accept older checkpoints."""
+    """Raise a ValueError of one line if one of saved optimizer and `optimizer` is distributed and the other is not.
+
+    A checkpoint of an earlier version may not record the kind of its optimizer, and this function accepts it.
+    """
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)
     if saved != mine:
@@ -175,10 +188,10 @@ def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) 
 
 @contextlib.contextmanager
 def _in_one_line(path: Path) -> Iterator[None]:
-    """Convert torch's error about damaged tensors or unexpected shapes to one line."""
+    """Convert the error that torch raises for damaged tensors or unexpected shapes to an error of one line."""
     try:
         yield
-    except CheckpointException as error:  # has the exception of each failed rank
+    except CheckpointException as error:  # `error.failures` maps each failed rank to its exception
         for cause, _ in error.failures.values():
             if isinstance(cause, DamagedFileError):
                 raise DamagedCheckpointError(f"{path} cannot be loaded: {cause} is damaged") from error
@@ -190,7 +203,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's `state.json`; one process may call this.
 
     Raises:
-        ValueError: one line; this program did not write the file.
+        ValueError: one line; the file cannot be read, or this program did not write it.
     """
     try:
         record = json.loads((path / STATE).read_text())
@@ -210,11 +223,12 @@ def read_record(path: Path) -> dict[str, Any]:
 def latest(root: str | Path, *, before: int | None = None) -> Path | None:
     """Return the newest complete checkpoint under `root`, or None if there is none.
 
-    Skips incomplete and damaged checkpoints, each with a one-line warning from rank 0. Reads no tensors, which `load`
-    checks, except in older checkpoints whose tensors have no checksums. The ranks divide the reading.
+    This function skips each incomplete or damaged checkpoint, and rank 0 logs one line for each. It reads no tensors
+    that have checksums, because `load` checks these. In an older checkpoint, whose tensors have no checksums, it
+    reads the tensor files, too. Each rank reads a share of the files.
 
     Args:
-        before: only checkpoints of earlier steps than this one; None: any.
+        before: return only a checkpoint of an earlier step than this one. If None, return one of any step.
     """
     for step in steps_in(Path(root)):
         if before is not None and step >= before:
@@ -229,7 +243,7 @@ def latest(root: str | Path, *, before: int | None = None) -> Path | None:
 
 
 def has_weights_only(path: Path) -> bool:
-    """Return whether only the weights of the checkpoint remain; one process may call this."""
+    """Return whether retention has removed all but the weights of a checkpoint; one process may call this."""
     try:
         return bool(json.loads((path / MARKER).read_text()).get(WEIGHTS_ONLY))
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -237,12 +251,12 @@ def has_weights_only(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in the name of a checkpoint's folder."""
+    """Return the step number N of a checkpoint's folder `step_N`."""
     return int(path.name.removeprefix("step_"))
 
 
 def is_of_weights(name: str) -> bool:
-    """Return whether `load_weights` reads this file of a checkpoint."""
+    """Return whether `load_weights` reads the file `name` of a checkpoint."""
     return name == STATE or name.startswith(f"{WEIGHTS}/")
 
 
@@ -253,11 +267,10 @@ def _require_complete(path: Path, *, weights_only: bool = False) -> None:
 
 
 def _fault_of(path: Path, *, weights_only: bool = False) -> str:
-    """Return the fault of the checkpoint at `path` in a few words, without reading tensors; empty if there is none.
+    """Return the first fault of the checkpoint at `path` in a few words, or an empty string if it has none.
 
-    With `weights_only`, skips the files that `load_weights` does not read.
-
-    The result is equal on all ranks.
+    This function reads no tensors that have checksums. With `weights_only`, it checks only the files that
+    `load_weights` reads. The result is equal on all ranks.
     """
     try:
         expected, pieces = _read_marker(path)
@@ -271,7 +284,8 @@ def _fault_of(path: Path, *, weights_only: bool = False) -> str:
 
 
 def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[Piece]]]:
-    """Return size and checksum of each file of a checkpoint, and the pieces of its tensor files.
+    """Return a map from each file of a checkpoint to its size and checksum, and a map from each tensor file to its
+    pieces.
 
     Raises:
         ValueError: a few words; the checkpoint is incomplete, or its list of files is damaged.
@@ -293,8 +307,11 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
-    """Return the first fault of these files, empty if none; of files in `pieces`, only the size is compared."""
-    # os.path.isfile returns False for a name that no file can have, where `Path.is_file` raises.
+    """Return the first fault of the files in `expected`, or an empty string if they have none.
+
+    If `pieces` contains a file, this function compares only the size of the file, not its checksum.
+    """
+    # For a name that no file can have, os.path.isfile returns False, but `Path.is_file` raises an error.
     for name in expected:
         if not os.path.isfile(path / name):
             return f"{name} is missing"
@@ -313,7 +330,7 @@ def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Colle
 
 
 def _pieces_of(path: Path) -> dict[str, list[Piece]]:
-    """Return the pieces of the tensor files by name; empty for an older checkpoint without them."""
+    """Return a map from each tensor file to its pieces; the map is empty if an older checkpoint has no pieces."""
     return _parse_pieces(json.loads((path / MARKER).read_text()))
 
 
@@ -330,7 +347,7 @@ def files_of(folder: Path) -> list[str]:
 
 
 def steps_in(root: Path) -> list[int]:
-    """Return the steps that have a folder under `root`, newest first."""
+    """Return all steps N for which `root` has a folder `step_N`, the newest step first."""
     if not root.is_dir():
         return []
     matches = (_STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir())
@@ -338,7 +355,7 @@ def steps_in(root: Path) -> list[int]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove the files of an interrupted save."""
+    """Remove the folders that interrupted saves have left in `root`, which is created if it is missing."""
     root.mkdir(parents=True, exist_ok=True)
     for entry in root.iterdir():
         if _LEFTOVER.fullmatch(entry.name):
@@ -346,11 +363,11 @@ def remove_leftovers(root: Path) -> None:
 
 
 def put_in_place(final: Path, files: dict[str, tuple[int, int]], pieces: dict[str, list[Piece]]) -> None:
-    """Mark what was written for `final` as complete with the lists of its files, and rename it; one rank calls this.
+    """Write `complete.json` to the unfinished folder, and rename the folder to `final`; one rank calls this.
 
     Args:
-        files: size and checksum of each file that is not in `pieces`.
-        pieces: the pieces of each other file.
+        files: maps each file that `pieces` does not contain to its size and checksum.
+        pieces: maps each tensor file to its pieces.
     """
     sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}
     written, _ = folders_beside(final)
@@ -359,7 +376,7 @@ def put_in_place(final: Path, files: dict[str, tuple[int, int]], pieces: dict[st
 
 
 def record_of(policy: Policy) -> dict[str, dict[str, Any]]:
-    """Return a checkpoint's record of the layout that saves it and of the model's architecture."""
+    """Return the layout of the ranks and the architecture of the model, as `state.json` records them."""
     groups = policy.groups
     sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
     sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
@@ -371,7 +388,10 @@ def rng_file(rank: int) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Convert NumPy arrays to marked tensors, so that the file loads without unpickling arbitrary classes."""
+    """Return `value` with each NumPy array replaced by a marked tensor.
+
+    `torch.load` reads the result with `weights_only`, so that no arbitrary class is unpickled.
+    """
     if isinstance(value, np.ndarray):
         return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
     if isinstance(value, dict):

@@ -1,9 +1,10 @@
-"""A distributed optimizer's state as the slices that each data-parallel rank owns.
+"""Describe a distributed optimizer's state as shards, one for each rectangle that a data-parallel rank owns.
 
-The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
-`start:stop` of a flattened parameter. On disk a parameter's state is one tensor of the parameter's global shape in
-any layout. A rank's range covers a few rectangles of the tensor on disk; each rectangle is a view of the optimizer's
-own memory. So saving gathers nothing, loading reads into place, and any layout can read another layout's checkpoint.
+The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries. A rank therefore owns a
+range `start:stop` of a flattened parameter. On disk, the state of a parameter is one tensor with the global shape of
+the parameter, whatever the layout. A rank's range covers a few rectangles of this tensor, and each rectangle is a
+view of the optimizer's own memory. So a save gathers nothing, a load reads straight into the optimizer's memory, and
+a run of any layout can read the checkpoint of any other layout.
 """
 
 from __future__ import annotations
@@ -22,33 +23,34 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 PIECE_BYTES = 2**26
-"""Largest saved shard, unless a row is larger: a reader loads a whole shard into host memory for any part of it."""
+"""Largest size of a saved shard in bytes; if one row is larger, the shard is one row. The size is limited, because a
+reader that needs any part of a shard loads the whole shard into host memory."""
 UNCUT = 2**62
-"""Value of `piece_bytes` for reading. Few shards are best, since each saved shard is read once per overlapping
-shard.
-"""
+"""Value of `piece_bytes` for a load, which leaves the shards uncut. Torch reads a saved shard once for each requested
+shard that overlaps it, so a load should request few shards."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes of a rectangle."""
+"""The offset and the size of a rectangle in each dimension of its tensor."""
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Whether the state of `optimizer`, Megatron's chain of optimizers, is cut over data-parallel ranks."""
+    """Return whether Megatron's chain `optimizer` divides its state among the data-parallel ranks."""
     return all(isinstance(part, DistributedOptimizer) for part in optimizer.chained_optimizers)
 
 
 def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) -> dict[str, ShardedTensor]:
-    """Return views of this rank's part of a distributed optimizer's state, under names local to this rank.
+    """Return the shards of a distributed optimizer's state that this rank owns, by names that only this rank uses.
 
-    Float32 parameters are their own master weights, which are saved only with the model.
+    Each shard is a view of the optimizer's memory. A float32 parameter is its own master weight, so it has no `param`
+    shard: the model's part of the checkpoint contains it.
 
     Args:
-        optimizer: Megatron's chain of distributed optimizers, with their moments.
+        optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
         models: sharded state dicts of the model chunks, which contain the parameters themselves.
-        piece_bytes: largest shard, unless a row is larger.
+        piece_bytes: largest size of a shard in bytes; if one row is larger, the shard is one row.
 
     Returns:
-        Shards with keys `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`, float32.
+        Float32 shards, whose keys in the checkpoint are `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`.
     """
     described = {id(base.data): base for base in _tensors_and_factories(models)}
     shards: dict[str, ShardedTensor] = {}
@@ -62,9 +64,10 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Yield the rectangles that elements `start:stop` of a row-major tensor form, in the order of the elements.
+    """Yield the rectangles that the elements `start:stop` of a row-major tensor form, in the order of the elements.
 
-    There are at most 2 * len(shape) - 1 rectangles: each dimension has part of a row, whole rows, and part of a row.
+    The range begins with part of a row, continues with whole rows, and ends with part of a row. Each part of a row is
+    divided again in the next dimension, so there are at most 2 * len(shape) - 1 rectangles.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
@@ -88,7 +91,10 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield `start:stop` cut at multiples of as many rows as fit into `max_elements`, at least one row."""
+    """Cut the range `start:stop` into pieces of at most `max_elements`, and yield each piece's start and stop.
+
+    Every cut lies between two rows. If a row has more than `max_elements` elements, each piece has at most one row.
+    """
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]
@@ -96,7 +102,10 @@ def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) ->
 
 
 def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    """Yield each parameter, the first element that this rank owns, and the owned flat master weights and moments."""
+    """Yield each parameter of which this rank owns a slice, the index of the slice's first element, and its state.
+
+    The state maps `param`, `exp_avg` and `exp_avg_sq` to the flat slices of the master weights and of the moments.
+    """
     for ranges_by_dtype in part.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
@@ -109,7 +118,7 @@ def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
                         {
                             name: value.detach()
                             for name, value in states.items()
-                            # The step belongs to the parameter groups.
+                            # The step count is saved with the parameter groups.
                             if name != "step" and value.untyped_storage()._cdata != own
                         },
                     )
@@ -121,9 +130,10 @@ def _tensors_and_factories(models: dict[str, Any]) -> Iterator[ShardedTensor | S
 
 
 def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
-    """Yield a parameter's tensors on disk, each with the index of its first element in the flattened parameter.
+    """Yield each tensor that a parameter has on disk, with the index of its first element in the flattened parameter.
 
-    A parameter has several tensors on disk if Megatron saves its halves separately, as for gate and up projections.
+    Most parameters have one tensor on disk. If Megatron saves the halves of a parameter separately, the parameter has
+    several tensors. An example is the weight that joins the gate and up projections.
     """
     if isinstance(base, ShardedTensor):
         yield 0, base
@@ -141,8 +151,9 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Yield shards of `flat`: elements, from `start` on, of a flattened parameter whose tensors on disk are
-    `templates`.
+    """Yield the shards that `flat` forms of the tensors on disk, which `templates` describes.
+
+    `flat` has consecutive elements of the flattened parameter, and `start` is the index of its first element.
     """
     for first, template in templates:
         shape = template.local_shape
@@ -161,7 +172,7 @@ def _shards_of(
 def _shard(
     template: ShardedTensor, prefix: str, data: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> ShardedTensor:
-    """Return the rectangle of `template` with these offsets and sizes, in the template's coordinates."""
+    """Return a shard for the rectangle of `template` that has these offsets and sizes, counted within `template`."""
     ahead = template.prepend_axis_num
     data = data.view(*(1 for _ in range(ahead)), *sizes)
     return ShardedTensor(
@@ -174,8 +185,8 @@ def _shard(
             *template.global_offset[:ahead],
             *(base + offset for base, offset in zip(template.global_offset[ahead:], offsets, strict=True)),
         ),
-        None,  # not a regular grid
-        # No other data-parallel rank has this rectangle.
+        None,  # the shards do not form a regular grid
+        # No other data-parallel rank has this rectangle, so this rank's copy is replica 0.
         replica_id=(*template.replica_id[:2], 0),
         allow_shape_mismatch=template.allow_shape_mismatch,
     )

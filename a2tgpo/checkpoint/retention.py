@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the newest ones whole, and only the weights of some older ones."""
+"""Remove old checkpoints of a run: keep the newest whole, and keep only the weights of some older checkpoints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from a2tgpo.io.atomic_file import write_text
 logger = logging.getLogger(__name__)
 
 MAX_DROPPED = 2
-"""Number of folders of dropped checkpoints that are kept."""
+"""The number of folders `dropped_N` that a run keeps."""
 
 
 def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, spare: int | None) -> None:
-    """Keep the `keep` newest checkpoints under `root` whole, and the weights of a few older ones; one rank calls
-    this.
+    """Remove old checkpoints under `root`, and reduce some of them to their weights; one rank calls this.
 
-    Keeps the weights of step `spare` and of steps that are a multiple of `keep_every` (0: none). If these weights
-    take more than `keep_gb` GB (0: no limit), the oldest are removed, but never those of step `spare`.
+    The `keep` newest checkpoints stay whole. If an older checkpoint is of step `spare`, or if its step is a multiple
+    of `keep_every`, its weights stay. All other checkpoints are removed. If the kept weights take more than `keep_gb`
+    GB, the oldest of them are removed, but the weights of step `spare` never are. With `keep_every` 0, only step
+    `spare` keeps its weights. With `keep_gb` 0, the kept weights may take any space.
     """
     root = Path(root)
     steps = steps_in(root)
@@ -42,9 +43,10 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
 
 
 def reduce_to_weights(path: Path) -> None:
-    """Remove everything but the weights and the record of a complete checkpoint; one rank calls this.
+    """Remove all of a complete checkpoint except its weights and `state.json`; one rank calls this.
 
-    A checkpoint of an earlier version, with weights and optimizer in one folder, is left unchanged.
+    A checkpoint of an earlier version has weights and optimizer in one folder. This function does not change such a
+    checkpoint.
     """
     if not has_weights_only(path):
         if not (path / OPTIMIZER).is_dir():
@@ -58,7 +60,7 @@ def reduce_to_weights(path: Path) -> None:
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             logger.warning("left %s unchanged: its %s is damaged", path, MARKER)
             return
-        # Write the marker before the removal, so that no reader expects a file that is about to be removed.
+        # Write `complete.json` before the removal, so that it never lists a file that has been removed.
         write_text(path / MARKER, json.dumps(kept | {WEIGHTS_ONLY: True}))
     for entry in path.iterdir():
         if entry.is_dir() and entry.name != WEIGHTS:
@@ -66,12 +68,11 @@ def reduce_to_weights(path: Path) -> None:
 
 
 def set_aside_after(root: str | Path, step: int) -> None:
-    """Move checkpoints of later steps to `root/dropped_N/`: a run that resumes from `step` will write its own later
-    steps.
+    """Move the checkpoints after `step` to `root/dropped_N/`, because a run that resumes from `step` writes its own.
 
-    Left in place, the old checkpoints would count as the newest: a start would resume from them, and retention would
-    remove the new ones instead. The newest of the checkpoints set aside stays whole, the others keep their weights;
-    only the newest `MAX_DROPPED` of these folders stay.
+    If the old checkpoints stayed in place, the next start would take them for the newest and resume from them, and
+    retention would remove the new checkpoints. The newest checkpoint in `dropped_N` stays whole, and each other
+    checkpoint there keeps only its weights. Only the newest `MAX_DROPPED` folders `dropped_N` stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
@@ -89,7 +90,7 @@ def set_aside_after(root: str | Path, step: int) -> None:
 
 
 def _dropped(root: Path) -> list[int]:
-    """Return the numbers of the folders of dropped checkpoints, oldest first."""
+    """Return the number N of each folder `dropped_N` under `root`, the oldest folder first."""
     numbers = (entry.name.removeprefix("dropped_") for entry in root.glob("dropped_*"))
     return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -99,10 +100,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _bound(reduced: list[Path], keep_gb: float, *, spare: int | None) -> None:
-    """Remove the oldest of `reduced` until the rest take at most `keep_gb` GB; never remove step `spare`.
+    """Remove the oldest folders of `reduced` until the rest take at most `keep_gb` GB; never remove step `spare`.
 
     Args:
-        reduced: folders of checkpoints, newest first.
+        reduced: the folders of checkpoints that have only weights, the newest first.
     """
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in reduced}
     for path in reversed(reduced):

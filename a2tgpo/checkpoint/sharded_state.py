@@ -1,7 +1,7 @@
-"""Model and optimizer on disk, in Megatron's sharded torch_dist format.
+"""Write and read model and optimizer in Megatron's sharded torch_dist format.
 
-A checkpoint has two folders in Megatron's format, `WEIGHTS` and `OPTIMIZER`, so either can be read or removed without
-the other. Checkpoints from before this separation have model and optimizer in `WEIGHTS`.
+A checkpoint has two folders in Megatron's format: `WEIGHTS` for the model and `OPTIMIZER` for the optimizer. Either
+folder can be read or removed without the other. In a checkpoint of an earlier version, `WEIGHTS` contains both.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ from a2tgpo.parallel.collectives import all_gather_object, world_group
 
 WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
-"""Prefix of every parameter's name on disk, since the model is saved in its data-parallel wrapper."""
+"""Prefix of every parameter's name on disk. The names have this prefix, because a save passes the model to Megatron
+inside its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
-"""Key of a distributed optimizer's slices in a state dict; not on disk."""
+"""Key under which a state dict in memory has a distributed optimizer's slices. The key does not appear on disk."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
-"""Modules whose classes a checkpoint's index, which is a pickle, may contain."""
+"""Names of the modules whose classes may occur in the index of a checkpoint. The index is a pickle."""
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -58,22 +59,22 @@ _INDEX_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedCopy:
-    """This rank's part of model and optimizer, copied to host memory, so that training cannot change it."""
+    """A copy of this rank's part of model and optimizer. It is in host memory, where training cannot change it."""
 
     tensors: dict[str, Any]
-    """The tensors that this rank writes, in the form of torch's distributed checkpoints."""
+    """The tensors that this rank writes, in the form that torch's distributed checkpoints take."""
     common: dict[str, Any]
-    """The state that is not sharded, equal on all ranks."""
+    """The state that is not sharded; it is equal on all ranks."""
 
 
 def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
-    """Copy this rank's part of model and optimizer in their present state; every rank must call this.
+    """Return a copy of this rank's part of model and optimizer; every rank must call this.
 
-    The copy takes only the host memory of what the rank writes: its own slice of the optimizer's state, and its share
-    of the weights that all data-parallel ranks have.
+    A rank copies only the tensors that it writes. These are its own slice of the optimizer's state, and its share of
+    the weights that all data-parallel ranks have.
     """
     gather_weights(policy)
-    # Adam creates its moments in the first update; if all updates so far were skipped, they do not exist yet.
+    # Adam creates its moments in the first update. If all updates so far were skipped, create the moments here.
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:
             part.init_state_fn(part.optimizer, part.config)
@@ -81,9 +82,10 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 
 
 def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
-    """Copy the part of a sharded state dict that this rank writes; consumes `state`; every rank must call this.
+    """Return a copy of the part of the sharded state dict `state` that this rank writes; every rank must call this.
 
-    Performs the steps of `dist_checkpointing.save` that precede the writing, in the same order.
+    This function takes `state` apart, so the caller must not use `state` again. It performs the same steps as
+    `dist_checkpointing.save` does before the write, in the same order.
     """
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -99,14 +101,15 @@ def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
 def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
     """Write the copies of all ranks into empty folders of the checkpoint `path`; every rank must call this.
 
-    `group` contains all ranks.
+    Args:
+        group: a group of all ranks.
 
     Returns:
-        The pieces that this rank has written, by file name relative to `path`.
+        A map from each file that this rank has written, by its path within `path`, to the pieces of the file.
 
     Raises:
-        CheckpointException: on all ranks, if a rank could not write.
-        OSError: on the first rank only; the other ranks still write their files.
+        CheckpointException: a rank could not write its tensors; raised on all ranks.
+        OSError: the first rank could not write the common state; raised only there. Other ranks still write.
     """
     weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
     others = {key: value for key, value in copy.tensors.items() if key not in weights}
@@ -120,7 +123,11 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 
 
 def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
-    """Write the copies of all ranks into the empty `folder`, like `write_sharded`; return pieces by file name."""
+    """Write the copies of all ranks into the one empty folder `folder`; every rank must call this.
+
+    Returns a map from the name of each file that this rank has written to the pieces of the file. Raises the errors
+    that `write_sharded` lists.
+    """
     fault = None
     try:
         if dist.get_rank(group) == 0:
@@ -128,8 +135,8 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     except OSError as error:
         fault = error
-    # Use threads of this process. Megatron's own writer leaves a manager process running on every rank, and forks a
-    # process per file (filesystem_async.py), which a process with an engine's threads should not do.
+    # Write with threads of this process. Megatron's own writer (filesystem_async.py) leaves a manager process running
+    # on every rank, and it forks one process per file. A process should not fork while it runs an engine's threads.
     writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,
@@ -145,20 +152,21 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
 def load_sharded(
     path: Path, policy: Policy, optimizer: Any, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Load model and optimizer as written by `write_sharded` in any layout; every rank must call this.
+    """Load the model and optimizer that `write_sharded` wrote, in any layout; every rank must call this.
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
-    hold (`shared_read`). A rank reads into place, one saved piece at a time, which takes
-    `optimizer_shards.PIECE_BYTES` of host memory; for older checkpoints without pieces, as much as a tensor-parallel
-    rank's part of a parameter.
+    have (`shared_read`). A rank reads one saved piece at a time, straight into the memory of model and optimizer, so
+    a load takes `optimizer_shards.PIECE_BYTES` of host memory. An older checkpoint has no pieces. A rank that loads
+    such a checkpoint takes as much host memory as a tensor-parallel rank's part of a parameter.
 
     Args:
-        pieces: the results of `write_sharded` on all ranks, to compare with; empty: nothing is compared.
+        pieces: the results of `write_sharded` on all ranks, which contain the checksums. If empty, no checksum is
+            compared.
 
     Raises:
-        ValueError: if the checkpoint's index is damaged or names anything but tensors.
-        CheckpointException: on all ranks, if shapes differ from the policy's, or a piece from what was written
-            (`DamagedFileError`).
+        ValueError: the checkpoint's index is damaged, or an entry of the index is not a tensor.
+        CheckpointException: a shape differs from the policy's, or a piece does not match its checksum
+            (`DamagedFileError`); raised on all ranks.
     """
     with_optimizer = path / OPTIMIZER
     folder = with_optimizer if with_optimizer.is_dir() else path / WEIGHTS
@@ -167,7 +175,7 @@ def load_sharded(
     models, shared = model_shards(policy), []
     if is_distributed(optimizer):
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        optimizer.load_state_dict(_settings(common["optimizer"]))  # creates missing moments
+        optimizer.load_state_dict(_settings(common["optimizer"]))  # creates missing moments, too
         slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
         _read(folder, {_SLICES: slices}, pieces)
         shared = share_reads(models, policy.groups)
@@ -180,8 +188,8 @@ def load_sharded(
             optimizer.load_state_dict(loaded["optimizer"])
     loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
-        # Not strict: the modules' `_extra_state` is not saved (see `_tensors_of`), and other ranks read the remaining
-        # weights.
+        # Not strict, because `loaded` lacks some keys: a checkpoint has no `_extra_state` of the modules (see
+        # `_tensors_of`), and other ranks read the remaining weights.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
@@ -189,9 +197,9 @@ def load_sharded(
 def load_sharded_weights(
     path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Load only the model as written by `write_sharded` in any layout; every rank must call this.
+    """Load only the model that `write_sharded` wrote, in any layout; every rank must call this.
 
-    Arguments and errors as in `load_sharded`.
+    The arguments and the errors are those of `load_sharded`.
     """
     folder = path / WEIGHTS
     _check_index(folder / ".metadata")
@@ -211,15 +219,16 @@ def load_sharded_weights(
 
 
 def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
-    """Call `dist_checkpointing.load` and raise a rank's read error on all ranks; every rank must call this.
+    """Call `dist_checkpointing.load`, and if it fails on any rank, raise the error on all ranks.
 
-    In Megatron-Core 0.19 each rank loads without the others, so one could fail while the others continue.
+    Every rank must call this. In Megatron-Core 0.19 no rank waits for the others in a load. Without this function,
+    one rank could fail while the others continue.
     """
     inside = {
         name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
     }
     with warnings.catch_warnings(), checked_reading(folder, inside):
-        # Megatron reads through functions and attributes that torch has deprecated.
+        # Megatron uses functions and attributes that torch has deprecated, and each use causes a warning.
         warnings.simplefilter("ignore", FutureWarning)
         loaded: dict[str, Any] = {}
         failures: dict[int, Any] = {}
@@ -235,14 +244,14 @@ def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]
 
 
 def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
-    """Return the state to save; every rank must call this."""
+    """Return the sharded state dict of model and optimizer that a save writes; every rank must call this."""
     models = model_shards(policy)
     if not is_distributed(optimizer):
         metadata = sharding_metadata(policy)
         return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
     parts = optimizer.chained_optimizers
     if len(parts) > 1:
-        optimizer._synchronize_steps()  # some ranks have empty parameter groups, whose steps would differ
+        optimizer._synchronize_steps()  # a parameter group that is empty on some ranks would have other steps there
     settings = [part.state_dict() for part in parts]
     return {
         **models,
@@ -252,10 +261,10 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
 
 
 def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Return parameter groups and steps of one or several chained optimizers, in the form that `load_state_dict`
-    takes.
+    """Return the saved parameter groups and steps of the chained optimizers in the form for `load_state_dict`.
 
-    Drops the layout of the optimizer's tensors, which older checkpoints without slices also contain.
+    An older checkpoint without slices also contains the layout of the optimizer's tensors. This function drops that
+    layout.
     """
     if "optimizer" not in saved:
         return {number: _settings(part) for number, part in saved.items()}
@@ -263,7 +272,7 @@ def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def model_shards(policy: Policy) -> dict[str, Any]:
-    """Return the sharded state dict of each chunk, by its name in a checkpoint."""
+    """Return a map from the name of each model chunk in a checkpoint to the sharded state dict of the chunk."""
     metadata = sharding_metadata(policy)
     return {
         _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
@@ -272,7 +281,7 @@ def model_shards(policy: Policy) -> dict[str, Any]:
 
 
 def sharding_metadata(policy: Policy) -> dict[str, Any]:
-    """Return Megatron's settings for dividing a state dict."""
+    """Return the settings with which Megatron divides a state dict into shards."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -282,13 +291,13 @@ def sharding_metadata(policy: Policy) -> dict[str, Any]:
 
 
 def _check_index(path: Path) -> None:
-    """Refuse a checkpoint index with any class other than those of an index, or with an entry that is not a tensor.
+    """Refuse a checkpoint index that contains a class which no index needs, or an entry that is not a tensor.
 
-    The index is a pickle that torch reads without restriction, so this check must come first. Torch would also
-    unpickle any entry that the index marks as bytes instead of a tensor.
+    The index is a pickle, and torch unpickles any class in it, so this check must precede the read by torch. Torch
+    would also unpickle each entry that the index marks as bytes.
 
     Raises:
-        ValueError: names the unexpected content.
+        ValueError: one line that names the unexpected content.
     """
     try:
         content = path.read_bytes()
@@ -305,9 +314,10 @@ def _check_index(path: Path) -> None:
 
 
 def _check_memo(content: bytes) -> None:
-    """Refuse a pickle with a memo index larger than the pickle itself, which no pickler writes.
+    """Raise ValueError if the pickle `content` has a memo index larger than its own length, which no pickler writes.
 
-    The unpickler allocates a memo of twice that index before it reads on: one flipped bit could cost 64 GiB.
+    When the unpickler meets a memo index, it allocates a memo of twice that many entries. One flipped bit in an index
+    could therefore make it allocate 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
@@ -330,7 +340,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _to_host(value: Any) -> Any:
-    """Return a copy of `value` that shares no memory with it, with all tensors on the CPU."""
+    """Return a copy of `value` in which all tensors are on the CPU. The copy shares no memory with `value`."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -341,8 +351,9 @@ def _to_host(value: Any) -> Any:
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Drop the modules' `_extra_state`: it is empty except in FP8 delayed scaling, and would be read back by
-    unpickling.
+    """Return `state` without the `_extra_state` of the modules.
+
+    A load would have to unpickle the `_extra_state`, which is empty unless the model uses FP8 delayed scaling.
     """
     return {name: value for name, value in state.items() if "_extra_state" not in name}
 

@@ -1,7 +1,7 @@
-"""Shared reading of a checkpoint: of ranks with the same weights, one reads them and sends them to the others.
+"""Read a checkpoint so that one of the ranks with the same weights reads them and sends them to the others.
 
-All ranks share the storage. If every data-parallel rank read the weights, the storage would serve them once per
-data-parallel replica, all at the same time.
+All ranks use the same storage. If every data-parallel rank read the weights, the storage would have to deliver the
+same weights once per data-parallel replica, all at the same time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ class Shared:
 
     parameter: Tensor
     owner: int
-    """Position in `group`."""
+    """The position in `group` of the rank that reads the parameter."""
     group: ProcessGroup
 
 
 def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> list[Shared]:
-    """Keep in `models` only what this rank must read, and return the parameters to send; every rank must call this.
+    """Delete the parameters from `models` that other ranks read; return all shared parameters for `send_shared`.
+
+    Every rank must call this.
 
     Args:
-        models: sharded state dicts of the model chunks, which contain the parameters themselves; changed in place.
-            Every rank still reads all entries that are not parameters.
+        models: sharded state dicts of the model chunks, which contain the parameters themselves. This function
+            changes the dicts in place. It deletes only parameters, so every rank still reads all other entries.
     """
     shared = []
     loads: dict[ProcessGroup, list[int]] = {}
@@ -42,7 +44,8 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
             parameter = part.data
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            # Megatron's mark of parameters whose gradients are not reduced over all data-parallel ranks.
+            # Megatron sets `allreduce` to False if a parameter's gradient is not reduced over all data-parallel
+            # ranks.
             is_expert = not getattr(parameter, "allreduce", True)
             group = groups.edp_group if is_expert else groups.dp_cp_group
             load = loads.setdefault(group, [0] * group.size())
@@ -62,7 +65,7 @@ def send_shared(shared: list[Shared]) -> None:
     for item in shared:
         if item.group.size() == 1:
             continue
-        # As bytes: gloo supports fewer dtypes than models use.
+        # Send the parameter as bytes, because gloo does not support all dtypes that models use.
         own = item.parameter.detach().view(-1).view(torch.uint8)
         sent = own.to(device_of(item.group))
         dist.broadcast(sent, group_src=item.owner, group=item.group)

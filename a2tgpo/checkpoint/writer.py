@@ -1,7 +1,8 @@
-"""Write checkpoints during training: the state is copied to host memory, and a thread writes the copy.
+"""Write checkpoints during training. The training thread copies the state to host memory, and another thread writes
+the copy.
 
-The thread has its own gloo group, so that its collectives cannot mix with the training's. Every stage of the writing
-ends with an exchange of faults, so a failure on one rank is a failure on all.
+The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. At the end
+of each stage of a save, the ranks exchange their faults. If one rank has failed, the save fails on all ranks.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from a2tgpo.update.optimizer import LearningRateSchedule
 
 
 class CheckpointWriter:
-    """Saves one checkpoint at a time under `root`; every rank has one and makes the same calls.
+    """Saves one checkpoint at a time under `root`. Every rank has one writer and makes the same calls.
 
     Args:
-        root: folder of the checkpoints.
-        timeout_s: longest wait for another rank's thread, seconds.
+        root: the folder of the run's checkpoints.
+        timeout_s: the longest time that this rank's thread waits for the thread of another rank, seconds.
     """
 
     def __init__(self, root: Path, *, timeout_s: float):
@@ -50,12 +51,13 @@ class CheckpointWriter:
         self._outcome: str | None = None
         self._error: BaseException | None = None
         self.longest_s = 0.0
-        """Duration of the longest save so far, from `start` to the end of its thread, seconds."""
+        """Duration of the longest save so far in seconds. A save lasts from `start` to the end of its thread."""
 
     @property
     def outcome(self) -> str | None:
-        """Result of the current save, as far as this rank knows it; None: not known yet, or no save was started. See
-        `wait`.
+        """Result of the current save on this rank, as `wait` returns it.
+
+        None means that this rank does not know the result yet, or that no save was started.
         """
         return self._outcome
 
@@ -70,16 +72,18 @@ class CheckpointWriter:
         own_files: Mapping[str, bytes] = MappingProxyType({}),
         on_complete: Callable[[], None],
     ) -> None:
-        """Begin to write `root/step_{step}` and return once the state is copied; every rank must call this.
+        """Start to write `root/step_{step}`, and return once the state is copied; every rank must call this.
 
         Args:
-            step: names the checkpoint; an older one of the same step is replaced.
-            state: the caller's own values, equal on all ranks; JSON types only, and tuples come back as lists.
-            own_files: files that only this rank adds, by path within the checkpoint.
-            on_complete: called by rank 0's thread once the checkpoint is complete; an OSError from it fails the save.
+            step: the step in the name of the checkpoint. The save replaces an older checkpoint of the same step.
+            state: the caller's own values, which must be equal on all ranks and have JSON types. A tuple is accepted,
+                but a load returns it as a list.
+            own_files: maps the path within the checkpoint to the content, for each file that only this rank adds.
+            on_complete: the thread of rank 0 calls this once the checkpoint is complete. If it raises OSError, the
+                save fails.
 
         Raises:
-            TypeError: if `state` contains a type that JSON lacks.
+            TypeError: `state` contains a type that JSON does not have.
         """
         begin = time.monotonic()
         assert self._thread is None, "one save at a time: wait() for the last one first"
@@ -102,15 +106,15 @@ class CheckpointWriter:
             dict(own_files),
             on_complete,
         )
-        # Not a daemon, so that a program that fails elsewhere still completes the checkpoint.
+        # The thread is not a daemon, so that the checkpoint is completed even if the program fails elsewhere.
         self._thread = threading.Thread(target=self._run, args=(write, begin), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Wait for the current save and return its result: "" or the failure in one line; None if no save was
-        started.
+        """Wait for the current save to end, and return its result; every rank must call this.
 
-        The result is equal on all ranks, unless a rank has died. Every rank must call this.
+        The result is "" if the save succeeded, one line that names the cause if the save failed, and None if no save
+        was started. The result is equal on all ranks, unless a rank has died.
         """
         if self._thread is None:
             return None
@@ -129,7 +133,7 @@ class CheckpointWriter:
         except _SaveFailedError as error:
             self._outcome = str(error)
         except BaseException as error:
-            # A bug or a dead rank: `wait` raises it.
+            # A bug or a dead rank caused this error. `wait` raises the error in the training thread.
             self._error = error
 
     def _write(
@@ -191,14 +195,14 @@ class CheckpointWriter:
 
 
 class _SaveFailedError(Exception):
-    """A save that failed on some rank; the message is one line with the cause."""
+    """A save failed on some rank; the message is one line that names the cause."""
 
 
 def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place: Path) -> None:
-    """Run `action`, which writes to `place`, on the ranks that have one.
+    """Run `action`, which writes to `place`, unless `action` is None on this rank; every rank of `group` calls this.
 
     Raises:
-        _SaveFailedError: on all ranks, if `action` failed on any.
+        _SaveFailedError: `action` failed on some rank; raised on all ranks.
     """
     fault = ""
     try:

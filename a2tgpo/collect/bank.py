@@ -1,12 +1,14 @@
-"""Keep finished rollouts on disk until a checkpoint covers them, so that a crash does not replay them.
+"""Store finished rollouts on disk until a checkpoint covers them, so that a run need not replay them after a crash.
 
-`bank/step_N/replica_R.bin` holds the rollout of step N of engine R: its trajectories, the
-metrics so far of each of its ranks, the sampler's state after all draws of the step, and the carried groups. The
-engine's first rank writes the file and all of its ranks read it; the other ranks have no trajectories of their own.
-The rollouts are used only if step, weights (bitwise) and rollout configuration match and all ranks' files come from
-one attempt at the step; otherwise all ranks replay it. On CPU, steps replayed after a crash have the same weights. On
-a GPU an update need not repeat bit for bit: the first step after the checkpoint matches, later steps may have other
-weights and are then replayed.
+The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R: the trajectories, the metrics so far
+of each rank of the engine, the sampler's state after all draws of the step, and the carried groups. The engine's
+first rank writes the file, because only that rank has trajectories. All ranks of the engine read the file.
+
+A start uses the stored rollouts only if step, weights (bitwise) and rollout configuration match, and if the files of
+all ranks come from the same attempt at the step. If not, all ranks replay the step. On CPUs, the steps that a run
+repeats after a crash have the same weights as before the crash. On a GPU, an update need not repeat bit for bit. The
+first step after the checkpoint then still matches, but later steps may have other weights, and the ranks replay
+these.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ _DIGEST_BYTES = 32
 
 
 class RankShare(msgspec.Struct, frozen=True):
-    """One rank's own part of an engine's step."""
+    """The part of an engine's step that belongs to one rank."""
 
     key: str
-    """Step, weights and configuration, see `RolloutBank`; the weights are this rank's own shard."""
+    """Step number, and fingerprints of the rank's own weights and of the configuration. `take` compares this key."""
     metrics: MetricSums
 
 
@@ -54,20 +56,22 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
     """The rollout of a step by one engine."""
 
     attempt: str
-    """Identifies the attempt at the step, equal on all ranks; another attempt may train on other groups."""
+    """A name of the attempt at the step, equal on all ranks. Another attempt may train on other groups."""
     ranks: list[RankShare]
-    """One share per rank of the engine, in rank order."""
+    """The share of each rank of the engine, in rank order."""
     trajectories: list[Trajectory]
     sampler: dict[str, Any]
     carried: Carried
 
 
 class RolloutBank:
-    """Stores the rollouts of a step and finds them again; every rank has one and makes the same calls.
+    """Stores the rollouts of a step, and finds them again after a crash.
+
+    Every rank has one bank and makes the same calls.
 
     Args:
-        folder: `bank/` of the run.
-        state: stored with the rollouts, and advanced by `take`.
+        folder: the folder `bank/` of the run.
+        state: `put` stores this state with the rollouts, and `take` replaces it by the stored state.
     """
 
     def __init__(
@@ -87,10 +91,10 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
-        """Return the stored rollouts of `step` by `policy`, or None to play the step.
+        """Return the stored rollouts of `step` by `policy`, or None if the caller must play the step.
 
-        The weights must be on the GPU. Advances the state past the step. Returns no trajectories on ranks other than
-        the leader of an engine.
+        The weights must be on the GPU. If this method returns rollouts, it also advances the state past the step. It
+        returns the trajectories on the leader of each engine, and an empty list of trajectories on the other ranks.
         """
         self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
         banked = self._read(step)
@@ -108,9 +112,10 @@ class RolloutBank:
         )
 
     def put(self, step: int, played: PlayedStep) -> None:
-        """Store the rollouts just played, after `take` found none; the leader of each engine writes a file.
+        """Store the rollouts that the caller played because `take` returned None.
 
-        If the disk is full, warn and count `rollout/not_banked`; the run continues.
+        The leader of each engine writes a file. If the write fails, for example because the disk is full, the leader
+        logs a warning and counts `rollout/not_banked`, and the run continues.
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]
@@ -153,7 +158,7 @@ class RolloutBank:
         return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
 
     def _say_if_earlier_version(self, folder: Path, step: int) -> None:
-        """Warn if the folder has the files of an earlier version, one per rank."""
+        """Warn if `folder` has files that an earlier version wrote, which wrote one file per rank."""
         if self._is_first_rank and any(folder.glob("rank_*.bin")):
             logger.warning(
                 "skipping %s, written by an earlier version: step %d is played again",
@@ -166,7 +171,7 @@ class RolloutBank:
 
 
 def drop_covered(folder: Path, step: int) -> None:
-    """Remove the rollouts of steps up to `step`, which a checkpoint covers; one rank calls this."""
+    """Remove the stored rollouts of `step` and of earlier steps, which a checkpoint covers; one rank calls this."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(entry.name)
         if match and int(match[1]) <= step:
@@ -178,7 +183,10 @@ def _digest(payload: bytes) -> bytes:
 
 
 def _config_key(config: RunConfig, questions: str, groups: ParallelGroups) -> str:
-    """Fingerprint everything except the weights that an engine's rollouts may depend on."""
+    """Return a fingerprint of all settings, questions and layout on which an engine's rollouts may depend.
+
+    The weights have their own fingerprint.
+    """
     sections = dataclasses.asdict(config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]

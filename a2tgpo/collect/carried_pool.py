@@ -1,7 +1,8 @@
-"""Groups that continue from step to step (`rollout.partial`): owners, selection for a step, files.
+"""Manage the groups that continue from step to step (`rollout.partial`): assign them to engines, select the groups of
+a step, and write and read them in checkpoints.
 
-All decisions of this module use `Entry` records that are equal on all ranks, so all ranks decide the same. The groups
-themselves stay on the engine that began them.
+All ranks have equal `Entry` records, and this module decides by these records alone, so all ranks decide the same.
+The trajectories of a group stay on the engine that began the group.
 """
 
 from __future__ import annotations
@@ -17,40 +18,47 @@ from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 FOLDER = "carried"
-"""Name of the folder within a checkpoint; one file per engine."""
+"""Name of the folder in a checkpoint that has one file of carried groups per engine."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Entry:
-    """The facts about a group that all ranks know; sorts by age, then by prompt within a step."""
+    """The facts about a group that all ranks know.
+
+    Entries sort from the oldest group to the newest. Groups that began in the same step sort by prompt.
+    """
 
     begun: int
     """Version of the weights with which the group began (`Turn.version`)."""
     index: int
-    """Index of the prompt among the prompts that began with it."""
+    """Index of the group's prompt among the prompts that began in the same step."""
     question: int
     engine: int
-    """The engine that plays the group."""
+    """Index of the engine that plays the group."""
     is_complete: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
-        """The key of its `CarriedGroup`."""
+        """The key of the `CarriedGroup` that this entry describes."""
         return self.begun, self.index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """The groups carried from one step to the next, as one rank holds them; immutable."""
+    """What one rank knows of the groups that a step carries over to the next step; immutable."""
 
     entries: tuple[Entry, ...] = ()
-    """Groups of all engines, oldest first; equal on all ranks."""
+    """The entries of the groups of all engines, the oldest first; equal on all ranks."""
     own: tuple[CarriedGroup, ...] = ()
-    """This engine's groups."""
+    """The groups of this rank's engine, with their trajectories."""
 
 
 def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
-    """Assign `count` new prompts to engines: each to the least loaded one, the lowest index first among equals."""
+    """Return the engine index for each of `count` new prompts.
+
+    Each prompt goes to the engine that has the fewest groups. If several engines have equally few, the prompt goes to
+    the engine with the lowest index.
+    """
     load = [0] * num_engines
     for entry in entries:
         load[entry.engine] += not entry.is_complete
@@ -63,12 +71,12 @@ def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> li
 
 
 def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
-    """Return whether the step that plays `version` is the last one that may train on the group."""
+    """Return whether the step that plays `version` is the last step that may train on the group of `entry`."""
     return version - entry.begun >= max_staleness
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`, marked as complete if their key is in `complete`."""
+    """Return `entries`, and mark each entry as complete if `complete` contains the key of the entry."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -76,20 +84,26 @@ def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]
 
 
 def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
-    """Return the oldest unfinished groups that are needed to reach `num_groups` complete ones."""
+    """Return the oldest unfinished groups, as many as must be finished to have `num_groups` complete groups."""
     unfinished = sorted(entry for entry in entries if not entry.is_complete)
     return unfinished[: max(0, num_groups - (len(entries) - len(unfinished)))]
 
 
 def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], list[Entry]]:
-    """Split into the `num_groups` oldest complete groups, which form the step, and the rest; both oldest first."""
+    """Split `entries` into the groups of the step and the groups that are left; return both, the oldest first.
+
+    The groups of the step are the `num_groups` oldest complete groups.
+    """
     taken = sorted(entry for entry in entries if entry.is_complete)[:num_groups]
     keys = {entry.key for entry in taken}
     return taken, sorted(entry for entry in entries if entry.key not in keys)
 
 
 def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> list[Trajectory]:
-    """Return the trajectories of the `groups` in `taken`; their prompt_index becomes the group's place in `taken`."""
+    """Return the trajectories of those `groups` that have an entry in `taken`.
+
+    The prompt_index of each returned trajectory is the position of its group in `taken`.
+    """
     places = {entry.key: place for place, entry in enumerate(taken)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[group.key])
@@ -100,9 +114,10 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
 
 
 def bounded(state: Carried, version: int, *, max_groups: int, max_staleness: int) -> Carried:
-    """Return the oldest `max_groups` groups that are young enough to continue with `version`.
+    """Return `state` with the oldest `max_groups` groups that are young enough to continue with `version`.
 
-    Drops groups only if a run resumes with smaller settings than it was saved with.
+    A group is dropped only if a run resumes with a smaller `max_groups` or `max_staleness` than the run had when it
+    was saved.
     """
     young = [entry for entry in state.entries if version - entry.begun <= max_staleness]
     kept = {entry.key for entry in young[:max_groups]}
@@ -113,28 +128,31 @@ def bounded(state: Carried, version: int, *, max_groups: int, max_staleness: int
 
 
 def carried_file(engine: int) -> str:
-    """Return the name of an engine's file within a checkpoint."""
+    """Return the path of an engine's file of carried groups within a checkpoint."""
     return f"{FOLDER}/engine_{engine}.bin"
 
 
 def encode(state: Carried) -> bytes:
-    """Serialise this engine's groups."""
+    """Return the carried groups of this rank's engine as the content of a file."""
     return encode_records(state.own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A group in a checkpoint, and the engine that will continue it."""
+    """A carried group from a checkpoint, and the index of the engine that will continue this group."""
 
     engine: int
     group: CarriedGroup
 
 
 def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
-    """Read a checkpoint's carried groups, oldest first; if the number of engines changed, deal them out in turn.
+    """Return the carried groups of a checkpoint, the oldest first.
+
+    If the number of engines has changed, this function deals the groups out to the engines in turn. If not, each
+    group stays with its engine.
 
     Raises:
-        ValueError: one line; a file does not hold carried groups.
+        ValueError: one line; a file does not contain carried groups.
     """
     files = sorted((checkpoint / FOLDER).glob("*_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
     held: list[Held] = []
@@ -151,7 +169,11 @@ def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
 
 
 def _content(path: Path) -> bytes:
-    """Return the file's content; in replica_N.bin of release 0.1, the field `Turn.version` was called step."""
+    """Return the content of a file of carried groups, in the present format.
+
+    Release 0.1 wrote files named replica_N.bin, in which the field `Turn.version` had the name `step`. This function
+    renames the field.
+    """
     content = path.read_bytes()
     if path.name.startswith("engine_"):
         return content
@@ -162,7 +184,7 @@ def _content(path: Path) -> bytes:
 
 
 def carried(held: Sequence[Held], *, engine: int) -> Carried:
-    """Return the `held` groups as the ranks of one engine hold them."""
+    """Return the `Carried` of the ranks of one engine: the entries of all `held` groups, and its own groups."""
     entries = (
         Entry(
             begun=item.group.begun,

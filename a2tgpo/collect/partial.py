@@ -1,18 +1,22 @@
-"""The rollout of a step that does not wait for its longest trajectories (`rollout.partial`).
+"""Play a step without waiting for its longest trajectories (`rollout.partial`).
 
-A step plays `prompts_per_step` + `extra_prompts` groups: the carried ones, and new prompts for the rest. A trajectory
-pauses once it has sampled `tokens_per_step` tokens in the step. The step trains on the oldest complete groups; the
-others are carried over with everything played so far (Kimi k1.5, arXiv 2501.12599, cuts inside a response; here a
-trajectory pauses only between turns). If too few groups are complete, the oldest are played to their end; so is
-every group that would be too stale for a later step. Nothing is dropped while the settings stay the same, and
-pauses depend on tokens, never on the clock.
+A step plays `prompts_per_step` + `extra_prompts` groups. Some of these groups are carried over from the last step,
+and the others begin with new prompts. A trajectory pauses once it has sampled `tokens_per_step` tokens in the step.
+The step trains on the oldest complete groups. All other groups are carried over to the next step with everything that
+they have played so far. A trajectory pauses only between two turns. (Kimi k1.5, arXiv 2501.12599, pauses inside a
+response.)
 
-    partial/carried_trajectories  unfinished trajectories that continue in the next step
-    partial/carried_tokens        tokens sampled in them so far
-    partial/pool_groups           groups left to later steps, complete ones included
-    partial/unbounded_groups      unfinished groups that were continued without a budget
-    partial/staleness_mean        steps between a trajectory's oldest turn and the step that trains on it
-    partial/staleness_max         the largest such number
+If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
+to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped. A
+pause depends on the number of tokens, never on the clock.
+
+    partial/carried_trajectories  number of unfinished trajectories that continue in the next step
+    partial/carried_tokens        number of tokens that these trajectories have sampled so far
+    partial/pool_groups           number of complete and unfinished groups that are left for later steps
+    partial/unbounded_groups      number of unfinished groups that the step continued without a token budget
+    partial/staleness_mean        mean staleness of a trajectory: the number of steps from its oldest turn to the step
+                                  that trains on the trajectory
+    partial/staleness_max         largest staleness of a trajectory
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 class PartialRollout:
-    """Plays the steps of a run with `rollout.partial`; each rank has one and makes the same calls."""
+    """Plays the steps of a run with `rollout.partial`. Each rank has one object and makes the same calls."""
 
     def __init__(
         self,
@@ -61,9 +65,9 @@ class PartialRollout:
         self._engine_group = engine_group
 
     def play(self, version: int, counts: RolloutCounts, metrics: MetricSums) -> list[Trajectory] | None:
-        """Return this engine's share of the step's groups, like `StepRollout.play`, and advance the carried groups.
+        """Play a step, update the carried groups, and return this engine's trajectories of the step's groups.
 
-        Returns None if any rank interrupted the rollout; the state must then be restored before its next use.
+        Returns None if any rank interrupted the rollout. The caller must then restore the state before its next use.
         """
         entries, own = self._in_play(version)
         due = {
@@ -96,7 +100,7 @@ class PartialRollout:
         return trajectories
 
     def _in_play(self, version: int) -> tuple[list[Entry], list[CarriedGroup]]:
-        """Return all groups of the step, and this engine's groups."""
+        """Draw the new prompts of the step; return the entries of all its groups, and the groups of this engine."""
         carried, engines = self._state.carried, self._engine_group
         missing = self._num_groups + self._config.extra_prompts - len(carried.entries)
         assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"
@@ -126,7 +130,10 @@ class PartialRollout:
         version: int,
         unbounded: Collection[tuple[int, int]],
     ) -> list[CarriedGroup] | None:
-        """Continue `groups` within the budget, those in `unbounded` to their end; None if interrupted."""
+        """Continue `groups` within the token budget, and return them; return None if the rollout was interrupted.
+
+        If `unbounded` contains the key of a group, the group is played to its end.
+        """
         budget = self._config.tokens_per_step
         unfinished = [group for group in groups if not group.is_complete]
         budgets = [None if group.key in unbounded else budget for group in unfinished]
@@ -137,7 +144,10 @@ class PartialRollout:
         return [group for group in groups if group.is_complete] + played
 
     def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
-        """Return the keys of all complete groups, equal on all ranks; None if any rank was interrupted."""
+        """Return the keys of all complete groups of all engines, or None if the rollout of any rank was interrupted.
+
+        The result is equal on all ranks.
+        """
         world = world_group()
         mine = None if groups is None else [group.key for group in groups if group.is_complete]
         parts = all_gather_object(mine, world)
@@ -147,14 +157,14 @@ class PartialRollout:
 
 
 def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
-    """Sort in the same order as `read`, so that a resumed run plays in the same order."""
+    """Return `groups` in the order in which `read` returns groups, so that a resumed run plays in the same order."""
     return tuple(sorted(groups, key=lambda group: group.key))
 
 
 def _add_metrics(
     metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], version: int
 ) -> None:
-    """Add the metrics of one engine's carried groups and of the staleness of its share of the step."""
+    """Add the metrics of one engine: counts of its `carried` groups, and the staleness of its `trajectories`."""
     paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
     staleness = [trajectory.staleness(version) for trajectory in trajectories]
     metrics.add("partial/carried_trajectories", len(paused), 0)

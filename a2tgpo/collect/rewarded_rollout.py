@@ -1,4 +1,4 @@
-"""A rollout whose trajectories get their rewards and gains as they finish."""
+"""Play trajectories, and compute the rewards and gains of each trajectory when it finishes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 
 class RewardedRollout:
-    """Play on this rank's engine and score what finishes; all ranks of the engine make the same calls.
+    """Plays on this rank's engine, and scores each trajectory that finishes.
+
+    All ranks of the engine make the same calls.
 
     Args:
-        rollout: plays.
-        reward: scores.
+        rollout: plays the trajectories.
+        reward: scores the trajectories.
         seed: seed of the run.
-        should_stop: returns whether to interrupt the rollout, see `GroupRollout.finished`; None: never.
+        should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`). If `should_stop` is None,
+            the rollout is never interrupted.
     """
 
     def __init__(
@@ -35,13 +38,13 @@ class RewardedRollout:
         self._seed = seed
         self._should_stop = should_stop
         self.first_finished_s: float | None = None
-        """Age of this process when its first trajectory finished, seconds."""
+        """Age of this process in seconds when its first trajectory finished; None if none has finished yet."""
 
     def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
-        """Play a group of trajectories for each prompt; return them by prompt, then by sample.
+        """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
 
         Raises:
-            RolloutInterruptedError: on all ranks of the engine.
+            RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.
         """
         finished = self._score(self._rollout.play(prompts, seed=self._seed, version=version, counts=counts))
         return sorted(finished, key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index))
@@ -54,10 +57,12 @@ class RewardedRollout:
         version: int,
         counts: RolloutCounts,
     ) -> list[CarriedGroup]:
-        """Continue `groups` within their `budgets`, see `GroupRollout.play_on`; unfinished members get no rewards.
+        """Continue `groups` within their token `budgets` (see `GroupRollout.play_on`), and return the groups.
+
+        A trajectory that is still unfinished gets no reward.
 
         Raises:
-            RolloutInterruptedError: on all ranks of the engine.
+            RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.
         """
         played, playing = self._rollout.play_on(
             groups, budgets=budgets, seed=self._seed, version=version, counts=counts

@@ -1,4 +1,7 @@
-"""The run's place in its questions: what a rollout advances, and what a stop or a crash must restore."""
+"""The state that each rollout advances: the place in the questions, and the carried groups.
+
+After a stop or a crash, a run must restore this state.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,16 @@ class RolloutSnapshot:
     """A `RolloutState` at one moment."""
 
     sampler: dict[str, Any]
-    """`PromptSampler.state_dict`."""
+    """The state of the sampler, as `PromptSampler.state_dict` returned it."""
     carried: Carried
 
 
 @dataclass(kw_only=True)
 class RolloutState:
-    """The sampler, and the groups that continue in the next step (none without `rollout.partial`)."""
+    """The sampler of the questions, and the groups that continue in the next step.
+
+    Without `rollout.partial`, no groups continue.
+    """
 
     sampler: PromptSampler
     carried: Carried = field(default_factory=Carried)

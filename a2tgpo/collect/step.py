@@ -1,20 +1,21 @@
-"""The rollout of a step.
+"""Play the rollout of a step.
 
-A step plays one draw of prompts. With dynamic sampling, the step draws until informative groups fill it. With partial
-rollouts, the step takes complete groups from a larger pool (`collect/partial.py`).
+By default, a step plays one draw of prompts. With dynamic sampling, the step draws prompts until informative groups
+fill the step. With partial rollouts, the step takes complete groups from a larger pool (`collect/partial.py`).
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
-arXiv 2503.14476, Eq. 11): if all are right or all are wrong, only length could be learned. Dynamic sampling drops
-the other groups and draws again. The remaining groups are a biased sample of the policy, so metrics cover all groups
-and the remaining ones:
+arXiv 2503.14476, Eq. 11). If all trajectories are right, or if all are wrong, the policy could learn only about
+length from the group. Dynamic sampling drops the groups that are not informative, and draws again. The groups that
+remain are a biased sample of the policy's rollouts, so some of these metrics cover all groups that were played:
 
-    sampling/draws                  draws of the step
-    sampling/groups_played          groups of all draws
-    sampling/kept_share             share of informative groups among them
-    sampling/surplus_groups         informative groups that did not fit into the step
-    sampling/unfilled_groups        places of the step filled with uninformative groups
-    sampling/reward_all_mean        outcome reward over everything played; reward/mean is over the step's groups
-    sampling/format_error_rate_all  as reward/format_error_rate, over everything played
+    sampling/draws                  number of draws in the step
+    sampling/groups_played          number of groups in all draws
+    sampling/kept_share             share of informative groups among all groups played
+    sampling/surplus_groups         number of informative groups that did not fit into the step
+    sampling/unfilled_groups        number of uninformative groups that the step took because informative ones ran out
+    sampling/reward_all_mean        mean outcome reward over all groups played; reward/mean covers the step's groups
+    sampling/format_error_rate_all  rate of format errors over all groups played; reward/format_error_rate covers the
+                                    step's groups
 """
 
 from __future__ import annotations
@@ -42,23 +43,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PlayedStep:
-    """A step's rollout on one rank."""
+    """The result of a step's rollout on one rank."""
 
     trajectories: list[Trajectory]
-    """This engine's share of the step's groups, prompt_index in [0, prompts_per_step); empty on ranks other than the
-    leader of an engine."""
+    """The trajectories of the step's groups that this rank's engine played. Their prompt_index is in
+    [0, prompts_per_step). The list is empty unless the rank is the leader of its engine."""
     metrics: MetricSums
-    """The engine's counts and the `sampling/` or `partial/` metrics, to be reduced over the world."""
+    """The engine's counts and the `sampling/` or `partial/` metrics. The sums are not yet reduced over all ranks."""
 
 
 class StepRollout:
-    """Plays the groups of every step; each rank has one and makes the same calls.
+    """Plays the groups of every step. Each rank has one object and makes the same calls.
 
     Args:
-        rollout: plays on this rank's engine, and decides whether it is interrupted.
+        rollout: plays on this rank's engine, and decides whether to interrupt the rollout.
         prompts: the training questions.
-        state: advanced by each step.
-        startup: metrics of the start, reported with the first rollout.
+        state: the place in the questions and the carried groups. Each step advances this state.
+        startup: metrics of the start, which the first rollout reports.
     """
 
     def __init__(
@@ -81,10 +82,11 @@ class StepRollout:
         self._has_warned = False
 
     def play(self, *, version: int) -> PlayedStep | None:
-        """Play a step on awake engines that hold the weights of `version`; every rank must call this.
+        """Play a step with the weights of `version`; every rank must call this.
 
-        Returns None if interrupted on this rank or, with dynamic or partial rollouts, on any rank; the state must
-        then be restored before its next use.
+        The engines must be awake and hold these weights. Returns None if this rank's rollout was interrupted. With
+        dynamic sampling or partial rollouts, returns None if the rollout of any rank was interrupted. If the result
+        is None, the caller must restore the state before its next use.
         """
         counts, metrics = RolloutCounts(), MetricSums()
         if self._config.dynamic_sampling:
@@ -125,7 +127,8 @@ class StepRollout:
             if size == 0:
                 break
             questions += sampler.next_indices(size, excluded=questions)
-            # Positions continue from draw to draw: they identify the step's groups and the seeds of their rollouts.
+            # Each draw continues the positions of the last draw, because a position identifies a group within the
+            # step and seeds the rollouts of the group.
             drawn = range(len(questions))[-size:]
             trajectories = self._play_share(questions, drawn, version, counts)
             found = self._agree_on_informative(drawn, trajectories)
@@ -150,7 +153,10 @@ class StepRollout:
     def _play_share(
         self, questions: Sequence[int], drawn: range, version: int, counts: RolloutCounts
     ) -> list[Trajectory] | None:
-        """Play this engine's share of the `drawn` positions of `questions`; return None if interrupted."""
+        """Play this engine's share of the questions at the `drawn` positions, and return the trajectories.
+
+        Returns None if the rollout was interrupted.
+        """
         prompts = self._prompts.prompts(questions, self._engine_group.share(drawn))
         try:
             return self._rollout.play(prompts, version=version, counts=counts)
@@ -160,9 +166,9 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Return which of the draw's groups are informative, equal on all ranks; gathers one bit per group.
+        """Return, for each group of the draw, whether the group is informative; the result is equal on all ranks.
 
-        Returns None if the draw was interrupted on any rank.
+        Returns None if the draw was interrupted on any rank. The ranks exchange one bit per group.
         """
         world = world_group()
         mine = None
@@ -193,26 +199,32 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """Map each prompt index to whether its outcome rewards, before a length penalty, are not all equal."""
+    """Return a map from each prompt index to whether the group of that prompt is informative.
+
+    A group is informative if its outcome rewards, before a length penalty, are not all equal.
+    """
     rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
-        # All ill-formed responses earn the same reward, with any answer.
+        # All ill-formed responses earn the same reward, whatever their answers are.
         reward = trajectory.exact_match if trajectory.format_ok else None
         rewards.setdefault(trajectory.prompt_index, set()).add(reward)
     return {index: len(values) > 1 for index, values in rewards.items()}
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Return how many prompts to draw next to fill the step, at the share of informative groups so far.
+    """Return how many prompts the next draw must have to fill the step.
+
+    The estimate assumes that the share of informative groups stays as it has been in this step so far.
 
     Args:
-        informative: for every group played, in draw order; empty before the first draw, which takes `num_groups`.
-        num_groups: groups of a step; no draw is larger.
-        num_engines: engines; all get equally many prompts while the set lasts.
-        num_left: questions that the step has not drawn yet.
+        informative: whether each group is informative, for all groups played, in draw order. Before the first draw
+            the list is empty, and this function returns `num_groups`.
+        num_groups: the number of groups in a step. No draw is larger.
+        num_engines: the number of engines. Each engine gets the same number of prompts if enough questions are left.
+        num_left: the number of questions that the step has not drawn yet.
 
     Returns:
-        0 if the step is full or all questions were drawn.
+        The size of the next draw. It is 0 if the step is full, or if the step has drawn all questions.
     """
     kept = sum(informative)
     missing = max(num_groups - kept, 0)
@@ -225,18 +237,19 @@ class Selection:
     """The groups that a step trains on."""
 
     groups: list[int]
-    """Positions of the step's groups among all groups played, ascending, thus in draw order."""
+    """Positions of the step's groups among all groups played. The positions ascend, so they are in draw order."""
     num_surplus: int
-    """Informative groups that were left out."""
+    """Number of informative groups that the step does not take."""
     num_unfilled: int
-    """Uninformative groups that were taken."""
+    """Number of uninformative groups that the step takes."""
 
 
 def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
-    """Select the first `num_groups` informative groups, filled up with the first of the other groups.
+    """Select the first `num_groups` informative groups; if there are too few, add the first uninformative groups.
 
     Args:
-        informative: for every group played, in draw order; at least `num_groups` long.
+        informative: whether each group is informative, for all groups played, in draw order. The list has at least
+            `num_groups` values.
     """
     kept = [position for position, is_informative in enumerate(informative) if is_informative]
     dropped = [position for position, is_informative in enumerate(informative) if not is_informative]
@@ -249,7 +262,10 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`, renumbered by its position there."""
+    """Return the trajectories whose prompt_index is in `groups`.
+
+    The prompt_index of each returned trajectory is the position of the old prompt_index in `groups`.
+    """
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])
@@ -259,7 +275,7 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
 
 
 def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
-    """Add an engine's counts of the rollout; only the leader of each engine calls this."""
+    """Add the counts of one engine's rollout to `metrics`; only the leader of each engine calls this."""
     metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
@@ -271,6 +287,7 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     for name, number in counts.tool_counts.items():
         metrics.add(name, number, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
-    # Tokens computed for scoring: scaffold, gold answer, and the uncached tail of the context.
+    # To score, the engine computes the scaffold, the gold answer, and the part of the context that is not in its
+    # cache.
     metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)
