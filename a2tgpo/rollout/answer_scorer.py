@@ -1,4 +1,4 @@
-"""Scoring of the gold answer in a context while that context is still in the engine's cache."""
+"""Score the gold answer in a context while the engine's cache still holds that context."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AnswerScore:
-    """Log-probs of each alias's tokens in one context, filled in as the engine returns them."""
+    """Log-probs of the tokens of each alias in one context. They are filled in as the engine returns them."""
 
     aliases: list[list[float] | None]
-    """For each alias, nats per answer token; None until scored, and permanently if the alias did not fit."""
+    """Nats per answer token, for each alias. None until the alias is scored, and forever if it did not fit."""
 
     num_pending: int = 0
-    """Aliases that the engine is still scoring."""
+    """Number of aliases that the engine is still scoring."""
 
     @property
     def logprobs(self) -> list[list[float]] | None:
-        """Log-probs of all aliases; None unless all were scored (a maximum needs the same aliases in every turn)."""
+        """Log-probs of all aliases, or None if any alias lacks a score.
+
+        A maximum over aliases can be compared between turns only if every turn has the same aliases.
+        """
         scored = [alias for alias in self.aliases if alias is not None]
         return scored if len(scored) == len(self.aliases) else None
 
 
 class AnswerScorer:
-    """Submit scorings to the engine and assign its outputs to contexts and aliases."""
+    """Submit scorings to the engine, and store each output in the score of its context and alias."""
 
     def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
@@ -43,9 +46,10 @@ class AnswerScorer:
         self._num_submitted = 0
 
     def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
-        """Queue log p(alias | context, scaffold) for each alias; the returned score fills while the engine steps.
+        """Queue a scoring of log p(alias | context, scaffold) for each alias.
 
-        The context is the prompt and the first `num_turns` turns, all of them process turns.
+        The returned score is filled in while the engine steps. The context is the prompt and the first
+        `num_turns` turns. All of these turns must be process turns.
         """
         score = AnswerScore(aliases=[None] * len(aliases))
         context = trajectory.tokens[: trajectory.context_lengths[num_turns]]
@@ -61,7 +65,7 @@ class AnswerScorer:
         return score
 
     def collect(self, output: ScoreOutput) -> None:
-        """Store a finished scoring's log-probs in its score."""
+        """Store the log-probs of a finished scoring in the score that `submit` returned for it."""
         score, index = self._in_flight.pop(output.request_id)
         score.aliases[index] = output.answer_logprobs
         score.num_pending -= 1

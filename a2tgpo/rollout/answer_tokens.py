@@ -1,4 +1,4 @@
-"""The tokens of gold answers, as scored."""
+"""Tokenise gold answers, and the scaffold before them, for scoring."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class AnswerTokens:
     """Tokenise scaffold and answers separately, so that the scored tokens do not depend on the text before them.
 
     Args:
-        tokenizer: the policy's.
-        config: the `rollout.gain` section.
-        opening_tags: the tags that end the prompt (`PromptTemplate.opening_tags`).
+        tokenizer: the policy's tokenizer.
+        config: the section `rollout.gain`.
+        opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: GainConfig, *, opening_tags: str = ""):
@@ -34,9 +34,10 @@ class AnswerTokens:
         self._outside, self._inside = self._literal.encode_parts([outside, inside])
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
-        """Return the tokens between the context after `num_turns` turns (0: the prompt) and the gold answer.
+        """Return the tokens that stand between a context and the gold answer.
 
-        The scaffold fits the context: it closes a thought only where one is open, and opens one only where none is.
+        The context is the prompt and the first `num_turns` turns. The scaffold depends on the context: it
+        closes a thought only if one is open, and it opens a thought only if none is open.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))
@@ -45,10 +46,10 @@ class AnswerTokens:
         return self._inside if thought_is_open(written, before=self._starts_in_thought) else self._outside
 
     def aliases(self, answers: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of the `answers` to score, without duplicates.
+        """Return the token ids of the `answers` that are to be scored, without duplicates.
 
-        An alias that may not fit after a response of full length is left out, unless no other remains: the maximum
-        must run over the same aliases in every context.
+        An alias is left out if it may not fit after a response of full length, because the maximum over aliases
+        must use the same aliases in every context. If no alias fits, the first one stays.
         """
         distinct = dict.fromkeys(
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]

@@ -11,37 +11,38 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedGroup:
-    """A group kept between steps. Immutable; continuing a group returns a new object."""
+    """A group of trajectories that is kept between steps. It is immutable: continuing it returns a new object."""
 
     begun: int
-    """Version of the weights with which the group began (`Turn.version`)."""
+    """Version of the weights with which the group's first turn was played (see `Turn.version`)."""
     question: int
     """The prompt's index in its question set."""
     prompt: Prompt
-    """The prompt as it was then, with its `index` in that step."""
+    """The prompt of the step in which the group began. Its `index` refers to that step."""
     trajectories: list[Trajectory] = field(default_factory=list)
-    """By sample index; those without a stop reason continue. Empty: not begun yet."""
+    """The group's trajectories by sample index. Those without a stop reason continue. Empty if none has begun yet."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """The group's unique key within the run; orders groups by age, and by prompt within a step."""
+        """A key that is unique within the run. It sorts groups by age, and groups of the same step by prompt."""
         return self.begun, self.prompt.index
 
     @property
     def is_complete(self) -> bool:
-        """Whether all its trajectories have ended."""
+        """Whether all trajectories of the group have ended."""
         return bool(self.trajectories) and all(member.stop_reason for member in self.trajectories)
 
 
 def copied(trajectory: Trajectory) -> Trajectory:
-    """Return a copy that can be continued without changing `trajectory`."""
+    """Return a copy of `trajectory`. Continuing the copy does not change the original."""
     return dataclasses.replace(trajectory, turns=[dataclasses.replace(turn) for turn in trajectory.turns])
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """Return `group`, with trajectories that exceed `limits` cut back to the last turn that leaves room to continue.
+    """Return `group`, with each trajectory that exceeds `limits` cut back so that it can continue.
 
-    A shortened trajectory continues, even if it had ended; it may have no turn left.
+    Such a trajectory is cut after the last turn that leaves room to continue. It continues even if it had
+    ended, and it may have no turn left.
     """
     members = [_shortened(member, limits) for member in group.trajectories]
     if all(one is other for one, other in zip(members, group.trajectories, strict=True)):
@@ -58,6 +59,6 @@ def _shortened(trajectory: Trajectory, limits: Limits) -> Trajectory:
     ):
         return trajectory
     contexts = trajectory.context_lengths[1 : limits.max_turns + 1]
-    fitting = sum(length - prompt <= room - MIN_TURN_TOKENS for length in contexts)  # they ascend
+    fitting = sum(length - prompt <= room - MIN_TURN_TOKENS for length in contexts)  # lengths ascend
     turns = [dataclasses.replace(turn) for turn in trajectory.turns[:fitting]]
     return dataclasses.replace(trajectory, turns=turns, stop_reason="")

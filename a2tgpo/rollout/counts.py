@@ -1,4 +1,4 @@
-"""Counts of a step's rollouts, as plain sums on this rank."""
+"""Counts that a rank keeps of a step's rollouts, as plain sums."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class RolloutCounts:
-    """Sums over the trajectories of this engine; add them over the engines for the step."""
+    """Sums over the trajectories of one engine. The sums over all engines are the counts of the step."""
 
     tool_calls: int = 0
-    """Calls made, including failed ones."""
+    """Number of tool calls that were made, including failed calls."""
     failed_calls: int = 0
     hung_calls: int = 0
-    """Failed calls that had not returned at their deadline."""
+    """Number of failed calls that had not returned when their deadline passed."""
     empty_queries: int = 0
     truncated_observations: int = 0
-    """Observations cut to the remaining token budget."""
+    """Number of observations that were cut because the remaining token budget was smaller."""
     sampled_tokens: int = 0
     known_prefix_tokens: int = 0
-    """Context tokens of later turns that the engine had computed before."""
+    """Number of context tokens of later turns that the engine had already computed in an earlier turn."""
     cached_prefix_tokens: int = 0
-    """Known prefix tokens found in the prefix cache; the others were computed again."""
+    """Number of known prefix tokens that were still in the prefix cache. The others were computed again."""
     scored_tokens: int = 0
-    """Answer tokens scored, over all aliases."""
+    """Number of answer tokens that were scored, over all aliases."""
     score_prompt_tokens: int = 0
-    """Tokens of all scoring requests, including prefixes."""
+    """Number of tokens of all scoring requests, including their prefixes."""
     score_cached_tokens: int = 0
-    """Tokens of scoring requests found in the prefix cache."""
+    """Number of tokens of scoring requests that were in the prefix cache."""
     tool_wait_s: float = 0.0
-    """Time without generation because all trajectories waited for a tool, seconds."""
+    """Seconds in which the engine generated nothing because all trajectories waited for a tool."""
     outage_s: float = 0.0
-    """Time in which a tool's service answered none of this engine's calls, seconds."""
+    """Seconds in which a tool's service answered no call of this engine."""
     tool_counts: Counter[str] = field(default_factory=Counter)
-    """See `Toolset.take_counts`."""
+    """Counts of the tools themselves (see `Toolset.take_counts`)."""

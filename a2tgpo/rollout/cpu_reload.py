@@ -1,6 +1,6 @@
-"""Reloading weights in vLLM on a CPU, where the kernels use packed copies of them.
+"""Reload weights in vLLM on a CPU, where the kernels use packed copies of the weights.
 
-vLLM's own reload does not renew all packed copies: the engine would silently compute with wrong weights.
+vLLM's own reload does not renew all packed copies, so the engine would compute with old weights without an error.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ from torch import Tensor
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Load `weights` into the model of a vLLM worker in this process, on a GPU or a CPU."""
+    """Load `weights` into the model of a vLLM worker. The worker must be in this process, on a GPU or on a CPU."""
     model = worker.model_runner.get_model()
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         _forget_packed_experts(model)
-    # Call the worker's method, not its model runner's, because rebuilt kernels read vLLM's configuration.
+    # Rebuilt kernels read vLLM's configuration, which only the worker's method sets, so do not call the model
+    # runner's.
     worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         _renew_tied_head(model)
 
 
 def _forget_packed_experts(model: Any) -> None:
-    """Make the next reload pack the experts again; call this before the reload.
+    """Make the next reload pack the experts again. This must be called before the reload.
 
-    vLLM packs experts only when it first builds their kernel; later it copies unpacked weights into packed storage
+    vLLM packs experts only when it first builds their kernel. A later reload copies unpacked weights into the
+    packed storage
     (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():
@@ -36,9 +38,10 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def _renew_tied_head(model: Any) -> None:
-    """Give a tied output head the embedding's packed weight; call this after a reload.
+    """Give a tied output head the packed weight of the embedding. This must be called after a reload.
 
-    The reload packs only the embedding, whose row lookups do not use the packed weight, and does not see a tied head.
+    The reload packs only the embedding, which looks up rows and does not use its packed weight. It ignores a
+    tied head.
     """
     head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens

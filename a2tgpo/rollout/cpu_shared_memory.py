@@ -1,4 +1,6 @@
-"""Shared memory between the ranks of an engine on a CPU: names are unique to the run, and no segment outlives it."""
+"""Give the shared memory of a CPU engine's ranks names that are unique to the run, and remove it when the run
+ends.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,15 @@ SEGMENTS = Path("/dev/shm")
 
 @contextlib.contextmanager
 def own_segments(communicator: Any) -> Iterator[None]:
-    """Make an engine's construction use segment names of this run; all ranks of the world enter and leave together.
+    """Make an engine use shared-memory names of this run while it is constructed.
 
-    If a launcher started the ranks, vLLM uses the same segment names in every run
-    (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Segments of a killed run, or of
-    another run on this machine, would keep this run from starting.
+    All ranks of the world must enter and leave this context together. If a launcher started the ranks, vLLM
+    uses the same names in every run (vllm/distributed/device_communicators/cpu_communicator.py,
+    make_group_name). Shared memory of a killed run, or of another run on this machine, would then keep this run
+    from starting.
 
     Args:
-        communicator: vLLM's class whose `make_group_name` names the segments.
+        communicator: the class of vLLM whose method `make_group_name` names the shared memory.
     """
     token = broadcast_object(secrets.token_hex(8), world_group(), source=0)
     make_name = communicator.make_group_name
@@ -38,7 +41,8 @@ def own_segments(communicator: Any) -> Iterator[None]:
         yield
     finally:
         communicator.make_group_name = staticmethod(make_name)
-        # All ranks have mapped the segments by now; once unlinked, the segments end with the processes.
+        # All ranks have mapped the shared memory by now. Once it is unlinked, the system frees it when the
+        # processes end.
         for path in SEGMENTS.iterdir() if names else ():
             if any(name in path.name for name in names):
                 path.unlink(missing_ok=True)

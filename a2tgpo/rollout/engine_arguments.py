@@ -1,4 +1,4 @@
-"""The `rollout` section as vLLM's EngineArgs, on a GPU and on a CPU."""
+"""Convert the section `rollout` to vLLM's EngineArgs, for a GPU or a CPU."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from a2tgpo.io.errors import require
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
 LOAD_FORMAT = "a2tgpo"
-"""Name of the loader in `vllm_engine.py`, which reads the same files as the trainer."""
+"""Name of the loader in `vllm_engine.py`. This loader reads the same files as the trainer."""
 ON_GPU = torch.cuda.is_available()
 
 
 def engine_arguments(
     model_path: str, hf_config: Any, config: RolloutConfig, *, dtype: str, max_model_len: int, seed: int
 ) -> dict[str, Any]:
-    """Return the arguments for vLLM's EngineArgs.
+    """Return the keyword arguments for vLLM's EngineArgs.
 
     Args:
-        model_path: Hugging Face folder.
+        model_path: the model's Hugging Face folder.
         hf_config: the model's configuration.
-        config: the `rollout` section.
-        dtype: number format of the engine.
-        max_model_len: longest sequence, tokens.
+        config: the section `rollout`.
+        dtype: the engine's number format.
+        max_model_len: number of tokens of the longest sequence.
         seed: seed of the engine's own generator.
 
     Raises:
-        ConfigError: one line; a block size, a cache size or asynchronous scheduling that a CPU engine does not
-            support, or a quantisation that the model or the machine does not support.
+        ConfigError: if a CPU engine does not support the block size, the cache size or asynchronous scheduling,
+            or if the model or the machine does not support the quantisation. The message is one line.
     """
     cache_bytes = int(config.kv_cache_gib * 2**30)
     arguments: dict[str, Any] = dict(
         model=model_path,
-        # Not "auto": vLLM would prefer files in Mistral's format in the same folder.
+        # With "auto", vLLM would prefer files in Mistral's format if the folder contains any.
         config_format="hf",
         load_format=LOAD_FORMAT,
         skip_tokenizer_init=True,  # `vllm_engine.py` passes the trainer's tokenizer
@@ -48,8 +48,8 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
-        # Log-probs of sampled tokens include temperature and masks. Log-probs of given tokens (prompt_logprobs) are
-        # the model's own in either mode.
+        # With this mode, log-probs of sampled tokens include temperature and masks. Log-probs of given tokens
+        # (prompt_logprobs) are the model's own in every mode.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )
@@ -62,7 +62,7 @@ def engine_arguments(
         arguments |= dict(
             enable_sleep_mode=True,
             enforce_eager=config.enforce_eager,
-            async_scheduling=config.async_scheduling,  # vLLM's own default on GPUs is True
+            async_scheduling=config.async_scheduling,  # must be set, because vLLM's default on GPUs is True
             gpu_memory_utilization=config.gpu_memory_fraction,
             max_num_batched_tokens=max(GPU_STEP_TOKENS, config.max_concurrent),
         )
@@ -84,7 +84,7 @@ def engine_arguments(
         config.kv_cache_gib,
         f">= {needed / 2**30 + 0.0005:.3f}, enough for one sequence of {max_model_len} tokens",
     )
-    # A prompt split into chunks would need a random generator with an offset, which a CPU does not have.
+    # The chunks of a divided prompt would need a random generator with an offset, which a CPU does not have.
     return arguments | dict(
         enforce_eager=True,
         kv_cache_memory_bytes=cache_bytes,

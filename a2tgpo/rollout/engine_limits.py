@@ -1,4 +1,4 @@
-"""Checks of model and machine before an engine is built, and vLLM's refusals in one line."""
+"""Check model and machine before an engine is built, and rewrite vLLM's refusals as one line."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""`rollout.quantization` in vLLM's names: methods that read a full-precision checkpoint and quantise each layer while
-its weights load, at the first load and at every refit (vllm/model_executor/model_loader/reload/layerwise.py)."""
+"""Value of `rollout.quantization` -> vLLM's name of the method. These methods read a full-precision checkpoint
+and quantise each layer while its weights load, both at the first load and at every refit
+(vllm/model_executor/model_loader/reload/layerwise.py).
+"""
 
 
 def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return the model's configuration and its tokenizer.
+    """Return the configuration and the tokenizer of the model in folder `model_path`.
 
     Raises:
-        ConfigError: one line; the folder or config.json is missing, or as `load_tokenizer`.
+        ConfigError: if the folder or its config.json is missing, or if `load_tokenizer` raises it. The message
+            is one line.
     """
     from transformers import AutoConfig
 
@@ -38,23 +41,23 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: str, tp_size: int) -> int:
-    """Return the KV cache bytes of one sequence of `max_model_len` tokens on one rank."""
+    """Return the bytes of KV cache that one sequence of `max_model_len` tokens takes on one rank."""
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    # Plus one block, which vLLM reserves.
+    # vLLM reserves one additional block.
     num_tokens = (-(-max_model_len // block) + 1) * block
     element_bytes = 4 if dtype == "float32" else 2
     return 2 * hf_config.num_hidden_layers * max(1, heads // tp_size) * head_dim * num_tokens * element_bytes
 
 
 def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
-    """Return vLLM's name for `rollout.quantization`.
+    """Return vLLM's name for the method that `rollout.quantization` selects.
 
     Args:
-        dtype: number format of the weights.
+        dtype: the number format of the weights.
 
     Raises:
-        ConfigError: if the machine, `dtype` or the model's sizes do not allow it.
+        ConfigError: if the machine, `dtype` or the model's sizes do not allow this method.
     """
     key, value = "rollout.quantization", config.quantization
     require(
@@ -73,7 +76,7 @@ def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
 
 
 def explain_refusal(error: ValueError, max_model_len: int) -> str:
-    """Rewrite vLLM's refusal as one line that names our settings."""
+    """Return a one-line explanation of vLLM's refusal that names our own settings."""
     text = " ".join(str(error).split())
     if "KV cache" in text:
         return (

@@ -1,4 +1,4 @@
-"""The engine's outputs as plain records, so that the event loop need not import the engine."""
+"""The engine's outputs as plain records, so that the event loop does not have to import the engine."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,38 +6,40 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOutput:
-    """A finished generation."""
+    """The result of a finished generation."""
 
     request_id: str
     tokens: list[int]
-    """Sampled ids, including those of the stop string or the end-of-sequence token."""
+    """Sampled ids. The ids of the stop string, or of the end-of-sequence token, are included."""
     logprobs: list[float]
-    """log p of each token in the distribution from which it was sampled, nats; greedy: at temperature 1."""
+    """Nats: log p of each token in the distribution that it was sampled from. If sampling is greedy, at
+    temperature 1.
+    """
     text: str
-    """The tokens' text, cut right after the stop string."""
+    """The text of the tokens. It ends right after the stop string."""
     finish_reason: str
-    """stop (a stop string or the end of sequence) | length."""
+    """Either stop (the generation wrote a stop string or ended the sequence) or length."""
     stop_string: str | None
-    """The stop string that ended the generation."""
+    """The stop string that ended the generation, or None if no stop string did."""
     num_prompt_tokens: int
     num_cached_tokens: int
-    """Prompt tokens taken from the prefix cache."""
+    """Number of prompt tokens that were in the prefix cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOutput:
-    """A finished scoring of an answer."""
+    """The result of a finished scoring of an answer."""
 
     request_id: str
     answer_logprobs: list[float]
-    """log p of each answer token given all tokens before it, nats."""
+    """Nats: log p of each answer token given all tokens before it."""
     num_prompt_tokens: int
-    """Prefix and answer together."""
+    """Number of tokens of prefix and answer together."""
     num_cached_tokens: int
 
 
 def generation_output(output: Any) -> EngineOutput:
-    """Convert a finished generation (vllm.RequestOutput) to an `EngineOutput`."""
+    """Convert the vllm.RequestOutput of a finished generation to an `EngineOutput`."""
     sampled = output.outputs[0]
     tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
     assert len(tokens) == len(logprobs), "one log-prob per sampled token"
@@ -53,10 +55,11 @@ def generation_output(output: Any) -> EngineOutput:
 
 
 def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> ScoreOutput:
-    """Convert a finished scoring (vllm.RequestOutput) of the last `num_scored` prompt tokens to a `ScoreOutput`.
+    """Convert the vllm.RequestOutput of a finished scoring to a `ScoreOutput`.
 
     Args:
-        is_second_runner: whether vLLM's V2 model runner computed it; V2 returns log-probs in another field.
+        num_scored: number of tokens at the end of the request's prompt that were scored.
+        is_second_runner: whether vLLM's V2 model runner computed the output. It returns log-probs in another field.
     """
     counts = _prompt_counts(output)
     computed_from = counts["num_prompt_tokens"] - num_scored

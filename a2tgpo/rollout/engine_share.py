@@ -1,4 +1,4 @@
-"""Choose the engine's share of GPU memory, equal on all ranks, if the configuration leaves it open."""
+"""Choose the engine's share of GPU memory if the configuration does not set it. All ranks get the same share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from a2tgpo.plan.hardware import GIB, GPUS
 
 
 def settle_engine_share(config: RunConfig) -> RunConfig:
-    """Set the engine's share and KV cache to the plan's choice for the smallest GPU; every rank must call this.
+    """Return `config` with the plan's choice of the engine's share and KV cache; every rank must call this.
 
-    Returns `config` unchanged without a GPU, and where `rollout.gpu_memory_fraction` is set.
+    The plan is made for the GPU with the least memory. If there is no GPU, or if `rollout.gpu_memory_fraction`
+    is set, `config` is returned unchanged.
 
     Raises:
-        ConfigError: one line; the plan does not support the model.
+        ConfigError: if the plan does not support the model. The message is one line.
     """
     if config.rollout.gpu_memory_fraction or not torch.cuda.is_available():
         return config

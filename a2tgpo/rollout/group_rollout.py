@@ -1,4 +1,4 @@
-"""The rollout on one engine: plays every prompt's group of trajectories, and scores the gold answers."""
+"""The rollout on one engine. It plays the group of trajectories of every prompt, and scores the gold answers."""
 
 from __future__ import annotations
 
@@ -30,36 +30,38 @@ if TYPE_CHECKING:
 
 
 class RolloutInterruptedError(Exception):
-    """The rollout was interrupted on request; its trajectories so far are lost."""
+    """The rollout was interrupted on request. The trajectories that it had not returned are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A trajectory that has ended, and what its reward and gains are computed from."""
+    """A trajectory that has ended, with the values from which its reward and its gains are computed."""
 
     trajectory: Trajectory
     prompt: Prompt
     turn_texts: list[str]
-    """The policy's text of each turn, see `GroupRollout.turn_texts`."""
+    """The text that the policy wrote in each turn (see `GroupRollout.turn_texts`)."""
     context_logprobs: list[list[list[float]] | None]
-    """Log-probs of the gold answers per alias and token, after the prompt and after each process turn; None where
-    they could not be computed, empty if nothing was scored."""
+    """Log-probs of the gold answers, per alias and token, in each context: after the prompt, and after each
+    process turn. A context is None if its log-probs could not be computed. The list is empty if nothing was
+    scored.
+    """
 
 
 Playing = Generator[Finished | None, None, None]
-"""A rollout in play: see `GroupRollout.play`."""
+"""A rollout that has started and is driven by iterating over it (see `GroupRollout.play`)."""
 
 
 class GroupRollout:
     """Play groups of trajectories on one engine.
 
     Args:
-        engine: this rank's engine.
-        toolset: the tools that the policy may call; this object does not close it.
-        tokenizer: the policy's.
-        rollout: the `rollout` section.
-        opening_tags: the tags that end a prompt (`PromptTemplate.opening_tags`).
-        end_of_turn: `PromptTemplate.end_of_turn`; None: only the end of sequence ends a response.
+        engine: the engine of this rank.
+        toolset: the tools that the policy may call. This object does not close them.
+        tokenizer: the policy's tokenizer.
+        rollout: the section `rollout`.
+        opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
+        end_of_turn: `PromptTemplate.end_of_turn`. If it is None, only the end of sequence ends a response.
         engine_group: the ranks that share the engine.
     """
 
@@ -105,26 +107,29 @@ class GroupRollout:
         skip: Container[tuple[int, int]] = (),
         counts: RolloutCounts | None = None,
     ) -> Playing:
-        """Play `group_size` trajectories of every prompt; all ranks of the engine must iterate alike.
+        """Play `group_size` trajectories of every prompt.
 
-        The iterator is usually passed to `finished`, which handles the heartbeats.
+        All ranks of the engine must iterate in the same way. Callers usually pass the returned iterator to
+        `finished`, which handles the heartbeats.
 
         Args:
-            prompts: this engine's share; may be empty.
+            prompts: the prompts that this engine plays, possibly none.
             seed: seed of the run.
-            version: of the weights (`Turn.version`); seed, version, prompt and sample together determine every draw.
-            greedy: always take the most probable token, for evaluation.
-            group_size: trajectories per prompt; None: `rollout.group_size`.
-            score_gain: score the gold answer in every context.
-            skip: (index of the prompt, sample) of trajectories that are not played.
-            counts: counts this rollout, in addition to what they hold.
+            version: version of the weights (`Turn.version`). Seed, version, prompt and sample together
+                determine every sampled token.
+            greedy: whether to always take the most probable token, as evaluation does.
+            group_size: number of trajectories per prompt. None means `rollout.group_size`.
+            score_gain: whether to score the gold answer in every context.
+            skip: pairs (index of the prompt, sample) of the trajectories that are not to be played.
+            counts: counts to which the counts of this rollout are added.
 
         Yields:
-            As `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a heartbeat.
+            The same as `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a
+                heartbeat.
 
         Raises:
-            ConfigError: by the call; a prompt leaves no room for one token.
-            RuntimeError: by the iterator; the engine failed, or a tool has a bug or hangs too often.
+            ConfigError: raised by the call, if a prompt leaves no room for one token.
+            RuntimeError: raised by the iterator, if the engine fails, or if a tool has a bug or hangs too often.
         """
         live = [
             _live(group, _start(group.prompt, sample))
@@ -149,21 +154,22 @@ class GroupRollout:
         version: int,
         counts: RolloutCounts | None = None,
     ) -> tuple[list[CarriedGroup], Playing]:
-        """Continue or begin the unfinished trajectories of `groups`; all ranks of the engine must iterate alike.
+        """Begin or continue the unfinished trajectories of `groups`.
 
-        The earlier turns keep their tokens. In a continued trajectory the gold answer is scored again in all
-        contexts, so that its gains are differences of one policy's probabilities.
+        All ranks of the engine must iterate in the same way. Earlier turns keep their tokens. In a continued
+        trajectory, the gold answer is scored again in all contexts, so that each gain is a difference between
+        probabilities of the same policy.
 
         Args:
-            groups: this engine's groups; they are not changed.
-            budgets: per group, tokens after which a trajectory begins no further turn in this call; None: play it to
-                its end.
-            seed, version, counts: as in `play`; with the weights that it began with, a group draws the same samples
-                as in `play`.
+            groups: the groups that this engine plays. They are not changed.
+            budgets: for each group, the number of tokens after which a trajectory begins no further turn in
+                this call. None means that the trajectory is played to its end.
+            seed, version, counts: as in `play`. While the weights are the same as when a group began, the group
+                draws the same samples as in `play`.
 
         Returns:
-            The continued groups, and an iterator like that of `play`. The groups' trajectories grow while the caller
-            exhausts the iterator.
+            The continued groups, and an iterator of the same kind as that of `play`. The trajectories of the
+                groups grow while the caller exhausts the iterator.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []
@@ -184,16 +190,20 @@ class GroupRollout:
     def finished(
         self, playing: Playing, *, should_stop: Callable[[], bool] | None = None
     ) -> Iterator[Finished]:
-        """Yield what `playing` finishes, and decide at each heartbeat whether to continue.
+        """Yield the trajectories that `playing` finishes, and decide at each heartbeat whether to continue.
 
         Args:
-            playing: from `play` or `play_on`.
-            should_stop: returns whether to interrupt the rollout; True on one rank of the engine is enough, also for
-                an `outage` at its limit. None: never; an outage at its limit is then an error.
+            playing: the iterator that `play` or `play_on` returned.
+            should_stop: returns whether to interrupt the rollout. If it returns True on one rank of the engine,
+                all ranks interrupt it. It must also decide what happens when an `outage` reaches its limit. If
+                `should_stop` is None, the rollout is never interrupted, and an outage that reaches its limit is
+                an error.
 
         Raises:
-            RolloutInterruptedError: on all ranks of the engine; the next call starts over.
-            ToolFaultError: on all ranks of the engine, if a tool's service does not come back.
+            RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted. The next call
+                starts over.
+            ToolFaultError: on all ranks of the engine, if a tool's service does not come back and `should_stop`
+                is None.
         """
         with contextlib.closing(playing):
             for done in playing:
@@ -237,24 +247,25 @@ class GroupRollout:
         )
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
-        """Return the policy's text per turn, without observations and without the token that ended the response.
+        """Return the text that the policy wrote in each turn.
 
-        A token that reaches past a closing tag is cut there, since the turn ended with the tag.
+        Observations are left out, and so is the token that ended the response. If a token reaches beyond a
+        closing tag, its text is cut there, because the turn ended with the tag.
         """
         return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
 
     @property
     def outage(self) -> Outage:
-        """The state of this engine's wait for a tool's service; callers watch it."""
+        """The state of this engine's wait for a tool's service. Callers decide what to do about an outage."""
         return self._tools.outage
 
     @property
     def tool_names(self) -> tuple[str, ...]:
-        """Names of the tools that the policy may call."""
+        """Names of all tools that the policy may call."""
         return self._syntax.names
 
     def close(self) -> None:
-        """Stop the tools' threads; the caller closes engine and toolset."""
+        """Stop the threads that run tool calls. The caller must close the engine and the toolset."""
         self._tools.close()
 
     def _groups(self, prompts: Sequence[Prompt], *, score_gain: bool) -> list[PromptGroup]:

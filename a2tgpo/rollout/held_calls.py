@@ -1,4 +1,4 @@
-"""Tool calls whose service is unavailable: held, and retried until the service answers."""
+"""Hold tool calls whose service is unavailable, and retry them until the service answers."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.rollout.tool_workers import Call
 
 RETRY_S = 1.0
-"""Time between two tries of a held call; a client whose circuit breaker is open fails at once in the meantime."""
+"""Seconds between two tries of a held call. If a client's circuit breaker is open, each try fails at once."""
 WARN_EVERY_S = 60.0
-"""Shortest time between two warnings about an unreliable service."""
+"""Seconds that pass at least between two warnings about an unreliable service."""
 
 logger = logging.getLogger(__name__)
 
 
 class HeldCalls:
-    """The calls of one rank that wait for a service.
+    """The tool calls of one rank that are held because a service is unavailable.
 
     Args:
-        outage: begins when a service stops answering, ends when all services answer again.
-        clock: monotonic, seconds.
+        outage: an outage begins when a service stops answering, and it ends when all services answer again.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, outage: Outage, *, clock: Callable[[], float] = time.monotonic):
         self._outage = outage
         self._clock = clock
         self._held: list[tuple[float, Call]] = []
-        """(time of the next try, call), ascending."""
+        """Pairs (time of the next try, call), in ascending order of time."""
         self._out_of_service: set[str] = set()
-        """Names of tools."""
+        """Names of the tools whose service is unavailable."""
         self._warned_at = -WARN_EVERY_S
         self._has_warned = False
-        """Whether a warning about the present outage was logged."""
+        """Whether a warning about the current outage was logged."""
 
     def __len__(self) -> int:
         return len(self._held)
 
     def keep(self, ended: Sequence[Call]) -> list[Call]:
-        """Hold the calls among `ended` whose service was unavailable and return the others."""
+        """Hold each call among `ended` whose service was unavailable, and return the other calls."""
         served = []
         for call in ended:
             if isinstance(call.error, ToolUnavailableError):
@@ -54,14 +54,14 @@ class HeldCalls:
         return served
 
     def take_due(self) -> list[Call]:
-        """Remove and return the held calls that are due for a retry."""
+        """Remove the held calls that are due for a retry, and return them."""
         now = self._clock()
         due = [call for at, call in self._held if at <= now]
         self._held = [(at, call) for at, call in self._held if at > now]
         return [dataclasses.replace(call, error=None) for call in due]
 
     def drop_all(self) -> None:
-        """Drop all held calls and end the outage."""
+        """Discard all held calls and end the outage."""
         self._held.clear()
         self._out_of_service.clear()
         self._outage.end()
