@@ -1,4 +1,4 @@
-"""Advantage, ratio, clipping and aggregation: the method."""
+"""Settings of the training method: advantage, importance ratio, clipping and aggregation."""
 
 import importlib
 import pkgutil
@@ -13,47 +13,55 @@ Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum",
 
 
 def advantage_names() -> list[str]:
-    """Return the choices of `algorithm.advantage`: the modules in advantage/methods/, which are not imported."""
+    """Return the values that `algorithm.advantage` may have, which are the names of the modules in
+    advantage/methods/.
+
+    Does not import these modules.
+    """
     package = importlib.import_module(METHODS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """A2TGPO by default; presets in configs/algorithm/ set the comparison methods."""
+    """The defaults define A2TGPO; presets in configs/algorithm/ define the methods that it is compared with."""
 
     advantage: str = "turn_group"
-    """turn_group (Eq. 6-9), igpo_joint or igpo_separate (pooled gains), grpo (outcome only), gigpo, or another module
-    in advantage/methods/ (docs/methods.md)."""
+    """Name of a module in advantage/methods/ (docs/methods.md). turn_group: Eq. 6-9. igpo_joint and igpo_separate:
+    the gains of all turns are pooled. grpo: only the outcome gives an advantage. gigpo: GiGPO."""
     gamma: float = 1.0
-    """Discount over turns, in [0, 1] (paper: 1.0)."""
+    """Factor in [0, 1] by which each further turn is discounted (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the turns' part relative to the outcome's: the accumulated gain (Eq. 9: 1.0; released scripts: 0.3),
-    or gigpo's step advantage (its omega: 1.0)."""
+    """Weight of the turns' part of the advantage; the outcome's part has weight 1. The turns' part is the accumulated
+    gain (Eq. 9: 1.0; released scripts: 0.3). With gigpo it is the step advantage (omega in GiGPO: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
-    """Divide by the group's standard deviation after subtracting its mean."""
+    """Normalise a group's values by their standard deviation, after their mean is subtracted. false: only
+    subtract."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
-    """One importance ratio for each turn (Eq. 10), sequence or token."""
+    """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the single token."""
     clip_low: float = 3e-3
-    """The paper's epsilon_low: the ratio is clipped from below at 1 - c * clip_low, with c as in clip_beta."""
+    """epsilon_low of the paper. A ratio below 1 - c * clip_low is clipped to this value; clip_beta defines c."""
     clip_high: float = 4e-3
-    """The paper's epsilon_high: the ratio is clipped from above at 1 + c * clip_high."""
+    """epsilon_high of the paper. A ratio above 1 + c * clip_high is clipped to this value; clip_beta defines c."""
     clip_beta: float = 0.3
-    """beta of the adaptive clip c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11), in [0, 1); 0: fixed clip."""
+    """beta, in [0, 1), of the adaptive clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). 0: c is always
+    1."""
     dual_clip: float = 0.0
-    """Largest loss of a token with a negative advantage A, as a multiple of |A|; > 1, with ratio=token. 0: none."""
+    """A token with a negative advantage A has at most the loss dual_clip * |A|. A value > 1 needs ratio=token. 0: no
+    such limit."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """How token losses become one number; see loss.policy_loss."""
+    """Formula that combines the losses of all tokens into one number; see loss.policy_loss."""
     failed_calls: Literal["neutral", "count"] = "neutral"
-    """neutral: a turn whose tool call failed has no gain and is left out of its turn group. count: it has one."""
+    """neutral: a turn whose tool call failed has no gain and is left out of its turn group. count: such a turn has a
+    gain like any other."""
     kl_coef: float = 0.0
-    """Weight of the KL penalty to the reference; 0: no reference model is loaded."""
+    """Weight of the penalty on the KL divergence from the reference model; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Training accepts k2 and k3; the expected gradient of k1 is 0."""
+    """Estimator of the KL divergence. Training accepts only k2 and k3, because the expected gradient of k1 is 0."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """Rollout correction by importance weights."""
+    """Importance weights that correct for differences between the engine's log-probs and the trainer's."""
 
     def __post_init__(self) -> None:
         names = advantage_names()

@@ -1,4 +1,4 @@
-"""The machines that a configuration is meant for."""
+"""The GPUs for which a configuration is planned."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,24 +10,26 @@ GpuKind = Literal["a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180g
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The cluster that plans assume by default (`tools/plan.py`, `--dry-run`), and how a start uses its plan.
+    """The cluster that `tools/plan.py` and `--dry-run` assume by default, and the excess at which a start is refused.
 
-    A run uses the processes that it is started with, and the GPUs that it finds.
+    These settings do not choose the hardware: a run uses the processes with which it is started, and the GPUs of
+    their machines.
     """
 
     gpus: int = 8
-    """Number of GPUs, one process each."""
+    """Number of GPUs; each GPU has one process."""
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """A start on GPUs is refused if its plan exceeds a GPU's or a machine's free memory by more than this share, and
-    warns below; 0: only warns. The default is wide because no plan has been compared with a GPU yet: an excess of a
-    tenth may be the estimate's error, an excess of half is not. A dry run reports every excess."""
+    """A start on GPUs is refused if its plan exceeds the free memory of a GPU or of a machine by more than this
+    share. After a smaller excess, the start only prints a warning. 0: every excess only prints a warning. The default
+    is large because no plan has been compared with a real GPU yet: the estimate may be wrong by a tenth, but not by
+    half. A dry run reports every excess."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")
         require(self.plan_margin >= 0, "cluster.plan_margin", self.plan_margin, ">= 0")
 
     def refuses(self, planned: float, available: float) -> bool:
-        """Return whether to refuse a start whose plan takes `planned` of the `available` memory."""
+        """Return whether a start must be refused if its plan needs `planned` and `available` memory is free."""
         return self.plan_margin > 0 and planned > (1 + self.plan_margin) * available

@@ -1,4 +1,4 @@
-"""Importance weights for rollouts of an engine whose log-probs differ from the trainer's."""
+"""Settings of the importance weights that correct for differences between the log-probs of engine and trainer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,19 +8,22 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Weights w = pi_trainer / pi_engine on the policy loss; needed if the engine is less precise (FP8).
+    """Weights w = pi_trainer / pi_engine, by which the policy loss is multiplied.
 
-    See loss.rollout_correction for sources.
+    They are needed if the engine computes less precisely than the trainer, for example in FP8.
+    loss.rollout_correction names the published methods.
     """
 
     kind: Literal["none", "truncate", "mask"] = "none"
-    """truncate: w is at most `upper`. mask: w is 0 outside [`lower`, `upper`]."""
+    """none: no weights. truncate: a larger w is reduced to `upper`. mask: w becomes 0 unless it lies in [`lower`,
+    `upper`]."""
     level: Literal["token", "turn", "sequence"] = "token"
-    """One w for each token (both sources), turn or sequence; the latter two are geometric means over their tokens."""
+    """Unit that has one w: the token (as in both published methods), the turn, or the sequence. The w of a turn or of
+    a sequence is the geometric mean over its tokens."""
     upper: float = 2.0
-    """Largest weight, >= 1 (IcePop: 5.0)."""
+    """Largest weight that `truncate` and `mask` allow, >= 1 (IcePop: 5.0)."""
     lower: float = 0.5
-    """Smallest weight that `mask` keeps, in [0, 1] (IcePop: 0.5)."""
+    """Smallest weight that `mask` allows, in [0, 1] (IcePop: 0.5)."""
 
     def __post_init__(self) -> None:
         require(self.upper >= 1, "algorithm.correction.upper", self.upper, ">= 1")

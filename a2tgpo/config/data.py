@@ -15,18 +15,19 @@ SEARCH_INSTRUCTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Question files and the prompt."""
+    """The files of questions, and the parts of the prompt."""
 
     train: Expanded
-    """JSONL or Parquet file of questions and answers, compressed or not; docs/data.md lists the fields."""
+    """JSONL or Parquet file of training questions with their answers. The file may be compressed; docs/data.md lists
+    its fields."""
     test: Expanded
-    """Held-out questions for evaluation, in the same format."""
+    """File of held-out questions for evaluation, in the format of `train`."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """System message before the question; empty: none."""
+    """System message that precedes the question; empty: the prompt has no system message."""
     chat_template_kwargs: dict = field(default_factory=dict)
-    """Variables for the tokenizer's chat template, such as {enable_thinking: false}."""
+    """Variables that are passed to the tokenizer's chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
-    """Longest prompt, tokens (paper: 2000); a start refuses longer ones."""
+    """Tokens of the longest allowed prompt (paper: 2000). A start is refused if a prompt is longer."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")

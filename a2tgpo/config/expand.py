@@ -1,4 +1,4 @@
-"""Replace `~` and `${NAME}` in paths, alike in YAML files, in overrides and in the arguments of every program."""
+"""Replace `~` and `${NAME}` in paths. The rules are the same in YAML files, overrides and programs' arguments."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def is_expanded(kind: object) -> bool:
-    """Return whether a type, as obtained from `get_type_hints(..., include_extras=True)`, is `Expanded`."""
+    """Return whether the type `kind`, which comes from `get_type_hints(..., include_extras=True)`, is `Expanded`."""
     return _MARK in getattr(kind, "__metadata__", ())
 
 
 def expand(text: str, key: str) -> str:
-    """Return `text` with a leading ~ or ~USER, and every ${NAME} or $NAME, replaced; $$ becomes $.
+    """Replace a leading ~ or ~USER by the home folder, every ${NAME} or $NAME by the variable's value, and $$ by $.
 
     Args:
         text: a path or an address.
-        key: the setting or option with this text, for error messages.
+        key: the setting or option that has this text; error messages mention it.
 
     Raises:
-        ConfigError: one line; a variable is unset or empty, ${...} contains no name, or ~USER has no home folder.
+        ConfigError: one line; a variable is unset or empty, ${...} does not contain a name, or USER has no home
+            folder.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -58,17 +59,17 @@ def expand(text: str, key: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return the text that `expand` converts to `text`."""
+    """Return `text` with every $ doubled, so that `expand` restores `text`."""
     return text.replace("$", "$$")
 
 
 def path_argument(text: str) -> Path:
-    """Convert a path among a program's arguments, for argparse."""
+    """Convert an argument of a program to a path, for use as `type=` of argparse; `expand` replaces ~ and ${NAME}."""
     return Path(text_argument(text))
 
 
 def text_argument(text: str) -> str:
-    """Convert an argument that may be a path, for argparse."""
+    """Expand an argument that may be a path or another text, for use as `type=` of argparse."""
     try:
         return expand(text, "the path")
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""8-bit floating point in the trainer's linear layers and in the engine: formats, scaling, and allowed layouts."""
+"""Settings of 8-bit floating point (FP8) in the trainer, and checks whether a layout allows FP8."""
 
 from __future__ import annotations
 
@@ -9,51 +9,57 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
 Format = Literal["none", "hybrid", "e4m3"]
-# Without "delayed", which learns its scales in training passes: scoring before the first training pass, a reference
-# and a resumed run would compute with other scales, and ratios would not start at 1 (docs/fp8.md).
+# The recipe "delayed" is left out because it learns its scales in training passes. Scoring before the first training
+# pass, a reference model and a resumed run would use other scales, so ratios would not start at 1 (docs/fp8.md).
 Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
 TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""By recipe, the number that must divide a rank's tokens: the weight gradient sums over tokens, scaled in blocks.
-FP8 matrix products need 16; MXFP8's blocks have 32 tokens, the others' 128."""
+"""Maps each recipe to the number that must divide a rank's tokens, because the weight gradient sums over blocks of
+tokens, and each block has a scale. The blocks have 128 tokens in blockwise scaling and 32 in MXFP8. Tensorwise
+scaling has no blocks, but FP8 matrix products need a multiple of 16."""
 CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
-"""By recipe, the number that must divide the sizes of a rank's weight matrices."""
+"""Maps each recipe to the number that must divide the sizes of a rank's weight matrices."""
 CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "tensorwise": ((8, 9), (99, 0)),
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""By recipe, the GPUs that support it: the lowest compute capability, and the first one that is too high."""
+"""Maps each recipe to the range of compute capabilities whose GPUs support the recipe. The first number of the range
+is the lowest capability that supports the recipe; the second is the lowest one above it that no longer does."""
 ENGINE_CAPABILITY = (8, 9)
-"""Lowest compute capability at which an engine can be quantised."""
+"""Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128
-"""Channels that share a scale in an engine with rollout.quantization=fp8."""
+"""Number of channels that share one scale if rollout.quantization is fp8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """FP8 in the linear layers of the decoder, by Transformer Engine; see docs/fp8.md.
+    """Transformer Engine computes the linear layers of the decoder in FP8; see docs/fp8.md.
 
-    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. The
-    optimizer updates bfloat16 weights as without FP8; matrix products quantise them.
+    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. As
+    without FP8, the optimizer updates bfloat16 weights. Each matrix product quantises the weights that it reads.
     """
 
     format: Format = "none"
-    """hybrid: values in e4m3, gradients of activations in e5m2. e4m3: both in e4m3."""
+    """none: no FP8. hybrid: weights and activations in e4m3, gradients of activations in e5m2. e4m3: all of these in
+    e4m3."""
     recipe: Recipe = "blockwise"
-    """The values that share a scale: blocks of 1x128 activations and 128x128 weights (blockwise), whole tensors, or
-    blocks of 1x32 (mxfp8, on Blackwell)."""
+    """Decides which values share one scale. blockwise: blocks of 1x128 activations and of 128x128 weights.
+    tensorwise: whole tensors. mxfp8, only on Blackwell: blocks of 1x32."""
     param_gather: bool = False
-    """Store and gather the weights themselves in FP8; refused, see docs/fp8.md."""
+    """Store the weights in FP8, and gather them in FP8 from other ranks. true is refused; docs/fp8.md gives the
+    reason."""
     first_layers_bf16: int = 0
-    """Number of first decoder layers that stay in bfloat16; at most those of one pipeline stage."""
+    """Number of decoder layers, counted from the first, that stay in bfloat16; at most the number in the first
+    pipeline stage."""
     last_layers_bf16: int = 0
-    """Number of last decoder layers that stay in bfloat16; at most those of one pipeline stage."""
+    """Number of decoder layers, counted from the last, that stay in bfloat16; at most the number in the last pipeline
+    stage."""
 
     def __post_init__(self) -> None:
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
         # The optimizer copies its float32 weights from the layers' initial values, before a checkpoint is read
-        # (megatron/core/optimizer/distrib_optimizer.py:385), and refit and checkpoints read bfloat16.
+        # (megatron/core/optimizer/distrib_optimizer.py:385). Refit and checkpoints expect bfloat16 weights.
         require(
             not self.param_gather,
             "model.fp8.param_gather",
@@ -76,12 +82,12 @@ class Fp8Config:
 
     @property
     def token_multiple(self) -> int:
-        """The number that must divide the tokens in a rank's activations."""
+        """The number that must divide the number of tokens in a rank's activations; 1 without FP8."""
         return TOKEN_MULTIPLES[self.recipe] if self.enabled else 1
 
     @property
     def channel_multiple(self) -> int:
-        """The number that must divide the sizes of a rank's weight matrices."""
+        """The number that must divide the sizes of a rank's weight matrices; 1 without FP8."""
         return CHANNEL_MULTIPLES[self.recipe] if self.enabled else 1
 
     def bf16_layers(self, stage: int, pipeline: int) -> int:
@@ -100,12 +106,12 @@ class LinearSizes:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels; in a mixture of experts, those of one expert."""
+    """Channels of the feed-forward layer; in a mixture of experts, the channels of one expert."""
     has_experts: bool
 
     @classmethod
     def of(cls, hf_config: Any) -> LinearSizes:
-        """Return the sizes in a Hugging Face configuration."""
+        """Return the sizes that a model's Hugging Face configuration gives."""
         has_experts = hf_config.model_type == "qwen3_moe"
         heads = hf_config.num_attention_heads
         return cls(
@@ -121,7 +127,7 @@ class LinearSizes:
 def fp8_layout_fault(
     fp8: Fp8Config, parallel: ParallelConfig, sizes: LinearSizes, *, num_layers: int
 ) -> str | None:
-    """Return in one line why the trainer cannot compute in `fp8` in this layout; None if it can or FP8 is off."""
+    """Return one line that says why the trainer cannot use FP8 in this layout; None if it can, or if FP8 is off."""
     if not fp8.enabled:
         return None
     multiple, tensor = fp8.channel_multiple, parallel.tensor
@@ -149,7 +155,8 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron limits both settings to an even share, even with uneven stages (transformer_config.py:995).
+        # Even if the stages are uneven, Megatron limits both settings to num_layers // pipeline
+        # (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (
@@ -160,10 +167,11 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """Return in one line why an engine's linear layers cannot be quantised like this; None if they can.
+    """Return one line that says why an engine's linear layers cannot be quantised with `quantization`; None if they
+    can.
 
-    A token's activations are scaled in blocks along the channels that a rank's matrices sum over. vLLM asserts that
-    these blocks are whole (fp8_utils.py, per_token_group_quant_fp8), but pads experts (online/fp8.py,
+    A rank's matrices sum over a token's channels, and blocks of these channels are scaled. vLLM asserts that no block
+    is partial (fp8_utils.py, per_token_group_quant_fp8). Experts always pass, because vLLM pads them (online/fp8.py,
     maybe_roundup_sizes).
     """
     if quantization != "fp8":

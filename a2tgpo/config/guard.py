@@ -1,4 +1,4 @@
-"""Limits past which a run seems to go wrong."""
+"""Limits of a step's metrics; a metric past its limit suggests that the run is going wrong."""
 
 from dataclasses import dataclass
 
@@ -7,29 +7,36 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Alarms on a step's metrics, some relative to the baseline, their mean over the run's first steps. 0: no alarm.
+    """Limits of a step's metrics. An alarm starts if a metric is past its limit in two consecutive steps, and ends if
+    the metric is within its limit in two consecutive steps.
 
-    An alarm starts at the second consecutive step past its limit and ends at the second within it.
+    Some limits are relative to a metric's baseline, which is its mean over the run's first steps. A limit of 0 turns
+    its alarm off.
     """
 
     baseline_steps: int = 5
-    """Steps whose mean is the baseline; until then alarms that need it are off."""
+    """Number of first steps over which a metric's baseline is the mean. In these steps, alarms that need a baseline
+    are off."""
     min_entropy_share: float = 0.1
-    """Alarm if entropy falls below this share of the baseline: the policy has collapsed."""
+    """Alarm if the entropy falls below this share of its baseline, because the policy has then collapsed."""
     max_likelihood_drop: float = 0.5
-    """Alarm if the sampled tokens of correct answers have lost this much log-prob, nats per token."""
+    """Alarm if the mean log-prob of the sampled tokens in correctly answered trajectories is more than this far below
+    its baseline, nats per token."""
     max_format_error_rise: float = 0.2
-    """Alarm if the share of malformed responses has grown by this much."""
+    """Alarm if the share of malformed responses exceeds its baseline by more than this."""
     max_noise_share: float = 0.5
-    """Alarm if the ratio's noise exceeds this share of the smaller of clip_low and clip_high."""
+    """Alarm if rounding noise in the ratio exceeds this share of the clipping range, the smaller of clip_low and
+    clip_high."""
     max_train_engine_gap: float = 0.05
-    """Alarm if trainer and engine differ by more than this, mean absolute nats per token."""
+    """Alarm if the log-probs of trainer and engine differ by more than this, mean absolute difference in nats per
+    token."""
     max_failed_calls: float = 0.2
-    """Alarm if a larger share of a step's tool calls fails."""
+    """Alarm if more than this share of a step's tool calls fails."""
     stop_after: int = 0
-    """Save and stop, with exit code 3, after this many consecutive steps with an alarm; 0: never."""
+    """Save and stop the run, with exit code 3, if this many consecutive steps had an alarm; 0: never."""
     stop_after_skipped: int = 5
-    """Save and stop, with exit code 3, after this many consecutive steps that skip a non-finite update; 0: never."""
+    """Save and stop the run, with exit code 3, if this many consecutive steps each skipped an update that was not
+    finite; 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

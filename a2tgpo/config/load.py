@@ -1,9 +1,9 @@
-"""Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and back.
+"""Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and a `RunConfig` to YAML.
 
-A file may name a base file with `base:` (relative to itself). A file's own values override its base's values, and
-arguments override files. An argument may also be a file, such as a preset of configs/algorithm/. All other relative
-paths in a configuration are relative to the folder in which the program is started. In paths, ~ and ${NAME} are
-replaced.
+A file may name a base file with `base:`; this path is relative to the folder of the file. A file's own values
+override those of its base, and arguments override files. An argument may also be a file, such as a preset of
+configs/algorithm/. All other relative paths in a configuration are relative to the folder in which the program is
+started. In paths, ~ and ${NAME} are replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BASE_KEY = "base"
 COMMAND_LINE = "command line"
 FILE_SUFFIXES = (".yaml", ".yml")
 
-# YAML 1.1 reads 1e-6 as a text because it has no dot; users mean a number.
+# YAML 1.1 reads 1e-6 as a text because it has no dot, but users who write 1e-6 mean a number.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LIST = tuple[str, ...]
 _RULES = {
@@ -48,7 +48,7 @@ _RULES = {
 @dataclass(frozen=True)
 class _Field:
     kind: Any
-    """A key of `_RULES`, or a `Literal` of texts."""
+    """The field's type: a key of `_RULES`, or a `Literal` of texts."""
     is_expanded: bool
     is_required: bool
 
@@ -60,15 +60,16 @@ class _Entry:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration in the YAML file `path`, laid over its bases, with `overrides` on top.
+    """Return the configuration in the YAML file `path`; its values override its bases, and `overrides` override both.
 
     Args:
-        path: YAML file of sections.
-        overrides: `section.field=value`, or a YAML file of sections that is laid over earlier settings after its own
-            bases; later ones win. Values are read as YAML, except texts and choices, which are taken literally.
+        path: YAML file of sections. overrides: each one is `section.field=value` or the path of a YAML file of
+            sections. If two set the same field,
+            the later one wins. A file's bases are read before the file. The value after `=` is read as YAML; but if
+            the field is a text or a choice, the value is taken literally.
 
     Raises:
-        ConfigError: one line that names the file (or the command line), the key, its value and what is allowed.
+        ConfigError: one line that names the file (or the command line), the key, its value and the allowed values.
     """
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file"))))
     entries.update(_override_entries(overrides))
@@ -81,41 +82,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # The section's error begins with the key; name the source that set the key last.
+        # The section's message begins with the key. Put the source that set the key last in front of the message.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
 
 
 def is_file(override: str) -> bool:
-    """Return whether an override names a YAML file rather than a field."""
+    """Return whether an override is the path of a YAML file and not `section.field=value`."""
     return override.endswith(FILE_SUFFIXES) and "=" not in override
 
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Return the dotted keys of all fields that `overrides` set; takes and raises the same as `load_config`."""
+    """Return the dotted keys of all fields that `overrides` set.
+
+    `load_config` documents `overrides` and the errors that invalid ones raise.
+    """
     return frozenset(key for key, _ in _override_entries(overrides))
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as nested dicts of plain values, with every key."""
+    """Return the configuration as nested dicts of plain values. The dicts also contain the keys that have their
+    defaults.
+    """
     return dataclasses.asdict(config)
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration by dotted key; see `flat_value`."""
+    """Return the value of every field by its dotted key, converted by `flat_value`."""
     return {key: flat_value(functools.reduce(getattr, key.split("."), config)) for key in _FIELDS}
 
 
 def flat_value(value: Any) -> Any:
-    """Return a field's value as a number or a text: a mapping as JSON, a list as its items separated by commas."""
+    """Return a field's value as a number or a text. A mapping becomes JSON; a list's items are joined with commas."""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     return ",".join(value) if isinstance(value, list | tuple) else value
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the configuration as YAML with every key; `load_config` restores an equal one."""
+    """Return the configuration as YAML with every key. `load_config` reads an equal configuration from this YAML."""
     sections = config_to_dict(config)
     for key in (key for key, field in _FIELDS.items() if field.is_expanded):
         *path, name = key.split(".")
@@ -125,7 +131,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, _Field]]:
-    """Yield every field below `section` that is not a section itself, by dotted key."""
+    """Yield the dotted key and the description of every field in `section` and its subsections."""
     hints = get_type_hints(section, include_extras=True)
     for field in dataclasses.fields(section):
         key, kind = prefix + field.name, hints[field.name]
@@ -144,13 +150,13 @@ _SECTIONS = list(dict.fromkeys(key[: dot.start()] for key in _FIELDS for dot in 
 
 
 def _file_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
-    """Yield the settings of `path` after those of its bases."""
+    """Yield the settings of the file `path`; the settings of its bases come first."""
     for file, mapping in reversed(_base_chain(path)):
         yield from _entries(list(_flatten(mapping)), str(file))
 
 
 def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
-    """Yield the settings of `overrides` in their order."""
+    """Yield the settings that `overrides` contain, in the order of `overrides`."""
     for override in overrides:
         if is_file(override):
             yield from _file_entries(Path(expand(override, COMMAND_LINE)))
@@ -168,7 +174,7 @@ def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
 
 
 def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the files `path`, its base, the base's base and so on, with their content."""
+    """Return the path and the content of the file `path`, then of its base, then of the base's base, and so on."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     named_by = ""
     while True:
@@ -192,9 +198,9 @@ def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _flatten(mapping: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of all settings in a file's sections, unchecked."""
+    """Yield (dotted key, value) for every setting in a file's sections. Neither key nor value is checked."""
     for name, value in mapping.items():
-        # A name with a dot is quoted, so that it is not taken for a key inside a section.
+        # If a name contains a dot, quote it; otherwise it would look like a key inside a section.
         key = f"{prefix}{name!r}" if "." in str(name) else f"{prefix}{name}"
         if key in _SECTIONS and isinstance(value, dict):
             yield from _flatten(value, f"{key}.")
@@ -203,10 +209,11 @@ def _flatten(mapping: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str, _Entry]]:
-    """Yield the settings of one source with their types checked.
+    """Check the keys and the types of the settings from one source, and yield the settings.
 
     Raises:
-        ConfigError: one line; a key is unknown, renamed or a section, or its value is not of the field's type.
+        ConfigError: one line; a key is unknown, has been renamed or is a section, or its value does not have the
+            field's type.
     """
     if renamed := [f"{key} was renamed: {RENAMED[key]}" for key, _ in settings if key in RENAMED]:
         raise ConfigError(f"{source}: {'; '.join(renamed)}")
@@ -223,7 +230,12 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
 
 def _typed(value: Any, key: str, source: str) -> Any:
-    """Return `value` as the type of field `key`; an integer or a text such as 1e-6 also passes for a float."""
+    """Convert `value` to the type of field `key`. If that type is float, an integer or a text such as 1e-6 is
+    accepted.
+
+    Raises:
+        ConfigError: one line; `value` does not have the field's type.
+    """
     kind = _FIELDS[key].kind
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     typed: Any
@@ -243,18 +255,18 @@ def _typed(value: Any, key: str, source: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    """Return `value` as a finite float; None if `value` is no finite number."""
+    """Return `value` as a float; None if `value` is not a finite number."""
     if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
         value = float(value)
     try:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer past the range of floats
+    except OverflowError:  # the integer is too large for a float
         return None
     return float(value) if is_number else None
 
 
 def _hint(value: Any, kind: Any) -> str:
-    """Return how to mend a value of another type than `kind`, if that is not obvious."""
+    """Return how to correct `value`, whose type is not `kind`; return "" if the correction is obvious."""
     if value is None:
         return " (YAML reads a lone ~ and an empty value as null)"
     if kind == _LIST and isinstance(value, str):
@@ -263,7 +275,7 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a field's value."""
+    """Yield every text in a field's value, which may be a text, a list or a mapping."""
     parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
     yield from (
         part for part in (parts if isinstance(parts, list | tuple) else [parts]) if isinstance(part, str)
@@ -271,13 +283,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_whole(text: str) -> bool:
-    """Return whether `text` has no NUL, which no path may hold, and no lone surrogate, which no file can hold."""
+    """Return whether `text` has no NUL and no lone surrogate.
+
+    A path must not contain a NUL, and a UTF-8 file cannot contain a lone surrogate.
+    """
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """Return the candidate most like `key`, as a whole and in its last part."""
-    key = key[:100]  # the time of a comparison grows with the square of the length
+    """Return the most similar candidate; the similarity of the whole key and that of its last part are added."""
+    key = key[:100]  # the time that a comparison takes grows with the square of the length
     leaf = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:

@@ -1,4 +1,4 @@
-"""The model to train, and its number formats."""
+"""Settings of the model to train."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,17 +13,19 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy (and the reference, which starts from the same weights)."""
+    """The policy's model. The reference model, if one is loaded, starts from the same weights."""
 
     path: Expanded
-    """Folder of a Hugging Face checkpoint: config.json, *.safetensors, tokenizer.json."""
+    """Folder of a Hugging Face checkpoint, which contains config.json, *.safetensors and tokenizer.json."""
     dtype: Dtype = "bfloat16"
-    """Number format of weights and activations in training. Transformer Engine refuses float32, so on GPUs it needs
-    layer_spec=cpu. Optimizer state is float32."""
+    """Number format of weights and activations in training. On GPUs, float32 needs layer_spec=cpu, because
+    Transformer Engine refuses float32. Optimizer state is always float32."""
     layer_spec: Literal["auto", "cpu", "transformer_engine"] = "auto"
-    """Implementation of the layers; auto: Transformer Engine if there is a GPU, else its CPU twin."""
+    """Implementation of the layers. auto: transformer_engine if the machine has a GPU, otherwise cpu, which computes
+    the same layers without Transformer Engine."""
     recompute: Recompute = "none"
-    """Activations to recompute in the backward pass: none, core attention (selective), or every layer (full)."""
+    """Activations that the backward pass computes again instead of storing them. selective: those of core attention.
+    full: those of every layer."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The layout of the processes."""
+"""Settings that divide the processes into parallel groups."""
 
 from dataclasses import dataclass
 
@@ -7,30 +7,37 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Training layout; the data-parallel size is world / (tensor x context x pipeline)."""
+    """Division of the training processes; the data-parallel size is world / (tensor x context x pipeline)."""
 
     tensor: int = 1
-    """Tensor-parallel ranks; must divide attention heads, KV heads and the padded vocabulary."""
+    """Number of tensor-parallel ranks. It must divide the numbers of attention heads and KV heads and the size of the
+    padded vocabulary."""
     sequence: bool = False
-    """Sequence parallelism within each tensor-parallel group; needs tensor > 1."""
+    """Use sequence parallelism within each tensor-parallel group; needs tensor > 1."""
     context: int = 1
-    """Context-parallel ranks; each holds 1 / context of every trajectory's tokens and all layers of its stage."""
+    """Number of context-parallel ranks. Each rank holds 1 / context of every trajectory's tokens, and all layers of
+    its pipeline stage."""
     expert: int = 1
-    """Expert-parallel ranks of a mixture of experts, each with its share of every layer's experts; must divide the
-    experts and the ranks of a pipeline stage (tensor x context x data-parallel). A dense model needs 1."""
+    """Number of expert-parallel ranks in a mixture of experts. Each rank holds 1 / expert of every layer's experts.
+    The number must divide the number of experts and the number of ranks of a pipeline stage, which is tensor x
+    context x data-parallel. A dense model needs 1."""
     pipeline: int = 1
-    """Pipeline stages; must divide the number of layers, unless first_stage_layers or last_stage_layers is set."""
+    """Number of pipeline stages. It must divide the number of layers, unless first_stage_layers or last_stage_layers
+    is set."""
     virtual: int = 1
-    """Model chunks per pipeline stage (interleaved 1F1B); must divide every stage's layers; needs pipeline > 1."""
+    """Number of model chunks per pipeline stage (interleaved 1F1B). It must divide the number of layers of every
+    stage. A number > 1 needs pipeline > 1."""
     first_stage_layers: int = 0
-    """Layers of the first pipeline stage, which also holds the embedding; 0: the same as the others."""
+    """Number of layers in the first pipeline stage, which also holds the embedding; 0: as many as in the other
+    stages."""
     last_stage_layers: int = 0
-    """Layers of the last pipeline stage, which also holds the output layer; 0: the same as the others."""
+    """Number of layers in the last pipeline stage, which also holds the output layer; 0: as many as in the other
+    stages."""
     timeout_s: float = 7200.0
-    """Longest wait in one collective before the job ends, seconds."""
+    """Seconds that a rank waits in one collective before the job ends."""
     start_timeout_s: float = 300.0
-    """Longest wait at the start for the last rank to arrive, and again for all ranks to check their machines and to
-    connect, seconds."""
+    """At the start, seconds that ranks wait for the last rank to arrive. The same limit applies again until all ranks
+    have checked their machines and have connected."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "expert", "pipeline", "virtual"):
@@ -55,17 +62,17 @@ class ParallelConfig:
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one replica of the model."""
+        """Number of ranks that together hold one replica of the model."""
         return self.tensor * self.context * self.pipeline
 
     def stage_layers(self, num_layers: int) -> list[int]:
         """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        With virtual stages, chunk c of stage s holds stage_layers[s] / virtual layers, and the model passes through
-        all stages' chunk 0, then all stages' chunk 1, and so on.
+        If virtual > 1, each chunk of stage s holds stage_layers[s] / virtual layers. A forward pass then runs chunk 0
+        of every stage, then chunk 1 of every stage, and so on.
 
         Raises:
-            ConfigError: the layers cannot be divided so.
+            ConfigError: the layers cannot be divided over the stages and chunks that are set.
         """
         set_layers = self.first_stage_layers + self.last_stage_layers
         num_even = self.pipeline - (self.first_stage_layers > 0) - (self.last_stage_layers > 0)

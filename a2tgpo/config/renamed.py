@@ -1,4 +1,6 @@
-"""Renamed keys: refused in files and arguments, but accepted in the records of runs of earlier versions."""
+"""Keys that have been renamed. Files and arguments must use the new names; records of earlier versions' runs may use
+the old ones.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ RENAMED = {
     "search.on_outage": "tools.on_outage",
     "search.outage_limit_s": "tools.outage_limit_s",
 }
-"""New key by old key."""
+"""Maps each old key to its new key."""
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the keys of settings that an earlier version recorded (by dotted key) to those of this version."""
+    """Return `settings`, which an earlier version may have recorded by dotted key, with every old key renamed."""
     return {RENAMED.get(key, key): value for key, value in settings.items()}

@@ -1,4 +1,4 @@
-"""Additions to the outcome's reward."""
+"""Settings of the penalty that is added to the outcome reward."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,10 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     overlong_buffer_tokens: int = 0
-    """DAPO's soft overlong penalty grows over this many last tokens of rollout.max_response_tokens; 0: no penalty."""
+    """Number of last tokens before rollout.max_response_tokens over which DAPO's soft overlong penalty grows
+    linearly; 0: no penalty."""
     overlong_penalty: float = 1.0
-    """Penalty of a response of full length."""
+    """Penalty of a response that has rollout.max_response_tokens tokens."""
 
     def __post_init__(self) -> None:
         require(

@@ -1,4 +1,4 @@
-"""Multi-turn generation, its engine, and information gain."""
+"""Settings of the rollout: multi-turn generation, the engine, and information gain."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,28 +6,33 @@ from typing import Literal
 from a2tgpo.io.errors import require
 
 GPU_STEP_TOKENS = 8192
-"""Most tokens that an engine on a GPU runs in one step, prefill and decoding together. vLLM uses as many or more for
-offline generation, but 2,048 by default (vllm/engine/arg_utils.py, get_batch_defaults)."""
+"""Most tokens that an engine on a GPU runs in one engine step; prefill tokens and decoded tokens both count. vLLM's
+own default is at least as high for offline generation, but only 2,048 in general (vllm/engine/arg_utils.py,
+get_batch_defaults)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GainConfig:
-    """Information gain (Eq. 2-3)."""
+    """How information gain is computed (Eq. 2-3)."""
 
     measure: Literal["probability", "log_probability"] = "probability"
-    """Difference of probabilities (Eq. 3), or of mean log-probs as in the authors' released code."""
+    """probability: the gain is a difference of probabilities (Eq. 3). log_probability: the gain is a difference of
+    mean log-probs, as in the authors' released code."""
     answer_reduction: Literal["first", "max"] = "first"
-    """Score the first gold answer, or the most probable alias at every turn (max)."""
+    """first: score only the first gold answer. max: score all aliases, and take the most probable one at every
+    turn."""
     max_aliases: int = 8
-    """Aliases to score with answer_reduction=max; an alias too long to score in every context is left out."""
+    """Largest number of aliases that answer_reduction=max scores. An alias that would be too long after the longest
+    context is left out."""
     scaffold: str = "</think> <answer> \\boxed{"
-    """Text between a context and the gold answer, as the policy itself would open an answer. An initial </think> is
-    dropped where no thought is open, an initial <think> where one is."""
+    """Text that is inserted between a context and the gold answer, as the policy would write it to begin an answer.
+    If the text begins with </think>, this tag is left out after a context without an open thought. If the text begins
+    with <think>, this tag is left out after a context with an open thought."""
     verify_every: int = 0
-    """Steps between checks of the engine's scores by the trainer (`gain/engine_trainer_gap`); 0: never. A check takes
-    less memory than an update (docs/performance.md)."""
+    """Steps between checks in which the trainer scores gold answers too and compares its scores with the engine's
+    (`gain/engine_trainer_gap`); 0: no checks. A check takes less memory than an update (docs/performance.md)."""
     verify_trajectories: int = 4
-    """Trajectories of each data-parallel replica that a check scores."""
+    """Number of trajectories that a check scores on each data-parallel replica."""
 
     def __post_init__(self) -> None:
         for name in ("max_aliases", "verify_trajectories"):
@@ -43,19 +48,21 @@ class GainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialConfig:
-    """Steps that do not wait for their longest trajectories; the next step continues these (docs/performance.md).
+    """Partial rollouts: a step does not wait for its longest trajectories; the next step continues them
+    (docs/performance.md).
 
-    Needs `algorithm.correction`, because the tokens of one trajectory then come from several policies.
+    Partial rollouts need `algorithm.correction`, because several policies then sample the tokens of one trajectory.
     """
 
     tokens_per_step: int = 0
-    """Sampled tokens after which a trajectory begins no further turn in this step; 0: every trajectory ends in its
-    step."""
+    """If a trajectory has sampled this many tokens in a step, it begins no further turn in that step. 0: no partial
+    rollouts, so every trajectory ends in the step that began it."""
     extra_prompts: int = 0
-    """Extra prompts kept in flight over all ranks, the upper bound of carried-over groups; at most
-    prompts_per_step."""
+    """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
+    At most this many groups are carried over to the next step."""
     max_staleness: int = 1
-    """Most steps between a trajectory's oldest turn and the step that trains on it."""
+    """Largest allowed number of steps between the one that sampled a trajectory's oldest turn and the one that trains
+    on the trajectory."""
 
     def __post_init__(self) -> None:
         require(self.tokens_per_step >= 0, "rollout.partial.tokens_per_step", self.tokens_per_step, ">= 0")
@@ -72,8 +79,9 @@ class PartialConfig:
         return self.tokens_per_step > 0
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if a set is so small that a question could be drawn again while it is in flight."""
-        # The sampler checks only at an epoch's start which questions are in flight, and then moves them to its end.
+        """Raise `ConfigError` if the set has so few questions that one could be drawn again while it is in flight."""
+        # The sampler checks only at the start of an epoch which questions are in flight; it moves these to the
+        # epoch's end.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -86,52 +94,58 @@ class PartialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """One step's trajectories."""
+    """Limits of a step's rollout, and settings of its engines."""
 
     prompts_per_step: int = 64
-    """Prompts per step over all ranks; must be a multiple of the number of engines (paper: 64)."""
+    """Number of prompts per step over all ranks (paper: 64). It must be a multiple of the number of engines."""
     group_size: int = 16
-    """Trajectories per prompt, G (paper: 16)."""
+    """G, the number of trajectories per prompt (paper: 16)."""
     dynamic_sampling: bool = False
-    """DAPO: drop groups whose outcome rewards are all equal, and draw other prompts until the step is full."""
+    """Dynamic sampling of DAPO: drop every group whose outcome rewards are all equal, and draw further prompts until
+    the step has prompts_per_step groups."""
     max_draws: int = 10
-    """Most draws of prompts in a step with dynamic_sampling; dropped groups then fill the rest."""
+    """Largest number of times that dynamic_sampling draws prompts in one step. If groups are still missing then,
+    groups that were dropped take their places."""
     temperature: float = 1.0
     """Sampling temperature T (paper: 1.0). Ratios, KL, entropy and likelihood use the sampling distribution
     softmax(logits / T); information gain uses temperature 1."""
     top_p: float = 1.0
-    """Nucleus sampling threshold, only for evaluation with samples; training needs 1.0 (paper: 1.0)."""
+    """Threshold of nucleus sampling. Training needs 1.0 (paper: 1.0); only an evaluation with samples may use
+    less."""
     max_turns: int = 6
-    """Most tool calls of a trajectory (paper: 6); one more call ends it."""
+    """Largest number of tool calls in a trajectory (paper: 6). If the policy tries one more call, the trajectory
+    ends."""
     max_turn_tokens: int = 1024
-    """Longest single generation, tokens."""
+    """Largest number of tokens that the policy may sample in one turn."""
     max_response_tokens: int = 6192
-    """Sampled and observation tokens of one trajectory together (paper: 6192)."""
+    """Largest sum of sampled tokens and observation tokens in one trajectory (paper: 6192)."""
     tensor_parallel: int = 1
-    """Ranks that share one engine."""
+    """Number of ranks that share one engine."""
     check_lockstep_every: int = 1
-    """Engine passes between comparisons of what the ranks of one engine have scheduled, sampled and freed; 0: never.
-    With 1, a difference ends the run with one line before it does harm; with more, it may break a pass first."""
+    """Number of engine passes after which the ranks of one engine compare which requests they have scheduled and
+    freed and which tokens they have sampled; 0: never. With 1, a difference ends the run with one line before it does
+    harm. With a larger number, the engine may fail first."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the engine's weights; auto: the model's."""
+    """Number format of the engine's weights; auto: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
-    """Quantise linear layers to e4m3 whenever weights are loaded, only on GPUs. One scale covers 128x128 weights or
-    128 activations (fp8), or a row of weights or a token (fp8_per_channel)."""
+    """Quantise linear layers to e4m3 whenever weights are loaded; only on GPUs. fp8: 128x128 weights share a scale,
+    as do 128 activations. fp8_per_channel: a row of weights shares a scale, as do all activations of a token."""
     max_concurrent: int = 256
-    """Trajectories that one engine decodes at a time."""
+    """Largest number of trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
-    """Memory for the KV cache on each rank of the engine, GiB. 0, only on GPUs: chosen with `gpu_memory_fraction`, or
-    the rest of a fraction that is set, as vLLM measures it at the start."""
+    """GiB of memory for the KV cache on each rank of the engine. 0 is allowed only on GPUs. If gpu_memory_fraction is
+    0 too, the plan then chooses both; otherwise the KV cache gets the memory that vLLM, at the start, finds unused in
+    that fraction."""
     gpu_memory_fraction: float = 0.0
-    """The engine's share of the GPU, which must be free when the engine starts. 0: the plan chooses a share that
-    leaves a tenth of the GPU free in the rollout; `tools/plan.py` and a dry run print it."""
+    """Share of the GPU's memory for the engine. This share must be free when the engine starts. 0: the plan chooses a
+    share that leaves a tenth of the memory free during the rollout; `tools/plan.py` and a dry run print the share."""
     block_size: int = 0
-    """Tokens in one KV block; 0: 32 on CPUs, 16 on GPUs."""
+    """Number of tokens in one block of the KV cache; 0: 32 on CPUs, 16 on GPUs."""
     enforce_eager: bool = False
-    """Skip graph capture and compilation; always on without a GPU."""
+    """Make vLLM skip graph capture and compilation. Without a GPU, vLLM always skips them."""
     async_scheduling: bool = False
-    """Let vLLM schedule the next engine step while the GPU computes this one. Off until measured on a GPU:
-    `tools/gpu_check.py --checks engine_speed` compares tokens and speed."""
+    """Let vLLM schedule the next engine step while the GPU computes the present one. The default is false until this
+    has been measured on a GPU: `tools/gpu_check.py --checks engine_speed` compares tokens and speed."""
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
 
@@ -168,7 +182,7 @@ class RolloutConfig:
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
             "all carried-over groups",
         )
-        # vLLM raises lower temperatures to 0.01.
+        # If the temperature is below 0.01, vLLM uses 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
@@ -185,8 +199,9 @@ class RolloutConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if trajectories could be played but not trained on."""
-        # The engine gives tokens outside the nucleus probability 0, but the trainer does not: a biased gradient.
+        """Raise `ConfigError` if trajectories could be played, but training on them would be wrong."""
+        # The engine gives tokens outside the nucleus probability 0, but the trainer does not, so the gradient would
+        # be biased.
         require(
             self.top_p == 1,
             "rollout.top_p",

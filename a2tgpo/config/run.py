@@ -1,4 +1,4 @@
-"""The run as a whole (length, seed, output, evaluation, checkpoints) and the root of the configuration."""
+"""`RunConfig`, which contains all sections of the configuration, and its sections run, evaluation and checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,28 +22,30 @@ from a2tgpo.io.errors import require
 
 MAX_NAME_BYTES = 200
 SCORED_ANSWER_TOKENS = 64
-"""Room for the scaffold and the gold answer after a response of full length."""
+"""Number of tokens reserved for the scaffold and the gold answer, in case a response has its full length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     name: Expanded
-    """Name of the run's folder, `root`/`name`; at most 200 bytes in UTF-8."""
+    """Name of the run, at most 200 bytes in UTF-8. The run's folder is `root`/`name`."""
     root: Expanded = "runs"
-    """Folder that holds the runs."""
+    """Folder that contains the folders of all runs."""
     steps: int = 240
-    """Training steps (paper: about 240)."""
+    """Number of training steps (paper: about 240)."""
     seed: int = 0
-    """Seed of prompts, rollouts and initial state, below 2^32; results do not depend on the layout."""
+    """Seed, below 2^32, for the choice of prompts, the sampling of rollouts, and the initial state. Results do not
+    depend on how the processes are laid out."""
     log_rollouts: int = 8
-    """Trajectories per step, the best and the worst, shown as text in TensorBoard; rollouts/ has all of them."""
+    """Number of trajectories per step that TensorBoard shows as text: half of them the best, half the worst. The
+    run's folder rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
-    """Disk space of recorded rollouts, GB. Beyond it, the oldest steps that a checkpoint covers are removed, every
-    hundredth step last; 0: no limit."""
+    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps are removed, but only
+    steps before the newest checkpoint. Steps that are multiples of 100 are removed last."""
 
     def __post_init__(self) -> None:
         require(
-            # File systems allow 255 bytes; "name.previous_12" and "name-warmstart" need some of them.
+            # File systems allow names of 255 bytes, but "name.previous_12" and "name-warmstart" are longer than name.
             0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name
@@ -53,7 +55,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # NumPy's generator, which vLLM also seeds, accepts no larger seed.
+        # vLLM passes the seed to NumPy's generator too, which accepts no larger one.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -62,12 +64,14 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 10
-    """Steps between evaluations; 0: only after the last step, and with `at_start` before the first."""
+    """Number of steps between evaluations. 0: evaluate only after the last step and, if `at_start` is true, before
+    the first."""
     at_start: bool = True
-    """Evaluate the untrained policy as the baseline."""
+    """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
-    """Questions to use, the same for all seeds; 0: all of data.test. Each `data_source` and each number of `hops`
-    contributes its share, its first questions first; questions with neither are taken evenly over the file."""
+    """Number of questions of data.test that an evaluation uses, the same for all seeds; 0: all. Every combination of
+    `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that have neither
+    field are taken at equal distances from the file."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, ">= 0")
@@ -77,22 +81,26 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 20
-    """Steps between checkpoints; 0: only after the last step."""
+    """Number of steps between checkpoints; 0: only after the last step."""
     keep: int = 2
-    """Newest checkpoints kept whole; a run resumes from these."""
+    """Number of newest checkpoints that are kept whole. A run resumes from these."""
     keep_every: int = 0
-    """Keep the weights of older checkpoints whose step is a multiple of this; 0: of none."""
+    """If an older checkpoint's step is a multiple of this number, its weights are kept; 0: no such weights are
+    kept."""
     keep_gb: float = 0.0
-    """Disk space of older checkpoints' weights, GB; the oldest are removed, but never the best. 0: no limit."""
+    """GB of disk space for the weights of older checkpoints; 0: no limit. If they need more, the oldest are removed,
+    but never those of the best checkpoint."""
     keep_previous: int = 0
-    """Newest folders NAME.previous_N to keep when --resume none sets another one aside; 0: all."""
+    """A start with --resume none renames an existing folder of the run to NAME.previous_N. This number of the newest
+    folders with such names is kept; 0: all of them."""
     max_failures: int = 3
-    """Consecutive saves that may fail, for example for lack of space, before the run ends."""
+    """Number of consecutive saves that may fail, for example because the disk is full, before the run ends."""
     margin_s: float = 120.0
-    """Seconds kept free before the end of a Slurm job (SLURM_JOB_END_TIME), in addition to the longest update and
-    save so far."""
+    """A run in a Slurm job stops early enough to save before the job's end (SLURM_JOB_END_TIME). It reserves the time
+    of the longest update and save so far, and in addition this many seconds."""
     best_by: Literal["em", "em_format_gated", "f1", "none"] = "em"
-    """Held-out score that decides which checkpoint is the best; its weights are kept."""
+    """The checkpoint with the highest value of this held-out score is the best checkpoint, and its weights are kept.
+    none: no checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -181,7 +189,7 @@ class RunConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if the configuration could be played but would teach nothing, or something wrong."""
+        """Raise `ConfigError` if rollouts could be played, but training on them would have no effect or be wrong."""
         self.rollout.check_training()
         require(
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
@@ -199,5 +207,5 @@ class RunConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Longest sequence that the engine must hold, tokens: prompt, response, and a gold answer scored after it."""
+        """Tokens of the longest sequence that the engine runs: a prompt, a response, and a gold answer to score."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens + SCORED_ANSWER_TOKENS

@@ -1,4 +1,4 @@
-"""The search tool's source of passages, and how it queries a retrieval server."""
+"""Settings of the search tool: the source of its passages, and the limits of requests to a retrieval server."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,32 +9,36 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The source of passages: an index in the run's own processes, or a retrieval server."""
+    """The source of passages is an index in the run's own processes or a retrieval server."""
 
     backend: Literal["bm25", "http"] = "bm25"
-    """bm25 (each process indexes `corpus`) or http (a Search-R1 compatible server at `url`)."""
+    """bm25: each process builds an index of `corpus`. http: a server at `url` that is compatible with Search-R1."""
     corpus: Expanded = ""
-    """With bm25: JSONL file of passages, each with `id` and `contents` ("title"\\ntext)."""
+    """JSONL file of passages, needed with bm25. Each passage has `id` and `contents` ("title"\\ntext)."""
     url: Expanded = ""
-    """With http: address of the retrieval server's endpoint, e.g. http://127.0.0.1:8000/retrieve."""
+    """Address of the retrieval server's endpoint, needed with http, for example http://127.0.0.1:8000/retrieve."""
     url_file: Expanded = ""
-    """Instead of `url`: file with that address, as `tools/retrieval_server.py --url-file` writes it. The client reads
-    it again when the server does not answer, so that the server may move."""
+    """File that contains the server's address, in place of `url`; `tools/retrieval_server.py --url-file` writes it.
+    The client reads the file again if the server does not answer, so that the server may move to another address."""
     top_k: int = 3
-    """Passages returned for a query (paper: 3)."""
+    """Number of passages that a query returns (paper: 3)."""
     request_timeout_s: float = 30.0
-    """Longest wait for the server's answer to one request, seconds."""
+    """Seconds that one request waits for the server's answer."""
     max_attempts: int = 3
-    """Attempts of one query, within seconds of each other, before the server counts as out of service."""
+    """Number of times that a query is sent within a few seconds. If none is answered, the server counts as out of
+    service."""
     break_after: int = 16
-    """Consecutive failures that open the circuit breaker: further searches fail at once."""
+    """After this many consecutive failures the circuit breaker opens, and further searches fail at once."""
     break_s: float = 15.0
-    """Seconds that the circuit breaker stays open before one trial query, and again after a trial that fails."""
+    """Seconds until an open circuit breaker lets one trial query pass. If the trial fails, the breaker stays open for
+    this time again."""
     token_file: Expanded = ""
-    """File with the bearer token that the server requires; empty: A2TGPO_SEARCH_TOKEN in the environment, if set."""
+    """File that contains the bearer token which the server requires. If empty, the environment variable
+    A2TGPO_SEARCH_TOKEN is used if it is set."""
     max_shortfall: float = 8.0
-    """Before a run on GPUs, the pre-flight measures the server for a few seconds. It warns if the server answers
-    fewer queries a second than the planned rollout needs, and refuses the run beyond this factor; 0: never."""
+    """Before a run on GPUs, the pre-flight measures for a few seconds how many queries a second the server answers.
+    If the planned rollout needs more, the pre-flight warns. If it needs more than max_shortfall times as many, the
+    run is refused; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_attempts", "break_after"):
@@ -47,7 +51,7 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # Do not use `require`: its message would show the secret.
+        # `require` is not used here because its message would show the password.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError(
                 "search.url contains a user name or password; use search.token_file for a token"
@@ -55,11 +59,15 @@ class SearchConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Longest search, seconds: all attempts, one trial of another query, and the waits between them."""
+        """Upper limit of the seconds that one search takes. They include all its attempts, the wait for one trial of
+        another query, and the waits between attempts.
+        """
         return 2 * self.request_timeout_s * (self.max_attempts + 1)
 
     def require_source(self) -> None:
-        """Raise `ConfigError` unless the backend's source is named; only for runs that offer the search tool."""
+        """Raise `ConfigError` if the source that `backend` needs is not set; called only if the run has the search
+        tool.
+        """
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:

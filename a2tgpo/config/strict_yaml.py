@@ -1,4 +1,4 @@
-"""Read YAML strictly: every key and number has one meaning, and a file stands for no more than its own text."""
+"""Read YAML strictly: reject keys and numbers with two possible meanings, and aliases that expand to large values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.text_file import decode
 
-# YAML 1.1 reads 012 as 10. (0x1f and 0b11 show their base, so they are allowed.)
+# YAML 1.1 reads 012 in base 8, as 10. 0x1f and 0b11 are allowed because their prefixes show the base.
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Reject more than `yaml.safe_load`, which rejects tags that make objects.
+    """Loads YAML like `yaml.safe_load`, which rejects tags that create Python objects, but rejects more.
 
-    Also rejects duplicate keys, aliases of lists and mappings (nested aliases grow exponentially), integers too long
-    for a message, and numbers that YAML 1.1 reads in base 8 or 60.
+    Also rejects duplicate keys, integers past 2^1024, and numbers that YAML 1.1 reads in base 8 or 60. Rejects
+    aliases of lists and mappings, because nested aliases expand exponentially.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -75,7 +75,7 @@ _FAULTS = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def read_value(text: str) -> Any:
-    """Return the value of one YAML text; `text` itself if it is not valid YAML."""
+    """Return the value that `text` has as YAML; if `text` is not valid YAML, return `text` itself."""
     try:
         return _StrictLoader(text).get_single_data()
     except _FAULTS:
@@ -83,10 +83,11 @@ def read_value(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping in the YAML file `path`; empty for an empty file.
+    """Return the mapping in the YAML file `path`; if the file is empty, return an empty mapping.
 
     Raises:
-        ConfigError: one line that names the file and the place.
+        ConfigError: the file cannot be read, is not valid YAML, or has no mapping; the message is one line that names
+            the file and, if known, the place in the file.
     """
     try:
         content = _StrictLoader(decode(path.read_bytes(), str(path))).get_single_data()

@@ -1,4 +1,4 @@
-"""The optimizer, and the division of a step's trajectories into updates."""
+"""Settings of the optimizer, and of the division of a step's trajectories into mini-batches and micro-batches."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,31 +8,33 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """Optimisation of one step (paper, Table 3)."""
+    """Settings of the optimizer steps in one training step (paper, Table 3)."""
 
     prompts_per_minibatch: int = 8
-    """Prompts per optimizer step; must divide rollout.prompts_per_step (paper: 8)."""
+    """Number of prompts per optimizer step (paper: 8). It must divide rollout.prompts_per_step."""
     max_microbatch_tokens: int = 16384
-    """Most tokens packed into one forward pass; a longer trajectory gets its own micro-batch."""
+    """Largest number of tokens that are packed into one forward pass. A longer trajectory gets its own
+    micro-batch."""
     lr: float = 1e-6
-    """Peak learning rate (paper: 1e-6)."""
+    """Highest learning rate (paper: 1e-6)."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay of the learning rate after the warm-up."""
+    """Shape of the learning rate's decay after the warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
+    """Number of optimizer steps in which the learning rate rises linearly to lr."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
-    """Global gradient norm to which larger gradients are scaled down; 0: no scaling."""
+    """If the global gradient norm is larger than this, the gradient is scaled down to this norm; 0: no scaling."""
     distributed_optimizer: bool = True
-    """Shard optimizer state over the data-parallel ranks."""
+    """Divide the optimizer state over the data-parallel ranks, instead of storing all of it on every rank."""
     offload: bool = True
-    """Move what a phase does not need from the GPU to host memory; during the rollout the whole trainer.
-    `tools/plan.py` prints how much host memory this takes. false: weights and optimizer state stay on the GPU."""
+    """In every phase, move the trainer's state that the phase does not need from the GPU to host memory. During the
+    rollout this is all of the trainer's state. `tools/plan.py` prints how much host memory this takes. false: weights
+    and optimizer state stay on the GPU."""
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_minibatch", "max_microbatch_tokens"):

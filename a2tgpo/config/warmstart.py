@@ -1,4 +1,4 @@
-"""Supervised warm start on demonstrations (launch/warmstart.py)."""
+"""Settings of the warm start, which is supervised training on demonstrations (launch/warmstart.py)."""
 
 from dataclasses import dataclass
 
@@ -9,29 +9,32 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class WarmstartConfig:
     source: Expanded = ""
-    """Hugging Face folder of the model to start from; the warm-started model is written to model.path."""
+    """Hugging Face folder of the model with which the warm start begins. The warm-started model is written to
+    model.path."""
     demonstrations: Expanded = ""
-    """JSONL of demonstrations (docs/warmstart.md)."""
+    """JSONL file of demonstrations (docs/warmstart.md)."""
     steps: int = 200
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 64
-    """Demonstrations per optimizer step over all ranks."""
+    """Number of demonstrations per optimizer step over all ranks."""
     lr: float = 0.0
-    """Peak learning rate; linear warm-up over a tenth of the steps, cosine decay to a tenth of the peak. 0: chosen by
-    the model's size, 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
+    """Highest learning rate. The rate rises linearly over the first tenth of the steps, and then falls along a cosine
+    to a tenth of this value. 0: the highest rate is 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
     weight_decay: float = 0.01
     observation_weight: float = 0.0
-    """Weight of prompt and observation tokens in the loss; the policy's own tokens have weight 1. It helps an
-    untrained model learn to copy; use 0 for pre-trained models."""
+    """Weight of prompt tokens and observation tokens in the loss; tokens that the policy writes have weight 1. A
+    weight above 0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
     fp8: bool = False
-    """Compute in FP8 as `model.fp8` sets it; false: compute in model.dtype despite `model.fp8`."""
+    """true: compute in FP8 if `model.fp8` turns it on. false: compute in model.dtype, whatever `model.fp8` says."""
     held_out: float = 0.02
-    """Share of the questions whose demonstrations are held out of training and give `warmstart/held_out_loss`."""
+    """Share of the questions whose demonstrations are not used for training. The metric `warmstart/held_out_loss` is
+    the loss of these demonstrations."""
     evaluate_every: int = 50
-    """Steps between held-out losses; 0: only before the first and after the last step, which always have one."""
+    """Number of steps between two computations of the held-out loss, which is also computed before the first step and
+    after the last one. 0: only these two."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; the newest is kept until model.path is written. 0: only at a stop and after the last
-    step."""
+    """Number of steps between checkpoints; only the newest is kept, until model.path is written. 0: a checkpoint is
+    written only if the warm start is stopped, and after the last step."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")

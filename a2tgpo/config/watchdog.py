@@ -1,38 +1,46 @@
-"""Time limits of the start and of a step's stages."""
+"""Time limits of a start's stages and of a step's stages."""
 
 from dataclasses import dataclass, fields
 
 from a2tgpo.io.errors import require
 
 STARTUP = ("assemble", "restore")
-"""Stages of a start after the ranks have met."""
+"""Stages of a start that follow the rendezvous of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """Longest time that a rank may spend in a stage, seconds, from its own entry; 0: no limit.
+    """Longest time, in seconds, that a rank may spend in a stage, counted from the moment when this rank enters the
+    stage; 0: no limit.
 
-    After a rank has completed a stage once, its limit is `slack` times the longest duration so far, but at least
-    `min_s` and at most the stage's limit.
+    If a rank has completed a stage before, a shorter limit applies: `slack` times the stage's longest duration so
+    far, but at least `min_s` and at most the stage's own limit.
 
-    A rank that waits for another is itself in a stage, so the shortest limit finds a rank that hangs. No limit should
-    exceed parallel.timeout_s; otherwise the collectives time out first, and they cannot name the cause.
+    If one rank hangs, others wait for it in stages of their own, and the shortest of these limits ends the job. No
+    limit should exceed parallel.timeout_s, because collectives would then time out first, and their errors do not
+    name the cause.
     """
 
     rollout_s: float = 7200.0
-    """Rollout, including gains."""
+    """Limit of the rollout, which includes the computation of gains."""
     evaluation_s: float = 7200.0
+    """Limit of an evaluation."""
     score_s: float = 3600.0
+    """Limit of scoring the trajectories with the trainer."""
     update_s: float = 3600.0
+    """Limit of a step's optimizer steps."""
     startup_s: float = 3600.0
-    """Building the model and the engine; the same limit again for reading the checkpoint."""
+    """Limit of building the model and the engine. The same limit applies separately to reading the checkpoint."""
     other_s: float = 2400.0
-    """Any other stage, including the wait for other ranks' rollouts, and the time between stages."""
+    """Limit of any other stage, also of the stage in which a rank waits for other ranks' rollouts, and of the time
+    between two stages."""
     slack: float = 10.0
-    """0: the stages' limits always apply unchanged."""
+    """Factor of a stage's longest duration so far that gives its shorter limit. 0: no shorter limits."""
     min_s: float = 300.0
+    """Lower bound, in seconds, of the limits that `slack` gives."""
     slow_ratio: float = 1.5
-    """Warn if one rank's rollout takes this many times the median rank's in `slow_steps` consecutive steps."""
+    """If one rank's rollout takes more than this many times as long as the median rank's, the rank is slow. A warning
+    names a rank that is slow in `slow_steps` consecutive steps."""
     slow_steps: int = 5
 
     def __post_init__(self) -> None:
@@ -49,7 +57,7 @@ class WatchdogConfig:
         require(self.slow_steps >= 1, "watchdog.slow_steps", self.slow_steps, ">= 1")
 
     def deadline(self, stage: str) -> tuple[str, float]:
-        """Return the field that limits `stage`, and its seconds."""
+        """Return the dotted key of the field that limits `stage`, and that field's value in seconds."""
         by_stage = {"rollout": self.rollout_s, "evaluation": self.evaluation_s, "score": self.score_s}
         by_stage["update"] = self.update_s
         if stage in STARTUP:

@@ -1,6 +1,6 @@
-"""Write files and folders atomically: write beside the target, sync to disk, then rename.
+"""Write files and folders atomically: write a new file beside the target, sync it to disk, then rename it.
 
-A failed write, for example on a full disk, leaves no partial file, and its error names the path.
+If a write fails, for example because the disk is full, no partial file remains, and the error names the path.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _SUFFIX = ".unfinished"
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` when the block ends; create its folder if it is missing.
+    """Open a new file that replaces `path` when the block ends. If the folder of `path` is missing, create it.
 
     A reader finds either the old or the new content, even after a power cut. If the block raises, the old content
     stays and the unfinished file is removed.
 
     Args:
-        writer: names this process if several may write `path` at the same time.
+        writer: a name of this process, needed if several processes may write `path` at the same time.
 
     Raises:
-        OSError: the file cannot be written; names `path`. Some faults appear only when the file is closed, for
-            example on NFS with a full disk.
+        OSError: the file cannot be written; the error names `path`. Some faults appear only when the file is closed,
+            for example when an NFS server's disk is full.
     """
     fresh = path.with_name(f"{path.name}{writer}{_SUFFIX}")
     with naming(path), _removed_on_failure(fresh):
@@ -44,13 +44,13 @@ def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a new folder that replaces `path` when the block ends; the old folder is then removed.
+    """Create a new folder that replaces `path` when the block ends, and then remove the old folder.
 
     Yields:
-        The folder to fill, beside `path`.
+        The new folder, which the block fills. It lies in the same parent folder as `path`.
 
     Raises:
-        OSError: the folder cannot be written; names `path` or the file within.
+        OSError: the folder cannot be written; the error names `path` or the file in it.
     """
     fresh, replaced = folders_beside(path)
     with naming(path), _removed_on_failure(fresh):
@@ -63,12 +63,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def folders_beside(path: Path) -> tuple[Path, Path]:
-    """Return the folder in which a new `path` is filled, and the name of the old one while it is replaced."""
+    """Return two folders beside `path`: one in which its new content is prepared, and one to which the old `path` is
+    moved during the replacement.
+    """
     return path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
 
 
 def put_folder_in_place(path: Path) -> None:
-    """Replace `path` by the folder that was filled beside it."""
+    """Replace `path` by the first folder of `folders_beside`, which the caller has filled."""
     fresh, replaced = folders_beside(path)
     if path.exists():
         os.replace(path, replaced)
@@ -78,18 +80,18 @@ def put_folder_in_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in UTF-8, atomically."""
+    """Replace the file `path` atomically by one that contains `text` in UTF-8."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace `path` by `content` as indented JSON, atomically."""
+    """Replace the file `path` atomically by one that contains `content` as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the folder, so that its new names survive a power cut."""
+    """Sync the folder to disk, so that files renamed or created in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,13 +101,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file name `path` to an OSError without one, such as a write raises."""
+    """If the block raises an OSError without a file name, as writing to an open file does, add the name `path`."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
-        # NumPy raises some OSErrors with a text only.
+        # NumPy raises some OSErrors that have a text but no error number.
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 

@@ -1,4 +1,4 @@
-"""Read JSONL files, with errors that name the line, and write them atomically."""
+"""Read JSONL files, and write them atomically. Errors while reading name the line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,14 +10,14 @@ from a2tgpo.io.text_file import decode_line, open_unpacked
 
 
 def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield (`"FILE line N"`, object) for every line that is not blank; one line is in memory at a time.
+    """Yield the pair (`"FILE line N"`, object) for every line that is not blank; keep only one line in memory.
 
     Args:
         path: UTF-8 file with one JSON object per line; may be compressed, see `open_unpacked`.
-        key: the configuration key or option that names the file, for error messages.
+        key: the configuration key or command-line option that names the file; error messages mention it.
 
     Raises:
-        ConfigError: one line; as `open_unpacked` and `parse_line`.
+        ConfigError: one line; raised in the same cases as by `open_unpacked` and `parse_line`.
     """
     with open_unpacked(path, key=key) as stream:
         for number, raw in enumerate(stream, start=1):
@@ -28,11 +28,11 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
 
 
 def parse_line(raw: bytes, where: str) -> dict | None:
-    """Parse the object in one line of a JSONL file, which may start with a byte order mark; None for a blank line.
+    """Return the object in one line of a JSONL file; None if the line is blank. A byte order mark is skipped.
 
     Raises:
-        ConfigError: one line that starts with `where`; the line is not UTF-8, not JSON, not an object, or contains a
-            lone surrogate.
+        ConfigError: one line that starts with `where`; the file's line is not UTF-8, is not JSON, is not an object,
+            or contains a lone surrogate.
     """
     line = decode_line(raw, where).strip()
     if not line:
@@ -52,7 +52,10 @@ def parse_line(raw: bytes, where: str) -> dict | None:
 
 
 def _is_encodable(record: dict) -> bool:
-    """Return False for a lone surrogate: JSON can escape one, but no tokenizer and no file can encode it."""
+    """Return False if the record contains a lone surrogate.
+
+    JSON can escape a lone surrogate, but no tokenizer and no file can encode it.
+    """
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -61,7 +64,11 @@ def _is_encodable(record: dict) -> bool:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """Return the text `record[name]`; ConfigError with `where` and `name` if it is missing, not a text, or blank."""
+    """Return the text `record[name]`.
+
+    Raises:
+        ConfigError: the field is missing, is not a text, or is blank; the message names `where` and `name`.
+    """
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         found = "missing" if name not in record else f"{value!r:.60}"
@@ -70,7 +77,9 @@ def text_field(record: dict, name: str, where: str) -> str:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Write JSONL atomically; an OSError names `path`."""
+    """Replace the file `path` atomically by one with a line of JSON for each record. If this fails, the OSError names
+    `path`.
+    """
     with atomic_file(path) as stream:
         for record in records:
             stream.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -1,4 +1,6 @@
-"""What the programs share: a parser, the overrides of a configuration, the exit code of a user's mistake."""
+"""Code that all programs share: create the argument parser, add the argument for overrides, and turn a user's mistake
+into an exit code.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,27 @@ from a2tgpo.io.exit_codes import BAD_CONFIG
 
 
 def program_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help is a program's docstring as it stands."""
+    """Return a parser whose help shows `description`, a program's docstring, with its line breaks unchanged."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the trailing overrides of a configuration; `parse_intermixed_args` lets them follow options."""
+    """Add a positional argument that takes any number of configuration overrides.
+
+    Parse with `parse_intermixed_args`; otherwise overrides that follow an option are rejected.
+    """
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"
     )
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Return `work`'s exit code (0 for None), or 2 and print one line after a user's mistake or a failed write."""
+    """Run `work` and return the exit code that it returns, or 0 if it returns None.
+
+    If `work` raises ConfigError or OSError (a user's mistake or a failed write), print one line and return 2.
+    """
     try:
         return work() or 0
     except ConfigError as error:

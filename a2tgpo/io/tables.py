@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write columns in the order of first appearance; missing and None values are empty."""
+    """Write `rows` as CSV with a header.
+
+    The columns appear in the order in which their names first occur in `rows`. If a row lacks a column's name or has
+    None there, the cell is empty.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -17,7 +21,7 @@ def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return the lines of a table, in which a `|` within a cell stays text."""
+    """Return a Markdown table as text. Every `|` within a cell is escaped, so that it does not end the cell."""
     lines = [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, *rows)
     ]
