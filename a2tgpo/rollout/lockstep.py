@@ -1,9 +1,9 @@
-"""A guard that compares the schedulers of the ranks that share an engine.
+"""A guard that compares the decisions of the schedulers on the ranks that share an engine.
 
-Each rank of the engine has its own scheduler. The ranks' forward passes meet in collectives, so the schedulers must
-take equal decisions; otherwise the collectives hang, or mix the activations of different tokens. The guard keeps a
-running hash of all decisions and compares it between the ranks twice in a pass: before the pass is computed, and
-before its tokens are used.
+Each rank of an engine has its own scheduler. The forward passes of the ranks meet in collectives, so all
+schedulers must take the same decisions. Otherwise the collectives hang, or they mix the activations of
+different tokens. The guard keeps a running hash of all decisions. It compares the hashes of the ranks twice in
+a pass: before the pass is computed, and before its tokens are used.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
-_HASH_BYTES = 7  # leaves room for the hash and its negative in int64
-# vLLM appends random characters to a request's id, different on every rank (vllm/v1/engine/input_processor.py).
+_HASH_BYTES = 7  # an int64 must hold both the hash and its negative
+# vLLM appends random characters to the id of a request. Every rank appends different ones
+# (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}
 
 
 class LockstepError(RuntimeError):
-    """The ranks of one engine took different decisions; one line, the same on all of them."""
+    """The ranks of one engine took different decisions. The message is one line, and the same on all ranks."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A scheduler's decision about several requests, in the scheduler's order."""
+    """A decision of a scheduler about several requests, in the order in which the scheduler took them."""
 
     number: int
-    """The engine's pass, from 1."""
+    """Number of the engine's pass, counted from 1."""
     kind: str
-    """What the scheduler did with the requests: scheduled | took from the cache | sampled | freed."""
+    """What the scheduler did with the requests. One of: scheduled, took from the cache, sampled, freed."""
     names: list[str]
-    """Ids of the requests."""
+    """Ids of the requests, in the scheduler's order."""
     values: list[Any]
-    """Per request, its number of tokens or its sampled ids; empty where only the order was decided."""
+    """For each request, its number of tokens or its sampled ids. Empty if the scheduler decided only the order."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.names} {self.values}"
 
 
 class Lockstep:
-    """Compare the decisions of vLLM's schedulers on the ranks of one engine.
+    """Compare the decisions that vLLM's schedulers take on the ranks of one engine.
 
-    All ranks of `group` must construct a `Lockstep` for their engine and step their engines alike.
+    All ranks of `group` must construct a `Lockstep` for their engine, and must step their engines in the same way.
 
     Args:
-        scheduler: this rank's vLLM scheduler; three of its methods are wrapped.
+        scheduler: vLLM's scheduler on this rank. Three of its methods are wrapped.
         group: CPU group of the ranks that share the engine.
-        every: passes between two comparisons.
+        every: number of passes from one comparison to the next.
     """
 
     def __init__(self, scheduler: Any, group: dist.ProcessGroup, *, every: int):
@@ -63,16 +64,16 @@ class Lockstep:
         self._num_passes = 0
         self._hash = hashlib.blake2b(digest_size=_HASH_BYTES)
         self._decisions: list[Decision] = []
-        """Since the last comparison."""
+        """Decisions of this rank since the last comparison."""
         self._watch(scheduler)
 
     def compare(self) -> None:
-        """Raise if the ranks' decisions differ; skip the passes that are not compared.
+        """Raise an error if the decisions of the ranks differ. Passes that are not to be compared are skipped.
 
         All ranks of the group must call this at the same point.
 
         Raises:
-            LockstepError: on all ranks of the group.
+            LockstepError: on all ranks of the group, if two ranks took different decisions.
         """
         if self._num_passes % self._every:
             return
@@ -122,10 +123,10 @@ class Lockstep:
 
 
 def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
-    """Describe the first decision on which two ranks differ, in one line.
+    """Describe, in one line, the first decision on which two ranks differ.
 
     Args:
-        by_rank: each rank's decisions since the last equal comparison.
+        by_rank: the decisions of each rank since the last comparison in which all were equal.
     """
     first, *others = by_rank
     for other in others:
@@ -143,7 +144,7 @@ def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
 
 
 def _numbered_texts(decisions: Iterable[Decision]) -> Iterable[tuple[int, str]]:
-    """Yield the number of the pass and the decision in words, request by request."""
+    """Yield (number of the pass, text of the decision) for each request of each decision."""
     for decision in decisions:
         for name, value in itertools.zip_longest(decision.names, decision.values):
             detail = "" if value is None else f" ({value}{_UNITS[decision.kind]})"

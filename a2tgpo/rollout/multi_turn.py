@@ -1,16 +1,16 @@
-"""The event loop of a rollout: all trajectories are in flight, each pauses only for its own tool call.
+"""The event loop of a rollout. All trajectories are in flight, and each pauses only for its own tool calls.
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
     eos          it ended the sequence, or its turn as the chat template would, without an answer
-    length       the turn's or the response's token budget is used up
-    context      the engine's longest sequence is reached
+    length       it used up the token budget of the turn or of the response
+    context      it is as long as the longest sequence that the engine allows
     max_turns    it called a tool once more than allowed
     empty_query  it called a tool with an empty query
-The turn in which that happens is the final one: it has neither query nor observation.
+The turn in which a trajectory ends is its final turn. A final turn has neither a query nor an observation.
 
-A trajectory with a budget may also pause. A paused trajectory has no stop reason and ends with an observation, from
-which a later call continues the trajectory.
+A trajectory with a budget may also pause. A paused trajectory has no stop reason. Its last tokens are an
+observation, from which a later call continues it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 HEARTBEAT_EVERY = 16
-"""Passes of the loop between two heartbeats, while the engine has work."""
+"""Number of passes of the loop between two heartbeats, while the engine has work."""
 MIN_TURN_TOKENS = 32
-"""Tokens that an observation leaves for the turn after it."""
+"""Number of tokens for which an observation must leave room, so that another turn can follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Budgets of one trajectory."""
+    """The limits that bound one trajectory."""
 
     max_turns: int
     max_turn_tokens: int
@@ -49,100 +49,102 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are sampled; `seed` and `version` enter every request's seed."""
+    """How tokens are sampled. `seed` and `version` are parts of the name from which each request's seed is
+    computed.
+    """
 
     temperature: float
-    """0: greedy."""
+    """Temperature of sampling. 0 means greedy sampling."""
     top_p: float
     seed: int
     version: int
-    """Version of the weights, see `Turn.version`."""
+    """Version of the weights (see `Turn.version`)."""
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
-        """Return the seed of one generation, which does not depend on the rank, the time or the other requests."""
+        """Return the seed of one generation. It does not depend on the rank, the time or the other requests."""
         if self.temperature == 0:
             return None
         prompt = group.prompt
         name = f"{self.seed}|{self.version}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
-        if group.begun not in (None, self.version):  # a new prompt may have the same index
+        if group.begun not in (None, self.version):  # a prompt of this step may have the same index
             name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") >> 1  # vLLM takes a signed 64-bit number
+        return int.from_bytes(digest, "big") >> 1  # vLLM's seed is a signed 64-bit number
 
 
 @dataclass(kw_only=True)
 class PromptGroup:
-    """The data that the trajectories of one prompt share."""
+    """The data that all trajectories of one prompt share."""
 
     prompt: Prompt
     aliases: list[list[int]]
-    """Token ids of the gold answers that are scored."""
+    """Token ids of the gold answers that are to be scored."""
     baseline: AnswerScore | None = None
-    """The gold answer's score after the prompt alone; None where nothing is scored."""
+    """Score of the gold answer after the prompt, before any turn. None if nothing is scored."""
     begun: int | None = None
-    """Version of the weights with which the group began; None: the present ones."""
+    """Version of the weights with which the group began. None means the current version."""
 
 
 @dataclass(kw_only=True)
 class LiveTrajectory:
-    """A trajectory in play."""
+    """A trajectory that this call plays."""
 
     group: PromptGroup
     trajectory: Trajectory
     tokens: TokenIds
-    """The whole sequence so far."""
+    """All tokens of the sequence so far."""
     scores: list[AnswerScore] = field(default_factory=list)
-    """The gold answer's score after each process turn."""
+    """Scores of the gold answer after each process turn."""
     open_call: tuple[str, str] = ("", "")
-    """Tool and query of the pending call."""
+    """Name of the tool and query of the call that is in progress."""
     num_known: int = 0
-    """Tokens of the sequence that the engine has computed."""
+    """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
-    """Sampled tokens in this call after which no further turn begins; None: no bound."""
+    """Once this call has sampled so many tokens, no further turn begins. None means that there is no bound."""
     num_past_turns: int = 0
-    """Turns played by earlier calls."""
+    """Number of turns that earlier calls played."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
-        """Sort key that puts first the trajectories that may take longest.
+        """A sort key that puts trajectories first that may take longest.
 
-        Trajectories without a budget come first, then those begun by earlier calls, then questions with the most
-        hops, if the question set gives their number.
+        Trajectories without a budget come first, then trajectories that earlier calls began. Within each of
+        these, questions with more hops come first if the question set gives the number of hops.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
     @property
     def new_turns(self) -> list[Turn]:
-        """The turns played by this call."""
+        """The turns that this call has played."""
         return self.trajectory.turns[self.num_past_turns :]
 
     @property
     def contexts(self) -> list[AnswerScore]:
-        """The gold answer's scores after the prompt and after each process turn; empty where nothing is scored."""
+        """Scores of the gold answer after the prompt and after each process turn. Empty if nothing is scored."""
         return [] if self.group.baseline is None else [self.group.baseline, *self.scores]
 
     @property
     def is_scored(self) -> bool:
-        """Whether the engine has returned all scores."""
+        """Whether the engine has returned all scores of this trajectory."""
         return not any(score.num_pending for score in self.contexts)
 
     @property
     def is_spent(self) -> bool:
-        """Whether the budget is used up."""
+        """Whether this call has used up the trajectory's budget."""
         return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
 
 
 class MultiTurnLoop:
-    """Play trajectories to their end, or until their budget is used up.
+    """Play trajectories until they end or have used up their budget.
 
     Args:
-        engine: idle at start and at the end.
-        tools: runs the tool calls.
-        syntax: syntax of a tool call.
-        observations: encodes the tools' answers as tokens.
+        engine: the engine, which must have no request when a rollout starts, and has none when it ends.
+        tools: the pool that runs the tool calls.
+        syntax: the syntax of a tool call.
+        observations: the encoder that converts answers of tools to tokens.
         stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
-        scorer: scores the gold answer after every observation; None: no scoring.
-        counts: counts this rollout, in addition to what they hold.
+        scorer: scores the gold answer after every observation. None means that nothing is scored.
+        counts: counts to which the counts of this rollout are added.
     """
 
     def __init__(
@@ -170,21 +172,23 @@ class MultiTurnLoop:
         self._generating: dict[str, LiveTrajectory] = {}
         self._calling: dict[int, LiveTrajectory] = {}
         self._ended: list[LiveTrajectory] = []
-        """Trajectories whose last token is sampled, but some of whose scores are still being computed."""
+        """Trajectories whose last token was sampled, and for which the engine still computes scores."""
         self._num_requests = 0
 
     def play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
-        """Play all of `live`; the engine works whenever any trajectory can continue.
+        """Play all trajectories in `live`. The engine works whenever at least one trajectory can continue.
 
-        Trajectories start in `LiveTrajectory.start_order`. A caller may close the iterator after any item; ranks that
-        share the engine must close theirs after the same item. Engine and tools then hold no request of this rollout.
+        Trajectories start in the order of `LiveTrajectory.start_order`. A caller may close the iterator after
+        any item. Ranks that share the engine must close their iterators after the same item. After the iterator
+        was closed, engine and tools hold no request of this rollout.
 
         Yields:
-            Each trajectory that ends, once all its scores are known; and None, a heartbeat, every `HEARTBEAT_EVERY`
-            passes and whenever all trajectories wait for tools. All ranks of the engine get the same items.
+            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat: it is yielded
+                every `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the
+                engine get the same items.
 
         Raises:
-            ToolFaultError: if a tool has a bug or hangs too often; engine and tools can then play again.
+            ToolFaultError: if a tool has a bug or hangs too often. Engine and tools can play again after this error.
         """
         try:
             yield from self._play(live)
@@ -229,7 +233,11 @@ class MultiTurnLoop:
         return finished
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
-        """Score the gold answer after the prompt, once per group, and in each context that earlier calls played."""
+        """Score the gold answer in all contexts that exist before this call plays a turn.
+
+        The context after the prompt is scored only once per group. The contexts after turns of earlier calls
+        are scored for each trajectory.
+        """
         group = live.group
         if group.baseline is None:
             group.baseline = scorer.submit(live.trajectory, 0, group.aliases)
@@ -254,7 +262,7 @@ class MultiTurnLoop:
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
-        """Append the sampled turn; then call a tool, or end the trajectory."""
+        """Append the sampled turn to the trajectory. Then call a tool or end the trajectory."""
         turn = Turn(
             tokens=TokenIds(output.tokens),
             rollout_logprobs=LogProbs(output.logprobs),
@@ -291,7 +299,7 @@ class MultiTurnLoop:
             self._calling[self._tools.submit(tool, query)] = live
 
     def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
-        """Append the observation, continue generating, and score the gold answer in the new context."""
+        """Append the observation, start the next generation, and score the gold answer in the new context."""
         tool, query = live.open_call
         if result.error is None:
             tokens = self._observations.encode(result.parts)
@@ -310,15 +318,15 @@ class MultiTurnLoop:
         if live.is_spent:
             self._count_turns(live)
             return
-        # Generation first: its prefill computes and caches the observation, so the scoring needs rows of the output
-        # head only for the scaffold and the answer.
+        # Submit the generation before the scoring. Its prefill computes and caches the observation, so the
+        # scoring needs rows of the output head only for the scaffold and the answer.
         self._generate(live)
         if self._scorer is not None:
             num_turns = live.trajectory.num_process_turns
             live.scores.append(self._scorer.submit(live.trajectory, num_turns, live.group.aliases))
 
     def _room(self, live: LiveTrajectory) -> tuple[int, str]:
-        """Return how many tokens may still be appended, and the stop reason once none may."""
+        """Return how many tokens may still be appended, and the stop reason that applies once none may."""
         num_response = len(live.tokens) - len(live.group.prompt.tokens)
         response_room = self._limits.max_response_tokens - num_response
         model_room = self._limits.max_model_len - len(live.tokens)

@@ -1,4 +1,6 @@
-"""Observations: tool answers as tokens, cut to a number of tokens and tokenised separately from the context."""
+"""Convert answers of tools to observation tokens. They are tokenised separately from the context, and cut if
+too long.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
-"""The character to which invalid bytes are decoded."""
+"""The character that a decoder writes in place of invalid bytes."""
 MAX_CHARACTER_TOKENS = 4
-"""Most tokens of one character: a character has at most 4 bytes in UTF-8, and a token at least one byte."""
+"""Largest number of tokens of one character. A character has at most 4 bytes in UTF-8, and a token at least one
+byte.
+"""
 
 
 class ObservationEncoder:
-    """Encode a tool's answer as the tokens appended to a trajectory.
+    """Encode the answer of a tool as the tokens that are appended to a trajectory.
 
-    The result has the protocol's tags and no other control token, for any answer.
+    Whatever the answer contains, the result has the protocol's tags and no other control token.
 
     Args:
-        tokenizer: the policy's.
-        syntax: the tags to write and to remove from answers.
-        max_part_tokens: each part of an answer is cut to this many tokens.
+        tokenizer: the policy's tokenizer.
+        syntax: the tags to write, and to remove from answers.
+        max_part_tokens: number of tokens to which each part of an answer is cut.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, syntax: CallSyntax, max_part_tokens: int):
@@ -44,11 +48,13 @@ class ObservationEncoder:
 
     @property
     def min_tokens(self) -> int:
-        """Number of tokens of the two tags."""
+        """Number of tokens of the two tags together."""
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:
-        """Shorten an observation's `tokens` to at most `room` >= `min_tokens`, keeping both tags."""
+        """Return `tokens` of an observation, cut to at most `room` tokens. Both tags are kept; `room` must be
+        >= `min_tokens`.
+        """
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens are too few for the result's tags"
@@ -60,15 +66,16 @@ class ObservationEncoder:
         tokens = self._literal.encode(text)
         if len(tokens) <= self._max_part_tokens:
             return text
-        # A cut inside a character of several tokens decodes to replacement characters: drop them.
+        # If the cut is inside a character of several tokens, its first tokens decode to replacement characters,
+        # so drop these.
         return self._decode(tokens[: self._max_part_tokens]).rstrip(REPLACEMENT)
 
     def _ends_a_character(self, tokens: list[int]) -> bool:
-        """Whether `tokens` end at the end of a character."""
+        """Return whether the last of `tokens` is the last token of a character."""
         return not self._decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
 
     def _decode(self, tokens: list[int]) -> str:
-        # Keep spaces before punctuation, which some tokenizers would remove.
+        # Some tokenizers would remove spaces before punctuation. This setting keeps them.
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _encode_result(self, body: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tool calls in the background; all ranks of an engine receive the answers in the same order."""
+"""Run tool calls in the background, so that all ranks of an engine receive the answers in the same order."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
 WAIT_S = 1.0
-"""Longest wait for an answer in one call of `ToolPool.results`; the caller has other work in between."""
+"""Seconds that one call of `ToolPool.results` waits at most. The caller has other work between two calls."""
 IDLE_S = 0.1
-"""Length of a wait in which every call is held, so that no thread can return an answer."""
+"""Seconds of one wait if every pending call is held. In that case, no thread can return an answer."""
 
 
 class ToolFaultError(RuntimeError):
-    """A tool has a bug, or hangs too often; one line, raised on all ranks that share the engine."""
+    """A tool has a bug or hangs too often. All ranks that share the engine raise it, with a message of one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
-    """The answer to one call."""
+    """The answer to one tool call."""
 
     key: int
-    """The key that `ToolPool.submit` returned."""
+    """The key that `ToolPool.submit` returned for the call."""
     parts: tuple[str, ...] = ()
     error: str | None = None
-    """Why the call failed, one line; None if it succeeded."""
+    """One line that says why the call failed. None if it succeeded."""
     is_late: bool = False
-    """Whether the call failed because it exceeded its deadline."""
+    """Whether the call failed because it took longer than its deadline."""
 
 
 class ToolPool:
-    """Run tool calls in threads and return their answers as they arrive.
+    """Run tool calls in threads, and return their answers as they arrive.
 
-    Where several ranks share an engine, only the first rank calls tools and reads the clock. The first rank also
-    broadcasts answers and faults, since the ranks' schedulers must see the same requests in the same order. All ranks
-    of `engine_group` must make the same calls in the same order.
+    If several ranks share an engine, only the first rank calls tools and reads the clock. It broadcasts answers
+    and faults to the other ranks, because the schedulers of all ranks must see the same requests in the same
+    order. All ranks of `engine_group` must make the same calls in the same order.
 
-    If the toolset has an outage limit, a call to an unavailable service is retried until the service answers; to the
-    other ranks the call just seems to take longer.
+    If the toolset has an outage limit, a call to an unavailable service is retried until the service answers.
+    The other ranks only notice that the call takes longer.
 
     Args:
         toolset: the tools and their limits.
         engine_group: the ranks that share the engine.
-        clock: monotonic, seconds; for deadlines and `waited_s`.
+        clock: returns monotonic seconds, which are used for deadlines and for `waited_s`.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class ToolPool:
         self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The state of the wait for a service, on all ranks of the engine; the caller enforces the limit."""
+        """The state of the wait for a service, equal on all ranks of the engine. The caller enforces the limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = engine_group.group
         self._leads = engine_group.is_leader
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0
-        """Time spent in `results` with `wait`, seconds."""
+        """Seconds spent in calls of `results` with `wait=True`."""
 
     def submit(self, name: str, text: str) -> int:
-        """Call the tool `name` with `text` and return the key of its answer, which is unique."""
+        """Call the tool `name` with `text`, and return a unique key that identifies the answer."""
         key = self._num_submitted
         self._num_submitted += 1
         self._pending.add(key)
@@ -91,10 +91,13 @@ class ToolPool:
         return key
 
     def results(self, *, wait: bool) -> list[ToolResult]:
-        """Return the answers that arrived since the last call; `wait`: wait up to `WAIT_S` for a first one.
+        """Return the answers that have arrived since the last call.
+
+        Args:
+            wait: whether to wait up to `WAIT_S` for an answer if none has arrived.
 
         Raises:
-            ToolFaultError: if a tool raised anything but `ToolError`, or too many calls hang.
+            ToolFaultError: if a tool raised an exception other than `ToolError`, or if too many calls hang.
         """
         if not self._pending:
             return []
@@ -112,18 +115,18 @@ class ToolPool:
         return arrived
 
     def drop_pending(self) -> None:
-        """Discard all calls made so far; none of their answers is returned."""
+        """Discard all calls made so far. Their answers will never be returned."""
         self._pending.clear()
         self._workers.drop_all()
         if self._held is not None:
             self._held.drop_all()
 
     def close(self) -> None:
-        """Drop the pending calls; threads that hang in a call end when it returns."""
+        """Discard the pending calls. A thread that hangs in a call ends when the call returns."""
         self._workers.close()
 
     def _collect(self, wait: bool) -> tuple[list[ToolResult], str | None]:
-        """Return the answers, and the fault that ends the run, if any."""
+        """Return the answers that have arrived, and the fault that ends the run, or None if there is no fault."""
         start = self._clock()
         try:
             calls = self._take(wait)
@@ -133,7 +136,7 @@ class ToolPool:
             return [], str(error)
 
     def _take(self, wait: bool) -> list[Call]:
-        """Return the ended calls that are not held; `wait`: wait up to `WAIT_S` for a first one."""
+        """Return the calls that have ended and are not held. If `wait`, wait up to `WAIT_S` for a first one."""
         if self._held is None:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():
@@ -153,7 +156,7 @@ class ToolPool:
 
 
 def _fault(name: str, error: Exception) -> str:
-    """Describe a tool's exception and where it was raised, in one line."""
+    """Describe, in one line, an exception of a tool and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     kind, text = type(error).__name__, first_line(error)

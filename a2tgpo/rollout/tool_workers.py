@@ -1,8 +1,9 @@
-"""Threads that run tool calls, any of which may hang.
+"""Threads that run tool calls. Any of these calls may hang.
 
-A call's deadline counts from its own start, not from its submission. When a call exceeds its deadline, its thread is
-abandoned and a new thread replaces it. The abandoned thread ends when its call returns; the late answer is dropped.
-The number of hanging threads is bounded. All threads are daemons, so a hanging thread does not keep the process.
+The deadline of a call counts from the time at which a thread starts the call, not from its submission. When a
+call exceeds its deadline, its thread is abandoned, and a new thread replaces it. The abandoned thread ends when
+its call returns, and the late answer is discarded. The number of hanging threads is bounded. All threads are
+daemons, so a hanging thread does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -14,41 +15,41 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 HUNG_PER_WORKER = 4
-"""Abandoned threads that may hang at a time, per worker."""
+"""Number of abandoned threads per worker that may hang at the same time."""
 
 
 class ToolsHangError(RuntimeError):
-    """Too many calls hang, so no more threads are started; one line."""
+    """So many calls hang that no more threads are started. The message is one line."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One call, from the queue to its outcome."""
+    """One tool call, from its submission to its outcome."""
 
     key: int
-    """Identifies the call in the results of `ToolWorkers.take`."""
+    """Key that identifies the call among the results of `ToolWorkers.take`."""
     name: str
-    """The tool, for messages."""
+    """Name of the tool, for messages."""
     run: Callable[[], Sequence[str]]
     started: float = 0.0
-    """When a thread took the call, by the workers' clock."""
+    """Time of the workers' clock at which a thread started the call."""
     parts: tuple[str, ...] = ()
-    """The call's return value."""
+    """The parts of the answer that the call returned."""
     error: Exception | None = None
-    """The exception that the call raised."""
+    """The exception that the call raised, if any."""
     is_late: bool = False
-    """Whether the call was abandoned at its deadline."""
+    """Whether the call was abandoned because it exceeded its deadline."""
     is_wanted: bool = True
-    """Whether the pool still waits for the outcome."""
+    """Whether the pool still waits for the outcome of the call."""
 
 
 class ToolWorkers:
-    """Run calls in up to `num_workers` threads at a time; one thread submits and takes.
+    """Run tool calls in up to `num_workers` threads. Only one thread may submit and take calls.
 
     Args:
-        num_workers: calls that run at a time, not counting hanging ones.
-        deadline_s: time from a call's start until the call is abandoned, seconds.
-        clock: monotonic, seconds.
+        num_workers: number of calls that run at the same time, not counting calls that hang.
+        deadline_s: seconds from the start of a call until the call is abandoned.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, num_workers: int, *, deadline_s: float, clock: Callable[[], float] = time.monotonic):
@@ -59,15 +60,15 @@ class ToolWorkers:
         self._has_work = threading.Condition(self._lock)
         self._has_outcome = threading.Condition(self._lock)
         self._queued: deque[Call] = deque()
-        self._running: list[Call] = []  # by start
+        self._running: list[Call] = []  # in the order in which they started
         self._ended: list[Call] = []
-        self._num_threads = 0  # threads that work or wait for work
-        self._num_hung = 0  # abandoned threads whose call has not returned
+        self._num_threads = 0  # threads that run a call or wait for one
+        self._num_hung = 0  # abandoned threads whose call has not returned yet
         self._closed = False
 
     @property
     def num_hung(self) -> int:
-        """Threads that hang in an abandoned call."""
+        """Number of threads that hang in an abandoned call."""
         return self._num_hung
 
     def submit(self, call: Call) -> None:
@@ -77,10 +78,12 @@ class ToolWorkers:
             self._has_work.notify()
 
     def take(self, *, timeout_s: float) -> list[Call]:
-        """Return the wanted calls that ended, then those that were abandoned, since the last `take`.
+        """Return the wanted calls that have ended or were abandoned since the last `take`.
+
+        The calls that have ended come first.
 
         Args:
-            timeout_s: longest wait for a first call, if any is pending; seconds.
+            timeout_s: seconds to wait at most for a first call, if any call is pending.
 
         Raises:
             ToolsHangError: if more threads hang than allowed.
@@ -88,7 +91,7 @@ class ToolWorkers:
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # A queued call still has its whole deadline.
+                # If no call is running, the deadline of a queued call has not begun, so the whole deadline is left.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))
@@ -96,7 +99,9 @@ class ToolWorkers:
             return outcomes
 
     def drop_all(self) -> None:
-        """Discard all calls submitted so far: queued calls are not made, outcomes of running calls are dropped."""
+        """Discard all calls submitted so far. Queued calls are not made, and outcomes of running calls are
+        discarded.
+        """
         with self._lock:
             self._queued.clear()
             self._ended.clear()
@@ -104,7 +109,10 @@ class ToolWorkers:
                 call.is_wanted = False
 
     def close(self) -> None:
-        """Let idle threads end now and busy threads once their call returns; no call may be submitted afterwards."""
+        """Stop the threads: idle threads end now, and busy threads end when their call returns.
+
+        No call may be submitted afterwards.
+        """
         with self._lock:
             self._closed = True
             self._queued.clear()
@@ -136,7 +144,7 @@ class ToolWorkers:
         return [call for call in late if call.is_wanted]
 
     def _start_threads(self) -> None:
-        """Start threads for the queued calls, up to the limit."""
+        """Start threads for the queued calls, but never more than `num_workers` that do not hang."""
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1
@@ -158,7 +166,7 @@ class ToolWorkers:
                     self._has_outcome.notify()
 
     def _next_call(self) -> Call | None:
-        """Wait for the oldest queued call and return it; None once closed."""
+        """Wait for a queued call, and return the oldest one. Return None once the workers are closed."""
         with self._lock:
             while not self._queued and not self._closed:
                 self._has_work.wait()
@@ -171,7 +179,7 @@ class ToolWorkers:
 
 
 def _checked(parts: Sequence[str]) -> tuple[str, ...]:
-    """Return a tool's parts as a tuple; raise TypeError unless they are a list of at least one text."""
+    """Return the parts of a tool's answer as a tuple. Raise TypeError unless they are a non-empty list of texts."""
     if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
     return tuple(parts)

@@ -1,7 +1,7 @@
-"""The inference engine inside the training process; the only module that imports vllm.
+"""The inference engine inside the training process. This is the only module that imports vllm.
 
-vLLM seeds the global random generators, overwrites torchrun's variables, and destroys the trainer's process group
-when an engine shuts down. This module prevents or reverts all of this.
+vLLM seeds the global random generators and overwrites torchrun's variables. When an engine shuts down, vLLM
+also destroys the trainer's process group. This module prevents or reverts these side effects.
 """
 
 from __future__ import annotations
@@ -37,26 +37,28 @@ from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
 
 def _cache_root() -> Path:
-    """Folder in which vLLM caches its inspection of model architectures (10 s each to repeat)."""
+    """Return the folder in which vLLM caches its inspections of model architectures. Each inspection takes 10 s."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "setup.py").exists() else Path.home()) / ".cache" / "a2tgpo" / "vllm"
 
 
-# Must be in the environment before vllm is first imported.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine lives in this process: weights by reference
+# These variables must be in the environment before vllm is imported for the first time.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+    "0"  # run the engine in this process, to pass weights by reference
+)
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 if not ON_GPU:
-    # Log-probs would trigger a C++ compilation of 25 s, even in eager mode. An already imported torch._dynamo has
-    # read the variable before, hence both settings.
+    # Without these settings, log-probs start a C++ compilation of 25 s, even in eager mode. Set both, because a
+    # torch._dynamo that is already imported has read the variable before.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    # Triton's absence is expected on a CPU.
+    # On a CPU, Triton is always missing, so do not log this.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 with environment_kept():
@@ -77,18 +79,18 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # noqa: E402
     LogitsProcessor as LogitsProcessorV2,
 )
 
-# Shutting down one engine would destroy the default process group, which is the trainer's.
+# vLLM's own cleanup destroys the default process group when an engine shuts down, but the trainer owns that group.
 _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 PARTS = ("weights", "kv_cache")
-"""Parts of the engine's memory that sleep and wake, under vLLM's names."""
+"""Names, as used by vLLM, of the parts of the engine's memory that sleep and wake."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 
 @register_model_loader(LOAD_FORMAT)
 class WeightFilesLoader(DefaultModelLoader):
-    """Read only a checkpoint's `weight_files`; vLLM's own loader may also read other files of the folder."""
+    """Read only the `weight_files` of a checkpoint. vLLM's own loader may also read other files of the folder."""
 
     def _prepare_weights(
         self, model_name_or_path: str, *_: Any, **__: Any
@@ -98,10 +100,11 @@ class WeightFilesLoader(DefaultModelLoader):
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
-    """Never sample the padding ids that a vocabulary has beyond the tokenizer's ids.
+    """Never sample the padding ids that a vocabulary contains beyond the ids of the tokenizer.
 
-    Costs one fill per step; vLLM's own `allowed_token_ids` costs a vocabulary-long list per request. Works with both
-    of vLLM's model runners, whose constructors and `apply` differ only in further arguments.
+    The mask costs one fill per step. vLLM's own `allowed_token_ids` would cost a list as long as the vocabulary
+    for each request. The class works with both model runners of vLLM, whose constructors and `apply` methods
+    differ only in further arguments.
     """
 
     def __init__(self, vllm_config: Any, *_: Any):
@@ -119,23 +122,28 @@ class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
 
 
 class VllmEngine:
-    """One engine, or this rank's part of it.
+    """An engine, or this rank's part of an engine that several ranks share.
 
-    All ranks of the world must construct the engine at the same point, since construction creates process groups, and
-    close it before the world is destroyed. Where `config.tensor_parallel` > 1, the ranks of an engine must
-    make the same calls in the same order. After an exception from `step` the engine is unusable.
+    All ranks of the world must construct their engines at the same point, because the construction creates
+    process groups. They must close the engines before the world is destroyed. If `config.tensor_parallel` > 1,
+    the ranks of an engine must make the same calls in the same order. After an exception from `step`, the
+    engine cannot be used again.
 
     Args:
-        model_path: Hugging Face folder; its weights are loaded as version 0.
-        with_weights: False: read no weights (except with quantisation); `load_weights` must precede the first step.
-        config: the `rollout` section.
-        model_dtype: number format where `config.dtype` is auto.
-        max_model_len: longest sequence, tokens.
-        seed: seed of the engine's own generator, which no request uses: each request has its own seed.
-        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`; None: compare nothing.
+        model_path: the model's Hugging Face folder. Its weights are loaded as version 0.
+        config: the section `rollout`.
+        model_dtype: the number format of the engine if `config.dtype` is auto.
+        max_model_len: number of tokens of the longest sequence.
+        seed: seed of the engine's own generator. No request uses this generator, because each request has its
+            own seed.
+        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`. None means that
+            nothing is compared.
+        with_weights: whether to read weights. If it is False, `load_weights` must be called before the first
+            step. With quantisation, weights are read in any case.
 
     Raises:
-        ConfigError: one line; a missing model, a cache too small for one sequence, an unsupported model.
+        ConfigError: if the model is missing or unsupported, or if the cache is too small for one sequence. The
+            message is one line.
     """
 
     def __init__(
@@ -152,12 +160,12 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
-        self._failure: str | None = None  # raised by `step`; permanent
-        # Cleared by a complete load.
+        self._failure: str | None = None  # why `step` always raises, once the engine has failed
+        # A complete load of weights clears this fault.
         self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
-        self._answers: dict[str, int] = {}  # request id -> tokens of the answer, for scorings in flight
+        self._answers: dict[str, int] = {}  # id of each scoring in flight -> number of answer tokens
         hf_config, tokenizer = read_model(model_path)
         self.num_token_ids = num_token_ids(tokenizer)
         self.vocab_size: int = hf_config.vocab_size
@@ -181,17 +189,18 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        # For stop strings: vLLM's own tokenizer may split texts differently from the trainer's (data/tokenizer.py).
+        # vLLM searches texts for stop strings with a tokenizer. Its own tokenizer may split texts differently
+        # from the trainer's (data/tokenizer.py), so replace it.
         self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
         self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
-        client: Any = self._engine.engine_core  # the client for an engine in this process
+        client: Any = self._engine.engine_core  # vLLM's client object for an engine that runs in this process
         core = client.engine_core
         cap_cache_hits(core.scheduler.kv_cache_manager)
         abort_in_order(core)
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM uses its V2 runner where Triton works (GPUs), unless VLLM_USE_V2_MODEL_RUNNER overrides that.
+        # vLLM uses its V2 model runner if Triton works, as on GPUs, unless VLLM_USE_V2_MODEL_RUNNER overrides that.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
@@ -210,19 +219,20 @@ class VllmEngine:
         stop: Sequence[str],
         stop_tokens: Sequence[int] = (),
     ) -> None:
-        """Queue a generation; a later `step` returns its `EngineOutput`.
+        """Queue a generation. A later call of `step` returns its `EngineOutput`.
 
         Args:
-            request_id: unique among the requests in flight.
+            request_id: an id that no other request in flight has.
             tokens: the context.
-            max_tokens: longest generation.
-            seed: seed of this request's own generator; None only with temperature 0.
-            temperature: of sampling and of the log-probs; 0 is greedy, with log-probs at temperature 1.
-            top_p: nucleus threshold; log-probs are those of the truncated distribution.
-            stop: texts that end the generation; the output includes them.
-            stop_tokens: ids that also end the generation, in addition to the end of sequence that the tokenizer and
-                generation_config.json name; the output includes them. Other fields of generation_config.json have no
-                effect.
+            max_tokens: largest number of tokens to generate.
+            seed: seed of the request's own random generator. It may be None only if the temperature is 0.
+            temperature: temperature of sampling and of the log-probs. 0 means greedy sampling, with log-probs
+                at temperature 1.
+            top_p: nucleus threshold. Log-probs are those of the distribution after truncation.
+            stop: texts that end the generation. The output includes them.
+            stop_tokens: ids that end the generation, in addition to the end-of-sequence ids that the tokenizer
+                and generation_config.json define. The output includes them. Other fields of
+                generation_config.json have no effect.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
@@ -244,17 +254,22 @@ class VllmEngine:
         self._add(request_id, list(tokens), params)
 
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
-        """Queue a scoring of log p(answer | prefix); a later `step` returns its `ScoreOutput`.
+        """Queue a scoring of log p(answer | prefix). A later call of `step` returns its `ScoreOutput`.
 
-        Log-probs are the model's own: temperature 1, the whole vocabulary. The engine reuses cached blocks of the
-        prefix. Prefix and answer together must leave room for one token (vLLM always generates one).
+        Log-probs are those of the model itself, with temperature 1 and over the whole vocabulary. The engine
+        reuses cached blocks of the prefix. Prefix and answer together must leave room for one token, because
+        vLLM always generates one.
         """
         assert prefix and answer, "scoring needs a prefix and an answer"
-        # A hit that reached the prefix's last token would leave the first answer token without a row of logits.
+        # If the cache hit included the last token of the prefix, no row of logits would exist for the first
+        # answer token.
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return log p of `tokens[1:]` by the model's own distribution, without the cache; idle engines only."""
+        """Return log p of each of `tokens[1:]`, computed by the model without using the cache.
+
+        Log-probs are those of the model itself, as in `submit_score`. The engine must be idle.
+        """
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
         outputs: list[EngineOutput | ScoreOutput] = []
@@ -264,11 +279,11 @@ class VllmEngine:
         return outputs[0].answer_logprobs
 
     def step(self) -> list[EngineOutput | ScoreOutput]:
-        """Run one forward pass over the scheduled requests and return the outputs of those that finished.
+        """Run one forward pass over the scheduled requests, and return the outputs of the requests that finished.
 
         Raises:
-            LockstepError: on all ranks of the engine, if they are out of step.
-            RuntimeError: if the engine failed. After either error the engine is unusable.
+            LockstepError: on all ranks of the engine, if their schedulers took different decisions.
+            RuntimeError: if the engine failed. After either error, the engine cannot be used again.
         """
         self._check_usable()
         try:
@@ -284,20 +299,24 @@ class VllmEngine:
         return [self._finish(output) for output in outputs if output.finished]  # type: ignore[arg-type]
 
     def abort_all(self) -> None:
-        """Drop every request in flight; no output follows for them."""
-        self._engine.abort_request(sorted(self._in_flight))  # in the same order on all ranks of the engine
+        """Drop all requests in flight. `step` returns no output for them."""
+        self._engine.abort_request(sorted(self._in_flight))  # sorted, so that all ranks use the same order
         self._in_flight.clear()
         self._answers.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replace all weights, in any order; layer by layer needs the least memory.
+        """Replace all weights of the engine.
+
+        The weights may come in any order, but the load needs the least memory if they come layer by layer.
 
         Args:
-            weights: Hugging Face names and full, unsharded tensors of any float type; consumed lazily.
-            version: stored as `weight_version`.
+            weights: pairs of a Hugging Face name and a full, unsharded tensor of any float type. They are
+                consumed lazily.
+            version: the version of the weights, which is stored as `weight_version`.
 
         Raises:
-            RuntimeError: if names or shapes are not exactly the model's; the engine then needs a complete load.
+            RuntimeError: if names or shapes are not exactly those of the model. The engine then needs a
+                complete load before it can be used.
         """
         assert not self.has_unfinished, "weights cannot be replaced while requests are in flight"
         assert "weights" not in self._asleep, "wake the weights before they are loaded"
@@ -306,15 +325,16 @@ class VllmEngine:
         with torch.no_grad():
             rpc: Any = self._engine.collective_rpc
             rpc(reload_weights, args=(checked,))
-        # The cached keys and values belong to the old weights.
+        # The cache contains keys and values that were computed with the old weights.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("the engine could not drop its prefix cache after a refit")
         self._weights_fault = None
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache; before the next use, wake both, and on a GPU reload the
-        weights.
+        """Free the memory of the weights and of the KV cache.
+
+        Before the engine is used again, both parts must be woken. On a GPU, the weights must also be loaded again.
         """
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
@@ -325,11 +345,15 @@ class VllmEngine:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether generation needs a `load_weights` first, with weights of any version."""
+        """Whether `load_weights` must be called before the engine can generate. Weights of any version are
+        sufficient.
+        """
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:
-        """Whether `part` (weights or kv_cache) occupies memory; on a GPU according to vLLM's allocator."""
+        """Return whether `part`, which is weights or kv_cache, occupies memory. On a GPU, vLLM's allocator
+        decides this.
+        """
         assert part in PARTS, part
         if not ON_GPU:
             return part not in self._asleep
@@ -337,7 +361,10 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Allocate the memory of `part` again: weights, then kv_cache (the trainer frees its copies in between)."""
+        """Allocate the memory of `part` again.
+
+        Wake weights first, then kv_cache. In between, the trainer can free its copies of the weights.
+        """
         assert part in PARTS, part
         if part not in self._asleep:
             return
@@ -346,7 +373,9 @@ class VllmEngine:
         self._asleep.discard(part)
 
     def close(self) -> None:
-        """Shut down the engine; keep the trainer's process group, destroy one that vLLM created for itself."""
+        """Shut down the engine. The trainer's process group stays; a group that vLLM created for itself is
+        destroyed.
+        """
         self._engine.engine_core.shutdown()
         del self._engine
         if self._owns_process_group:
@@ -373,7 +402,8 @@ class VllmEngine:
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
         if self._has_second_runner:
-            # V1 computes logits for the answer only; V2 for every token unless prompt_logprob_start is set.
+            # V1 computes logits only for the answer. V2 computes them for every token unless
+            # prompt_logprob_start is set.
             logprob_options: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,
@@ -383,7 +413,7 @@ class VllmEngine:
         params = SamplingParams(
             temperature=0,
             max_tokens=1,
-            # Rows of cached positions hold garbage, which must not be decoded.
+            # Rows of cached positions contain arbitrary values, which must not be decoded.
             detokenize=False,
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},

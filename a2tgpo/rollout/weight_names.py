@@ -1,4 +1,4 @@
-"""The weights that an engine expects, and the check that it receives exactly those."""
+"""The names and shapes of the weights that an engine expects, and a check that it receives exactly these weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ OUTPUT_HEAD = "lm_head.weight"
 
 
 def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight in a Hugging Face folder by name, from the safetensors headers.
+    """Return the shape of every weight in a Hugging Face folder, by name. The safetensors headers contain the shapes.
 
     Args:
-        model_path: the folder.
-        tied: whether the output head shares the embedding's weight; the head is then left out.
+        model_path: the Hugging Face folder.
+        tied: whether the output head uses the embedding's weight. If so, the head is left out of the result.
     """
-    # Old checkpoints store rotary tables, which the engine computes.
+    # Old checkpoints contain rotary tables. Leave them out, because the engine computes these tables itself.
     return {
         name: shape
         for name, shape in weight_shapes(model_path).items()
@@ -31,12 +31,12 @@ def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ..
 def checked_weights(
     weights: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `weights`, checking that each name is known, occurs exactly once and has the right shape.
+    """Yield `weights`, and check that each name is known, occurs exactly once and has the right shape.
 
-    The engine itself only warns about a missing weight and keeps the old value.
+    The check is necessary because the engine only warns about a missing weight and keeps its old value.
 
     Raises:
-        RuntimeError: one line; an unknown, duplicate or missing name, or a wrong shape.
+        RuntimeError: if a name is unknown, duplicate or missing, or if a shape is wrong. The message is one line.
     """
     seen: set[str] = set()
     for name, tensor in weights:
