@@ -1,7 +1,8 @@
-"""Write answers to disk as they come, so that an interrupted evaluation can resume.
+"""Write each answer to disk as soon as an engine gives it, so that an interrupted evaluation can resume.
 
-A folder beside the report holds `settings.json`, which identifies the evaluation, and `replica_R.jsonl`, to which
-engine R appends. The next start reads all files, from any number of engines.
+The log is a folder beside the report. Its file `settings.json` identifies the evaluation, and engine R appends its
+answers to the file `replica_R.jsonl`. The next start reads the files of all engines, even if it has another number of
+engines itself.
 """
 
 from __future__ import annotations
@@ -22,18 +23,17 @@ from a2tgpo.io.errors import ConfigError
 GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"
 SYNC_S = 10.0
-"""Interval of syncs to disk, which protect against a power cut; the end of the process loses no answer in any
-case.
-"""
+"""Seconds between two syncs to disk. Without the syncs, a power cut would lose answers. If only the process ends, no
+answer is lost."""
 Key = tuple[str, str, str, int]
-"""Data set, `GREEDY` or `SAMPLE`, question id, sample index."""
+"""Identifies an answer: name of the data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
 
 class AnswerLog:
-    """Appends the answers of one engine.
+    """Appends the answers of one engine to that engine's file.
 
     Args:
-        folder: of the log; must exist.
+        folder: the folder of the log, which must exist.
         engine: index of the engine.
     """
 
@@ -43,12 +43,16 @@ class AnswerLog:
             self._stream = open(self._path, "ab+")  # noqa: SIM115 (closed by `close`)
             if self._stream.tell():
                 self._stream.seek(-1, os.SEEK_END)
-                if self._stream.read() != b"\n":  # a killed start left half a line
+                if self._stream.read() != b"\n":  # an earlier start was killed and left half a line
                     self._stream.write(b"\n")
         self._synced = time.monotonic()
 
     def append(self, name: str, kind: str, answer: Answer) -> None:
-        """Write one answer of data set `name`; an OSError names the file."""
+        """Append one answer of data set `name` to the file.
+
+        Raises:
+            OSError: the file cannot be written; the error names the file.
+        """
         line = json.dumps(answer_record(name, kind, answer), ensure_ascii=False) + "\n"
         with naming(self._path):
             self._stream.write(line.encode())
@@ -58,7 +62,7 @@ class AnswerLog:
                 self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync all answers to disk, then close."""
+        """Sync all answers to disk, then close the file."""
         with naming(self._path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -66,21 +70,23 @@ class AnswerLog:
 
 
 def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
-    """Return the answers of earlier starts in `folder`, which is created if missing; call in one process.
+    """Return the answers that earlier starts wrote to `folder`; create the folder if it is missing.
+
+    Only one process may call this.
 
     Args:
-        folder: of the log.
-        settings: everything that decides the answers, as JSON values by name.
+        folder: the folder of the log.
+        settings: all settings that decide the answers, as JSON values by name.
 
     Raises:
-        ConfigError: one line; `folder` holds answers for other settings, or cannot be read or written.
+        ConfigError: one line; `folder` contains answers for other settings, or it cannot be read or written.
     """
     path = folder / SETTINGS
     try:
         found = {
             key: answer for file in sorted(folder.glob("replica_*.jsonl")) for key, answer in _read(file)
         }
-        if not found:  # the folder may exist without answers, if an earlier start failed
+        if not found:  # an earlier start that failed may have left the folder without answers
             write_json(path, dict(settings))
             return found
         begun = with_new_names(json.loads(path.read_text(encoding="utf-8")))
@@ -95,7 +101,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
 
 
 def answer_record(name: str, kind: str, answer: Answer) -> dict[str, Any]:
-    """Return the JSON object of one answer of data set `name`."""
+    """Return one answer of data set `name` as a JSON object."""
     return {"set": name, "kind": kind, **dataclasses.asdict(answer)}
 
 
@@ -116,5 +122,5 @@ def _read(file: Path) -> Iterator[tuple[Key, Answer]]:
                 name, kind = record.pop("set"), record.pop("kind")
                 answer = Answer(**record | {"golds": tuple(record["golds"])})
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # half a line: its question is asked again
+                continue  # only half a line was written, so the evaluation plays its question again
             yield (name, kind, answer.question_id, answer.sample_index), answer

@@ -1,4 +1,4 @@
-"""Answer the questions of several sets on all engines; every answer is stored as it comes."""
+"""Answer the questions of several sets on all engines, and store each answer as soon as an engine gives it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ def answer_sets(
     stop: StopRequest,
     bar: tqdm,
 ) -> dict[str, list[Answer]]:
-    """Return the answers to all questions by set, in each set's order; every rank of the world must call this.
+    """Return a map from each set to the answers to its questions, in the order of the set's questions.
+
+    Every rank of the world must call this.
 
     Args:
-        num_samples: answers drawn per question; 0: one greedy answer.
-        seed: of the draws.
+        num_samples: the number of answers to draw per question. If 0, each question gets one greedy answer.
+        seed: the seed of the draws.
         engine_group: the ranks that share this rank's engine.
-        known: answers that exist already, equal on all ranks.
-        log: of this engine; None except on its leader.
+        known: the answers that exist already, equal on all ranks. These questions are not played again.
+        log: the answer log of this engine. It is None unless this rank is the leader of its engine.
         stop: reports a requested stop, which interrupts the evaluation.
-        bar: shows the progress; engines have equal shares, so this engine's progress stands for all.
+        bar: the bar that shows the progress of this engine. All engines have equal shares, so the other engines make
+            about the same progress.
 
     Raises:
-        StopAgreed: on all ranks, if interrupted; `log` holds the answers so far.
+        StopAgreed: the evaluation was interrupted; raised on all ranks. `log` contains the answers so far.
     """
     world = world_group()
     kind = SAMPLE if num_samples else GREEDY
@@ -77,7 +80,7 @@ def answer_sets(
 
 
 def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
-    """Sort by the set's order of questions, then by sample."""
+    """Return `answers`, sorted by the position of the question in the set and then by sample index."""
     places = {question.id: place for place, question in enumerate(prompt_set.questions)}
     return sorted(answers, key=lambda answer: (places[answer.question_id], answer.sample_index))
 
@@ -85,7 +88,7 @@ def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
 def _known_answers(
     known: Mapping[Key, Answer], name: str, kind: str, prompt_set: PromptSet, num_samples: int
 ) -> dict[tuple[int, int], Answer]:
-    """Return the known answers to this set's questions by (position, sample)."""
+    """Return the known answers to the questions of data set `name`, by (position of the question, sample index)."""
     return {
         (position, sample): known[key]
         for position, question in enumerate(prompt_set.questions)

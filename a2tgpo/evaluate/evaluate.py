@@ -1,4 +1,4 @@
-"""Play held-out questions and judge the answers."""
+"""Play held-out questions, and score the answers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterrup
 from a2tgpo.trajectory import Prompt
 
 _SQUARE = "square of "
-"""Prefix of a metric that sums a score's squares."""
+"""Prefix of the name of each metric that sums the squares of a score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer to one question."""
+    """One answer to a question, with its scores."""
 
     question_id: str
     question: str
@@ -29,9 +29,9 @@ class Answer:
     hops: int
     sample_index: int
     answer: str | None
-    """Content of the box; None if there is none."""
+    """The content of the answer's box, or None if the response has no box."""
     exact_match: float
-    """Whether or not the format is right."""
+    """1 if the answer matches a gold answer, else 0. A wrong format does not change this score."""
     f1: float
     format_ok: bool
     tool_calls: int
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def exact_match_gated(self) -> float:
-        """Exact match, but 0 if the format is wrong."""
+        """The exact match, or 0 if the format of the response is wrong."""
         return self.exact_match if self.format_ok else 0.0
 
     @property
@@ -54,19 +54,21 @@ def evaluate(
     *,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """Answer every question once, greedily; every rank of the world must call this with its engine's share.
+    """Answer every question once, greedily, and return metrics over all questions.
+
+    Every rank of the world must call this.
 
     Args:
-        prompts: this engine's share of the questions; may be empty.
-        stop: reports a requested stop, which interrupts the evaluation; None: never.
+        prompts: the questions that this rank's engine answers; the list may be empty.
+        stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
-        Metrics over all questions, equal on all ranks: em (of any format), em_format_gated, f1, the standard
-        errors of these three as standard_error_em and so on, format_ok_rate, tool_calls, num_questions, and em by
-        hops as em_1_hops and so on.
+        A map from each metric's name to its value, equal on all ranks. The metrics are em (a wrong format does not
+        change it), em_format_gated and f1; standard_error_em, standard_error_em_format_gated and standard_error_f1;
+        format_ok_rate, tool_calls and num_questions; and em_N_hops, the em over the questions with N hops.
 
     Raises:
-        StopAgreed: on all ranks, if interrupted.
+        StopAgreed: the evaluation was interrupted; raised on all ranks.
     """
     answers: dict[str, Answer] = {}
     is_interrupted = False
@@ -95,16 +97,17 @@ def answer_questions(
     skip: Container[tuple[int, int]] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Answer]:
-    """Play these questions on this rank's engine; all ranks of the engine must iterate alike.
+    """Play the questions of `prompts` on this rank's engine, and yield each answer as soon as it is complete.
+
+    All ranks of the engine must iterate over the answers in the same way. The iteration raises the errors of
+    `GroupRollout.finished`.
 
     Args:
-        num_samples: answers drawn per question at `rollout.temperature`; 0: one greedy answer.
-        seed: of the draws.
-        skip: (index of the prompt, sample) of answers that exist already.
-        should_stop: as in `GroupRollout.finished`, whose errors are raised here, too.
-
-    Yields:
-        Each answer as it is given.
+        num_samples: the number of answers to draw per question at `rollout.temperature`. If 0, each question gets one
+            greedy answer.
+        seed: the seed of the draws.
+        skip: (index of the prompt, sample index) of each answer that exists already.
+        should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """
     playing = rollout.play(
         prompts,
@@ -140,13 +143,14 @@ def _judge(done: Finished, *, tools: tuple[str, ...], opening_tags: str) -> Answ
 
 
 def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
-    """Return `metrics` with each score's mean square replaced by its standard error.
+    """Return `metrics` with the standard error of each score in place of the mean of the score's squares.
 
-    sqrt((mean of squares - square of mean) / n); for em, which is 0 or 1, that is sqrt(em (1 - em) / n).
+    The standard error is sqrt((mean of squares - square of mean) / n). A single em is 0 or 1, so the standard error
+    of em is sqrt(em (1 - em) / n).
     """
     found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
     for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):
-        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # rounding may make it negative
+        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # rounding may give less than 0
         found[f"standard_error_{name}"] = math.sqrt(variance / metrics["num_questions"])
     return found
 

@@ -1,4 +1,6 @@
-"""The settings that determine an evaluation's answers and scores, and so must not change when it resumes."""
+"""Collect the settings that decide an evaluation's answers and scores. They must not change when the evaluation
+resumes.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,20 @@ _DECIDING = (
     "tools.max_part_tokens",
     "tools.names",
 )
-"""Excludes layout and `search.url`: the next start may use other processes, and a server on another node."""
+"""Keys of the settings that decide the answers. The layout and `search.url` are not among these keys, because the
+next start may have another number of processes, and its search server may run on another node."""
 
 
 def evaluation_settings(
     config: RunConfig, weights: str, sets: Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
-    """Return JSON values by name, equal for two starts of one evaluation.
+    """Return the settings that decide an evaluation, as JSON values by name.
+
+    Two starts of the same evaluation have equal settings.
 
     Args:
-        weights: identify the model (`SavedModel.identity`).
-        sets: the questions by data set.
+        weights: the identity of the model's weights (`SavedModel.identity`).
+        sets: maps the name of each data set to its questions.
     """
     flat = flat_config(config)
     questions = {f"questions of {name}": _fingerprint(members) for name, members in sets.items()}

@@ -1,4 +1,4 @@
-"""Describe a question set: counts, duplicates, lengths, overlap with another set."""
+"""Describe a question set: count its questions and duplicates, measure lengths, and compare it with another set."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ PERCENTILES = (0, 5, 50, 95, 100)
 def describe_questions(
     questions: Sequence[Question], left_out: Counter[str], others: Sequence[Question] | None
 ) -> dict:
-    """Return plain values for a JSON report.
+    """Return the description of a question set, as plain values for a JSON report.
 
     Args:
-        questions: the set as written.
-        left_out: number of the source's items that make no question, by reason.
-        others: a set to compare for overlap, such as the training set; None: no comparison.
+        questions: the questions of the set.
+        left_out: maps each reason to the number of source items that were left out for it.
+        others: another set, for example the training set. The report tells how many questions both sets have. If
+            None, the report compares the set with no other set.
     """
     texts = Counter(normalize_answer(question.question) for question in questions)
     first_golds = [normalize_answer(question.answers[0]) for question in questions]
@@ -30,7 +31,7 @@ def describe_questions(
         "left_out": dict(sorted(left_out.items())),
         "repeated_questions": sum(count - 1 for count in texts.values()),
         "yes_no_answers": sum(gold in ("yes", "no") for gold in first_golds),
-        # "The The" or "?" would normalise to nothing, so only exactly the same text is right.
+        # The answers "The The" and "?" would normalise to an empty text, so only exactly the same text matches them.
         "answers_empty_when_normalized": sum(
             any(map(is_kept_as_written, question.answers)) for question in questions
         ),

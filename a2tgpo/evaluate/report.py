@@ -1,4 +1,6 @@
-"""Tables of an evaluation: by data set, by number of tool calls, over all questions."""
+"""Compute the scores of an evaluation for each data set, each number of tool calls and each number of hops, and
+format them as tables.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +12,22 @@ from a2tgpo.io.tables import markdown_table
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
 AVERAGE = "average"
-"""Every question has the same weight, in any set (a sample-weighted mean, as in the paper's tables)."""
+"""Name of the row with the means over all questions. Each question has the same weight, whatever its data set (a
+sample-weighted mean, as in the paper's tables)."""
 
 
 def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequence[Answer]]) -> dict:
-    """Compute scores as nested dicts of plain numbers.
+    """Return the scores of an evaluation, as nested dicts of plain numbers.
 
     Args:
-        greedy: one answer per question, by data set; no set is empty.
-        sampled: several answers per question, by data set; may be empty.
+        greedy: maps each data set to one answer per question; no set is empty.
+        sampled: maps each data set to several answers per question; the map may be empty.
 
     Returns:
-        By data set, and as `average` over all questions: `num_questions`, the `SCORES`, `by_tool_calls` and `by_hops`
-        with the same per number, and `pass_at` with `exact_match` and `format_gated` by k for powers of two.
+        `sets`, which maps each data set to its entry, and `average`, the entry over all questions. Each entry has
+        `num_questions` and the `SCORES`. It also has `by_tool_calls` and `by_hops`, which map each number of tool
+        calls or of hops to the same values over the questions with that number. If there are sampled answers, it has
+        `pass_at`, with `exact_match` and `format_gated` for each k that is a power of two.
     """
     pooled = [answer for answers in greedy.values() for answer in answers]
     per_set = {
@@ -35,12 +40,15 @@ def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequ
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that k samples, drawn without replacement, include a right one (arXiv:2107.03374, Eq. 1)."""
+    """Return the probability that at least one of k answers is right (arXiv:2107.03374, Eq. 1).
+
+    The k answers are drawn without replacement from `num_samples` answers, of which `num_right` are right.
+    """
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def to_scalars(summary: dict) -> dict[str, float]:
-    """Return the summary's numbers by name, `SET/score`, for TensorBoard."""
+    """Return the numbers of the summary as scalars for TensorBoard, each with the name `SET/score`."""
     scalars: dict[str, float] = {}
     for name, scores in {**summary["sets"], AVERAGE: summary[AVERAGE]}.items():
         scalars |= {f"{name}/{score}": scores[score] for score in SCORES}
@@ -51,7 +59,7 @@ def to_scalars(summary: dict) -> dict[str, float]:
 
 
 def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
-    """Format the summary as a page of tables."""
+    """Return the summary as a Markdown page of tables."""
     rows = {**summary["sets"], AVERAGE: summary[AVERAGE]}
     lines = [f"# {title}", "", *(f"- {note}" for note in notes), "", "## Greedy", ""]
     lines.append(

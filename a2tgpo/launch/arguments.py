@@ -1,4 +1,4 @@
-"""Arguments shared by the programs that a launcher starts."""
+"""Build the argument parsers of the programs that a launcher starts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from a2tgpo.io.program import add_overrides, program_parser
 
 
 def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
-    """Return a parser of CONFIG, of the start's options, and of overrides.
+    """Return a parser of the argument CONFIG, the options of a start, and the overrides.
 
     Args:
-        resume: metavar of a further value of --resume, in addition to auto and none; empty: no further value.
+        resume: a name, for the help text, of the third kind of value that --resume takes in addition to auto and
+            none. If empty, --resume takes only auto and none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -44,7 +45,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
 
 
 def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of CONFIG and of the saved model that is played."""
+    """Return a parser of the argument CONFIG and of the option that names the saved model to play."""
     parser = program_parser(description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
@@ -58,12 +59,12 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def parse_start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse the arguments of this start.
+    """Return the parsed arguments of this start.
 
-    A scheduler restarts a job with the arguments of its first start. `--resume` and `--accept-changes` apply only to
-    the first start: a later one resumes from the newest checkpoint and accepts no changes.
+    A scheduler restarts a job with the arguments of the job's first start, but `--resume` and `--accept-changes`
+    apply only to the first start. Each later start resumes from the newest checkpoint and accepts no changes.
     """
-    args = parser.parse_intermixed_args()  # overrides may follow options
+    args = parser.parse_intermixed_args()  # an override may follow an option
     if args.as_started is not None and args.as_started.exists():
         args.resume, args.accept_changes = "auto", False
     return args

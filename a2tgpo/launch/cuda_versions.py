@@ -1,4 +1,4 @@
-"""Check that this machine's GPU driver and CUDA toolkit fit the CUDA version of torch."""
+"""Check that the GPU driver and the CUDA toolkit of this machine fit the CUDA version that torch was built for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LEAST_DRIVERS = {12: 525, 13: 580}
-"""By CUDA's major version: the first driver branch that runs all its minor versions."""
+"""Maps each major version of CUDA to the first driver branch that runs all minor versions of this major version."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-"""Written by the loaded kernel module."""
+"""File that the loaded kernel module of the driver provides."""
 
 
 def driver_version() -> str:
-    """Return the version of the loaded NVIDIA driver, e.g. 580.95.05; empty if there is none."""
+    """Return the version of the loaded NVIDIA driver, e.g. 580.95.05, or an empty string if no driver is loaded."""
     try:
         text = DRIVER_FILE.read_text()
     except OSError:
@@ -26,9 +26,10 @@ def driver_version() -> str:
 
 
 def unusable_gpus() -> list[str]:
-    """Return why torch sees no GPU although this machine has some; empty if it has none.
+    """Return why torch sees none of this machine's GPUs, or an empty list if the machine has no GPU.
 
-    Without this check, a run would train on the CPUs at a hundredth of the speed.
+    Call this if torch sees no GPU. Without this check, a run on a machine with GPUs would train on the CPUs, at a
+    hundredth of the speed.
     """
     import torch
 
@@ -40,13 +41,13 @@ def unusable_gpus() -> list[str]:
 
 
 def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
-    """Return why CUDA does not start although there are `cards`, and how to solve this.
+    """Return one line that tells why CUDA does not start on a machine with GPUs, and how to solve the problem.
 
     Args:
-        cards: device files, e.g. nvidia0.
-        cuda: `torch.version.cuda`; None: torch is built for CPUs.
-        driver: from `driver_version`; empty: unknown.
-        visible: the variable CUDA_VISIBLE_DEVICES; None: not set.
+        cards: the names of the GPUs' device files, e.g. nvidia0.
+        cuda: `torch.version.cuda`, which is None if torch was built for CPUs.
+        driver: the result of `driver_version`, which is empty if the version is unknown.
+        visible: the value of the variable CUDA_VISIBLE_DEVICES, or None if the variable is not set.
     """
     start = f"torch sees no GPU, but there is {', '.join(cards)}: "
     if cuda is None:
@@ -60,8 +61,9 @@ def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, vis
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the compiler for run-time compilation (empty if there is none), and where it was found, CUDA_HOME or
-    PATH.
+    """Return the path of the CUDA compiler, and the name of the variable that led to it, CUDA_HOME or PATH.
+
+    CUDA code that is compiled at run time uses this compiler. The path is empty if no compiler was found.
     """
     if home := environment.get("CUDA_HOME"):
         return str(Path(home) / "bin" / "nvcc"), "CUDA_HOME"
@@ -69,7 +71,12 @@ def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a warning if kernels would be compiled at run time with another CUDA than torch's, `cuda`."""
+    """Return a warning if the compiler for kernels at run time is not of the CUDA version `cuda`; else an empty list.
+
+    Args:
+        cuda: the CUDA version that torch was built for, or None if torch was built for CPUs.
+        environment: the variables of the process.
+    """
     nvcc, source = find_nvcc(environment)
     if cuda is None or not nvcc:
         return []

@@ -1,4 +1,4 @@
-"""Check a training run and print its plan, without building a model."""
+"""Check a training run and print its plan; build no model."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from a2tgpo.run.starts import require_same
 
 
 def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
-    """Print the resolved configuration and its plan; check files, layout and ranks, without building a model.
+    """Check the files, the layout and the ranks of a run, and print the resolved configuration and the plan.
 
     Returns:
-        The exit code: 0, or `DOES_NOT_FIT`.
+        The exit code. It is 0 if the plan fits the GPUs, and `DOES_NOT_FIT` if not.
     """
     check_resume(resume)
     config.check_training()
@@ -72,14 +72,15 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         require_same_run(*found, hf_config, sampler)
     config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
     build_tools(config).close()
-    # Without a launcher, plan for the configuration's cluster, so that a login node can check it.
+    # If no launcher started this process, plan for the cluster in the configuration: it may be a check on a login
+    # node.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
         print(dump_config(config), end="")
         for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
-            print(f"# {line}".rstrip())  # commented, so that the output can be read as a configuration
+            print(f"# {line}".rstrip())  # a comment, so that a program can read the output as a configuration
         print(
             f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
         )

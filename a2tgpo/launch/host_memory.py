@@ -1,4 +1,4 @@
-"""Host memory left on this machine, within the limits of the kernel and of control groups."""
+"""Find how much host memory this process can still take. The machine and the process's control groups limit it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = "sys/fs/cgroup"
-"""Folder below the file system's root."""
+"""Path of the folder of control groups, relative to the root of the file system."""
 
 
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
-    """Return the memory that processes on this machine can still take, in bytes, and the name of the limit.
+    """Return the host memory that this process can still take, in bytes, and the name of the limit that decides.
 
-    A control group's page cache counts as free, as in MemAvailable for the machine: the kernel reclaims it first.
+    The page cache of a control group counts as free memory, because the kernel reclaims the page cache first.
+    MemAvailable treats the page cache of the machine in the same way.
 
     Args:
-        root: where `proc` and `sys` are mounted.
+        root: the folder in which `proc` and `sys` are mounted.
     """
     lines = (root / "proc/meminfo").read_text().splitlines()
     available = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
@@ -25,7 +26,7 @@ def memory_left(root: Path = Path("/")) -> tuple[int, str]:
 
 
 def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
-    """Yield (bytes left, name of the limit) for each control group, of version 1 or 2, that limits this process."""
+    """Yield the bytes left and the name of the limit, for each control group (version 1 or 2) of this process."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -42,12 +43,12 @@ def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Return the bytes left; None if the group has no limit or its files cannot be read."""
+    """Return the bytes left in the control group `folder`, or None if it has no limit or its files cannot be read."""
     try:
         allowed = int((folder / limit).read_text())
         used = int((folder / usage).read_text())
         lines = (folder / "memory.stat").read_text().splitlines()
         cached = next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0)
         return max(0, allowed - used + cached)
-    except (OSError, ValueError):  # ValueError: "max"
+    except (OSError, ValueError):  # a group without a limit has the word "max", which is no number
         return None

@@ -1,4 +1,4 @@
-"""Connect the ranks: torch's TCP store, then the process group over it, each within a time limit."""
+"""Connect the ranks: first to torch's TCP store, then over the store to the process group. Both have a time limit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
 
 MAX_LINES = 20
-"""Number of ranks whose causes are printed one by one."""
+"""The largest number of ranks for which rank 0 prints a line each."""
 SELF_CONNECT_S = 15.0
-"""Rank 0's longest wait for a connection to the store that it serves itself."""
+"""The longest time that rank 0 waits for a connection to the store that it serves itself, seconds."""
 
 
 def say(line: str) -> None:
@@ -30,10 +30,10 @@ def say(line: str) -> None:
 
 
 def open_store(timeout_s: float) -> Store:
-    """Open the store at MASTER_ADDR:MASTER_PORT, which rank 0 serves unless torchrun does.
+    """Return a connection to the store at MASTER_ADDR:MASTER_PORT. If torchrun does not serve the store, rank 0 does.
 
     Raises:
-        RuntimeError: one line; the store cannot be served, or cannot be reached within `timeout_s`.
+        RuntimeError: one line; rank 0 cannot serve the store, or this rank cannot reach it within `timeout_s`.
     """
     from torch.distributed import DistError, PrefixStore, TCPStore
 
@@ -60,7 +60,8 @@ def open_store(timeout_s: float) -> Store:
             "start, a firewall blocks the port, or the name resolves to another machine"
         ) from None
     store.set_timeout(timedelta(seconds=timeout_s))
-    # torchrun's store outlives a restart of its ranks.
+    # The prefix contains the number of restarts, because torchrun's store keeps its keys when torchrun restarts
+    # ranks.
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -70,10 +71,10 @@ def join(
     """Join the process group and all-reduce one number within `parallel.start_timeout_s`; every rank must call this.
 
     Returns:
-        The groups, and the seconds taken, without the import of Megatron.
+        The groups, and the seconds that joining took. These seconds do not include the import of Megatron.
 
     Raises:
-        RuntimeError: one line; the backend could not connect this rank.
+        RuntimeError: one line; the backend could not connect this rank to the others.
     """
     import torch
     import torch.distributed as dist
@@ -106,11 +107,11 @@ def join(
 
 
 class Deadline:
-    """Ends the process unless `met` is called in time, because a hanging collective cannot be cancelled."""
+    """Ends the process if `met` is not called in time. A program cannot cancel a collective that hangs."""
 
     def __init__(self, store: Store, seconds: float, *, rank: int, world_size: int):
         self._store, self._seconds, self._rank, self._world_size = store, seconds, rank, world_size
-        # Rank 0 reports first.
+        # The other ranks wait longer, so that rank 0 is the first to report.
         self._timer = threading.Timer(seconds + (GRACE_S if rank else 0), self._end)
         self._timer.daemon = True
         self._timer.start()
@@ -122,7 +123,7 @@ class Deadline:
         if self._rank == 0:
             late = [rank for rank in range(self._world_size) if not self._store.check([f"ready/{rank}"])]
             for rank in late[:MAX_LINES]:
-                key = f"here/{rank}"  # missing if the machines were not checked
+                key = f"here/{rank}"  # not set if the start did not check the machines
                 host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
                 say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
             if not late:

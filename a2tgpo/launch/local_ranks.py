@@ -1,9 +1,10 @@
-"""Run torchrun on one machine, without its traceback: the failing rank has already printed its own line.
+"""Run torchrun on one machine and hide torchrun's traceback, because the failing rank has already printed its error.
 
     python -m a2tgpo.launch.local_ranks NUM_RANKS SCRIPT [ARGUMENT ...]
 
-Exits with the code of the rank that failed first; torchrun ends the others. SIGTERM and SIGUSR1 are passed on to the
-ranks, which then end on their own; a training run first saves a checkpoint (a2tgpo/lifecycle/stop_signal.py).
+If a rank fails, torchrun ends the other ranks, and this program exits with the code of the rank that failed first. If
+this program receives SIGTERM or SIGUSR1, it passes the signal on to the ranks, and they end themselves. The ranks of
+a training run first save a checkpoint (a2tgpo/lifecycle/stop_signal.py).
 """
 
 import logging
@@ -23,15 +24,15 @@ from a2tgpo.lifecycle.stop_signal import SIGNALS
 OPTIONS = (
     "--standalone",
     *("--local-addr", "127.0.0.1"),  # the machine's own name may have no address
-    # Without SIGTERM: torchrun would end the ranks itself, with only half a minute to save.
+    # SIGTERM is not in this list, because torchrun would then end the ranks and leave them half a minute to save.
     *("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"),
 )
-"""Options of torchrun."""
+"""The options with which this program runs torchrun."""
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:
     ranks = psutil.Process().children()
-    if not ranks:  # no rank was started yet
+    if not ranks:  # torchrun has not started any rank yet
         os._exit(START_AGAIN)
     for rank in ranks:
         rank.send_signal(number)

@@ -1,4 +1,4 @@
-"""Agree over MPI where the ranks meet: torchrun's names for each process that mpirun started."""
+"""Agree over MPI where the ranks meet, if mpirun started them, and express the result in torchrun's variables."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Number of processes as set by the launchers of Open MPI, MPICH and Slurm; the first one found is used."""
+"""Variables in which the launchers of Open MPI, MPICH and Slurm set the number of processes. The first variable that
+is set decides."""
 
 
 def meet() -> dict[str, str]:
-    """Return torchrun's names for this process, agreed over MPI, which is started and finalised here.
+    """Return the values of torchrun's variables for this process, on which all ranks agree over MPI.
+
+    This function starts MPI and finalises MPI. Every rank must call it.
 
     Raises:
-        RuntimeError: one line; there is no MPI library, it is not the launcher's, or the other machines cannot
-            resolve rank 0's name.
+        RuntimeError: one line; there is no MPI library, the launcher uses another MPI library, or another machine
+            cannot resolve the name of rank 0.
     """
     mpi = load_mpi()
-    # `agree` reports mpi4py's suspicion about mpirun in one line.
+    # mpi4py warns if it suspects that mpirun is of another MPI. `agree` reports this case in one line.
     warnings.filterwarnings("ignore", message="suspicious MPI", category=RuntimeWarning)
     mpi.Init()
     try:
@@ -33,10 +36,10 @@ def meet() -> dict[str, str]:
 
 
 def load_mpi() -> ModuleType:
-    """Return mpi4py's MPI module, not initialised yet."""
+    """Import mpi4py's MPI module and return it; do not start MPI."""
     import mpi4py
 
-    mpi4py.rc.initialize = False  # otherwise the import would start MPI, and finalise it only at exit
+    mpi4py.rc.initialize = False  # if True, the import would start MPI and finalise it only at exit
     mpi4py.rc.finalize = False
     try:
         from mpi4py import MPI
@@ -50,7 +53,7 @@ def load_mpi() -> ModuleType:
 
 
 def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
-    """Return torchrun's names for this process; every rank must call this."""
+    """Return the values of torchrun's variables for this process; every rank of `world` must call this."""
     rank, size = world.Get_rank(), world.Get_size()
     started = next((int(os.environ[name]) for name in SIZES if name in os.environ), 1)
     if size == 1 < started:
@@ -82,7 +85,7 @@ def agree(world: Comm, mpi: ModuleType) -> dict[str, str]:
 
 
 def choose_place(*, is_one_machine: bool) -> tuple[str, str]:
-    """Return an address and a free port of this process, rank 0, for the other ranks."""
+    """Return an address and a free port at which the other ranks can reach rank 0; only rank 0 calls this."""
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if is_one_machine else socket.gethostname())
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -1,4 +1,4 @@
-"""A program's needs of the machines, apart from its input files: disk space, and an engine."""
+"""Describe what a program needs of its machines in addition to input files: disk space, and perhaps an engine."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, most_kept, w
 
 @dataclass(frozen=True, kw_only=True)
 class DiskNeed:
-    """Data that will be written."""
+    """The disk space for data that the program will write."""
 
     key: str
-    """The setting that names the folder."""
+    """The setting that names the folder to which the program writes."""
     folder: Path
-    """An existing folder on the same disk."""
+    """An existing folder on the disk to which the program writes."""
     num_bytes: float
     what: str
     change: str
-    """How to reduce the need, as an alternative to more disk space."""
+    """Advice that tells how to reduce the need if the disk cannot have more free space."""
 
 
 def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
-    """Return faults of the disks that lack space for `needs`; needs on one disk are added up."""
+    """Return a fault for each disk that has too little free space for the sum of the `needs` on that disk."""
     faults = []
     taken: dict[int, float] = {}
     for need in needs:
@@ -47,17 +47,16 @@ def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """A program's needs of the machines, apart from its input files."""
+    """What a program needs of its machines in addition to its input files."""
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """Whether the program plays rollouts, so that the engine needs its share of the GPUs and the search server must
-    answer.
-    """
+    """Whether the program plays rollouts. If it does, the engine needs a share of each GPU's memory, and the search
+    server must answer."""
 
 
 def training_needs(config: RunConfig) -> Needs:
-    """Return the needs of a training run."""
+    """Return what the training run of `config` needs of its machines."""
     model = read_model(config)
     return Needs(
         disk=(
@@ -74,11 +73,14 @@ def training_needs(config: RunConfig) -> Needs:
 
 
 def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
-    """Return a warm start's needs, from its planning configuration: briefly two checkpoints, and its model.
+    """Return what a warm start needs of its machines.
+
+    The disk must have space for two checkpoints, which exist together for a short time, and for the model.
 
     Args:
-        target: the folder of the model to write.
-        root: the warm start's folder.
+        config: the warm start's configuration for planning.
+        target: the folder to which the warm start writes its model.
+        root: the folder of the warm start's metrics and checkpoints.
     """
     sizes = read_model(config)
     checkpoint = DiskNeed(
@@ -99,7 +101,10 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 
 def read_model(config: RunConfig) -> ModelDimensions | None:
-    """Return the model's sizes, or None if the model cannot be read; loading the model later reports the error."""
+    """Return the dimensions of the model, or None if they cannot be read.
+
+    This function reports no error, because a later load of the model reports the error.
+    """
     try:
         return read_dimensions(config.model.path)
     except (ConfigError, OSError):
@@ -107,10 +112,13 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many checkpoints will join the existing ones: at least the next one."""
+    """Return how many more checkpoints the run will keep on disk at the same time, in addition to the existing ones.
+
+    The result contains at least one whole checkpoint, because the next save always writes one.
+    """
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
-    # A checkpoint reduced to its weights has no random states.
+    # If retention has reduced a checkpoint to its weights, the checkpoint has no random states.
     are_whole = [(marker.parent / "rng").is_dir() for marker in markers]
     return Kept(
         whole=max(1, most.whole - are_whole.count(True)),
@@ -119,13 +127,13 @@ def checkpoints_to_come(config: RunConfig) -> Kept:
 
 
 def existing_folder(path: Path) -> Path:
-    """Return `path`, or its nearest existing parent."""
+    """Return `path` if it is a folder, else its nearest parent that is a folder."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def training_inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
-    """Return the paths that every rank must be able to read, by configuration key."""
+    """Return a map from configuration keys to the paths that every rank of a training run must be able to read."""
     paths = {"model.path": config.model.path, "data.train": config.data.train, "data.test": config.data.test}
     if "search" in config.tools.names:
         if config.search.backend == "bm25":

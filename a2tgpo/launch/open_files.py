@@ -1,23 +1,24 @@
-"""This process's limit of open files and connections."""
+"""Raise and check the limit on the number of files and connections that this process may have open."""
 
 from __future__ import annotations
 
 import resource
 
 FILES_PER_RANK = 5
-"""Connections of rank 0, which has the most, per rank: three to the store that it serves, and two of gloo."""
+"""Connections that rank 0 has open for each rank of the run: three to the store that rank 0 serves, and two of gloo.
+No other rank has more."""
 FILES_BESIDE = 512
-"""Files of libraries, GPUs, data and checkpoints."""
+"""Number of files that a process opens for libraries, GPUs, data and checkpoints."""
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit to the hard limit: many systems start with 1,024."""
+    """Raise this process's soft limit to the hard limit, because the soft limit is only 1,024 on many systems."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def limit_fault(world_size: int) -> str | None:
-    """Return the fault of this process's hard limit for a run of `world_size` ranks; None if it suffices."""
+    """Return a fault if this process's hard limit is too low for a run of `world_size` ranks, else None."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = FILES_PER_RANK * world_size + FILES_BESIDE
     if hard == resource.RLIM_INFINITY or hard >= needed:

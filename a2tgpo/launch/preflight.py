@@ -1,8 +1,9 @@
-"""Check all ranks before any model is built: each inspects its machine, rank 0 compares, and all continue or none.
+"""Check all ranks before any rank builds a model. Each rank inspects its machine, rank 0 compares the results, and
+then either all ranks continue or none does.
 
-`start_ranks` opens torch's TCP store, compares facts (`launch/rank_facts.py`), makes the plan, joins the process
-group and all-reduces once over all ranks. If anything fails or a rank does not arrive, all ranks exit with a code
-other than 0, and rank 0 prints one line for each rank at fault.
+`start_ranks` opens torch's TCP store, compares the facts about all ranks (`launch/rank_facts.py`), makes the plan,
+joins the process group and all-reduces once over all ranks. If one of these steps fails, or if a rank does not
+arrive, all ranks exit with a code other than 0, and rank 0 prints one line for each rank at fault.
 """
 
 from __future__ import annotations
@@ -36,23 +37,24 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Number of messages from rank 0 in a meeting: where to look, and whether to continue."""
+"""Number of messages that rank 0 sends in a meeting. The first tells the ranks where to look, and the second tells
+them whether to continue."""
 END = "end"
 LISTEN_S = 1.0
-"""Seconds of one wait for a message; signals do not interrupt such a wait."""
+"""Duration of one wait for a message, seconds. It is short, because a signal cannot interrupt such a wait."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
-    """Check all ranks, then join them like `initialize`; every rank must call this first.
+    """Check all ranks, then join them as `initialize` does; every rank must call this first.
 
     Args:
-        paths: by configuration key, the paths that every rank must be able to read.
-        needs: the program's needs of the machines; None: those of a training run.
+        paths: maps configuration keys to the paths that every rank must be able to read.
+        needs: what the program needs of its machines. If None, the needs of a training run apply.
 
     Raises:
-        ReportedByRank0: a rank failed; rank 0 has printed which and why.
-        ConfigError: the plan refuses the start (`check_memory`); raised on all ranks.
-        RuntimeError: one line; rank 0 cannot be reached from here.
+        ReportedByRank0: a rank failed; rank 0 has printed the rank and the cause.
+        ConfigError: the plan does not fit the GPUs (`check_memory`); raised on all ranks.
+        RuntimeError: one line; this rank cannot reach rank 0.
     """
     raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -75,10 +77,12 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
 
 def meet_ranks(config: RunConfig) -> ParallelGroups:
-    """Join the ranks without checking their machines, for programs that only read a run; every rank calls this first.
+    """Join the ranks without a check of their machines; every rank must call this first.
+
+    Programs that only read a run use this function.
 
     Raises:
-        RuntimeError: one line; rank 0 cannot be reached from here.
+        RuntimeError: one line; this rank cannot reach rank 0.
     """
     raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,21 +92,28 @@ def meet_ranks(config: RunConfig) -> ParallelGroups:
 
 
 class Meeting:
-    """Collects all ranks' facts and distributes rank 0's verdict. Every wait has a limit.
+    """Collects the facts about all ranks and tells each rank what rank 0 decides. Every wait has a time limit.
 
     Args:
-        store: None for a rank that is alone.
-        patience_s: longest wait for the last rank to arrive, and again for it to check its machine.
+        store: the store that the ranks share, or None if there is only one rank.
+        patience_s: the longest time, in seconds, that rank 0 waits for all ranks to arrive. It then waits up to the
+            same time again for all ranks to check their machines.
     """
 
     def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
         self._num_words = 0
-        """Number of messages so far, sent by rank 0 or received by another rank."""
+        """Number of messages so far: on rank 0 the messages sent, on another rank the messages received."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
-        """Return the facts of all ranks on rank 0, only this rank's elsewhere, if no rank has a fault."""
+        """Check this rank's machine; if no rank has a fault, return the facts.
+
+        Rank 0 gets the facts about all ranks, and each other rank gets only the facts about itself.
+
+        Raises:
+            ReportedByRank0: a rank has a fault.
+        """
         if self._rank == 0:
             return self._lead(config, paths, needs)
         self._set(f"here/{self._rank}", platform.node())
@@ -137,7 +148,7 @@ class Meeting:
         try:
             marker.touch()
         except OSError:
-            seen = ""  # if the folder cannot be written, opening it reports that
+            seen = ""  # the folder cannot be written, which the run reports when it opens the folder
         else:
             seen = str(marker)
         place = {"clock_s": time.time(), "marker": seen}
@@ -180,7 +191,7 @@ class Meeting:
         raise ReportedByRank0
 
     def _linger(self) -> None:
-        """Wait for the other ranks to read the verdict: the store ends with rank 0."""
+        """Wait until the other ranks have read the decision, because the store ends when rank 0 ends."""
         from torch.distributed import DistError
 
         deadline = time.monotonic() + GRACE_S
@@ -205,10 +216,14 @@ class Meeting:
         self._num_words += 1
 
     def _hear(self) -> str:
-        """Return rank 0's next message; rank 0 may wait for other ranks. The store notifies, so nobody polls.
+        """Wait for the next message of rank 0, and return the message.
+
+        The wait may be long, because rank 0 may itself wait for other ranks. The store notifies a waiting rank, so no
+        rank polls.
 
         Raises:
-            ReportedByRank0: the word is `END`.
+            ReportedByRank0: the message is `END`.
+            RuntimeError: one line; rank 0 has ended or does not answer.
         """
         from torch.distributed import DistError, DistStoreError
 
@@ -219,7 +234,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # no message yet; signals are handled between waits
+            except DistStoreError:  # no message yet; Python handles signals between two waits
                 continue
             except DistError:
                 break
@@ -231,7 +246,7 @@ class Meeting:
         raise RuntimeError("preflight: rank 0 has ended or does not answer; its own message gives the reason")
 
     def _missing(self, keys: list[str]) -> list[int]:
-        """Return the ranks whose key is missing when patience ends."""
+        """Wait up to `patience_s` for all `keys`, and return the ranks whose keys are then still missing."""
         from torch.distributed import DistError
 
         deadline = time.monotonic() + self._patience_s
@@ -250,7 +265,10 @@ def _local_rank() -> int:
 
 
 def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
-    """Add a fault to `facts` if a measurement shows that the search server is too slow; only with GPUs."""
+    """Measure the search server, and add a fault or a warning to `facts` if the server is too slow for the plan.
+
+    Without a GPU, this function measures nothing.
+    """
     import torch
 
     if not torch.cuda.is_available() or facts.faults:
@@ -261,7 +279,10 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """Return each rank's planned host memory; empty without a GPU or if no plan can be made, reported elsewhere."""
+    """Return the host memory that the plan expects each rank to take.
+
+    The list is empty if there is no GPU, or if no plan can be made. `start_ranks` reports why no plan can be made.
+    """
     try:
         plan = _plan_on_gpus(config, world_size)
     except ConfigError:
@@ -270,11 +291,11 @@ def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
 
 
 def _plan_on_gpus(config: RunConfig, world_size: int) -> Plan | None:
-    """Return the plan of `config` on the visible GPUs; None without a GPU.
+    """Return the plan of `config` on the GPUs that torch sees, or None if torch sees no GPU.
 
     Raises:
-        ConfigError: one line; the layout is impossible. Without a GPU the layout is checked later, when the ranks are
-            laid out.
+        ConfigError: one line; the layout is impossible. If there is no GPU, the check of the layout follows later,
+            when the ranks join.
     """
     import torch
 

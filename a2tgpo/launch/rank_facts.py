@@ -1,4 +1,4 @@
-"""Collect facts about each rank's machine before a run, and find ranks that differ from the others."""
+"""Collect facts about the machine of each rank before a run, and find the ranks that differ from the other ranks."""
 
 from __future__ import annotations
 
@@ -22,34 +22,35 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest difference to rank 0's clock, seconds. Synchronised machines differ by milliseconds; the rest allows for
-the delay with which a loaded machine reads its clock."""
+"""Largest difference between the clocks of a rank and of rank 0, seconds. The clocks of synchronised machines differ
+by milliseconds. The limit is higher, because a loaded machine may read its clock with a delay."""
 SAMPLED_BYTES = 4096
-"""Bytes read of each file of a path, at its start and at its end."""
+"""Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SEARCH_TIMEOUT_S = 10.0
 UNREADABLE = "cannot be read"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """Facts that a rank reports to rank 0. Everything in `equal` must be the same on all ranks."""
+    """The facts about a rank and its machine that the rank reports to rank 0."""
 
     rank: int
     host: str = field(default_factory=platform.node)
     equal: dict[str, str]
-    """Versions, number of visible GPUs, kind of GPU, configuration."""
+    """Facts that must be equal on all ranks: versions, number and kind of the visible GPUs, configuration."""
     paths: dict[str, str]
-    """By configuration key: fingerprint of the files, or `UNREADABLE` with the reason."""
+    """Maps each configuration key to a fingerprint of the files at its path. If the path cannot be read, the value is
+    `UNREADABLE` with the reason."""
     gpu: str = ""
-    """Identifies the GPU that this rank will use within the cluster; empty without a GPU."""
+    """Identifies, within the cluster, the GPU that this rank will use; empty if there is no GPU."""
     clock_ahead_s: float = 0.0
-    """Difference to rank 0's clock."""
+    """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
-    """Host memory still available to processes on this machine, bytes, and what limits it."""
+    """Host memory in bytes that processes on this machine can still take, and the name of the limit that decides."""
     faults: list[str] = field(default_factory=list)
-    """Faults of this rank, independent of other ranks."""
+    """Faults that this rank found on its own machine, without comparing it with other ranks."""
     warnings: list[str] = field(default_factory=list)
-    """Possible later problems."""
+    """Lines about problems that may occur later."""
 
 
 def gather_facts(
@@ -62,13 +63,14 @@ def gather_facts(
     clock_s: float,
     marker: str,
 ) -> RankFacts:
-    """Collect this machine's facts.
+    """Return the facts about this rank and its machine.
 
     Args:
-        paths: by configuration key, the paths that every rank must be able to read.
-        needs_search: check that the server of search.url answers.
-        clock_s: rank 0's clock now, seconds since the epoch.
-        marker: a file that rank 0 has just written in the run's place; empty: rank 0 could not write it.
+        paths: maps configuration keys to the paths that every rank must be able to read.
+        needs_search: whether to check that the server at search.url answers.
+        clock_s: the present time on rank 0's clock, seconds since the epoch.
+        marker: the path of a file that rank 0 has just written where the run's folder will be. If empty, rank 0 could
+            not write this file.
     """
     ahead_s = time.time() - clock_s
     gpus, faults, warnings = see_gpus(local_rank)
@@ -101,7 +103,7 @@ class Gpus:
 
 
 def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
-    """Return the GPUs that torch sees here, their faults, and warnings about them."""
+    """Return the GPUs that torch sees on this machine, a list of their faults, and a list of warnings about them."""
     import torch
 
     if not torch.cuda.is_available():
@@ -121,7 +123,7 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
 
 
 def search_server_faults(config: RunConfig) -> list[str]:
-    """Query the server of search.url once from here; return its faults."""
+    """Send one query to the server at search.url, and return the faults that the query shows."""
     from dataclasses import replace
 
     from a2tgpo.search.tool import build_search
@@ -137,7 +139,10 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
 
 def path_fingerprint(path: str) -> str:
-    """Fingerprint names, sizes and both ends of the files at `path`: equal on two machines with the same files."""
+    """Return a fingerprint of the files at `path`. Two machines with the same files have the same fingerprint.
+
+    The fingerprint covers the name and the size of each file, and the bytes at its start and at its end.
+    """
     root = Path(path)
     digest = hashlib.sha256()
     try:
@@ -157,21 +162,21 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return a fault for each machine with less memory left than its ranks are planned to take, by the machine's
-    first rank.
+    """Return a fault for each machine that has too little host memory left, keyed by the machine's first rank.
 
-    A machine whose memory the plan exceeds by no more than `cluster.plan_margin` gets a warning instead.
+    A machine has too little if its ranks, according to the plan, need more memory than is left. If they need more by
+    no more than the share `cluster.plan_margin`, the machine gets a warning and no fault.
 
     Args:
-        found: facts of all ranks, by rank.
-        planned: bytes that each rank needs, by rank.
+        found: the facts about each rank, in rank order.
+        planned: the memory that each rank needs according to the plan, in rank order.
     """
     by_host: dict[str, list[RankFacts]] = {}
     for facts in found:
         by_host.setdefault(facts.host, []).append(facts)
     faults = {}
     for ranks in by_host.values():
-        # Index `memory_left`: facts that came through JSON have a list in place of the tuple.
+        # Compare the two values in a new tuple, because JSON has turned the other ranks' `memory_left` into lists.
         left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
@@ -187,12 +192,14 @@ def host_memory_faults(
 
 
 def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:
-    """Map each faulty rank to the faults that it reported and to its values that differ from the majority.
+    """Return a map from each faulty rank to its faults.
+
+    A rank is faulty if it reported a fault, or if a value of the rank differs from the majority of the ranks.
 
     Args:
-        found: facts of all ranks, by rank; in a tie, rank 0 is right.
-        paths: by configuration key. Paths that no rank can read are a mistake in the configuration, which is reported
-            later.
+        found: the facts about each rank, in rank order. If two values are equally frequent, rank 0 is right.
+        paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
+            the configuration is wrong, and a later check reports the mistake.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):
@@ -219,11 +226,11 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (rank, name, its value, the usual value) for each value that differs from the majority."""
+    """Yield (rank, name, value of the rank, value of the majority) for each value that differs from the majority."""
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]
         usual = Counter(column).most_common(1)[0][0]  # in a tie, the value of the lowest rank
-        if usual.startswith(UNREADABLE):  # a single rank that can read it is right
+        if usual.startswith(UNREADABLE):  # if even one rank can read the path, that rank is right
             usual = next((value for value in column if not value.startswith(UNREADABLE)), usual)
         yield from ((rank, name, value, usual) for rank, value in enumerate(column) if value != usual)

@@ -1,4 +1,7 @@
-"""This process's rank and meeting point, from its launcher's variables, under torchrun's names."""
+"""Find this process's rank and the meeting point of all ranks, and set them in torchrun's variables.
+
+The launcher that started the process has set variables of its own, from which this module takes the values.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,30 @@ from collections.abc import Mapping, MutableMapping
 from a2tgpo.io.errors import ConfigError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Set by torchrun; read by torch.distributed, Megatron and vLLM."""
+"""The variables that torchrun sets, and that torch.distributed, Megatron and vLLM read."""
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""srun's names of three of these variables. A batch script outside srun has no number of tasks per step."""
+"""Maps three of torchrun's variables to srun's names for them. In a batch script, outside srun, SLURM_STEP_NUM_TASKS
+is not set."""
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE"),
 }
-"""Names of a process's rank and of the number of processes, for each launcher except torchrun."""
+"""Maps each other launcher to its variables for the rank of a process and for the number of processes."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""Above the ports of services, below the ports that Linux assigns itself (32768 and up)."""
+"""First port, and number of ports, from which a step's port is chosen. These ports are above the ports of services
+and below the ports that Linux assigns itself (32768 and up)."""
 PORTS_PER_JOB = 32
 
 
 def join_launcher() -> None:
-    """Set torchrun's names if srun started this process as one of several; call before importing torch.
+    """If srun started this process as one of several, set torchrun's variables.
+
+    Call this before the import of torch.
 
     Raises:
-        ConfigError: one line; names are missing or unusable, or mpirun started a script that does not use MPI.
+        ConfigError: one line; a variable is missing or has an unusable value, or mpirun started a script that does
+            not use MPI.
     """
     found = launched(os.environ)
     if found is None:
@@ -37,34 +45,36 @@ def join_launcher() -> None:
     if "RANK" not in os.environ:
         forget_torchrun(os.environ)
     os.environ.update(found)
-    # Spinning thread pools of several processes on few cores slow each other down many times over.
+    # If several processes share few cores, their thread pools spin and slow each other down many times over.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def forget_torchrun(environment: MutableMapping[str, str]) -> None:
-    """Remove another job's torchrun variables: its options (PET_*) and its ranks' settings (TORCHELASTIC_*).
+    """Remove from `environment` the variables that belong to the torchrun of another job.
 
-    A shell, a pod or a job passes these variables on to its child processes. PET_NNODES=2 makes torchrun wait for a
-    second node; TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that nobody serves.
+    They are the options of that torchrun (PET_*) and the settings of its ranks (TORCHELASTIC_*). A shell, a pod or a
+    job may have passed these variables on to this process. PET_NNODES=2, for example, makes torchrun wait for a
+    second node. TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that no process serves.
     """
     for name in [name for name in environment if name.startswith(("PET_", "TORCHELASTIC_"))]:
         del environment[name]
 
 
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Return `NAMES` of this process if a launcher started it as one of several; None if it is alone.
+    """Return the values of the variables `NAMES` for this process, or None if the process is the only one.
 
-    srun's processes meet at the first node of their step, at a port derived from job and step, unless MASTER_ADDR and
-    MASTER_PORT are set.
+    The processes of srun meet at MASTER_ADDR and MASTER_PORT. If MASTER_ADDR is not set, they meet at the first node
+    of their step. If MASTER_PORT is not set, the port is derived from the job and the step.
 
     Raises:
-        ConfigError: one line; see `join_launcher`.
+        ConfigError: one line; for the reasons that `join_launcher` gives.
     """
     if "RANK" in environment:
         found = _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
         _refuse_left_over(environment)
         return found
-    # srun also sets MPICH's name; Open MPI's mpirun starts its processes from a step of srun.
+    # Check Open MPI before Slurm, because its mpirun starts processes in a step of srun. Check MPICH after Slurm,
+    # because srun also sets the variables of MPICH.
     _refuse_mpirun(environment, "OMPI_COMM_WORLD_SIZE")
     if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _of_slurm(environment)
@@ -83,7 +93,11 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _complete(found: dict[str, str], because: str) -> dict[str, str]:
-    """Return `found` if no name is missing and every value that must be a number is one."""
+    """Return `found` after a check that no variable is missing and that each value is allowed.
+
+    Raises:
+        ConfigError: one line; a variable of `NAMES` is missing or has a value that is not allowed.
+    """
     missing = [name for name in NAMES if name not in found]
     if missing:
         sources = " ".join(SLURM_NAMES.get(name, name) for name in missing)
@@ -109,7 +123,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _refuse_left_over(environment: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if RANK and WORLD_SIZE are not torchrun's and contradict the launcher of this process."""
+    """Raise `ConfigError` if torchrun did not set RANK and WORLD_SIZE and they contradict this process's launcher."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     mine = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
@@ -135,7 +149,7 @@ def _refuse_mpirun(environment: Mapping[str, str], name: str) -> None:
 
 
 def first_host(node_list: str) -> str:
-    """Return the first name of Slurm's node list, e.g. rack1node07 of rack[1-2]node[07-09,12],login."""
+    """Return the first name in a node list of Slurm, e.g. rack1node07 for rack[1-2]node[07-09,12],login."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[\]])+", node_list)
     if first is None or (first.group() != node_list and node_list[first.end()] != ","):
         raise ConfigError(f"SLURM_STEP_NODELIST is {node_list!r}; allowed: names, such as node[01-04]")
@@ -143,7 +157,7 @@ def first_host(node_list: str) -> str:
 
 
 def address_of(node: str) -> str:
-    """Return the node's name, or if no host has that name, the address that Slurm uses itself."""
+    """Return `node` if it is the name of a host, else the address that Slurm itself uses for the node."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -169,6 +183,9 @@ def address_of(node: str) -> str:
 
 
 def step_port(environment: Mapping[str, str]) -> int:
-    """Return the port of this job's step: equal on its tasks, different for neighbouring jobs and steps."""
+    """Return the port at which the tasks of this job's step meet.
+
+    All tasks of the step get the same port. Neighbouring jobs and neighbouring steps get different ports.
+    """
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     return FIRST_PORT + (job * PORTS_PER_JOB + step) % NUM_PORTS

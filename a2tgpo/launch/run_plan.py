@@ -1,4 +1,4 @@
-"""The plan of a run on its GPUs, as printed by the dry run and checked by the pre-flight."""
+"""Make the plan of a run on its GPUs. The dry run prints this plan, and the pre-flight checks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
-    """Return the plan on `num_gpus` GPUs like the one here, and the sources of the model's dimensions and the GPU."""
+    """Return the plan of a run on `num_gpus` GPUs, the source of the model's dimensions, and the GPU's description.
+
+    The plan assumes the GPU of this machine. If the machine has none, the plan assumes the GPU in the configuration.
+    """
     from a2tgpo.plan.dimensions import model_dimensions
     from a2tgpo.plan.plan import make_plan
 
@@ -24,14 +27,15 @@ def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
 
 
 def check_memory(plan: Plan, *, has_engine: bool) -> str:
-    """Return a warning, in one line, if the plan exceeds a GPU's memory; empty if it fits.
+    """Return a warning of one line if the plan exceeds the memory of a GPU, or an empty string if the plan fits.
 
     Args:
-        has_engine: False for a program without an engine, of which only the update counts.
+        has_engine: whether the program has an engine. If it has none, only the memory of the update is checked.
 
     Raises:
-        ConfigError: one line; the plan exceeds the memory by more than `cluster.plan_margin`, or the cache that
-            `rollout.kv_cache_gib` sets, which is no estimate, does not hold one sequence.
+        ConfigError: one line; the plan exceeds the memory by more than the share `cluster.plan_margin`, or the cache
+            that `rollout.kv_cache_gib` sets is too small for one sequence. No margin applies to the cache, because
+            its size is not an estimate.
     """
     cache_fault = ""
     if has_engine and not plan.holds_a_sequence:
@@ -56,7 +60,10 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """Return this machine's GPU, or without one the configuration's GPU; and a description of the choice."""
+    """Return the GPU to plan for, and a description of this GPU.
+
+    It is the GPU of this machine. If the machine has none, it is the GPU that the configuration names.
+    """
     import torch
 
     meant = GPUS[config.cluster.gpu]

@@ -1,4 +1,4 @@
-"""Start a warm start: its dry run, and joining its ranks."""
+"""Begin a warm start: run its dry run, or check its machines and join its ranks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from a2tgpo.warmstart.target import folder_of, target_of
 
 
 def dry_run(config: RunConfig) -> int:
-    """Check target, demonstrations, layout and plan without building a model, as one process.
+    """Check the target, the demonstrations, the layout and the plan of a warm start; build no model.
+
+    One process calls this.
 
     Returns:
-        The exit code: 0, or `DOES_NOT_FIT`.
+        The exit code. It is 0 if the plan fits the GPUs, and `DOES_NOT_FIT` if not.
     """
 
     date = read_date(Path(config.run.root) / config.run.name) or today()
@@ -50,7 +52,7 @@ def dry_run(config: RunConfig) -> int:
 
 
 def join_ranks(config: RunConfig) -> ParallelGroups:
-    """Check that the machines meet a warm start's needs, and join the ranks; every rank must call this."""
+    """Check that the machines have what a warm start needs, and join the ranks; every rank must call this."""
 
     settings = config.warmstart
     paths = {"warmstart.source": settings.source, "warmstart.demonstrations": settings.demonstrations}
