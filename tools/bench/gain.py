@@ -1,17 +1,17 @@
-"""Measure the cost of information gain per step: by the engine, by the trainer's tree, and with full prefixes.
+"""Measure what the information gain of a step costs in three variants: engine, trainer's tree, full prefixes.
 
-The bench plays a step of SmolLM2-135M in float32, which every CPU supports: four trajectories of 2,000 tokens, with
-six process turns and a final one. The engine plays them; the trainer scores them and trains on them. After the prompt
-and after every process turn the gold answer is scored,
+The bench plays a step of SmolLM2-135M in float32, which every CPU supports. The step has four trajectories of 2,000
+tokens, each with six process turns and a final turn. The engine plays the trajectories; the trainer scores them and
+trains on them. Each variant scores the gold answer after the prompt and after every process turn:
 
-    engine   as requests on the cached prefix: the product
-    tree     by the trainer, each trajectory once with all answers as branches: the product's check
-    in full  by the trainer, one row per (trajectory, turn): as in the paper's code
+    engine   requests to the engine that use the cached prefix, as in training runs
+    tree     one pass of the trainer per trajectory with all answers as branches, as in training runs' check of gains
+    in full  one row of the trainer per pair of trajectory and turn, as in the paper's code
 
-Share of step time: CPU seconds of the scoring, divided by those of the whole step, which consists of generation,
-scoring of the old policy (needed by a step of several mini-batches), update, and this scoring. Tokens that the model
-runs are counted. In this bench the engine scores all contexts after the rollout, from its cache; in a training step
-it scores them during generation, in passes that run anyway.
+A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a whole step. A whole
+step consists of generation, scoring of the old policy (which a step of several mini-batches needs), update, and the
+variant's scoring. The bench also counts the tokens that the model runs. In this bench the engine scores all contexts
+after the rollout, from its cache. In a training step, it scores them during generation, in passes that run anyway.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 NUM_TRAJECTORIES = 4
 PROMPT, NUM_CALLS, SAMPLED, OBSERVED, FINAL = 200, 6, 100, 190, 60
-"""Tokens of the prompt; process turns, their sampled and observed tokens; tokens of the last turn: 2,000 in all."""
+"""The shape of a trajectory, which has 2,000 tokens in all.
+
+In order: the tokens of the prompt, the number of process turns, the sampled and the observed tokens of each process
+turn, and the tokens of the final turn.
+"""
 SCAFFOLD, ANSWER = 10, 6
 MAX_TOKENS = 4096
-"""Positions of a row in the trainer."""
+"""Largest number of tokens in one row of the trainer."""
 
 
 def random_tokens(rng: random.Random, count: int) -> list[int]:
@@ -55,7 +59,7 @@ def random_tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
-    """Generate trajectories of given lengths, each turn in the context of those before it."""
+    """Play trajectories with prescribed lengths; each turn is generated after the prompt and all earlier turns."""
     rng = random.Random(seed)
     prompt = random_tokens(rng, PROMPT)
     played = [
@@ -95,7 +99,7 @@ def drain(engine: EngineWithoutEnd) -> list[EngineOutput | ScoreOutput]:
 
 
 class Step:
-    """One step's parts, each timed separately, on the same trajectories."""
+    """Runs all parts of a step on the same trajectories, and times each part separately."""
 
     def __init__(self, engine: EngineWithoutEnd, policy: Policy, optimizer: object, seed: int):
         self.engine, self.policy, self.optimizer = engine, policy, optimizer
@@ -118,7 +122,7 @@ class Step:
         self.sampled_gap = torch.cat(differences).mean().item()
 
     def share(self, scorer: str) -> tuple[float, float]:
-        """Return CPU seconds of the scorer, and of a step that includes the scorer."""
+        """Return the CPU seconds of the variant `scorer`, and the CPU seconds of a step with this variant."""
         rest = sum(self.seconds[part] for part in ("generation", "old", "update"))
         return self.seconds[scorer], rest + self.seconds[scorer]
 

@@ -1,11 +1,11 @@
-"""Measure time and memory to index a large corpus, to start its server, and to answer.
+"""Measure the time and memory for indexing a large corpus, for starting its server, and for answering queries.
 
     python tools/bench/large_corpus.py --passages 1000000 [--words 100] [--keep FOLDER] [--json FILE]
 
-The passages are synthetic: words drawn from a Zipf distribution over 200,000, in Search-R1's format. The index is
-built by tools/build_index.py and served by tools/retrieval_server.py, each in its own process; peak memory is the
-kernel's count. The server's memory is reported in two parts: its own, and pages of mapped files, which the kernel can
-reclaim.
+The synthetic passages have words from a Zipf distribution over 200,000 words; the corpus is in Search-R1's format.
+tools/build_index.py builds the index and tools/retrieval_server.py serves it, each in its own process. The kernel
+reports peak memory. The server's memory is reported in two parts: its own memory, and pages of mapped files, which
+the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 def write_corpus(path: Path, *, passages: int, words: int) -> None:
-    """Write passages of about `words` words, the same for equal sizes."""
+    """Write `passages` passages of about `words` words to `path`. Equal arguments give equal files."""
     generator = np.random.default_rng(0)
     names = np.array([f"w{number:x}" for number in range(VOCABULARY)])
     with open(path, "w", encoding="ascii") as handle:
@@ -46,7 +46,7 @@ def write_corpus(path: Path, *, passages: int, words: int) -> None:
 
 
 def build(corpus: Path, index: Path) -> dict[str, float]:
-    """Return seconds and the peak resident memory of tools/build_index.py."""
+    """Build the index with tools/build_index.py; return the seconds and the peak resident memory."""
     start = time.perf_counter()
     command = [sys.executable, "tools/build_index.py", "bm25", "--corpus", str(corpus), "--out", str(index)]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -55,7 +55,7 @@ def build(corpus: Path, index: Path) -> dict[str, float]:
 
 
 def memory(process_id: int) -> dict[str, float]:
-    """Return a process's resident memory, MiB: its own, and pages mapped from files."""
+    """Return a process's resident memory in MiB: `own` memory, and pages that are `mapped` from files."""
     fields = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{process_id}/status").read_text().splitlines()
@@ -68,7 +68,7 @@ def memory(process_id: int) -> dict[str, float]:
 
 
 def ask(connection: http.client.HTTPConnection, query: str) -> float:
-    """Return the seconds of one query."""
+    """Send one query to the server; return the seconds until the answer."""
     body = json.dumps({"queries": [query], "topk": TOP_K, "return_scores": True})
     start = time.perf_counter()
     connection.request("POST", "/retrieve", body, {"Content-Type": "application/json"})
@@ -78,9 +78,12 @@ def ask(connection: http.client.HTTPConnection, query: str) -> float:
 
 
 def serve(corpus: Path, index: Path) -> dict[str, float]:
-    """Return seconds to the first answer, latency of new queries one at a time, and memory before and after them."""
+    """Start the server, and send queries one at a time.
+
+    Return the seconds to the first answer, the latency of the other queries, and memory before and after these.
+    """
     draw = random.Random(1)
-    # Words of medium frequency, like names and nouns; the rarest ones would match nothing.
+    # Use words of medium frequency, which names and nouns of real queries have. The rarest words match no passage.
     queries = [
         " ".join(f"w{draw.randrange(50, 20_000):x}" for _ in range(QUERY_WORDS)) for _ in range(QUERIES)
     ]

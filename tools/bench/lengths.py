@@ -1,4 +1,4 @@
-"""Draw the turns of a simulated policy from the request's seed alone."""
+"""Draw a simulated policy's turns. The request's seed alone determines a turn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import random
 
 
 def planned_turn(seed: int, *, median: int, longest: int, call_share: float) -> tuple[int, bool]:
-    """Return the turn's tokens, log-normal around `median`, at most `longest`, and whether it ends with a search."""
+    """Return a turn's number of tokens, and whether the turn ends with a search.
+
+    The number of tokens is log-normal with median `median`, and at most `longest`. A share `call_share` of all turns
+    ends with a search.
+    """
     rng = random.Random(seed)
     length = min(longest, max(4, round(median * rng.lognormvariate(0.0, 0.6))))
     return length, rng.random() < call_share

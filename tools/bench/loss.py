@@ -1,8 +1,8 @@
-"""Compare the turn-level loss, forward and backward, of 128 trajectories of 2,000 tokens with loops.
+"""Compare forward and backward pass of the turn-level loss with loops, on 128 trajectories of 2,000 tokens.
 
-The loops implement Eq. 10-12: over trajectories and turns with a mask for each turn, as trainers with one padded row
-per trajectory do it; and over single tokens, on an eighth of the trajectories, because autograd keeps a graph node
-for every operation. Loss and gradient of all variants are equal.
+Both loops implement Eq. 10-12. One loop runs over trajectories and turns with a mask for each turn, as in trainers
+with one padded row per trajectory. The other loop runs over single tokens; it uses an eighth of the trajectories,
+because autograd keeps a graph node for every operation. All variants give the same loss and gradient.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ CONFIG = AlgorithmConfig()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """The same tokens in the flat and in the padded form."""
+    """The inputs of the loss in two forms: flat over the sampled tokens, and padded with a row per trajectory."""
 
     logprobs: Tensor
-    """[n], flat over the sampled tokens."""
+    """Log-probs [n] of the sampled tokens."""
     inputs: LossInputs
     padded_logprobs: Tensor
-    """[N, longest], every token, sampled or not; the others below have the same shape."""
+    """Log-probs [N, longest] of all tokens, sampled or not. The other padded tensors have the same shape."""
     padded_old: Tensor
     padded_turns: Tensor
-    """Index of the turn in the trajectory, -1 where the token was not sampled."""
+    """The turn index of each sampled token; -1 at all other positions."""
     turn_advantages: list[list[float]]
     turn_clip_scales: list[list[float]]
 
@@ -84,7 +84,7 @@ def make_case(count: int) -> Case:
 
 
 def ours(case: Case) -> tuple[Tensor, Tensor]:
-    """Return the loss and its gradient at the sampled tokens."""
+    """Compute the project's loss; return the loss and its gradient with respect to the log-probs [n]."""
     logprobs = case.logprobs.clone().requires_grad_()
     result = policy_loss(logprobs, case.inputs, CONFIG)
     result.loss.backward()

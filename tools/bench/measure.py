@@ -1,6 +1,7 @@
-"""Shared by all benches: rounds of two variants side by side, and the row that a comparison gives.
+"""Measure variants of a computation in alternating rounds, and compute the table row that compares two variants.
 
-A bench is a module here with `rows() -> list[Row]`, named in run.py.
+All benches use this module. A bench is a module in this folder that defines `rows() -> list[Row]` and that run.py
+lists.
 """
 
 from __future__ import annotations
@@ -23,30 +24,31 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table: ours against a baseline, measured in one run."""
+    """One line of the table. It compares this project with a baseline; both are measured in the same run."""
 
     name: str
-    """The quantity and its size."""
+    """What is measured, on inputs of which size."""
     ours: float
     baseline: float
     baseline_is: str
     unit: str
-    """Unit of `ours` and `baseline`: "CPU s" (user and system time of the process), "s" (wall), "MB", "tokens/s",
-    "bytes", ...
+    """The unit of `ours` and `baseline`, for example "MB", "tokens/s" or "bytes".
+
+    "CPU s" is user and system time of the process; "s" is wall time.
     """
     ratio: float
-    """Median of the rounds' ratios, each defined by `ratio_is`."""
+    """Median over the rounds of the ratio that `ratio_is` defines."""
     ratio_is: str
-    """baseline / ours | ours / baseline"""
+    """How `ratio` is computed: either `baseline / ours` or `ours / baseline`."""
     noise: float
-    """Half the range of the rounds' ratios over their median; 0 if the values are counted, not measured."""
+    """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts."""
     target: str = ""
-    """">= 200", "<= 0.03"; empty: no target."""
+    """"The limit for `ratio`, such as ">= 200" or "<= 0.03"; empty if there is no target."""
     note: str = ""
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the target is met; None without a target."""
+        """Return whether `ratio` meets the target; None if there is no target."""
         if not self.target:
             return None
         relation, limit = self.target.split()
@@ -64,7 +66,11 @@ def compared(
     target: str = "",
     note: str = "",
 ) -> Row:
-    """Return the row of two variants' values, one per round, or a single value each if counted."""
+    """Return the row that compares two variants.
+
+    Args:
+        ours, baseline: the variants' values, one per round; one value each if the values are counts.
+    """
     above, below = (baseline, ours) if ratio_is == "baseline / ours" else (ours, baseline)
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     ratio = statistics.median(ratios)
@@ -89,13 +95,14 @@ def interleaved(
     clock: Callable[[], float] = time.process_time,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Return the seconds of each variant in each round; every other round runs them in the opposite order.
+    """Run all variants in every round; return each variant's seconds in each round.
 
-    The variants alternate in one process, so that other load on the machine affects all of them.
+    The variants alternate in one process, so that other load on the machine affects all variants. Every second round
+    runs them in the opposite order.
 
     Args:
-        clock: process time by default: all threads, without waits for the machine's other work.
-        warm_up: run each variant once before, uncounted.
+        clock: returns seconds. The default counts CPU time of all threads, so waits for other programs do not count.
+        warm_up: whether to run each variant once before the first round, without measuring.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     if warm_up:
@@ -111,10 +118,10 @@ def interleaved(
 
 
 def run_program(name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
-    """Run `command` in the checkout, with `environment` added to this one; quietly, unless it fails.
+    """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
 
     Raises:
-        RuntimeError: it failed; one line that begins with `name`, after the end of its output.
+        RuntimeError: the command failed; one line that begins with `name`. The end of the output is printed before.
     """
     process = subprocess.run(
         command,
@@ -130,8 +137,9 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
 
 def peak_megabytes(variant: Variant) -> float:
-    """Return the peak resident memory of `variant` beyond the memory before it, MB; in a forked child (Linux).
+    """Run `variant` in a forked child; return by how many MB its peak resident memory exceeds the memory before it.
 
+    This needs Linux.
     The allocator may keep memory that an earlier variant freed, which would hide a later variant's need. So glibc
     first returns its free memory, and each variant runs in its own child.
     """
@@ -144,8 +152,8 @@ def peak_megabytes(variant: Variant) -> float:
     if child == 0:
         status = 1
         try:
-            torch.set_num_threads(1)  # a forked process lacks the parent's threads
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            torch.set_num_threads(1)  # the parent's threads do not exist in a forked process
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, the peak
             before = _resident_megabytes("VmRSS")
             variant()
             os.write(writing, str(_resident_megabytes("VmHWM") - before).encode())
@@ -168,5 +176,5 @@ def _resident_megabytes(field: str) -> float:
 
 
 def number(value: float) -> str:
-    """Format with three significant digits; with an exponent only below 0.0001."""
+    """Format `value` with three significant digits. Only values below 0.0001 get an exponent."""
     return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"

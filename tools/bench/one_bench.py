@@ -1,4 +1,4 @@
-"""Run one bench in this process, print its rows and write its record: run.py starts it.
+"""Run one bench in this process, print its rows and write its record. run.py starts this program for every bench.
 
 python tools/bench/one_bench.py BENCH RECORD
 """
@@ -36,7 +36,7 @@ def main(bench: str, record: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Describe the machine of the measurements."""
+    """Return a description of this machine, which made the measurements."""
     names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
         "cpu": names[0] if names else platform.processor(),

@@ -1,8 +1,9 @@
-"""Measure the share of real tokens in training micro-batches, and the cost of packing.
+"""Measure the share of real tokens in training micro-batches, and the time that packing takes.
 
-Trajectories of 500 to 6,000 tokens, distributed to data-parallel replicas and cut into micro-batches like a training
-step, at the layouts of the shipped configurations. The baselines pad every row to the longest of its micro-batch,
-under the same token limit: in rollout order, and sorted by length.
+The bench distributes trajectories of 500 to 6,000 tokens to data-parallel replicas, and divides them into
+micro-batches as a training step does. It uses the layouts of the shipped configurations. The baselines pad every row
+to the longest row of its micro-batch, with the same token limit. One baseline keeps the order of the rollout, the
+other baseline sorts by length.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.trajectory import Trajectory
 
 COUNT, TOKENS = 128, 2400
-"""Trajectories of one mini-batch (8 prompts × 16) and their mean tokens."""
+"""Number of trajectories in one mini-batch (8 prompts × 16), and their mean number of tokens."""
 LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
-"""Configuration and its number of data-parallel replicas."""
+"""{configuration: its number of data-parallel replicas}."""
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens in the computed positions.
+    """Return the share of real tokens in the positions that the replicas compute.
 
-    All replicas wait for the slowest one, so its positions count for each of them.
+    All replicas wait for the replica with the most positions, so its number of positions counts for every replica.
     """
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
@@ -43,7 +44,7 @@ def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas
 
 
 def padded_share(trajectories: Sequence[Trajectory], limit: int, *, by_length: bool) -> float:
-    """Return the share of real tokens on one replica if rows are padded to the longest of their micro-batch."""
+    """Return the share of real tokens on one replica that pads rows to the longest row of their micro-batch."""
     lengths = [packed_length(t) for t in trajectories]
     if by_length:
         lengths.sort()

@@ -1,9 +1,10 @@
-"""Count the engine steps of a training step with partial rollouts, and those with few busy slots.
+"""Count the engine steps of a training step with partial rollouts, and the engine steps with few busy slots.
 
-Nothing is measured: the bench simulates a rollout whose trajectories have given numbers of tokens, with one token per
-busy slot and step; tools answer at once, scoring and prefill are free. The product (`collect/partial.py`) chooses
-which groups are played and taken, and sets the seeds, from which the lengths are drawn as for the bench `rollout`.
-One engine plays 16 groups of 16 trajectories in 256 slots, with up to six searches each.
+The bench measures no time. It simulates a rollout whose trajectories have prescribed numbers of tokens: in every
+engine step, each busy slot samples one token. In the simulation, tools answer at once, and scoring and prefill take
+no steps. The trainer's own code (`collect/partial.py`) chooses the groups to play and to train on, and sets the
+seeds. A turn's seed determines its length, as in the bench `rollout`. One engine plays 16 groups of 16 trajectories
+in 256 slots. Each trajectory has up to six searches.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ VARIANTS = (
 
 
 class CountedRollout:
-    """Simulates engine and rollout: plays turns of planned lengths in slots."""
+    """Simulates engine and rollout: gives slots to trajectories of planned lengths, and counts engine steps."""
 
     def __init__(self) -> None:
         self.steps_by_busy: Counter[int] = Counter()
-        """Engine steps by the number of busy slots."""
+        """{number of busy slots: number of engine steps}."""
 
     def play_on(
         self, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], version: int, **_: Any
@@ -70,7 +71,7 @@ class CountedRollout:
     def _time_of(
         self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
     ) -> int:
-        """Continue the trajectory; return the engine steps needed."""
+        """Continue the trajectory until it ends or uses up its budget; return the engine steps that this takes."""
         sampled = 0
         while not trajectory.stop_reason and (budget is None or sampled < budget):
             turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))
@@ -117,7 +118,7 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Return the engine steps of a training step, and those with under a quarter of the slots busy."""
+    """Return two means per training step: all engine steps, and those with less than a quarter of the slots busy."""
     rollout = CountedRollout()
     config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
     state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))

@@ -1,8 +1,9 @@
-"""Measure the step's time and memory for recording its rollouts.
+"""Measure the time and the memory that a step needs to record its trajectories.
 
-1,024 trajectories of 8,192 tokens, on one replica. The step waits for the values shown in TensorBoard, and for the
-start of a thread that writes the file. The baseline is the code of earlier versions, where the step waited for the
-file: tokens in lists, deep copies of all records, one JSON document by the standard library, zstd level 3.
+One replica records 1,024 trajectories of 8,192 tokens. The step waits for the values that TensorBoard shows, and for
+the start of a thread that writes the file. The baseline is the code of earlier versions, in which the step waited for
+the file. That code had tokens in lists and deep copies of all records, and wrote one JSON document with the standard
+library and zstd level 3.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def turn_values() -> dict[str, torch.Tensor]:
 
 
 def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGroups) -> None:
-    """Compute the values that a step shows in TensorBoard."""
+    """Compute the values of the trajectories that a step writes to TensorBoard."""
     values = turn_values()
     summaries = gather_summaries(trajectories, groups)
     gains_by_turn(summaries)
@@ -61,7 +62,7 @@ def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGro
 
 
 def with_lists(trajectories: Sequence[Trajectory]) -> Any:
-    """Copy the trajectories, with lists of Python numbers in place of arrays, as in earlier records."""
+    """Return copies of the trajectories with lists of Python numbers in place of arrays, as in earlier versions."""
     copies = copy.deepcopy(list(trajectories))
     for trajectory in copies:
         for part, names in (
@@ -74,7 +75,7 @@ def with_lists(trajectories: Sequence[Trajectory]) -> Any:
 
 
 def as_earlier(trajectories: Sequence[Trajectory], tokenizer: Any, path: Path) -> None:
-    """Write the whole step as one document."""
+    """Write the whole step to `path` as one document, as earlier versions did."""
     values, records = turn_values(), []
     for row, trajectory in enumerate(trajectories):
         record = dataclasses.asdict(trajectory)

@@ -1,10 +1,10 @@
-"""Load a retrieval server: throughput and latency by number of clients, with every answer checked.
+"""Measure a retrieval server's throughput and latency by number of clients, and check every answer.
 
     python tools/bench/retrieval.py URL --questions FILE [--clients 1,8,80] [--seconds 5] [--topk 3] [--json FILE]
 
-The client is Python's own http.client, so that client and server share no project code. The expected answers come
-from the server itself, queried one at a time before the load begins. The query cache makes repeated queries cheap, so
-each request carries a new query, unless --repeat is given.
+The clients use Python's own http.client, so that client and server share no project code. Before the load begins, the
+bench sends the queries one at a time; the server's answers are then the expected answers. The query cache makes
+repeated queries cheap, so each request has a new query unless --repeat is given.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import numpy as np
 
 @dataclass
 class Outcome:
-    """Result of one level of load."""
+    """The result of the load with one number of clients."""
 
     clients: int
     seconds: float = 0.0
     latencies: list[float] = field(default_factory=list)
     wrong: int = 0
     lost: int = 0
-    """Requests without an answer: refused, interrupted, or past the time limit."""
+    """Number of requests that were refused, were interrupted, or had no answer within the time limit."""
 
     def describe(self) -> dict[str, float]:
         milliseconds = np.array(self.latencies) * 1000
@@ -49,7 +49,7 @@ class Outcome:
 
 
 class Client:
-    """One kept-alive connection."""
+    """A client with one connection, which stays open between requests."""
 
     def __init__(self, url: str, timeout_s: float = 60.0):
         parts = urlsplit(url)
@@ -57,7 +57,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
 
     def retrieve(self, queries: Sequence[str], top_k: int) -> list:
-        """Return the `result` of one request; OSError or ValueError if there is none."""
+        """Send one request; return the `result` of its response. Raise OSError or ValueError if it has no result."""
         body = json.dumps({"queries": list(queries), "topk": top_k, "return_scores": True})
         try:
             self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -74,10 +74,10 @@ class Client:
 
 
 def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: float, top_k: int) -> Outcome:
-    """Query with `clients` concurrent connections for `seconds`.
+    """Send queries over `clients` concurrent connections for `seconds` seconds; return the outcome.
 
     Args:
-        cases: (query, expected hits).
+        cases: pairs of a query and its expected hits.
     """
     outcome, lock = Outcome(clients=clients), threading.Lock()
     turns: Iterator[tuple[str, list]] = itertools.cycle(cases)
@@ -111,7 +111,7 @@ def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: 
 
 
 def right_answers(url: str, queries: Sequence[str], top_k: int) -> list[tuple[str, list]]:
-    """Return each query with its hits, queried one at a time."""
+    """Send the queries one at a time; return pairs of a query and its hits."""
     client = Client(url)
     cases = [(query, client.retrieve([query], top_k)[0]) for query in queries]
     client.close()
@@ -140,7 +140,7 @@ def main() -> int:
         print(f"error: {args.questions} or {args.url} cannot be used ({error})", file=sys.stderr)
         return 2
     if not args.repeat:
-        # Punctuation makes a different query for the cache, but not for BM25.
+        # With more exclamation marks, a query is new to the cache, while BM25 finds the same passages.
         marks = ("!" * i for i in range(1, 400))
         cases = [(f"{query} {mark}", right) for mark in marks for query, right in cases]
     table = []

@@ -1,14 +1,16 @@
-"""Compare the agent loop's speed with the engine's own, with tools that take 0, 50 and 200 ms.
+"""Compare the speed of the agent loop with the speed of the engine alone, for tools that take 0, 50 and 200 ms.
 
-64 trajectories on a small model, two for each slot of the engine, up to four searches each. Lengths of turns are
-drawn from a long-tailed distribution, about 130 tokens on average, and are the same in all variants:
+A small model plays 64 trajectories, two for each slot of the engine. Each trajectory has up to four searches. The
+lengths of turns are drawn from a long-tailed distribution with a mean of about 130 tokens, and are the same in all
+variants:
 
-    loop      the product: every trajectory continues as soon as its own search has answered
-    waves     all trajectories generate until the slowest is done, then all search until the slowest has answered
-    engine    vLLM alone: every turn follows the previous one at once, without tools, tokenisation or judging
+    loop      this project: a trajectory continues as soon as its own search has returned
+    waves     all trajectories generate until the slowest has ended its turn, then all wait for the slowest search
+    engine    vLLM alone: every turn follows the previous turn at once, without tools, tokenisation or judging
 
-Tokens/s are sampled tokens over wall time. With such a small model, an engine step takes about 10 ms, as with a large
-model on a GPU, so a tool call spans as many steps, and the loop's Python cost is most visible.
+Tokens/s are sampled tokens divided by wall seconds. An engine step of this small model on a CPU takes about 10 ms,
+as an engine step of a large model on a GPU does. So a tool call lasts for as many engine steps as it would there, and
+the time that Python spends in the loop is easy to see.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ MAX_MODEL_LEN = 3072
 
 
 class WaitingTool:
-    """Answers everything with one passage, after a delay."""
+    """A search tool that waits for a fixed time, then returns one fixed passage for any query."""
 
     def __init__(self, delay_s: float):
         self.delay_s = delay_s
@@ -55,12 +57,12 @@ class WaitingTool:
         return [f"{text} " + "la " * OBSERVED]
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing, because this tool holds no resources."""
 
 
 @dataclass
 class Played:
-    """The parts of a trajectory that the other variants need to replay it."""
+    """A trajectory of the loop, with the prompt, lengths and observations that the other variants replay."""
 
     prompt: list[int]
     lengths: list[int]
@@ -82,7 +84,7 @@ def make_prompts() -> list[Prompt]:
 
 
 class Variants:
-    """The loops, over one shared engine."""
+    """Plays the same trajectories with each variant, all on one engine."""
 
     def __init__(self, model: Path) -> None:
         self.config = RolloutConfig(
@@ -126,7 +128,7 @@ class Variants:
         return trajectories, counts
 
     def play_alone(self) -> None:
-        """Run the engine with the next turn always ready."""
+        """Play all trajectories without tools: submit each next turn as soon as the previous turn has ended."""
         self.engine.forget()
         contexts = {str(number): list(played.prompt) for number, played in enumerate(self.played)}
         turns = dict.fromkeys(contexts, 0)
@@ -143,7 +145,7 @@ class Variants:
                     self._submit(name, contexts[name], turns[name])
 
     def play_waves(self, delay_ms: int) -> None:
-        """Let all trajectories generate, then all search."""
+        """Play all trajectories in waves: all generate a turn, then all search, then all generate the next turn."""
         self.engine.forget()
         tool = WaitingTool(delay_ms / 1000)
         contexts = {str(number): list(played.prompt) for number, played in enumerate(self.played)}
@@ -178,7 +180,10 @@ def _played(trajectory: Trajectory) -> Played:
 
 
 def longer_model(folder: Path) -> Path:
-    """Copy the model with a longer context limit than it was made for; the generated text does not matter."""
+    """Copy the model to `folder` with a higher context limit; return `folder`.
+
+    The model was not trained for so long a context, but the bench does not use the content of the text.
+    """
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}))

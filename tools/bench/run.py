@@ -1,10 +1,10 @@
-"""Run the benches, one process each, and write their table into docs/performance.md.
+"""Run the benches, each in its own process, and write their rows into the table of docs/performance.md.
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without names, runs all, in about half an hour on two cores; the longest is `gain`, if the CPU does not support
-bfloat16. The table's lines of other benches are kept. Exit code 1 if a bench fails; a missed target is a line in the
-table, not a failure.
+Without a BENCH, the program runs all benches, in about half an hour on two cores. On a CPU without bfloat16, the
+bench `gain` takes longest. The table keeps its lines of benches that did not run. The exit code is 1 if a bench
+fails. A missed target is shown in the table, and is not a failure.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BENCHES = (
     *("advantage", "loss", "packing", "gain", "refit", "train_step"),
     *("rollout", "partial", "whole_step", "record", "start_up"),
 )
-"""In the order of the table; each is the name of a module in this folder."""
+"""The benches in the order of the table. Each bench is a module of this name in this folder."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"
 HEADER = ("| bench | what | ours | baseline | ratio | noise | target |", "|---|---|---|---|---|---|---|")
 
@@ -66,13 +66,13 @@ def with_table(text: str) -> Path:
 
 
 def purpose(bench: str) -> str:
-    """Return the first line of the bench's docstring, without importing it."""
+    """Return the first line of the bench's docstring, which is read without importing the bench."""
     text = ast.get_docstring(ast.parse((HERE / f"{bench}.py").read_text(encoding="utf-8"))) or ""
     return text.splitlines()[0]
 
 
 def run(bench: str, record: Path) -> bool:
-    """Run a bench; return whether it completed."""
+    """Run a bench, which writes its record to `record`; return whether the bench completed."""
     start = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     print(f"== {bench}", flush=True)
@@ -86,7 +86,10 @@ def run(bench: str, record: Path) -> bool:
 
 
 def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
-    """Replace the bench's lines in the table of `page`, or insert them in the order of `BENCHES`."""
+    """Write the bench's rows into the table of `page`.
+
+    They replace the bench's old lines. If the table has none, they are inserted in the order of `BENCHES`.
+    """
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(START)
     table, tail = rest.split(END)

@@ -1,14 +1,15 @@
-"""Measure the work of one rank, per step and at the start, that depends on the number of ranks.
+"""Measure the part of one rank's work that depends on the number of ranks, per step and at the start.
 
     python tools/bench/scale.py [--ranks 8,64,512,1024] [--real 2,4,8] [--page docs/performance.md]
 
-A process plays rank 0 of a 72B model's layout (8 x tensor, 4 x pipeline from 64 ranks on, engines of 8
-ranks): torch's fake process group creates the groups, and collectives return the data that peers would have sent, so
-that this process does all of Python's work. A step has 1,024 trajectories of about 8,192 tokens at every size.
-Collectives and bytes are counted; seconds are CPU seconds of Python on rank 0, without the network.
+One process plays rank 0 of a 72B model's layout: tensor parallelism of 8, pipeline parallelism of 4 if there are at
+least 64 ranks, and engines of 8 ranks. torch's fake process group creates the groups. Simulated collectives return
+the data that other ranks would have sent, so this process does all the work of Python on rank 0. A step has 1,024
+trajectories of about 8,192 tokens for any number of ranks. The bench counts collectives and bytes. Its seconds are
+CPU seconds of Python on rank 0, without the network.
 
-With --real, the quickstart takes three steps on these numbers of gloo processes on this machine, and the bench reads
-the processes' resources.
+With --real, the bench runs three steps of the quickstart on each given number of gloo processes on this machine, and
+reads the resources that the processes use.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROWS = {
     "record_calls": "step: metrics and rollouts, collectives",
     "step_s": "step: all of these, s",
 }
-"""Name in a rank's record -> label in the table."""
+"""{name of a value in rank 0's record: label in the table}."""
 REAL_ROWS = {
     "open_files": "open files of the rank with most",
     "exchange_s": "exchange, mean of the fastest rank, s",
@@ -72,7 +73,7 @@ def main() -> int:
 
 
 def one_rank(size: int) -> dict[str, float]:
-    """Return the record of rank 0 of `size`, from a separate process."""
+    """Run scale_rank.py, which plays rank 0 of `size` ranks; return its record."""
     done = subprocess.run(
         [sys.executable, str(RANK), str(size)],
         cwd=ROOT,
@@ -87,7 +88,7 @@ def one_rank(size: int) -> dict[str, float]:
 
 
 def real_ranks(size: int) -> dict[str, float]:
-    """Run three steps of the quickstart on `size` processes."""
+    """Run three steps of the quickstart on `size` processes; return the values of `REAL_ROWS`."""
     with tempfile.TemporaryDirectory() as root:
         overrides = [
             "--resume",
@@ -143,7 +144,7 @@ def _environment() -> dict[str, str]:
 
 
 def _open_files(pid: int) -> int:
-    """Return the largest number of open files of a process below `pid`."""
+    """Return the largest number of open files that any descendant process of `pid` has."""
     most = 0
     for child in _below(pid):
         try:

@@ -1,4 +1,4 @@
-"""Play rank 0 of a number of ranks alone: run by scale.py, prints one record as JSON.
+"""Play rank 0 of RANKS ranks in a single process, and print one record as JSON. scale.py starts this program.
 
 python tools/bench/scale_rank.py RANKS
 """
@@ -51,13 +51,16 @@ ROUNDS = 3
 
 
 class Peers:
-    """Replaces the other ranks: collectives return this rank's own part for each of them, and are counted."""
+    """Simulates the other ranks: a collective returns a part for every rank, made from this rank's own part.
+
+    `Peers` also counts the collectives and their bytes.
+    """
 
     def __init__(self) -> None:
         self.calls = self.sent = self.received = 0
         self.made: Counter[str] = Counter()
         self.of_peer: Callable[[int, Any], Any] = lambda rank, own: own
-        """Computes another rank's part from that rank's number and this rank's part."""
+        """Returns another rank's part, given that rank's number and this rank's own part."""
 
     def patches(self) -> list[Any]:
         names = (
@@ -151,7 +154,7 @@ def measure_exchange(
         if not isinstance(own, list):
             return own
         engine = rank // ENGINE_RANKS
-        # Different lengths: trajectories of equal length would all go to the first replica, one after the other.
+        # Give the trajectories different lengths, because otherwise the first replica would receive all of them.
         return [
             (p + engine, s, n + (37 * engine + 11 * s + p) % 101) for p, s, n in own if p + engine < PROMPTS
         ]
@@ -212,7 +215,7 @@ def measure_record(
 
 
 def seconds_of(action: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the least CPU seconds of the rounds."""
+    """Run `action` in `rounds` rounds; return the CPU seconds of the fastest round."""
     found = []
     for _ in range(rounds):
         gc.collect()

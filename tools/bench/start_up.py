@@ -1,15 +1,17 @@
-"""Measure the time from the product's start to the first sampled token, stage by stage.
+"""Measure the time from the start of launch/train.py to the first sampled token, stage by stage.
 
-Runs the product's own command in one process, without a launcher, with SmolLM2-135M in float32 on worldqa; turns have
-a single token, so that the first rollout ends with its first token. Times are wall seconds, from the run's own
-`time/startup_*` metrics. The baseline is transformers and vLLM alone: imports, tokenizer, an engine with the same
-settings, one token, without policy, questions, search and refit.
+The bench runs launch/train.py in one process, without a launcher, with SmolLM2-135M in float32 on worldqa. A turn has
+a single token, so the first rollout ends with its first token. Times are wall seconds from the run's own
+`time/startup_*` metrics. The baseline is a program that uses only transformers and vLLM. It imports them, loads the
+tokenizer, builds an engine with the same settings, and samples one token. It has no policy, questions, search or
+refit.
 
-Warm: vLLM's cache of the model class's properties is filled (the product keeps it in .cache/a2tgpo). Cold: the cache
-is empty. Nothing else is kept between runs: the in-process search index is built from its corpus, prompts are
-tokenised, weights are read. Python's __pycache__ and the system's file cache are warm in both.
+A start is warm if vLLM's cache of the model class's properties is filled; training runs keep this cache in
+.cache/a2tgpo. A start is cold if the cache is empty. Runs share nothing else: each run builds the in-process search
+index from its corpus, tokenises the prompts and reads the weights. Python's __pycache__ and the system's file cache
+are filled in both cases.
 
-Takes about 4 minutes.
+The bench takes about 4 minutes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ STAGES = {
     "model": "policy and optimizer",
     "engine": "engine",
 }
-"""Stages of `time/startup_STAGE_s`."""
+"""{STAGE of the metric `time/startup_STAGE_s`: label in the table}."""
 MAX_MODEL_LEN, KV_CACHE_GIB = 768, 0.5
 """The values of configs/smollm2_cpu.yaml."""
 
@@ -52,13 +54,14 @@ made = process_age_s()
 engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
 Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - imports, "total": process_age_s()}))
 """
-"""The baseline's program; its arguments are the model, the longest sequence, the cache's bytes, and the answer's
-file.
+"""The baseline's program.
+
+Its arguments are the model, the longest sequence, the bytes of the KV cache, and the file for its results.
 """
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Return the environment of both variants: the product's own variables, and the folder of vLLM's cache."""
+    """Return the environment of both variants: the variables that training sets, and `cache` for vLLM's cache."""
     return {
         "PYTHONPATH": str(measure.ROOT),
         "VLLM_CACHE_ROOT": str(cache),
@@ -74,7 +77,10 @@ def start(command: list[str], cache: Path) -> None:
 
 
 def product(cache: Path) -> dict[str, float]:
-    """Return seconds by stage; `refit` is the first step's, and `total` ends at the first token."""
+    """Run launch/train.py for one step; return {stage: seconds}.
+
+    `refit` is the refit of the first step. `total` is the time from the start to the first token.
+    """
     with tempfile.TemporaryDirectory() as root:
         start(
             [
@@ -99,7 +105,7 @@ def product(cache: Path) -> dict[str, float]:
 
 
 def alone(cache: Path) -> dict[str, float]:
-    """Return seconds by stage, `total` to the first token, of transformers and vLLM."""
+    """Run the baseline's program; return {stage: seconds}. `total` is the time from the start to the first token."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         start(["-c", ALONE, MODEL, str(MAX_MODEL_LEN), str(int(KV_CACHE_GIB * 2**30)), str(answer)], cache)
@@ -110,7 +116,7 @@ def rows() -> list[measure.Row]:
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            # Each variant has its own cache, empty at first and filled by its own first run.
+            # Each variant has its own cache. The cache is empty in the variant's first run, which fills it.
             runs = [(name, Path(folder, name)) for name in ("ours", "alone")]
             for name, cache in runs[:: -1 if number % 2 else 1]:
                 for state in ("cold", "warm"):

@@ -1,21 +1,24 @@
 """Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim with padding.
 
-Both programs run forward and backward on the turn-level loss in two micro-batches, clip the gradients and take a step
-of AdamW, in float32 with one thread, on the same trajectories. The old policy's log-probs come from this pass, since
-a step of one mini-batch needs no scoring before the update. This project's update packs trajectories and runs the
-output layer only where a token was sampled. The loop pads rows on the right, in their given order or sorted by
-length, and runs the output layer everywhere; it computes no entropies and no metrics.
+Both programs run in float32 with one thread, on the same trajectories. Both run forward and backward passes of the
+turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The old policy's log-probs come
+from the same forward pass, because a step of one mini-batch needs no scoring before the update. This project's update
+packs trajectories, and runs the output layer only where a token was sampled. The plain loop pads rows on the right,
+either in their given order or sorted by length, and runs the output layer at every position. The plain loop computes
+no entropies and no metrics.
 
-After `make setup-trl`, TRL's GRPOTrainer is measured too: its own training loop, in its own environment, on the same
-tokens with observations masked, the same two micro-batches by gradient accumulation, its own AdamW. TRL pads prompts
-on the left and completions on the right, each to the longest of the batch, computes entropies, and does not score the
-old policy in advance. Differences: TRL has ratios of tokens or sequences, not of turns (in the first update on a
-batch both are 1, so loss and gradient are equal, which is checked); and its fused output layer, made for GPUs, runs
-at every position, and once more in the backward pass.
+After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own training loop and AdamW, in its own
+environment. TRL trains on the same tokens with observations masked, in the same two micro-batches by gradient
+accumulation. TRL pads prompts on the left and completions on the right, each to the longest of the batch. It computes
+entropies, and does not score the old policy in advance. TRL differs in two ways. First, its ratios are of tokens or
+sequences, not of turns. In the first update on a batch, all these ratios are 1, so loss and gradient are equal; the
+bench checks this. Second, TRL's fused output layer, which is made for GPUs, runs at every position, and once more in
+the backward pass.
 
-Each variant runs in its own process, which begins with loading the model, so that its peak memory is that of
-training. An uncounted update on one trajectory comes first. Loss, mean log-prob and gradient norm of all variants are
-equal. Takes about 4 minutes.
+Each variant runs in its own process, and loads the model there, so its peak memory is the peak memory of its own
+training. Each process begins with an update on one trajectory that is not measured. All variants give the
+same loss, mean log-prob and gradient norm, except that TRL does not report the mean log-prob. The bench takes about 4
+minutes.
 """
 
 from __future__ import annotations
@@ -53,12 +56,16 @@ from a2tgpo.update.policy_update import update_policy
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 LENGTHS = (64, 96, 70, 128, 180, 80, 104, 66)
-"""Tokens: a standard deviation of 0.4 of the mean and a long tail, like rollouts, but 20 times shorter."""
+"""Tokens of each trajectory.
+
+Real trajectories are 20 times longer. Like theirs, the lengths' standard deviation is 0.4 times the mean, and the
+distribution has a long tail.
+"""
 NUM_MICROBATCHES = 2
 CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
 
 Update = Callable[[list[Trajectory]], dict[str, float]]
-"""Runs one update on these trajectories; returns its loss, mean log-prob, gradient norm."""
+"""Runs one update on the given trajectories; returns the update's loss, mean log-prob and gradient norm."""
 
 
 def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
@@ -69,7 +76,7 @@ def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
 
 
 def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
-    """Return a synthetic advantage and clip scale of each turn."""
+    """Return a pair (advantage, clip scale) for each turn; both values are synthetic."""
     return [
         (math.cos(len(trajectory.tokens) + turn), 1 + 0.3 * math.sin(turn))
         for turn in range(len(trajectory.turns))
@@ -77,7 +84,7 @@ def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
 
 
 def packed() -> Update:
-    """Return our update, as in the trainer's stage `update` of a single mini-batch."""
+    """Return this project's update: the trainer's stage `update` for a step of one mini-batch."""
     groups = initialize(ParallelConfig(), seed=0)
     policy = build_policy(ModelConfig(path=MODEL, dtype="float32"), ParallelConfig(), groups, update=UPDATE)
     optimizer, schedule = build_optimizer(policy, UPDATE, total_steps=10)
@@ -118,7 +125,13 @@ def packed_minibatch(trajectories: list[Trajectory]) -> Minibatch:
 
 
 def padded(*, is_sorted: bool) -> Update:
-    """Return the loop's update: [rows, longest] tokens, a mask, SDPA, log-probs by logsumexp."""
+    """Return the plain loop's update, which pads tokens to [rows, longest].
+
+    The update uses an attention mask, SDPA, and log-probs computed with logsumexp.
+
+    Args:
+        is_sorted: whether to sort the trajectories by length.
+    """
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -129,7 +142,7 @@ def padded(*, is_sorted: bool) -> Update:
     )
 
     def logprobs_of(rows: list[Trajectory]) -> Tensor:
-        """Return [rows, longest - 1] log-probs of every token except the first."""
+        """Return the log-probs [rows, longest - 1] of all tokens except each row's first token."""
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(t.tokens) for t in rows], batch_first=True)
         lengths = torch.tensor([len(t.tokens) for t in rows])
         mask = torch.arange(tokens.size(1)) < lengths[:, None]
@@ -158,7 +171,7 @@ def padded(*, is_sorted: bool) -> Update:
 
 
 def sampled_spans(trajectory: Trajectory) -> list[slice]:
-    """Return the positions that predict each turn's tokens."""
+    """Return a slice per turn: the positions whose logits predict the turn's tokens."""
     spans, at = [], len(trajectory.prompt_tokens) - 1
     for turn in trajectory.turns:
         spans.append(slice(at, at + len(turn.tokens)))
@@ -167,7 +180,7 @@ def sampled_spans(trajectory: Trajectory) -> list[slice]:
 
 
 def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Tensor:
-    """Compute Eq. 10-12 plainly: sum over rows of the mean over their sampled tokens."""
+    """Compute Eq. 10-12 with plain loops; return the sum over rows of the mean loss over the row's sampled tokens."""
     total = logprobs.new_zeros(())
     for row, trajectory in enumerate(rows):
         values = turn_values(trajectory)
@@ -180,7 +193,7 @@ def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Te
 
 
 def by_trl() -> dict[str, float]:
-    """Return the same values as `measured` for TRL's trainer, which reports only loss and gradient norm."""
+    """Run TRL's trainer; return the values of `measured` except the mean log-prob, which TRL does not report."""
     rows = []
     for trajectory in trajectories_of(LENGTHS):
         completion: list[int] = []
@@ -217,7 +230,10 @@ VARIANTS: dict[str, Callable[[], Update]] = {
 
 
 def measured(build: Callable[[], Update]) -> dict[str, float]:
-    """Return the update's results, its CPU seconds, and the peak memory in MB since the model's load."""
+    """Build an update and run it in a child process.
+
+    Return the update's results, its CPU seconds, and the peak memory in MB, model included.
+    """
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "found.json")
 
@@ -281,12 +297,12 @@ def rows() -> list[measure.Row]:
 
 
 def sampled_share() -> float:
-    """Return the share of tokens at which our output layer runs."""
+    """Return the share of sampled tokens; this project's update runs the output layer only for these tokens."""
     return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 
 def padded_share(name: str) -> float:
-    """Return the share of the baseline's positions that hold a token."""
+    """Return the share of the positions of baseline `name` that hold a token instead of padding."""
     if name == trl_peer.NAME:
         prompts = [len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]
         completions = [len(t.tokens) - len(t.prompt_tokens) for t in trajectories_of(LENGTHS)]

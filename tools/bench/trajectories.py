@@ -1,4 +1,4 @@
-"""Synthetic trajectories of a given shape, for the benches of training."""
+"""Make synthetic trajectories with prescribed lengths, for the benches of training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def make_trajectories(
     vocab_size: int = 1000,
     seed: int = 0,
 ) -> list[Trajectory]:
-    """Make `count` rollouts, in groups of 16, of about `mean_tokens` tokens; deterministic.
+    """Make `count` trajectories of about `mean_tokens` tokens, in groups of 16. Equal arguments give equal results.
 
     Args:
-        spread: standard deviation of the length over its mean.
-        max_turns: largest number of process turns; a rollout has at least 1, then its final turn.
-        observed: share of observations in a rollout's tokens after the prompt.
+        spread: standard deviation of the length, divided by the mean length.
+        max_turns: largest number of process turns. Every trajectory has at least one process turn, and a final turn.
+        observed: share of observation tokens among a trajectory's tokens after the prompt.
     """
     rng = random.Random(seed)
 

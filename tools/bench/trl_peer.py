@@ -1,4 +1,4 @@
-"""Run TRL's GRPO trainer in another process, in its own environment: .venv-trl, made by `make setup-trl`."""
+"""Run TRL's GRPO trainer in another process, with the environment .venv-trl that `make setup-trl` creates."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ NAME = "TRL's GRPOTrainer"
 
 
 def is_there() -> bool:
-    """Return whether TRL's environment exists; print a line if not."""
+    """Return whether TRL's environment exists. Print a line if it does not exist."""
     if not PYTHON.exists():
         print(f"skipping the rows of {NAME}: there is no {PYTHON.parents[1].name}; run make setup-trl")
     return PYTHON.exists()
 
 
 def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, Any]:
-    """Run `script`, in this folder, and return its answer; both files are JSON, given as arguments.
+    """Run a script in TRL's environment, and return its answer.
+
+    The script receives the paths of two JSON files: it reads the request from the first, and writes its answer to the
+    second.
 
     Args:
-        script: file name.
-        request: the script's input.
-        ranks: processes, started by torchrun if there are several; the first one answers.
+        script: name of a file in this folder.
+        request: content of the request.
+        ranks: number of processes. torchrun starts them if there are several; rank 0 writes the answer.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", str(ranks)]

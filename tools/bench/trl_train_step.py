@@ -1,11 +1,11 @@
-"""Run one update of TRL's GRPOTrainer on given trajectories; called by train_step.py in .venv-trl.
+"""Run one update of TRL's GRPOTrainer on given trajectories. train_step.py starts this program in .venv-trl.
 
     .venv-trl/bin/python tools/bench/trl_train_step.py REQUEST ANSWER
 
-Uses its own training loop: `rollout_func` supplies the rollouts, `env_mask` masks observations. Advantages are per
-token instead of per sequence. Ratios are 1 in the only update on a batch, so loss and gradient equal those of the
-turn-level loss, which verifies that both train on the same data. Gradient checkpointing, on by TRL's default, is off
-as in the other variants.
+The program uses TRL's own training loop: `rollout_func` supplies the trajectories, and `env_mask` masks observations.
+Advantages are given per token instead of per sequence. A batch has only one update, so all ratios are 1, and loss and
+gradient equal the loss and gradient of the turn-level loss. This equality shows that both programs train on the same
+data. TRL uses gradient checkpointing by default; this program disables it, because the other variants do not use it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 Rows = list[dict[str, list]]
-"""Per trajectory: `prompt`, `completion` (tokens), `env_mask` (1: sampled), `advantages` (per token)."""
+"""One dict per trajectory.
+
+`prompt` and `completion` are token ids. `env_mask` is 1 at sampled tokens, else 0. `advantages` has a value per
+token.
+"""
 
 
 class GivenAdvantages(GRPOTrainer):
-    """Trains with the advantages in the rollouts."""
+    """Trains with the advantages that the request gives, instead of computing advantages from rewards."""
 
     rows: Rows
 
@@ -41,7 +45,7 @@ class GivenAdvantages(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Measures CPU seconds of each optimizer step, from its first micro-batch on."""
+    """Measures the CPU seconds of each optimizer step, starting with the step's first micro-batch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -55,7 +59,10 @@ class Clock(TrainerCallback):
 
 
 def train(request: dict[str, Any]) -> dict[str, float]:
-    """Run two updates, the first one uncounted on copies of the shortest trajectory."""
+    """Run two updates, and return the results of the second update.
+
+    The first update, on copies of the shortest trajectory, is a warm-up.
+    """
     rows, settings = request["rows"], request["update"]
     batches = [[rows[0]] * len(rows), rows]
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)

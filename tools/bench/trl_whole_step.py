@@ -1,11 +1,12 @@
-"""Run whole steps of TRL's GRPOTrainer on a configuration's task; called by whole_step.py in .venv-trl, by torchrun.
+"""Run whole training steps of TRL's GRPOTrainer on the task of a configuration of this project.
 
     .venv-trl/bin/python -m torch.distributed.run --nproc-per-node 2 tools/bench/trl_whole_step.py REQUEST ANSWER
 
-Questions, prompts, search, observations, budgets and rewards are this project's own; `rollout_func` plays them with
-transformers' generate: all trajectories of a rank generate until the slowest turn is done, then all search, and the
-next turn reads the whole context again. Each step has two updates, like the configuration: the generation batch is
-cut in two, and TRL scores the old policy before the first one.
+whole_step.py starts this program with torchrun in .venv-trl. Questions, prompts, search, observations, budgets and
+rewards come from this project. `rollout_func` plays the trajectories with transformers' generate. All trajectories of
+a rank generate until the slowest has ended its turn; then all search. The next turn computes the whole context again.
+Each step has two updates, as in the configuration: TRL divides the generation batch into two halves, and scores the
+old policy before the first update.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
 class TimedTrainer(GRPOTrainer):
-    """Records the wall time of its stages; `score` is the part without gradients."""
+    """Records the wall time of each stage of a step. The stage `score` is scoring without gradients."""
 
     seconds: dict[str, float]
 
@@ -57,7 +58,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Measures wall seconds of every whole step, that is of `updates` optimizer steps, and of its stages."""
+    """Measures the wall seconds of every whole step and of its stages. A whole step has `updates` optimizer steps."""
 
     def __init__(self, trainer: TimedTrainer, player: Player, updates: int):
         self.steps: list[dict[str, float]] = []
@@ -87,7 +88,7 @@ class Clock(TrainerCallback):
 
 
 class Player:
-    """Plays groups of trajectories with transformers' generate, turn by turn."""
+    """Plays groups of trajectories turn by turn, with transformers' generate."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
         self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
@@ -99,7 +100,7 @@ class Player:
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
-        """Play a trajectory for each entry of `prompts`, the number of a prompt; this is TRL's `rollout_func`."""
+        """Play one trajectory for each prompt number in `numbers`; TRL calls this as its `rollout_func`."""
         played = [
             Trajectory(
                 prompt_index=0,
@@ -142,7 +143,7 @@ class Player:
         }
 
     def _generate(self, model: Any, live: list[Trajectory]) -> list[list[int]]:
-        """Generate one turn of each trajectory, with the end of sequence if it was sampled."""
+        """Generate one turn of each trajectory; a turn includes the end-of-sequence token if it was sampled."""
         contexts = [t.tokens for t in live]
         longest, end = max(map(len, contexts)), self._tokenizer.eos_token_id
         tokens = torch.tensor([[*[end] * (longest - len(context)), *context] for context in contexts])
@@ -165,7 +166,10 @@ class Player:
         ]
 
     def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """Remove the row's padding; a turn that ended by a stop string has no end of sequence."""
+        """Remove a generated row's padding, and cut the turn to `room` tokens.
+
+        The padding id is the end-of-sequence id. Keep one such id at the end, unless a stop string ended the turn.
+        """
         end = self._tokenizer.eos_token_id
         before = tokens[: tokens.index(end)] if end in tokens else tokens
         text = self._tokenizer.decode(before)
@@ -177,13 +181,13 @@ class Player:
         return self._config.rollout.max_response_tokens - response
 
     def _goes_on(self, trajectory: Trajectory, texts: list[str], tokens: list[int]) -> bool:
-        """Append the sampled tokens, and the observation; return whether another turn follows."""
+        """Append a turn with the sampled tokens and its observation; return whether another turn follows."""
         text = self._syntax.cut_at_stop(self._tokenizer.decode(tokens, skip_special_tokens=True))
         texts.append(text)
         turn = Turn(tokens=TokenIds(tokens), rollout_logprobs=LogProbs())
         trajectory.turns.append(turn)
         query = self._syntax.find_query(text, "search") if text.endswith("</search>") else ""
-        # An observation must leave 32 tokens, as in the product.
+        # An observation must leave room for 32 more tokens, as in this project's rollout.
         room = self._room(trajectory) - 32
         if (
             not query
@@ -201,7 +205,7 @@ class Player:
 
 
 def train(request: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the stages of every whole step on this rank."""
+    """Train; return the seconds of each stage and the numbers of tokens, for every whole step on this rank."""
     config = load_config(request["config"], request["overrides"])
     rollout, update = config.rollout, config.update
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, padding_side="left")
@@ -254,7 +258,7 @@ def main() -> None:
     torch.set_num_threads(1)
     request, answer = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     steps = train(request)
-    # Tokens are summed over all ranks; times are the first rank's, which waits for the others in every update.
+    # Sum tokens over all ranks. Use the times of rank 0, because rank 0 waits for the other ranks in every update.
     for step in steps:
         for name in ("sampled_tokens", "tokens"):
             total = torch.tensor(float(step[name]))

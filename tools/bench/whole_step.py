@@ -1,17 +1,18 @@
-"""Measure a whole training step of SmolLM2-135M on worldqa, stage by stage, alone and beside TRL's GRPOTrainer.
+"""Measure a whole training step of SmolLM2-135M on worldqa, stage by stage, and compare it with TRL's GRPOTrainer.
 
-Runs the product's own command on two processes with configs/smollm2_cpu.yaml, two prompts per step, from the model of
-its warm start (made first if missing). Stages are the run's own `time/*` metrics, without the first step. Scoring for
-information gain is part of the rollout, during generation.
+The bench runs launch/train.py on two processes with configs/smollm2_cpu.yaml and two prompts per step. The run starts
+from the model of its warm start; if this model is missing, the bench first makes it. The times of stages are the
+run's own `time/*` metrics, without the first step. The rollout stage includes scoring for information gain, which
+happens during generation.
 
-After `make setup-trl`, TRL trains on two processes too, one thread each, on the same questions, group size, lengths,
-search, observations and rewards, with the same two updates per step and two trajectories per forward pass.
-Differences: transformers generates its rollouts, in our `rollout_func`, because its vLLM modes need a GPU or a
-server; its loss has ratios of tokens; it pads; its output layer, made for GPUs, runs at every position; it scores no
-information gain, which is part of our rollout; it trains the model that generates, so it has no refit. The sampled
-text differs, so compare tokens per second.
+After `make setup-trl`, TRL also trains on two processes with one thread each. TRL uses the same questions, group
+size, lengths, search, observations and rewards, two updates per step, and two trajectories per forward pass. TRL
+differs as follows. transformers generates its rollouts, in our `rollout_func`, because TRL's vLLM modes need a GPU or
+a server. TRL's loss has ratios of tokens. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every
+position. TRL scores no information gain, which is part of our rollout. TRL generates with the model that it trains,
+so it has no refit. The two programs sample different text, so compare tokens per second.
 
-Takes about 6 minutes, and 4 for the warm start.
+The bench takes about 6 minutes, and 4 more if it makes the warm start.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STAGES = ("refit", "rollout", "score", "update", "other")
 
 
 def command(*arguments: str) -> None:
-    """Run launch/local.sh with these arguments."""
+    """Run launch/local.sh with `arguments` on `RANKS` processes."""
     measure.run_program(
         f"launch/local.sh {' '.join(arguments)}",
         ["launch/local.sh", "-n", str(RANKS), *arguments],
@@ -48,7 +49,11 @@ def command(*arguments: str) -> None:
 
 
 def ours() -> list[dict[str, float]]:
-    """Return wall seconds by stage, `step`, `sampled_tokens` and `tokens` (of whole sequences) of each step."""
+    """Run the training; return a dict for each step.
+
+    The dict has the wall seconds of each stage and of the whole `step`, the number of `sampled_tokens`, and the
+    number of all `tokens`.
+    """
     with tempfile.TemporaryDirectory() as root:
         command(CONFIG, f"run.root={root}", *OVERRIDES)
         rollout = load_config(CONFIG, OVERRIDES).rollout
