@@ -1,4 +1,4 @@
-"""Record a step: metrics of all ranks, rollouts, histograms and texts."""
+"""Record a step: the metrics of all ranks, the rollouts, histograms and texts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from a2tgpo.trajectory import Trajectory
 
 
 class Recorder:
-    """Gathers metrics from all ranks and writes them on rank 0; each replica's first rank writes its rollouts.
+    """Gather metrics from all ranks and write them on rank 0. The first rank of every replica writes its rollouts.
 
     Args:
-        writer: enabled on rank 0 only.
-        run_dir: the run's folder.
-        num_texts: rollouts of a step shown in TensorBoard, half of them the best, half the worst.
-        slow_ranks: compares the ranks' times.
-        ratio_noise: reads each step's metrics.
+        writer: the metric writer, which is enabled only on rank 0.
+        run_dir: the folder of the run.
+        num_texts: number of a step's rollouts to show in TensorBoard. Half are the best, and half the worst.
+        slow_ranks: compares the times of all ranks.
+        ratio_noise: watches the metrics of every step for noise in the ratios.
     """
 
     def __init__(
@@ -68,16 +68,18 @@ class Recorder:
         learning_metrics: MetricSums,
         seconds: dict[str, float],
     ) -> dict[str, float]:
-        """Write one training step; every rank must call this.
+        """Write the record of one training step. Every rank must call this.
 
         Args:
-            trajectories: this replica's share; rows of `table`, `advantages`, `clip_scales` and `ratios` [N, T + 1].
-            engine_metrics: of this rank's engine, reduced over the world.
-            learning_metrics: of what this replica trained on, reduced over the data-parallel group.
-            seconds: wall time by stage on this rank, `time/STAGE_s`, with `time/step_s`.
+            trajectories: this replica's share of the step. The trajectories are the rows of `table`,
+                `advantages`, `clip_scales` and `ratios` [N, T + 1].
+            engine_metrics: metrics of this rank's engine, which are reduced over the world.
+            learning_metrics: metrics of the trajectories that this replica trained on, which are reduced over
+                the data-parallel group.
+            seconds: wall time of each stage on this rank as `time/STAGE_s`, and of the step as `time/step_s`.
 
         Returns:
-            The step's metrics except `seconds`, equal on all ranks.
+            All metrics of the step except `seconds`. They are equal on all ranks.
         """
         add_rollout_metrics(learning_metrics, trajectories)
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
@@ -88,7 +90,8 @@ class Recorder:
         world = world_group()
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Each model-parallel rank has reduced the same samples, but decisions need values that are equal to the bit.
+        # Each model-parallel rank has reduced the same samples. Broadcast the result, because decisions need
+        # values that are equal to the bit.
         metrics = broadcast_object(metrics, world, source=0)
         noise, noise_line = self._ratio_noise.watch(metrics)
         metrics |= noise
@@ -104,7 +107,7 @@ class Recorder:
     def _record_rollouts(
         self, step: int, trajectories: Sequence[Trajectory], turn_values: dict[str, torch.Tensor]
     ) -> None:
-        """Start writing this replica's rollouts; on rank 0, show rollouts of all replicas in TensorBoard."""
+        """Start writing this replica's rollouts. On rank 0, also show rollouts of all replicas in TensorBoard."""
 
         def text_of(row: int) -> str:
             return as_text(to_record(trajectories[row], turn_values, row, tokenizer=self._tokenizer))
@@ -120,29 +123,29 @@ class Recorder:
                 self.writer.log_text(step, f"rollout/{name}", text)
 
     def finish_rollouts(self) -> None:
-        """Wait until the rollouts of all steps so far are on disk, or their write has failed."""
+        """Wait until the rollouts of all steps so far are on disk, or until their write has failed."""
         self._rollouts.wait()
 
     def close(self) -> None:
-        """Finish pending writes."""
+        """Wait for pending writes, then close the writers."""
         try:
             self.finish_rollouts()
         finally:
             self.writer.close()
 
     def record_alarms(self, step: int, alarms: dict[str, float], lines: Sequence[str]) -> None:
-        """Add a step's `alarm/NAME` metrics, and print a line for each alarm that started or ended."""
+        """Record a step's metrics `alarm/NAME`, and print a line for each alarm that has started or ended."""
         self.writer.log(step, alarms)
         for line in lines:
             self.writer.print(line)
 
     def record_failed_save(self, step: int, line: str) -> None:
-        """Count a checkpoint that could not be written as `checkpoint/failed`, and print why."""
+        """Record as `checkpoint/failed` that a checkpoint could not be written, and print the reason."""
         self.writer.log(step, {"checkpoint/failed": 1.0})
         self.writer.print(f"warning: {line}; the next scheduled save tries again")
 
     def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
-        """Write one evaluation's scores, equal on all ranks, and the wall time it took."""
+        """Write the scores of one evaluation, which are equal on all ranks, and the wall time of its stages."""
         self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()} | seconds)
         self.writer.print(
             f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
@@ -153,7 +156,7 @@ class Recorder:
 def add_advantage_metrics(
     metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
 ) -> None:
-    """Add extremes and means over all turns of this replica's trajectories."""
+    """Add the extremes and the means of advantages and clip scales over all turns of this replica's trajectories."""
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
     for prefix, values in (

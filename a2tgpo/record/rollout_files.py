@@ -1,8 +1,9 @@
-"""A run's recorded rollouts: `rollouts/step_N/replica_R_of_D.jsonl.zst`, one file per data-parallel replica (D).
+"""The files of a run's recorded rollouts. Each of the D data-parallel replicas writes one file per step.
 
-Each line is a trajectory as JSON: tokens, their texts, and per turn the advantage, clip scale and ratio. A step's
-files can be unpacked in sequence: `zstd -dc rollouts/step_N/*`. Earlier versions wrote one file per step,
-`rollouts/step_N.jsonl.zst`, which can be read too.
+The file of replica R is `rollouts/step_N/replica_R_of_D.jsonl.zst`. Each line is a trajectory as JSON: its
+tokens, their texts, and the advantage, clip scale and ratio of each turn. The files of a step can be unpacked
+one after the other: `zstd -dc rollouts/step_N/*`. Earlier versions wrote one file per step,
+`rollouts/step_N.jsonl.zst`. Such files can still be read.
 """
 
 from __future__ import annotations
@@ -23,20 +24,27 @@ FOLDER = "rollouts"
 _PART = re.compile(r"replica_(\d+)_of_(\d+)\.jsonl\.zst")
 _STEP = re.compile(r"step_(\d+)(\.jsonl\.zst)?")
 _LEVEL = 1
-"""Level of zstd: its default takes several times as long, for files that are a tenth smaller."""
+"""Level of zstd. Its default level takes several times as long, and makes the files only a tenth smaller."""
 
 _MAX_RANGES = 6
 
 
 def part_path(run_dir: Path, step: int, *, replica: int, num_replicas: int) -> Path:
-    """Return the file of data-parallel replica `replica` of `num_replicas` for step `step`, counted from 1."""
+    """Return the path of the file in which a data-parallel replica records its rollouts of step `step`.
+
+    Args:
+        step: number of the step, counted from 1.
+        replica: index of the replica.
+        num_replicas: number of replicas.
+    """
     return run_dir / FOLDER / f"step_{step}" / f"replica_{replica}_of_{num_replicas}.jsonl.zst"
 
 
 def write_part(records: Iterable[dict], path: Path) -> None:
-    """Write one file atomically, with one record at a time in memory. An OSError names `path`.
+    """Write `records` to the file `path` atomically, then remove old files of the same step.
 
-    Then remove files of an earlier attempt at the step with another number of replicas or in one file.
+    Only one record at a time is in memory. If an OSError is raised, it names `path`. The old files are those of
+    an earlier attempt at the step that had another number of replicas or wrote a single file.
     """
     encoder = msgspec.json.Encoder()
     with (
@@ -56,7 +64,7 @@ def write_part(records: Iterable[dict], path: Path) -> None:
 
 
 def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
-    """Return the files of every completely recorded step, ascending; steps that lack a part are left out."""
+    """Return the files of each step, in ascending order of steps. Steps that lack a file are left out."""
     found: dict[int, list[Path]] = {}
     for step, entry in step_paths(run_dir):
         files = _complete(entry) if entry.suffix == "" else [entry]
@@ -66,7 +74,10 @@ def recorded_steps(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder, or file of an earlier version) of all steps, complete or not, in any order."""
+    """Return (step, path) of every step, in any order. Incomplete steps are included.
+
+    The path is a folder, or a file if an earlier version wrote the step.
+    """
     folder = run_dir / FOLDER
     entries = list(folder.iterdir()) if folder.is_dir() else []
     matches = ((_STEP.fullmatch(entry.name), entry) for entry in entries)
@@ -74,7 +85,10 @@ def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def step_ranges(steps: Iterable[int]) -> str:
-    """Format ascending `steps` like "100, 200, 301 to 340"; of many ranges, only the first and the last."""
+    """Format ascending `steps` as a text such as "100, 200, 301 to 340". If there are many ranges, shorten the text.
+
+    A shortened text has the first ranges and the last one.
+    """
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and step == ranges[-1][1] + 1:
@@ -91,21 +105,21 @@ def read_step(files: Iterable[Path]) -> list[dict]:
     """Return the records in the files of one step, sorted by prompt and sample.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a file is damaged; its message is the path.
+        OSError: if a file cannot be read.
+        ValueError: if a file is damaged. The message is the path of the file.
     """
     records = [record for path in files for record in read_part(path)]
-    with contextlib.suppress(TypeError, KeyError):  # not written by this program; the caller decides
+    with contextlib.suppress(TypeError, KeyError):  # another program wrote the records, so the caller decides
         records.sort(key=lambda record: (record["prompt_index"], record["sample_index"]))
     return records
 
 
 def read_part(path: Path) -> list[dict]:
-    """Return the records in one file, in order. Raises as `read_step`."""
+    """Return the records in one file, in the order of the file. It raises the same errors as `read_step`."""
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     try:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        # Reading a truncated file would raise no error.
+        # Decompressing a truncated file raises no error, so check that the end was reached.
         records = [json.loads(line) for line in lines if line] if decompressor.eof else None
     except (zstandard.ZstdError, ValueError, RecursionError):
         records = None
@@ -115,9 +129,9 @@ def read_part(path: Path) -> list[dict]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Return the parts of a step's folder by replica; empty unless all exist."""
+    """Return the files in a step's folder, in order of replicas. Return an empty list if a file is missing."""
     numbers = {}
-    with contextlib.suppress(OSError):  # no folder, or the run has just removed it
+    with contextlib.suppress(OSError):  # the folder never existed, or the run has just removed it
         numbers = {path: _numbers(path) for path in folder.iterdir()}
     parts = {found[0]: (found[1], path) for path, found in numbers.items() if found is not None}
     counts = {count for count, _ in parts.values()}
@@ -127,13 +141,17 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _numbers(path: Path) -> tuple[int, int] | None:
-    """Parse (replica, number of replicas) from a part's name; None for other files."""
+    """Parse (replica, number of replicas) from the name of a step's file. Return None for any other file."""
     match = _PART.fullmatch(path.name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def read_records(files: Sequence[Path]) -> list[dict]:
-    """Return the trajectories in a step's files; ConfigError (one line) if one cannot be read or is damaged."""
+    """Return the trajectories in the files of a step.
+
+    Raises:
+        ConfigError: if a file cannot be read or is damaged. The message is one line.
+    """
     try:
         return read_step(files)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Metrics of a step's trajectories: rewards, turns, tools, gains, lengths."""
+"""Metrics of a step's trajectories: their rewards, turns, tool calls, gains and lengths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from a2tgpo.trajectory import Trajectory
 
 
 def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory]) -> None:
-    """Add the sums and counts of these trajectories; reduce over ranks that hold different ones."""
+    """Add the sums and counts of `trajectories`. Reduce `metrics` only over ranks that hold different
+    trajectories.
+    """
     count = len(trajectories)
     metrics.add("reward/mean", sum(t.outcome_reward for t in trajectories), count)
     metrics.add("reward/em", sum(t.exact_match for t in trajectories), count)

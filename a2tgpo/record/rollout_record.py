@@ -1,4 +1,4 @@
-"""One trajectory of a step as a JSON record, and as text for a person."""
+"""Convert a trajectory of a step to a JSON record, and a record to text for a person."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def to_record(
     *,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict:
-    """Convert a trajectory, its texts and its turns' training values to JSON types.
+    """Return a trajectory, its texts and the training values of its turns as JSON types.
 
     Args:
-        turn_values: [N, T + 1] by name; a value that is not finite becomes None.
-        row: the trajectory's row in each array of `turn_values`.
+        turn_values: arrays [N, T + 1] by name. A value that is not finite becomes None.
+        row: the row of the trajectory in each array of `turn_values`.
     """
     record = trajectory.to_dict()
     for column, turn in enumerate(record["turns"]):
@@ -39,7 +39,7 @@ def to_record(
 
 
 def as_text(record: dict) -> str:
-    """Format one rollout for a person to read."""
+    """Return the record of one rollout as a text for a person to read."""
     lines = [
         f"prompt {record['prompt_id']} sample {record['sample_index']}: reward {record['outcome_reward']:g}, "
         f"EM {record['exact_match']:g}, stopped by {record['stop_reason']}",

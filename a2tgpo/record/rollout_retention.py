@@ -1,4 +1,4 @@
-"""Limit the size of a run's recorded rollouts: remove the oldest steps first, every hundredth step last."""
+"""Limit the size of a run's recorded rollouts. The oldest steps are removed first, and every hundredth step last."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ from pathlib import Path
 from a2tgpo.record.rollout_files import step_paths
 
 LASTING_EVERY = 100
-"""Steps whose number is a multiple of this are removed last, so that a long run can be read from its beginning."""
+"""A step is removed last if its number is a multiple of this, so that the record of a long run keeps its
+beginning.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutRetention:
-    """Removes recorded rollouts of one run; create one per run, in one process.
+    """Removes recorded rollouts of one run. Create only one instance per run, in one process.
 
     Args:
-        run_dir: the run's folder.
-        keep_gb: limit of all recorded rollouts, GB of 10^9 bytes; 0: no limit.
+        run_dir: the folder of the run.
+        keep_gb: limit of all recorded rollouts together, in units of 10^9 bytes. 0 means no limit.
     """
 
     def __init__(self, run_dir: Path, *, keep_gb: float):
         self._run_dir = run_dir
         self._keep_gb = keep_gb
         self._sizes: dict[Path, int] = {}
-        """Bytes of the steps whose files are final."""
+        """Number of bytes of each step whose files will not change any more."""
         self._has_warned = False
 
     def trim(self, covered: int) -> None:
-        """Remove steps before `covered` until the limit is met; a resumed run does not replay the removed steps.
+        """Remove recorded steps before step `covered` until the limit is met.
 
-        Step `covered` and later steps stay. Files that cannot be removed are ignored.
+        A resumed run does not replay steps before `covered`. Step `covered` and later steps stay. Files that
+        cannot be removed are ignored.
         """
         if not self._keep_gb:
             return

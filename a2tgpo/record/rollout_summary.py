@@ -1,6 +1,7 @@
-"""Select what rank 0 shows of a step's rollouts: gains by turn, and the texts of the best and the worst.
+"""Select the rollouts of a step that rank 0 shows: the gains of each turn, and the texts of the best and the worst.
 
-Replicas exchange each trajectory's place, reward and gains; only the chosen texts are sent to rank 0.
+The replicas exchange the prompt, sample, reward and gains of each trajectory. Only the chosen texts are sent to
+rank 0.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from a2tgpo.trajectory import Trajectory
 
 
 class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
-    """The values of one trajectory that are compared."""
+    """The values of one trajectory that are compared between all trajectories of a step."""
 
     prompt_index: int
     sample_index: int
     reward: float
     gains: tuple[float | None, ...]
-    """Gains of its process turns; None where a gain was not computed."""
+    """Gains of the trajectory's process turns. A gain that was not computed is None."""
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> RolloutSummary:
@@ -30,12 +31,15 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def worth(self) -> tuple[float, float]:
-        """Sort key: reward, then the sum of gains."""
+        """Sort key: first the reward, then the sum of the gains."""
         return self.reward, sum(gain or 0.0 for gain in self.gains)
 
 
 def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups) -> list[RolloutSummary]:
-    """Return the summaries of all replicas, by prompt and sample; the first rank of every replica must call this."""
+    """Return the summaries of all replicas, sorted by prompt and sample.
+
+    The first rank of every replica must call this.
+    """
     own = msgspec.msgpack.encode([RolloutSummary.of(trajectory) for trajectory in trajectories])
     parts = all_gather_object(own, groups.dp_group)
     summaries = [s for part in parts for s in msgspec.msgpack.decode(part, type=list[RolloutSummary])]
@@ -43,9 +47,10 @@ def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups)
 
 
 def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str, RolloutSummary]:
-    """Choose `count` rollouts: the best (best_0, ...) and the worst (worst_0, ...) by reward, then by gain.
+    """Choose the best and the worst rollouts, `count` in total, and return them by name: best_0, ..., worst_0, ...
 
-    If there are too few rollouts, none is shown twice.
+    Rollouts are compared by reward, and those with equal rewards by gain. If there are fewer than `count`
+    rollouts, fewer are chosen, and none is chosen twice.
     """
     ordered = sorted(summaries, key=lambda summary: summary.worth, reverse=True)
     num_best = min((count + 1) // 2, len(ordered))
@@ -55,7 +60,7 @@ def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str,
 
 
 def gains_by_turn(summaries: Sequence[RolloutSummary]) -> dict[int, list[float]]:
-    """Return every computed gain of the step, by turn index from 1."""
+    """Return all computed gains of the step in one list per turn index. Turn indices count from 1."""
     gains: dict[int, list[float]] = {}
     for summary in summaries:
         for turn_index, gain in enumerate(summary.gains, start=1):
@@ -70,14 +75,14 @@ def gather_texts(
     text_of: Callable[[int], str],
     groups: ParallelGroups,
 ) -> dict[str, str]:
-    """Return the texts of the `chosen` rollouts on rank 0, by name, in order; {} elsewhere.
+    """Return, on rank 0, the texts of the `chosen` rollouts by name, in order. Return {} on other ranks.
 
     The first rank of every replica must call this.
 
     Args:
-        chosen: equal on all callers.
-        trajectories: this replica's share.
-        text_of: returns the text of the trajectory at a row.
+        chosen: the chosen rollouts, which must be equal on all callers.
+        trajectories: this replica's share of the step.
+        text_of: returns the text of the trajectory in a given row.
     """
     rows = {(t.prompt_index, t.sample_index): row for row, t in enumerate(trajectories)}
     places = {name: (summary.prompt_index, summary.sample_index) for name, summary in chosen.items()}

@@ -1,4 +1,4 @@
-"""Write a step's rollouts in the background, during training."""
+"""Write the rollouts of a step in the background while training continues."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutWriter:
-    """Writes one replica's part of one step at a time, in a thread; the first rank of every replica creates one.
+    """Write a replica's rollouts of one step at a time in a thread. The first rank of every replica creates a writer.
 
     Args:
-        run_dir: the run's folder.
-        replica: index of this data-parallel replica.
-        num_replicas: of the run.
-        tokenizer: the policy's; concurrent decoding is safe.
+        run_dir: the folder of the run.
+        replica: the index of this data-parallel replica.
+        num_replicas: the number of data-parallel replicas of the run.
+        tokenizer: the policy's tokenizer. It is safe to decode with it in several threads.
     """
 
     def __init__(self, run_dir: Path, *, replica: int, num_replicas: int, tokenizer: PreTrainedTokenizerBase):
@@ -43,22 +43,27 @@ class RolloutWriter:
     def start(
         self, step: int, trajectories: Sequence[Trajectory], turn_values: Mapping[str, torch.Tensor]
     ) -> None:
-        """Start writing `step`, once the step before is written; the arguments must not change afterwards.
+        """Start writing the rollouts of `step` as soon as the previous step is written.
+
+        The arguments must not change afterwards.
 
         Args:
-            trajectories: this replica's share.
-            turn_values: [N, T + 1] by name, rows as the trajectories; see `to_record`.
+            trajectories: this replica's share of the step.
+            turn_values: arrays [N, T + 1] by name, with one row per trajectory (see `to_record`).
         """
         self.wait()
         self._step = step
-        # Not a daemon, so that a program that fails elsewhere still completes the files.
+        # The thread is not a daemon, so that its files are completed even if the program fails elsewhere.
         self._thread = threading.Thread(
             target=self._write, args=(step, trajectories, turn_values), name="rollouts"
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the started step is on disk or has failed; a failure logs a warning and the run continues."""
+        """Wait until the step that was started is on disk or its write has failed.
+
+        A failed write logs a warning, and the run continues.
+        """
         if self._thread is None:
             return
         self._thread.join()
@@ -76,7 +81,7 @@ class RolloutWriter:
             raise error
 
     def take_failures(self) -> int:
-        """Return the number of steps known to have failed since the last call."""
+        """Return how many steps are known to have failed since the last call."""
         failures, self._num_failures = self._num_failures, 0
         return failures
 
@@ -90,5 +95,5 @@ class RolloutWriter:
         )
         try:
             write_part(records, path)
-        except BaseException as error:  # raised or reported by `wait`
+        except BaseException as error:  # `wait` raises or reports it
             self._error = error

@@ -1,6 +1,7 @@
-"""Write a run's rollouts as one self-contained page: group view, turns, gains, tokens coloured by log-prob.
+"""Write the rollouts of a run as one self-contained page. It shows groups, turns, gains, and tokens coloured by
+log-prob.
 
-The records are in the page as gzip in base64; rollouts_page.html is the page itself and never renders text as HTML.
+The page contains the records as gzip in base64. Its template is rollouts_page.html, which never renders text as HTML.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pathlib import Path
 from a2tgpo.io.atomic_file import write_text
 
 MAX_TRAJECTORIES = 4096
-"""Most trajectories of one page; if there are more, steps are left out at equal distances."""
+"""Largest number of trajectories on one page. If there are more, steps at equal distances are left out."""
 TEMPLATE = Path(__file__).with_name("rollouts_page.html")
 PLACE = "@DATA@"
 MAX_BYTES = 4
-"""Most bytes of a character, and so most tokens that can be parts of one character."""
+"""Largest number of bytes of a character. A character has at most as many tokens as bytes."""
 
 _SPECIAL = re.compile(r"<[|｜][^|｜>]{1,40}[|｜]>")
 _ROLE = re.compile(r"^(?:system|user|assistant)(?=\s|$)")
@@ -28,7 +29,11 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
-    """Return the steps to show, including first and last, given the number of trajectories of each."""
+    """Return the steps to show. The first and the last step are always included.
+
+    Args:
+        sizes: the number of trajectories of each step.
+    """
     steps = sorted(sizes)
     room = max(2, MAX_TRAJECTORIES // max(1, max(sizes.values())))
     if len(steps) <= room:
@@ -37,12 +42,13 @@ def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
 
 
 def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode: Decode | None) -> None:
-    """Write the page atomically.
+    """Write the page with the rollouts of a run to the file `out` atomically.
 
     Args:
-        name: of the run.
-        steps: recorded rollouts by step.
-        decode: converts token ids to text, for colours per token; None: only the turns' texts.
+        name: the name of the run.
+        steps: the recorded rollouts of each step.
+        decode: converts token ids to text, so that each token has a colour. If it is None, the page shows only
+            the texts of the turns.
     """
     content = {
         "name": name,
@@ -57,7 +63,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
 
 
 def _slim(record: dict, decode: Decode | None) -> dict:
-    """Return the parts of a record that the page shows."""
+    """Return only those parts of a record that the page shows."""
     kept = (
         "prompt_index prompt_id sample_index hops outcome_reward exact_match format_ok stop_reason "
         "baseline_prob prompt_text"
@@ -79,7 +85,10 @@ def _slim_turn(turn: dict, decode: Decode | None) -> dict:
 
 
 def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> list[tuple[str, float]]:
-    """Return (text, log-prob) per token; tokens that form one character together are one piece, with their sum."""
+    """Return (text, log-prob) for each token. Tokens that form one character together are one piece.
+
+    The log-prob of such a piece is the sum over its tokens.
+    """
     found: list[tuple[str, float]] = []
     pending: list[int] = []
     logprob = 0.0
@@ -96,7 +105,7 @@ def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> 
 
 
 def _question(prompt_text: str) -> str:
-    """Return the question: the end of a rendered prompt without special tokens and roles."""
+    """Return the question, which is the last text of a rendered prompt that is neither a special token nor a role."""
     parts = [part.strip() for part in _SPECIAL.split(prompt_text)]
     worded = [_ROLE.sub("", part).strip() for part in parts]
     return next((part for part in reversed(worded) if part), "")[-300:]

@@ -1,4 +1,4 @@
-"""Refit: moving the trained weights to the running engine."""
+"""Refit: move the trained weights to the running engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RefitReport:
     """The result of one refit on this rank."""
 
     skipped: bool
-    """Whether the engine already held these weights."""
+    """Whether nothing was moved because the engine already held these weights."""
     num_tensors: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
@@ -34,17 +34,18 @@ class RefitReport:
 def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) -> RefitReport:
     """Load the policy's weights into the engine; every rank must call this.
 
-    The engine must be idle, with its weights awake. Does nothing if the engine already holds `version`. Each rank
-    passes full tensors to its own engine, which keeps its part; the next bucket is gathered meanwhile.
+    The engine must be idle, and its weights must be awake. If the engine already holds `version`, nothing is
+    done. Each rank passes full tensors to its own engine, which keeps only its part of them. While a bucket is
+    loaded, the next one is gathered.
 
     Args:
-        version: version of the policy's weights, equal on all ranks: the number of updates since `policy.path`, which
-            is version 0.
-        bucket_mib: most weights gathered at once, MiB; two such buckets are alive.
+        version: the version of the policy's weights, equal on all ranks. It is the number of updates since
+            `policy.path`, whose weights are version 0.
+        bucket_mib: MiB of weights to gather at once, at most. Two such buckets exist at the same time.
 
     Raises:
-        RuntimeError: one line, on all ranks, if one rank's engine refused the weights, for example because names or
-            shapes differ. Only on this rank, if the gathering failed.
+        RuntimeError: on all ranks, if the engine of one rank refused the weights, for example because names or
+            shapes differ. On this rank only, if gathering the weights failed. The message is one line.
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)
@@ -54,10 +55,11 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     try:
         engine.load_weights(export, version=version)
     except Exception as error:
-        if export.failed:  # the other ranks wait in a gather, so no agreement with them is possible
+        if export.failed:  # the other ranks wait in a gather, so this rank cannot tell them about the error
             raise
         refusal, problem = error, first_line(error)
-    for _ in export:  # join the rest of the gathering if this rank's engine stopped early
+    # If this rank's engine stopped early, the other ranks still need this rank in the remaining gathers.
+    for _ in export:
         pass
     for rank, found in enumerate(all_gather_object(problem, world_group())):
         if found is not None:
@@ -68,7 +70,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
 
 
 class _Export(Iterator[tuple[str, torch.Tensor]]):
-    """Iterator over the weights for the engine, counted in `report`; keeps no reference to a tensor."""
+    """Iterator over the weights for the engine. It counts them in `report`, and keeps no reference to a tensor."""
 
     def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]):
         self._weights = weights

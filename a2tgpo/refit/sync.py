@@ -22,16 +22,17 @@ from a2tgpo.update.logprobs import compute_logprobs
 def sync_engine(
     policy: Policy, engine: VllmEngine, phases: MemoryPhases, config: RunConfig, *, version: int
 ) -> MetricSums:
-    """Give the engine the policy's weights and enter memory phase rollout; every rank must call this.
+    """Give the engine the policy's weights, and enter memory phase rollout; every rank must call this.
 
-    Weights that the engine already holds are not moved again. New weights are verified on a fixed probe; so are the
-    first weights of a run, which engine and trainer read from the same files by different code.
+    Weights that the engine already holds are not moved again. New weights are verified on a fixed probe. The
+    first weights of a run are also verified, because engine and trainer read them from the same files with
+    different code.
 
     Args:
-        version: of the weights: the number of steps that they were trained for.
+        version: the version of the weights, which is the number of steps that they were trained for.
 
     Raises:
-        RuntimeError: engine and trainer disagree on the probe.
+        RuntimeError: if the log-probs of engine and trainer differ too much on the probe.
     """
     phases.enter("refit")
     report = refit(policy, engine, version=version, bucket_mib=config.refit.bucket_mib)
@@ -55,7 +56,10 @@ def sync_engine(
 
 
 def score_probe(policy: Policy, probe: Sequence[int]) -> Tensor:
-    """Return the trainer's log p of `probe[1:]`, [len(probe) - 1] float32 on the CPU; every rank must call this."""
+    """Return the trainer's log p of `probe[1:]`, a [len(probe) - 1] float32 tensor on the CPU.
+
+    Every rank must call this.
+    """
     batch = pack([probe_trajectory(probe)], [0], align=policy.alignment)
     (scored,) = compute_logprobs(policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]

@@ -1,4 +1,4 @@
-"""The check, after every refit, that the engine computes with the trainer's weights."""
+"""Check after every refit that the engine computes with the trainer's weights."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
-"""Largest mean |difference| per probe token, nats, by the less exact of the two sides. The probe's ids are improbable
-in any model; FP8 alone changes their log-probs by 0.4 in a model of 135M (docs/fp8.md)."""
+"""Largest allowed mean |difference| per probe token, in nats, for each number format. The less exact format of
+engine and trainer decides. The probe's ids are improbable in any model, so FP8 alone changes their log-probs by
+0.4 in a model of 135M (docs/fp8.md).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeGap:
-    """|log-prob in the engine - log-prob in the trainer| over the probe, on the worst rank, nats."""
+    """Differences |log-prob in the engine - log-prob in the trainer| over the probe, in nats, on the worst rank."""
 
     mean: float
     max: float
 
 
 def probe_tokens(num_token_ids: int, length: int) -> list[int]:
-    """Return a fixed sequence of `length` ids below `num_token_ids`, spread over the vocabulary; equal everywhere."""
+    """Return a fixed sequence of `length` ids below `num_token_ids`. The ids are spread over the vocabulary."""
     state, tokens = 1, []
     for _ in range(length):
         state = (6364136223846793005 * state + 1442695040888963407) % 2**64  # Knuth's MMIX generator
@@ -38,7 +40,9 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
 
 
 def probe_trajectory(probe: Sequence[int]) -> Trajectory:
-    """Return the probe as a trajectory that the trainer can pack and score; its first token is the prompt."""
+    """Return the probe as a trajectory that the trainer can pack and score. Its prompt is the first token of
+    the probe.
+    """
     sampled = TokenIds(probe[1:])
     return Trajectory(
         prompt_index=0,
@@ -51,7 +55,11 @@ def probe_trajectory(probe: Sequence[int]) -> Trajectory:
 
 
 def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:
-    """Return `refit.probe_tolerance`, or the default of the less exact number format where it is 0."""
+    """Return `configured` or, if it is 0, the default of the less exact number format.
+
+    Args:
+        configured: the setting `refit.probe_tolerance`.
+    """
     return configured or max(TOLERANCES[trainer_dtype], TOLERANCES[engine_dtype])
 
 
@@ -67,16 +75,17 @@ def verify_refit(
     """Compare the engine's log-probs of the probe with the trainer's; every rank of `group` must call this.
 
     Args:
-        engine: idle and awake.
-        probe: as from `probe_tokens`, the same on all ranks.
-        trainer_logprobs: [len(probe) - 1] float; log p of probe[1:] by the trainer at temperature 1, nats.
-        version: of the weights, for the message.
-        tolerance: largest allowed mean |difference|, nats.
-        group: the ranks that raise together if one of them differs; None: this rank alone.
+        engine: the engine, which must be idle and awake.
+        probe: a sequence from `probe_tokens`, the same on all ranks.
+        trainer_logprobs: [len(probe) - 1] float: log p of probe[1:] by the trainer at temperature 1, in nats.
+        version: the version of the weights, for the error message.
+        tolerance: the largest allowed mean |difference|, in nats.
+        group: the ranks that all raise an error if one of them finds a difference. None means this rank alone.
 
     Raises:
-        RuntimeError: one line, on all ranks of `group`, if the mean difference exceeds `tolerance`, or if the
-            trainer's log-probs are not finite: then the trainer's weights are broken, not the engine.
+        RuntimeError: on all ranks of `group`, if the mean difference exceeds `tolerance`, or if the trainer's
+            log-probs are not finite. In the second case, the trainer's weights are broken, not the engine. The
+            message is one line.
     """
     engine_logprobs = torch.tensor(engine.sequence_logprobs(probe), dtype=torch.float64)
     expected = trainer_logprobs.detach().to("cpu", torch.float64).flatten()

@@ -43,9 +43,7 @@ def _cache_root() -> Path:
 
 
 # These variables must be in the environment before vllm is imported for the first time.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-    "0"  # run the engine in this process, to pass weights by reference
-)
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, so weights are passed by reference
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

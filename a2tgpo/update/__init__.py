@@ -1,3 +1,3 @@
-"""Scoring and training the policy through Megatron's pipeline schedules."""
+"""Score and train the policy with Megatron's pipeline schedules."""
 
-import a2tgpo.parallel  # noqa: F401  adapts Megatron to the machine before the modules here import it
+import a2tgpo.parallel  # noqa: F401  must adapt Megatron to the machine before the modules here import it

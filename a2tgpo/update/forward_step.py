@@ -1,4 +1,4 @@
-"""One pass of all micro-batches through the pipeline, for scoring and training."""
+"""Run all micro-batches through the pipeline once, for scoring or for training."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate.
+"""A function (number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate.
 
+Both tensors are 0 at positions where `loss_mask` is False, because the output layer does not run there.
 Both tensors are 0 where `loss_mask` is False, because the output layer does not run there.
 """
 
@@ -34,23 +35,24 @@ def run_pipeline(
     distribution: TokenDistribution,
     forward_only: bool,
 ) -> None:
-    """Run the policy over `microbatches` and pass each one's log-probs to `token_function` on the last stage.
+    """Run the policy over `microbatches`. On the last stage, pass the log-probs of each one to `token_function`.
 
-    Every rank must call this, each data-parallel replica with its own micro-batches, the same on all of the replica's
-    ranks. Replicas may have different numbers of micro-batches, even none. Replicas with fewer run additional empty
-    ones, so that all reach every collective; `token_function` never sees these. Interleaved stages need whole rounds,
-    which are also filled up with empty micro-batches. Context-parallel ranks run a part of each micro-batch, but on
-    each of them `token_function` sees the whole micro-batch.
+    Every rank must call this. Each data-parallel replica has its own micro-batches, which must be the same on
+    all ranks of the replica. Replicas may have different numbers of micro-batches, even none. A replica with
+    fewer micro-batches runs additional empty ones, so that all replicas reach every collective. Interleaved
+    stages need whole rounds of micro-batches, so rounds are filled up with empty ones, too. `token_function`
+    never sees an empty micro-batch. Context-parallel ranks each run a part of a micro-batch, but
+    `token_function` sees the whole micro-batch on each of them.
 
-    The gradients left in the model are those of the sum of `token_function`'s values over micro-batches and
-    data-parallel replicas: this function reverts Megatron's averaging over both.
+    The gradients left in the model are those of the sum of `token_function`'s values over all micro-batches and
+    all data-parallel replicas. Megatron would average over both, and this function reverts that.
 
     Args:
-        distribution: the distribution of the log-probs and entropies that `token_function` sees.
-        forward_only: compute no gradients and ignore the values of `token_function`.
+        distribution: the distribution of the log-probs and entropies that `token_function` receives.
+        forward_only: whether to compute no gradients. If so, the values of `token_function` are ignored.
 
     Raises:
-        RuntimeError: if the weights are off the GPU.
+        RuntimeError: if the weights are not on the GPU.
     """
     require_weights(policy)
     groups = policy.groups
@@ -70,7 +72,7 @@ def run_pipeline(
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
-            loss = loss + 0.0 * logprobs.sum()  # the backward pass must reach every stage and every parameter
+            loss = loss + 0.0 * logprobs.sum()  # backward must reach every stage and every parameter
         return loss * scale, {}
 
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -99,14 +101,15 @@ def run_pipeline(
 
 
 class _ScoredRows(NamedTuple):
-    """The division of a micro-batch over context-parallel ranks, and the rows that need log-probs."""
+    """How a micro-batch is divided over context-parallel ranks, and which of this rank's rows need log-probs."""
 
     positions: Tensor
-    """[cp, T / cp] int64: the batch's positions that each context-parallel rank runs."""
+    """[cp, T / cp] int64: for each context-parallel rank, the positions of the batch that the rank runs."""
     rows: Tensor
-    """[n] int64, n >= 1: indices into this rank's positions where `loss_mask` is True.
+    """[n] int64, n >= 1: indices of those positions of this rank at which `loss_mask` is True.
 
-    [0] if none, so that the micro-batch still reaches every parameter and every collective.
+    If there is no such position, the tensor is [0], so that the micro-batch still reaches every parameter and
+    every collective.
     """
 
 
@@ -122,7 +125,10 @@ def _scored_rows(batch: PackedBatch, groups: ParallelGroups) -> _ScoredRows:
 def _logprobs(
     policy: Policy, logits: Tensor, batch: PackedBatch, scored: _ScoredRows, distribution: TokenDistribution
 ) -> tuple[Tensor, Tensor]:
-    """Compute log p of the batch's targets and the entropies, [T] each and 0 where masked, from the rows' logits."""
+    """Compute, from the logits of the scored rows, log p of the batch's targets and the entropies.
+
+    Both are [T] tensors, and 0 at masked positions.
+    """
     groups, own = policy.groups, scored.positions[policy.groups.cp_rank]
     targets = batch.targets[0, own[scored.rows]]
     found = token_logprobs(
@@ -137,7 +143,8 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, scored.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # also masks row [0] if no row is needed
+        return values.where(batch.loss_mask[0], 0.0)  # if no row is needed, this also masks row [0]
 
-    # Scatter separately: stacked, autograd would run backward through entropies that no loss uses.
+    # Scatter the two separately. If they were stacked, autograd would run backward through entropies that no
+    # loss uses.
     return over_the_row(found[0]), over_the_row(found[1])

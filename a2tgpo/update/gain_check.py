@@ -1,4 +1,4 @@
-"""Comparison of the trainer's and the engine's probabilities of the gold answers."""
+"""Compare the probabilities of the gold answers that the trainer computes with those that the engine computed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 
 
 class GainCheck:
-    """Rescore a sample of a step's contexts with the trainer, under the weights that played them.
+    """Rescore some of a step's contexts with the trainer, with the same weights that played them.
 
     Args:
-        policy: this rank's policy.
-        config: how often to check, and how many trajectories of each data-parallel replica.
-        answer_tokens: the `AnswerTokens` of the engine's scorer.
-        answers: gold answers by question id.
-        max_tokens: positions of one row of the model.
+        policy: the policy of this rank.
+        config: says how often to check, and how many trajectories of each data-parallel replica.
+        answer_tokens: the `AnswerTokens` that the engine's scorer uses.
+        answers: gold answers by the id of the question.
+        max_tokens: number of positions in one row of the model.
     """
 
     def __init__(
@@ -42,23 +42,24 @@ class GainCheck:
         self._max_tokens = max_tokens
 
     def run(self, version: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """Every `verify_every` steps, return the gap between engine and trainer; every rank must call this.
+        """Every `verify_every` steps, return how far apart engine and trainer are. Every rank must call this.
 
-        `gain/engine_trainer_gap` is the mean over contexts of |log P by the engine - log P by the trainer|, where
-        log P is the best alias's mean log-prob per token, nats; `gain/engine_trainer_gap_max` is the largest. Both
-        are omitted if the engine scored no context.
+        For each context, log P is the mean log-prob per token of the best alias, in nats. The gap of a context
+        is |log P by the engine - log P by the trainer|. `gain/engine_trainer_gap` is the mean gap over
+        contexts, and `gain/engine_trainer_gap_max` is the largest gap. Both are omitted if the engine scored no
+        context.
 
         Args:
-            version: of the policy (`Turn.version`).
-            trajectories: this data-parallel replica's share of the step, before training on it.
+            version: the version of the policy's weights (`Turn.version`).
+            trajectories: this data-parallel replica's share of the step, before the policy is trained on it.
 
         Returns:
-            Metrics to be reduced over the data-parallel group; empty in other steps.
+            Metrics that must be reduced over the data-parallel group. They are empty in steps without a check.
         """
         every, metrics = self._config.verify_every, MetricSums()
         if every == 0 or version % every:
             return metrics
-        # A trajectory that ended in an earlier step was scored under weights that no longer exist.
+        # A trajectory that ended in an earlier step was scored with weights that no longer exist, so leave it out.
         current = [trajectory for trajectory in trajectories if trajectory.turns[-1].version == version]
         sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]
@@ -90,7 +91,7 @@ class GainCheck:
         return ProbedSequence(tokens=trajectory.tokens, probes=probes)
 
     def _by_context(self, trajectory: Trajectory, logprobs: list[list[float]]) -> list[float | None]:
-        """Return the best alias's mean log-prob in each context."""
+        """Return the best alias's mean log-prob per token in each context."""
         count = len(self._aliases(trajectory))
         contexts = range(len(trajectory.context_lengths))
         return [answer_logprob(logprobs[context * count : (context + 1) * count]) for context in contexts]
@@ -100,6 +101,6 @@ class GainCheck:
 
 
 def _spread(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:
-    """Select at most `count` trajectories, evenly over the list, so that they cover as many groups as possible."""
+    """Select at most `count` trajectories at equal distances in the list, to cover as many groups as possible."""
     count = min(count, len(trajectories))
     return [trajectories[number * len(trajectories) // count] for number in range(count)]

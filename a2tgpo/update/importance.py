@@ -1,4 +1,4 @@
-"""Rollout correction: each sampled token's importance weight, and the metrics of a step's weights."""
+"""Rollout correction: the importance weight of each sampled token, and metrics of all weights of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> ImportanceWeights:
-    """Return the importance weights of a micro-batch's sampled tokens; last pipeline stage only."""
+    """Return the importance weights of the sampled tokens of a micro-batch. Call this only on the last pipeline
+    stage.
+    """
     rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
     return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
 
@@ -24,19 +26,20 @@ def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> I
 def correction_metrics(
     weights: Sequence[ImportanceWeights], config: CorrectionConfig, groups: ParallelGroups
 ) -> MetricSums:
-    """Return metrics of a step's importance weights; none with `kind: none`.
+    """Return metrics of a step's importance weights w. Return no metrics if the correction has `kind: none`.
 
-    Every rank must call this, even without trajectories. The metrics cover all sampled tokens of the step:
+    Every rank must call this, even if it has no trajectories. The metrics cover all sampled tokens of the step:
 
-    - `correction/mean`, `max`, `min`: of w before truncation or masking, over tokens where w can be computed; omitted
-      in steps without such a token;
-    - `correction/truncated_share`, `masked_share`: shares of all tokens;
-    - `correction/unusable_tokens`: number of tokens with weight 0 because a log-prob is not finite;
-    - `correction/effective_sample_share`: (sum w)^2 / (n sum w^2) of the weights in the loss, from sums over all
-      data-parallel replicas: 1 if all weights are equal, 0 if all are 0.
+    - `correction/mean`, `correction/max` and `correction/min` are those of w before truncation or masking, over
+    all tokens for which w can be computed. They are omitted if a step has no such token.
+    - `correction/truncated_share` and `correction/masked_share` are shares of all sampled tokens.
+    - `correction/unusable_tokens` is the number of tokens that have weight 0 because a log-prob is not finite.
+    - `correction/effective_sample_share` is (sum w)^2 / (n sum w^2), where w are the weights in the loss and
+    the sums are over all data-parallel replicas. It is 1 if all weights are equal, and 0 if all weights are 0.
 
     Args:
-        weights: of this data-parallel replica's micro-batches; empty off the last pipeline stage.
+        weights: the weights of this data-parallel replica's micro-batches. The list is empty on all but the
+            last pipeline stage.
     """
     metrics = MetricSums()
     if config.kind == "none":
@@ -48,7 +51,9 @@ def correction_metrics(
 
 
 def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:
-    """Return sums over one data-parallel replica's tokens; extremes are omitted if no token has a usable weight."""
+    """Return sums over the tokens of one data-parallel replica. Extremes are omitted if no token has a usable
+    weight.
+    """
 
     def joined(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([value.double() for value in values] or [torch.zeros(0, dtype=torch.float64)])
@@ -79,4 +84,4 @@ def _record(metrics: MetricSums, sums: dict[str, float], totals: Sequence[float]
     metrics.add("correction/unusable_tokens", sums["tokens"] - sums["usable"], 0)
     weight, weight_squared, tokens = totals
     share = weight * weight / (tokens * weight_squared) if weight_squared else 0.0
-    metrics.add("correction/effective_sample_share", share, 1)  # the mean of equal values on all replicas
+    metrics.add("correction/effective_sample_share", share, 1)  # all replicas add the same value

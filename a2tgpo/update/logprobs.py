@@ -1,4 +1,4 @@
-"""Log-probs of given tokens under the policy, without gradients."""
+"""Compute the policy's log-probs of given tokens, without gradients."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from a2tgpo.update.forward_step import run_pipeline
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probs and entropies of one micro-batch, aligned on the predicting position."""
+    """Log-probs and entropies of one micro-batch. An entry belongs to the position that predicts the token."""
 
     logprobs: Tensor
-    """[T] float32, log p(`targets`), nats; 0 where `loss_mask` is False."""
+    """[T] float32, nats: log p of each of `targets`. It is 0 at positions where `loss_mask` is False."""
     entropy: Tensor
-    """[T] float32, entropy of the distribution that predicts `targets`, nats; 0 where `loss_mask` is False."""
+    """[T] float32, nats: entropy of the distribution that predicts the target. 0 at positions where `loss_mask`
+    is False.
+    """
 
 
 @torch.no_grad()
@@ -30,12 +32,13 @@ def compute_logprobs(
     *,
     distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> list[TokenLogprobs | None]:
-    """Compute the log-probs of every micro-batch in one forward-only pipeline pass.
+    """Compute the log-probs of all micro-batches in one forward-only pass through the pipeline.
 
-    Every rank must call this, with the micro-batches that `run_pipeline` describes.
+    Every rank must call this, with the micro-batches that `run_pipeline` requires.
 
     Returns:
-        The log-probs of each micro-batch on the policy's device; None on all but the last pipeline stage.
+        For each micro-batch, its log-probs on the policy's device. On all but the last pipeline stage, each
+            entry is None.
     """
     found: list[TokenLogprobs | None] = [None] * len(microbatches)
 

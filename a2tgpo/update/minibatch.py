@@ -1,4 +1,4 @@
-"""Division of a step's trajectories into mini-batches (one optimizer step each), and these into micro-batches."""
+"""Divide a step's trajectories into mini-batches, one per optimizer step, and each mini-batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -21,30 +21,36 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """S trajectories of this rank with U turns in one row of T positions, and what their loss needs."""
+    """S trajectories of this rank, with U turns in total, in one row of T positions, and the inputs of their loss."""
 
     batch: PackedBatch
     turn_advantages: Tensor
-    """[U] float32."""
+    """[U] float32: advantage of each turn."""
     turn_clip_scales: Tensor
-    """[U] float32."""
+    """[U] float32: clip scale of each turn."""
     sequence_weights: Tensor
-    """[S] float32: weight of each sampled token of the sequence in the loss."""
+    """[S] float32: the weight in the loss that each sampled token of a sequence has."""
     sequence_is_correct: Tensor
-    """[S] bool: the trajectory's answer matches exactly."""
+    """[S] bool: whether the trajectory's answer is an exact match."""
     old_logprobs: Tensor | None = None
-    """[T] float32, log-probs under the policy that played; None before their computation, and off the last stage."""
+    """[T] float32: log-probs under the policy that played. None before they are computed, and on other pipeline
+    stages than the last.
+    """
     ref_logprobs: Tensor | None = None
-    """[T] float32, log-probs under the reference, on the last pipeline stage; None without a reference."""
+    """[T] float32: log-probs under the reference. None without a reference, and on other pipeline stages than
+    the last.
+    """
 
     def to(self, device: torch.device) -> Microbatch:
-        """Return the micro-batch with its tensors on `device`, as `PackedBatch.to`."""
+        """Return a copy of the micro-batch whose tensors are on `device` (see `PackedBatch.to`)."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved = {name: value.to(device) for name, value in values.items() if value is not None}
         return dataclasses.replace(self, **moved)
 
     def loss_inputs(self) -> LossInputs:
-        """Return the loss's flat per-token inputs, without importance weights; last pipeline stage only."""
+        """Return the flat per-token inputs of the loss, without importance weights. Only the last pipeline
+        stage has them.
+        """
         batch, mask = self.batch, self.batch.loss_mask[0]
         assert self.old_logprobs is not None, "old log-probs come first"
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
@@ -62,7 +68,7 @@ class Microbatch:
 
 
 Minibatch = Sequence[Microbatch]
-"""This rank's data for one optimizer step."""
+"""The data of this rank for one optimizer step."""
 
 
 def build_minibatches(
@@ -74,14 +80,16 @@ def build_minibatches(
     groups: ParallelGroups,
     align: Alignment,
 ) -> list[Minibatch]:
-    """Build mini-batches of `prompts_per_minibatch` prompts each, in prompt order.
+    """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
-    Every rank must call this, even without trajectories: loss normalisers are summed over the data-parallel group,
-    and the replicas agree on the number of micro-batches (`pack_microbatches`).
+    Every rank must call this, even if it has no trajectories. The reason is that loss normalisers are summed
+    over the data-parallel group, and that the replicas agree on the number of micro-batches
+    (`pack_microbatches`).
 
     Args:
-        trajectories: this data-parallel replica's share, rows of `advantages` and of `clip_scales` [N, T + 1].
-        align: the policy's.
+        trajectories: this data-parallel replica's share of the step. The trajectories are the rows of
+            `advantages` and of `clip_scales` [N, T + 1].
+        align: the alignment that the policy needs.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)

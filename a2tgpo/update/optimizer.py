@@ -1,4 +1,4 @@
-"""Megatron's AdamW over the policy's parameters, and the learning rate schedule."""
+"""Build Megatron's AdamW for the policy's parameters, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from a2tgpo.model.policy import Policy
 def build_optimizer(
     policy: Policy, config: UpdateConfig, *, total_steps: int
 ) -> tuple[Any, LearningRateSchedule]:
-    """Build the optimizer of the policy's trainable parameters and its learning rate schedule.
+    """Build the optimizer of the policy's trainable parameters, and the schedule of its learning rate.
 
-    Every rank must call this. Weight decay does not apply to biases and norm weights.
+    Every rank must call this. Weight decay is not applied to biases and to weights of norms.
 
     Args:
-        total_steps: optimizer steps until the schedule reaches `config.min_lr`; no effect on a constant schedule.
+        total_steps: number of optimizer steps after which the schedule reaches `config.min_lr`. A constant
+            schedule ignores it.
     """
     bf16 = policy.dtype == torch.bfloat16
     optimizer = get_megatron_optimizer(
@@ -45,10 +46,10 @@ def build_optimizer(
 
 
 class LearningRateSchedule:
-    """Linear warm-up, then constant, linear or cosine, one `step()` per optimizer step.
+    """A linear warm-up of the learning rate, followed by a constant, linear or cosine schedule.
 
-    Update k (0-based) uses the rate of Megatron's scheduler after k + 1 steps, so that the first update of a warm-up
-    does not have rate 0.
+    Call `step()` once per optimizer step. Update k, counted from 0, uses the rate that Megatron's scheduler has
+    after k + 1 steps. Otherwise the first update of a warm-up would have rate 0.
     """
 
     def __init__(self, optimizer: Any, config: UpdateConfig, *, total_steps: int) -> None:
@@ -73,20 +74,21 @@ class LearningRateSchedule:
 
     @property
     def lr(self) -> float:
-        """Rate of the next update."""
+        """Learning rate of the next update."""
         return self._scheduler.get_lr({})
 
     def step(self) -> None:
-        """Advance to the next update's rate."""
+        """Move on to the learning rate of the next update."""
         self._scheduler.step(1)
 
     def state_dict(self) -> dict[str, int]:
         return {"steps_done": self._scheduler.num_steps - 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the step of `state`; rates follow this run's config, not the saved run's.
+        """Continue from the step in `state`. Learning rates follow the config of this run, not that of the saved run.
 
-        Call this after loading the optimizer's state, which contains the saved run's rates.
+        Call this after the optimizer's state is loaded, because that state contains the learning rates of the
+        saved run.
         """
         self._set_steps_done(state["steps_done"])
 

@@ -1,4 +1,4 @@
-"""The update stage: one optimizer step per mini-batch; if there are several, all are scored before the first."""
+"""The update stage takes one optimizer step per mini-batch. If there are several, it scores all of them first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from a2tgpo.update.ratio_spread import record_spread, spread_sums
 from a2tgpo.update.train_step import LossFunction, train_step
 
 TurnRatios = list[tuple[PackedBatch, Tensor]]
-"""By micro-batch [U] float32: each turn's ratio (Eq. 10) in the training pass, regardless of `algorithm.ratio`."""
+"""For each micro-batch, the [U] float32 ratios (Eq. 10) of its turns in the training pass.
+
+`algorithm.ratio` has no influence on these ratios.
+"""
 
 
 def compute_old_logprobs(
@@ -36,19 +39,19 @@ def compute_old_logprobs(
     distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Minibatch], MetricSums]:
-    """Return the mini-batches with `old_logprobs`: the trainer's log-probs under the policy that played.
+    """Return the mini-batches with `old_logprobs`, the trainer's log-probs under the policy that played; and metrics.
 
-    Every rank must call this. A single mini-batch is returned unchanged: no update precedes its training pass, so
-    `update_policy` takes the log-probs from that pass.
+    Every rank must call this. A single mini-batch is returned unchanged, because no update precedes its
+    training pass: `update_policy` takes the log-probs from that pass.
 
-    The metrics are the entropy; the likelihood of the sampled tokens (`likelihood/correct`: in trajectories whose
-    answer matches; omitted in steps without any); and the gap between the trainer's log-probs and the engine's:
-    `gap/train_engine_*` over the tokens where both are finite (omitted in steps without any), and
-    `gap/unusable_tokens`, the number of the other tokens.
+    The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the trainer's
+    log-probs and the engine's. `likelihood/correct` covers only trajectories whose answer matches; it is
+    omitted in a step without any. `gap/train_engine_*` covers the tokens at which both log-probs are finite; it
+    is omitted in a step without any. `gap/unusable_tokens` is the number of all other tokens.
 
     Args:
-        distribution: the distribution from which the engine sampled; all of these metrics refer to it.
-        before_each: called before every mini-batch, on all ranks.
+        distribution: the distribution from which the engine sampled. All of these metrics refer to it.
+        before_each: a function that all ranks call before every mini-batch.
     """
     if len(minibatches) == 1:
         return list(minibatches), MetricSums()
@@ -64,7 +67,11 @@ def compute_old_logprobs(
 def compute_ref_logprobs(
     reference: Policy, minibatches: Sequence[Minibatch], *, distribution: TokenDistribution
 ) -> list[Minibatch]:
-    """Return the mini-batches with `ref_logprobs`, under the policy's `distribution`; every rank must call this."""
+    """Return the mini-batches with `ref_logprobs`, the reference's log-probs; every rank must call this.
+
+    Args:
+        distribution: the same distribution as for the policy's log-probs.
+    """
     scored: list[Minibatch] = []
     for minibatch in minibatches:
         found = compute_logprobs(reference, [m.batch for m in minibatch], distribution=distribution)
@@ -86,14 +93,14 @@ def update_policy(
     *,
     distribution: TokenDistribution,
 ) -> tuple[MetricSums, TurnRatios]:
-    """Take one optimizer step per mini-batch, in order, with importance weights if a correction is configured.
+    """Take one optimizer step per mini-batch, in order. If a correction is configured, use importance weights.
 
-    Every rank must call this. Returns the metrics and, on the last pipeline stage, the turns' ratios.
+    Every rank must call this. It returns the metrics and, on the last pipeline stage, the ratios of the turns.
 
-    At the first mini-batch the policy is still the one that played, so its true ratio is 1. The measured deviation
-    from 1 is the noise floor, with which the clipping range should be compared. If the first mini-batch has no
-    `old_logprobs`, its training pass provides them and the metrics of `compute_old_logprobs`; the ratio is then
-    exactly 1.
+    At the first mini-batch, the policy is still the one that played, so the true ratio is 1. The measured
+    deviation from 1 is the noise floor, and the clipping range should be compared with it. If the first
+    mini-batch has no `old_logprobs`, its training pass computes them and adds the metrics of
+    `compute_old_logprobs`. In this case, the ratio is exactly 1.
     """
     metrics, passes = MetricSums(), _TrainingPasses(config)
     for number, minibatch in enumerate(minibatches):
@@ -105,7 +112,7 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        # All data-parallel replicas skip together, but the sum over replicas must count one skipped update.
+        # All data-parallel replicas skip an update together, but the sum over replicas must count it only once.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
@@ -116,7 +123,7 @@ def update_policy(
 
 
 class _TrainingPasses:
-    """The loss of a step's training passes, and the values that they also yield on the last pipeline stage."""
+    """The loss of a step's training passes, and other values that these passes compute on the last pipeline stage."""
 
     def __init__(self, config: AlgorithmConfig):
         self._config = config
@@ -125,7 +132,7 @@ class _TrainingPasses:
         self.turn_ratios: TurnRatios = []
 
     def loss_of(self, minibatch: Minibatch, *, is_first: bool) -> LossFunction:
-        """Return the loss of a mini-batch; only the step's first one can go without `old_logprobs`."""
+        """Return the loss function of a mini-batch. Only the first mini-batch of a step may lack `old_logprobs`."""
 
         def loss_function(index: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             microbatch, config = minibatch[index], self._config
@@ -150,13 +157,13 @@ class _TrainingPasses:
 
 
 def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[int]) -> Tensor:
-    """Lay out the ratios from `update_policy` by trajectory and turn; every rank must call this.
+    """Arrange the ratios from `update_policy` by trajectory and turn; every rank must call this.
 
     Args:
-        shape: (N, T + 1), the shape of this data-parallel replica's advantages.
+        shape: (N, T + 1), the shape of the advantages of this data-parallel replica.
 
     Returns:
-        [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica; NaN where no turn exists.
+        [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica. Entries without a turn are NaN.
     """
     table = torch.full(tuple(shape), float("nan"))
     for batch, ratios in turn_ratios:
@@ -166,8 +173,8 @@ def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[i
 
 
 def _with_old(microbatch: Microbatch, found: TokenLogprobs | None, sums: dict[str, Tensor]) -> Microbatch:
-    """Return the micro-batch with `old_logprobs`, and add the sums for the metrics to `sums`."""
-    if found is None:  # not the last pipeline stage
+    """Return the micro-batch with `old_logprobs`, and add its sums, from which metrics are computed, to `sums`."""
+    if found is None:  # this rank is not on the last pipeline stage
         return microbatch
     device = found.logprobs.device
     is_correct = microbatch.sequence_is_correct.to(device)
@@ -216,7 +223,9 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Return sums over the micro-batch's sampled tokens; those named `by_turn` are histograms over turn indices."""
+    """Return sums over the sampled tokens of a micro-batch. A sum named `by_turn` is a histogram over turn
+    indices.
+    """
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),
@@ -236,7 +245,7 @@ MAX_TURNS_SHOWN = 64
 
 
 def _histogram(turn_index: Tensor, counted: Tensor) -> Tensor:
-    """Return [MAX_TURNS_SHOWN] float64: the number of counted tokens per turn index."""
+    """Return [MAX_TURNS_SHOWN] float64: for each turn index, the number of tokens at which `counted` is True."""
     zeros = torch.zeros(MAX_TURNS_SHOWN, dtype=torch.float64, device=turn_index.device)
     return zeros.index_add_(0, turn_index.clamp(max=MAX_TURNS_SHOWN - 1), counted.double())
 

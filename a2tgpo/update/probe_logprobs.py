@@ -1,4 +1,4 @@
-"""The trainer's log-probs of answers at many places of sequences, in one pass per sequence."""
+"""Compute the trainer's log-probs of answers at many places of a sequence, in one pass per sequence."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from a2tgpo.update.logprobs import compute_logprobs
 def compute_probe_logprobs(
     policy: Policy, sequences: Sequence[ProbedSequence], *, max_tokens: int
 ) -> list[list[list[float]]]:
-    """Return log p of each answer token given prefix, scaffold and the answer tokens before it, nats.
+    """Return log p, in nats, of each answer token given the prefix, the scaffold and the answer tokens before it.
 
-    Every rank must call this, each data-parallel replica with its own sequences, possibly none, the same on all of
-    the replica's ranks. The model runs `packed_length` positions per sequence, plus padding.
+    Every rank must call this. Each data-parallel replica has its own sequences, possibly none, which must be
+    the same on all ranks of the replica. For each sequence, the model runs `packed_length` positions, plus
+    padding.
 
     Args:
-        max_tokens: positions of one row; a longer sequence gets its own row.
+        max_tokens: number of positions in one row. A sequence that is longer gets a row of its own.
 
     Returns:
-        Per sequence and probe, one value per answer token; equal on all ranks of a data-parallel replica.
+        For each sequence and each probe, one value per answer token. The values are equal on all ranks of a
+            data-parallel replica.
     """
     rows = microbatches(
         [sequence.packed_length for sequence in sequences], max_tokens, row=policy.alignment.row
@@ -31,7 +33,7 @@ def compute_probe_logprobs(
     batches = [pack_probes(sequences, row, align=policy.alignment) for row in rows]
     found: list[list[list[float]]] = [[[] for _ in sequence.probes] for sequence in sequences]
     for batch, computed in zip(batches, compute_logprobs(policy, batches), strict=True):
-        if computed is None:  # not the last pipeline stage
+        if computed is None:  # this rank is not on the last pipeline stage
             continue
         mask = batch.loss_mask[0]
         logprobs = computed.logprobs.cpu()[mask].tolist()

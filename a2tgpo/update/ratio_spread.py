@@ -1,4 +1,4 @@
-"""The spread around 1 of the loss's ratios before clipping, by the number of updates since the step's rollout."""
+"""Measure how far the loss's ratios before clipping spread around 1, by the number of updates since the rollout."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from a2tgpo.metrics.reduce import MetricSums
 
 
 def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, Tensor]:
-    """Return the sum of (log s)^2 over the turns, sequences or tokens that share a ratio s, and their number,
-    float64.
+    """Return two float64 values: the sum of (log s)^2 over all ratios s, and the number of ratios.
+
+    All tokens of a turn or of a sequence share one ratio, depending on `level`.
 
     Args:
         log_ratio: [n] log-ratios of the micro-batch's sampled tokens, without gradient.
-        level: level of the ratio: token | turn | sequence.
+        level: the level at which ratios are computed. One of: token, turn, sequence.
     """
     ids, num_segments = segments(inputs, level)
     shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)
@@ -28,6 +29,6 @@ def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, 
 
 
 def record_spread(metrics: MetricSums, sums: dict[str, Tensor], *, num_updates: int) -> None:
-    """Record a mini-batch's mean square, if `SPREAD_METRICS` has a metric for this number of updates."""
+    """Record the mean square of a mini-batch's log-ratios, if `SPREAD_METRICS` has a metric for `num_updates`."""
     if num_updates in SPREAD_METRICS and int(sums["ratios"]):
         metrics.add(SPREAD_METRICS[num_updates], float(sums["spread"]), int(sums["ratios"]))

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over all micro-batches, then the update, unless loss or gradients are not finite."""
+"""Take one optimizer step: compute gradients over all micro-batches, then update if loss and gradients are finite."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
 from a2tgpo.update.forward_step import run_pipeline
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(number of the micro-batch, logprobs [T] float32, entropy [T] float32, both 0 where masked) -> (loss, metrics).
+"""A function that computes the loss of a micro-batch, and metrics: (number of the micro-batch, logprobs [T]
+float32, entropy [T] float32) -> (loss, metrics).
 
-The loss is a scalar, normalised globally: its sum over all micro-batches and data-parallel replicas is the
-objective. Metrics are sums of any shape, to be added over micro-batches.
+Both tensors are 0 at masked positions. The loss is a scalar with a global normalisation: the sum of the losses
+over all micro-batches and data-parallel replicas is the objective. Metrics are sums of any shape, which are
+added up over micro-batches.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The result of one optimizer step; equal on all ranks except for `metrics`."""
+    """The result of one optimizer step. All fields except `metrics` are equal on all ranks."""
 
     loss: float
-    """The objective before the update, summed over micro-batches and data-parallel replicas."""
+    """Value of the objective before the update, summed over micro-batches and data-parallel replicas."""
     grad_norm: float
-    """Global L2 norm of the gradients before clipping."""
+    """L2 norm of all gradients of the model before clipping."""
     update_ok: bool
-    """False: the loss or the gradients were not finite, and weights and optimizer state are unchanged."""
+    """Whether the update was made. If the loss or the gradients are not finite, weights and optimizer state are
+    unchanged.
+    """
     metrics: dict[str, Tensor]
-    """The loss function's metrics summed over this data-parallel replica's micro-batches, on the CPU; equal on all
-    ranks of the replica, not reduced over replicas."""
+    """Sums of the loss function's metrics over the micro-batches of this data-parallel replica, on the CPU.
+    They are equal on all ranks of the replica, and not reduced over replicas.
+    """
 
 
 def train_step(
@@ -51,13 +56,13 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on the loss of `microbatches`.
 
-    Every rank must call this, with the micro-batches that `run_pipeline` describes. `loss_function` is called only on
-    the last pipeline stage, once per micro-batch, in order. If loss or gradients are not finite on any rank, weights
-    and optimizer state stay unchanged on all ranks.
+    Every rank must call this, with the micro-batches that `run_pipeline` requires. `loss_function` is called
+    only on the last pipeline stage, once per micro-batch, in order. If the loss or the gradients are not finite
+    on any rank, weights and optimizer state stay unchanged on all ranks.
 
     Args:
-        optimizer: from `optimizer.build_optimizer`.
-        distribution: the distribution of the log-probs and entropies that `loss_function` sees.
+        optimizer: the optimizer that `optimizer.build_optimizer` returned.
+        distribution: the distribution of the log-probs and entropies that `loss_function` receives.
     """
     metrics = compute_gradients(policy, microbatches, loss_function, distribution=distribution)
     loss = float(metrics.pop(_LOSS))
@@ -75,13 +80,13 @@ def compute_gradients(
     *,
     distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> dict[str, Tensor]:
-    """Leave the gradients of the loss in the model's buffers, reduced over all ranks, and return the metric sums.
+    """Compute the gradients of the loss, reduce them over all ranks, and return the sums of the metrics.
 
-    Every rank must call this. Under the distributed optimizer a rank's buffer holds the full sum only in the part
-    that the rank updates.
+    Every rank must call this. The gradients are left in the model's buffers. With the distributed optimizer, a
+    rank's buffer holds the full sum only in the part that the rank updates.
 
     Raises:
-        RuntimeError: if weights or gradients are off the GPU.
+        RuntimeError: if the weights or the gradients are not on the GPU.
     """
     if not all(tensor.untyped_storage().nbytes() for tensor in gradient_tensors(policy)):
         raise RuntimeError("the gradients are off the card; enter memory phase update first")
@@ -100,7 +105,7 @@ def compute_gradients(
 
     run_pipeline(policy, microbatches, add_up, distribution=distribution, forward_only=False)
     groups = policy.groups
-    # Before the last stage the sum is 0, but all ranks must reduce.
+    # On stages before the last, the sum is 0, but these stages must take part in the reduction, too.
     sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)
     sums = {name: value.cpu() for name, value in sums.items()}
     sums = from_last_stage(sums, groups)
@@ -109,10 +114,12 @@ def compute_gradients(
 
 @torch.no_grad()
 def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
-    """Clip and step like Megatron's ChainedOptimizer.step, but skip the update if loss or norm is not finite.
+    """Clip the gradients and update, as Megatron's ChainedOptimizer.step does, unless the loss or the norm is
+    not finite.
 
-    Megatron checks for infinities only with loss scaling (fp16), so a NaN would reach the weights. The norm is
-    reduced over all ranks that hold different gradients, so all of them take the same branch.
+    Megatron checks for infinities only with loss scaling (fp16), so without this check a NaN would reach the
+    weights. The norm is reduced over all ranks that hold different gradients, so all of these ranks take the
+    same branch.
     """
     found_inf = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
