@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.harness import Ended, preload
-from faults.harness import start as start_ranks
 
 from a2tgpo.record.rollout_files import read_step, recorded_steps
 
@@ -37,12 +35,6 @@ def start(*arguments: str, ranks: int = 2, script: str = "launch/train.py", time
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
-
-
-def start_forked(folder: Path, *arguments: str) -> Ended:
-    """The same by ranks that are forks of this process, which has imported what they need."""
-    preload()
-    return start_ranks(Path(shutil.copy(CONFIG, folder)), f"run.root={folder}", *arguments)
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -169,18 +161,18 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_wei
     tmp_path, warm_model, undisturbed
 ):
     model = shutil.copytree(warm_model, tmp_path / "model")
-    common = [f"model.path={model}", *SMALL]
+    common = [CONFIG, f"model.path={model}", f"run.root={tmp_path}", *SMALL]
     # The learning rate is constant, so a shorter run takes the same first steps.
-    first = start_forked(tmp_path, *common, "run.steps=2")
-    assert first.code == 0, first.output[-3000:]
+    first = start(*common, "run.steps=2")
+    assert first.returncode == 0, first.stderr[-3000:]
     weights = model / "model.safetensors"
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     with weights.open("r+b") as stream:
         stream.seek(header)
         stream.write(b"\xff" * (weights.stat().st_size - header))  # every one of them not a number
-    second = start_forked(tmp_path, *common, "run.steps=3")
-    assert second.code == 0, second.output[-3000:]
-    assert "step 2 of 3" in second.output
+    second = start(*common, "run.steps=3")
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "step 2 of 3" in second.stderr
 
     def without_time(record):
         return {
@@ -197,18 +189,21 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_wei
 
 def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path, warm_model):
     settings = ["guard.max_train_engine_gap=1e-12", "guard.stop_after=2", "checkpoint.every=0", "run.steps=9"]
+    arguments = [CONFIG, f"model.path={warm_model}", f"run.root={tmp_path}", *SMALL, *settings]
     run = tmp_path / "quickstart"
     for attempt in ("start", "restart"):
-        ended = start_forked(tmp_path, f"model.path={warm_model}", *SMALL, *settings)
-        assert ended.code == 3, (attempt, ended.output[-3000:])
-        lines = [line for line in ended.lines if line.startswith("stopped ")]
-        assert len(lines) == 1 and "Traceback" not in ended.output, (attempt, ended.output[-3000:])
+        result = start(*arguments)
+        assert result.returncode == 3, (attempt, result.stderr[-3000:])
+        lines = [line for line in result.stderr.splitlines() if line.startswith("stopped ")]
+        assert len(lines) == 1 and "Traceback" not in result.stderr, (attempt, result.stderr[-3000:])
         for part in ("after step 3 of 9", "engine_gap", "best: the untrained model", "guard.stop_after=0"):
             assert part in lines[0]
         # The gap's alarm starts at the second step past the limit.
         assert [r.get("alarm/engine_gap") for r in metrics_of(run)] == [None, 0, 1, 1]
         assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_3"]
-        assert ("step 2: alarm engine_gap: gap/train_engine_abs_mean" in ended.output) == (attempt == "start")
+        assert ("step 2: alarm engine_gap: gap/train_engine_abs_mean" in result.stderr) == (
+            attempt == "start"
+        )
 
 
 SHARED_ENGINE = (
@@ -219,11 +214,11 @@ SHARED_ENGINE = (
 
 @pytest.mark.parametrize("layout", [SHARED_ENGINE, "parallel.context=2", "parallel.pipeline=2"])
 def test_other_layouts_take_the_same_first_step(tmp_path, warm_model, undisturbed, layout):
-    settings = [f"model.path={warm_model}", "run.steps=1", *SMALL, *layout.split()]
+    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=1", *SMALL, *layout.split()]
     if layout == "parallel.context=2":
         settings.append("rollout.gain.verify_every=0")  # the trainer's probes are not divided
-    ended = start_forked(tmp_path, *settings)
-    assert ended.code == 0, ended.output[-3000:]
+    result = start(CONFIG, *settings, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
     mine, theirs = played_of(tmp_path / "quickstart"), played_of(undisturbed)
     assert mine == theirs and len(mine) == 16
     mine, theirs = metrics_of(tmp_path / "quickstart")[1], metrics_of(undisturbed)[1]

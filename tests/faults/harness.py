@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import multiprocessing
@@ -95,7 +94,6 @@ def start(
     timeout_s: float = 300,
 ) -> Ended:
     """Run the program on RANKS processes under its launcher until it ends, as a user would; see also `preload`."""
-    assert Path.cwd() == ROOT, "forked ranks start here"
     marks = config.with_name(f"{config.stem}.faults")
     marks.unlink(missing_ok=True)
     variables = os.environ | {
@@ -123,8 +121,6 @@ def preload() -> None:
 
     The launcher's agent that starts, watches and ends them is the same.
     """
-    if _PRELOADED:
-        return
     modules = (
         "torch.distributed.run",
         "a2tgpo.parallel",
@@ -165,7 +161,6 @@ def _run_forked(arguments: list[str], variables: dict[str, str], timeout_s: floa
 
 
 def _launch_here(arguments: list[str], variables: dict[str, str], output: int) -> None:
-    gc.freeze()  # what was imported stays: an engine's start collects garbage five times
     os.environ.update(variables)
     os.dup2(output, 1)
     os.dup2(output, 2)
