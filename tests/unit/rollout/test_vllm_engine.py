@@ -257,7 +257,7 @@ def test_missing_model_is_refused_in_one_line(tmp_path):
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
     config = RolloutConfig(kv_cache_gib=0.1)
-    with pytest.raises(ConfigError, match=r"config.json is not there$"):
+    with pytest.raises(ConfigError, match=r"config.json is missing$"):
         VllmEngine(str(tmp_path), config=config, model_dtype="float32", max_model_len=64, seed=0)
 
 
