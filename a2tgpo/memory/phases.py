@@ -11,7 +11,7 @@ Every change adds these metrics for the new phase. Each metric is the largest va
     memory/PHASE_used_gib       all memory in use on the GPU; without a GPU, resident memory of the process
     memory/PHASE_allocated_gib  memory of torch's tensors; only with a GPU
     memory/PHASE_reserved_gib   memory of torch's tensors plus the cache of torch's allocator; only with a GPU
-    memory/PHASE_peak_gib       most memory of torch's tensors, when the phase ends; only with a GPU
+    memory/PHASE_peak_gib       peak of the allocated memory in the phase that ends; only with a GPU
 
 Two metrics are means over ranks for the whole step: `memory/moved_gib` is the data copied to and from the host,
 and `memory/move_s` is the time of all changes.

@@ -49,9 +49,7 @@ class MicrobatchShape:
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of the hidden states of all tokens. Sequence parallelism gathers them as the input of a linear
-        layer.
-        """
+        """Bytes of all tokens' hidden states. Sequence parallelism gathers them as a linear layer's input."""
         return self.tokens * self.dimensions.hidden * self.element_bytes
 
     @property
@@ -104,9 +102,7 @@ class MicrobatchShape:
 
     @property
     def routed_tokens(self) -> int:
-        """Number of tokens that the rank's experts compute. A token counts once for each expert that the router
-        chose.
-        """
+        """Number of tokens that the rank's experts compute. A token counts once per expert that the router chose."""
         crowding = EXPERT_CROWDING if self.parallel.expert > 1 else 1.0
         # Under sequence parallelism each rank routes only its own part of the tokens.
         return int(crowding * self.tokens * self.dimensions.experts_per_token / self.parallel.tensor)

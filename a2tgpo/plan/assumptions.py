@@ -28,9 +28,7 @@ class Assumptions:
     prefill_utilisation: float = 0.4
     """Share of the GPU's peak that the engine reaches in prefill, which computes prompts and observations."""
     decode_step_s: float = 0.006
-    """Seconds of host work in one engine step that the GPU does not hide. The work is scheduling, launches and
-    sampling.
-    """
+    """Seconds of host work per engine step that the GPU does not hide: scheduling, launches, sampling."""
     decode_sequence_s: float = 20e-6
     """Seconds that each running trajectory adds to the host work of an engine step."""
     collective_latency_s: float = 12e-6
@@ -40,9 +38,7 @@ class Assumptions:
     answer_tokens: float = 16.0
     """Tokens of scaffold and gold answer together. They are scored after every turn."""
     fixed_s: float = 5.0
-    """Seconds per step for everything else: exchange, advantages, packing, records, and the engine's sleep and
-    wake-up.
-    """
+    """Seconds per step for exchange, advantages, packing, records, and the engine's sleep and wake-up."""
     activation_ratio: float = 1.0
     """Actual memory of the layers' activations, divided by the memory computed from their shapes."""
     context_gib: float = 3.0

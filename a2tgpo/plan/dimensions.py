@@ -29,9 +29,7 @@ class ModelDimensions:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels; in a mixture, those of one expert. Two projections lead to these channels, and one
-    leads back.
-    """
+    """Feed-forward channels, of one expert in a mixture. Two projections lead to them, and one leads back."""
     vocab: int
     tied: bool
     """Whether the output layer uses the embedding's weight."""
@@ -65,9 +63,7 @@ class ModelDimensions:
         )
 
     def padded_vocab(self, tensor: int) -> int:
-        """Return the rows of the embedding in training. They are padded so that all `tensor` ranks get the same
-        number.
-        """
+        """Return the embedding's rows in training, padded so that all `tensor` ranks get the same number."""
         multiple = math.lcm(VOCAB_MULTIPLE, tensor)
         return math.ceil(self.vocab / multiple) * multiple
 
@@ -91,9 +87,7 @@ def _qwen2(
 def _eight_kv_heads(
     architecture: str, hidden: int, layers: int, heads: int, ffn: int, vocab: int, *, tied: bool
 ) -> ModelDimensions:
-    """Return the dimensions of a Qwen3 or Llama 3 model; every size of both has eight key-value heads of 128
-    channels.
-    """
+    """Return the dimensions of a Qwen3 or Llama 3 model. All sizes have eight key-value heads of 128 channels."""
     return ModelDimensions(
         architecture=architecture,
         hidden=hidden,

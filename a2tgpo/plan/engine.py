@@ -16,9 +16,7 @@ from a2tgpo.plan.precision import ENGINE_WEIGHT_BYTES
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 
 SAMPLER_COPIES = 3
-"""Number of float32 tensors [max_concurrent, vocabulary] that exist during sampling: logits, log-probs, a
-sorted copy.
-"""
+"""Number of float32 tensors [max_concurrent, vocabulary] in sampling: logits, log-probs, a sorted copy."""
 GRAPH_GIB = 1.0
 """GiB of captured graphs and their buffers. Sleep does not free them. With rollout.enforce_eager they take 0."""
 

@@ -1,6 +1,4 @@
-"""Host memory that ranks and nodes need, mainly for state offloaded from the GPU and for checkpoints being
-written.
-"""
+"""Host memory that ranks and nodes need for offloaded state, for checkpoints being written, and for processes."""
 
 from __future__ import annotations
 
@@ -29,9 +27,7 @@ class HostMemory:
     saving: float
     """Copies of the state that is being written to a checkpoint. They are freed once the checkpoint is on disk."""
     loading: float
-    """Tensors that the start reads from a checkpoint or from `model.path`. At that time, no state is offloaded
-    or saved yet.
-    """
+    """Tensors that the start reads from a checkpoint or `model.path`, before any state is offloaded or saved."""
     processes: float
 
     @property

@@ -35,7 +35,5 @@ class PlanInputs:
         return 1e12 * self.gpu.memory_tb_per_s * self.assumed.memory_utilisation
 
     def link_bytes_per_s(self, ranks: int) -> float:
-        """Return the bandwidth, in bytes per second, that a rank's links reach within a group of `ranks`
-        consecutive ranks.
-        """
+        """Return the bytes per second that a rank's links reach within a group of `ranks` consecutive ranks."""
         return self.gpu.link_bytes_per_s(ranks) * self.assumed.link_utilisation

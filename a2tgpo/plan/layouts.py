@@ -80,9 +80,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _order(plan: Plan) -> tuple[float, float]:
-    """Return a sort key: step time rounded to a tenth of a second, then headroom of the fullest phase, largest
-    first.
-    """
+    """Return a sort key: step time to a tenth of a second, then the fullest phase's headroom, largest first."""
     return round(plan.step_seconds, 1), -min(phase.headroom for phase in plan.phases)
 
 

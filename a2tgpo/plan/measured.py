@@ -63,8 +63,7 @@ class Calibration:
 
 
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
-    """Return the assumptions of a plan on `gpu`, updated with the measurements in `path`, a JSON of
-    tools/gpu_check.py.
+    """Return the assumptions of a plan on `gpu`, updated with measurements of tools/gpu_check.py.
 
     Rows of failed measurements are ignored. An assumption stays if the file has no measurement of its quantity.
 

@@ -35,9 +35,7 @@ class Parameters:
 
 
 def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> Parameters:
-    """Return the parameters of one layer on one rank of `tensor` tensor-parallel and `expert` expert-parallel
-    ranks.
-    """
+    """Return one layer's parameters on a rank, with `tensor` tensor-parallel and `expert` expert-parallel ranks."""
     d = dimensions
     qkv_width = d.query_width + 2 * d.kv_width
     split = d.hidden * qkv_width + d.query_width * d.hidden

@@ -1,6 +1,4 @@
-"""Plan one configuration on one cluster: predict whether it fits, how a step is divided, and how long a step
-takes.
-"""
+"""Plan a configuration on a cluster: predict whether it fits, how a step is divided, and how long it takes."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ class Plan(PlanInputs):
     """All predictions for a configuration, and the inputs from which they are computed."""
 
     given_config: RunConfig
-    """The configuration before the plan changed it. In `config`, the engine's share and its cache always have
-    values.
-    """
+    """The original configuration. In `config`, the engine's share and its cache always have values."""
     phases: list[Phase]
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
@@ -126,9 +122,7 @@ class Plan(PlanInputs):
 
     @property
     def fits_on_hosts(self) -> bool:
-        """Whether each node's memory is large enough for its processes, offloaded state, and a checkpoint being
-        written.
-        """
+        """Whether each node's memory holds its processes, its offloaded state and a checkpoint being written."""
         return self.host.total <= self.gpu.host_memory_gib * GIB
 
     @property

@@ -9,9 +9,7 @@ from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.parameters import linear_parameters
 
 VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
-"""FP8 recipe -> bytes per value of an activation that a linear layer keeps for its backward pass, including
-scales.
-"""
+"""FP8 recipe -> bytes per value, including scales, of an activation that a linear layer keeps for backward."""
 WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
 """FP8 recipe -> bytes per value of a weight's FP8 copy, including scales."""
 WEIGHT_COPIES = 2
@@ -41,9 +39,7 @@ def precision_fault(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) ->
 
 
 def fp8_copy_bytes(config: RunConfig, dimensions: ModelDimensions, stage: int) -> float:
-    """Return the bytes that FP8 copies of weights take on a rank of pipeline stage `stage`. Return 0 if FP8 is
-    off.
-    """
+    """Return the bytes of the weights' FP8 copies on a rank of pipeline stage `stage`, or 0 if FP8 is off."""
     fp8, parallel = config.model.fp8, config.parallel
     if not fp8.enabled:
         return 0.0

@@ -45,9 +45,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     per_token = kv_bytes_per_token(config, dimensions)
 
     def step_seconds(running: float, context: float) -> float:
-        """Return the seconds of one decoding step with `running` trajectories whose mean context is `context`
-        tokens.
-        """
+        """Return the seconds of a decoding step with `running` trajectories of `context` tokens each."""
         weights = engine_weight_bytes(config, dimensions, experts_share=_experts_read(dimensions, running))
         memory = (weights + running * context * per_token) / given.memory_bytes_per_s
         latency = 2 * dimensions.layers * assumed.collective_latency_s if tensor > 1 else 0.0

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from a2tgpo.plan.inputs import PlanInputs
 
 CORE_FLOPS = 40e9
-"""float32 operations per second that one CPU core reaches in the products of a Flat search (see
-docs/retrieval.md).
-"""
+"""float32 operations per second of one CPU core in the products of a Flat search (docs/retrieval.md)."""
 ENCODER_FLOPS = 2 * 85e6 * 16
 """Operations that an encoder of e5-base-v2's shape needs for one query of 16 tokens."""
 

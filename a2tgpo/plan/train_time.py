@@ -109,9 +109,7 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return how many forward passes cost as much as a layer's work: a backward pass counts as 2, recomputation
-    as 1.
-    """
+    """Return a layer's work in forward passes: a backward pass counts as 2, and full recomputation as 1."""
     return 4 if config.model.recompute == "full" else 3
 
 
@@ -162,8 +160,7 @@ def _boundary_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends to experts and back in one pass over a micro-batch, for all layers of
-    its stage.
+    """Return the bytes that all layers of a rank send to experts and back in one pass over a micro-batch.
 
     A token is sent once for each expert that it chose, even if one rank holds several of these experts. In the
     backward pass, gradients take the same routes as the tokens.
@@ -197,9 +194,7 @@ def _expert_wait(config: RunConfig) -> float:
 
 
 def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, collectives: int) -> PassTime:
-    """Return the time of all micro-batches of a step. A micro-batch's layers cost as much as `layer_passes`
-    forward passes.
-    """
+    """Return the time of a step's micro-batches if their layers cost as much as `layer_passes` forward passes."""
     parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
     flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)
     by_stage = [layer_passes * _stage_operations(given, flops, stage) for stage in range(parallel.pipeline)]

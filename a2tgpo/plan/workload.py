@@ -25,9 +25,7 @@ class Workload:
     tool_seconds: float = 0.3
     """Seconds of one tool call. Other trajectories hide this time, except at the end of the rollout."""
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory, relative to the mean. A limit of the configuration may cut
-    them.
-    """
+    """Sampled tokens of a step's longest trajectory, relative to the mean. A configured limit may cut them."""
 
     @property
     def tokens(self) -> float:
@@ -74,9 +72,7 @@ class Geometry:
     rank_tokens: float
     """Mean number of a micro-batch's tokens on one context-parallel rank."""
     longest_sampled: float
-    """Sampled tokens of the step's longest trajectory. With partial rollouts, only those sampled in this step
-    count.
-    """
+    """Sampled tokens of the longest trajectory. With partial rollouts, only those sampled in this step count."""
     in_flight: int
     """Number of trajectories that one engine starts at once, if the cache has room for their first tokens."""
     concurrent: int

@@ -10,9 +10,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory]) -> None:
-    """Add the sums and counts of `trajectories`. Reduce `metrics` only over ranks that hold different
-    trajectories.
-    """
+    """Add sums and counts of `trajectories`. Reduce `metrics` only over ranks with different trajectories."""
     count = len(trajectories)
     metrics.add("reward/mean", sum(t.outcome_reward for t in trajectories), count)
     metrics.add("reward/em", sum(t.exact_match for t in trajectories), count)

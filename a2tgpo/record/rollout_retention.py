@@ -10,9 +10,7 @@ from pathlib import Path
 from a2tgpo.record.rollout_files import step_paths
 
 LASTING_EVERY = 100
-"""A step is removed last if its number is a multiple of this, so that the record of a long run keeps its
-beginning.
-"""
+"""Steps whose number is a multiple of this are removed last, so that a long run keeps its beginning."""
 
 logger = logging.getLogger(__name__)
 

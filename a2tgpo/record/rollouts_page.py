@@ -1,5 +1,4 @@
-"""Write the rollouts of a run as one self-contained page. It shows groups, turns, gains, and tokens coloured by
-log-prob.
+"""Write a self-contained page with a run's rollouts: groups, turns, gains, and tokens coloured by log-prob.
 
 The page contains the records as gzip in base64. Its template is rollouts_page.html, which never renders text as HTML.
 """

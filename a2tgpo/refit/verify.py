@@ -40,9 +40,7 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
 
 
 def probe_trajectory(probe: Sequence[int]) -> Trajectory:
-    """Return the probe as a trajectory that the trainer can pack and score. Its prompt is the first token of
-    the probe.
-    """
+    """Return the probe as a trajectory that the trainer can pack and score; the first token is the prompt."""
     sampled = TokenIds(probe[1:])
     return Trajectory(
         prompt_index=0,

@@ -1,6 +1,4 @@
-"""Give the shared memory of a CPU engine's ranks names that are unique to the run, and remove it when the run
-ends.
-"""
+"""Give the shared memory of a CPU engine names that are unique to the run, and free it when the run ends."""
 
 from __future__ import annotations
 

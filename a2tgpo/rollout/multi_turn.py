@@ -49,9 +49,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are sampled. `seed` and `version` are parts of the name from which each request's seed is
-    computed.
-    """
+    """How tokens are sampled. Each request's seed depends on `seed` and `version`."""
 
     temperature: float
     """Temperature of sampling. 0 means greedy sampling."""

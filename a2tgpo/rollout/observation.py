@@ -1,6 +1,4 @@
-"""Convert answers of tools to observation tokens. They are tokenised separately from the context, and cut if
-too long.
-"""
+"""Convert tools' answers to observation tokens, which are tokenised separately from the context and cut."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 """The character that a decoder writes in place of invalid bytes."""
 MAX_CHARACTER_TOKENS = 4
-"""Largest number of tokens of one character. A character has at most 4 bytes in UTF-8, and a token at least one
-byte.
-"""
+"""Largest number of tokens of one character: it has at most 4 bytes in UTF-8, and a token at least one."""
 
 
 class ObservationEncoder:
@@ -52,9 +48,7 @@ class ObservationEncoder:
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:
-        """Return `tokens` of an observation, cut to at most `room` tokens. Both tags are kept; `room` must be
-        >= `min_tokens`.
-        """
+        """Return an observation's `tokens` cut to at most `room` >= `min_tokens` tokens. Both tags are kept."""
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens are too few for the result's tags"

@@ -32,9 +32,7 @@ class CallSyntax:
         return self._by_closing.get(stop_string) if stop_string is not None else None
 
     def find_query(self, text: str, name: str) -> str:
-        """Return the query in the `text` of a turn that contains `</NAME>`. Return an empty text if it has no
-        query.
-        """
+        """Return the query in the `text` of a turn that contains `</NAME>`, or an empty text if it has none."""
         before_close, _, _ = text.partition(f"</{name}>")
         _, opening, query = before_close.rpartition(f"<{name}>")
         return " ".join(self._tag.sub(" ", query).split()) if opening else ""

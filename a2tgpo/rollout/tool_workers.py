@@ -99,9 +99,7 @@ class ToolWorkers:
             return outcomes
 
     def drop_all(self) -> None:
-        """Discard all calls submitted so far. Queued calls are not made, and outcomes of running calls are
-        discarded.
-        """
+        """Discard all calls so far: queued calls are not made, and outcomes of running calls are dropped."""
         with self._lock:
             self._queued.clear()
             self._ended.clear()

@@ -343,15 +343,11 @@ class VllmEngine:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether `load_weights` must be called before the engine can generate. Weights of any version are
-        sufficient.
-        """
+        """Whether `load_weights` must be called, with weights of any version, before the engine can generate."""
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:
-        """Return whether `part`, which is weights or kv_cache, occupies memory. On a GPU, vLLM's allocator
-        decides this.
-        """
+        """Return whether `part` (weights or kv_cache) occupies memory. On a GPU, vLLM's allocator says so."""
         assert part in PARTS, part
         if not ON_GPU:
             return part not in self._asleep
@@ -371,9 +367,7 @@ class VllmEngine:
         self._asleep.discard(part)
 
     def close(self) -> None:
-        """Shut down the engine. The trainer's process group stays; a group that vLLM created for itself is
-        destroyed.
-        """
+        """Shut down the engine. Destroy a process group that vLLM created itself, but keep the trainer's."""
         self._engine.engine_core.shutdown()
         del self._engine
         if self._owns_process_group:

@@ -16,9 +16,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> ImportanceWeights:
-    """Return the importance weights of the sampled tokens of a micro-batch. Call this only on the last pipeline
-    stage.
-    """
+    """Return the importance weights of a micro-batch's sampled tokens. Call this only on the last stage."""
     rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
     return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
 
@@ -51,9 +49,7 @@ def correction_metrics(
 
 
 def _sums(results: Sequence[ImportanceWeights]) -> dict[str, float]:
-    """Return sums over the tokens of one data-parallel replica. Extremes are omitted if no token has a usable
-    weight.
-    """
+    """Return sums over one data-parallel replica's tokens. Extremes are omitted if no weight is usable."""
 
     def joined(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([value.double() for value in values] or [torch.zeros(0, dtype=torch.float64)])

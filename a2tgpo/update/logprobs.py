@@ -20,9 +20,7 @@ class TokenLogprobs(NamedTuple):
     logprobs: Tensor
     """[T] float32, nats: log p of each of `targets`. It is 0 at positions where `loss_mask` is False."""
     entropy: Tensor
-    """[T] float32, nats: entropy of the distribution that predicts the target. 0 at positions where `loss_mask`
-    is False.
-    """
+    """[T] float32, nats: entropy of the distribution that predicts the target. 0 where `loss_mask` is False."""
 
 
 @torch.no_grad()

@@ -33,13 +33,9 @@ class Microbatch:
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
     old_logprobs: Tensor | None = None
-    """[T] float32: log-probs under the policy that played. None before they are computed, and on other pipeline
-    stages than the last.
-    """
+    """[T] float32: log-probs under the policy that played. None until computed, and on all but the last stage."""
     ref_logprobs: Tensor | None = None
-    """[T] float32: log-probs under the reference. None without a reference, and on other pipeline stages than
-    the last.
-    """
+    """[T] float32: log-probs under the reference. None without a reference, and on all but the last stage."""
 
     def to(self, device: torch.device) -> Microbatch:
         """Return a copy of the micro-batch whose tensors are on `device` (see `PackedBatch.to`)."""
@@ -48,9 +44,7 @@ class Microbatch:
         return dataclasses.replace(self, **moved)
 
     def loss_inputs(self) -> LossInputs:
-        """Return the flat per-token inputs of the loss, without importance weights. Only the last pipeline
-        stage has them.
-        """
+        """Return the loss's flat per-token inputs, without importance weights. Only the last stage has them."""
         batch, mask = self.batch, self.batch.loss_mask[0]
         assert self.old_logprobs is not None, "old log-probs come first"
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]

@@ -223,9 +223,7 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Return sums over the sampled tokens of a micro-batch. A sum named `by_turn` is a histogram over turn
-    indices.
-    """
+    """Return sums over a micro-batch's sampled tokens. Sums named `by_turn` are histograms over turn indices."""
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),

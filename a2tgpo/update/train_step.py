@@ -37,9 +37,7 @@ class StepResult:
     grad_norm: float
     """L2 norm of all gradients of the model before clipping."""
     update_ok: bool
-    """Whether the update was made. If the loss or the gradients are not finite, weights and optimizer state are
-    unchanged.
-    """
+    """Whether the update was made. It is skipped, and nothing changes, if loss or gradients are not finite."""
     metrics: dict[str, Tensor]
     """Sums of the loss function's metrics over the micro-batches of this data-parallel replica, on the CPU.
     They are equal on all ranks of the replica, and not reduced over replicas.
@@ -114,8 +112,7 @@ def compute_gradients(
 
 @torch.no_grad()
 def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
-    """Clip the gradients and update, as Megatron's ChainedOptimizer.step does, unless the loss or the norm is
-    not finite.
+    """Clip and update as Megatron's ChainedOptimizer.step does, but only if loss and norm are finite.
 
     Megatron checks for infinities only with loss scaling (fp16), so without this check a NaN would reach the
     weights. The norm is reduced over all ranks that hold different gradients, so all of these ranks take the
