@@ -23,12 +23,14 @@ def discounted_suffix_sums(values: torch.Tensor, *, gamma: float) -> torch.Tenso
 def accumulate_process_turns(
     normalized_gain: torch.Tensor, num_process_turns: torch.Tensor, *, gamma: float, rescale: bool
 ) -> torch.Tensor:
-    """Return D_{i,t} / sqrt(n_i - t + 1): the sum has unit variance for any number of terms (Eq. 8).
+    """Return the discounted sums D_{i,t} / sqrt(n_i - t + 1) of process turns (Eq. 8).
+
+    The sum D_{i,t} has n_i - t + 1 terms. The division gives it unit variance for any number of terms.
 
     Args:
         normalized_gain: [N, T] float64, 0 in columns past n_i.
-        num_process_turns: [N] int64.
-        rescale: False returns the plain discounted sum.
+        num_process_turns: [N] int64: n_i.
+        rescale: divide by the square root; False: return D_{i,t}.
 
     Returns:
         [N, T] float64, 0 in columns past n_i.
@@ -44,7 +46,7 @@ def accumulate_process_turns(
 def place_turns(
     process_values: torch.Tensor, outcome: torch.Tensor, num_process_turns: torch.Tensor
 ) -> torch.Tensor:
-    """Add the outcome to every process turn, and assign the final turn (column n_i) the outcome alone.
+    """Return the value plus the outcome for each process turn, and the outcome alone for the final turn (column n_i).
 
     Args:
         process_values: [N, T]; outcome: [N]; num_process_turns: [N].

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from a2tgpo.trajectory import Trajectory
 
 NO_STATE = -1
-"""Key for turns that a trajectory does not have."""
+"""Key in the columns of turns that a trajectory does not have."""
 
 
 def turn_states(trajectory: Trajectory) -> list[int]:
-    """Return the key of every turn's state, in [0, 2^63), equal in all processes for equal states.
+    """Return a key in [0, 2^63) for the state of each turn; equal states have equal keys in all processes.
 
     The first turn's state is the prompt. A later turn's state is the previous turn's query (in lower case, with
     single spaces) and the observation that followed. The policy's other text and the number of turns are not part of
@@ -23,7 +23,7 @@ def turn_states(trajectory: Trajectory) -> list[int]:
         if turn.query is not None:
             query = " ".join(turn.query.casefold().split())
             states.append(_key(f"{prompt} {query}", turn.observation_tokens))
-    return states[: len(trajectory.turns)]  # a trajectory cut after an observation has one state more
+    return states[: len(trajectory.turns)]  # if a cut trajectory ends with an observation, its last state has no turn
 
 
 def _key(text: str, tokens: Sequence[int]) -> int:

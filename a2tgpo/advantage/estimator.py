@@ -1,4 +1,4 @@
-"""The configured method's advantages."""
+"""Compute advantages with the method that the configuration names."""
 
 import importlib
 
@@ -11,7 +11,7 @@ from a2tgpo.config.algorithm import METHODS_PACKAGE, AlgorithmConfig
 def compute_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Compute advantages with the module in `advantage/methods/` that `algorithm.advantage` names.
+    """Return the advantages that the module `algorithm.advantage` in `advantage/methods/` computes.
 
     Every rank of `dp_group` must call this, even with an empty table.
     """

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum
 
 EPS = 1e-6
-"""Added to the standard deviation (eps)."""
+"""Number added to a standard deviation before a division by it (eps)."""
 VARIANCE_FLOOR = 1e-8
-"""Added to the population variance before the square root."""
+"""Number added to a population variance before its square root is taken."""
 
 
 def normalize_groups(
@@ -21,22 +21,23 @@ def normalize_groups(
     sample_std: bool = False,
     keep_single: bool = False,
 ) -> torch.Tensor:
-    """Z-score each value within its group; statistics are merged over `dp_group`.
+    """Return the z-score of each value within its group; a group's members may be on several ranks of `dp_group`.
 
-    Every rank of `dp_group` must call this, even with no values; it costs two all-reduces of `[2, num_groups]`
-    float64. Mean and centred second moment are computed in two passes, so the result is exact even if a group's mean
-    is large compared with its spread. The result does not depend on the distribution of members over ranks (up to
-    rounding in float64).
+    Every rank of `dp_group` must call this, even if it has no values. The call costs two all-reduces of
+    `[2, num_groups]` float64. The mean is computed in a first pass and the variance in a second pass, so the result
+    is exact even if a group's mean is much larger than its spread. Apart from rounding in float64, the result does
+    not depend on which ranks hold which members.
 
     Args:
         values: [n] float64.
         group_index: [n] int64 in [0, num_groups), equal on all ranks for equal groups.
         num_groups: number of groups over all ranks.
-        dp_group: ranks that hold members; None: this rank holds all of them.
+        dp_group: the ranks that hold members of the groups; None: this rank holds all members.
         by_std: divide by the standard deviation; False: only subtract the mean.
-        sample_std: divide the variance by n - 1, without floor (GRPO's convention); otherwise population variance
-            plus the floor.
-        keep_single: a group of one keeps its value: mean 0, std 1 (GRPO's convention); otherwise it becomes 0.
+        sample_std: use the sample variance, with n - 1 and without `VARIANCE_FLOOR` (GRPO's convention); False: use
+            the population variance plus `VARIANCE_FLOOR`.
+        keep_single: a value that is alone in its group is normalised with mean 0 and standard deviation 1 (GRPO's
+            convention); False: such a value becomes 0.
 
     Returns:
         [n] float64.
@@ -67,7 +68,9 @@ def normalize_groups(
 def group_sums(
     values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Sum each group's values over all ranks; every rank of `dp_group` must call this, even with no values.
+    """Return the sum of each group's values over all ranks.
+
+    Every rank of `dp_group` must call this, even if it has no values.
 
     Args:
         values: [k, n] float64: k quantities of n members.
@@ -86,15 +89,15 @@ def group_sums(
 
 
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
-    """Number the groups of equal keys, such as `TurnTable.state`, in the same way on all ranks.
+    """Return the number of each key's group, where equal keys form a group; all ranks number the groups alike.
 
-    Every rank of `dp_group` must call this, even with no keys: the distinct keys are gathered over the group.
+    Every rank of `dp_group` must call this, even if it has no keys, because the distinct keys are gathered.
 
     Args:
-        keys: [n] int64.
+        keys: [n] int64, such as `TurnTable.state`.
 
     Returns:
-        [n] int64 group index, and the number of groups over all ranks.
+        The [n] int64 index of each key's group, and the number of groups over all ranks.
     """
     own = keys.unique()  # ascending
     lists = [own.tolist()] if dp_group is None else all_gather_object(own.tolist(), dp_group)

@@ -1,4 +1,4 @@
-"""GRPO's outcome advantage (arXiv 2402.03300), used by several methods: R_i normalised within its prompt's group."""
+"""GRPO's outcome advantage (arXiv 2402.03300): R_i normalised within its prompt's group; several methods use it."""
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,11 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def grpo_outcome(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return R_i z-scored with the sample standard deviation, [N] float64; a group of one keeps its R_i."""
+    """Return each outcome R_i normalised within its prompt's group, [N] float64.
+
+    The normalisation uses the sample standard deviation. A group with only one outcome is normalised with mean 0 and
+    standard deviation 1.
+    """
     return normalize_groups(
         table.outcome,
         table.prompt_index,

@@ -1,4 +1,7 @@
-"""IGPO's advantage (Eq. 4-5): gains of all turns pooled per prompt, discounted through the final turn."""
+"""IGPO's advantage (Eq. 4-5): gains are normalised over all turns of a prompt, then summed with a discount.
+
+The discounted sums include the final turn, whose reward is the outcome.
+"""
 
 import torch
 import torch.distributed as dist
@@ -16,14 +19,15 @@ def pooled_advantages(
     outcome_pool: torch.Tensor,
     dp_group: dist.ProcessGroup | None,
 ) -> TurnAdvantages:
-    """Compute A_t = r_t + gamma A_{t+1} through the final turn; r_t is the normalised gain, in the final turn the
-    outcome.
+    """Return the advantages A_t = r_t + gamma A_{t+1} of all turns.
+
+    In a process turn, r_t is the normalised gain. In the final turn, r_t is the normalised outcome.
 
     Every rank of `dp_group` must call this, even with an empty table.
 
     Args:
-        outcome_pool: [N] int64 in [0, 2 num_prompts): pool in which each outcome is normalised; gains of prompt q are
-            in pool q.
+        outcome_pool: [N] int64 in [0, 2 num_prompts): the pool in which the outcome of each trajectory is normalised.
+            The gains of prompt q are always in pool q.
     """
     rows, columns = table.has_gain.nonzero(as_tuple=True)
     normalized = normalize_groups(

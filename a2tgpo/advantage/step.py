@@ -1,4 +1,4 @@
-"""Compute the advantage and the clip scale of each turn from a step's trajectories."""
+"""Compute the advantage and the clip scale of each turn in a step's trajectories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from a2tgpo.trajectory import Trajectory
 def step_advantages(
     trajectories: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups
 ) -> tuple[TurnTable, TurnAdvantages, torch.Tensor]:
-    """Return the turn table, turn advantages and clip scales [N, T + 1] of this replica's trajectories.
+    """Return the turn table, the turn advantages and the clip scales [N, T + 1] of this replica's trajectories.
 
     Group statistics are merged over all replicas, so every rank must call this.
     """
@@ -28,5 +28,5 @@ def step_advantages(
         failed_calls=config.algorithm.failed_calls,
     )
     result = compute_advantages(table, config.algorithm, dp_group=groups.dp_group)
-    gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # no gain: scale 1
+    gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn has gain 0, so its scale is 1
     return table, result, clip_scale(gains, beta=config.algorithm.clip_beta)

@@ -15,19 +15,19 @@ class TurnTable:
     """N trajectories of one rank, each with up to T process turns; N may be 0."""
 
     prompt_index: torch.Tensor
-    """[N] int64 in [0, num_prompts), equal on all ranks for one prompt."""
+    """[N] int64 in [0, num_prompts): number of the prompt, the same on all ranks."""
     outcome: torch.Tensor
-    """[N] float64: R_i."""
+    """[N] float64: outcome reward R_i."""
     num_process_turns: torch.Tensor
-    """[N] int64: n_i."""
+    """[N] int64: number of process turns n_i."""
     info_gain: torch.Tensor
-    """[N, T] float64: ig_{i,t} in column t-1; 0 without a gain."""
+    """[N, T] float64: gain ig_{i,t} in column t-1; 0 if the turn has no gain."""
     has_gain: torch.Tensor
-    """[N, T] bool: the turn exists and has a finite gain; False after a failed call if such calls are neutral."""
+    """[N, T] bool: the turn exists and has a finite gain. If failed calls are neutral, their turns have no gain."""
     num_prompts: int
-    """Prompts of the whole batch, over all ranks."""
+    """Number of prompts in the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]
-    """[N], the trajectories of the rows."""
+    """[N]: the trajectory of each row."""
 
     @property
     def max_turns(self) -> int:
@@ -47,7 +47,7 @@ class TurnTable:
     def state(self) -> torch.Tensor:
         """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn.
 
-        Computed on first access, since it hashes every observation and few methods compare states.
+        The keys are computed on first access, because this hashes every observation and few methods use the keys.
         """
         columns = self.max_turns + 1
         keys = [turn_states(trajectory) for trajectory in self.trajectories]
@@ -62,18 +62,18 @@ class TurnAdvantages:
     advantages: torch.Tensor
     """[N, T + 1] float64; 0 in columns past n_i."""
     normalized_gain: torch.Tensor
-    """[N, T] float64: the gain after its group's normalisation; 0 where neutral."""
+    """[N, T] float64: the gain, normalised within its group; 0 if the turn has no gain."""
     normalized_outcome: torch.Tensor
-    """[N] float64."""
+    """[N] float64: the outcome, normalised within its group."""
 
 
 def build_turn_table(
     trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int, failed_calls: str = "neutral"
 ) -> TurnTable:
-    """Lay out gains and outcomes of this rank's trajectories.
+    """Return the turn table of this rank's trajectories.
 
     Args:
-        max_turns: columns T; equal on all ranks, at least the largest number of process turns.
+        max_turns: number of columns T; equal on all ranks, and at least the process turns of any trajectory.
         failed_calls: `algorithm.failed_calls`.
     """
     rows = [

@@ -4,12 +4,15 @@ import torch
 
 
 def clip_scale(normalized_gain: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """Return c = 1 + beta (2 sigmoid(gain) - 1), in (1 - beta, 1 + beta); 1 where the gain is 0 (neutral turns)."""
+    """Return the clip scale c = 1 + beta (2 sigmoid(gain) - 1) for each gain.
+
+    c is between 1 - beta and 1 + beta. A neutral turn has gain 0, so its c is 1.
+    """
     return 1.0 + beta * (2.0 * torch.sigmoid(normalized_gain) - 1.0)
 
 
 def clipped_ratio(
     ratio: torch.Tensor, scale: torch.Tensor, *, clip_low: float, clip_high: float
 ) -> torch.Tensor:
-    """Return clip(s, 1 - c eps_low, 1 + c eps_high), elementwise on [n]."""
+    """Return clip(s, 1 - c eps_low, 1 + c eps_high) for each ratio s with its scale c, [n]."""
     return torch.maximum(torch.minimum(ratio, 1.0 + scale * clip_high), 1.0 - scale * clip_low)

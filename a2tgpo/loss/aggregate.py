@@ -1,7 +1,8 @@
-"""Aggregation of token losses to one number, as one weight for all tokens of a trajectory.
+"""Aggregation of token losses to one number: a weighted sum, in which all tokens of a trajectory have the same
+weight.
 
-Normalisers are global over the mini-batch, so the weighted sum and its gradient do not depend on micro-batches,
-packing or the data-parallel split.
+The weights are normalised over the whole mini-batch, so the weighted sum and its gradient do not depend on
+micro-batches, on packing or on the data-parallel split.
 """
 
 import torch
@@ -23,9 +24,9 @@ def token_weights(
     nothing and is not counted.
 
     Args:
-        num_sampled_tokens: [N] int64: |M_i| of this rank's trajectories.
-        aggregation: seq-mean-token-mean (Eq. 12) | token-mean | seq-mean-token-sum | seq-mean-token-sum-norm.
-        norm_length: the constant divisor of seq-mean-token-sum-norm, tokens.
+        num_sampled_tokens: [N] int64: the number of sampled tokens |M_i| in each of this rank's trajectories.
+        aggregation: one of seq-mean-token-mean (Eq. 12), token-mean, seq-mean-token-sum, seq-mean-token-sum-norm.
+        norm_length: the constant by which seq-mean-token-sum-norm divides, tokens.
 
     Returns:
         [N] float64.

@@ -15,48 +15,48 @@ class LossInputs:
     """Flat tensors over the sampled tokens of one micro-batch; n may be 0."""
 
     old_logprobs: torch.Tensor
-    """[n] from the trainer, before the first update of the step."""
+    """[n]: log-probs that the trainer computed before the first update of the step."""
     advantages: torch.Tensor
     """[n]: advantage of the token's turn."""
     clip_scale: torch.Tensor
-    """[n]: c of the token's turn."""
+    """[n]: clip scale c of the token's turn."""
     weights: torch.Tensor
-    """[n]: see `aggregate.token_weights`."""
+    """[n]: weight of the token in the loss, see `aggregate.token_weights`."""
     turn_ids: torch.Tensor
-    """[n] int64: the token's turn within the micro-batch."""
+    """[n] int64: number of the token's turn within the micro-batch."""
     sequence_ids: torch.Tensor
-    """[n] int64: the token's trajectory within the micro-batch."""
+    """[n] int64: number of the token's trajectory within the micro-batch."""
     num_turns: int
     num_sequences: int
     ref_logprobs: torch.Tensor | None = None
-    """[n] from the reference; required when kl_coef > 0."""
+    """[n]: log-probs of the reference model; required if kl_coef > 0."""
     importance: torch.Tensor | None = None
-    """[n] without gradient: see `rollout_correction.importance_weights`; None: no correction."""
+    """[n]: importance weights without gradient, see `rollout_correction.importance_weights`; None: no correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The loss, and the per-token quantities for the metrics (all detached, [n])."""
+    """The loss with its gradient, and quantities per token for the metrics, all [n] and without gradient."""
 
     loss: torch.Tensor
     token_loss: torch.Tensor
-    """The policy term alone, before importance and weights."""
+    """The token's policy term, before it is multiplied by the importance weight and the token weight."""
     ratio: torch.Tensor
     is_clipped: torch.Tensor
-    """Whether the clipped branch is strictly larger."""
+    """bool: the clipped term is strictly larger than the unclipped term, so clipping changed the loss."""
     is_dual_clipped: torch.Tensor
-    """Whether the dual clip binds."""
+    """bool: the dual clip lowered the token's loss."""
     kl: torch.Tensor
-    """KL to the reference; zeros without one."""
+    """Estimated KL to the reference; 0 if there is no reference."""
 
 
 def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
     """Compute the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
 
-    Importance weights multiply this policy term, not the KL penalty added to it.
+    The importance weights multiply this policy term. They do not multiply the KL penalty, which is added afterwards.
 
     Args:
-        logprobs: [n] from the current policy, with gradient.
+        logprobs: [n] log-probs of the current policy, with gradient.
 
     Returns:
         `PolicyLoss`; its `loss` is this micro-batch's share of the globally normalised loss.
@@ -87,9 +87,10 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 
 
 def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
-    """Return each token's segment id [n] and the number of segments; one segment is a token, turn or sequence.
+    """Return the segment id of each token, [n], and the number of segments.
 
-    At token level every token is its own segment: None, 0.
+    `level` states whether a segment is a turn, a sequence or a token. At token level, return (None, 0), because every
+    token is its own segment.
     """
     if level == "turn":
         return inputs.turn_ids, inputs.num_turns

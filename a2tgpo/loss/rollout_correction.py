@@ -2,9 +2,9 @@
 
 The engine samples the trajectories, but the loss treats them as drawn from the trainer's policy. Even with the same
 weights the two policies differ by kernels and number formats. The weight w = pi_trainer / pi_engine corrects this.
-Unbounded weights have a large variance, so they are bounded: truncated importance sampling uses min(w, upper) (Yao et
-al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); masking drops tokens with w
-outside [lower, upper] (IcePop, in the Ring-1T report, arXiv 2510.18855).
+Unbounded weights have a large variance, so they are bounded in one of two ways. Truncated importance sampling uses
+min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Masking
+drops every token whose w is outside [lower, upper] (IcePop, in the Ring-1T report, arXiv 2510.18855).
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,19 @@ class ImportanceWeights:
     """Importance weights per sampled token, all [n] and without gradient."""
 
     weights: torch.Tensor
-    """Factor of the token's policy loss."""
+    """Factor by which the token's policy loss is multiplied."""
     ratio: torch.Tensor
-    """w before truncation or masking, at most e^10; 0 where unusable."""
+    """w before truncation or masking, at most e^10; 0 if w could not be computed."""
     is_truncated: torch.Tensor
-    """bool: w was above `upper` and is `upper` now."""
+    """bool: w is above `upper`, so the weight is `upper`."""
     is_masked: torch.Tensor
-    """bool: w was outside [`lower`, `upper`] and is 0 now."""
+    """bool: w is outside [`lower`, `upper`], so the weight is 0."""
     is_unusable: torch.Tensor
-    """bool: w could not be computed because a log-prob is not finite; the weight is 0.
+    """bool: w could not be computed because a log-prob is not finite, so the weight is 0.
 
-    If the log-prob is the engine's, the weight 0 suffices. The trainer's log-prob is also in the policy ratio, and 0
-    times NaN is NaN: the loss is then not finite, and the update is skipped.
+    If the engine's log-prob is not finite, the weight 0 removes the token from the loss. If the trainer's log-prob is
+    not finite, the policy ratio is not finite either. Since 0 times NaN is NaN, the loss is then not finite, and the
+    update is skipped.
     """
 
 
@@ -43,17 +44,18 @@ def importance_weights(
     num_segments: int,
     config: CorrectionConfig,
 ) -> ImportanceWeights:
-    """Compute w = exp(old - rollout), as the geometric mean over a segment's tokens, then bound it.
+    """Return the weights w = exp(old - rollout) after bounding.
 
-    The geometric mean rather than the product, as in Eq. 10: over many tokens the product exceeds any bounds. One
-    log-prob that is not finite makes its whole segment unusable.
+    All tokens of a segment have the same w, the geometric mean over the segment. The product would exceed any bound
+    if a segment has many tokens; Eq. 10 uses the geometric mean too. If one log-prob is not finite, its whole
+    segment is unusable.
 
     Args:
-        old_logprobs: [n] from the trainer, before the first update of the step.
-        rollout_logprobs: [n] from the engine, recorded at sampling.
+        old_logprobs: [n] log-probs that the trainer computed before the first update of the step.
+        rollout_logprobs: [n] log-probs that the engine recorded when it sampled the tokens.
         segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
         num_segments: number of segments.
-        config: its `kind` is truncate or mask.
+        config: its `kind` must be truncate or mask.
 
     Returns:
         `ImportanceWeights` in the dtype of `old_logprobs`.

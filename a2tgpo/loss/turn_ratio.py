@@ -1,4 +1,4 @@
-"""The importance ratio, per token or shared by the tokens of a turn or a sequence (Eq. 10)."""
+"""The importance ratio: each token has its own, or all tokens of a turn or a sequence share one (Eq. 10)."""
 
 import torch
 
@@ -6,7 +6,10 @@ MAX_LOG_RATIO = 10.0
 
 
 def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Return the mean of `values` [n] over each segment: [num_segments]; 0 for an empty segment. Differentiable."""
+    """Return the mean of `values` [n] over each segment, [num_segments]; the mean of an empty segment is 0.
+
+    The result is differentiable with respect to `values`.
+    """
     total = values.new_zeros(num_segments).index_add(0, segment_ids, values)
     count = values.new_zeros(num_segments).index_add(0, segment_ids, torch.ones_like(values))
     return total / count.clamp(min=1)
@@ -15,10 +18,10 @@ def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: 
 def shared_log_ratio(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, segment_ids: torch.Tensor | None, num_segments: int
 ) -> torch.Tensor:
-    """Return log s per token: the segment's mean of log pi - log pi_old, at most 10.
+    """Return log s of each token: the mean of log pi - log pi_old over the token's segment, clamped to at most 10.
 
     Args:
-        logprobs: [n] with gradient; a token of a turn of length L gets 1/L of the ratio's gradient.
+        logprobs: [n] with gradient. If a segment has L tokens, each of them gets 1/L of the ratio's gradient.
         old_logprobs: [n].
         segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
         num_segments: number of segments.

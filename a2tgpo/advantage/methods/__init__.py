@@ -1,7 +1,6 @@
-"""The advantage methods: `algorithm.advantage: NAME` selects module NAME, so a new method is one new file in this
-folder.
+"""The advantage methods. `algorithm.advantage: NAME` selects module NAME, so each new method is a new file here.
 
-Each module has one function, which every rank of `dp_group` calls, even with an empty table:
+Each module has this function, which every rank of `dp_group` must call, even with an empty table:
 
     def advantages(table: TurnTable, config: AlgorithmConfig, *, dp_group) -> TurnAdvantages
 """

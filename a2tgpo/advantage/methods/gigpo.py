@@ -2,15 +2,16 @@
 
     A_{i,t} = A^E_i + alpha A^S_{i,t}                                                                     (Eq. 8)
 
-A^E is GRPO's advantage (Eq. 3): R_i normalised within its prompt's group. For A^S every turn, including the final
-one, has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). A prompt's turns that were
-written in the same state form a step group (Eq. 6), in any trajectory and at any turn index. Returns are normalised
-within the step group (Eq. 7).
+A^E is GRPO's advantage (Eq. 3): R_i normalised within its prompt's group. A^S is computed from returns. Every turn,
+including the final turn, has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). All turns of
+a prompt that were written in the same state form a step group (Eq. 6), even if they are in different trajectories or
+have different turn indices. A^S is the return normalised within the step group (Eq. 7).
 
 Decisions that the paper leaves open:
-- Two states are the same only if equal: same query, same passages (`anchor_state.turn_states`). The authors' code can
-also join states with similar texts.
-- Both parts divide by the sample standard deviation, or neither does (`normalize_by_std`); the paper's F_norm.
+- Two states are the same only if their queries and their passages are equal (`anchor_state.turn_states`). The
+authors' code can also join states with similar texts.
+- If `normalize_by_std` is set, both A^E and A^S are divided by the sample standard deviation; otherwise neither is.
+The paper calls this choice F_norm.
 - A turn that is alone in its step group has A^S = 0.
 - A trajectory counts once in its prompt's statistics. By default, the authors' code counts a trajectory once per
 turn.
@@ -31,7 +32,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return A^E + alpha A^S."""
+    """Return the advantages A^E + alpha A^S of all turns."""
     outcome = grpo_outcome(table, config, dp_group=dp_group)
     no_gain = torch.zeros_like(table.info_gain)
     episode = place_turns(no_gain, outcome, table.num_process_turns)
@@ -45,7 +46,7 @@ def advantages(
 def step_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return A^S, discounted returns normalised within step groups: [N, T + 1] float64, 0 past the last turn."""
+    """Return A^S, the returns normalised within their step groups: [N, T + 1] float64, 0 past the last turn."""
     written = table.state != NO_STATE
     rows, columns = written.nonzero(as_tuple=True)
     turns_to_come = written.sum(dim=1)[rows] - 1 - columns  # T_i - t

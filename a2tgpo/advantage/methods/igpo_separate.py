@@ -1,4 +1,4 @@
-"""IGPO with two pools: a prompt's gains are normalised in one pool, its outcomes in the other."""
+"""IGPO with two pools: a prompt's gains are normalised in one pool, and its outcomes in the other."""
 
 import torch.distributed as dist
 
@@ -10,7 +10,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return advantages from a prompt's gains, normalised in one pool, and its outcomes, normalised in another."""
+    """Return IGPO's advantages; each prompt has one pool for its gains and another pool for its outcomes."""
     return pooled_advantages(
         table, config, outcome_pool=table.prompt_index + table.num_prompts, dp_group=dp_group
     )

@@ -12,7 +12,11 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i for process turns, R_i for the final one (Eq. 6-9)."""
+    """Return the advantages of all turns (Eq. 6-9).
+
+    A process turn has A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i. The final turn has R_i. In both, R_i is the
+    normalised outcome.
+    """
     normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
     outcome = normalize_groups(
         table.outcome,
@@ -34,7 +38,9 @@ def advantages(
 def normalize_turn_groups(
     table: TurnTable, *, by_std: bool, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Z-score every gain within its turn group (prompt, turn_index) (Eq. 6-7): [N, T] float64, 0 where neutral.
+    """Return each gain normalised within its turn group (prompt, turn_index), [N, T] float64 (Eq. 6-7).
+
+    If a turn has no gain, its value is 0.
 
     Every rank of `dp_group` must call this, even with an empty table.
     """
