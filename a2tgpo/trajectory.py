@@ -1,10 +1,11 @@
-"""The records that travel through a training step.
+"""The records of prompts, turns and trajectories that pass through a training step.
 
-Token ids are authoritative: the loss sees exactly the ids that the engine sampled. Nothing is decoded and encoded
-again, and no turn boundary is inferred from a mask or a value.
+The loss is computed on exactly the token ids that the engine sampled. No text is decoded and encoded again, and no
+boundary between turns is inferred from a mask or a value.
 
-Tokens and log-probs are arrays with 4 bytes per element, in memory and between ranks; lists of Python numbers need
-about 36. Other sequences are converted to arrays when a record is created.
+Tokens and log-probs are stored in memory, and sent between ranks, as arrays with 4 bytes per element. A list of
+Python numbers would need about 36 bytes per element. If a record is created with another kind of sequence, the
+sequence is converted to an array.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Record = TypeVar("Record")
 
 
 class TokenIds(array):
-    """Token ids, int32."""
+    """An array of token ids, int32."""
 
     __slots__ = ()
 
@@ -29,7 +30,7 @@ class TokenIds(array):
 
 
 class LogProbs(array):
-    """Log-probs in nats, float32."""
+    """An array of log-probs in nats, float32."""
 
     __slots__ = ()
 
@@ -39,43 +40,45 @@ class LogProbs(array):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question of a step, rendered and tokenised."""
+    """One question of a step, rendered with the chat template and tokenised."""
 
     index: int
-    """Position in the step's prompt list, equal on all ranks; identifies the group in all statistics."""
+    """Position of the prompt in the step's list of prompts, the same on all ranks. All statistics identify the
+    prompt's group by this index."""
     id: str
     """The question's id in its data set."""
     question: str
     answers: tuple[str, ...]
-    """Gold answer and its aliases; never empty."""
+    """The gold answer and its aliases; never empty."""
     tokens: tuple[int, ...]
-    """The rendered prompt, generation header included."""
+    """Token ids of the rendered prompt, including the header after which the policy begins to write."""
     hops: int = 0
-    """Searches that the question needs, 0 if the data set does not say; for reporting only."""
+    """Number of searches that the question needs; 0 if the data set does not say. Used only in reports."""
 
 
 @dataclass(kw_only=True)
 class Turn:
-    """The policy's text up to one stop, and the environment's observation."""
+    """The text that the policy writes until it stops once, and the observation that the environment returns."""
 
     tokens: TokenIds
-    """Sampled ids, stop string included."""
+    """Token ids that the policy sampled, including those of the stop string."""
     rollout_logprobs: LogProbs
-    """log p of each sampled token by the engine, nats; same length as `tokens`."""
+    """The engine's log-prob of each sampled token, nats; same length as `tokens`."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
-    """The observation, never trained on; empty for the final turn."""
+    """Token ids of the observation, which are never trained on; empty for the final turn."""
     query: str | None = None
     """Text that a process turn sent to its tool; None for the final turn."""
     tool: str | None = None
-    """The tool that a process turn called; None for the final turn."""
+    """Name of the tool that a process turn called; None for the final turn."""
     tool_failed: bool = False
-    """Whether the tool did not answer; the observation then reports the failure."""
+    """True if the tool did not answer; the observation then reports the failure."""
     answer_prob: float | None = None
-    """Length-normalised probability of the gold answer after this turn's observation (P_t)."""
+    """P_t, the length-normalised probability of the gold answer after this turn's observation."""
     info_gain: float | None = None
-    """ig_t = P_t - P_{t-1} (or its log form); None on a final turn and where it could not be computed."""
+    """The information gain ig_t = P_t - P_{t-1}, or the same difference of log-probs. None for a final turn, or if
+    the gain could not be computed."""
     version: int = 0
-    """Version of the weights that sampled this turn: the number of steps they were trained for."""
+    """Version of the weights that sampled this turn, which is the number of steps for which they had been trained."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -85,21 +88,22 @@ class Turn:
 
 @dataclass(kw_only=True)
 class Trajectory:
-    """One trajectory of a prompt: process turns, then (unless cut short) the turn that carries the answer."""
+    """One trajectory of a prompt. It has process turns and, unless it was cut short, a final turn with the answer."""
 
     prompt_index: int
     prompt_id: str
     sample_index: int
-    """Number of the trajectory among those of its prompt, 0 to group_size - 1."""
+    """Index of the trajectory among the trajectories of its prompt, 0 to group_size - 1."""
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
-    """answer | eos | length | max_turns | empty_query | context, or "" while unfinished; see `rollout.multi_turn`."""
+    """Reason for which the trajectory ended: one of "answer", "eos", "length", "max_turns", "empty_query" and
+    "context" (see `rollout.multi_turn`). It is "" until the trajectory ends."""
     baseline_prob: float | None = None
-    """P_0, from the prompt alone."""
+    """P_0, the length-normalised probability of the gold answer directly after the prompt."""
     outcome_reward: float = 0.0
     exact_match: float = 0.0
-    """EM of the extracted answer, whether or not the format is right."""
+    """Exact match of the answer that was extracted, even if the response's format is wrong."""
     format_ok: bool = False
     hops: int = 0
 
@@ -108,12 +112,12 @@ class Trajectory:
 
     @property
     def process_turns(self) -> list[Turn]:
-        """The turns that ended with a tool call and got an observation."""
+        """The turns that ended with a tool call and received an observation."""
         return [turn for turn in self.turns if turn.query is not None]
 
     @property
     def num_process_turns(self) -> int:
-        """n_i, the number of `process_turns`."""
+        """The number of process turns, n_i."""
         return len(self.process_turns)
 
     @property
@@ -122,14 +126,14 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the whole sequence: prompt, sampled tokens, observations."""
+        """Number of tokens in the whole sequence, which consists of prompt, sampled tokens and observations."""
         return len(self.prompt_tokens) + sum(
             len(turn.tokens) + len(turn.observation_tokens) for turn in self.turns
         )
 
     @property
     def tokens(self) -> TokenIds:
-        """The whole sequence, as a new array."""
+        """The token ids of the whole sequence, as a new array."""
         sequence = TokenIds(self.prompt_tokens)
         for turn in self.turns:
             sequence.extend(turn.tokens)
@@ -138,7 +142,9 @@ class Trajectory:
 
     @property
     def context_lengths(self) -> list[int]:
-        """Lengths of c_0 .. c_n: the prompt, and the sequence up to the observation of each process turn."""
+        """Numbers of tokens in the contexts c_0 .. c_n. c_0 is the prompt. c_t is the sequence up to the end of
+        process turn t's observation.
+        """
         lengths = [len(self.prompt_tokens)]
         for turn in self.process_turns:
             lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
@@ -146,43 +152,49 @@ class Trajectory:
 
     @property
     def context_probs(self) -> list[float | None]:
-        """P_0 .. P_n: the gold answer's probability in each context, by the engine."""
+        """P_0 .. P_n, the gold answer's probability after each context, as the engine computed it."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
     def staleness(self, version: int) -> int:
-        """Return how many versions older than `version` the weights that sampled the oldest tokens are."""
+        """Return `version` minus the version of the oldest weights that sampled a turn of this trajectory."""
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Convert all fields, turns included, with lists in place of arrays."""
+        """Return all fields, including the turns, as dicts; every array becomes a list."""
         return {**_plain(vars(self)), "turns": [_plain(vars(turn)) for turn in self.turns]}
 
 
 def encode_records(records: object) -> bytes:
-    """Encode records (dataclasses, lists, msgspec structs) as msgpack, with arrays as raw bytes."""
+    """Return `records` (dataclasses, msgspec structs or lists of these) as msgpack; arrays become raw bytes."""
     return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
 
 
 def decode_records(content: bytes, kind: type[Record]) -> Record:
-    """Decode the output of `encode_records` as a `kind`; accept lists for arrays, as earlier versions wrote.
+    """Return the object of type `kind` that `encode_records` encoded as `content`.
+
+    An array may also be encoded as a list, because earlier versions wrote lists.
 
     Raises:
-        msgspec.DecodeError: `content` is something else.
+        msgspec.DecodeError: `content` does not encode an object of type `kind`.
     """
     return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_of)
 
 
 def from_dict(record: dict) -> Trajectory:
-    """Rebuild a trajectory from the output of `Trajectory.to_dict`; ignore other keys.
+    """Return the trajectory from which `Trajectory.to_dict` made `record`. Keys that are not fields are ignored.
 
     Raises:
-        msgspec.ValidationError: a field is missing or of another type.
+        msgspec.ValidationError: a field is missing or has the wrong type.
     """
     return msgspec.convert(record, Trajectory, dec_hook=_array_of)
 
 
 def _array_of(kind: type, content: Any) -> array:
-    """Convert raw bytes or a list to an array; raise only what msgspec reports as invalid content."""
+    """Return raw bytes or a list as an array of type `kind`.
+
+    An OverflowError becomes a ValueError, because msgspec reports only a ValueError or a TypeError as invalid
+    content.
+    """
     if isinstance(content, bytes):
         values = kind()
         values.frombytes(content)

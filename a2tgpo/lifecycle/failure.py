@@ -1,4 +1,4 @@
-"""Report a launched program's failure: one line, once."""
+"""Report the failure of a launched program in one line, which is printed only once for all ranks."""
 
 import os
 import signal
@@ -9,11 +9,12 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN
 
 GRACE_S = 3.0
-"""If all ranks fail on the same mistake, the other ranks wait this long, so that rank 0 can report the mistake and
-the launcher can end them.
+"""Seconds that ranks other than 0 wait before they print an error. If all ranks fail because of the same mistake,
+rank 0 reports the mistake, and the launcher ends the other ranks during this wait.
 """
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Ranks as named by torchrun, srun, Open MPI and MPICH: the launcher's names are valid even if joining failed."""
+"""Environment variables in which torchrun, srun, Open MPI and MPICH pass a process its rank. They are set by the
+launcher, so they are valid even if the process failed to join the others."""
 ANOTHER_RANK_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -21,20 +22,22 @@ ANOTHER_RANK_IS_GONE = (
     "remote process exited",
     "communicator was aborted",
 )
-"""Messages of gloo and NCCL after another rank has ended, whose own failure is reported elsewhere."""
+"""Texts in the errors that gloo and NCCL raise because another rank has ended. That rank, or its launcher, reports
+the reason."""
 
 
 class ReportedByRank0(RuntimeError):
-    """A failure that rank 0 has printed for all ranks: they exit with `BROKEN_RUN` and print nothing more."""
+    """Raised on all ranks after rank 0 has printed a failure; they print nothing and exit with `BROKEN_RUN`."""
 
 
 def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
-    """Print the error's line and return the program's exit code: `BAD_CONFIG` or `BROKEN_RUN`.
+    """Print the error's message in one line, and return the program's exit code, `BAD_CONFIG` or `BROKEN_RUN`.
 
-    If `is_ending`, this process is already stopping, so errors caused only by another rank's exit are suppressed.
+    If `is_ending`, this process is already stopping. It then prints nothing about an error that only says that
+    another rank has ended.
 
-    A RuntimeError with several lines is not from this program and is raised again: its traceback is worth more than
-    its message.
+    If a RuntimeError's message has several lines, a library has raised the error. It is then raised again, because
+    its traceback says more than its message.
     """
     if isinstance(error, ReportedByRank0):
         return BROKEN_RUN
@@ -50,7 +53,7 @@ def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bo
         message = str(error)
     if is_echo and is_ending:
         return BROKEN_RUN
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's signal to end the other ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends SIGTERM to end the other ranks
     if rank != "0" or is_echo:
         time.sleep(GRACE_S)
         message = f"rank {rank}: {message}"

@@ -1,4 +1,4 @@
-"""A rollout's wait for an unavailable service, visible to the code that watches the rollout."""
+"""A record of the time that a rollout waits for an unavailable service. Code that watches the rollout reads it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 class Outage:
-    """Whether, since when and why this rank waits for a service; one thread writes, any thread reads.
+    """Records whether this rank waits for a service, since when, and why. Only one thread may write; any may read.
 
     Args:
-        limit_s: longest wait, seconds; then the run must end.
-        clock: monotonic, seconds.
+        limit_s: if a wait is longer than this many seconds, the run must end.
+        clock: function that returns seconds and never goes back.
     """
 
     def __init__(self, *, limit_s: float, clock: Callable[[], float] = time.monotonic):
@@ -19,16 +19,19 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self.cause = ("", "")
-        """Tool and one-line reason of the last wait."""
+        """Name of the tool of the last wait, and the reason of this wait in one line."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:
-        """Start a wait for the service of tool `name`, unless the rank already waits; `cause` is one line."""
+        """Record that this rank begins to wait for the service of tool `name`. If it already waits, do nothing.
+
+        `cause` is one line.
+        """
         if self._since is None:
             self._since, self.cause = self._clock(), (name, cause)
 
     def end(self) -> None:
-        """End the wait: the service answers, or no call waits for it any more."""
+        """Record that the wait is over, because the service answers or because no call waits for it any longer."""
         self._past_s, self._since = self._past_s + self.seconds, None
 
     @property
@@ -37,18 +40,18 @@ class Outage:
 
     @property
     def seconds(self) -> float:
-        """Length of the present wait; 0.0 without one."""
+        """Seconds since the present wait began; 0.0 if this rank does not wait."""
         since = self._since
         return 0.0 if since is None else self._clock() - since
 
     @property
     def total_s(self) -> float:
-        """Length of all waits of this rank, including the present one."""
+        """Sum of the seconds of all waits of this rank, including the present one."""
         return self._past_s + self.seconds
 
     @property
     def verdict(self) -> str:
-        """Why this outage must end the run, one line; empty if it need not."""
+        """One line that says why the present wait must end the run; empty if the run may go on."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
         name, cause = self.cause

@@ -1,4 +1,4 @@
-"""The time since the start of this process."""
+"""Measure the time since this process started."""
 
 import os
 import time
@@ -6,8 +6,12 @@ from pathlib import Path
 
 
 def process_age_s() -> float:
-    """Return the seconds since the operating system started this process, interpreter start included (Linux)."""
-    # Field 22 is the start time in ticks after boot; field 2, a name, may contain anything but ends at the last ")".
+    """Return the seconds since the operating system started this process; works only on Linux.
+
+    The result includes the time that the Python interpreter took to start.
+    """
+    # Field 22 is the start time in ticks after boot. Field 2 is a name that may contain spaces and parentheses, but
+    # it ends at the last ")".
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

@@ -1,4 +1,4 @@
-"""The rendezvous store of the ranks, for their messages outside of training."""
+"""Access to the ranks' rendezvous store, through which they exchange messages outside of collectives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 
 def side_store(name: str, *, timeout_s: float) -> dist.Store:
-    """Return a view of the default store with its own prefix, connection and timeout.
+    """Return a view of the default store that has its own key prefix `name`, connection and timeout.
 
-    A timeout applies to a whole connection: on the default one it would also limit the creation of communicators.
+    A timeout applies to a whole connection. If this view used the default connection, its timeout would also limit
+    the creation of communicators.
     """
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
     store.set_timeout(timedelta(seconds=timeout_s))

@@ -1,8 +1,8 @@
-"""Stopping a run early so that the next start continues it: one rank requests the stop, all ranks agree on it.
+"""Stop a run early so that the next start continues it. One rank requests the stop, and all ranks agree on it.
 
-A signal, the approaching end of the job or too long an outage makes a rank request the stop. The request reaches the
-other ranks through the rendezvous store, which long stages poll; they then interrupt their work. All ranks then call
-`agree`, at a point where no work is half done.
+A rank requests the stop if it receives a signal, if the job will end soon, or if an outage lasts too long. The rank
+writes the request to the rendezvous store. The other ranks poll the store in long stages, and interrupt their work if
+they find a request. All ranks then call `agree` at a point where no work is half done.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from a2tgpo.lifecycle.stop_signal import END_TIME, StopSignal, job_deadline
 from a2tgpo.parallel.collectives import all_reduce_max, world_group
 
 LOOK_S = 1.0
-"""Time between two reads of the store."""
+"""Seconds between two reads of the store."""
 STORE_TIMEOUT_S = 10.0
 _REASON = "reason"
 
 
 class StopAgreed(Exception):
-    """Raised on all ranks at the same point. Not an error: the run must save and end."""
+    """Raised on all ranks at the same point of the program if the run must save and end. This is not an error."""
 
 
 class StopRequest:
-    """This rank's view of whether the run must save and end; every rank has one.
+    """Decides on this rank whether the run must save and end. Every rank has an instance.
 
     Args:
-        signal: receives this process's signals; None: ignore signals and the end of the job.
-        margin_s: time to keep free before the end of the job, in addition to the time for saving.
-        outage: this rank's outage; None: no outage ends the run.
+        signal: the object that receives this process's signals. None: signals and the job's end do not stop the run.
+        margin_s: seconds to reserve before the job's end, in addition to the time that saving needs.
+        outage: the record of this rank's waits for a tool's service. None: no outage stops the run.
     """
 
     def __init__(
         self, signal: StopSignal | None = None, *, margin_s: float = 0.0, outage: Outage | None = None
     ):
         self.reason = ""
-        """Why the run must stop, in a few words; empty: this rank knows of no request."""
+        """A few words that say why the run must stop; empty if this rank does not know of a request."""
         self.is_agreed = False
-        """Whether `agree` has raised."""
+        """Whether `agree` has raised `StopAgreed`."""
         self._signal = signal
         self._margin_s = margin_s
         self._outage = outage
@@ -51,14 +51,16 @@ class StopRequest:
         self._looked = -LOOK_S
 
     def should_stop(self, *, needed_s: float = 0.0) -> bool:
-        """Whether this rank knows of a stop request, or less than `needed_s` plus the margin is left of the job.
+        """Return whether this rank knows of a request to stop, or makes one now.
 
-        Runs no collective and is cheap enough for every pass of a loop. Ranks learn of a request at different times.
+        The rank makes a request if it has received a signal, if an outage must end the run, or if fewer seconds are
+        left until the job's end than `needed_s` plus `margin_s`. This method runs no collective and is cheap enough
+        to be called in every pass of a loop. Ranks learn of a request at different times.
         """
         if not self.reason:
             self.reason = self._own_reason(needed_s)
             if self.reason:
-                # Fails if the rank that holds the store is gone, which is reported elsewhere.
+                # Writing fails if the rank that holds the store has ended. Other code reports that.
                 with contextlib.suppress(RuntimeError):
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():
@@ -67,7 +69,7 @@ class StopRequest:
         return bool(self.reason)
 
     def agree(self, is_stopping: bool) -> None:
-        """Raise `StopAgreed` on all ranks if `is_stopping` on any; every rank of the world must call this."""
+        """Raise `StopAgreed` on all ranks if `is_stopping` is True on at least one; every rank must call this."""
         if all_reduce_max(torch.tensor(float(is_stopping)), world_group()).item():
             self.reason = self.reason or self._published_reason() or "another rank received a stop request"
             self.is_agreed = True
@@ -86,7 +88,7 @@ class StopRequest:
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
     def _published_reason(self) -> str:
-        """Return the reason of a rank that requested the stop; empty if none did."""
+        """Return the reason that a requesting rank has written to the store; empty if there is none."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):
                 return str(self._store.get(_REASON).decode())

@@ -1,9 +1,9 @@
-"""Detect that this process must end, by a signal or by the job's time limit; without torch.
+"""Detect that this process must end, because of a signal or because of the job's time limit. Does not import torch.
 
 SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training there is nothing to save,
-so the process exits at once. During training the signal is recorded, and the run stops once all ranks agree
-(`lifecycle/stop_request.py`). Later signals are ignored, because schedulers send several with the same meaning.
-SIGKILL and Ctrl-C end the process at once, as usual.
+so the process exits at once. During training the signal is recorded, and the run stops when all ranks have agreed
+(`lifecycle/stop_request.py`). Later signals do nothing, because schedulers send several signals with the same
+meaning. SIGKILL and Ctrl-C end the process at once, as usual.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from a2tgpo.io.exit_codes import START_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME = "SLURM_JOB_END_TIME"
-"""Environment variable with the job's end, seconds since 1970. Slurm sets this variable; for other schedulers set it
-yourself.
-"""
+"""Environment variable that contains the time of the job's end in seconds since 1970. Slurm sets this variable. Users
+of other schedulers set it themselves."""
 
 
 class StopSignal:
-    """Records the first of `SIGNALS` that this process gets; create one per process, in its main thread."""
+    """Records the first of `SIGNALS` that this process receives.
+
+    Create only one instance in a process, and create it in the main thread.
+    """
 
     def __init__(self) -> None:
         self.name = ""
-        """Name of the signal; empty if none came."""
+        """Name of the first signal that was received; empty if there was none."""
         self.kept = ""
-        """What earlier starts saved, in a few words; printed when a signal ends the process at once."""
+        """A few words that say what earlier starts have saved. They are printed if a signal ends the process at
+        once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def begin_training(self) -> None:
-        """From now on, record a signal instead of ending the process."""
+        """From now on, only record a signal, and do not end the process."""
         self._is_noted_only = True
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -54,10 +57,10 @@ class StopSignal:
 
 
 def job_deadline() -> float | None:
-    """Return when the job ends, on the clock of time.monotonic(); None if unknown.
+    """Return the time at which the job ends, as a value of time.monotonic(); None if the time is unknown.
 
     Raises:
-        ConfigError: the variable `END_TIME` does not hold seconds.
+        ConfigError: the value of the environment variable `END_TIME` is not a number of seconds.
     """
     text = os.environ.get(END_TIME, "")
     if not text:

@@ -1,11 +1,11 @@
-"""End a job that hangs, soon, with the cause and the stacks of all ranks.
+"""If a job hangs, end it soon, and report the cause and the stacks of all ranks.
 
-A thread on every rank publishes its rank's stage in the rendezvous store and checks the clock. The first rank whose
-stage exceeds its deadline prints one line that names the ranks that are behind; all ranks then append their stacks to
-`stacks/rank_R.txt` and exit with `BROKEN_RUN`.
+On every rank, a thread writes the rank's stage to the rendezvous store and checks how long the stage has lasted. The
+first rank whose stage exceeds its deadline prints one line, which names the ranks that are behind. All ranks then
+append their stacks to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
-While any rank waits for a tool's service (`Outage`), which has its own limit, the clock stops on all ranks: ranks
-that finished their rollout wait for that rank, too.
+While at least one rank waits for a tool's service (`Outage`), the clock stops on all ranks, because ranks that have
+finished their rollout wait for that rank. The wait for a service has a limit of its own.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ from a2tgpo.lifecycle.side_store import side_store
 
 POLL_S = 1.0
 GRACE_S = 10.0
-"""Time for the other ranks to write their stacks."""
+"""Seconds that a rank waits, before it exits, for the other ranks to write their stacks."""
 BACKSTOP_S = 30.0
-"""Time after the deadline when a C thread ends this rank, in case a call that never returns blocks Python."""
+"""Seconds after the deadline until a C thread ends this rank. This is needed if a call that never returns blocks
+Python, so that the watchdog's own thread cannot run."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages whose longest duration so far predicts the next one."""
+"""Stages that take a similar time in every step, so that the longest duration so far gives a limit for the next
+one."""
 WAITING = ("refit", "exchange", "advantage")
-"""Stages in which a rank may wait for the slowest rank. The limit of such a stage follows the longest of all steady
-stages.
-"""
+"""Stages in which a rank may wait for the slowest rank. The limit of such a stage depends on the longest duration of
+any stage in `STEADY`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's current stage; all ranks pass the same sequence of places."""
+    """A rank's current stage, with its number in the sequence of stages, which is the same on all ranks."""
 
     number: int
     stage: str
     since: float
-    """time.monotonic() of this machine."""
+    """Time at which the rank entered the stage, as a value of time.monotonic() on this machine."""
 
 
 class Watchdog:
-    """Watches this rank's stages; every rank has one.
+    """Watches the stages of this rank. Every rank has an instance.
 
     Args:
-        config: the deadlines.
-        folder: `stacks/` of the run; each rank writes one file there if the job hangs.
-        outage: of this rank.
+        config: the section `watchdog`, which gives the deadlines.
+        folder: the run's folder `stacks/`. If the job hangs, each rank writes one file in it.
+        outage: the record of this rank's waits for a tool's service.
     """
 
     def __init__(
@@ -71,16 +72,17 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_seen = 0
-        """Number of polls that found an outage, over all ranks, when this rank last read the number."""
+        """Value of the store's counter `outages` when this rank last read it. A rank increases the counter in every
+        poll that finds this rank waiting for a service."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
-        """Number of the current place, and the seconds for which its clock stood still."""
+        """Number of a place, and the seconds of this place that do not count because of outages."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
-        """Longest duration of each stage that this rank has left, seconds."""
+        """Maps each stage that this rank has completed to the stage's longest duration so far, seconds."""
         self._published = -1
-        """Number of the place last written to the store."""
+        """Number of the place that this rank last wrote to the store."""
         self._closed = threading.Event()
         self._store = side_store("watchdog", timeout_s=GRACE_S)
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ class Watchdog:
         self.enter(BETWEEN)
 
     def enter(self, stage: str) -> None:
-        """Record that the rank left its stage and begins `stage`; "" between two stages."""
+        """Record that this rank has left its stage and enters `stage`. "" means the time between two stages."""
         stage = stage or BETWEEN
         with self._arming:
             now, left = time.monotonic(), self._place
@@ -100,11 +102,11 @@ class Watchdog:
             self._arm(self._place)
 
     def follow(self, outage: Outage) -> None:
-        """From now on, stop the clock while `outage` is on."""
+        """From now on, stop the clock while `outage` says that this rank waits for a service."""
         self._outage = outage
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching, and remove this rank's file of stacks if it is empty."""
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -116,7 +118,7 @@ class Watchdog:
         while not self._closed.wait(POLL_S):
             try:
                 self._look()
-            except RuntimeError:  # the process that held the store is gone; the deadline still applies
+            except RuntimeError:  # the process that holds the store has ended, but the deadline still applies
                 place = self._place
                 if self._overdue(place):
                     self._end(self._verdict(place, {}))
@@ -135,7 +137,7 @@ class Watchdog:
             self._end(verdict)
 
     def _pause_in_outages(self) -> None:
-        """Do not count the time since the last poll if any rank was waiting for a service."""
+        """Do not count the time since the last poll if at least one rank has waited for a service in this time."""
         if self._outage is not None and self._outage.is_on:
             self._store.add("outages", 1)
         now, seen = time.monotonic(), self._store.add("outages", 0)
@@ -149,7 +151,7 @@ class Watchdog:
             self._arm(place)
 
     def _arm(self, place: Place) -> None:
-        """Set the C thread's timer to the rest of the place's deadline."""
+        """Set the timer of the C thread to the time that is left of the place's deadline, plus `BACKSTOP_S`."""
         left_s = self._left_s(place)
         if left_s is None:
             faulthandler.cancel_dump_traceback_later()
@@ -160,18 +162,18 @@ class Watchdog:
         return self._paused[1] if self._paused[0] == place.number else 0.0
 
     def _left_s(self, place: Place) -> float | None:
-        """Return the seconds left before the deadline of `place`; None without a deadline."""
+        """Return the seconds left until the deadline of `place`; None if its stage has no deadline."""
         _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None
         return place.since + self._paused_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
-        """Return the source of the limit as text, and the seconds that `stage` may take (0: unlimited)."""
+        """Return a text that names the limit of `stage`, and the limit in seconds (0: no limit)."""
         key, limit_s = self._config.deadline(stage)
         known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
         longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
-        # A rank that has not seen a whole step does not know yet how long it may have to wait.
+        # Until this rank has completed a whole step, it cannot know how long it may have to wait for other ranks.
         is_known = longest_s > 0 and (stage in STEADY or "update" in self._longest)
         allowed_s = max(self._config.min_s, self._config.slack * longest_s)
         if limit_s and self._config.slack and is_known and allowed_s < limit_s:
@@ -183,7 +185,7 @@ class Watchdog:
         return left_s is not None and left_s < 0
 
     def _places(self) -> dict[int, tuple[int, str]]:
-        """Return the published place number and stage of each rank."""
+        """Return, for each rank, the place number and the stage that the rank has written to the store."""
         found = {}
         for rank in range(self._world_size):
             if self._store.check([f"place_{rank}"]):

@@ -1,4 +1,4 @@
-"""The common look of figures: colours, matplotlib settings, smoothing."""
+"""Colours, matplotlib settings and smoothing that all figures share."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
-    """Return the exponential moving average, corrected for its start. [n] -> [n]."""
+    """Return the exponential moving average of `values`, without bias towards 0 at the start. [n] -> [n]."""
     averages, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value

@@ -1,11 +1,11 @@
-"""Alarms on metrics that change before reinforcement learning collapses, and the decision to stop a run.
+"""Start alarms if metrics change as they do before reinforcement learning collapses, and decide when to stop a run.
 
-Metrics per step, 0 or 1: `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`, `alarm/engine_gap`
-and `alarm/failed_calls` (each only if its setting in `guard` is not 0), `alarm/outage`, `alarm/skipped_updates` and
-`alarm/non_finite`.
+Each alarm is reported in every step as a metric that is 0 or 1. `alarm/outage`, `alarm/skipped_updates` and
+`alarm/non_finite` always exist. `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`,
+`alarm/engine_gap` and `alarm/failed_calls` exist only if their settings in `guard` are not 0.
 
-Under dynamic sampling, entropy and likelihood cover only the kept groups, so their alarms do not see dropped groups;
-format errors cover all played groups.
+Under dynamic sampling, entropy and likelihood are computed only over the kept groups, so their alarms do not see the
+dropped groups. Format errors are counted over all played groups.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""Consecutive measured steps past the limit that start an alarm, and within the limit that end it.
+"""An alarm starts after this many consecutive measured steps past its limit. It ends after this many consecutive
+measured steps within its limit.
 
-One step is a small sample: a single outlier, however large, means little, but would affect a running mean for many
-steps.
+Steps are counted because one step is a small sample. Even a large outlier means little, but it would change a running
+mean for many steps.
 """
 
 NON_FINITE = "non_finite"
@@ -28,30 +29,34 @@ NON_FINITE = "non_finite"
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """The comparison that one alarm makes, and the advice that it gives."""
+    """The metric and the limit that one alarm compares, and the alarm's advice."""
 
     metrics: tuple[str, ...]
-    """Alternatives in order of preference: the alarm compares the first one that a step has."""
+    """Names of metrics in order of preference. The alarm compares the first one that the step has."""
     key: str
-    """Setting of the limit, which 0 turns off; empty: the alarm cannot be turned off."""
+    """Key of the setting that gives the limit. If the setting is 0, the alarm is off. empty: the alarm has no setting
+    and cannot be turned off."""
     threshold: float
+    """Value of the setting `key`."""
     limit: Callable[[float], float]
-    """Takes the baseline and returns the limit, which depends on the baseline only if `on_change`."""
+    """Function that returns the limit for a baseline. If `on_change` is False, the baseline is ignored."""
     is_floor: bool = False
-    """Whether the limit is a lower bound instead of an upper bound."""
+    """True: the limit is a lower bound. False: it is an upper bound."""
     on_change: bool = False
-    """The limit is relative to the mean of the first steps."""
+    """Whether the limit is relative to the baseline, which is the metric's mean over the first steps."""
     confirming_steps: int = CONFIRMING_STEPS
     advice: str
-    """Likely cause, and a remedy."""
+    """Text that names the likely cause and a remedy."""
 
 
 class Guards:
-    """Watches the steps of one run; all ranks take the same decisions from the same configuration and metrics.
+    """Watches the steps of one run. All ranks take the same decisions if they pass the same configuration and
+    metrics.
 
-    An alarm stays unchanged in a step that lacks its metric, for example the likelihood of right answers if there are
-    none. The alarm also stays unchanged if the metric is not finite: values that are not finite have an alarm of
-    their own. The baseline of a metric is its mean over the first `baseline_steps` steps that have it.
+    If a step lacks an alarm's metric, the alarm does not change. For example, a step without correct answers has no
+    likelihood of correct answers. If the metric is not finite, the alarm does not change either, because values that
+    are not finite have a separate alarm. The baseline of a metric is its mean over the first `baseline_steps` steps
+    that have this metric.
 
     Args:
         clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
@@ -69,14 +74,14 @@ class Guards:
         self._skipping = 0  # consecutive steps with a skipped update
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Judge one step.
+        """Compare the metrics of one step with the limits.
 
         Args:
-            step: number of the step, for the lines.
-            metrics: of the step, reduced over all ranks.
+            step: number of the step, which the lines mention.
+            metrics: the step's metrics, reduced over all ranks.
 
         Returns:
-            The metrics `alarm/NAME`, and one line for each alarm that starts or ends here.
+            The metrics `alarm/NAME`, and one line for each alarm that starts or ends in this step.
         """
         lines = []
         for name, alarm in self._alarms.items():
@@ -106,8 +111,8 @@ class Guards:
 
     @property
     def stop_is_due(self) -> bool:
-        """Whether each of the last `stop_after` steps had an alarm, or each of the last `stop_after_skipped` a
-        skipped update.
+        """Whether the run must stop, because each of the last `stop_after` steps had an alarm, or because each of the
+        last `stop_after_skipped` steps skipped an update.
         """
         return 0 < self._config.stop_after <= self._streak or self._skips_too_often
 
@@ -126,12 +131,12 @@ class Guards:
 
     @property
     def stop_setting(self) -> str:
-        """The override that turns off the setting which stops the run."""
+        """The override that turns off the guard because of which the run stops."""
         return "guard.stop_after_skipped=0" if self._skips_too_often else "guard.stop_after=0"
 
     @property
     def num_skipping(self) -> int:
-        """Number of consecutive steps, up to the last one, with a skipped update."""
+        """Number of consecutive steps that skipped an update, counted back from the last step."""
         return self._skipping
 
     @property
@@ -139,7 +144,7 @@ class Guards:
         return 0 < self._config.stop_after_skipped <= self._skipping
 
     def state_dict(self) -> dict:
-        """Return the state for `load_state_dict`, as plain JSON values."""
+        """Return the state that `load_state_dict` restores; it contains only values that JSON can represent."""
         return {
             "baselines": {metric: list(taken) for metric, taken in self._baselines.items()},
             "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
@@ -149,10 +154,10 @@ class Guards:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state`, but reset alarms that were turned off or whose limit has changed.
+        """Restore `state`. If an alarm has been turned off or its limit has changed, reset this alarm instead.
 
-        If a reset alarm was active, restart the count of steps with an alarm, because the reset one may have been
-        the only one.
+        If the reset alarm was active, it may have been the only one, so the count of consecutive steps with an alarm
+        also restarts at 0.
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
@@ -166,8 +171,9 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return the limit of each alarm for a baseline of 1; it changes if the alarm's setting or the clipping
-        range does.
+        """Return the limit that each alarm would have with a baseline of 1.
+
+        This number identifies the limit: it changes if the alarm's setting or the clipping range changes.
         """
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
@@ -183,7 +189,7 @@ class Guards:
         return total / steps
 
     def _changes(self, name: str, is_past: bool, confirming_steps: int) -> bool:
-        """Record one step's verdict; return whether the alarm starts or ends with it."""
+        """Record whether the metric was past the limit in one step; return whether the alarm starts or ends now."""
         self._contrary[name] = 0 if is_past == self._is_on[name] else self._contrary[name] + 1
         if self._contrary[name] < confirming_steps:
             return False
@@ -220,8 +226,8 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            # The noise floor is measured on unchanged weights, so it is 0 in bfloat16 too; steps of few mini-batches
-            # have no other measure.
+            # The noise floor is measured with unchanged weights, so it is 0 in bfloat16. It is compared only in steps
+            # with few mini-batches, because ratio/noise cannot be measured there.
             metrics=("ratio/noise", "ratio/noise_floor"),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
@@ -231,8 +237,8 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
-            # If no log-prob is finite, no token has a gap; the number of unusable tokens then exceeds any sensible
-            # limit.
+            # If no log-prob is finite, no token has a gap. The alarm then compares the number of unusable tokens,
+            # which exceeds any sensible limit.
             metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,

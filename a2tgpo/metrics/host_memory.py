@@ -1,4 +1,4 @@
-"""Memory of this machine that this process occupies."""
+"""Measure and reduce the host memory that this process occupies."""
 
 import ctypes
 import os
@@ -8,16 +8,16 @@ _C_LIBRARY = ctypes.CDLL(None)
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process, shared pages included."""
+    """Return the bytes of resident memory of this process, including pages that it shares with other processes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def return_free_memory() -> None:
-    """Return freed memory, which glibc's allocator keeps for later allocations, to the system.
+    """Give memory that has been freed, but that glibc's allocator keeps for later allocations, back to the system.
 
-    Without this call, glibc returns free memory only from the end of its heap. A step's tensors are allocated among
-    blocks that live longer, so the pages freed between those blocks would stay resident, and their number would grow
-    with every step.
+    Without this call, glibc gives back only free memory at the end of its heap. A step's tensors lie between blocks
+    that live longer. After these tensors are freed, their pages would stay resident, and every step would add more
+    such pages.
     """
     _C_LIBRARY.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Groups of a run's metrics on TensorBoard's custom-scalars page; patterns match from the start of a name."""
+"""Charts on TensorBoard's custom-scalars page, each with patterns that match from the start of a metric's name."""
 
 _MULTILINE = "Multiline"
 

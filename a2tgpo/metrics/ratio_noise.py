@@ -1,8 +1,8 @@
-"""Estimate how much of a ratio's distance from 1 is rounding, and advise what to change.
+"""Estimate how much of a ratio's distance from 1 is rounding noise, and advise which settings to change.
 
-At a step's first mini-batch the weights equal those of the old log-probs, so both passes round alike. Once the
-weights have moved, activations round differently, and from the second mini-batch on the ratio contains the full
-noise. The policy's movement grows from update to update; the noise does not.
+At a step's first mini-batch, the weights equal those that computed the old log-probs, so both passes round in the
+same way. After the first update the weights differ, so activations round differently, and the ratio contains the full
+noise from the second mini-batch on. The policy's movement grows from update to update, but the noise does not.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from collections.abc import Mapping
 from a2tgpo.config.run import RunConfig
 
 SPREAD_METRICS = {1: "ratio/mean_square_after_1", 2: "ratio/mean_square_after_2"}
-"""By the number of updates since the rollout, the metric that holds the mean of (log s)^2 over the clipped ratios s.
-"""
+"""Maps the number of updates since the rollout to a metric. The metric is the mean of (log s)^2 over all ratios s to
+which clipping applies."""
 FIRST_STEPS = 3
-"""Number of steps whose mean noise is reported."""
+"""Number of steps over which the noise is averaged before a line reports it."""
 
 
 def noise_of(after_one: float, after_two: float) -> float:
-    """Return the standard deviation of log s due to rounding alone, nats.
+    """Return the standard deviation of log s that rounding alone causes, nats.
 
-    Extrapolates the mean squares after one and after two updates linearly to zero updates. Updates in random
-    directions move the policy by equal amounts, and consistent updates by more. So movement is never counted as
-    noise, but may hide some of it.
+    Linearly extrapolates the mean squares after one update and after two updates to zero updates. If updates have
+    random directions, each adds the same amount to the mean square; if they have similar directions, the second adds
+    more. Therefore the result never includes movement of the policy, but it may be smaller than the true noise.
+
+    Args:
+        after_one: mean square of log s after one update.
+        after_two: mean square of log s after two updates.
     """
     return math.sqrt(min(max(2 * after_one - after_two, 0.0), after_one))
 
 
 class RatioNoise:
-    """Watches the steps of one start of a run; all ranks get the same results from the same metrics."""
+    """Watches the steps of one start of a run. All ranks get the same results if they pass the same metrics."""
 
     def __init__(self, config: RunConfig):
         self._config = config
@@ -38,15 +42,15 @@ class RatioNoise:
         self._first: list[tuple[float, float]] | None = []
 
     def watch(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], str]:
-        """Judge one step.
+        """Estimate the noise of one step.
 
         Args:
-            metrics: of the step, reduced over all ranks.
+            metrics: the step's metrics, reduced over all ranks.
 
         Returns:
-            `ratio/noise` (nats) and `ratio/noise_share` (relative to the smaller of clip_low and clip_high), empty
-            for a step with fewer than three mini-batches; and once, after `FIRST_STEPS` measured steps, a line with
-            advice.
+            1. The metrics `ratio/noise` (nats) and `ratio/noise_share`, which is the noise divided by the smaller of
+               clip_low and clip_high. If the step has fewer than three mini-batches, there are no metrics.
+            2. After the `FIRST_STEPS`-th measured step, a line with the finding; otherwise "".
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):
@@ -86,6 +90,6 @@ class RatioNoise:
 
 
 def round_up(value: float) -> float:
-    """Round up to two significant digits."""
+    """Return `value`, which must be positive, rounded up to two significant digits."""
     unit = 10 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit - 1e-9) * unit

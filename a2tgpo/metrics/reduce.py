@@ -1,4 +1,4 @@
-"""Metrics as sums and counts, so that their values do not depend on how the work was distributed over ranks."""
+"""Collect metrics as sums and counts, so that a metric does not depend on how the work was divided over ranks."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ import torch.distributed as dist
 
 @dataclass
 class MetricSums:
-    """Named sums, counts and extremes of one rank, to be merged over ranks and then divided.
+    """Sums with counts, maxima and minima of one rank, each by the name of a metric.
 
-    Ranks may have different names, or none. Use each name with only one of `add`, `add_max` and `add_min`.
+    `reduce` merges them over all ranks and then divides each sum by its count. Ranks may have different names, or no
+    names. Use a name with only one of `add`, `add_max` and `add_min`.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """name -> (sum, count), float64."""
+    """Maps each name to (sum, count), float64."""
     maxima: dict[str, float] = field(default_factory=dict)
     minima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value_sum: float, count: float) -> None:
-        """Add a sum over `count` samples. Reported is sum / count, or the sum if no rank counted a sample."""
+        """Add `value_sum`, a sum over `count` samples, to metric `name`.
+
+        The metric's value is the total sum divided by the total count. If the total count is 0, its value is the
+        total sum.
+        """
         old_sum, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_sum + float(value_sum), old_count + float(count))
 
     def add_max(self, name: str, value: float) -> None:
-        """Report the largest value of all ranks; a NaN stays NaN."""
+        """Add `value` to metric `name`, whose value is the largest one added on any rank, or NaN if one is NaN."""
         self.maxima[name] = _larger(self.maxima.get(name, -math.inf), float(value))
 
     def add_min(self, name: str, value: float) -> None:
-        """Report the smallest value of all ranks; a NaN stays NaN."""
+        """Add `value` to metric `name`, whose value is the smallest one added on any rank, or NaN if one is NaN."""
         self.minima[name] = -_larger(-self.minima.get(name, math.inf), -float(value))
 
     def merge(self, other: MetricSums) -> None:
-        """Add all metrics of `other`."""
+        """Add everything that was added to `other` to this object too."""
         for name, (value_sum, count) in other.sums.items():
             self.add(name, value_sum, count)
         for name, value in other.maxima.items():
@@ -44,10 +49,10 @@ class MetricSums:
             self.add_min(name, value)
 
     def values(self) -> dict[str, float]:
-        """Return every metric of this object by name, without other ranks.
+        """Return the value of every metric by its name, computed from this rank alone.
 
         Raises:
-            ValueError: if a name was used in two ways.
+            ValueError: a name was used with two of `add`, `add_max` and `add_min`.
         """
         twice = (
             (self.sums.keys() & self.maxima)
@@ -62,22 +67,22 @@ class MetricSums:
         return dict(sorted({**means, **self.maxima, **self.minima}.items()))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Return every metric, merged over the ranks of `group` and equal on all of them; does not change this
-        object.
+        """Return the value of every metric, computed from all ranks of `group` and equal on all of them.
 
-        Every rank of `group` must call this, even without metrics. Ranks with the same samples (those of one
-        model-parallel group) must not all be in `group`, because their samples would count several times.
+        This object does not change. Every rank of `group` must call this, even if it has no metrics. The ranks of one
+        model-parallel group have the same samples, so only one of them may be in `group`; otherwise these samples
+        would be counted several times.
 
         Args:
-            group: None: all ranks; without torch.distributed, this process alone.
+            group: the ranks to merge. None: all ranks, or only this process if torch.distributed is not initialised.
 
         Raises:
-            ValueError: if a name was used in two ways.
+            ValueError: a name was used with two of `add`, `add_max` and `add_min`.
         """
         if not dist.is_initialized():
             return self.values()
-        # One collective suffices for any mix of names; merging in rank order makes the float64 sums equal on all
-        # ranks.
+        # One collective exchanges everything, even if ranks have different names. Every rank merges the parts in rank
+        # order, so the float64 sums are equal on all ranks.
         parts: list[bytes] = [b""] * dist.get_world_size(group)
         dist.all_gather_object(parts, msgspec.msgpack.encode(self), group=group)
         merged = MetricSums()

@@ -6,15 +6,16 @@ import statistics
 from collections.abc import Sequence
 
 LOCAL_STAGE = "rollout"
-"""In all other stages ranks wait for each other, so a slow rank delays all of them alike."""
+"""The only stage in which a rank's time shows that this rank is slow. In all other stages ranks wait for each other,
+so a slow rank delays all ranks equally."""
 
 
 class SlowRanks:
-    """Compares the ranks' seconds by stage; only rank 0 needs one.
+    """Compares the time that each rank spent in each stage. Only rank 0 needs an instance.
 
     Args:
-        ratio: a rank is slow if its rollout takes this many times the median.
-        steps: consecutive steps in which the same rank is slow before a line reports it.
+        ratio: a rank is slow if its rollout takes more than `ratio` times the median over all ranks.
+        steps: if the same rank is slow in this many consecutive steps, a line reports the rank.
     """
 
     def __init__(self, *, ratio: float, steps: int):
@@ -24,13 +25,15 @@ class SlowRanks:
         self._streak = 0
 
     def compare(self, by_rank: Sequence[dict[str, float]]) -> tuple[dict[str, float], str]:
-        """Return one step's spread, and a line once a rank has been slow for long enough, else "".
+        """Compare the times of all ranks in one step.
 
         Args:
-            by_rank: `time/STAGE_s` of every rank.
+            by_rank: each rank's metrics `time/STAGE_s`, in rank order.
 
         Returns:
-            `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`; empty for a single rank.
+            1. The metrics `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`. With a single rank,
+               there are no metrics.
+            2. A line if this step is the `steps`-th consecutive one in which a rank is slow; otherwise "".
         """
         if len(by_rank) < 2:
             return {}, ""

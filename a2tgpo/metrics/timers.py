@@ -6,12 +6,17 @@ from contextlib import contextmanager
 
 
 class StageTimers:
-    """Sums wall time by stage; a stage may repeat, and may contain other stages, whose time it includes.
+    """Sums the wall time of each stage.
+
+    A stage may run several times; its times are added. A stage may contain other stages; its time then includes
+    theirs.
 
     Args:
-        synchronize: called at both ends of a stage, e.g. torch.cuda.synchronize, so that a stage includes the
-            work that it queued; None on CPU.
-        enter: called with the name of each outermost stage when it begins, and with "" when it ends.
+        synchronize: function that waits for the device, such as torch.cuda.synchronize. It is called at the beginning
+            and at the end of a stage, so that the stage's time includes the work that the stage queued. None on CPUs.
+        enter: function that is called with the stage's name when an outermost stage begins, and with "" when this
+            stage
+            ends.
     """
 
     def __init__(
@@ -24,7 +29,7 @@ class StageTimers:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body as stage `name`, even if it raises."""
+        """Add the time of the `with` block to stage `name`, even if the block raises."""
         self._settle()
         if self._enter is not None and not self._open:
             self._enter(name)
@@ -40,7 +45,7 @@ class StageTimers:
                 self._enter("")
 
     def take(self) -> dict[str, float]:
-        """Return the seconds by stage since the last call, as metrics `time/STAGE_s`, and reset them."""
+        """Return the metrics `time/STAGE_s`, the seconds spent in each stage since the last call of this method."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return taken

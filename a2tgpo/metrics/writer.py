@@ -1,4 +1,4 @@
-"""Write a run's metrics to metrics.jsonl, to TensorBoard, and to a live line in the terminal."""
+"""Write a run's metrics to metrics.jsonl and to TensorBoard, and show progress in the terminal."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 PROGRESS_METRICS = {"reward": "reward/mean", "EM": "reward/em", "tok/s": "speed/tokens_per_s"}
-"""Label on the progress line, and the metric shown there."""
+"""Maps each label on the progress line to the metric that is shown after the label."""
 
 
 class MetricWriter:
-    """Writes one run's records on one rank; on the other ranks, created with `enabled=False`, every call does
+    """Writes the metrics of one run. One rank writes; on every other rank, where `enabled` is False, all methods do
     nothing.
 
-    Several calls may log one step; its line in metrics.jsonl then has all their metrics. Every call returns with its
-    data on disk, so a crash loses nothing.
+    `log` may be called several times for one step. The step's line in metrics.jsonl then has the metrics of all these
+    calls. When a call returns, its data has been written to the file, so a crash of the process loses nothing.
 
     Args:
-        run_dir: the run's folder, created if missing.
-        total_steps: steps of the whole run, for the progress line.
-        enabled: True on the one rank that writes.
-        resume_step: the step from which a run resumes; records of later steps are dropped. None: a new run;
-            records of an earlier run in the folder are moved to `previous_N/`.
-        stream: the terminal; None: stderr. If the stream is not a terminal, each step prints a plain line.
+        run_dir: the run's folder; created if it is missing. total_steps: number of steps of the whole run, shown on
+            the progress line. enabled: True on the one rank that writes. resume_step: the step from which the run
+            resumes; records of later steps are dropped. None: the run is new, and
+            if the folder contains records of an earlier run, they are moved to `previous_N/`.
+        stream: where progress is shown; None: stderr. If `stream` is not a terminal, each step prints a plain line.
     """
 
     def __init__(
@@ -65,9 +64,9 @@ class MetricWriter:
         self._first_step, self._start = resume_step or 0, time.monotonic()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` of `step`; steps must not decrease from call to call.
+        """Record `metrics` as metrics of `step`. A call must not have a smaller step than an earlier call.
 
-        Values that are not finite become null in metrics.jsonl.
+        A value that is not finite becomes null in metrics.jsonl.
         """
         if not self.enabled:
             return
@@ -80,12 +79,12 @@ class MetricWriter:
         self._show(step, values)
 
     def log_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Record the finite values as a histogram in TensorBoard; do nothing if there are none."""
+        """Record those of `values` that are finite as a histogram in TensorBoard. If none is, do nothing."""
         if not self.enabled:
             return
         finite = [float(value) for value in values if math.isfinite(value)]
         if finite:
-            # torch's writer accepts NumPy arrays, but no lists
+            # torch's writer accepts NumPy arrays, but it does not accept lists.
             import numpy as np
 
             with naming(self._board_folder):
@@ -94,24 +93,26 @@ class MetricWriter:
     def log_hyperparameters(
         self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
     ) -> None:
-        """Record the run's settings, so that TensorBoard can compare runs by their last values of `metrics`."""
+        """Record the run's settings `values`. TensorBoard's table of runs then shows them beside the last values of
+        `metrics`.
+        """
         if self.enabled:
             from torch.utils.tensorboard.summary import hparams
 
-            # add_hparams would write the metrics into an additional run.
+            # SummaryWriter.add_hparams is not used because it would show the metrics as those of an additional run.
             for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0)):
                 self._board._get_file_writer().add_summary(summary)
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """Record `text` in TensorBoard unchanged (monospaced, not interpreted as Markdown)."""
+        """Record `text` in TensorBoard, which shows it in a monospaced font and does not interpret it as Markdown."""
         if self.enabled:
-            # Indentation makes a code block of any text, whereas the text itself could close a fence.
+            # Indentation turns any text into a code block. A fenced block could be closed by the text itself.
             indented = "\n".join("    " + line for line in text.splitlines())
             with naming(self._board_folder):
                 self._board.add_text(name, indented, step)
 
     def print(self, text: str) -> None:
-        """Print a line above the progress line."""
+        """Print `text` as a line above the progress line."""
         if self.enabled:
             if self._bar is not None:
                 self._bar.clear()
@@ -138,7 +139,8 @@ class MetricWriter:
             file=self._stream,
             desc="step",
             dynamic_ncols=True,
-            # Estimate the remaining time mostly from the run's average, since steps are few and slow.
+            # A small value makes tqdm estimate the remaining time mostly from the run's average, which is more stable
+            # because steps are few and slow.
             smoothing=0.1,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )
@@ -158,7 +160,10 @@ class MetricWriter:
             )
 
     def _time_left(self, step: int) -> str:
-        """Estimate the remaining time from this start's mean time per step, evaluations and checkpoints included."""
+        """Return the estimated remaining time as text; "" before this start's first step and after the last step.
+
+        The estimate uses the mean time per step since this start, which includes evaluations and checkpoints.
+        """
         done, left = step - self._first_step, self._total_steps - step
         if done < 1 or left < 1:
             return ""
@@ -167,17 +172,17 @@ class MetricWriter:
 
 
 class _MetricsFile:
-    """metrics.jsonl: one object per step, ascending."""
+    """The file metrics.jsonl, which has one JSON object for each step, in the order of the steps."""
 
     def __init__(self, run_dir: Path, resume_step: int | None):
         self._path = path = run_dir / METRICS_FILE
         if resume_step is None:
             _set_aside(run_dir)
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        # Atomically: a crash must not lose the kept lines.
+        # The file is replaced atomically, because a crash must not lose the lines that are kept.
         write_text(path, "".join(_line(record) for record in kept))
         self._last: dict = kept[-1] if kept else {}
-        # Unbuffered: otherwise closing the file would write a line again whose first write failed.
+        # The file has no buffer. With one, if the write of a line fails, closing the file would write the line again.
         self._handle = path.open("r+b", buffering=0)
         self._last_start = self._handle.seek(0, os.SEEK_END) - len(
             _line(self._last).encode() if kept else b""
@@ -201,7 +206,7 @@ class _MetricsFile:
             self._append(_line(self._last).encode())
 
     def _append(self, line: bytes) -> None:
-        """Write the whole line or nothing."""
+        """Append `line` to the file. If the write fails, remove the part of `line` that was written."""
         try:
             while line:
                 line = line[self._handle.write(line) :]
@@ -214,12 +219,13 @@ class _MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the records of a metrics.jsonl, one per step; empty if the file does not exist.
+    """Return the records in the metrics.jsonl at `path`, one for each step. If the file does not exist, return an
+    empty list.
 
-    Ignores a last line that a crash truncated.
+    A malformed last line is ignored, because a crash may have truncated it.
 
     Raises:
-        ValueError: if any other line is malformed.
+        ValueError: another line is malformed.
     """
     path = Path(path)
     if not path.exists():
@@ -240,7 +246,10 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def _is_record(record: object) -> bool:
-    """Return whether this is a step with float values; None stands for a value that was not finite."""
+    """Return whether `record` is a dict that has a step and whose values are all numbers or None.
+
+    None stands for a value that was not finite. An integer must be small enough for a float.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return False
     return all(

@@ -1,7 +1,7 @@
 """Process groups, collectives and random state.
 
-Importing this package adapts Megatron-Core to a machine without a GPU (see `cpu`), so import it before any module of
-`megatron`.
+On a machine without a GPU, importing this package adapts Megatron-Core to the CPU (see `cpu`). Therefore import this
+package before any module of `megatron`.
 """
 
 from a2tgpo.parallel import cpu

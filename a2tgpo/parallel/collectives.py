@@ -1,4 +1,4 @@
-"""The collectives that this program needs, for gloo and NCCL."""
+"""Collectives for tensors, objects and bytes that work with gloo and with NCCL."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Return the device of tensors that `group` can communicate."""
+    """Return the device on which a tensor must be so that `group` can communicate it."""
     if dist.get_backend(group) == dist.Backend.NCCL:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def world_group() -> ProcessGroup:
-    """Return the group of all ranks, which have joined."""
+    """Return the group of all ranks; torch.distributed must be initialised."""
     group = dist.group.WORLD
     assert group is not None, "torch.distributed is not initialised"
     return group
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Return the sum over the ranks of `group` as a new tensor on the input's device; every rank must call this."""
+    """Return the sum of `tensor` over the ranks of `group`, as a new tensor on the device of `tensor`.
+
+    Every rank of `group` must call this.
+    """
     return _all_reduce(tensor, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Return the maximum over the ranks of `group` as a new tensor; every rank must call this."""
+    """Return the maximum of `tensor` over the ranks of `group`, as a new tensor on the device of `tensor`.
+
+    Every rank of `group` must call this.
+    """
     return _all_reduce(tensor, dist.ReduceOp.MAX, group)
 
 
@@ -43,35 +49,44 @@ def _all_reduce(tensor: torch.Tensor, op: Any, group: ProcessGroup) -> torch.Ten
 
 
 def all_gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """Return the `value` of every rank of `group`, in rank order; for small picklable records."""
+    """Return, on every rank of `group`, a list with the `value` of each rank in rank order.
+
+    Each `value` must be picklable and should be small. Every rank of `group` must call this.
+    """
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """Return on the first rank of `group` the `value` of every rank, in rank order; [] on the other ranks."""
+    """Return, on the first rank of `group`, a list with the `value` of each rank in rank order.
+
+    The other ranks get an empty list. Every rank of `group` must call this.
+    """
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, values, group=group, group_dst=0)
     return values or []
 
 
 def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
-    """Return the `value` of the rank at position `source` in `group`; the other ranks' values are ignored."""
+    """Return, on every rank of `group`, the `value` of the rank at position `source` in `group`.
+
+    The other ranks' values are ignored. Every rank of `group` must call this.
+    """
     box = [value]
     dist.broadcast_object_list(box, group_src=source, group=group, device=device_of(group))
     return box[0]
 
 
 def from_last_stage(value: Any, groups: ParallelGroups) -> Any:
-    """Return the last pipeline stage's `value` on all stages of a replica; the other stages' values are ignored."""
+    """Return, on all pipeline stages of a replica, the `value` of the last stage; the other values are ignored."""
     if groups.pp_size == 1:
         return value
     return broadcast_object(value, groups.pp_group, source=groups.pp_size - 1)
 
 
 def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
-    """Return the `content` of the first rank of `group` on all its ranks; the other ranks' content is ignored."""
+    """Return, on every rank of `group`, the `content` of the first rank; the other ranks' content is ignored."""
     if group.size() == 1:
         return content
     device = device_of(group)
@@ -86,11 +101,12 @@ def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
 
 
 def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup) -> list[bytes]:
-    """Send `payloads[i]` to rank `to[i]` of `group` and return the payloads received here, by source.
+    """Send `payloads[i]` to rank `to[i]` of `group`, and return the payloads that this rank received.
 
-    Every rank of `group` must call this, even with nothing to send, and with the same `to`, which has no rank twice.
-    Costs one all-gather of the lengths, 8 bytes per sender and receiver, and one all-to-all of the bytes, in which
-    only pairs with a payload communicate.
+    Entry r of the result is the payload from rank r of `group`, b"" if there was none. Every rank of `group` must
+    call this, even if it sends nothing. All ranks must pass the same `to`, which must not contain a rank twice. The
+    call all-gathers the lengths (8 bytes for each pair of sender and receiver), and then exchanges the bytes in one
+    all-to-all; two ranks communicate in the all-to-all only if one has a payload for the other.
     """
     if len(payloads) != len(to):
         raise ValueError(f"{len(payloads)} payloads for {len(to)} ranks; give one for each, b'' for none")
@@ -109,7 +125,7 @@ def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup
 
 
 def _as_tensor(parts: Sequence[bytes]) -> torch.Tensor:
-    """Concatenate all parts to a tensor, [bytes] uint8."""
-    # bytearray, since torch warns about immutable memory; frombuffer rejects an empty one.
+    """Return all parts in one tensor, [number of bytes] uint8."""
+    # A bytearray, because torch warns if the memory is immutable. frombuffer rejects an empty buffer.
     joined = bytearray().join(parts)
     return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)

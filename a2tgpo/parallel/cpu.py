@@ -1,10 +1,10 @@
-"""The only adaptation of Megatron-Core to machines without a GPU; inactive with a GPU.
+"""Adapt Megatron-Core to a machine without a GPU; no other module does so. On a machine with a GPU, nothing changes.
 
 Megatron's code contains `torch.cuda.current_device()` and `device="cuda"`. `install()` registers an import hook that
-gives every module of `megatron.core` a view of `torch` in which these mean the CPU. torch itself is unchanged, except
-for `Tensor.cuda` and `Tensor.type`: these are methods, which a view cannot replace. This module does not import
-Megatron; the adaptations run when Megatron's modules are imported. `install()` also limits the number of kernels that
-a CPU keeps compiled.
+gives every module of `megatron.core` a view of `torch` in which these expressions mean the CPU. torch itself does not
+change, except for `Tensor.cuda` and `Tensor.type`, because a view of the module cannot replace methods of tensors.
+This module does not import Megatron; each adaptation runs when the Megatron module that it changes is imported.
+`install()` also limits how many compiled kernels oneDNN keeps on the CPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import torch
 
 SCOPE = "megatron.core"
 KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-"""oneDNN, which computes the engine's matrix products and those in bfloat16, compiles a kernel for every shape and
-keeps 1,024 of them by default. Each number of tokens is a shape, so this cache of 0.25 GiB is full within ten steps.
-The entries of a full cache are replaced one by one, which fragments the heap and keeps it from shrinking. Compiling a
-kernel takes 0.3 ms.
+"""Environment variable and value that make oneDNN keep only 64 compiled kernels.
+
+oneDNN computes all matrix products of the engine and the trainer's matrix products in bfloat16. It compiles a kernel
+for every shape and keeps 1,024 kernels by default. Each number of tokens is a shape of its own, so the default cache,
+0.25 GiB, is full within ten steps. From then on, kernels are replaced one by one, which fragments the heap, so that
+the heap cannot shrink. Compiling a kernel takes only 0.3 ms.
 """
 
 _FACTORIES = (
@@ -53,20 +55,21 @@ _EXPECTED_WARNINGS = (
     "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
     "|If you are using transformer_engine"
 )
-"""Megatron's warnings about GPU libraries that are absent on purpose, and about its own defaults."""
+"""Warnings of Megatron that are ignored because they are expected. They concern GPU libraries that are absent on
+purpose, and Megatron's own defaults."""
 
 
 def install() -> None:
-    """Adapt Megatron-Core to the CPU; do nothing on a machine with a GPU, or on a second call.
+    """Adapt Megatron-Core to the CPU. On a machine with a GPU, or if called a second time, do nothing.
 
     Raises:
-        RuntimeError: if megatron was imported before, since its references to torch cannot be replaced afterwards.
+        RuntimeError: megatron has already been imported; its references to torch can no longer be replaced.
     """
     if torch.cuda.is_available() or any(isinstance(finder, ImportHook) for finder in sys.meta_path):
         return
     if SCOPE in sys.modules:
         raise RuntimeError("megatron.core was imported before a2tgpo.parallel; import a2tgpo.parallel first")
-    os.environ.setdefault(*KEPT_KERNELS)  # read when the first kernel is compiled
+    os.environ.setdefault(*KEPT_KERNELS)  # oneDNN reads the variable when it compiles the first kernel
     torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[method-assign]
     torch.Tensor.type = _type_with_device_alias(torch.Tensor.type)  # type: ignore[method-assign]
     warnings.filterwarnings("ignore", message=_EXPECTED_WARNINGS, category=UserWarning)
@@ -74,7 +77,9 @@ def install() -> None:
 
 
 class ImportHook:
-    """Import hook that gives modules of the package `scope` the adapted `torch` and then runs their adaptation."""
+    """Import hook for the modules of the package `scope`. After a module has been imported, the hook replaces its
+    `torch` by the adapted view, and then calls the function that `adaptations` has for the module, if it has one.
+    """
 
     def __init__(
         self, scope: str, torch_view: types.ModuleType, adaptations: dict[str, Callable[[Any], None]]
@@ -103,7 +108,9 @@ class ImportHook:
 
 
 class TorchView(types.ModuleType):
-    """`torch` with an inert `cuda` and factories that create CPU tensors where a CUDA device is requested."""
+    """A view of `torch` whose `cuda` does nothing. If a tensor is requested on a CUDA device, the view's factories
+    create it on the CPU.
+    """
 
     def __init__(self, cuda: types.ModuleType) -> None:
         super().__init__("torch")
@@ -127,7 +134,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NoStream:
-    """Streams and events of a device that works synchronously."""
+    """Stands for a CUDA stream or event. Its methods do nothing, because the CPU works synchronously."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -148,7 +155,9 @@ class _NoStream:
 
 
 class CudaView(types.ModuleType):
-    """`torch.cuda` with one device, the CPU; all attributes not defined here are the real ones."""
+    """A view of `torch.cuda` whose only device is the CPU. An attribute that this class does not define is the one of
+    the real `torch.cuda`.
+    """
 
     Stream = _NoStream
     Event = _NoStream
@@ -193,10 +202,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _TypeName(str):
-    """Name of a CPU tensor type that also equals its `torch.cuda.` name.
+    """Name of a CPU tensor type, such as 'torch.FloatTensor', that also equals the name of the same type on a GPU.
 
-    The optimizers group parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
-    (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
+    Megatron's optimizers need this because they compare `param.type()` with 'torch.cuda.FloatTensor' to group the
+    parameters (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
     """
 
     def __eq__(self, other: object) -> bool:
@@ -221,15 +230,16 @@ def _type_with_device_alias(tensor_type: Callable[..., Any]) -> Callable[..., An
 
 
 def _without_compilation(jit: Any) -> None:
-    # Compiling small CPU kernels costs more than it saves. Runs before modules that use the decorator are imported.
+    # Compiling small CPU kernels costs more time than it saves. This runs before Megatron imports modules that use
+    # the decorator.
     jit.disable_jit_fuser()
 
 
 def _cpu_generator(random: Any) -> None:
-    """Make the tracker of tensor-parallel random states keep states of the CPU generator."""
+    """Make Megatron's tracker of random states save and restore the state of the CPU generator."""
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    # fork() warns when the CPU state changes, which is intended here.
+    # The tracker's fork() warns when the CPU state changes, but here this change is intended.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -251,9 +261,9 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
 
 
 def _plain_splits(moe_utils: Any) -> None:
-    """Make the token dispatcher pass its all-to-all splits as NumPy arrays, as it does on a GPU.
+    """Make the token dispatcher of a mixture of experts pass the splits of its all-to-all as NumPy arrays.
 
-    On a CPU the dispatcher would pass tensors, which torch rejects.
+    On a GPU the dispatcher does this already. On a CPU it would pass tensors, which torch rejects.
     """
     move = moe_utils.maybe_move_tensor_to_cpu
 

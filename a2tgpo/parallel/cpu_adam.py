@@ -1,4 +1,4 @@
-"""AdamW with the state layout of Transformer Engine's FusedAdam, for machines without a GPU."""
+"""AdamW for machines without a GPU, with the same state as Transformer Engine's FusedAdam."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Twin of FusedAdam, so that Megatron's optimizers and checkpoints are the same on CPU and GPU.
+    """Replaces FusedAdam on the CPU, so that Megatron's optimizers and checkpoints are the same on CPU and GPU.
 
-    Like FusedAdam, and unlike torch's Adam, it counts steps per parameter group (`group["step"]`) and keeps only
-    `exp_avg` and `exp_avg_sq` per parameter, in float32.
+    The class counts steps in each parameter group (`group["step"]`). For each parameter it stores only `exp_avg` and
+    `exp_avg_sq`, in float32. FusedAdam does both too; torch's Adam does not.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
-        # Megatron checks whether the optimizer keeps the float32 weights; here Megatron keeps them.
+        # Megatron reads this attribute to see whether the optimizer stores the float32 weights. None: Megatron does.
         self.master_weights = None
 
     @torch.no_grad()

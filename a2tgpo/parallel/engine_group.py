@@ -1,4 +1,6 @@
-"""How the ranks share the vLLM engines: neighbours share one engine, and each engine plays its own prompts."""
+"""Division of the ranks into engine groups. Neighbouring ranks share one vLLM engine, and each engine plays its own
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineGroup:
-    """The ranks that share this rank's engine, and the engine's place among all engines."""
+    """The ranks that share this rank's engine, and the engine's index among all engines."""
 
     index: int = 0
     """Index of the engine."""
     count: int = 1
     """Number of engines."""
     rank: int = 0
-    """This rank's place among the ranks of the engine."""
+    """This rank's index among the ranks that share the engine."""
     group: dist.ProcessGroup | None = None
-    """CPU group of these ranks; None if the engine belongs to this rank alone."""
+    """Process group, on the CPU, of the ranks that share the engine; None if only this rank uses the engine."""
 
     @property
     def size(self) -> int:
@@ -38,29 +40,30 @@ class EngineGroup:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank is the first of its engine, which calls the tools, counts and records."""
+        """Whether this rank is the first of its engine. Only this rank calls the tools, counts and records."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this engine's share of `items`: every `count`-th one."""
+        """Return this engine's share of `items`, which is every `count`-th item from position `index` on."""
         return items[self.index :: self.count]
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is True on any rank of the engine; all of them must call this."""
+        """Return whether `flag` is True on at least one rank of the engine. All its ranks must call this."""
         if self.group is None:
             return flag
         return bool(all_reduce_max(torch.tensor(float(flag)), self.group).item())
 
 
 ALONE = EngineGroup()
-"""One rank with the only engine."""
+"""The engine group of a single rank that has the only engine."""
 
 
 def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup:
-    """Divide the ranks into engines of `rollout.tensor_parallel` neighbours; every rank must call this.
+    """Divide the ranks so that every `rollout.tensor_parallel` neighbouring ranks share an engine, and return this
+    rank's group; every rank must call this.
 
     Raises:
-        ConfigError: one line; the ranks cannot be divided like this.
+        ConfigError: one line; `rollout.tensor_parallel` does not divide the number of ranks.
     """
     size = config.rollout.tensor_parallel
     require(
@@ -72,7 +75,7 @@ def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup
     own, timeout = None, timedelta(seconds=config.parallel.timeout_s)
     for first in range(0, groups.world_size, size):
         ranks = list(range(first, first + size))
-        # Over the CPU: on the GPU, a tool's answer would wait for the engine's current step.
+        # The group communicates on the CPU. On the GPU, sharing a tool's answer would wait for the engine's step.
         group = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
         if groups.rank in ranks:
             own = group

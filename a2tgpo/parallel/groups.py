@@ -1,4 +1,4 @@
-"""This process's place in the layout, as a record passed as an argument, never a global."""
+"""`ParallelGroups`, the record of this process's place in the layout; functions take it as an argument."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Ranks, sizes and process groups of one process.
+    """The process groups to which one process belongs, their sizes, and the process's rank in each of them.
 
-    Global rank = tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)): tensor-parallel ranks are
-    neighbours, since they communicate most, then context-parallel ones; pipeline stages are furthest apart.
-    Expert-parallel ranks are also neighbours within a stage: ep_rank is the place in the stage modulo ep_size.
+    The global rank is tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)). So the ranks of a
+    tensor-parallel group are neighbours, because they communicate most. The ranks of a context-parallel group are
+    closer together than data-parallel replicas, and pipeline stages are furthest apart. Expert-parallel ranks are
+    neighbours within a stage: ep_rank is the process's position in its stage, modulo ep_size.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    """Position on this machine; the GPU's number."""
+    """Index of the process among those on this machine, and of the GPU that the process uses."""
     device: torch.device
     """The device on which this process computes."""
     tp_rank: int
@@ -29,23 +30,24 @@ class ParallelGroups:
     cp_rank: int
     cp_size: int
     cp_group: ProcessGroup
-    """The ranks that share this data-parallel replica's sequences, each with a part of every sequence."""
+    """The context-parallel ranks: each holds one part of every sequence of this data-parallel replica."""
     pp_rank: int
     pp_size: int
     pp_group: ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
-    """One rank of each data-parallel replica. Counts of trajectories and tokens are reduced over this group."""
+    """A group with one rank of each data-parallel replica. Counts of trajectories and tokens are reduced over it."""
     dp_cp_group: ProcessGroup
-    """The ranks that hold the same weights: those of `dp_group`, each with its context-parallel ranks. Gradients are
-    reduced, and optimizer state is split, over this group."""
+    """The ranks that hold the same weights as this one, which are the ranks of `dp_group` and their context-parallel
+    ranks. Gradients are reduced over this group, and the optimizer state is divided over it."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup
-    """The ranks over which the experts of a stage's layers are distributed, each expert whole on one rank."""
+    """The ranks over which the experts of a stage's layers are distributed. Each expert is on one of these ranks."""
     edp_group: ProcessGroup
-    """Expert-data-parallel: the ranks of a stage that hold the same experts and reduce their gradients."""
+    """The expert-data-parallel ranks, which are the ranks of a stage that hold the same experts. The gradients of
+    experts are reduced over this group."""
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -61,7 +63,7 @@ class ParallelGroups:
         return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     def dp_ranks_of(self, dp_index: int) -> list[int]:
-        """Return the global ranks of data-parallel replica `dp_index`, stage by stage, ascending."""
+        """Return the global ranks of data-parallel replica `dp_index` in ascending order, so stage by stage."""
         assert 0 <= dp_index < self.dp_size, f"replica {dp_index} of {self.dp_size}"
         in_a_stage = self.tp_size * self.cp_size
         return [
@@ -71,9 +73,9 @@ class ParallelGroups:
         ]
 
     def cp_rank_of(self, rank: int) -> int:
-        """Return the position of global rank `rank` in its context-parallel group."""
+        """Return the index that global rank `rank` has in its context-parallel group."""
         return rank // self.tp_size % self.cp_size
 
     def dp_index_of(self, rank: int) -> int:
-        """Return the data-parallel replica of global rank `rank`."""
+        """Return the index of the data-parallel replica to which global rank `rank` belongs."""
         return rank // (self.tp_size * self.cp_size) % self.dp_size

@@ -1,4 +1,4 @@
-"""Starting and ending the process group and Megatron's parallel state."""
+"""Create and destroy the process group and Megatron's parallel state."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.parallel.groups import ParallelGroups
 
 _set_here: list[str] = []
-"""Environment variables set by `_be_alone`; processes started after `shutdown` must not inherit them."""
+"""Names of the environment variables that `_be_alone` has set. `shutdown` removes these variables, because processes
+that are started later must not inherit them."""
 
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
-    """Join the other processes and create the layout; every process must call this once, first.
+    """Join the other processes and create the layout. Every process must call this once, before other functions of
+    this package.
 
-    Reads the launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment; without them
-    the process is alone. Uses NCCL on a machine with a GPU, gloo elsewhere.
+    Reads the launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment. If RANK is
+    not set, this process is the only one. Uses NCCL on a machine with a GPU, and otherwise gloo.
 
     Args:
-        seed: seed of Python's, NumPy's and torch's generators, equal on all ranks; Megatron's tracker gets one state
-            per tensor-parallel rank.
-        store: the processes' existing rendezvous store; None: rendezvous at MASTER_ADDR and MASTER_PORT.
+        seed: seed of Python's, NumPy's and torch's generators, the same on all ranks. Megatron's tracker derives a
+            different state for each tensor-parallel rank.
+        store: rendezvous store that the processes already share; None: create one at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ConfigError: if the layout does not divide the processes.
+        ConfigError: the number of processes cannot be divided according to `config`.
     """
     if "RANK" not in os.environ:
         _be_alone()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_layout(config, world_size)
-    # Orders a layer's communication and computation on the device; Megatron requires it with tensor > 1.
+    # This variable makes the GPU run a layer's communication and computation in order. Megatron requires it if
+    # tensor > 1.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron uses names of collectives that torch 2.13 renamed.
     warnings.filterwarnings(
@@ -58,8 +61,9 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     dist.init_process_group(
         "nccl" if device else "gloo",
         timeout=timeout,
-        # Without device_id, a group's communicator is created at its first collective, and for groups of one rank
-        # never. With device_id, creating any group would split the communicator of all ranks.
+        # device_id is left out, so that a group's communicator is created at the group's first collective, and a
+        # group of one rank never needs one. With device_id, creating any group would split the communicator of all
+        # ranks.
         store=store,
         rank=rank,
         world_size=world_size,
@@ -68,9 +72,9 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
 
 
 def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
-    """Divide the joined processes according to `config`, replacing an earlier layout; every process must call this.
+    """Divide the processes, which have joined, according to `config`. If there is an earlier layout, replace it.
 
-    `initialize` calls this once; programs that use several layouts call it directly.
+    Every process must call this. `initialize` calls it once; programs that use several layouts also call it directly.
     """
     check_layout(config, dist.get_world_size())
     if parallel_state.is_initialized():
@@ -79,11 +83,11 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         expert_model_parallel_size=config.expert,
-        expert_tensor_parallel_size=1,  # experts are narrow: they are distributed whole, never sliced
+        expert_tensor_parallel_size=1,  # experts are narrow, so no expert is divided over ranks
         virtual_pipeline_model_parallel_size=config.virtual if config.virtual > 1 else None,
         context_parallel_size=config.context,
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
-        create_gloo_process_groups=False,  # second groups of the same ranks, which nothing here uses
+        create_gloo_process_groups=False,  # Megatron would create further groups that this program does not use
     )
     random.seed(seed)
     np.random.seed(seed)
@@ -93,8 +97,8 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless tensor x context x pipeline divides `world_size`, and `expert` divides a stage's
-    ranks.
+    """Raise `ConfigError` if tensor x context x pipeline does not divide `world_size`, or if `expert` does not divide
+    the number of ranks in a pipeline stage.
     """
     if world_size % config.model_ranks:
         raise ConfigError(
@@ -112,7 +116,9 @@ def check_layout(config: ParallelConfig, world_size: int) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; every process must call this last, and may call it again."""
+    """Destroy the process group and Megatron's parallel state. Every process must call this last; a second call does
+    nothing.
+    """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -123,8 +129,8 @@ def shutdown() -> None:
 
 
 def _leave_layout() -> None:
-    """Destroy the groups of a layout: each gloo group has a thread that wakes a hundred times a second."""
-    dist.barrier()  # no rank is still sending in one of these groups
+    """Destroy the groups of a layout, because each gloo group has a thread that wakes a hundred times a second."""
+    dist.barrier()  # after this, no rank is sending in one of these groups
     for group in parallel_state._global_process_group_list:
         if group is not None:
             dist.destroy_process_group(group)
@@ -132,7 +138,7 @@ def _leave_layout() -> None:
 
 
 def _be_alone() -> None:
-    """Set a launcher's environment variables for one process on a free port."""
+    """Set the environment variables that a launcher would set for a single process, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -175,7 +181,7 @@ def _groups() -> ParallelGroups:
         ep_group=parallel_state.get_expert_model_parallel_group(),
         edp_group=parallel_state.get_expert_data_parallel_group(),
     )
-    # This context-parallel rank's tensor x pipeline ranks; those of all context-parallel ranks form the replica.
+    # Megatron's model-parallel group contains only those ranks of the replica that have this rank's cp_rank.
     model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
     assert model_ranks == [
         rank for rank in groups.dp_ranks_of(groups.dp_rank) if groups.cp_rank_of(rank) == groups.cp_rank

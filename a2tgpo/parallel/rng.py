@@ -1,4 +1,6 @@
-"""All random generators of the process as one record, for checkpoints and for code that changes the generators."""
+"""Save and restore the states of all random generators of this process, for checkpoints and for code that changes
+these states.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return this rank's states of Python's, NumPy's and torch's generators, the GPU's, and Megatron's tracker."""
+    """Return the states of this rank's random generators: Python's, NumPy's, torch's on the CPU and on the GPU, and
+    the states in Megatron's tracker.
+    """
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -22,7 +26,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore the states that `get_rng_state` returned, on the same rank of the same layout."""
+    """Set the states that `get_rng_state` returned on the same rank of the same layout."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
