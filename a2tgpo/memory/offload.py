@@ -1,4 +1,4 @@
-"""Offloading: tensors leave the GPU and come back in place, equal to the bit.
+"""Offload tensors: they leave the GPU, and later come back in place, equal to the bit.
 
 Offloading frees the memory of a storage but keeps the tensors that use it, so every view of the storage stays
 valid. This matters because parameters, gradients and the optimizer's shards are views of Megatron's buffers. On

@@ -28,7 +28,7 @@ memory and time.
 
 @dataclass(frozen=True, kw_only=True)
 class MicrobatchShape:
-    """One packed micro-batch on one rank."""
+    """The sizes that determine how much memory one packed micro-batch takes on one rank."""
 
     dimensions: ModelDimensions
     parallel: ParallelConfig

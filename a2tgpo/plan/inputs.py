@@ -14,7 +14,7 @@ from a2tgpo.plan.workload import Geometry, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """One step of one configuration on one cluster."""
+    """The inputs of a plan for one training step of one configuration on one cluster."""
 
     config: RunConfig
     dimensions: ModelDimensions

@@ -28,8 +28,7 @@ def _forget_packed_experts(model: Any) -> None:
     """Make the next reload pack the experts again. This must be called before the reload.
 
     vLLM packs experts only when it first builds their kernel. A later reload copies unpacked weights into the
-    packed storage
-    (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
+    packed storage (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)

@@ -12,7 +12,7 @@ class EngineOutput:
     tokens: list[int]
     """Sampled ids. The ids of the stop string, or of the end-of-sequence token, are included."""
     logprobs: list[float]
-    """Nats: log p of each token in the distribution that it was sampled from; greedy tokens: at temperature 1."""
+    """Nats: log p of each token in the distribution that it was sampled from, or at temperature 1 if greedy."""
     text: str
     """The text of the tokens. It ends right after the stop string."""
     finish_reason: str

@@ -125,7 +125,7 @@ class GroupRollout:
 
         Yields:
             The same as `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a
-                heartbeat.
+            heartbeat.
 
         Raises:
             ConfigError: raised by the call, if a prompt leaves no room for one token.
@@ -169,7 +169,7 @@ class GroupRollout:
 
         Returns:
             The continued groups, and an iterator of the same kind as that of `play`. The trajectories of the
-                groups grow while the caller exhausts the iterator.
+            groups grow while the caller exhausts the iterator.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []

@@ -14,7 +14,7 @@ from a2tgpo.rollout.tool_workers import Call
 RETRY_S = 1.0
 """Seconds between two tries of a held call. If a client's circuit breaker is open, each try fails at once."""
 WARN_EVERY_S = 60.0
-"""Seconds that pass at least between two warnings about an unreliable service."""
+"""Shortest time between two warnings about an unreliable service, seconds."""
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
-    eos          it ended the sequence, or its turn as the chat template would, without an answer
+    eos          it wrote no answer, but the end of sequence or the chat template's end of a turn
     length       it used up the token budget of the turn or of the response
     context      it is as long as the longest sequence that the engine allows
     max_turns    it called a tool once more than allowed
@@ -106,8 +106,9 @@ class LiveTrajectory:
     def start_order(self) -> tuple[bool, bool, int]:
         """A sort key that puts trajectories first that may take longest.
 
-        Trajectories without a budget come first, then trajectories that earlier calls began. Within each of
-        these, questions with more hops come first if the question set gives the number of hops.
+        Trajectories without a budget come before all others. Among the remaining ties, trajectories that earlier
+        calls began come before new ones, and then questions with more hops come before those with fewer, if the
+        question set gives the number of hops.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
@@ -182,8 +183,8 @@ class MultiTurnLoop:
 
         Yields:
             Each trajectory that ends, as soon as all its scores are known. None is a heartbeat: it is yielded
-                every `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the
-                engine get the same items.
+            every `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the
+            engine get the same items.
 
         Raises:
             ToolFaultError: if a tool has a bug or hangs too often. Engine and tools can play again after this error.

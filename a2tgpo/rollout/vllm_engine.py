@@ -56,7 +56,7 @@ if not ON_GPU:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
-    # On a CPU, Triton is always missing, so do not log this.
+    # Triton is expected to be missing on a CPU, so do not log its absence.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 with environment_kept():
@@ -82,7 +82,7 @@ _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 PARTS = ("weights", "kv_cache")
-"""Names, as used by vLLM, of the parts of the engine's memory that sleep and wake."""
+"""The parts of the engine's memory that sleep and wake. The names are vLLM's."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 

@@ -36,7 +36,7 @@ def compute_logprobs(
 
     Returns:
         For each micro-batch, its log-probs on the policy's device. On all but the last pipeline stage, each
-            entry is None.
+        entry is None.
     """
     found: list[TokenLogprobs | None] = [None] * len(microbatches)
 

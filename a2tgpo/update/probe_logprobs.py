@@ -25,7 +25,7 @@ def compute_probe_logprobs(
 
     Returns:
         For each sequence and each probe, one value per answer token. The values are equal on all ranks of a
-            data-parallel replica.
+        data-parallel replica.
     """
     rows = microbatches(
         [sequence.packed_length for sequence in sequences], max_tokens, row=policy.alignment.row
