@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saved beside training, restored, and which of them is the best."""
+"""Save and restore the checkpoints of a run, and track which checkpoint has the best policy."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
-    """Saves and restores one run; every rank has one and makes the same calls.
+    """Saves and restores the state of one run. Every rank has one object and makes the same calls.
 
     Args:
-        folder: of the run.
-        policy, optimizer, schedule, state, guards: what a checkpoint holds.
-        phases: prepares the GPU before a save or a load.
-        train_prompts, test_prompts: the questions that `state` and the best score refer to.
+        folder: the folder of the run.
+        policy, optimizer, schedule, state, guards: the objects whose state a checkpoint contains.
+        phases: moves policy and optimizer to the GPU before a save or a load.
+        train_prompts: the training questions, to which `state` refers.
+        test_prompts: the held-out questions, to which the best score refers.
     """
 
     def __init__(
@@ -73,21 +74,23 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._path, timeout_s=config.parallel.timeout_s)
         self._rollouts = RolloutRetention(folder.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
-        """Step of the last complete checkpoint (0: none), and the best policy at that time."""
+        """Step of the last complete checkpoint, or 0 if there is none; and the best policy as of that checkpoint."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
-        """Whether the evaluation after the last step is still to be made; set by `restore`."""
+        """Whether the run must still make the evaluation after its last step. `restore` sets this value."""
         self._reported = 0
         self._num_failures = 0
 
     def restore(self, path: Path | None, *, is_auto: bool = False) -> int:
-        """Load the checkpoint at `path`; None: a new run. Return the number of steps done.
+        """Load the checkpoint at `path`, and return the number of steps that the run has done.
 
-        Checkpoints of later steps are set aside; a checkpoint of the same step is too, unless it is `path`. The best
-        policy is the one stored in the checkpoint, if it belongs to this run.
+        This method moves this run's checkpoints of later steps to another folder. If `path` is a checkpoint of
+        another run, it also moves this run's checkpoint of the same step. The best policy becomes the one that the
+        checkpoint names. If `path` belongs to another run, there is no best policy.
 
         Args:
-            is_auto: if the checkpoint turns out to be damaged, load the newest whole one before it.
+            path: the checkpoint, or None for a new run, which loads nothing and has done 0 steps.
+            is_auto: if True and the checkpoint is damaged, load the newest earlier checkpoint that is undamaged.
         """
         step, is_own = 0, True
         if path is not None:
@@ -101,7 +104,7 @@ class RunCheckpoints:
             except ValueError as error:
                 raise ConfigError(f"--resume: {error}") from error
             step = int(state["step"])
-            # A converted model has seen no question yet.
+            # The checkpoint of a converted model has no sampler state, because the model has seen no question yet.
             if "sampler" in state:
                 self._state.sampler.load_state_dict(state["sampler"])
             is_own = path.resolve() == (self._path / f"step_{step}").resolve()
@@ -112,10 +115,10 @@ class RunCheckpoints:
                 )
             self._state.carried = self._read_carried(path, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
-            # Checkpoints of earlier versions have neither guards nor a best policy.
+            # A checkpoint of an earlier version may have neither the guards' state nor a best policy.
             if "guards" in state:
                 self._guards.load_state_dict(state["guards"])
-            # Another run's best policy refers to checkpoints that do not exist here.
+            # The best policy of another run refers to a checkpoint that this run does not have.
             self.best.load_state_dict(self._if_comparable(state) if is_own else None)
         retention.set_aside_after(self._path, step if is_own else step - 1)
         self.best.write()
@@ -125,13 +128,14 @@ class RunCheckpoints:
         return step
 
     def save(self, step: int, *, evaluation_is_due: bool = False) -> None:
-        """Start to save a checkpoint of `step` steps, once the previous save has ended; every rank must call this.
+        """Wait for the previous save, then start to save a checkpoint after `step` steps; every rank must call this.
 
-        The rollouts of these steps must be on disk, since a run that resumes from the checkpoint does not play them
-        again. Once the checkpoint is complete, older checkpoints that need not be kept are removed.
+        The recorded rollouts of these steps must be on disk, because a run that resumes from the checkpoint does not
+        play the steps again. Once the checkpoint is complete, retention removes older checkpoints.
 
         Args:
-            evaluation_is_due: a run that resumes from this checkpoint first makes the evaluation after `step`.
+            evaluation_is_due: whether a run that resumes from this checkpoint must first make the evaluation after
+                `step`.
         """
         self.finish_saving(is_last=False)
         self._phases.enter("checkpoint")
@@ -157,19 +161,24 @@ class RunCheckpoints:
 
     @property
     def saved_step(self) -> int:
-        """Step of this run's newest checkpoint, including one being written; 0: none."""
+        """The step of this run's newest checkpoint, whose save may still be in progress; 0 if there is none."""
         return self._saving[0]
 
     @property
     def longest_save_s(self) -> float:
-        """Duration of the longest save of this start so far, seconds."""
+        """Duration in seconds of the longest save that this start has made so far."""
         return self._writer.longest_s
 
     def finish_saving(self, *, is_last: bool = True) -> None:
-        """Wait for the checkpoint being written, if any; every rank must call this, also before the program ends.
+        """If a save is in progress, wait for its end.
+
+        Every rank must call this, and must do so before the program ends.
+
+        Args:
+            is_last: whether this save is the last of the program.
 
         Raises:
-            RuntimeError: one line; the last save of the run failed, or `checkpoint.max_failures` in a row did.
+            RuntimeError: one line; the last save failed, or `checkpoint.max_failures` saves in a row failed.
         """
         fault = self._writer.wait()
         if fault is None:
@@ -179,7 +188,7 @@ class RunCheckpoints:
             return
         self._num_failures += 1
         step, best_before = self._complete
-        if self.best.step == self._saving[0]:  # its save failed, so its weights do not exist
+        if self.best.step == self._saving[0]:  # the save failed, so no checkpoint has the best weights
             self.best.load_state_dict(best_before)
         if is_last or self._num_failures >= self._config.checkpoint.max_failures:
             last = f"{self._path}/step_{step}" if step else "none; the next start begins at step 0"
@@ -191,7 +200,7 @@ class RunCheckpoints:
         self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
-        """Report a failed save once, as soon as this rank knows of the failure; the run continues."""
+        """If this rank knows that a save has failed, report the failure, each failure once; the run continues."""
         fault = self._writer.outcome
         if fault and self._reported != self._saving[0]:
             self._reported = self._saving[0]
@@ -200,7 +209,10 @@ class RunCheckpoints:
             )
 
     def _tidy(self, step: int, best: dict | None) -> None:
-        """Update best.json, then apply retention, so that best.json always names an existing checkpoint (rank 0)."""
+        """Write best.json, and then remove old checkpoints, stored rollouts and recordings; only rank 0 calls this.
+
+        The order ensures that best.json always names a checkpoint that exists.
+        """
         write_best(self._path, best)
         kept = self._config.checkpoint
         retention.drop_old(
@@ -214,13 +226,20 @@ class RunCheckpoints:
         self._rollouts.trim(step)
 
     def _carried_file(self) -> dict[str, bytes]:
-        """Return this rank's files for a checkpoint: the groups that its engine carries over, if any."""
+        """Return the files that this rank adds to a checkpoint, by path.
+
+        With partial rollouts, the leader of each engine adds one file with the groups that its engine carries over.
+        All other ranks add none.
+        """
         if not (self._config.rollout.partial.is_on and self._engine_group.is_leader):
             return {}
         return {carried_file(self._engine_group.index): encode(self._state.carried)}
 
     def _read_carried(self, path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> Carried:
-        """Read a checkpoint's carried groups; drop, with a warning, those that the settings no longer allow."""
+        """Return the carried groups of a checkpoint.
+
+        If the present settings do not allow a group to continue, drop the group and log a warning.
+        """
         try:
             held = read(path, num_engines=self._engine_group.count)
         except ValueError as error:
@@ -248,11 +267,11 @@ class RunCheckpoints:
         return carried(kept, engine=self._engine_group.index)
 
     def _if_comparable(self, state: dict) -> dict | None:
-        """Return the best policy in `state`, or None if later ones cannot be compared with it.
+        """Return the best policy in `state`, or None if scores of later policies cannot be compared with its score.
 
-        The best policy's checkpoint may no longer exist, or its score may be for other held-out questions.
-
-        Ranks may see different files on a network file system, but must agree on which checkpoints to save.
+        The scores cannot be compared if the checkpoint of the best policy no longer exists, or if the policy answered
+        other held-out questions. Ranks may see different files on a network file system, but they must agree on which
+        checkpoints to save, so all ranks follow rank 0.
         """
         world = world_group()
         best, questions = state.get("best"), self._test_prompts.fingerprint

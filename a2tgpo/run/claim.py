@@ -1,4 +1,6 @@
-"""Claim an experiment's folder: lock it, check that it is the same experiment, and record the start."""
+"""Claim the folder of an experiment. Lock the folder, check that it contains the same experiment, and record the
+start.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,19 @@ logger = logging.getLogger(__name__)
 def claim(
     folder: Path, config: RunConfig, rules: Rules, *, begins_anew: bool, accept: bool, done: str
 ) -> FolderLock:
-    """Create the folder, lock it until the program ends, and record what this start runs with; call in one process.
+    """Create the folder, lock it until the program ends, and record the settings and the environment of this start.
+
+    Only one process may call this.
 
     Args:
-        begins_anew: rename an existing folder to NAME.previous_N first; `checkpoint.keep_previous` of these are kept.
-        accept: continue despite all changes since the last start.
-        done: the experiment's progress, in a few words; empty: nothing was trained, so nothing is compared.
+        begins_anew: whether the experiment begins anew. If so, an existing folder is first renamed to
+            NAME.previous_N, and only `checkpoint.keep_previous` of the renamed folders stay.
+        accept: whether to continue despite changes since the last start.
+        done: the progress of the experiment, in a few words. If empty, nothing was trained yet, and the start is not
+            compared with the last start.
 
     Raises:
-        ConfigError: one line; the folder cannot be written, is locked, or holds another experiment.
+        ConfigError: one line; the folder cannot be written, is locked, or contains another experiment.
     """
     try:
         if begins_anew and folder.exists():
@@ -45,8 +51,11 @@ def claim(
 
 
 def _set_aside(folder: Path, *, keep: int) -> None:
-    """Rename `folder` to NAME.previous_N; keep the newest `keep` of these (0: all). Log sizes and removals."""
-    lock = FolderLock(folder)  # fails if a run is still using the folder
+    """Rename `folder` to NAME.previous_N, keep the newest `keep` of the renamed folders, and remove the others.
+
+    If `keep` is 0, all renamed folders stay. Log the sizes of the folders and each removal.
+    """
+    lock = FolderLock(folder)  # raises ConfigError if a run is still using the folder
     stem = f"{folder.name}.previous_"
     numbers = sorted(
         int(path.name.removeprefix(stem))

@@ -1,4 +1,6 @@
-"""The date in a run's prompts, where the chat template writes one: chosen once, kept in the run's folder."""
+"""Choose the date that the chat template may write into a run's prompts. A run chooses the date once and keeps it in
+a file of its folder.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ FILE = "date.txt"
 
 
 def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
-    """Return the run's date, or today's date (UTC) on rank 0 if the run has none yet; every rank must call this.
+    """Return the date of the run; every rank must call this.
+
+    If the run has no date yet, return today's date (UTC) by the clock of rank 0.
 
     Raises:
-        ConfigError: on all ranks, if the run's file holds no date.
+        ConfigError: the run's file does not contain a date; raised on all ranks.
     """
     found: datetime.date | ConfigError | None = None
     if groups.rank == 0:
@@ -34,10 +38,10 @@ def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
 
 
 def read_date(folder: Path) -> datetime.date | None:
-    """Return the date stored in a run's `folder`, or None if it has none yet.
+    """Return the date that the `folder` of a run has in its file, or None if the file does not exist yet.
 
     Raises:
-        ConfigError: one line; the file cannot be read or holds no date.
+        ConfigError: one line; the file cannot be read, or it does not contain a date.
     """
     path = folder / FILE
     try:

@@ -1,4 +1,4 @@
-"""Decide when a run must stop before its last step, and restore the state from which it is saved."""
+"""Decide when a run must stop before its last step, and restore the state that its last checkpoint must contain."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from a2tgpo.run.checkpoints import RunCheckpoints
 
 
 class EarlyStop:
-    """Decides whether to stop now: a stop is requested, or the job ends too soon for the next stages and a save.
+    """Decides whether the run must stop now.
+
+    The run must stop if a stop is requested, or if the job may end before the next stages and a save are done.
 
     Args:
-        request: reports a requested stop and the job's end.
-        state: restored, as are the random generators, to what it was before an unfinished step.
-        outage: of this rank's engine; its time does not predict the next rollout's duration.
-        checkpoints: know how long a save takes.
+        request: reports a requested stop and the end of the job.
+        state: the state that a rollout advances. If a step is unfinished, `rewind` restores this state and the random
+            generators to what they were before the step.
+        outage: measures how long this rank's engine waits for a service that is down. The duration of a rollout is
+            taken without these waits, because they do not predict the duration of the next rollout.
+        checkpoints: measures how long a save takes.
     """
 
     def __init__(
@@ -33,21 +37,31 @@ class EarlyStop:
         self._outage_before_s = 0.0
 
     def should_stop(self, *stages: str) -> bool:
-        """Return whether this rank knows of a stop, or the job may end before `stages` and a save are done."""
+        """Return whether this rank must stop now.
+
+        It must if it knows of a requested stop, or if the job may end before `stages` and a save are done.
+        """
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
         return self.request.should_stop(needed_s=needed_s + self._checkpoints.longest_save_s)
 
     def agree_before(self, *stages: str, is_interrupted: bool = False) -> None:
-        """Raise StopAgreed on all ranks if any should stop, or a rollout was interrupted; all ranks call this."""
+        """Raise StopAgreed on all ranks if any rank should stop before `stages` or has an interrupted rollout.
+
+        Every rank must call this.
+        """
         self.request.agree(is_interrupted or self.should_stop(*stages))
 
     def begin_step(self) -> None:
-        """Store the state that a step will change before its update."""
+        """Store a copy of the state that a step changes before its update, for `rewind`."""
         self._before_step = self._state.snapshot(), get_rng_state()
         self._outage_before_s = self._outage.total_s
 
     def finish_step(self, seconds: Mapping[str, float]) -> None:
-        """Record that the step is done, with the `seconds` of its stages as `time/STAGE_s`."""
+        """Record that the step is done and how long its stages took.
+
+        Args:
+            seconds: maps `time/STAGE_s` to the duration of each stage, seconds.
+        """
         self._before_step = None
         waited_s = self._outage.total_s - self._outage_before_s
         for name, value in seconds.items():
@@ -55,7 +69,7 @@ class EarlyStop:
             self._longest[name] = max(own_s, self._longest.get(name, 0.0))
 
     def rewind(self) -> None:
-        """Restore the state right after the last finished step."""
+        """Restore the state to what it was right after the last finished step."""
         if self._before_step is not None:
             snapshot, rng = self._before_step
             self._state.restore(snapshot)

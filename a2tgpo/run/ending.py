@@ -1,4 +1,4 @@
-"""The lines with which a run ends: where its results are, or why it stopped and how to continue."""
+"""Write the last lines of a run. They tell where the results are, or why the run stopped and how to continue it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def finished(folder: RunFolder, best: BestCheckpoint) -> str:
 
 
 def stopped(folder: RunFolder, step: int, *, num_steps: int, reason: str) -> str:
-    """A requested stop, after which the next start continues."""
+    """Return the line for a requested stop, after which the next start continues the run."""
     saved = f"saved as {folder.checkpoints}/step_{step}" if step else "nothing to save yet"
     return (
         f"stopped after step {step} of {num_steps}: {reason}; {saved}; the next start "
@@ -28,7 +28,10 @@ def stopped(folder: RunFolder, step: int, *, num_steps: int, reason: str) -> str
 
 
 def alarmed(folder: RunFolder, best: BestCheckpoint, step: int, *, num_steps: int, guards: Guards) -> str:
-    """A stop by the guards: the reason, the last good weights, and how to continue nevertheless."""
+    """Return the line for a stop by the guards.
+
+    The line gives the reason of the stop, the last good weights, and the way to continue nevertheless.
+    """
     last_good = ""
     if guards.num_skipping:
         steps = [

@@ -1,4 +1,7 @@
-"""The environment of a start, apart from its settings: user, time, place, code and packages."""
+"""Describe the environment of a start, and compare it with the environment of the last start.
+
+The environment is the user, the time, the place, the code and the packages. The settings are recorded elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from a2tgpo.run.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_l
 
 
 def describe_environment() -> str:
-    """Return lines of name and value: user, time and place, the command, package versions, and the code."""
+    """Return the environment of this process as text, with one name and its value per line.
+
+    The values are the user, the time, the place, the command, the versions of the packages, and the code.
+    """
     lines = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "user": _user(),
@@ -31,15 +37,17 @@ def describe_environment() -> str:
 
 
 def parse_environment(text: str) -> dict[str, str]:
-    """Parse the output of `describe_environment`, by name."""
+    """Return a map from each name to its value in `text`, which `describe_environment` returned."""
     return {name: value for name, _, value in (line.partition(" ") for line in text.splitlines())}
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Compare packages and code with the last start: return differences that refuse this start, and others to report.
+    """Compare the packages and the code of this start with those of the last start.
 
-    Code is compared by content, so a commit without effect on what runs is no change. If the last start had
-    uncommitted changes or no checkout, a developer is at work, and changes of code are only reported.
+    Returns two maps of changes. For a change in the first map, the program refuses the start. It only reports a
+    change in the second map. Code is compared by content, so a commit that changes no executed file is not a change.
+    If the last start had uncommitted changes or no checkout, a developer is at work, so a change of code is in the
+    second map.
     """
     packages = changes(before, {name: now[name] for name in package_versions()})
     if before.get("code", now["code"]) == now["code"]:
@@ -59,5 +67,5 @@ def _short(line: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
+    except (OSError, KeyError):  # the user of a container may have no name
         return str(os.getuid())

@@ -1,4 +1,4 @@
-"""Compare two runs to the bit: metrics, rollouts, checkpoints."""
+"""Compare the metrics, the rollouts and the checkpoints of two runs bit by bit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ NOT_COMPARED = (
     "memory/",
     "refit/",
 )
-"""Metrics that depend on the clock, on failures, or on an engine's earlier weights, since a new engine always
-receives all weights.
-"""
+"""Prefixes of metrics that two equal runs need not share.
+
+Such a metric depends on the clock, on failures, or on the weights that an engine had before. An engine that has just
+started receives all weights, and an older engine may receive fewer."""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
-    """Return the metrics of each step that a second run with the same settings must reproduce.
+    """Return, for each step of `run`, the metrics that a second run with the same settings must reproduce.
 
     Raises:
         ConfigError: one line; the run has no metrics.
@@ -44,10 +45,12 @@ def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Return the differences between two runs, one per line, in the steps that both recorded; empty if none.
+    """Return a line for each difference between two runs, or an empty list if there is none.
+
+    Only the steps that both runs recorded are compared.
 
     Raises:
-        ConfigError: one line; a run has no metrics, or they have no step in common.
+        ConfigError: one line; a run has no metrics, or the two runs have no step in common.
     """
     ours, theirs = comparable_metrics(first), comparable_metrics(second)
     steps = sorted(ours.keys() & theirs.keys())
@@ -63,8 +66,12 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
-    """Return rollouts and checkpoints' tensor files of `steps` that both runs have and whose bytes differ."""
-    # Imports Megatron, which takes seconds.
+    """Return a line for each of `steps` in which the rollouts of the two runs differ, and a line for each of `steps`
+    in which the tensors of their checkpoints differ.
+
+    If only one run has rollouts or a checkpoint of a step, there is nothing to compare.
+    """
+    # Import here, because this import also imports Megatron, which takes seconds.
     from a2tgpo.checkpoint.folder import MARKER, has_weights_only
 
     ours, theirs = recorded_steps(first), recorded_steps(second)
@@ -83,7 +90,11 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
 
 
 def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
-    """Compare two recordings of a step by bytes, or by records if the files are divided differently."""
+    """Return whether two recordings of a step are equal.
+
+    The recordings are compared by bytes. If the two runs divided the records into files differently, the recordings
+    are compared by records.
+    """
     if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
         return True
     return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(
@@ -92,7 +103,10 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
 
 
 def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
-    """Return size and checksum of a checkpoint's tensor files, by name; only of weights if `of_weights`."""
+    """Return a map from each tensor file of a checkpoint to the size and the checksum of the file.
+
+    If `of_weights` is True, the map contains only the files of the weights.
+    """
     from a2tgpo.checkpoint.folder import is_of_weights
 
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]

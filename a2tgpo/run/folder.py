@@ -1,9 +1,15 @@
-"""The folder of a run: its files, and resuming from it.
+"""Claim the folder of a run, and find the checkpoint from which the run resumes.
 
-`ROOT/NAME/`: config.yaml (resolved), config.N.yaml and env.N.txt (of the N-th start), date.txt (today's date, as
-prompts tell it), metrics.jsonl, tensorboard/, rollouts/step_N/ (`record.rollout_files`), checkpoints/step_N/,
-checkpoints/best.json, bank/ (rollouts no checkpoint covers yet), stacks/ (when something hung), holder.json (the
-process that writes here).
+The folder `ROOT/NAME/` contains
+- config.yaml, the resolved configuration of the last start;
+- config.N.yaml and env.N.txt, the configuration and the environment of the N-th start;
+- date.txt, the date that the prompts give as today's date;
+- metrics.jsonl and tensorboard/, the metrics;
+- rollouts/step_N/, the recorded rollouts (`record.rollout_files`);
+- checkpoints/step_N/ and checkpoints/best.json;
+- bank/, the rollouts that no checkpoint covers yet;
+- stacks/, which exists only if some rank hung;
+- holder.json, which names the process that writes to the folder.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Claims the folder of one run, and names its parts; every rank has one and makes the same calls."""
+    """Claims the folder of one run, and gives the paths of its parts. Every rank has one and makes the same calls."""
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -43,16 +49,16 @@ class RunFolder:
         self.path = Path(config.run.root) / config.run.name
 
     def open(self, resume: str, *, accept_changes: bool = False) -> Path | None:
-        """Create the folder and find the checkpoint to resume from.
+        """Create and claim the folder; return the checkpoint to resume from, or None if the run begins at step 0.
 
         Args:
-            resume: auto (the newest complete checkpoint, if any) | none (rename the old folder to
-                NAME.previous_N) | a checkpoint's folder.
-            accept_changes: continue although settings, code or packages differ from the last start.
+            resume: one of `auto`, `none`, and the folder of a checkpoint. With `auto`, the run resumes from its
+                newest complete checkpoint if it has one. With `none`, the old folder is renamed to NAME.previous_N.
+            accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: if `resume` is a path without a checkpoint, or the run's folder cannot be created, is held by
-                another process, or holds another experiment.
+            ConfigError: `resume` is a path at which no checkpoint is, the run's folder cannot be created, another
+                process holds the folder, or the folder contains another experiment; raised on all ranks.
         """
         check_resume(resume)
         fault = [""]
@@ -80,7 +86,7 @@ class RunFolder:
         return checkpoint.latest(self.checkpoints) if resume == "auto" else Path(resume)
 
     def recorder(self, tokenizer: PreTrainedTokenizerBase, *, step: int) -> Recorder:
-        """Create this run's recorder; on resuming from `step`, records of later steps are dropped."""
+        """Return a recorder for this run, which resumes after `step` steps, and drop the records of later steps."""
         writer = MetricWriter(
             self.path,
             total_steps=self._config.run.steps,

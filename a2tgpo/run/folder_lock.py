@@ -1,10 +1,14 @@
-"""Allow one run at a time in a folder: the holder writes its identity and regular signs of life to a file there.
+"""Allow only one run at a time in a folder.
 
-File-system locks are unsuitable: Lustre is often mounted without them, NFS keeps the locks of a crashed node, and a
-forked child keeps the flock of its dead parent. `holder.json` works wherever files work. On the same machine, the
-process id and start time show at once whether the holder lives. If Slurm requeued the holder's own job, the earlier
-process has ended. In all other cases the next start watches whether the file still changes. The next start compares
-contents, never clocks, and opens the file anew for each read, because only then does NFS ask the server.
+The process that holds the folder writes its identity to `holder.json` in the folder. It then changes this file at
+regular intervals as a sign of life. Locks of the file system are unsuitable, because Lustre is often mounted without
+them, because NFS keeps the locks of a crashed node, and because a forked child keeps the flock of its dead parent.
+
+A start that finds another holder checks whether this holder lives. If the holder runs on the same machine, its
+process id and start time show at once whether it lives. If the holder belongs to the same Slurm job before a requeue,
+it has ended. In all other cases the start watches whether the file still changes. It compares the contents of the
+file and uses no clock of another machine. It opens the file anew for each read, because only then does NFS ask the
+server.
 """
 
 from __future__ import annotations
@@ -29,37 +33,36 @@ logger = logging.getLogger(__name__)
 
 FILE = "holder.json"
 BEAT_S = 5.0
-"""Time between two signs of life."""
+"""Seconds between two signs of life."""
 SILENCE_S = 45.0
-"""A holder on another machine that gives no sign of life for this long is considered dead."""
+"""If a holder on another machine gives no sign of life for this many seconds, a start considers the holder dead."""
 SETTLE_S = 1.0
-"""Two starts may find the same dead holder; after this long, both read the file to see which of them holds the
-folder.
-"""
+"""Seconds that a start waits after it has replaced a dead holder. Two starts may replace the same holder at the same
+time. After the wait, both read the file to see which of them holds the folder."""
 _WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A process, identified uniquely."""
+    """The identity of a process that holds a folder; no two processes have the same identity."""
 
     host: str
     pid: int
     started: int
-    """Start time of the process, in ticks after boot; needed because process ids are reused."""
+    """Start time of the process, in ticks after boot. A process id alone is not unique, because ids are reused."""
     boot: str
-    """Boot id and PID namespace; a pid can be checked only within the same one."""
+    """Boot id and PID namespace of the process. A start can check the process id only if both are its own."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0
-    """Seconds since the epoch; for people only."""
+    """Time at which the process took the folder, seconds since the epoch. Only messages use this time."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
         return self.boot, self.pid, self.started
 
     def describe(self) -> str:
-        """Describe the process and how long it has held the folder."""
+        """Return a few words that identify the process and tell how long it has held the folder."""
         job = f" (Slurm job {self.slurm_job})" if self.slurm_job else ""
         minutes = max(0, round((time.time() - self.since) / 60))
         return f"process {self.pid} on {self.host}{job}, which has held it for {minutes} min"
@@ -79,14 +82,14 @@ def this_process() -> Holder:
 
 
 class FolderLock:
-    """Holds a folder for this process until it ends or `release` is called; one rank of a run creates one.
+    """Holds a folder for this process until the process ends or calls `release`; only one rank of a run creates it.
 
     Args:
-        folder: of the run; must exist.
-        key: the setting that names the folder, for the message.
+        folder: the folder of the run, which must exist.
+        key: the setting that names the folder; the error message names this setting.
 
     Raises:
-        ConfigError: one line that names the process which holds the folder.
+        ConfigError: one line; another process holds the folder, and the line names this process.
     """
 
     def __init__(self, folder: Path, *, key: str = "run.name"):
@@ -104,7 +107,7 @@ class FolderLock:
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Release the folder; tolerate that it was moved or removed meanwhile."""
+        """Release the folder. If the folder was moved or removed meanwhile, do nothing."""
         if self._released.is_set():
             return
         self._released.set()
@@ -115,12 +118,12 @@ class FolderLock:
                 self._path.unlink()
 
     def _take(self) -> Holder | None:
-        """Write this process as the holder and return None, or return the holder that still lives."""
+        """Return the other holder if it lives. If it does not, write this process as the holder and return None."""
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             other = _read(self._path)
-            if other is None:  # another start may be writing itself into the file
+            if other is None:  # another start may be about to write its identity to the file
                 time.sleep(SETTLE_S)
                 other = _read(self._path)
             if other is not None and not _is(self._me, other) and _lives(self._path, other, self._me):
@@ -135,7 +138,8 @@ class FolderLock:
         return None if found is None or _is(self._me, found) else found
 
     def _write(self) -> None:
-        # Written in place with constant length, so that a reader sees one beat or the next, never a mixture.
+        # Write in place and always the same number of bytes, so that a reader sees either the old content or the new
+        # content, never a mixture of both.
         text = json.dumps({**dataclasses.asdict(self._me), "beat": self._count})
         with open(self._path, "r+b" if self._path.exists() else "wb") as stream:
             stream.write(text.encode().ljust(_WIDTH) + b"\n")
@@ -154,7 +158,7 @@ class FolderLock:
                     )
                     os._exit(BROKEN_RUN)
                 self._write()
-            except OSError:  # the file system may come back; if not, other writes end the run
+            except OSError:  # if the file system does not recover, another write fails and ends the run
                 continue
 
 
@@ -173,7 +177,10 @@ def _lives(path: Path, other: Holder, me: Holder) -> bool:
 
 
 def _changes(path: Path) -> bool:
-    """Return whether the file changes within `SILENCE_S`, not counting time in which the file system hung."""
+    """Return whether the content of the file changes within `SILENCE_S` seconds.
+
+    If a read hangs, the wait starts again, because the file system may then have delayed a sign of life.
+    """
     first, silent_s = _content(path), 0.0
     pause_s = min(BEAT_S, SILENCE_S / 4)
     while silent_s < SILENCE_S:
@@ -193,7 +200,7 @@ def _content(path: Path) -> bytes:
 
 
 def _read(path: Path) -> Holder | None:
-    """Return the holder in the file; None if there is none or the file cannot be read."""
+    """Return the holder that the file names, or None if the file names none or cannot be read."""
     try:
         record = json.loads(_content(path))
         del record["beat"]
@@ -207,9 +214,10 @@ def _is(one: Holder, other: Holder | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Return the start time of a process in ticks after boot; None if it does not exist or is a zombie."""
+    """Return the start time of the process `pid` in ticks after boot, or None if it does not exist or is a zombie."""
     try:
-        # The second field, the process name, may hold any character but ends at the last ")".
+        # The second field is the name of the process. The name may contain any character, and it ends at the last
+        # ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
         return None

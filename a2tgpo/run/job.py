@@ -1,4 +1,4 @@
-"""Keep a scheduler's job on the configuration of its first start, even if its files change."""
+"""Keep a scheduler's job on the configuration of its first start, even if the configuration files change later."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ logger = logging.getLogger(__name__)
 def load_as_started(
     kept: Path | None, path: str, overrides: Sequence[str], *, is_reporter: bool
 ) -> RunConfig:
-    """Load a job's configuration: from `path` and `overrides` at its first start, afterwards from `kept`.
+    """Return the configuration of a job.
 
-    `section.field=value` after the last file among `overrides` applies at every start: a scheduler passes the same
-    arguments each time, but the job itself adds changing ones, such as its retrieval server's address.
+    The first start loads the configuration from `path` and `overrides`, and each later start loads it from `kept`. If
+    an override of the form `section.field=value` follows the last file among `overrides`, it applies at every start.
+    The job adds such overrides if their values change from start to start. An example is the address of its retrieval
+    server.
 
     Args:
-        kept: written by `keep`; None or missing: a first start.
-        is_reporter: this process logs how the files have changed since.
+        kept: the file that `keep` writes. If it is None or does not exist, this start is the first.
+        is_reporter: whether this process logs how the files have changed since the first start.
 
     Raises:
-        ConfigError: one line; as `load_config`.
+        ConfigError: one line; for the reasons that `load_config` gives.
     """
     if kept is None or not kept.exists():
         return load_config(path, overrides)
@@ -45,13 +47,16 @@ def load_as_started(
 
 
 def keep(kept: Path, config: RunConfig) -> None:
-    """Record what the job was started with, unless recorded already; one process calls this."""
+    """Write the configuration of the job's first start to `kept`, unless the file exists; one process calls this."""
     if not kept.exists():
         write_text(kept, dump_config(config))
 
 
 def _describe_file_changes(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
-    """Return a clause on how the job's files have changed since its first start, which the job ignores."""
+    """Return a clause that tells how the configuration files have changed since the job's first start.
+
+    The clause is empty if they have not changed. The job ignores the changes.
+    """
     try:
         live = load_config(path, overrides)
     except ConfigError as error:

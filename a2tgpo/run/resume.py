@@ -1,4 +1,4 @@
-"""Resuming with a changed configuration: which changes are refused, and which are followed and reported."""
+"""Resume a run, perhaps with a changed configuration: refuse some changes, and follow and report the others."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _SCORED_BY = (
     ),
     "reward.",
 )
-"""Settings on which the rewards and gains of finished trajectories depend."""
+"""Prefixes of the settings on which the rewards and gains of finished trajectories depend."""
 
 
 def check_resume(resume: str) -> None:
-    """Raise `ConfigError` if `resume` is a path, but not that of a complete checkpoint."""
+    """Raise `ConfigError` if `resume` is a path and no complete checkpoint is at this path."""
     if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
         raise ConfigError(
             f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder with {checkpoint.MARKER}"
@@ -43,13 +43,13 @@ def check_resume(resume: str) -> None:
 
 
 def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint that a start would resume from, with its record; None if there is none.
+    """Return the checkpoint from which a start would resume and the record of it, or None if there is no checkpoint.
 
-    One process looks for the checkpoint, and reads only `state.json`. With `auto` it takes the newest checkpoint
-    whose `state.json` is readable.
+    One process may call this. It reads only `state.json`. If `resume` is `auto`, this function returns the newest
+    checkpoint whose `state.json` can be read.
 
     Raises:
-        ConfigError: one line; `resume` is a path whose record cannot be read.
+        ConfigError: one line; `resume` is a path, and the record at this path cannot be read.
     """
     paths = [] if resume == "none" else [Path(resume)]
     if resume == "auto":
@@ -65,12 +65,15 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
         except (OSError, ValueError) as error:
             if resume != "auto":
                 raise ConfigError(f"--resume: {first_line(error)}") from error
-            # The start will skip this checkpoint, with a warning.
+            # The start will skip this checkpoint and log a warning.
     return None
 
 
 def trained_so_far(folder: Path) -> str:
-    """Return the progress of the run in `folder`, in a few words; empty if no trained state exists to resume from."""
+    """Return a few words about the progress of the run in `folder`.
+
+    The result is empty if the run has neither a checkpoint nor recorded rollouts.
+    """
     root = folder / "checkpoints"
     for step in checkpoint.steps_in(root):
         if (root / f"step_{step}" / checkpoint.MARKER).is_file():
@@ -81,22 +84,26 @@ def trained_so_far(folder: Path) -> str:
 def require_same_run(
     path: Path, record: dict[str, Any], hf_config: PretrainedConfig, sampler: PromptSampler
 ) -> None:
-    """Raise `ConfigError`, one line, if the checkpoint with this record has another model or other questions.
+    """Raise a `ConfigError` of one line if the checkpoint with this `record` has another model or other questions.
 
     Args:
-        sampler: of the current question set.
+        hf_config: the architecture of the present model.
+        sampler: the sampler of the present training questions.
     """
     try:
         checkpoint.require_same_model(path, record, hf_config)
     except ValueError as error:
         raise ConfigError(f"--resume: {error}") from error
-    # A converted model has no sampler state.
+    # The checkpoint of a converted model has no sampler state.
     if "sampler" in record["state"]:
         sampler.require_same_questions(record["state"]["sampler"])
 
 
 def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
-    """Return the settings that have changed since `state` was saved; empty if `state` has no settings."""
+    """Return the settings whose values differ between the checkpoint's `state` and `config`.
+
+    The result is empty if `state` contains no settings.
+    """
     return changes(with_new_names(state.get("settings", {})), settings_of(config))
 
 
@@ -107,18 +114,18 @@ def follow_settings(
     prompts: PromptSet,
     changed: Collection[str],
 ) -> tuple[list[Held], dict[str, int]]:
-    """Select the carried groups that can continue under the current settings.
+    """Select the carried groups that can continue with the present settings.
 
-    Trajectories that exceed smaller budgets are cut back to fit, and continue. The result is equal on all ranks,
-    which read the same groups.
+    If the settings now allow fewer tokens or turns than a trajectory has, the trajectory is shortened and continues.
+    All ranks read the same groups, so the result is equal on all ranks.
 
     Args:
         held: the carried groups of all engines.
         prompts: the training questions.
-        changed: keys of settings, see `changed_settings`.
+        changed: the keys of the settings that have changed (`changed_settings`).
 
     Returns:
-        The groups to continue, and the number of dropped groups by reason.
+        The groups that continue, and a map from each reason to the number of groups dropped for it.
     """
     limits = Limits(
         max_turns=config.rollout.max_turns,
@@ -139,7 +146,7 @@ def follow_settings(
 
 
 def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_anew: Sequence[str]) -> str:
-    """Return why a carried group cannot continue, in a few words; empty if it can."""
+    """Return a few words that tell why `group` cannot continue, or an empty string if it can."""
     size = len(group.trajectories)
     if size and size != config.rollout.group_size:
         return f"started with rollout.group_size {size}, which is now {config.rollout.group_size}"

@@ -1,4 +1,4 @@
-"""Which settings identify an experiment, and which may change from one start to the next."""
+"""Define which settings identify an experiment, and which settings may change from one start to the next."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from a2tgpo.config.renamed import RENAMED, with_new_names
 from a2tgpo.config.run import RunConfig
 
 Changes = dict[str, tuple[Any, Any]]
-"""(before, now) by setting."""
+"""Maps the key of each changed setting to its values (before, now)."""
 PLACES = ("run.name", "run.root")
-"""Settings that locate a run; they do not identify the experiment."""
+"""Settings that decide where the folder of a run is. They do not identify the experiment."""
 MAX_SHOWN = 12
-"""Changes that a message lists."""
+"""Largest number of changes that a message lists."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Which settings a program compares. A prefix that ends with a dot means a whole section."""
+    """The rules by which a program compares its settings. A prefix that ends with a dot means a whole section."""
 
     used: tuple[str, ...]
-    """Prefixes of the settings that the program uses; others are not compared."""
+    """Prefixes of the settings that the program uses. It compares no other settings."""
     free: tuple[str, ...]
-    """Prefixes of settings that may change between two starts, because they do not change what is learned."""
+    """Prefixes of the settings that may change between two starts, because they do not change what is learned."""
 
     def is_used(self, key: str) -> bool:
         return key.startswith(self.used) and key not in PLACES
 
     def is_free(self, key: str, config: RunConfig) -> bool:
-        """Return whether `key` may change; run.steps may not if the learning rate decays over it."""
+        """Return whether the setting `key` may change between two starts.
+
+        The setting run.steps may change only if the learning rate is constant, because a decay depends on run.steps.
+        """
         if key == "run.steps":
             return config.update.lr_schedule == "constant"
         return key.startswith(self.free)
@@ -79,15 +82,18 @@ WARM_START = Rules(
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that a checkpoint records, as values by dotted key."""
+    """Return the settings of `config` that a checkpoint records, as a map from each dotted key to its value."""
     return {key: value for key, value in flat_config(config).items() if key not in PLACES}
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Return the values of `keys` in a file that `dump_config` of this or an earlier version wrote, if it has them.
+    """Return a map from each of `keys` to its value in `text`. If `text` lacks a key, the map lacks it, too.
+
+    Args:
+        text: a configuration that `dump_config` wrote, in this version or an earlier one.
 
     Raises:
-        yaml.YAMLError: the file is not YAML.
+        yaml.YAMLError: `text` is not YAML.
     """
     sections = yaml.safe_load(text)
     found = {}
@@ -101,12 +107,18 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the values that differ, of the keys in both: earlier versions of the program had fewer keys."""
+    """Return the keys that both maps have and whose values differ.
+
+    A key that only one map has is no change, because earlier versions of the program had fewer keys.
+    """
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 
 def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
-    """Return how `config` differs from `text`, written by `dump_config`, in the settings that `rules` compares.
+    """Return the settings whose values differ between `text` and `config`, among the settings that `rules` compares.
+
+    Args:
+        text: the earlier configuration, as `dump_config` wrote it.
 
     Raises:
         yaml.YAMLError: `text` is not YAML.
@@ -116,7 +128,7 @@ def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
 
 
 def describe_changes(changed: Changes) -> str:
-    """Format the changes in one line: setting before -> now, ..."""
+    """Return the changes as one line of the form `setting before -> now, ...`."""
     shown = [
         f"{key} {before!r:.40} -> {now!r:.40}" for key, (before, now) in list(changed.items())[:MAX_SHOWN]
     ]

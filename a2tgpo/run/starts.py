@@ -1,7 +1,8 @@
-"""The starts of an experiment, in its folder: config.N.yaml and env.N.txt of the N-th, config.yaml of the last.
+"""Record each start of an experiment in its folder, and compare each start with the start before it.
 
-Each start is compared with the previous start. A change is refused unless this start accepts it; changes of free
-settings are only reported.
+The files config.N.yaml and env.N.txt describe the N-th start, and config.yaml describes the last start. If a setting
+has changed, the program refuses the start unless the user accepts the change. If a free setting has changed, the
+program only reports the change.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ _STARTED = re.compile(r"env\.(\d+)\.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How a start differs from the one before it."""
+    """The changes from the last start to this start."""
 
     refused: Changes = field(default_factory=dict)
-    """Changes that make it another experiment."""
+    """Changes that would make the run another experiment, so the program refuses them."""
     reported: Changes = field(default_factory=dict)
-    """Changes that are allowed and only logged."""
+    """Changes that are allowed, so the program only logs them."""
 
 
 def number_of_starts(folder: Path) -> int:
-    """Return the number of starts recorded in `folder`."""
+    """Return the number of starts that `folder` records."""
     names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
     return max((int(match[1]) for name in names if (match := _STARTED.fullmatch(name))), default=0)
 
 
 def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
-    """Return how a start with `config` would differ from the last start in `folder`.
+    """Return the changes from the last start in `folder` to a start with `config`.
 
     Raises:
-        ConfigError: one line; the last start's record cannot be read.
+        ConfigError: one line; the record of the last start cannot be read.
     """
     path = folder / CONFIG_FILE
     try:
@@ -67,14 +68,15 @@ def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
 
 
 def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool, done: str) -> None:
-    """Compare a start's `config` with the last start and report the changes; one process calls this.
+    """Compare this start with the last start in `folder`, and report the changes; one process calls this.
 
     Args:
-        accept: continue despite all changes.
-        done: the experiment's progress, in a few words.
+        config: the configuration of this start.
+        accept: whether to continue despite changes that the program would refuse.
+        done: the progress of the experiment, in a few words.
 
     Raises:
-        ConfigError: one line; a change makes it another experiment, and `accept` is False.
+        ConfigError: one line; a change would make the run another experiment, and `accept` is False.
     """
     found = difference(folder, config, rules)
     if found.refused and not accept:
@@ -88,7 +90,7 @@ def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool,
 
 
 def record_start(folder: Path, config: RunConfig) -> None:
-    """Record what this start runs with; call in the process that holds the folder."""
+    """Record the configuration and the environment of this start; the process that holds the folder calls this."""
     number = number_of_starts(folder) + 1
     text = dump_config(config)
     write_text(folder / f"config.{number}.yaml", text)
@@ -97,7 +99,7 @@ def record_start(folder: Path, config: RunConfig) -> None:
 
 
 def describe_owner(folder: Path) -> str:
-    """Return who began the experiment in `folder`, when, and in which job, in a few words."""
+    """Return a few words that tell who began the experiment in `folder`, when, and in which job."""
     first = _environment(folder, 1)
     if not first:
         return "another run's folder"
@@ -110,7 +112,7 @@ def _last_environment(folder: Path) -> dict[str, str]:
 
 
 def _environment(folder: Path, number: int) -> dict[str, str]:
-    """Return the environment of start `number`; empty if unknown."""
+    """Return the environment of start `number`, or an empty map if no file records it."""
     try:
         return parse_environment((folder / f"env.{number}.txt").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):

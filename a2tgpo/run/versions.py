@@ -1,4 +1,4 @@
-"""Versions of Python, of the packages and of this code."""
+"""Find the versions of Python, of the packages and of this code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 CODE = ("a2tgpo", "launch")
 """Folders whose Python files a run executes."""
 COMMIT_FILE = "COMMIT"
-"""File in a copy of a checkout (slurm/job.sh): one line as returned by `commit_line`."""
+"""Name of a file in a copy of a checkout (slurm/job.sh). The file has the line that `commit_line` returned there."""
 UNKNOWN = "unknown"
 UNCOMMITTED = " with uncommitted changes"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -30,12 +30,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of the checkout that holds this code or that it was copied from, or `UNKNOWN`."""
+    """Return the commit of this code, or `UNKNOWN`. The code is in a checkout, or in a copy of a checkout."""
     return _copied_line().split(" ")[0] or _git("rev-parse", "HEAD") or UNKNOWN
 
 
 def commit_line() -> str:
-    """Return the commit, and whether the running code differs from it."""
+    """Return one line that gives the commit of this code and tells whether the code differs from the commit."""
     if line := _copied_line():
         return line
     changed = commit() != UNKNOWN and _git("status", "--porcelain", "--", *CODE)
@@ -44,7 +44,10 @@ def commit_line() -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Return a short digest of names and contents of all files that a run executes; works without git."""
+    """Return a short digest over the names and the contents of all Python files that a run executes.
+
+    The digest does not need git.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (_ROOT / folder).rglob("*.py")):
         content = path.read_bytes()
@@ -53,12 +56,18 @@ def code_fingerprint() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Map python, each of `PACKAGES` (or "not installed") and the commit to versions."""
+    """Return a map with the versions of Python and of each of `PACKAGES`, and with the commit of this code.
+
+    If a package is missing, its version is "not installed".
+    """
     return package_versions() | {"commit": commit()}
 
 
 def package_versions() -> dict[str, str]:
-    """Map python and each of `PACKAGES` (or "not installed") to versions."""
+    """Return a map with the versions of Python and of each of `PACKAGES`.
+
+    If a package is missing, its version is "not installed".
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -76,11 +85,12 @@ def _copied_line() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Return git's output for the checkout; empty if git fails, is missing, or there is no checkout.
+    """Run git in the checkout of this code, and return its output.
 
-    In a container the checkout may belong to another user; git refuses to read it without safe.directory.
+    The output is empty if git fails, if git is missing, or if there is no checkout. In a container, the checkout may
+    belong to another user, and git then reads it only with safe.directory.
     """
-    if not (_ROOT / ".git").exists():  # in an installed package, git would describe an unrelated repository
+    if not (_ROOT / ".git").exists():  # an installed package may be inside another repository
         return ""
     try:
         done = subprocess.run(
