@@ -132,16 +132,13 @@ class VllmEngine:
         config: the section `rollout`.
         model_dtype: the number format of the engine if `config.dtype` is auto.
         max_model_len: number of tokens of the longest sequence.
-        seed: seed of the engine's own generator. No request uses this generator, because each request has its
-            own seed.
-        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`. None means that
-            nothing is compared.
+        seed: seed of the engine's own generator, which no request uses because each request has its own seed.
+        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`; None: compare nothing.
         with_weights: whether to read weights. If it is False, `load_weights` must be called before the first
             step. With quantisation, weights are read in any case.
 
     Raises:
-        ConfigError: if the model is missing or unsupported, or if the cache is too small for one sequence. The
-            message is one line.
+        ConfigError: one line, if the model is missing or unsupported, or the cache is too small for a sequence.
     """
 
     def __init__(
@@ -224,8 +221,7 @@ class VllmEngine:
             tokens: the context.
             max_tokens: largest number of tokens to generate.
             seed: seed of the request's own random generator. It may be None only if the temperature is 0.
-            temperature: temperature of sampling and of the log-probs. 0 means greedy sampling, with log-probs
-                at temperature 1.
+            temperature: of sampling and of the log-probs. 0 means greedy sampling, with log-probs at temperature 1.
             top_p: nucleus threshold. Log-probs are those of the distribution after truncation.
             stop: texts that end the generation. The output includes them.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids that the tokenizer
@@ -264,10 +260,7 @@ class VllmEngine:
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return log p of each of `tokens[1:]`, computed by the model without using the cache.
-
-        Log-probs are those of the model itself, as in `submit_score`. The engine must be idle.
-        """
+        """Return log p of `tokens[1:]` by the model itself, without using the cache. The engine must be idle."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
         outputs: list[EngineOutput | ScoreOutput] = []
@@ -303,18 +296,14 @@ class VllmEngine:
         self._answers.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replace all weights of the engine.
-
-        The weights may come in any order, but the load needs the least memory if they come layer by layer.
+        """Replace all weights. They may come in any order, but layer by layer needs the least memory.
 
         Args:
-            weights: pairs of a Hugging Face name and a full, unsharded tensor of any float type. They are
-                consumed lazily.
+            weights: pairs of Hugging Face name and full, unsharded tensor of any float type, consumed lazily.
             version: the version of the weights, which is stored as `weight_version`.
 
         Raises:
-            RuntimeError: if names or shapes are not exactly those of the model. The engine then needs a
-                complete load before it can be used.
+            RuntimeError: if names or shapes are not exactly the model's. The engine then needs a complete load.
         """
         assert not self.has_unfinished, "weights cannot be replaced while requests are in flight"
         assert "weights" not in self._asleep, "wake the weights before they are loaded"
@@ -330,10 +319,7 @@ class VllmEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of the weights and of the KV cache.
-
-        Before the engine is used again, both parts must be woken. On a GPU, the weights must also be loaded again.
-        """
+        """Free the memory of weights and KV cache. Before the next use, wake both, and on a GPU reload the weights."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
         if ON_GPU:
@@ -355,10 +341,7 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Allocate the memory of `part` again.
-
-        Wake weights first, then kv_cache. In between, the trainer can free its copies of the weights.
-        """
+        """Allocate the memory of `part` again: first weights, then kv_cache. The trainer can free its copy in between."""
         assert part in PARTS, part
         if part not in self._asleep:
             return
