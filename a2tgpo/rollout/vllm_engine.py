@@ -319,7 +319,7 @@ class VllmEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache. Before the next use, wake both, and on a GPU reload the weights."""
+        """Free the memory of weights and KV cache. Before the next use, wake both; on a GPU, reload the weights."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
         if ON_GPU:
@@ -341,7 +341,7 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Allocate the memory of `part` again: first weights, then kv_cache. The trainer can free its copy in between."""
+        """Allocate the memory of `part` again. Wake weights first, so that the trainer can free its copy."""
         assert part in PARTS, part
         if part not in self._asleep:
             return
