@@ -1,6 +1,6 @@
-"""Load balancing: trajectories over data-parallel replicas, and a replica's trajectories over micro-batches.
+"""Divide trajectories over data-parallel replicas, and the trajectories of one replica over micro-batches.
 
-Both results depend only on the lengths, so all ranks that know the lengths compute the same result.
+Both divisions depend only on the trajectories' lengths, so all ranks that know the lengths compute the same division.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from collections.abc import Sequence
 def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
     """Assign each item to a bin so that the bins have similar total lengths.
 
-    Goes from the longest item to the shortest, and gives each to the bin with the fewest tokens so far (the largest
-    bin is within 4/3 of the optimum, and far closer with many items). Ties go to the earlier item and the lower bin.
+    Takes the items from the longest to the shortest, and puts each into the bin that has the fewest tokens so far. If
+    two items are equally long, the earlier one comes first; if two bins have equally many tokens, the one with fewer
+    items is chosen, then the one with the lower index. The largest bin has at most 4/3 of the optimal number of
+    tokens, and with many items it is much closer to the optimum.
 
     Args:
-        lengths: tokens of each item.
-        num_bins: >= 1.
+        lengths: number of tokens of each item.
+        num_bins: number of bins, >= 1.
 
     Returns:
-        The bin of each item, in [0, num_bins).
+        For each item, the index of its bin, in [0, num_bins).
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
-    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin): a sorted list is a heap
+    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin); sorted, so a heap
     bins = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         tokens, items, number = loads[0]
@@ -35,22 +37,23 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
 def microbatches(
     lengths: Sequence[int], max_tokens: int, *, min_count: int = 0, row: int = 1
 ) -> list[list[int]]:
-    """Group items into few micro-batches of near-equal size, at most `max_tokens` each.
+    """Group the items into few micro-batches, each with at most `max_tokens` tokens.
 
-    If rows are padded to a multiple, equal sizes would waste about half a multiple per row. Micro-batches are then
-    filled to the limit, one after the other, and the last ones are smaller.
+    If `row` is 1, the micro-batches have similar sizes. If `row` is larger, every micro-batch is padded to a multiple
+    of `row`, and similar sizes would waste about half of `row` in each micro-batch. Micro-batches are then filled to
+    the limit one after the other, and the last ones are smaller.
 
-    Items of length 0 (see `packing.packed_length`) are left out. An item longer than `max_tokens` gets its own
-    micro-batch.
+    Items of length 0 (see `packing.packed_length`) are left out. An item that is longer than `max_tokens` gets a
+    micro-batch of its own.
 
     Args:
-        lengths: tokens of each item.
-        max_tokens: limit of one micro-batch.
-        min_count: fewest micro-batches to return; more micro-batches than items leave some of them empty.
+        lengths: number of tokens of each item.
+        max_tokens: largest number of tokens in one micro-batch.
+        min_count: smallest number of micro-batches to return. If there are fewer items, some micro-batches are empty.
         row: the length of a micro-batch is padded to a multiple of this number.
 
     Returns:
-        Indices of the items of each micro-batch, ascending within it; without items, `min_count` empty micro-batches.
+        For each micro-batch, the indices of its items in ascending order.
     """
     items = [item for item, length in enumerate(lengths) if length > 0]
     sizes = [lengths[item] for item in items]
@@ -65,8 +68,8 @@ def microbatches(
 
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Return micro-batches of near-equal size, as few as `deal` can make."""
-    num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of these items fit together
+    """Return the smallest number of micro-batches for which `deal` keeps the limit; they have similar sizes."""
+    num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit into one micro-batch
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]
@@ -78,16 +81,18 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
 
 
 def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Repeatedly combine the longest remaining item with the other items that best fill `max_tokens`.
+    """Return micro-batches that are filled to `max_tokens` one after the other.
 
-    If this makes fewer than `min_count` micro-batches, the largest ones are halved.
+    Each micro-batch takes the longest remaining item, and those other items that fill the limit best. If there are
+    then fewer than `min_count` micro-batches, the largest ones are divided in two.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     groups = []
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k] is set if some subset of the first k others has n <= `room` tokens in total.
+        # Bit n of reachable[k] is set if n <= `room` and a subset of the first k items of `others` has n tokens in
+        # total.
         reachable = [1]
         for place in others:
             longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)

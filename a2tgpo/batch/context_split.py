@@ -1,4 +1,4 @@
-"""Division of a packed row over context-parallel ranks."""
+"""Divide a packed row over the context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from torch import Tensor
 
 
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
-    """Return the row's positions that each context-parallel rank holds, in the rank's order.
+    """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
 
-    With causal attention late positions cost more than early ones. Every segment is therefore cut into 2 * cp_size
-    equal pieces; rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"), so that all ranks do equal work for any
-    segments. Transformer Engine and Megatron's rotary embedding expect this division.
+    With causal attention, late positions of a segment cost more than early ones. Every segment is therefore cut into
+    2 * cp_size equal pieces, and rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"). All ranks then have the
+    same amount of work, however long the segments are. Transformer Engine and Megatron's rotary embedding expect this
+    division.
 
     Args:
-        cu_seqlens: [segments + 1] integers, the segments' boundaries from 0 to T; lengths are multiples of
-            2 * cp_size (see `packing.alignment`).
+        cu_seqlens: [segments + 1] integers, the segments' boundaries from 0 to T. The length of every segment must be
+            a multiple of 2 * cp_size (see `packing.alignment`).
 
     Returns:
-        [cp_size, T / cp_size] int64 on the same device; each row ascends, together they are 0 .. T - 1.
+        [cp_size, T / cp_size] int64, on the device of `cu_seqlens`. Each row has the positions of one rank in
+        ascending order. All rows together contain each position from 0 to T - 1 once.
     """
     lengths = cu_seqlens.diff().long()
     num_pieces = 2 * cp_size
@@ -27,5 +29,5 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     position = torch.arange(segment.numel(), device=lengths.device)
     piece = (position - cu_seqlens[segment]) // (lengths // num_pieces)[segment]
     rank = torch.minimum(piece, num_pieces - 1 - piece)
-    # The sort is stable and every rank has equally many positions, so each row of the result ascends.
+    # Each row of the result ascends, because the sort is stable and every rank has the same number of positions.
     return torch.argsort(rank, stable=True).view(cp_size, -1)

@@ -1,4 +1,4 @@
-"""Exchange of trajectories: from the engine that played them to the data-parallel replica that trains on them."""
+"""Send each trajectory from the engine that played it to the data-parallel replica that trains on it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 def exchange(
     trajectories: Sequence[Trajectory], groups: ParallelGroups, *, prompts_per_minibatch: int
 ) -> list[Trajectory]:
-    """Distribute the step's trajectories over the data-parallel replicas, token-balanced inside each mini-batch.
+    """Distribute the step's trajectories so that, in each mini-batch, all data-parallel replicas get similar numbers
+    of tokens.
 
-    Every rank of the world must call this, even with no trajectory. Only the lengths are all-gathered (a few bytes
-    per trajectory). Each trajectory is sent once, to the first rank of its data-parallel replica, which passes it on
-    to the replica's other ranks. The distribution depends only on lengths and ids, not on which engine played a
-    trajectory.
+    Every rank of the world must call this, even if it has no trajectory. Only ids and lengths are all-gathered, which
+    are a few bytes per trajectory. Each trajectory is sent once, to the first rank of its data-parallel replica, and
+    this rank broadcasts it to the other ranks of the replica. The distribution depends only on ids and lengths, and
+    not on the engine that played a trajectory.
 
     Args:
-        trajectories: the trajectories that this rank's engine played; empty on ranks that only follow an engine.
-        prompts_per_minibatch: prompts [m k, (m + 1) k) form mini-batch m, where k is this number.
+        trajectories: on the first rank of an engine, the trajectories that this engine played; empty on other ranks.
+        prompts_per_minibatch: number k of prompts in a mini-batch. Mini-batch m has the prompts from index m k up to
+            index (m + 1) k - 1.
 
     Returns:
-        This data-parallel replica's trajectories, equal on all its ranks, by (prompt_index, sample_index).
+        The trajectories of this rank's data-parallel replica, sorted by (prompt_index, sample_index). All ranks of
+        the replica get the same list.
     """
     world = world_group()
     own = [(t.prompt_index, t.sample_index, t.num_tokens) for t in trajectories]
@@ -52,7 +55,10 @@ def exchange(
 
 
 def _in_replica(payloads: list[bytes], groups: ParallelGroups) -> list[bytes]:
-    """Broadcast the `payloads` of the data-parallel replica's first rank: to all stages, then within each stage."""
+    """Return, on all ranks of the data-parallel replica, the `payloads` of its first rank.
+
+    The payloads are first sent to all pipeline stages and then, within each stage, to all ranks.
+    """
     if len(groups.dp_ranks_of(groups.dp_rank)) == 1:
         return payloads
     joined = encode_records(payloads)

@@ -1,4 +1,4 @@
-"""A replica's trajectories as packed micro-batches, equally many on all replicas where possible."""
+"""Pack a data-parallel replica's trajectories into micro-batches, as many as on the other replicas if possible."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def pack_microbatches(
     align: Alignment,
     dp_group: ProcessGroup,
 ) -> list[PackedBatch]:
-    """Pack this data-parallel replica's trajectories, `trajectories[i] for i in rows`; every rank must call this.
+    """Pack the trajectories `trajectories[i] for i in rows` of this data-parallel replica; every rank must call this.
 
-    The replica that needs most micro-batches sets the number, and the others get as many smaller ones. No micro-batch
-    is empty, so a replica with fewer trajectories than that has fewer micro-batches.
+    The replica that needs the most micro-batches determines their number, and the other replicas make as many smaller
+    ones. No micro-batch is empty, so a replica with fewer trajectories than this number has fewer micro-batches.
 
     Args:
-        max_tokens: limit of one micro-batch, as in `balance.microbatches`.
-        align: the policy's.
-        dp_group: ranks of the replicas, one each.
+        max_tokens: largest number of tokens in one micro-batch, as in `balance.microbatches`.
+        align: the alignment that the policy's layout requires.
+        dp_group: a process group with one rank of each replica.
     """
     lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))

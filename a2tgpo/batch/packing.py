@@ -1,9 +1,9 @@
-"""Trajectories laid end to end in one row of tokens, every field aligned on the predicting position.
+"""Pack trajectories end to end into one row of tokens. Every field is aligned on the position that predicts a token.
 
 A trajectory with tokens x_0 .. x_{n-1} becomes the inputs x_0 .. x_{m-1} and the targets x_1 .. x_m, where x_m is the
-last token that the policy sampled. No later token is predicted, so the model does not run a final observation. At
-position k the model has read `tokens[k]`, and `logprobs[k]` is log p(`targets[k]`). So `loss_mask`, `turn_ids` and
-`rollout_logprobs` refer to `targets[k]`, not to `tokens[k]`.
+last token that the policy sampled. No later token is predicted, so the model does not run on an observation that ends
+the trajectory. At position k the model has read `tokens[k]`, and `logprobs[k]` is log p(`targets[k]`). Therefore
+`loss_mask`, `turn_ids` and `rollout_logprobs` at position k refer to `targets[k]`, not to `tokens[k]`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory
 
 PADDING = -1
-"""`sequence_ids` of positions that belong to no trajectory."""
+"""Value of `sequence_ids` at positions that do not belong to a trajectory."""
 NOT_SAMPLED = -1
-"""The turn of tokens that the policy did not sample."""
+"""Turn number of tokens that the policy did not sample."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TreeNode:
-    """Positions [start, end) of a row: each attends to the node's prefix, and causally within the node.
+    """The positions [start, end) of a row. Each of them attends to the whole prefix [prefix_start, prefix_end), and
+    to the positions of the node up to itself.
 
-    A trunk has an empty prefix; the prefix of a branch is the beginning of a trunk.
+    The prefix of a trunk is empty. The prefix of a branch is the beginning of a trunk.
     """
 
     start: int
@@ -44,40 +45,41 @@ class TreeNode:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch: S trajectories in one row of T positions, U turns.
+    """One micro-batch. It has S trajectories with U turns in one row of T positions.
 
-    Padding of a segment is at its end, where no other position attends to it; padding of the row forms a last
-    segment. All padding is masked in every field.
+    A segment is padded at its end, so no other position attends to its padding. The padding of the whole row is a
+    last segment of its own. Every field marks all padding as masked.
     """
 
     tokens: Tensor
-    """[1, T] int64, the model's input."""
+    """[1, T] int64, the token ids that the model reads."""
     positions: Tensor
-    """[1, T] int64, 0 at the start of every segment."""
+    """[1, T] int64, the positions within each segment, which begin at 0."""
     cu_seqlens: Tensor
-    """[segments + 1] int32, the segments' boundaries; the last entry is T. Stays in host memory, see `to`."""
+    """[segments + 1] int32, the segments' boundaries; the last entry is T. This tensor stays in host memory (see
+    `to`)."""
     targets: Tensor
-    """[1, T] int64, the next token; 0 on padding."""
+    """[1, T] int64, the token after each position; 0 at padded positions."""
     loss_mask: Tensor
-    """[1, T] bool, True where the target's log-prob is needed: where the policy sampled the target."""
+    """[1, T] bool, True if the policy sampled the target, because only then the target's log-prob is needed."""
     turn_ids: Tensor
-    """[1, T] int64 in [0, U), the target's turn; 0 where masked."""
+    """[1, T] int64 in [0, U), the number of the target's turn; 0 if `loss_mask` is False."""
     sequence_ids: Tensor
     """[1, T] int64 in [0, S), index of the trajectory within this micro-batch; PADDING at padded positions."""
     rollout_logprobs: Tensor
-    """[1, T] float32, the engine's log p of the target, nats; 0 where masked."""
+    """[1, T] float32, the engine's log-prob of the target, nats; 0 if `loss_mask` is False."""
     trajectory_indices: tuple[int, ...]
-    """[S], the trajectories' indices in the list from which they were packed."""
+    """[S], the index of each trajectory in the list that was passed to `pack`."""
     turn_trajectory: Tensor
-    """[U] int64, the turn's trajectory as an index into the same list."""
+    """[U] int64, the index of each turn's trajectory in the same list."""
     turn_index: Tensor
-    """[U] int64, 0-based place of the turn in its trajectory."""
+    """[U] int64, the index of each turn in its trajectory, counted from 0."""
     tree: tuple[TreeNode, ...] | None = None
-    """The attention pattern if it is not causal within each segment; see `probes`."""
+    """The nodes that define the attention, see `probes`. None: attention is causal within each segment."""
 
     @property
     def num_tokens(self) -> int:
-        """T, including padding."""
+        """The number of positions T, including padding."""
         return self.tokens.size(1)
 
     @property
@@ -89,9 +91,10 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Return the batch with its tensors on `device`; the batch itself if they are there already.
+        """Return a copy of this batch whose tensors are on `device`; return this batch itself if they already are.
 
-        `cu_seqlens` stays in host memory: the host reads it in every pass, and would otherwise wait for the GPU.
+        `cu_seqlens` stays in host memory, because the host reads it in every pass and would otherwise wait for the
+        GPU.
         """
         if self.tokens.device == device:
             return self
@@ -105,23 +108,24 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """The multiples to which lengths in a micro-batch are padded."""
+    """The numbers of which the lengths in a micro-batch must be multiples."""
 
     row: int = 1
-    """For the whole row of T positions."""
+    """The length T of the whole row is a multiple of this number."""
     segment: int = 1
-    """For every segment, which is a trajectory with its padding."""
+    """The length of every segment, which is a trajectory with its padding, is a multiple of this number."""
 
     def segment_length(self, length: int) -> int:
-        """Return the padded length of a trajectory of `length` positions."""
+        """Return the number of positions that a trajectory of `length` positions has with its padding."""
         return length + -length % self.segment
 
 
 def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
-    """Return the alignment that layout and number format require together.
+    """Return the alignment that both the layout `parallel` and the number format `fp8` require.
 
-    Context parallelism divides every segment into 2 x `context` equal pieces (see `context_split`); sequence
-    parallelism divides a rank's part of the row into `tensor` equal pieces; FP8 needs pieces of certain lengths.
+    Context parallelism divides every segment into 2 x `context` equal pieces (see `context_split`). Sequence
+    parallelism divides each rank's part of the row into `tensor` equal pieces. With FP8, the length of such a piece
+    must be a multiple of `fp8.token_multiple`.
     """
     segment = 2 * parallel.context if parallel.context > 1 else 1
     piece = (parallel.tensor if parallel.sequence else 1) * fp8.token_multiple
@@ -129,7 +133,10 @@ def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
 
 
 def packed_length(trajectory: Trajectory) -> int:
-    """Return a trajectory's positions in a micro-batch: the number before its last sampled token; 0 without one."""
+    """Return how many positions a trajectory has in a micro-batch, without padding.
+
+    This is the number of tokens before the last token that the policy sampled; it is 0 if the policy sampled none.
+    """
     turns = trajectory.turns
     while turns and not turns[-1].tokens:
         turns = turns[:-1]
@@ -140,18 +147,18 @@ def packed_length(trajectory: Trajectory) -> int:
 
 
 def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: Alignment) -> PackedBatch:
-    """Lay `trajectories[i] for i in indices` end to end, in that order.
+    """Pack `trajectories[i] for i in indices` end to end in this order.
 
-    Trajectories without a sampled token and turns without tokens are left out. If no trajectory remains, the batch
-    has `align.row` masked positions: the model can run it, and it contributes nothing.
+    Trajectories without a sampled token are left out, as are turns without tokens. If no trajectory remains, the
+    batch has `align.row` masked positions. The model can run such a batch, and it contributes nothing to the loss.
 
     Args:
         trajectories: the list to which `indices`, `trajectory_indices` and `turn_trajectory` refer.
-        align: multiples to which segments and T are rounded up; see `alignment`.
+        align: the numbers of which T and the segments' lengths must be multiples; see `alignment`.
 
     Raises:
-        ValueError: if a trajectory has an empty prompt (its first token has no predicting position) or a turn
-            whose `rollout_logprobs` do not match its tokens.
+        ValueError: a trajectory has an empty prompt, so no position predicts its first token; or the number of a
+            turn's `rollout_logprobs` differs from the number of its tokens.
     """
     kept = [index for index in indices if trajectories[index].num_sampled_tokens]
     spans: list[
@@ -171,9 +178,9 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
                 turn_trajectory.append(index)
                 turn_index.append(number)
             spans.append((turn.observation_tokens, NOT_SAMPLED))
-        while spans[-1][1] == NOT_SAMPLED:  # nothing after the last sampled token is predicted
+        while spans[-1][1] == NOT_SAMPLED:  # no token after the last sampled one is predicted
             spans.pop()
-    # All sequences end to end, each up to its last target, which is one token more than its number of positions.
+    # `read` has all sequences end to end, each up to its last target. A sequence has one token more than positions.
     read = _flat([tokens for tokens, _ in spans], np.int64)
     span_lengths = torch.tensor([len(tokens) for tokens, _ in spans], dtype=torch.int64)
     turns = torch.tensor([turn for _, turn in spans], dtype=torch.int64).repeat_interleave(span_lengths)
@@ -188,7 +195,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
     cu_seqlens = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in segments])
     sequence = torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))  # [real]
-    # For real positions: index of the token in `read`, and place in the row.
+    # For each position that is not padding: the index of its token in `read`, and the position in the row.
     source = torch.arange(len(sequence)) + sequence
     target = source + 1
     padding_before = torch.tensor([0, *accumulate(map(operator.sub, segments, lengths))], dtype=torch.int64)
@@ -216,12 +223,12 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
 
 
 def empty_batch(align: Alignment) -> PackedBatch:
-    """Return a micro-batch without trajectories, for ranks with fewer micro-batches than others."""
+    """Return a micro-batch without trajectories; a rank needs it if it has fewer micro-batches than other ranks."""
     return pack([], [], align=align)
 
 
 def _check(trajectory: Trajectory, index: int) -> None:
-    """Raise the ValueErrors that `pack` documents."""
+    """Raise a ValueError if `pack` must reject the trajectory; the documentation of `pack` names the reasons."""
     where = f"trajectory {index} ({trajectory.prompt_id})"
     if not trajectory.prompt_tokens:
         raise ValueError(f"{where} has an empty prompt")
@@ -234,7 +241,7 @@ def _check(trajectory: Trajectory, index: int) -> None:
 
 
 def _flat(lists: Sequence[Sequence[float]], dtype: type) -> Tensor:
-    """Concatenate all values."""
+    """Return the values of all `lists`, one list after the other, in one tensor."""
     return torch.from_numpy(
         np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in lists)])
     )

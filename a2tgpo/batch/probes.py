@@ -1,11 +1,11 @@
-"""Packing of texts to be scored at many places of a sequence, so that the model runs the sequence only once.
+"""Pack a sequence with texts that are scored at many places of it, so that the model runs the sequence only once.
 
     row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
     positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...
 
-A branch attends to the c tokens of the trunk that it continues and to itself, and its positions start at c. So every
-log-prob equals that of a separate sequence of prefix and branch. The row contains the trunk once, plus the branches;
-separate sequences would repeat the trunk for every branch.
+A branch that continues the first c tokens of the trunk attends to these tokens and to itself, and its positions start
+at c. Therefore every log-prob is the same as in a separate sequence that consists of these c tokens and the branch.
+The row contains the trunk only once, whereas separate sequences would repeat it for every branch.
 """
 
 from __future__ import annotations
@@ -20,47 +20,50 @@ from a2tgpo.batch.packing import PADDING, Alignment, PackedBatch, TreeNode
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A request for log p(answer | the sequence's first `prefix_length` tokens, scaffold)."""
+    """A request for the log-prob of `answer` after the sequence's first `prefix_length` tokens and the `scaffold`."""
 
     prefix_length: int
-    """>= 1, tokens."""
+    """Number of tokens, >= 1."""
     scaffold: tuple[int, ...]
-    """At least one token, because the last one predicts the answer's first token."""
+    """Token ids, at least one, because the last token of the scaffold predicts the first token of the answer."""
     answer: tuple[int, ...]
-    """At least one token."""
+    """Token ids, at least one."""
 
     @property
     def branch(self) -> tuple[int, ...]:
-        """The tokens that the model runs: all but the answer's last token, whose prediction is not needed."""
+        """The tokens of scaffold and answer that the model reads. The answer's last token is left out, because the
+        token after it need not be predicted.
+        """
         return (*self.scaffold, *self.answer[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedSequence:
-    """A sequence and its probes."""
+    """A sequence of token ids, and the probes that branch off from it."""
 
     tokens: Sequence[int]
     probes: Sequence[Probe]
 
     @property
     def trunk_length(self) -> int:
-        """Longest prefix of a probe, tokens."""
+        """Number of tokens in the longest prefix of a probe; 0 if there are no probes."""
         return max((probe.prefix_length for probe in self.probes), default=0)
 
     @property
     def packed_length(self) -> int:
-        """Positions in a row: the trunk once, and every branch."""
+        """Number of positions in a row, which has the trunk once and every branch."""
         return self.trunk_length + sum(len(probe.branch) for probe in self.probes)
 
 
 def pack_probes(
     sequences: Sequence[ProbedSequence], indices: Sequence[int], *, align: Alignment
 ) -> PackedBatch:
-    """Lay out `sequences[i] for i in indices` as trees in one row, without the sequences that have no probes.
+    """Pack `sequences[i] for i in indices` as trees into one row. Sequences without probes are left out.
 
-    In the result a probe is a turn: `loss_mask` is True where an answer token is predicted, `turn_ids` numbers the
-    probes, `turn_trajectory` is the probe's sequence and `turn_index` its place among the sequence's probes.
-    `cu_seqlens` describes the row as one segment; `tree` determines the attention.
+    In the returned batch, each probe takes the place of a turn. `loss_mask` is True at positions that predict a token
+    of an answer. `turn_ids` numbers the probes. `turn_trajectory` has the index of each probe's sequence, and
+    `turn_index` has the probe's index among the probes of its sequence. `cu_seqlens` describes the whole row as one
+    segment; `tree` determines the attention.
     """
     assert align.segment == 1, "context-parallel ranks cannot divide a tree"
     tokens: list[int] = []

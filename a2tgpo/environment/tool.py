@@ -1,4 +1,4 @@
-"""The interface between a rollout and its tools: one call, with any backend."""
+"""The interface through which a rollout calls its tools. It is the same for all tools."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from a2tgpo.config.tools import TOOLS_PACKAGE
 
 
 class ToolError(RuntimeError):
-    """A call got no answer; the message is one line with the cause, which the policy reads."""
+    """Raised if a call has no answer. The message is one line that gives the cause; the policy reads this message."""
 
 
 class ToolUnavailableError(ToolError):
-    """The tool's backend appears to be down for all callers; the same call may succeed later."""
+    """Raised if the tool's service seems to be unavailable to all callers; the same call may succeed later."""
 
 
 class Tool(Protocol):
-    """Safe to call from many threads at once."""
+    """A tool that the policy can call. Many threads may call its methods at the same time."""
 
     def call(self, text: str) -> list[str]:
-        """Return the parts of the answer to `text`, best first, at least one.
+        """Return the parts of the answer to `text`, of which there is at least one. The best part comes first.
+
+        If the policy has made a mistake, return an answer that explains the mistake.
 
         Args:
-            text: the policy's text between the tool's tags, spaces squeezed, never empty.
+            text: the policy's text between the tool's tags. It is not empty, and runs of spaces are reduced to one.
 
         Raises:
-            ToolError: there is no answer. For a mistake of the policy, return an answer that explains the mistake.
-            ToolUnavailableError: no call gets an answer now; see `tools.on_outage`.
+            ToolError: there is no answer.
+            ToolUnavailableError: no call has an answer at present; `tools.on_outage` decides what happens then.
         """
 
     def close(self) -> None:
-        """Release resources; the tool is not called afterwards."""
+        """Release the tool's resources. The tool is not called after this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +45,27 @@ class Toolset:
     """The tools of a run and the limits that they share."""
 
     tools: Mapping[str, Tool]
-    """By name, which is also the tag of a call."""
+    """Maps each tool's name, which is also the tag of its calls, to the tool."""
     max_concurrent_calls: int = 16
-    """Concurrent calls per rank that calls tools."""
+    """Largest number of calls that run at the same time on one rank."""
     call_timeout_s: float = 240.0
-    """A call fails if it has not returned this many seconds after its start; time in the queue does not count."""
+    """A call fails if it has not returned this many seconds after its start. Time that the call waits in the queue
+    does not count."""
     max_part_tokens: int = 400
-    """Each part of an answer is cut to this many tokens."""
+    """If a part of an answer is longer than this many tokens, it is cut to this length."""
     outage_limit_s: float | None = None
-    """Seconds for which a call that raised `ToolUnavailableError` is retried. 0: the run ends at once. None: the call
-    fails without a retry, and the policy reads the failure."""
+    """Seconds for which a call is repeated if it raises `ToolUnavailableError`. 0: the run ends at once. None: the
+    call fails without being repeated, and the policy reads that it failed."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.tools)
 
     def take_counts(self) -> dict[str, int]:
-        """Return, as `TOOL/COUNT`, what tools with a method `take_counts` have counted since the last call."""
+        """Return the counts of all tools that have a method `take_counts`, by the names `TOOL/COUNT`.
+
+        They cover the time since the last call of this method.
+        """
         return {
             f"{name}/{count}": number
             for name, tool in self.tools.items()
@@ -72,10 +78,11 @@ class Toolset:
 
 
 def build_tools(config: RunConfig) -> Toolset:
-    """Build the tools named in `tools.names`, from `environment/tools/`; every rank builds its own.
+    """Build the tools that `tools.names` lists, with their modules in `environment/tools/`. Every rank must build its
+    own tools.
 
     Raises:
-        ConfigError: one line; a tool cannot work as configured.
+        ConfigError: one line; a tool cannot work with this configuration.
     """
     tools: dict[str, Tool] = {}
     for name in config.tools.names:

@@ -1,6 +1,7 @@
-"""The tools: `tools.names: [NAME]` selects module NAME, and the policy calls it as <NAME> ... </NAME>.
+"""The modules of the tools. If `tools.names` lists NAME, the policy can call the tool of module NAME as
+<NAME> ... </NAME>.
 
-Each module has one function, called on every rank:
+Each module must have this function, which every rank calls:
 
     def build(config: RunConfig) -> Tool
 """

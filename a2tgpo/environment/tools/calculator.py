@@ -1,7 +1,9 @@
-"""The calculator: exact arithmetic on one expression, which is parsed but never executed.
+"""The calculator tool, which evaluates one arithmetic expression exactly. The expression is parsed, but it is not
+executed as Python.
 
-Numbers are fractions, so 0.1 + 0.2 is 0.3. The language has + - * / // % **, parentheses, unary signs, and abs,
-round, min, max, sqrt. The calculator refuses values beyond `calculator.max_digits`, so no expression takes long.
+Numbers are stored as fractions, so 0.1 + 0.2 is 0.3. An expression may contain + - * / // % **, parentheses, signs,
+and the functions abs, round, min, max and sqrt. If a value has more than `calculator.max_digits` digits, the
+calculator refuses it, so no expression takes long.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ MAX_NODES = 200
 _BITS_PER_DIGIT = Fraction(10, 3)
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"})
 _FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
-"""Digits and signs as typed among Chinese and Japanese characters."""
+"""Maps full-width digits and signs, which are typed in Chinese and Japanese text, to their ASCII forms."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 class _Refusal(ValueError):
-    """Why an expression has no value, in a few words."""
+    """Raised if an expression has no value. The message gives the reason in a few words."""
 
 
 class Calculator:
-    """Returns the value of an expression, or a text that says what is wrong with it.
+    """Answers a call with the value of the expression, or with a text that names the error in the expression.
 
     Args:
         config: the `calculator` section.
@@ -48,13 +50,13 @@ class Calculator:
             return [f"Error: {refusal}"]
 
     def close(self) -> None:
-        """Do nothing; the calculator holds no resources."""
+        """Do nothing, because the calculator has no resources to release."""
 
     def _value(self, text: str) -> Fraction:
         if len(text) > MAX_CHARACTERS:
             raise _Refusal(f"an expression has at most {MAX_CHARACTERS} characters")
         source = text.translate(_FULL_WIDTH).strip().removesuffix("=").translate(_SIGNS).strip()
-        if not re.search(r"[a-z]", source):  # in a function's arguments a comma separates
+        if not re.search(r"[a-z]", source):  # with a function, a comma may separate its arguments
             source = _THOUSANDS.sub("", source)
         try:
             tree = ast.parse(source, mode="eval")
@@ -67,7 +69,8 @@ class Calculator:
     def _evaluate(self, node: ast.expr, source: str) -> Fraction:
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
-                # The written digits: 0.1 is a tenth, not the nearest binary number.
+                # Read the number from its digits in the text, so that 0.1 is a tenth and not the nearest binary
+                # number.
                 return self._bounded(_parse_number(ast.get_source_segment(source, node) or ""))
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
                 magnitude = self._evaluate(operand, source)
@@ -153,7 +156,7 @@ def _sqrt(values: list[Fraction]) -> Fraction:
     roots = math.isqrt(value.numerator), math.isqrt(value.denominator)
     if (roots[0] ** 2, roots[1] ** 2) == (value.numerator, value.denominator):
         return Fraction(*roots)
-    # Twenty decimal places.
+    # An irrational root is cut after twenty decimal places.
     return Fraction(math.isqrt(value.numerator * 10**40 // value.denominator), 10**20)
 
 

@@ -1,4 +1,4 @@
-"""The search tool: returns passages for a query, from the backend of the `search` section."""
+"""The search tool, which returns passages for a query. The configuration's section `search` gives their source."""
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.tool import ToolError, ToolUnavailableError
@@ -10,7 +10,7 @@ NOTHING_FOUND = "No passage was found."
 
 
 class Search:
-    """Returns each passage as one part of the answer, in Search-R1's form."""
+    """Answers a call with passages. Each passage is one part of the answer and is formatted as in Search-R1."""
 
     def __init__(self, search: SearchTool):
         self._search = search
@@ -33,7 +33,7 @@ class Search:
 
 
 def build(config: RunConfig) -> Search:
-    """Build the tool over an in-process corpus or a retrieval server."""
+    """Build the search tool for a corpus in this process or for a retrieval server."""
     return Search(
         build_search(
             config.search,
