@@ -1,9 +1,10 @@
-"""Emulate FP8 linear layers by rounding: the forward pass of Transformer Engine's recipes, on any machine.
+"""Emulate the forward pass of FP8 linear layers with Transformer Engine's recipes by rounding, on any machine.
 
-Operands are rounded to the values of scaled FP8 numbers, multiplied and summed in float32, and the result is rounded
-to the format of the layer's input, like a tensor core with full accumulation. Differences from a GPU run are the
-order of summation and the extent of a scale per tensor. The emulated scale covers one matrix of Hugging Face's layout
-and one sequence; Megatron fuses query, key and value, and gate and up, and training packs many sequences.
+The operands are rounded to values of scaled FP8 numbers, then multiplied and summed in float32. The result is rounded
+to the format of the layer's input. A tensor core with full accumulation computes in the same way. A GPU run differs
+in two points: the order of summation, and the set of values that share a scale in recipes with one scale per tensor.
+An emulated scale covers one matrix of Hugging Face's layout, and the input of one sequence. In training, Megatron
+fuses query, key and value into one matrix, and gate and up into another, and packs many sequences.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EXPONENT_BITS = 0x7F800000
-"""Mask of a float32's exponent bits; a value reduced to these bits is the largest power of two not above the
-value.
+"""Mask of the exponent bits of a float32.
+
+If all other bits of a positive value are cleared, the result is the largest power of two not above the value.
 """
 
 
 @dataclass(frozen=True)
 class Format:
-    """A signed floating point format with gradual underflow that saturates at its largest number."""
+    """A signed floating point format. It has gradual underflow, and larger values become its largest number."""
 
     mantissa_bits: int
     min_exponent: int
-    """Smallest exponent of normal numbers; below it, the spacing stays constant."""
+    """Smallest exponent of normal numbers. All smaller numbers have the same spacing."""
     largest: float
 
 
@@ -38,13 +40,16 @@ E5M2 = Format(mantissa_bits=2, min_exponent=-14, largest=57344.0)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to scale a linear layer's operands into FP8, both in blocks (rows, channels); None: one block."""
+    """How to scale the operands of a linear layer into FP8.
+
+    A block (rows, channels) is the set of values that share a scale; None means that all values share one scale.
+    """
 
     format: Format
     input_block: tuple[int, int] | None
     weight_block: tuple[int, int] | None
     power_of_two: bool
-    """Scales are powers of two, Transformer Engine's default with blocks."""
+    """Whether scales are powers of two, which is Transformer Engine's default for scales per block."""
 
 
 _TENSORWISE = Recipe(E4M3, input_block=None, weight_block=None, power_of_two=False)
@@ -56,26 +61,30 @@ RECIPES = {
     "e5m2-tensorwise": replace(_TENSORWISE, format=E5M2),
     "e5m2-blockwise": replace(_BLOCKWISE, format=E5M2),
 }
-"""Recipes of `model.fp8.recipe` (whose forward pass is e4m3 with either format), and e5m2 for comparison."""
+"""The recipes of `model.fp8.recipe`, and recipes with e5m2 for comparison.
+
+Both values of `model.fp8.format` use e4m3 in the forward pass.
+"""
 
 
 def round_to(values: Tensor, number_format: Format) -> Tensor:
-    """Round finite float32 values to the nearest of `number_format`, ties to even; same shape."""
+    """Round finite float32 values to the nearest number of `number_format`, ties to even; return the same shape."""
     power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     step = power.clamp(min=2.0**number_format.min_exponent) * 2.0**-number_format.mantissa_bits
-    rounded = torch.round(values / step) * step  # exact except for the rounding: step is a power of two
+    rounded = torch.round(values / step) * step  # only `round` changes digits, because step is a power of two
     return rounded.clamp(-number_format.largest, number_format.largest)
 
 
 def quantise(
     values: Tensor, number_format: Format, block: tuple[int, int] | None, *, power_of_two: bool
 ) -> Tensor:
-    """Scale every block to the format's range by its largest value, round, and scale back.
+    """Round `values` as FP8 does: scale each block so that its largest value fits the format, round, and scale back.
 
     Args:
         values: [rows, channels] float32.
-        block: rows and channels that share a scale; blocks at the end may be smaller. None: all values share one.
-        power_of_two: use the largest power of two that does not overflow.
+        block: number of rows and of channels that share a scale. The last blocks may be smaller. None: all values
+            share one scale.
+        power_of_two: whether to use the largest power of two that does not overflow as a block's scale.
 
     Returns:
         [rows, channels] float32.
@@ -93,7 +102,7 @@ def quantise(
 
 
 class EmulatedLinear(nn.Module):
-    """`linear` with input and weight quantised by `recipe`; forward only."""
+    """Computes the forward pass of `linear` with input and weight quantised as in `recipe`; has no backward pass."""
 
     def __init__(self, linear: nn.Linear, recipe: Recipe):
         super().__init__()
@@ -116,8 +125,9 @@ class EmulatedLinear(nn.Module):
 
 @contextmanager
 def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Replace all linear layers of `decoder` by `EmulatedLinear` inside the `with` statement; the LM head keeps its
-    precision.
+    """Replace all linear layers of `decoder` by `EmulatedLinear` inside the `with` statement.
+
+    The LM head is not part of the decoder, so it keeps its precision.
     """
     replaced = [
         (module, name, child)

@@ -1,4 +1,7 @@
-"""Measure how a format's rounding changes the log-probs of turns: read or sample turns, score them, compare."""
+"""Measure how the rounding of a number format changes the log-probs of turns.
+
+The turns are read from a file or sampled, scored in each format, and compared.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,34 @@ from a2tgpo.io.json_lines import read_json_lines
 
 EPSILON = 3e-3
 PIECES = (1, 8, 16, 32, 64, 128, 256)
-"""Lengths of the pieces of turns, tokens."""
+"""Lengths in tokens of the pieces into which turns are cut."""
 MIN_PIECES = 8
-"""Smallest number of values for which a spread is computed."""
+"""Smallest number of pieces for which statistics are computed."""
 WHOLE = 0
-"""The length that stands for whole turns."""
+"""The value of a length that means whole turns instead of pieces."""
 
 Logprobs = list[list[Tensor]]
-"""For each sequence and turn, the log p of the turn's tokens: [tokens] float64, nats."""
+"""The log-probs of each turn's tokens, [tokens] float64 in nats, by sequence and turn."""
 Pieces = tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[int]]]]
-"""The prompt, then for each turn the policy's text and the observation."""
+"""Token ids of the prompt, and for each turn the token ids of the policy's text and of the observation."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """Token ids, and the positions that the policy wrote."""
+    """The token ids of a sequence, and the positions of the tokens that the policy wrote."""
 
     tokens: list[int]
     turns: list[tuple[int, int]]
-    """First and past-the-end position of each turn; at least 1, since a first token has no log-prob."""
+    """(first position, position after the last) of each turn. The first position is at least 1, because the first
+    token of a sequence has no log-prob.
+    """
 
 
 def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
-    """Read the first `limit` records of `path`, without turns that have no token.
+    """Return the sequences of the first `limit` records of `path`; leave out turns without tokens.
 
     Raises:
-        ConfigError: one line; the file or a record cannot be read, or none has a turn.
+        ConfigError: one line; the file or a record cannot be read, or no record has a turn.
     """
     from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
     from a2tgpo.data.template import PromptTemplate
@@ -68,7 +73,7 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
 
 
 def _pieces(record: dict, where: str, tokenizer: Any) -> Pieces:
-    """Return the pieces of a rollout or a plain text."""
+    """Return the token ids of a record, which is either a recorded trajectory or a plain text."""
     if isinstance(record.get("text"), str):
         first, *rest = tokenizer(record["text"], add_special_tokens=False)["input_ids"] or [0]
         return [first], [(rest, [])]
@@ -95,7 +100,7 @@ def _sequence(prompt: Sequence[int], turns: Sequence[tuple[Sequence[int], Sequen
 def written_by(
     model: Any, sequences: Sequence[Written], length: int, tokenizer: Any, *, seed: int
 ) -> list[Written]:
-    """Sample one turn of `length` tokens from `model` for each prompt (the text before the first turn)."""
+    """Sample one turn of `length` tokens from `model` for each prompt; a sequence's prompt ends at its first turn."""
     torch.manual_seed(seed)
     prompts = [sequence.tokens[: sequence.turns[0][0]] for sequence in sequences]
     longest = max(map(len, prompts))
@@ -119,11 +124,11 @@ def written_by(
 def measure(
     model: Any, exact: Any, sequences: Sequence[Written], recipes: Sequence[str]
 ) -> dict[str, Logprobs]:
-    """Return the log-probs of all turns by format: float32, bfloat16, and each of `recipes` in a bfloat16 model.
+    """Return {format: log-probs of all turns} for float32, bfloat16 and each recipe in `recipes`.
 
     Args:
-        model: in bfloat16.
-        exact: the same architecture in float32; receives the weights of `model`.
+        model: the model in bfloat16. The recipes are emulated in this model.
+        exact: a model of the same architecture in float32. Its weights are overwritten by the weights of `model`.
     """
     for target, source in zip(exact.parameters(), model.parameters(), strict=True):
         target.copy_(source)
@@ -137,7 +142,10 @@ def measure(
 
 @torch.no_grad()
 def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
-    """Score like the trainer: logits in the model's format, normalised in float32."""
+    """Return the log-probs of all turns, computed as in the trainer.
+
+    Logits are computed in the model's format, and normalised in float32.
+    """
     results = []
     for sequence in sequences:
         targets = torch.tensor(sequence.tokens)
@@ -153,19 +161,23 @@ def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
 
 @torch.no_grad()
 def move_weights(model: Any, drift: float, *, seed: int) -> None:
-    """Move every bfloat16 weight by `drift` up or down, with stochastic rounding."""
+    """Add or subtract `drift` at random for every bfloat16 weight, and round the result stochastically."""
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
         moved = (weight.float() + drift * signs).view(torch.int32)
-        # A bfloat16 is the upper half of a float32. Adding noise to the lower half and cutting it off rounds up with
-        # a probability proportional to that half.
+        # Round stochastically. A bfloat16 is the upper half of a float32. If random noise is added to the lower half,
+        # and the lower half is then cut off, the value is rounded up with a probability proportional to that half.
         moved += torch.randint(0, 2**16, weight.shape, generator=generator, dtype=torch.int32)
         weight.copy_((moved & -(2**16)).view(torch.float32))
 
 
 def noise_rows(old: Mapping[str, Logprobs], new: Mapping[str, Logprobs]) -> list[dict[str, Any]]:
-    """Return one row per question, format and length."""
+    """Return the table's rows, one for each question, format and length.
+
+    Args:
+        old, new: log-probs by format, from `measure`, before and after `move_weights`.
+    """
     formats = [name for name in old if name != "float32"]
     true_ratio = _difference(new["float32"], old["float32"])
     cases = [("rounding", name, _difference(old[name], old["float32"])) for name in formats]
@@ -187,7 +199,10 @@ def _difference(left: Logprobs, right: Logprobs) -> Logprobs:
 
 
 def piece_means(differences: Logprobs, length: int) -> Tensor:
-    """Return [pieces] means over whole turns (`WHOLE`) or pieces of `length` tokens; drop incomplete pieces."""
+    """Cut all turns into pieces of `length` tokens; return the mean of each piece [pieces].
+
+    Incomplete pieces are dropped. If `length` is `WHOLE`, each turn is one piece.
+    """
     turns = [turn for sequence in differences for turn in sequence]
     if length == WHOLE:
         return torch.stack([turn.mean() for turn in turns])
@@ -195,7 +210,7 @@ def piece_means(differences: Logprobs, length: int) -> Tensor:
 
 
 def statistics(means: Tensor) -> dict[str, float | int]:
-    """Summarise turn-mean log-ratios [n]: count, mean, spread, and size relative to epsilon."""
+    """Return count, mean and spread of log-ratio means [n], and the share that exceeds epsilon in absolute value."""
     size = means.abs()
     return {
         "count": len(means),

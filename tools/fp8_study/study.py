@@ -1,20 +1,24 @@
-"""Measure how far FP8 moves log-probs and turn-mean log-ratios, by emulation on a CPU, against bfloat16's own noise.
+"""Measure how much FP8 changes log-probs and turn-mean log-ratios, compared with the noise of bfloat16.
 
     python tools/fp8_study/study.py MODEL TEXTS --out DIR [--sequences 16] [--sample TOKENS] [--drift 8e-6]
 
-MODEL is a Hugging Face folder; TEXTS a JSONL of demonstrations (`question`, `turns` of `text` and `observation`), of
-rollouts (a file of RUN/rollouts/step_N/, unpacked) or of plain texts (`text`, one turn each). With --sample the
-model writes one turn of that many tokens after each prompt, and these turns are measured instead.
+FP8 is emulated on a CPU. MODEL is a Hugging Face folder. TEXTS is a JSONL file of one of three kinds. Demonstrations
+have a `question` and `turns` with `text` and `observation`. Trajectories are an unpacked file of
+RUN/rollouts/step_N/. Plain texts have a `text`, which is one turn. With --sample N, the model writes one turn of N
+tokens after each prompt, and the program measures these turns instead.
 
-Three questions, each for whole turns and for turns cut into pieces of equal length:
+The program answers three questions, for whole turns and for turns cut into pieces of equal length:
 
-rounding   log p in a format minus log p in float32, equal weights: the format's error
-gap        log p in FP8 minus log p in bfloat16, equal weights: trainer and engine in different formats
-ratio      log(p_new / p_old) in a format minus the same in float32: the error that remains if the trainer scores
-           the old log-probs itself, in its training format. Each new weight is the old one plus or minus `--drift`
-           (some learning rates) at random, rounded stochastically to bfloat16, so that the mean change is exact
+rounding   How large is a format's error? log p in the format minus log p in float32, with equal weights.
+gap        How much do a trainer in bfloat16 and an engine in FP8 differ? log p in FP8 minus log p in bfloat16, with
+           equal weights.
+ratio      Which error remains if the trainer scores the old log-probs itself, in its training format?
+           log(p_new / p_old) in the format minus log(p_new / p_old) in float32. A new weight is the old weight plus
+           or minus `--drift` (a few learning rates) at random. It is rounded stochastically to bfloat16, so that the
+           mean change is exact.
 
-Writes DIR/noise.csv, noise.json and noise.png. epsilon is the paper's clipping range, 3e-3, for turn-mean log-ratios.
+The program writes noise.csv, noise.json and noise.png to DIR. epsilon is the paper's clipping range of 3e-3 for
+turn-mean log-ratios.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def study(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, write the files of `args.out`, and return the table's rows.
+    """Measure the noise, write the files to `args.out`, and return the table's rows.
 
     Raises:
         ConfigError: one line; the model or the texts cannot be read.
@@ -84,7 +88,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(args.model)
     sequences = read_sequences(args.texts, tokenizer, limit=args.sequences)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    # Load the model twice instead of casting it back and forth, so that both have exact float32 rotary tables.
+    # Load the model twice. Casting one model to bfloat16 and back would round its float32 rotary tables.
     exact = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.sample:
         sequences = written_by(model, sequences, args.sample, tokenizer, seed=args.seed)
@@ -111,7 +115,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as text with fixed columns."""
+    """Return the rows as a text table with columns of fixed width."""
     lines = [
         f"{'question':<9} {'format':<16} {'length':>6} {'count':>6} {'mean':>10} {'std':>9} {'p95 of | |':>10} "
         f"{'> epsilon':>9}"
@@ -125,7 +129,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the 95th percentile of |turn-mean log-ratio| over the length, one panel per question."""
+    """Plot the 95th percentile of |mean log-ratio| against the length of pieces, with one panel per question."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Check packed sequences against single ones, to test this machine's attention kernels."""
+"""Test this machine's attention kernels: compare packed sequences with sequences that are computed one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:
-    """Compare packed sequences of different lengths with transformers, which runs them one by one in float32."""
+    """Compare sequences packed into one row with transformers, which computes each sequence separately in float32."""
     import torch
 
     groups, dtype = passes.join(bench), passes.default_dtype()
@@ -34,13 +34,13 @@ def check_packed_attention(bench: Bench) -> None:
 
 
 def check_context_parallel(bench: Bench) -> None:
-    """Compare sequences split over two ranks with whole ones."""
+    """Compare a computation that splits sequences over two ranks with a computation on whole sequences."""
     if bench.world_size < 2 or bench.world_size % 2:
         return bench.skip("context parallel", f"{bench.world_size} ranks; needs an even number")
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import lay_out
 
-    # Write before the ranks join, because afterwards transformers writes only on the first rank.
+    # Write the model before the ranks join. After that, transformers writes only on rank 0.
     path = write_model(bench.work / f"model-{bench.rank}")
     groups, dtype = passes.join(bench), passes.default_dtype()
     whole = passes.logprobs_and_gradients(path, groups, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Results of the checks: rows, as a table and as JSON."""
+"""Collect the results of the checks as rows, and format rows as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ STATUSES = ("PASS", "FAIL", "SKIP", "INFO")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table."""
+    """One result of a check; it is one line of the table."""
 
     check: str
-    """The check that wrote the row, from `catalogue.CHECKS`."""
+    """The name in `catalogue.CHECKS` of the check that wrote the row."""
     name: str
     status: str
-    """PASS | FAIL | SKIP | INFO (measured, without a limit)."""
+    """One of PASS, FAIL, SKIP and INFO. INFO is a measurement that has no limit."""
     measured: float | None = None
     limit: float | None = None
-    """The limit that `measured` was compared with."""
+    """The value that `measured` was compared with."""
     relation: str = ""
-    """The comparison: `<=` or `>=`."""
+    """`<=` if `measured` must not exceed `limit`, `>=` if it must not be below `limit`."""
     unit: str = ""
     note: str = ""
-    """Why the row failed or was skipped; otherwise, additional observations."""
+    """The reason if the row failed or was skipped; else further observations."""
     quantity: str = ""
-    """The entry of `QUANTITIES` that `measured` calibrates in a plan; empty if none."""
+    """The key in `QUANTITIES` of the plan's assumption that `measured` can replace; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Command-line options for the checks."""
+    """The command-line options that the checks use."""
 
     min_bus_gb_s: float | None = None
-    """Least bus bandwidth of the largest all-reduce, GB/s; None: the default of the backend."""
+    """Smallest accepted bus bandwidth of the largest all-reduce, GB/s. None: the default for the backend."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of the packed sequences with wide heads; None: long sequences on a GPU, short ones on a CPU."""
+    """Tokens of each packed sequence for wide heads. None: long sequences on a GPU, short sequences on a CPU."""
     like: str | None = None
-    """The model whose slice is checked: a built-in name or a folder with config.json; None: the default of the
-    machine.
+    """The model whose slice is checked: a built-in name, or a folder with config.json.
+
+    None: a large model on a GPU, and a small stand-in on a CPU.
     """
     tensor: int = 8
-    """The slice is one rank's part with this many tensor-parallel ranks."""
+    """Tensor-parallel size of the model. The slice is the part of one of these ranks."""
     layers: int = 4
-    """Layers of the slice."""
+    """Number of layers in the slice."""
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -69,11 +70,14 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Bench:
-    """A check's folder, rank and rows; only the rows of rank 0 count."""
+    """What a check needs on one rank: a folder, its rank, the settings, and methods that add rows.
+
+    Only the rows of rank 0 are reported.
+    """
 
     check: str
     work: Path
-    """A folder to write to. Ranks may share the folder, so each uses its own file names."""
+    """A folder to write to. Several ranks may share it, so every rank must use its own file names."""
     rank: int
     world_size: int
     settings: Settings = Settings()
@@ -82,17 +86,17 @@ class Bench:
     def at_most(
         self, name: str, measured: float, limit: float, unit: str = "", note: str = "", quantity: str = ""
     ) -> None:
-        """Add PASS if `measured` <= `limit`, else FAIL, also for NaN."""
+        """Add a row: PASS if `measured` <= `limit`, FAIL if it is larger or NaN."""
         self._compare(name, measured <= limit, measured, limit, "<=", unit, note, quantity)
 
     def at_least(
         self, name: str, measured: float, limit: float, unit: str = "", note: str = "", quantity: str = ""
     ) -> None:
-        """Add PASS if `measured` >= `limit`, else FAIL, also for NaN."""
+        """Add a row: PASS if `measured` >= `limit`, FAIL if it is smaller or NaN."""
         self._compare(name, measured >= limit, measured, limit, ">=", unit, note, quantity)
 
     def info(self, name: str, measured: float, unit: str, note: str = "", quantity: str = "") -> None:
-        """Add a measurement without a limit."""
+        """Add an INFO row with a measurement that has no limit."""
         self._add(name=name, status="INFO", measured=measured, unit=unit, note=note, quantity=quantity)
 
     def skip(self, name: str, reason: str) -> None:
@@ -124,12 +128,12 @@ class Bench:
         row = Row(check=self.check, **columns)
         assert not row.quantity or row.quantity in QUANTITIES, row.quantity
         self.rows.append(row)
-        if self.rank == 0:  # written at once, so that a later hang or crash loses no measurement
+        if self.rank == 0:  # write now, so that a later hang or crash loses no row
             write_json(self.work / f"{self.check}.json", as_json(self.rows))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Format the rows as text, one line each."""
+    """Return the rows as a text table with one line per row."""
     lines = []
     for row in rows:
         shown = ""
@@ -141,7 +145,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Convert the rows to JSON types; values that are not finite become null."""
+    """Return the rows as JSON types. Numbers that are not finite become null."""
     return [
         {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -152,6 +156,6 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Return the number of rows of each status, in one line."""
+    """Return a line with the number of rows of each status."""
     passed, failed, skipped, measured = (sum(row.status == status for row in rows) for status in STATUSES)
     return f"{passed} passed, {failed} failed, {skipped} skipped, {measured} measured without a limit"

@@ -1,4 +1,4 @@
-"""The checks by name, in the order in which they run."""
+"""All checks by name. The checks run in the order of this list."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from gpu_checks.step import (
 class Check:
     run: Callable[[Bench], None]
     alone: bool = False
-    """Whether one rank suffices, because the check tests a GPU and no connections between GPUs."""
+    """Whether the check runs on one rank only, because it tests a GPU and no connections between GPUs."""
     needs_gpu: str = ""
-    """Why the check is skipped without a GPU; empty: it makes sense on a CPU."""
+    """The reason why the check is skipped on a machine without a GPU. Empty if the check also runs on a CPU."""
     timeout_s: float = 600.0
-    """Default of --timeout-s: enough for a first run, which compiles kernels."""
+    """The check's default for --timeout-s. It is long enough for a first run, which compiles kernels."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the check's processes."""
+    """Environment variables that are set in the check's processes."""
 
 
 COLD_ENGINE_S = 1200.0
-"""Limit of checks that build engines: torch.compile with one thread and an empty cache takes minutes."""
+"""Time limit of checks that build engines, because torch.compile takes minutes with one thread and an empty cache."""
 _FP8 = "FP8 is computed by Transformer Engine and vLLM on cards from compute capability 8.9 on"
 
 CHECKS: dict[str, Check] = {

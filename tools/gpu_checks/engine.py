@@ -1,4 +1,4 @@
-"""Check the engine alone: memory that sleep frees, speed, and the effect of asynchronous scheduling."""
+"""Check the engine alone: the memory that its sleep frees, its speed, and the effect of asynchronous scheduling."""
 
 from __future__ import annotations
 
@@ -18,52 +18,60 @@ from gpu_checks.models import SMALL, VOCAB_SIZE, slice_dimensions, write_checkpo
 
 CACHE_GIB = 4.0
 MIN_SHARE = 0.9
-"""Share of the KV cache's bytes that sleep must free and wake must allocate again."""
+"""Smallest share of the KV cache's bytes that sleep must free, and that wake must allocate again."""
 PREFILL_TOKENS = 2048
 MAX_RESCORED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Limit of the mean |difference| between sampled tokens' log-probs during sampling and in a second scoring, nats.
-Like engine and trainer, these are two computations of the same numbers.
+"""Limit in nats for the mean |difference| between two log-probs of the same sampled token.
+
+The engine computes one log-prob while it samples, and the other log-prob when it scores the finished sequence. The
+two computations round differently, as the computations of engine and trainer do.
 """
 MAX_RESCORED = 16
-"""Number of requests that are scored again, one by one."""
+"""Largest number of sequences that are scored again, one by one."""
 MAX_SHARE_OTHER = 0.5
-"""Share of the requests that may get other tokens under asynchronous scheduling. bfloat16 rounding depends on the
-rest of the batch, which asynchronous scheduling changes, and one different token changes all later ones. A scheduler
-that mixes up requests would change nearly all of them, and their scores.
+"""Largest share of the requests whose tokens may change if asynchronous scheduling is switched on.
+
+Asynchronous scheduling changes which requests share a batch. The rounding of bfloat16 depends on the other requests
+in the batch, and one different token changes all later tokens of a request. A scheduler that mixes up requests would
+change the tokens and scores of nearly all requests.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Play:
-    """Work for an engine; pickled to a separate process."""
+    """The model and the requests for an engine. A `Play` is pickled and sent to a separate process."""
 
     path: str
     dtype: str
     cache_gib: float
     sequences: int
-    """Sequences decoded concurrently in two rounds; in the second round they continue after an observation."""
+    """Number of sequences that are decoded concurrently, in two rounds.
+
+    In the second round, every sequence continues after an observation.
+    """
     tokens: int
-    """Most tokens sampled per sequence."""
+    """Largest number of tokens sampled per sequence and round."""
     async_scheduling: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
     tokens: dict[str, list[int]]
-    """Sampled tokens, by request id."""
+    """{request id: sampled tokens}."""
     alone_s: float
-    """Time of one engine step while one sequence runs, seconds."""
+    """Mean seconds of an engine step while a single sequence runs."""
     together_s: float
-    """Mean time of one engine step of the first round while `sequences` run, seconds."""
+    """Mean seconds of an engine step in the first round, in which `sequences` sequences run."""
     tokens_per_s: float
     rescored_gap: float
-    """Mean |difference| between the second turns' log-probs during sampling and in a second scoring without cache,
-    nats.
+    """Mean |difference| in nats between two log-probs of each token of the second round.
+
+    The engine computes one while it samples the token, and the other in a later scoring without cache.
     """
 
 
 def check_engine_memory(bench: Bench) -> None:
-    """Measure bytes in use on the GPU around sleep and wake, part by part."""
+    """Check that sleep frees GPU memory, and that waking weights and then KV cache allocates it again."""
     import torch
 
     from a2tgpo.config.rollout import RolloutConfig
@@ -92,12 +100,12 @@ def check_engine_memory(bench: Bench) -> None:
 
 
 def check_engine_speed(bench: Bench) -> None:
-    """Measure host time of decoding, asynchronous scheduling on and off, and the prefill of a model slice."""
+    """Measure how fast the engine decodes with and without asynchronous scheduling, and how fast a slice prefills."""
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # The model has no ids beyond the tokenizer's: log-probs of samples leave such ids out, those of sequences include
-    # them.
+    # Build the model without ids beyond the tokenizer's ids. Sampling leaves such ids out of the distribution, while
+    # scoring of sequences includes them, so the two log-probs would differ.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     settings = Play(
         path=path,
@@ -140,24 +148,24 @@ def check_engine_speed(bench: Bench) -> None:
 
 
 def write_engine_slice(folder: Path, dimensions: ModelDimensions) -> str:
-    """Write the slice in an engine's format; return its folder.
+    """Write the slice as a Qwen3 model that an engine can load; return its folder.
 
-    vLLM's Qwen2 computes a head's channels as hidden size over heads, which is wrong for a slice; Qwen3 reads them
-    from its configuration and has the same matrices.
+    vLLM's Qwen2 computes the channels of a head as the hidden size divided by the number of heads, which is wrong for
+    a slice. Qwen3 reads the channels from its configuration, and has the same matrices.
     """
     as_qwen3 = dataclasses.replace(dimensions, architecture="qwen3")
     return write_checkpoint(folder, as_qwen3, max_positions=PREFILL_TOKENS + 64)
 
 
 def in_own_process(function: Callable[[Any], Any], argument: Any) -> Any:
-    """Run `function(argument)` in a fresh process: vLLM's memory pool serves one engine per process."""
+    """Return `function(argument)` from a new process, because vLLM's memory pool allows one engine per process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
         return pool.submit(function, argument).result()
 
 
 def play(settings: Play) -> Played:
-    """Build an engine, and play `settings` on it."""
+    """Build an engine, and run the requests of `settings` on it."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
@@ -175,9 +183,10 @@ def play(settings: Play) -> Played:
 
 
 def play_on(engine: Any, settings: Play) -> Played:
-    """Play one sequence alone, then `settings.sequences` concurrently in two rounds, each with its own seed.
+    """Decode one sequence alone, then `settings.sequences` sequences concurrently in two rounds.
 
-    Every second sequence stops at a text that a small vocabulary soon produces, like a turn that calls a tool.
+    Every request has its own seed. Every second sequence has a stop string that samples from the small vocabulary
+    soon contain, so it ends early, as a turn with a tool call does.
     """
     from a2tgpo.refit.verify import probe_tokens
 
@@ -219,7 +228,7 @@ def play_on(engine: Any, settings: Play) -> Played:
 
 
 def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
-    """Run eight long prompts through the engine; return operations per second, and the time as text."""
+    """Prefill long prompts in an engine; return floating point operations per second, and a text with the time."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.plan.flops import forward_flops
     from a2tgpo.refit.verify import probe_tokens
@@ -242,7 +251,7 @@ def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
 
 
 def _drain(engine: Any) -> tuple[dict[str, Any], float, int]:
-    """Step until nothing is in flight; return the outputs by request, the seconds, and the steps."""
+    """Step the engine until all requests are finished; return {request id: output}, the seconds and the steps."""
     outputs: dict[str, Any] = {}
     steps, start = 0, time.perf_counter()
     while engine.has_unfinished:

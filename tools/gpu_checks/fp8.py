@@ -1,4 +1,4 @@
-"""Check FP8 against bfloat16: each recipe on a small model, and on a slice of a large model in its real shapes."""
+"""Compare each FP8 recipe with bfloat16, on a small model and on a slice that has a large model's real shapes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ if TYPE_CHECKING:
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
-"""Largest allowed gaps between FP8 and bfloat16, as measured in `passes`. Log-probs differ by 0.06 with every recipe
-if its forward pass is emulated (`fp8_study/emulation.py`), gradients by 0.17 if Transformer Engine's own layers run
-over kernels that round in PyTorch, for a slice by 0.10.
+"""Largest accepted differences between FP8 and bfloat16, computed as in `passes`.
+
+Emulation gave these differences. Log-probs differ by 0.06 with every recipe if `fp8_study/emulation.py` emulates the
+forward pass. Gradients differ by 0.17, and for a slice by 0.10, if Transformer Engine's own layers run on kernels
+that round in PyTorch.
 """
 TIMED_PASSES = 8
 
 
 def check_fp8(bench: Bench) -> None:
-    """Compare each recipe with bfloat16 on a small model."""
+    """Compare log-probs and gradients of each FP8 recipe with bfloat16, on a small model."""
     groups, path = passes.join(bench), write_model(bench.work / "model")
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     _compare_recipes(bench, "fp8", path, groups, plain, number_format="hybrid")
 
 
 def check_slice(bench: Bench) -> None:
-    """Check a tensor-parallel rank's part of a large model in its real shapes: bfloat16, FP8, and their speed."""
+    """Check a slice that has the shapes of one tensor-parallel rank of a large model, and measure its speed.
+
+    The slice in bfloat16 is compared with transformers, and each FP8 recipe with bfloat16.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -40,7 +45,7 @@ def check_slice(bench: Bench) -> None:
     groups = passes.join(bench)
     timed = 8192 if on_gpu else 256
     path = write_model(bench.work / "slice", dimensions, max_positions=timed, device=groups.device)
-    # bfloat16 even on a CPU, because these rows test formats; `packed_attention` tests the computation.
+    # Use bfloat16 also on a CPU, because these rows test number formats. `packed_attention` tests the computation.
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     expected = passes.by_transformers(path, groups.device)
     gap = (plain[0] - expected[0]).abs().mean().item()
@@ -52,7 +57,7 @@ def check_slice(bench: Bench) -> None:
     _time(bench, path, groups, dimensions, tokens=timed, recipe=None)
     if not on_gpu:
         return bench.skip("slice in fp8", "needs a GPU: FP8 is computed by Transformer Engine")
-    # The format of configs/train_70b.yaml; `fp8` uses the other one.
+    # Use e4m3 here, because the check `fp8` uses the other format.
     for recipe in _compare_recipes(bench, "slice in fp8", path, groups, plain, number_format="e4m3"):
         _time(bench, path, groups, dimensions, tokens=timed, recipe=recipe)
     return None
@@ -67,8 +72,9 @@ def _compare_recipes(
     *,
     number_format: Format,
 ) -> list[Recipe]:
-    """Add two rows for each recipe; return the recipes that could compute. A recipe refused by the libraries fails
-    its row.
+    """Add a row for log-probs and a row for gradients of each recipe; return the recipes that could be computed.
+
+    If the libraries refuse a recipe, add a row that fails instead.
     """
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
     from a2tgpo.io.errors import ConfigError
@@ -81,7 +87,7 @@ def _compare_recipes(
         except ConfigError as error:
             bench.skip(f"{what} {recipe}", str(error))
             continue
-        except (RuntimeError, AssertionError, ValueError) as error:  # cuBLASLt refuses the shape
+        except (RuntimeError, AssertionError, ValueError) as error:  # for example, cuBLASLt refuses the shape
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
             bench.at_most(f"{what} {recipe}, log-probs", float("nan"), MAX_FP8_LOGPROB_GAP, "nats", reason)
             continue
@@ -102,8 +108,9 @@ def _compare_recipes(
 def _time(
     bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: Recipe | None
 ) -> None:
-    """Measure operations per second of forward and backward pass over four sequences; a plan's counts of operations
-    apply.
+    """Measure the floating point operations per second of forward and backward pass over four sequences.
+
+    The number of operations is the number that a plan assumes for these passes.
     """
     import torch
 
@@ -147,7 +154,7 @@ def _time(
 
 
 def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: int) -> None:
-    """Compare the bytes that a pass allocated with the plan's estimate."""
+    """Add a row with the bytes that a pass allocated (`measured`), divided by a plan's estimate of these bytes."""
     planned = planned_activations(dimensions, tokens)
     note = f"{measured / 2**30:.3g} GiB, planned {planned / 2**30:.3g}"
     bench.info(
@@ -156,7 +163,10 @@ def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: i
 
 
 def planned_activations(dimensions: Any, tokens: int) -> float:
-    """Return a plan's bytes for a pass over `tokens` in bfloat16 without recomputation, including its logits."""
+    """Return the bytes that a plan estimates for a pass over `tokens` tokens in bfloat16.
+
+    The estimate includes the logits, and assumes no recomputation.
+    """
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.plan.activations import MicrobatchShape
 

@@ -1,8 +1,8 @@
-"""Print results of tools/gpu_check.py as the table of docs/hardware.md: a column for each file.
+"""Print results of tools/gpu_check.py as the table of docs/hardware.md, with one column per file.
 
     python tools/gpu_checks/hardware_table.py found.json [found.json ...]
 
-Prints Markdown. Exit code 2: a file is not from tools/gpu_check.py --json.
+The output is Markdown. The exit code is 2 if tools/gpu_check.py --json did not write one of the files.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(file: str) -> dict[str, Any]:
-    """Return the results in `file`.
+    """Return the content of `file`, which tools/gpu_check.py --json wrote.
 
     Raises:
-        ConfigError: one line; the results cannot be read.
+        ConfigError: one line; the file cannot be read, or tools/gpu_check.py did not write it.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Format the table of `results`, each from `read`."""
+    """Return the Markdown table of `results`; each result comes from `read` and is one column."""
     checks = list(dict.fromkeys(name for result in results for name in result["seconds"]))
     rows = [
         ["date", *(result["machine"]["time"][:10] for result in results)],
@@ -76,7 +76,7 @@ def _versions(result: dict[str, Any]) -> str:
 
 
 def _verdict(result: dict[str, Any], check: str) -> str:
-    """Return how many rows of the check passed, failed and were skipped, and its seconds."""
+    """Return a cell with the check's seconds, and the number of its rows that passed, failed and were skipped."""
     rows = [row for row in result["checks"] if row["check"] == check]
     if not rows and check not in result["seconds"]:
         return "not run"

@@ -1,4 +1,8 @@
-"""Start the ranks of tools/gpu_check.py: alone, or as one of the copies that torchrun or srun started."""
+"""Start the ranks of tools/gpu_check.py.
+
+The program either starts all ranks itself, or it is one of several copies that torchrun or srun started. Each copy
+starts its own rank.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +21,30 @@ from gpu_checks.bench import Row
 
 
 def launched_environment() -> dict[str, str] | None:
-    """Return this process's environment with torchrun's names if a launcher started it as one of several; else None.
+    """Return this process's environment, with torchrun's variables for rank, world size and meeting point.
+
+    Return None if no launcher started this process as one of several.
 
     Raises:
-        ValueError: this process is one of several, but has no meeting point.
+        ValueError: a launcher started this process as one of several, but the environment has no meeting point.
     """
     names = launched(os.environ)
     if names is None:
         return None
-    # torchrun's own store serves only its port; the checks use other ports.
+    # Without these variables, each check opens a store on its own port. torchrun's store serves only one port.
     return {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")} | names
 
 
 def rank_environments(
     launched: dict[str, str] | None, *, num_ranks: int, alone: bool, index: int
 ) -> list[dict[str, str]]:
-    """Return the variables of each rank that this process starts for check number `index`.
+    """Return the environment of each rank that this process starts for check number `index`.
 
     Args:
-        launched: from `launched_environment`; then this process starts at most its own rank. The port changes with
-            every check, since the launcher or the last check may still occupy the previous one.
-        alone: the check has one rank, the first.
+        launched: from `launched_environment`. If it is not None, this process starts at most one rank, its own. Every
+            check has another port, because the launcher or the last check may still use its port.
+        num_ranks: number of ranks that this process starts if `launched` is None.
+        alone: whether the check runs on rank 0 only.
     """
     if launched is not None:
         environment = launched | {"MASTER_PORT": str(int(launched["MASTER_PORT"]) + 2 + index)}
@@ -53,10 +60,10 @@ def rank_environments(
 
 
 class RankSync:
-    """Synchronises the copies that a launcher started after each check; does nothing for a single process.
+    """Synchronises, after each check, the copies that a launcher started. Does nothing if there is one process.
 
-    The first copy receives the others' failures, and all exit with its verdict: a launcher ends all as soon as one
-    fails.
+    Rank 0 receives the failures of the other ranks. All ranks exit with rank 0's exit code at the same time, because
+    a launcher ends all ranks as soon as one rank fails.
     """
 
     def __init__(self, launched: dict[str, str] | None, *, timeout_s: float):
@@ -66,7 +73,7 @@ class RankSync:
         if launched and self._world_size > 1:
             from torch.distributed import TCPStore
 
-            # Longest wait for another rank's slowest check and its cleanup.
+            # Wait long enough for another rank's slowest check and its cleanup.
             patience = timedelta(seconds=timeout_s + 60)
             port = int(launched["MASTER_PORT"]) + 1
             self._store = TCPStore(
@@ -74,7 +81,7 @@ class RankSync:
             )
 
     def share(self, check: str, rows: list[Row]) -> list[Row]:
-        """Return this rank's rows and the others' failures on the first rank, an empty list elsewhere."""
+        """On rank 0, return its own `rows` and the other ranks' failures. On other ranks, return an empty list."""
         if self._store is None:
             return rows
         if self.rank > 0:
@@ -89,7 +96,7 @@ class RankSync:
         return rows
 
     def agree(self, exit_code: int) -> int:
-        """Return the first rank's exit code on all ranks; must be the last call."""
+        """Return rank 0's `exit_code` on all ranks. No other method may be called afterwards."""
         if self._store is None:
             return exit_code
         if self.rank > 0:
@@ -99,5 +106,5 @@ class RankSync:
         self._store.set("exit code", str(exit_code))
         deadline = time.monotonic() + 30
         while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.05)  # the store ends with this process
+            time.sleep(0.05)  # the store lives in this process, so wait for all ranks
         return exit_code

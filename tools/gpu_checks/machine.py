@@ -1,4 +1,4 @@
-"""Describe the machine of a check: versions, driver, GPUs."""
+"""Describe the machine on which the checks run: versions, driver and GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUDA_PACKAGES = ("nvidia-nccl-cu13", "nvidia-cudnn-cu13")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the known facts about versions, driver, GPUs and their connections."""
+    """Return versions of packages, driver and Python, the GPUs, and the connections between the GPUs."""
     versions = {}
     for package in (*PACKAGES, *CUDA_PACKAGES):
         try:
@@ -27,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    # device_count alone includes GPUs that an old driver cannot use.
+    # Also ask is_available, because device_count alone includes GPUs that cannot be used with an old driver.
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     first = torch.cuda.get_device_properties(0) if seen else None
     return {
@@ -46,8 +46,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def gpus_row(machine: dict[str, Any]) -> Row:
-    """Return a row that fails if torch cannot use the GPUs, so that the machine does not count as one without a
-    GPU.
+    """Return a row that fails if the driver lists GPUs but torch cannot use them.
+
+    Without this row, such a machine would look like a machine without GPUs.
     """
     seen = machine["gpus_seen_by_torch"]
     return Row(
@@ -62,7 +63,7 @@ def gpus_row(machine: dict[str, Any]) -> Row:
 
 
 def output_of(command: list[str]) -> str:
-    """Return the command's output; empty if it is missing or fails."""
+    """Run `command` and return its output. Return "" if the command does not exist, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Check that training state leaves the GPU and comes back equal to the bit, and how fast."""
+"""Check that training state is equal to the bit after a copy to the host and back, and measure the copies' speed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from gpu_checks.passes import LENGTHS
 
 GIB = 2**30
 MIN_SHARE_FREED = 0.9
-"""Share of the tensors' bytes on the GPU that must be freed."""
+"""Smallest share of the tensors' bytes that an offload must free on the GPU."""
 UPDATES = 2
 
 
 @dataclass(kw_only=True)
 class Trained:
-    """One training of `UPDATES` updates."""
+    """The results of a training with `UPDATES` updates."""
 
     tensors: list[Any]
-    """Final weights, float32 weights and moments, on the CPU."""
+    """The final weights, their float32 copies and the optimizer's moments, all on the CPU."""
     losses: list[float]
     held_gib: float = 0.0
-    """GiB of tensors on the GPU before the last offload; 0 on a CPU."""
+    """Size in GiB of the tensors on the GPU before the last offload. It is 0 on a machine without a GPU."""
     freed_gib: float = 0.0
     copied_gib: float = 0.0
-    """Size of the last copy to the host, GiB; the copy back has the same size."""
+    """Size in GiB of the last copy to the host. The copy back to the GPU has the same size."""
     out_s: float = 0.0
     back_s: float = 0.0
     optimizer_s: float = 0.0
-    """Time of the last optimizer step, gradient norm and clipping included."""
+    """Seconds of the last optimizer step, including gradient norm and clipping."""
     optimizer_parameters: int = 0
 
 
 def check_memory(bench: Bench) -> None:
-    """Run the same updates three times: twice with everything on the GPU, once with offload in between."""
+    """Run the same updates three times and compare the results.
+
+    The first two trainings keep everything on the GPU. The third offloads everything after each update.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -111,7 +114,10 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
 
 
 def _move(phases: Any, done: Trained) -> None:
-    """Offload everything as for a rollout and load it as for a checkpoint; the first time allocates host pages."""
+    """Offload everything as before a rollout, load it as before a checkpoint, and record the times of both copies.
+
+    The first call takes longer, because it allocates pages on the host.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()

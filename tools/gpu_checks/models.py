@@ -1,4 +1,4 @@
-"""Random models for the checks, written as Hugging Face folders."""
+"""Write models with random weights for the checks, as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ SMALL = ModelDimensions(
     vocab=VOCAB_SIZE,
     tied=False,
 )
-"""A model of four layers with shapes that kernels for large models accept."""
+"""A model of four layers, whose shapes the kernels of large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
-"""Heads of 128 channels, eight queries per key, like one of 8 ranks of Qwen2.5-72B or Llama-3.1-70B."""
+"""A model with heads of 128 channels and eight query heads per key head.
+
+One of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B has such heads.
+"""
 STAND_IN = ModelDimensions(
     architecture="qwen2",
     hidden=256,
@@ -47,7 +50,10 @@ STAND_IN = ModelDimensions(
     vocab=152064,
     tied=False,
 )
-"""Replaces Qwen2.5-72B without a GPU: one of 8 ranks has 464 feed-forward channels, not a multiple of 128."""
+"""A small model that replaces Qwen2.5-72B on a machine without a GPU.
+
+As in Qwen2.5-72B, the feed-forward channels of one of 8 ranks (464) are not a multiple of 128.
+"""
 DEFAULT_LIKE = "qwen2.5-72b"
 
 
@@ -58,10 +64,10 @@ def write_model(
     max_positions: int = 1024,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Write a random model of `dimensions` in bfloat16; return its folder.
+    """Write a model of `dimensions` with random weights in bfloat16; return its folder.
 
     Args:
-        device: where to draw the weights; a large model takes minutes on a CPU.
+        device: where the weights are drawn. On a CPU, drawing a large model takes minutes.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -71,16 +77,16 @@ def write_model(
         model = AutoModelForCausalLM.from_config(_hf_config(dimensions, max_positions))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # change biases and norms, whose initial values would hide errors
+            if parameter.ndim == 1:  # biases and norms: their initial values would hide errors
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            else:  # twice transformers' std at 256 channels, because flat distributions would hide errors
+            else:  # twice transformers' std at 256 channels; flatter distributions would hide errors
                 parameter.normal_(0, 0.64 * parameter.shape[-1] ** -0.5)
     model.bfloat16().save_pretrained(folder)
     return str(folder)
 
 
 def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_positions: int = 1024) -> str:
-    """Write a random model with its own tokenizer, as an engine requires; return its folder."""
+    """Write a model with random weights and, because an engine needs one, a tokenizer; return the folder."""
     from worlds.tiny_model import build_tokenizer
 
     texts = [f"what is the capital of {country}? {city}" for country, city in CITIES.items()] * 4
@@ -92,14 +98,16 @@ def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_p
 
 
 def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool) -> ModelDimensions:
-    """Return the part of `layers` layers that one of `tensor` tensor-parallel ranks holds, as a separate model.
+    """Return the dimensions of a slice of a model.
+
+    The slice has `layers` layers. Of each layer, it has the part that one of `tensor` tensor-parallel ranks holds.
 
     Args:
-        like: a built-in name or a folder, of which only config.json is read; None: `DEFAULT_LIKE` on a GPU,
-            `STAND_IN` elsewhere.
+        like: the model, as a built-in name or as a folder whose config.json is read. None: `DEFAULT_LIKE` on a GPU,
+            `STAND_IN` on a CPU.
 
     Raises:
-        ConfigError: one line; the model does not exist or has experts, or `tensor` or `layers` do not fit it.
+        ConfigError: one line; the model does not exist, it has experts, or `tensor` or `layers` do not fit it.
     """
     whole = STAND_IN if like is None and not on_gpu else _read_like(like or DEFAULT_LIKE)
     require(not whole.experts, "--like", like, "a model without experts")
@@ -115,7 +123,7 @@ def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool
         heads=whole.heads // tensor,
         kv_heads=whole.kv_heads // tensor,
         ffn=whole.ffn // tensor,
-        vocab=1024,  # output layer and embedding are not checked
+        vocab=1024,  # small, because the checks do not test output layer and embedding
         tied=False,
     )
 

@@ -1,4 +1,4 @@
-"""Check that all-reduce sums correctly, and how fast it is."""
+"""Check that all-reduce sums correctly, and that it is fast enough."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ if TYPE_CHECKING:
     import torch
 
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
-"""Lowest acceptable bus bandwidth of the largest message. One 200 Gb/s network port reaches 20 GB/s; a lower value
-means that NCCL uses TCP. Within a DGX H100 node, several hundred GB/s are usual.
+"""{backend: smallest accepted bus bandwidth of the largest message}.
+
+One network port of 200 Gb/s reaches 20 GB/s. If the bandwidth is lower, NCCL uses TCP. Within a DGX H100 node,
+several hundred GB/s are usual.
 """
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16
-"""Size of an all-reduce dominated by latency: the hidden states of a few sequences."""
+"""Size of a small all-reduce, whose time is mostly latency. Hidden states of a few sequences have this size."""
 
 
 def check_all_reduce(bench: Bench) -> None:
-    """Measure bus bandwidth by size like nccl-tests: 2 (n - 1) / n of the bytes, over the time of one all-reduce."""
+    """Measure the bus bandwidth of all-reduce for several sizes; check the bandwidth of the largest size.
+
+    As in nccl-tests, the bus bandwidth over n ranks is 2 (n - 1) / n times the bytes, divided by the time.
+    """
     import torch
     import torch.distributed as dist
 
@@ -37,13 +42,14 @@ def check_all_reduce(bench: Bench) -> None:
     repeats = 20 if on_gpu else 4
     seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
     bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
-    # Over several nodes, bus bandwidth is not a rank's share of the network, so it calibrates no plan.
+    # Over several nodes, bus bandwidth is not a rank's share of the network, which a plan needs. So give a plan no
+    # value then.
     one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
     for size in SIZES_MIB[backend]:
         seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)
         bandwidth = 2 * (bench.world_size - 1) / bench.world_size * size * 2**20 / seconds / 1e9
         name, note = f"all-reduce {size} MiB", f"{backend}, {bench.world_size} ranks, {seconds * 1e3:.3g} ms"
-        if size != SIZES_MIB[backend][-1]:  # dominated by latency
+        if size != SIZES_MIB[backend][-1]:  # mostly latency
             bench.info(name, bandwidth, "GB/s", note)
             continue
         given = bench.settings.min_bus_gb_s
@@ -54,7 +60,7 @@ def check_all_reduce(bench: Bench) -> None:
 
 
 def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: int) -> float:
-    """Return the seconds of one all-reduce of `num_bytes` on the slowest rank.
+    """Run all-reduces of `num_bytes` bytes; return the seconds of one all-reduce on the slowest rank.
 
     Raises:
         RuntimeError: the sum is wrong.
@@ -63,7 +69,7 @@ def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: 
     import torch.distributed as dist
 
     numbers = torch.full((num_bytes // 4,), float(bench.rank + 1), device=device)
-    dist.all_reduce(numbers)  # also connects the ranks, which must not be timed
+    dist.all_reduce(numbers)  # also connects the ranks, so that the timed calls do not
     error = (numbers - float(sum(range(1, bench.world_size + 1)))).abs().max().item()
     if error:
         raise RuntimeError(f"all-reduce of {num_bytes} bytes is wrong by {error}")

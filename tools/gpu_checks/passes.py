@@ -1,4 +1,4 @@
-"""Run forward and backward passes of a random model with the project's code, and with transformers."""
+"""Run forward and backward passes of a random model, with this project's code or with transformers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ if TYPE_CHECKING:
 
 LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
-"""Default of `--lengths` on a GPU; `LENGTHS` elsewhere."""
+"""Default of `--lengths` on a machine with a GPU. On a machine without a GPU, `LENGTHS` is the default."""
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
-"""Mean |difference| of log-probs from transformers in float32, nats. The CPU twin's difference is 2e-7, in bfloat16
-0.005; attention across the end of a packed sequence causes 0.5 or more.
+"""Limit in nats for the mean |difference| between log-probs and those of transformers in float32.
+
+The CPU twin of Transformer Engine differs by 2e-7 in float32, and by 0.005 in bfloat16. If attention crossed the end
+of a packed sequence, the difference would be 0.5 or more.
 """
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
-"""|difference| / |gradient|, over all weights as one vector. The CPU twin's difference is 5e-7, in bfloat16
-0.015; attention across the end of a packed sequence causes 1.2."""
+"""Limit for |difference| / |gradient|, where the gradients of all weights form one vector.
+
+The CPU twin of Transformer Engine differs by 5e-7 in float32, and by 0.015 in bfloat16. If attention crossed the end
+of a packed sequence, the difference would be 1.2.
+"""
 
 
 def join(bench: Bench) -> Any:
-    """Join the other ranks of the check; return the process groups of a layout without model parallelism."""
+    """Join the other ranks of the check; return process groups for a layout without model parallelism."""
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import initialize
 
@@ -32,14 +37,17 @@ def join(bench: Bench) -> Any:
 
 
 def default_dtype() -> Dtype:
-    """Return bfloat16 on a GPU, and float32 on a CPU, which distinguishes a wrong computation from rounding."""
+    """Return "bfloat16" on a GPU and "float32" on a CPU.
+
+    In float32, rounding errors are too small to be mistaken for a wrong computation.
+    """
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def trajectories(lengths: Sequence[int]) -> list[Any]:
-    """Return sequences with one prompt token and `lengths` sampled tokens each."""
+    """Return a sequence for each length; it has one prompt token and `length` sampled tokens."""
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
 
     ids, made, start = probe_tokens(VOCAB_SIZE, sum(lengths) + len(lengths)), [], 0
@@ -50,7 +58,7 @@ def trajectories(lengths: Sequence[int]) -> list[Any]:
 
 
 def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> Any:
-    """Pack the sequences of `trajectories` in one row."""
+    """Pack the sequences that `trajectories(lengths)` returns into one row."""
     from a2tgpo.batch.packing import alignment, pack
     from a2tgpo.config.fp8 import Fp8Config
     from a2tgpo.config.parallel import ParallelConfig
@@ -60,7 +68,7 @@ def packed(lengths: Sequence[int], *, parallel: Any = None, fp8: Any = None) -> 
 
 
 def build(path: str, groups: Any, *, dtype: Dtype, parallel: Any = None, fp8: Any = None) -> Any:
-    """Build a policy whose gradients are complete on every rank."""
+    """Build a policy that keeps complete gradients on every rank."""
     from a2tgpo.config.fp8 import Fp8Config
     from a2tgpo.config.model import ModelConfig
     from a2tgpo.config.parallel import ParallelConfig
@@ -81,7 +89,10 @@ def logprobs_and_gradients(
     parallel: Any = None,
     fp8: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return log-probs [tokens] of all sampled tokens, and the gradient of their mean by HF name, on the CPU."""
+    """Return the log-probs [tokens] of all sampled tokens, and the gradients of their mean.
+
+    Both are on the CPU. The gradients are {Hugging Face name of the weight: gradient}.
+    """
     import torch
 
     from a2tgpo.model.weights import iterate_hf_weights
@@ -98,7 +109,7 @@ def logprobs_and_gradients(
         return logprobs[sampled].mean() / groups.dp_size, {}
 
     compute_gradients(policy, [batch], mean_logprob)
-    with torch.no_grad():  # so that the iterator below yields gradients
+    with torch.no_grad():  # the iterator below yields parameters, so copy gradients into them
         for parameter in policy.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
     gradients = {name: tensor.float().cpu().clone() for name, tensor in iterate_hf_weights(policy)}
@@ -106,7 +117,10 @@ def logprobs_and_gradients(
 
 
 def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
-    """Return log-probs of the last of `LENGTHS` from the third token on, ten at a time, computed as branches."""
+    """Return the log-probs of the last sequence of `LENGTHS`, from its third token on.
+
+    They are computed as branches of one sequence; each branch has ten tokens.
+    """
     import torch
 
     from a2tgpo.batch.probes import Probe, ProbedSequence
@@ -129,7 +143,10 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
 
 
 def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) -> tuple[Any, dict[str, Any]]:
-    """Compute like `logprobs_and_gradients`, with transformers in float32, each sequence separately."""
+    """Return what `logprobs_and_gradients` returns, computed by transformers in float32.
+
+    Each sequence is computed separately.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -148,18 +165,18 @@ def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) ->
 
 
 def distance(gradients: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Return |difference| / |expected| over all weights."""
+    """Return |gradients - expected| / |expected|, where all weights together form one vector."""
     assert gradients.keys() == expected.keys(), "the same weights"
     difference = sum((gradients[name] - expected[name]).square().sum().item() for name in expected)
     return (difference / sum(tensor.square().sum().item() for tensor in expected.values())) ** 0.5
 
 
 def release() -> None:
-    """Free the GPU memory of models without references."""
+    """Free the GPU memory of models that nothing refers to any more."""
     import gc
 
     import torch
 
-    gc.collect()  # Megatron's models have reference cycles
+    gc.collect()  # needed because Megatron's models have reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

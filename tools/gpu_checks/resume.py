@@ -1,4 +1,4 @@
-"""Compare a resumed run with an uninterrupted one, using the program that users start."""
+"""Check that a resumed run equals an uninterrupted run; both use launch/train.py, as users do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from gpu_checks.step import STEPS, write_run
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Switches of Transformer Engine and cuBLAS; without them, attention's backward pass sums in arbitrary order."""
+"""Settings that make Transformer Engine and cuBLAS deterministic.
+
+Without these settings, the backward pass of attention sums in an arbitrary order.
+"""
 
 
 def check_resume(bench: Bench) -> None:
-    """Run to the last step with a checkpoint after each; repeat the last step from the checkpoint before it."""
+    """Train a run with a checkpoint after each step, then repeat its last step from the checkpoint before it."""
     config = write_run(bench, {"checkpoint": {"every": 1, "keep": STEPS}, "evaluation": {"at_start": False}})
     settings = json.loads(config.read_text())
     write_checkpoint(Path(settings["model"]["path"]))
@@ -33,7 +36,7 @@ def check_resume(bench: Bench) -> None:
 
 
 def _train(config: Path, *arguments: str) -> None:
-    """Run launch/train.py in its own process, with its output in this process's log.
+    """Run launch/train.py in its own process; its output goes to the log of this process.
 
     Raises:
         RuntimeError: the exit code of launch/train.py is not 0.

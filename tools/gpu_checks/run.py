@@ -1,4 +1,4 @@
-"""Run a check in its own processes, one per rank, within a time limit."""
+"""Run a check in separate processes, one per rank, and end them at the time limit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from gpu_checks.bench import Row, Settings
 
 TOOL = Path(__file__).parents[1] / "gpu_check.py"
 GRACE_S = 5.0
-"""Time for a check's other ranks after one has failed, so that their own messages reach the logs."""
+"""Seconds that the other ranks of a check have after one rank has failed.
+
+In this time, the other ranks write their own messages to their logs.
+"""
 
 
 def run_check(
     name: str, environments: list[dict[str, str]], *, settings: Settings, work: Path, timeout_s: float
 ) -> list[Row]:
-    """Start the check's ranks and wait for them; return its rows, plus a FAIL if a rank failed or hung."""
+    """Start the ranks of check `name` and wait for them; return the check's rows.
+
+    If a rank fails or does not end in time, the result has a further row with the status FAIL.
+    """
     logs = [work / f"{name}.{environment['RANK']}.log" for environment in environments]
     arguments = ["--one", name, "--work", str(work), "--settings", settings.dumps()]
     processes = []
@@ -38,7 +44,7 @@ def run_check(
             )
     try:
         fault = _wait(processes, logs, timeout_s)
-    finally:  # a signal that ends this process also runs this block
+    finally:  # also runs if a signal ends this process
         _end(processes)
     file = work / f"{name}.json"
     rows = [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
@@ -48,7 +54,7 @@ def run_check(
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> str:
-    """Wait for all processes; return the failure in one line, empty if none."""
+    """Wait for all processes; return a line that describes the first failure, or "" if all succeeded."""
     deadline, fault = time.monotonic() + timeout_s, ""
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         failed = [i for i, process in enumerate(processes) if process.poll()]
@@ -66,7 +72,7 @@ def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float)
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """Kill the remaining processes of each rank's session: a rank's children may outlive it."""
+    """Kill all remaining processes in each rank's session, because a rank's children may still run after the rank."""
     for process in processes:
         try:
             os.killpg(process.pid, signal.SIGKILL)
@@ -78,7 +84,8 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 def _describe(process: subprocess.Popen, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Interpreters and libraries may print more after the exception, whose line begins with a name and a colon.
+    # Look for the exception's line, which begins with a name and a colon. It may not be the last line, because
+    # interpreters and libraries may print more lines after it.
     errors = [
         line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "error:" in line[:60]
     ]

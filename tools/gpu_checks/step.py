@@ -1,4 +1,7 @@
-"""Check whole training steps: refit and probe, rollout with searches and gains, update; in bfloat16 and in FP8."""
+"""Check whole training steps in bfloat16 and in FP8.
+
+A step consists of refit and probe, rollout with searches and gains, and update.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,29 @@ from gpu_checks.models import CITIES, write_checkpoint
 
 MAX_UPDATES = 50
 STEPS = 2
-"""Before the second step, the engine has slept twice."""
+"""Number of training steps. There are two, because the engine has slept twice before the second step."""
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Mean |difference| of the sampled tokens' log-probs between engine and trainer, nats. CPUs differ by 1e-6. 0.05 is
-the default of guard.max_train_engine_gap, and several times bfloat16's rounding in this model.
+"""Limit in nats for the mean |difference| between engine and trainer in the log-probs of sampled tokens.
+
+On a CPU in float32, the difference is 1e-6. The limit for bfloat16 is the default of guard.max_train_engine_gap; it
+is several times the rounding error of bfloat16 in this model.
 """
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
-"""Limit of the same difference for gold answers, which are as improbable for the policy as the probe's tokens
-(refit.verify.TOLERANCES).
+"""Limit in nats for the mean |difference| between engine and trainer in the log-probs of gold answers.
+
+The limits are those of the probe (refit.verify.TOLERANCES), because gold answers are as improbable for this policy as
+the probe's tokens.
 """
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
-"""Limits for sampled tokens if engine, trainer or both compute in FP8. Below the lower limit, FP8 was not used:
-bfloat16 gives less than 0.01. Emulated FP8 moves log-probs of such a model by 0.06 (`fp8_study/emulation.py`), by
-0.09 if both sides round independently; the upper limit is three times that, because scales of fused matrices and of
-packed rows are coarser than the emulated ones."""
+"""Limits in nats for the same difference of sampled tokens if engine, trainer or both compute in FP8.
+
+A difference below the lower limit shows that FP8 was not used, because bfloat16 gives less than 0.01. Emulated FP8
+(`fp8_study/emulation.py`) changes the log-probs of such a model by 0.06, or by 0.09 if both sides round
+independently. The upper limit is about three times 0.09, because scales of fused matrices and packed rows are coarser
+than emulated scales.
+"""
 MAX_FP8_GAIN_GAP = 0.8
-"""The value of refit.verify.TOLERANCES for FP8."""
+"""Limit in nats for gold answers in FP8; it equals the value of refit.verify.TOLERANCES for FP8."""
 
 SAMPLED = "gap/train_engine_abs_mean"
 GAIN = "gain/engine_trainer_gap"
@@ -37,7 +47,7 @@ CORRECTION = {"algorithm": {"correction": {"kind": "truncate"}}}
 
 
 def check_training_step(bench: Bench) -> None:
-    """Refit and probe, run two training steps with searches, and verify that moved weights arrive in the engine."""
+    """Run training steps with searches in bfloat16, and check that the engine receives weights that were changed."""
     from a2tgpo.refit.verify import TOLERANCES
 
     parts, trainer = _start(bench)
@@ -58,7 +68,7 @@ def check_training_step(bench: Bench) -> None:
         note = "CUDA, NCCL, cuBLAS and the graphs of a tiny model"
         bench.info("card memory outside torch, engine asleep", context, "GiB", note, "context_gib")
 
-    # Move the probe by four times the tolerance, so that an engine with the old weights fails.
+    # Change the probe's log-probs by four times the tolerance, so that an engine with the old weights would fail.
     moved_by = _move_weights(parts, target=4 * tolerance)
     bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
     gap = _probe_gap(parts, version=STEPS + 1)
@@ -76,24 +86,25 @@ def _probe_gap(parts: Any, *, version: int) -> float:
 
 
 def check_fp8_rollout_step(bench: Bench) -> None:
-    """Check a quantised engine with a bfloat16 trainer."""
+    """Check training steps with an engine in FP8 and a trainer in bfloat16."""
     _fp8_steps(bench, FP8_ROLLOUT)
 
 
 def check_fp8_trainer_step(bench: Bench) -> None:
-    """Check an FP8 trainer with a bfloat16 engine."""
+    """Check training steps with a trainer in FP8 and an engine in bfloat16."""
     _fp8_steps(bench, FP8_TRAINER)
 
 
 def check_fp8_step(bench: Bench) -> None:
-    """Check trainer and engine in FP8, as in configs/train_70b.yaml."""
+    """Check training steps with trainer and engine in FP8, as in configs/precision/fp8.yaml."""
     _fp8_steps(bench, FP8_ROLLOUT, FP8_TRAINER)
 
 
 def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
-    """Run steps whose gaps must be those of FP8: larger than bfloat16's, but within FP8's noise.
+    """Run training steps in FP8, and check the differences between engine and trainer.
 
-    The trainer itself fails a step whose probe differs by more than FP8's tolerance.
+    The differences must be larger than in bfloat16, but not larger than the noise of FP8. If the probe differs by
+    more than FP8's tolerance, the trainer itself fails the step.
     """
     parts, trainer = _start(bench, CORRECTION, *settings)
     for step in range(1, STEPS + 1):
@@ -107,7 +118,7 @@ def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
 
 
 def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Build all parts of a run, and its trainer."""
+    """Build a run from its configuration; return the run's parts and its trainer."""
     from a2tgpo.assemble import assemble, build_checkpoints
     from a2tgpo.config.load import load_config
     from a2tgpo.metrics.guards import Guards
@@ -116,7 +127,7 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     from a2tgpo.trainer import Trainer
 
     config = load_config(str(write_run(bench, *settings)))
-    write_checkpoint(Path(config.model.path))  # before joining: then only the first rank writes
+    write_checkpoint(Path(config.model.path))  # before the ranks join, because then only rank 0 writes
     groups = initialize(config.parallel, seed=0)
     folder = RunFolder(config, groups)
     folder.open("none")
@@ -147,10 +158,11 @@ def _end(parts: Any, trainer: Any) -> None:
 
 
 def _move_weights(parts: Any, *, target: float) -> float:
-    """Take optimizer steps that raise the probe's likelihood, by the trainer's own backward pass and update.
+    """Raise the probe's likelihood with the trainer's own backward pass and optimizer steps.
 
     Returns:
-        The mean movement of the probe's log-probs, nats: `target`, if `MAX_UPDATES` were enough.
+        The mean change of the probe's log-probs, nats. It is at least `target` unless `MAX_UPDATES` steps were too
+        few.
     """
     from a2tgpo.batch.packing import pack
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
@@ -181,11 +193,12 @@ def _move_weights(parts: Any, *, target: float) -> float:
 
 
 def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
-    """Write questions, corpus and configuration of a run, equal on all ranks except the folder; return the
-    configuration.
+    """Write the questions, the corpus and the configuration of a run; return the path of the configuration.
+
+    Every rank writes to its own folder; everything else is equal on all ranks.
 
     Args:
-        settings: further settings by section; later ones win.
+        settings: further settings by section. Later settings override earlier settings.
     """
     import torch
 
@@ -193,7 +206,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
     folder.mkdir()
     prompts_per_step = 2 * bench.world_size
     capitals = list(CITIES.items())
-    # As many questions as a step has prompts, so that the step has enough.
+    # Write one question for each prompt of a step, so that there are enough questions.
     drawn = [capitals[i % len(capitals)] for i in range(prompts_per_step)]
     questions = [
         {"id": str(i), "question": f"what is the capital of {country}?", "answers": [city]}

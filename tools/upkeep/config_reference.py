@@ -1,8 +1,8 @@
-"""Write the configuration reference from the configuration's dataclasses.
+"""Write the reference of all settings from the dataclasses of the configuration.
 
     python tools/upkeep/config_reference.py [--out docs/configuration.md] [--check]
 
-With --check, writes nothing; exits with 1 if the file is out of date.
+With --check, the program writes nothing, and exits with 1 if the file is out of date.
 """
 
 import argparse
@@ -46,7 +46,7 @@ and false, as in YAML; put them in quotes if you mean a text. Files are in UTF-8
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One key: a row of the reference."""
+    """One setting, which is one row of the reference."""
 
     key: str
     kind: str
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def reference() -> str:
-    """Return the whole page: a table for each section and subsection."""
+    """Return the text of the whole page, which has a table for each section and subsection."""
     parts = [HEAD]
     for name, section in _sections(RunConfig):
         parts.append(f"\n## {name}\n")
@@ -86,7 +86,7 @@ def reference() -> str:
 
 
 def _sections(section: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Yield (dotted name, class) of every section below `section`, each before its subsections."""
+    """Yield (dotted name, class) for every section below `section`. A section comes before its subsections."""
     for name, kind in get_type_hints(section).items():
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
@@ -107,7 +107,7 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
 
 
 def _kind(kind: Any) -> str:
-    """Return a type as the reference shows it: a choice by its values."""
+    """Return the text for a setting's type. For a choice, the text lists the allowed values."""
     if get_origin(kind) is Literal:
         return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
     return {dict: "mapping", tuple[str, ...]: "list"}.get(kind) or kind.__name__
@@ -120,7 +120,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def _field_texts(section: type) -> dict[str, str]:
-    """Return the docstring under each field."""
+    """Return {name of a field: docstring under the field}."""
     (body,) = (node.body for node in ast.parse(textwrap.dedent(inspect.getsource(section))).body)  # type: ignore[attr-defined]
     texts = {}
     for field, below in itertools.pairwise(body):

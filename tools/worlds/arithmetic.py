@@ -1,4 +1,4 @@
-"""The arithmetic data set: sums that need a calculator, and demonstrations of using it."""
+"""Generate the arithmetic data set: sums that need a calculator, and demonstrations that use the calculator."""
 
 import argparse
 import random
@@ -14,11 +14,14 @@ from a2tgpo.rollout.tool_call import CallSyntax
 SYNTAX = CallSyntax(("calculator",))
 WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
-"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
+"""The text before the answer in every demonstration. It equals rollout.gain.scaffold."""
 MAX_QUESTIONS = 1_000_000
-"""There are 43.7 million different questions; near that number, drawing a new one would take longer and longer."""
+"""Largest number of questions to draw.
+
+There are 43.7 million different questions. If nearly all had been drawn, drawing a new question would take very long.
+"""
 GOOD_SHARE = 0.5
-"""Share of demonstrations that calculate; the others guess, so that there is something to learn."""
+"""Share of demonstrations that use the calculator. The others guess, so that training has something to improve."""
 
 
 def build_arithmetic(args: argparse.Namespace) -> dict:
@@ -44,7 +47,7 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
 
 
 def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
-    """Yield questions whose answers follow from one expression, without repeating an expression."""
+    """Yield `count` questions. Each asks for the value of one expression, and no expression occurs twice."""
     calculator = Calculator(CalculatorConfig())
     seen: set[str] = set()
     while len(seen) < count:
@@ -69,7 +72,7 @@ def without_sum(question: dict) -> dict:
 
 
 def demonstrate(question: dict, draw: random.Random) -> dict:
-    """Return one demonstration: a calculation, or a wrong guess."""
+    """Return one demonstration, which either uses the calculator or guesses a wrong answer."""
     (right,) = question["answers"]
     if draw.random() >= GOOD_SHARE:
         guess = str(int(right) + draw.choice((-100, -10, 10, 100)))

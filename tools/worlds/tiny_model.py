@@ -1,4 +1,4 @@
-"""A tiny Qwen3 model with its own tokenizer, small enough to train on two CPU cores in minutes."""
+"""Build a tiny Qwen3 model and its tokenizer. The model is so small that two CPU cores train it in minutes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TAGS = (
     "Doc 1 (Title: ",
     ") ",
 )
-"""Each of these is one token, so that a small model spends no attention on the protocol."""
-# A space is separate from a following capital, so that a name has the same tokens everywhere.
+"""Texts of the protocol that are one token each, so that the small model need not learn to spell them."""
+# Split a space from a capital letter after it, so that a name has the same tokens with and without a space before it.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
 ROPE_THETA = 10_000.0
@@ -38,7 +38,10 @@ EMBEDDING_STD = 0.06
 
 
 def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """Learn byte-level BPE of at most `VOCAB_SIZE` ids from `texts`; names are split into shared pieces."""
+    """Train a byte-level BPE tokenizer with at most `VOCAB_SIZE` ids on `texts`.
+
+    The vocabulary is so small that names are split into pieces that other names also contain.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -68,7 +71,10 @@ def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
-    """Build two layers with a third of a million parameters, random except for `place_induction_heads`."""
+    """Build a model of two layers with a third of a million parameters.
+
+    All parameters are random, except those that `place_induction_heads` sets.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -80,7 +86,7 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that the engine's attention takes on CPU
+        head_dim=32,  # the smallest that the engine's attention supports on a CPU
         initializer_range=0.04,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
@@ -98,10 +104,10 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
 def place_induction_heads(model: PreTrainedModel) -> None:
     """Initialise the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
 
-    Layer 0 attends to the previous token; layer 1 attends to positions after an earlier occurrence of the current
-    token, and copies the token there. From purely random weights, a model of this size needs well over ten times as
-    long to learn such a circuit, and until then copies no name correctly. All parameters stay trainable. Call without
-    gradients.
+    The head in layer 0 attends to the previous token. The head in layer 1 attends to the positions directly after
+    earlier occurrences of the current token, and copies the tokens at these positions. From purely random weights, a
+    model of this size needs well over ten times as long to learn such a circuit; until then, it copies no name
+    correctly. All parameters stay trainable. Call this function with gradients disabled.
     """
     import torch
 
@@ -109,17 +115,19 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     frequency = ROPE_THETA ** (-torch.arange(size // 2) / (size // 2))
 
-    # The other heads and the MLPs start small; otherwise their noise would drown out these two heads.
+    # Initialise the other heads and the MLPs with small values. Otherwise their noise would exceed the signal of
+    # these two heads.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.1
         layer.mlp.down_proj.weight *= 0.1
-    # A constant coordinate in every embedding gives queries and keys a part that depends only on position. (The tied
-    # output adds this coordinate equally to all logits.)
+    # Give every embedding the same constant coordinate, so that queries and keys have a part that depends only on
+    # position. The tied output layer adds this coordinate equally to all logits, which changes no probability.
     embedding = model.model.embed_tokens.weight
     embedding.normal_(0.0, EMBEDDING_STD)
     embedding[:, 0] = 6 * EMBEDDING_STD
 
-    # In the fast rotations, a query turned back by one position matches the previous key best.
+    # In the fast rotations, turn the query back by one position, so that it matches the key of the previous position
+    # best.
     fast = torch.zeros(size)
     fast[:5] = 1.0
     back = torch.cat([torch.cos(frequency) * fast[: size // 2], -torch.sin(frequency) * fast[: size // 2]])
@@ -127,12 +135,12 @@ def place_induction_heads(model: PreTrainedModel) -> None:
         projection.weight[:size] *= 0.1
         projection.weight[:size, 0] = 0.5 * constant
 
-    # Three orthogonal subspaces of a token's content: layer 0 reads the first and writes to the second; layer 1
-    # copies the third.
+    # Divide a token's content into three orthogonal subspaces. Layer 0 reads the first subspace and writes to the
+    # second. Layer 1 copies the third.
     basis = torch.zeros(width, width)
     basis[1:, 1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
     read, write, copied = basis[1:].split(size)[:3]  # [size, width] each, without the constant coordinate
-    # The slow rotations hardly change over a few hundred positions, so they compare contents.
+    # Compare contents in the slow rotations, because these hardly change over a few hundred positions.
     slow = (frequency < 0.006).nonzero()[:, 0]
     slow = torch.cat([slow, slow + size // 2])
     compare = torch.linalg.qr(torch.randn(size, len(slow)))[0].T
@@ -149,7 +157,7 @@ def place_induction_heads(model: PreTrainedModel) -> None:
 
 
 def texts_of(data: Path) -> Iterator[str]:
-    """Yield the training texts of a prepared data set: questions, and the texts of policy and tool.
+    """Yield the texts of a data set's demonstrations: the questions, the policy's texts and the observations.
 
     Raises:
         ConfigError: one line; the demonstrations are missing, malformed or empty.

@@ -1,4 +1,4 @@
-"""Build the worldqa data set: questions of 1, 2 and 3 hops about countries and cities, corpus and demonstrations."""
+"""Build the worldqa data set: a corpus about countries and cities, questions with 1 to 3 hops, and demonstrations."""
 
 import argparse
 import functools
@@ -19,13 +19,14 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Share of good demonstrations with 1, 2 and 3 hops. The share is so small that the model's most probable behaviour
-is often a bad habit.
+"""Shares of good demonstrations among those with 1, 2 and 3 hops.
+
+The shares are so small that a bad habit is often the most probable behaviour of the warm model.
 """
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
-    """Write the data set to `args.out`; return the report."""
+    """Write the data set to the folder `args.out`; return the content of its report."""
     world = load_world()
     corpus = build_corpus(world)
     index = Bm25Index(corpus)
@@ -39,7 +40,10 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         return SEARCH_CALLS.format_result(passages or [NOTHING_FOUND])
 
     def answerable(hop: Hop) -> bool:
-        """Return whether the fact's passage is the first hit, so that every top_k shows it."""
+        """Return whether the passage that states the hop's fact is the first hit of the hop's query.
+
+        Only then does a search with any top_k return this passage.
+        """
         return search(hop.query)[0].id == hop.passage_id
 
     splits = {}
@@ -48,7 +52,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         questions = build_questions(world, codes, answerable)
         count = args.train_questions if name == "train" else args.test_questions
         splits[name] = {hops: unique(spread(pool, count // 3, draw)) for hops, pool in questions.items()}
-        if not all(splits[name].values()):  # the share of each kind is rounded
+        if not all(splits[name].values()):  # a share per chain of relations is rounded, and may be 0
             raise ConfigError(
                 f"--{name}-questions is {count}, too few for every number of hops; give 60 or more"
             )
@@ -80,7 +84,7 @@ def unique(questions: Iterable[Question]) -> list[Question]:
 
 
 def interleave(questions: dict[int, list[Question]], seed: int) -> list[Question]:
-    """Mix all questions so that the first N hold every number of hops about equally."""
+    """Shuffle all questions so that the first N questions have each number of hops about equally often, for any N."""
     placed = []
     for hops, pool in sorted(questions.items()):
         order = random.Random(f"order-{hops}-{seed}").sample(pool, len(pool))
@@ -94,7 +98,7 @@ def describe(
     test: Sequence[Question],
     demonstrations: Sequence[dict],
 ) -> dict:
-    """Return counts that show whether the data set is as intended."""
+    """Return the report: counts from which a reader can check the composition of the data set."""
     subjects = {
         name: {code for question in questions for code in question.entities}
         for name, questions in (("train", train), ("test", test))

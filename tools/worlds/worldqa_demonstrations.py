@@ -1,4 +1,4 @@
-"""Write trajectories for the warm start: good ones, and bad habits that training must undo."""
+"""Generate demonstrations for the warm start: good trajectories, and bad habits that training must remove."""
 
 import math
 import random
@@ -7,25 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from worlds.worldqa_questions import QUERIES, Hop, Question
 
 Search = Callable[[str], str]
-"""Maps a query to the observation that a rollout would append."""
+"""Returns the observation that a rollout would append for a query."""
 
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
-"""Text of every demonstration before its answer; equals rollout.gain.scaffold."""
+"""The text before the answer in every demonstration. It equals rollout.gain.scaffold."""
 
 POOR_KINDS = {
     1: ("guess", "miscopy", "useless_query", "malformed"),
     2: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
     3: ("early_stop",) * 7 + ("guess", "miscopy", "useless_query", "malformed"),
 }
-"""Kinds of poor demonstration by number of hops; a kind listed more often is more frequent.
+"""{number of hops: kinds of poor demonstrations}. A kind that is listed more often is drawn more often.
 
-guess: answers at once, with a value of the right kind. early_stop: answers one hop short. miscopy: finds the answer,
-but gives the subject of its last query. useless_query: queries nothing in particular, then names the question's
-subject. malformed: right answer, broken tags.
+guess: answers without a search, with a wrong value of the right type.
+early_stop: leaves out the last search or the last searches, then guesses.
+miscopy: finds the answer, but answers with the subject of its last query.
+useless_query: searches with a query that names nothing in particular, then guesses.
+malformed: gives the right answer with broken tags.
 """
 
 MAX_SEARCHES = 6
-"""Searches of one demonstration, detours included."""
+"""Largest number of searches in a demonstration, including detours."""
 
 
 def build_demonstrations(
@@ -37,14 +39,15 @@ def build_demonstrations(
     search: Search,
     seed: int,
 ) -> list[dict]:
-    """Return demonstrations as JSON records, shuffled; every number of hops gets an equal part.
+    """Return shuffled demonstrations as JSON records. Each number of hops has the same number of demonstrations.
 
     Args:
         questions: training questions by number of hops.
         num_demonstrations: approximate number of records.
-        good_share: share of `quality: good`, by number of hops.
-        detour_share: chance, before every search, of a search that does not help; up to `MAX_SEARCHES` in all.
-        search: the rollout's search and observation format.
+        good_share: {number of hops: share of the records that have `quality: good`}.
+        detour_share: probability that a useless search comes before a search. A demonstration has at most
+            `MAX_SEARCHES` searches.
+        search: returns the observation that a rollout would append for a query.
         seed: determines all random choices.
     """
     draw = random.Random(f"demonstrations-{seed}")
@@ -64,10 +67,10 @@ def build_demonstrations(
 
 
 def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
-    """Return `count` questions; each chain of relations has a share in proportion to the root of its number of
-    questions.
+    """Return `count` questions from `pool`, drawn by chain of relations.
 
-    The root prevents a chain with few questions from repeating its few names very often.
+    The share of a chain is proportional to the square root of its number of questions. With equal shares, a chain
+    with few questions would repeat its few names very often.
     """
     by_chain: dict[tuple[str, ...], list[Question]] = {}
     for question in draw.sample(list(pool), len(pool)):
@@ -89,7 +92,7 @@ def _turns(
     draw: random.Random,
     detour_share: float,
 ) -> list[dict]:
-    """Return the turns of one demonstration of quality `kind`."""
+    """Return the turns of one demonstration for `question`; `kind` is "good" or a kind of `POOR_KINDS`."""
     hops, answer = question.hops, question.hops[-1].answer.text
     turns: list[dict] = []
     if kind == "guess":
@@ -99,8 +102,8 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        # Guess instead of answering with the last result, which would teach that a finding makes the gold answer less
-        # likely.
+        # Guess an answer. If the demonstration answered with its last result, the model would learn that a result
+        # makes the gold answer less probable.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
@@ -123,7 +126,7 @@ def _turns(
 
 
 def _detour(hop: Hop, draw: random.Random) -> str:
-    """Return an irrelevant query: another relation of the same subject, or of nothing in particular."""
+    """Return a query that does not help: about another relation of the same subject, or about no subject."""
     others = sorted(set(QUERIES) - {hop.relation})
     subject = hop.subject if draw.random() < 0.7 else "it"
     return QUERIES[draw.choice(others)].format(subject)
@@ -140,9 +143,9 @@ def _final(answer: str) -> str:
 
 
 def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
-    """Return another question's answer, of the kind that this question requires."""
+    """Return the answer of another question; the answer has the type that `question` requires."""
     relation = question.hops[-1].relation
     others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
     wrong = sorted(others - {question.hops[-1].answer.text})
-    # If there are very few questions, no other one may have an answer of this kind.
+    # If there are very few questions, perhaps no other question has an answer of this type.
     return draw.choice(wrong) if wrong else question.hops[-1].subject

