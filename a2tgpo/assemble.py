@@ -1,4 +1,4 @@
-"""Build all parts of a run from its configuration, in the order that fails early."""
+"""Build all parts of a run from its configuration. Cheap parts and checks come first, so that errors appear early."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """The long-lived objects of one rank."""
+    """The objects of one rank that exist as long as the run."""
 
     config: RunConfig
     groups: ParallelGroups
@@ -54,40 +54,40 @@ class RunParts:
     state: RolloutState
     policy: Policy
     reference: Policy | None
-    """Frozen copy of the initial policy; None without a KL penalty."""
+    """A frozen copy of the initial policy, or None if the run has no KL penalty."""
     optimizer: Any
     schedule: LearningRateSchedule
     phases: MemoryPhases
-    """Moves the other parts to and from the GPU."""
+    """Moves policy, optimizer, reference and engine to the GPU and away from it."""
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
     reward: TrajectoryReward
     startup: dict[str, float]
-    """Seconds that this process took to build the parts, as `time/startup_STAGE_s`."""
+    """Maps `time/startup_STAGE_s` to the seconds that this process took for each stage of the build."""
 
     @property
     def distribution(self) -> TokenDistribution:
-        """The distribution that rollouts are sampled from."""
+        """The distribution from which the rollouts sample their tokens."""
         temperature = self.config.rollout.temperature
         return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
 
     def close(self) -> None:
-        """Stop the tools and the engine; the process group stays."""
+        """Stop the tools and the engine. The process group continues to exist."""
         self.rollout.close()
         self.toolset.close()
         self.engine.close()
 
 
 def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | None = None) -> RunParts:
-    """Build all parts, with cheap checks before slow builds; every rank must call this.
+    """Build all parts of a run, after the cheap checks; every rank must call this.
 
     Args:
-        resume_from: the checkpoint that is loaded next; assemble refuses the checkpoint of another run.
-            With a checkpoint, policy and engine read no weights from `model.path`.
+        resume_from: the checkpoint that the caller loads next, or None. If there is a checkpoint, policy and engine
+            read no weights from `model.path`. If the checkpoint is of another run, this function refuses it.
 
     Raises:
-        ConfigError: one line; the configuration cannot be run.
+        ConfigError: one line; a run with this configuration is impossible.
     """
     config.check_training()
     timers = StageTimers()
@@ -157,17 +157,17 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
-    """Build the frozen initial policy, or return None without a KL penalty. Every rank must call this."""
+    """Build the frozen initial policy, or return None if the run has no KL penalty. Every rank must call this."""
     if config.algorithm.kl_coef == 0:
         return None
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
 def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: bool = True) -> VllmEngine:
-    """Build the engine of `config`, awake, with the weights of `model.path`; every rank must call this.
+    """Build the engine of `config` with the weights of `model.path`, and return it awake; every rank must call this.
 
     Args:
-        with_weights: False: the caller loads weights into the engine before it computes anything.
+        with_weights: whether to read the weights. If False, the caller must load weights before it uses the engine.
     """
     config = settle_engine_share(config)
     return VllmEngine(
@@ -189,7 +189,7 @@ def build_rollout(
     toolset: Toolset,
     template: PromptTemplate,
 ) -> GroupRollout:
-    """Build the rollout on this rank's engine."""
+    """Build the object that plays rollouts on this rank's engine."""
     return GroupRollout(
         engine,
         toolset,
@@ -202,7 +202,7 @@ def build_rollout(
 
 
 def build_reward(config: RunConfig, toolset: Toolset, template: PromptTemplate) -> TrajectoryReward:
-    """Build what scores trajectories that used `toolset` after prompts of `template`."""
+    """Build the object that scores trajectories. These must have used `toolset`, with prompts from `template`."""
     return TrajectoryReward(
         measure=config.rollout.gain.measure,
         tools=toolset.names,
@@ -222,7 +222,10 @@ def _record_of(path: Path) -> dict[str, Any]:
 def _prompt_set(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet:
-    """Build the prompt set; each rank checks its share, and all raise ConfigError if one prompt is too long."""
+    """Build the prompt set of `questions`. If a prompt is too long, raise ConfigError on all ranks.
+
+    Each rank checks the length of a share of the prompts.
+    """
     world = world_group()
     prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
     share = slice(groups.rank, None, groups.world_size)
@@ -233,7 +236,7 @@ def _prompt_set(
 
 
 def gain_check(parts: RunParts) -> GainCheck:
-    """Build the trainer's own scorer of the training questions' gold answers."""
+    """Build the object with which the trainer itself scores the gold answers of the training questions."""
     config = parts.config
     return GainCheck(
         parts.policy,
@@ -245,7 +248,7 @@ def gain_check(parts: RunParts) -> GainCheck:
 
 
 def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> RunCheckpoints:
-    """Build what saves and restores the state of `parts` and `guards`."""
+    """Build the object that saves and restores the state of `parts` and `guards`."""
     return RunCheckpoints(
         folder,
         parts.config,

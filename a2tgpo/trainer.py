@@ -1,4 +1,4 @@
-"""The training loop: one step is the list of stages in `Trainer.train_step`."""
+"""The training loop. `Trainer.train_step` lists the stages of a step."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ from a2tgpo.update.policy_update import (
 
 
 class Trainer:
-    """Runs the steps of one configuration; every rank has one and makes the same calls.
+    """Runs the training steps of a run. Every rank has one trainer and makes the same calls.
 
     Args:
-        parts: of the run.
+        parts: the parts of the run.
         recorder: writes metrics and rollouts.
-        checkpoints: save the state of `parts` and `guards`.
-        guards: check each step's metrics.
-        bank: folder of the rollout bank.
-        step: steps already done, from the checkpoint that the run resumes.
-        startup: metrics of this start, reported with its first rollout.
-        watchdog: receives stage changes; None disables it.
-        stop: reports a requested stop, after which another start resumes bit for bit; None: the run is never stopped.
+        checkpoints: saves the state of `parts` and `guards`.
+        guards: checks the metrics of each step.
+        bank: the folder of the rollout bank.
+        step: the number of steps that the run has already done.
+        startup: metrics of this start, which its first rollout reports.
+        watchdog: the trainer tells the watchdog of each change of stage. None disables the watchdog.
+        stop: reports a requested stop. The next start then continues bit for bit as if the run had not stopped. If
+            None, the run never stops early.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class Trainer:
         )
 
     def train(self) -> bool:
-        """Run the remaining steps, evaluations and checkpoints; return False if stopped before the last step.
+        """Run the remaining steps, evaluations and saves; return False if the run stopped before its last step.
 
-        The guards stop a run after the evaluation that is due and a checkpoint; started again, it stops before its
-        first step. A requested stop (`early_stop`) saves a checkpoint of the last finished step.
+        If the guards stop the run, it first makes the evaluation that is due and saves a checkpoint. If the run is
+        then started again, it stops before its first step. If a stop is requested (`early_stop`), the run saves a
+        checkpoint of the last finished step.
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
@@ -119,7 +121,7 @@ class Trainer:
         return self.step >= self.config.run.steps
 
     def _evaluate_and_save(self, evaluation_is_due: bool) -> None:
-        """Run the evaluation and save the checkpoint that are due after a step."""
+        """After a step, run the evaluation and save a checkpoint if they are due."""
         is_best = evaluation_is_due and self.evaluate()
         is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
         if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
@@ -132,13 +134,15 @@ class Trainer:
         self.checkpoints.save(self.step, evaluation_is_due=evaluation_is_due)
 
     def train_step(self) -> dict[str, float]:
-        """Run one step: refit, rollout (with prompts, gain and reward), exchange, advantage, score, update, record.
+        """Run one step, and return the metrics of the step, equal on all ranks.
 
-        If a crash came after this step's rollout, the bank replaces refit and rollout.
-        Returns the step's metrics, equal on all ranks.
+        The stages are refit, rollout (which includes prompts, gain and reward), exchange, advantage, score, update
+        and record. If an earlier start crashed after it had played this step, the step takes the rollout from the
+        bank, and the stages refit and rollout are left out.
 
         Raises:
-            StopAgreed: on all ranks, before the first update; once updates began, the step is finished.
+            StopAgreed: a stop was requested before the first update; raised on all ranks. If a stop is requested
+                later, the step is finished.
         """
         start = time.monotonic()
         learning_metrics = MetricSums()
@@ -218,7 +222,7 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Answer the held-out questions greedily; return whether this is the best score so far, to be saved."""
+        """Answer the held-out questions greedily; return whether the score is the best so far and must be saved."""
         with self.timers.stage("evaluation"):
             self._refit()
             questions, engine_group = self.parts.test_prompts, self.parts.engine_group
@@ -234,5 +238,8 @@ class Trainer:
         )
 
     def _is_due(self, every: int) -> bool:
-        """Return True after the last step and after every `every` steps (0: only after the last)."""
+        """Return whether the present step is the last step or a multiple of `every`.
+
+        If `every` is 0, only the last step counts.
+        """
         return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)

@@ -17,10 +17,10 @@ done
 case "$ranks" in ''|*[!0-9]*|0) echo "launch/local.sh: -n needs the number of processes, got '$ranks'" >&2; exit 2 ;; esac
 config="$1"; shift
 
-# Spinning thread pools of several processes on few cores slow each other down many times over.
+# If several processes share few cores, their thread pools spin and slow each other down many times over.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONUNBUFFERED=1
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-# The package of this checkout, whichever is installed.
+# Python must import the package of this checkout, even if another one is installed.
 export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python}" -m a2tgpo.launch.local_ranks "$ranks" "$script" --config "$config" "$@"

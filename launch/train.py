@@ -5,8 +5,8 @@
     srun ... python launch/train.py --config CONFIG [OPTION ...] [OVERRIDE ...]
 
 OPTION is --dry-run, --resume auto|PATH|none, --accept-changes, or --as-started FILE (see --help).
-OVERRIDE is section.field=value or a YAML file, such as a method of configs/algorithm/; later ones win.
-Without a launcher, the run is one process.
+OVERRIDE is section.field=value or a YAML file, for example a method of configs/algorithm/. If two overrides set the
+same field, the later override wins. Without a launcher, the run has one process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
-    """Join the other ranks, build, resume and train; return the program's exit code."""
+    """Join the other ranks, build the run, resume it if it has a checkpoint, and train; return the exit code."""
     import torch.distributed as dist
 
     from a2tgpo.assemble import assemble, build_checkpoints
@@ -113,7 +113,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
         watchdog.close()
         recorder.close()
     parts.close()
-    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
+    # Wait for all ranks, because a launcher ends the other ranks as soon as one rank exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return code

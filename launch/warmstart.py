@@ -5,12 +5,14 @@
     srun ... python launch/warmstart.py --config CONFIG [OPTION ...] [OVERRIDE ...]
 
 OPTION is --dry-run, --resume auto|none, --accept-changes, or --as-started FILE (see --help).
-OVERRIDE is section.field=value or a YAML file; later ones win.
-Reads `warmstart.source` and `warmstart.demonstrations`, minimises the mean cross-entropy of the tokens that the
-policy should write (prompts and observations carry no loss by default), and writes a Hugging Face checkpoint
-to `model.path`, where training finds it. Each step's demonstrations do not depend on the number of ranks, so the
-result is the same up to rounding. Metrics and checkpoints go to ROOT/NAME-warmstart/. After a stop or a crash, the
-next start resumes.
+OVERRIDE is section.field=value or a YAML file. If two overrides set the same field, the later override wins.
+
+The program trains the model at `warmstart.source` on the demonstrations in `warmstart.demonstrations`. It minimises
+the mean cross-entropy of the tokens that the policy should write. By default, prompts and observations have no loss.
+The program then writes a Hugging Face checkpoint to `model.path`, from which training reads the model. The
+demonstrations of a step do not depend on the number of ranks, so the resulting model does not depend on it either,
+except for rounding. Metrics and checkpoints go to ROOT/NAME-warmstart/. After a stop or a crash, the next start
+resumes the warm start.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def main() -> int:
 
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
-    """Join the other ranks, build, resume, train and write; return the program's exit code."""
+    """Join the other ranks, build and resume the warm start, train, and write the model; return the exit code."""
     import torch.distributed as dist
 
     from a2tgpo.launch.warm_start import join_ranks
@@ -88,7 +90,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     finally:
         watchdog.close()
         warm_start.report.close()
-    # A launcher ends the other ranks as soon as one exits with a code that is not 0.
+    # Wait for all ranks, because a launcher ends the other ranks as soon as one rank exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return 0 if is_done else START_AGAIN

@@ -1,6 +1,4 @@
-"""Claim the folder of an experiment. Lock the folder, check that it contains the same experiment, and record the
-start.
-"""
+"""Claim the folder of an experiment: lock it, check that it contains the same experiment, and record the start."""
 
 from __future__ import annotations
 

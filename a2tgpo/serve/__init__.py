@@ -1,1 +1,1 @@
-"""Serve an exported agent over HTTP: its protocol on disk, the queue of questions, the endpoint."""
+"""Serve an exported agent over HTTP. The modules write the agent's file, queue questions and define the endpoint."""

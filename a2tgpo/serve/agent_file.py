@@ -1,4 +1,4 @@
-"""Write an exported model's protocol (its prompts, tools and limits) to a file next to its weights."""
+"""Write the prompts, the tools and the limits of an exported model to a file in the folder of the model's weights."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _FIELDS = {
 
 
 def write_agent_file(folder: Path, config: RunConfig) -> None:
-    """Write the agent's protocol to `folder`/agent.json, a configuration that every program accepts.
+    """Write the agent's prompts, tools and limits to `folder`/agent.json, a configuration that every program accepts.
 
-    The file has instructions, template variables, tools with their settings, and the limits of a rollout, without
-    question files and training settings; `model.path` is `folder`.
+    The file contains the instructions, the template variables, the tools with their settings, and the limits of a
+    rollout. It contains neither question files nor training settings. Its `model.path` is `folder`.
 
     Raises:
-        OSError: the file cannot be written; names the file.
+        OSError: the file cannot be written; the error names the file.
     """
     sections = yaml.safe_load(dump_config(config))
     kept: dict[str, Any] = {

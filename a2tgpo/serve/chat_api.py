@@ -37,14 +37,15 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """Body of POST /v1/chat/completions; other fields are refused, because they would have no effect."""
+    """The body of POST /v1/chat/completions. If a body has another field, which could have no effect, it is refused."""
 
     model_config = ConfigDict(extra="forbid")
 
     messages: list[Message] = Field(min_length=1)
     model: str = ""
     temperature: float | None = None
-    """0: greedy; None: the temperature of training. Other values are refused."""
+    """The sampling temperature. 0 means greedy, and None means the temperature of training. The only other value that
+    the endpoint accepts is the temperature of training."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
@@ -52,7 +53,7 @@ class ChatRequest(BaseModel):
 
 
 class BadRequestError(Exception):
-    """The request is invalid; the message is one line for the client."""
+    """The request is invalid; the message is one line that the client receives."""
 
 
 def build_app(
@@ -64,14 +65,14 @@ def build_app(
     max_prompt_tokens: int,
     token: str | None = None,
 ) -> FastAPI:
-    """Build the endpoint over `inbox`.
+    """Build the endpoint, which puts each question into `inbox` and answers with the result.
 
     Args:
-        template: renders a question for the model.
-        name: of the model.
-        temperature: of training, `rollout.temperature`.
-        max_prompt_tokens: longest prompt, `data.max_prompt_tokens`.
-        token: bearer token that clients must send; None: no token is required.
+        template: renders a question as the tokens of a prompt.
+        name: the name of the model.
+        temperature: the temperature of training (`rollout.temperature`).
+        max_prompt_tokens: the largest number of tokens in a prompt (`data.max_prompt_tokens`).
+        token: the bearer token that clients must send. If None, clients need no token.
     """
     app = FastAPI(title="a2tgpo agent", version="1")
     app.add_middleware(RequestLimits, token=token, max_body_bytes=MAX_BODY_BYTES, max_requests_per_s=0.0)
@@ -109,7 +110,11 @@ def build_app(
 def _order(
     request: ChatRequest, template: PromptTemplate, temperature: float, max_prompt_tokens: int
 ) -> Order:
-    """Convert a request to an order; BadRequestError if the agent cannot do it."""
+    """Return the order for a request.
+
+    Raises:
+        BadRequestError: the agent cannot do what the request demands.
+    """
     if [message.role for message in request.messages] != ["user"]:
         raise BadRequestError(
             "messages: give one message of role user; the agent has its own instructions and remembers nothing"
@@ -122,7 +127,8 @@ def _order(
     tokens = template.render(question)
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
-    # A seed repeats its draw, independent of concurrent requests; without a seed, each request gets its own.
+    # Two requests with the same seed get the same draw, whatever requests run at the same time. A request without a
+    # seed gets a seed of its own.
     seed = secrets.randbits(32) if request.seed is None else request.seed
     prompt = Prompt(index=0, id=f"chat-{seed}", question=question, answers=(), tokens=tokens)
     return Order(prompt=prompt, is_greedy=request.temperature == 0)

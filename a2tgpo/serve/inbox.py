@@ -1,4 +1,4 @@
-"""A bounded queue of questions to be played, with futures of their answers."""
+"""A bounded queue of questions that wait to be played. Each question has a future for its answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InboxClosedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """One question to be played."""
+    """A question that the agent is to play."""
 
     prompt: Prompt
     is_greedy: bool
@@ -29,11 +29,11 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """The result of an order."""
+    """The result of an order that was played."""
 
     trajectory: Trajectory
     texts: tuple[str, ...]
-    """The policy's text of each turn."""
+    """The text that the policy wrote in each turn."""
 
 
 @dataclass(kw_only=True)
@@ -43,10 +43,10 @@ class Waiting:
 
 
 class Inbox:
-    """Connects the threads that take requests with the thread that plays.
+    """Passes orders from the threads that accept requests to the thread that plays.
 
     Args:
-        max_waiting: most questions in the queue.
+        max_waiting: the largest number of orders in the queue.
     """
 
     def __init__(self, *, max_waiting: int):
@@ -59,7 +59,7 @@ class Inbox:
         return len(self._waiting)
 
     def put(self, order: Order) -> Future[Played]:
-        """Queue `order`; return a future of its result.
+        """Add `order` to the queue, and return a future of its result.
 
         Raises:
             InboxFullError: the queue is full.
@@ -76,9 +76,10 @@ class Inbox:
         return waiting.answer
 
     def take(self, most: int, *, timeout_s: float) -> list[Waiting]:
-        """Return up to `most` orders of one kind (greedy or drawn), the longest waiting first.
+        """Return up to `most` orders, the one that has waited longest first.
 
-        Skips orders whose client has left. Empty if none came within `timeout_s`.
+        All returned orders are of one kind, greedy or drawn. An order whose client has left is skipped. If no order
+        comes within `timeout_s` seconds, the list is empty.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -97,7 +98,7 @@ class Inbox:
         return [entry for entry in alike if entry.answer.set_running_or_notify_cancel()]
 
     def close(self) -> None:
-        """Accept no more questions, and refuse the waiting ones."""
+        """Accept no more orders, and end each waiting order with `InboxClosedError`."""
         with self._changed:
             self._is_closed = True
             for entry in self._waiting:

@@ -1,4 +1,4 @@
-"""A trained policy ready to play: engine, tools and rollout, without the trainer."""
+"""Build what a trained policy needs to play: the engine, the tools and the rollout. The trainer is not needed."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from a2tgpo.trajectory import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Player:
-    """The long-lived objects of one rank that plays."""
+    """The objects with which one rank plays."""
 
     config: RunConfig
-    """`model.path` names the folder that supplied architecture and tokenizer."""
+    """The configuration. Its `model.path` is the folder from which the architecture and the tokenizer come."""
     engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
     template: PromptTemplate
@@ -49,7 +49,7 @@ class Player:
     rollout: GroupRollout
 
     def play(self, prompts: Sequence[Prompt], *, greedy: bool) -> list[Finished]:
-        """Play each prompt once; return the results in the order of `prompts`. All ranks of the engine call this."""
+        """Play each prompt once; return the results in the order of `prompts`. All ranks of the engine must call this."""
         playing = self.rollout.play(
             prompts, seed=self.config.run.seed, version=0, greedy=greedy, group_size=1, score_gain=False
         )
@@ -57,7 +57,7 @@ class Player:
         return [finished[id(prompt)] for prompt in prompts]
 
     def close(self) -> None:
-        """Stop the tools and the engine; the process group stays."""
+        """Stop the tools and the engine. The process group continues to exist."""
         self.rollout.close()
         self.toolset.close()
         self.engine.close()
@@ -66,16 +66,16 @@ class Player:
 def load_saved(
     file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
 ) -> tuple[RunConfig, SavedModel]:
-    """Load a run's configuration and locate its saved weights, with a layout for the processes of this launch.
+    """Return a run's configuration, with a layout for the processes of this launch, and the run's saved weights.
 
     Args:
-        file: YAML file of the run; its layout is ignored (see `inference_config`).
-        overrides: as for `load_config`; a layout set here is kept.
-        path: the weights; see `find_model`.
-        key: the option that names `path`, for error messages.
+        file: the YAML file of the run. Its layout is ignored (see `inference_config`).
+        overrides: the overrides for `load_config`. If they set a layout, this layout is used.
+        path: the path of the weights, as `find_model` accepts it.
+        key: the option with which the user gave `path`; error messages name it.
 
     Raises:
-        ConfigError: one line; as `load_config`, `find_model` and `inference_config`.
+        ConfigError: one line; for the reasons that `load_config`, `find_model` and `inference_config` give.
     """
     config = load_config(file, [*UNDIVIDED, *overrides])
     model = find_model(path, untrained=config.model.path, key=key)
@@ -86,13 +86,13 @@ def load_saved(
 
 
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
-    """Build an engine with the weights of `model`; every rank must call this.
+    """Build a player whose engine has the weights of `model`; every rank must call this.
 
-    A checkpoint's weights pass through the trainer's model into the engine, as in training, and are verified on the
-    probe.
+    If `model` is a checkpoint, the trainer's model loads the weights and passes them to the engine, as in training.
+    The refit then verifies the engine's weights on the probe.
 
     Raises:
-        ConfigError: one line; the weights or settings cannot be played.
+        ConfigError: one line; the engine cannot play with these weights or these settings.
     """
     if model.is_hf:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
@@ -127,7 +127,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
 
 
 def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
-    """Build the trainer's model with the weights of `model`, frozen; every rank must call this."""
+    """Build the trainer's model with the weights of `model`, and freeze it; every rank must call this."""
     if model.is_hf:
         hf = dataclasses.replace(config.model, path=str(model.path))
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)

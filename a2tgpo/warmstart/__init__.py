@@ -1,1 +1,1 @@
-"""Supervised warm start: train a model on demonstrations of the format and of useful behaviour."""
+"""Run a supervised warm start: train a model on demonstrations that show the format and useful behaviour."""

@@ -1,4 +1,4 @@
-"""A step's demonstrations as packed micro-batches, and the loss of their tokens."""
+"""Pack the demonstrations of a step into micro-batches, and compute the loss of their tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from a2tgpo.update.train_step import LossFunction
 
 
 def my_microbatches(chosen: Sequence[Trajectory], policy: Policy, *, max_tokens: int) -> list[PackedBatch]:
-    """Pack this replica's share of `chosen`; every rank must call this; all ranks agree on the split."""
+    """Return this data-parallel replica's share of `chosen` as micro-batches; every rank must call this.
+
+    All ranks divide `chosen` among the replicas in the same way.
+    """
     align, groups = policy.alignment, policy.groups
     lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
@@ -27,7 +30,10 @@ def my_microbatches(chosen: Sequence[Trajectory], policy: Policy, *, max_tokens:
 def token_weights(
     batches: Sequence[PackedBatch], chosen: Sequence[Trajectory], *, observation_weight: float
 ) -> list[Tensor]:
-    """Return each target's weight in the step's loss, [T] float32 per micro-batch; all ranks' weights sum to 1."""
+    """Return the weight of each target token in the step's loss, a float32 tensor [T] per micro-batch.
+
+    The weights of all data-parallel replicas sum to 1.
+    """
     num_sampled = sum(trajectory.num_sampled_tokens for trajectory in chosen)
     num_predicted = sum(packed_length(trajectory) for trajectory in chosen)
     total = max(1.0, num_sampled + observation_weight * (num_predicted - num_sampled))
@@ -39,7 +45,7 @@ def token_weights(
 
 
 def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list[PackedBatch]:
-    """Return the micro-batches with log-probs requested at every token with a weight."""
+    """Return `batches` with a loss mask that requests a log-prob for each token whose weight is above 0."""
     return [
         dataclasses.replace(batch, loss_mask=weight[None] > 0)
         for batch, weight in zip(batches, weights, strict=True)
@@ -47,7 +53,7 @@ def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list
 
 
 def cross_entropy(weights: Sequence[Tensor]) -> LossFunction:
-    """Return a loss: the weighted sum of -log p over the tokens of each micro-batch."""
+    """Return a loss function. Its value for a micro-batch is the weighted sum of -log p over the tokens."""
 
     def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return -(weights[number].to(logprobs.device) * logprobs).sum(), {}

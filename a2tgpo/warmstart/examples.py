@@ -1,4 +1,4 @@
-"""Split demonstrations into training examples and held-out ones."""
+"""Load the demonstrations, and split them into training examples and held-out examples."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Tokenised demonstrations, equal on all ranks."""
+    """The tokenised demonstrations. They are equal on all ranks."""
 
     trained: list[Trajectory]
     held_out: list[Trajectory]
     fingerprint: str
-    """Fingerprint of all trained tokens, in order."""
+    """Fingerprint of the tokens of all training examples, in order."""
 
 
 def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
-    """Render, tokenise and split all demonstrations.
+    """Render and tokenise all demonstrations, and split them into training examples and held-out examples.
 
     Args:
-        date: the current date in the prompts.
+        date: the date that the prompts give as the current date.
 
     Raises:
-        ConfigError: one line; source or demonstrations cannot be used, or too few remain for training.
+        ConfigError: one line; the source model or the demonstrations cannot be used, or too few demonstrations remain
+            for training.
     """
     settings = config.warmstart
     try:
@@ -67,9 +68,11 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """Choose the questions, `share` of all, whose demonstrations are held out, by hash rather than by file order.
+    """Return the questions whose demonstrations are held out, a share `share` of all questions.
 
-    All demonstrations of a question are on the same side; if the file grows, few demonstrations change sides.
+    This function sorts the questions by a hash and not by their order in the file. So if the file grows, few
+    questions move between the training examples and the held-out examples. All demonstrations of a question are on
+    the same side.
     """
     questions = {demonstration.question.question for demonstration in demonstrations}
 

@@ -1,7 +1,8 @@
-"""A warm start's folder: its lock, its identity, and its checkpoints until model.path is written.
+"""Manage the folder of a warm start. The folder has a lock and the identity of the warm start, and it keeps
+checkpoints until the warm start has written model.path.
 
-`ROOT/NAME-warmstart/`: config.yaml and config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/, checkpoints/step_N/,
-stacks/ (when something hung), holder.json.
+The folder `ROOT/NAME-warmstart/` contains config.yaml, config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/,
+checkpoints/step_N/ and holder.json. It contains stacks/ only if some rank hung.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from a2tgpo.warmstart.target import folder_of
 
 
 class WarmStartFolder:
-    """Opens, saves and restores one warm start; every rank has one and makes the same calls."""
+    """Claims the folder of one warm start, and saves and restores its state. Every rank has one and makes the same
+    calls.
+    """
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -36,21 +39,23 @@ class WarmStartFolder:
         self._checkpoints = self.path / "checkpoints"
         self._writer = CheckpointWriter(self._checkpoints, timeout_s=config.parallel.timeout_s)
         self.saved_step = 0
-        """Step of the newest checkpoint, including one being written; 0: none."""
+        """Step of the newest checkpoint, whose save may still be in progress; 0 if there is none."""
 
     @property
     def longest_save_s(self) -> float:
         return self._writer.longest_s
 
     def open(self, resume: str, *, accept_changes: bool) -> Path | None:
-        """Create the folder and return the checkpoint to resume from; None if there is none.
+        """Create and claim the folder; return the checkpoint to resume from, or None if the warm start begins anew.
 
         Args:
-            resume: auto (the newest complete checkpoint) | none (set the existing folder aside).
-            accept_changes: continue although settings, code or packages differ from the last start.
+            resume: one of `auto` and `none`. With `auto`, the warm start resumes from its newest complete checkpoint
+                if it has one. With `none`, the existing folder is renamed.
+            accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: on all ranks; one line.
+            ConfigError: one line; the folder cannot be claimed, or it contains another experiment; raised on all
+                ranks.
         """
         fault = ""
         if self._groups.rank == 0:
@@ -73,7 +78,10 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load the checkpoint; if it is damaged, load the newest undamaged one before it. Return the loaded state."""
+        """Load the checkpoint `path`, and return the state in it.
+
+        If the checkpoint is damaged, load the newest earlier checkpoint that is undamaged.
+        """
         try:
             _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
@@ -91,7 +99,10 @@ class WarmStartFolder:
         schedule: LearningRateSchedule,
         state: dict[str, Any],
     ) -> None:
-        """Wait for the previous checkpoint, then start one of `step` steps; when complete, it replaces the others."""
+        """Wait for the previous save, then start to save a checkpoint after `step` steps.
+
+        When the new checkpoint is complete, all older checkpoints are removed.
+        """
         self.finish_saving()
         self._writer.start(
             step,
@@ -106,10 +117,10 @@ class WarmStartFolder:
         self.saved_step = step
 
     def finish_saving(self) -> None:
-        """Wait for the checkpoint being written, if any.
+        """If a save is in progress, wait for its end.
 
         Raises:
-            RuntimeError: one line; the checkpoint could not be written.
+            RuntimeError: one line; the save failed.
         """
         if fault := self._writer.wait():
             raise RuntimeError(
@@ -118,7 +129,7 @@ class WarmStartFolder:
             )
 
     def remove_checkpoints(self) -> None:
-        """Remove all checkpoints, once the warm start has written its model."""
+        """Remove all checkpoints. Call this after the warm start has written its model."""
         self.finish_saving()
         if self._groups.rank == 0:
             shutil.rmtree(self._checkpoints, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""The warm start's loop: training steps, held-out losses and checkpoints between them, and the export at the end."""
+"""Run a warm start: train, compute held-out losses and save checkpoints between the steps, and export the model at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +37,17 @@ from a2tgpo.warmstart.target import MARKER, require_target, target_of
 
 
 class WarmStart:
-    """Trains one configuration's warm start; every rank has one and makes the same calls.
+    """Runs the warm start of one configuration. Every rank has one object and makes the same calls.
 
     Args:
-        date: the current date in the prompts.
-        checkpoint: to resume from; None: start from the beginning.
+        date: the date that the prompts give as the current date.
+        checkpoint: the checkpoint to resume from, or None to begin at step 0.
         folder: saves the checkpoints.
-        stop: polled before each step for a requested stop.
-        watchdog: receives stage changes.
+        stop: reports a requested stop. The loop asks before each step.
+        watchdog: the loop tells the watchdog of each change of stage.
 
     Raises:
-        ConfigError: one line; the configuration or its data cannot be trained on.
+        ConfigError: one line; the configuration or its data are unusable for training.
     """
 
     def __init__(
@@ -85,7 +87,11 @@ class WarmStart:
         )
 
     def train(self) -> bool:
-        """Run the remaining steps and write the model; return False if stopped early, with a checkpoint."""
+        """Run the remaining steps and write the model.
+
+        Returns False if a requested stop ended the training early. The method has then saved a checkpoint instead of
+        the model.
+        """
         try:
             if self.step == 0:
                 self._evaluate()
@@ -134,7 +140,7 @@ class WarmStart:
         return my_microbatches(chosen, self.policy, max_tokens=self.config.update.max_microbatch_tokens)
 
     def _evaluate(self) -> None:
-        """Compute the mean cross-entropy of the policy's own tokens in the held-out examples."""
+        """Compute and report the mean cross-entropy of the policy's own tokens in the held-out examples."""
         held_out, size = self.examples.held_out, self.settings.batch_size
         if not held_out:
             return
@@ -174,9 +180,9 @@ class WarmStart:
         return int(state["step"])
 
     def _export(self) -> None:
-        """Write model.path, then remove the checkpoints, which are no longer needed."""
+        """Write the model to model.path, and then remove the checkpoints."""
         with self.timers.stage("export"):
-            require_target(self.config)  # the folder may have been filled meanwhile
+            require_target(self.config)  # another program may have written to the folder
             settings = {
                 key: value for key, value in flat_config(self.config).items() if key.startswith("warmstart.")
             }
@@ -185,5 +191,8 @@ class WarmStart:
             self.folder.remove_checkpoints()
 
     def _is_due(self, every: int) -> bool:
-        """Return True after the last step and after every `every` steps (0: only after the last)."""
+        """Return whether the present step is the last step or a multiple of `every`.
+
+        If `every` is 0, only the last step counts.
+        """
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)

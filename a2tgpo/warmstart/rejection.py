@@ -1,7 +1,8 @@
-"""Rejection sampling: a run's good rollouts become demonstrations.
+"""Make demonstrations from the good rollouts of a run (rejection sampling).
 
-A rollout is accepted if it ended with an answer and passes every filter; of each question's rollouts, the best few
-are kept. Each rejected rollout counts for the first filter that rejected it.
+A rollout is accepted if it ended with an answer and passes every filter. The best few accepted rollouts of each
+question become demonstrations. The counts give, for each filter, the number of rollouts that this filter was the
+first to reject.
 """
 
 from __future__ import annotations
@@ -20,28 +21,32 @@ from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """Requirements for an accepted rollout."""
+    """The requirements that a rollout must meet to be accepted."""
 
     min_reward: float | None = None
-    """Least outcome reward; None: no minimum."""
+    """Smallest outcome reward that is accepted. If None, any reward is accepted."""
     needs_exact_match: bool = True
     needs_format: bool = True
     max_failed_calls: int = 0
-    """Most tool calls without an answer."""
+    """Largest number of failed tool calls that is accepted."""
     max_tokens: int = 0
-    """Most tokens sampled by the policy; 0: no limit."""
+    """Largest number of tokens that the policy may have sampled. If 0, there is no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A rollout that passed the filters, with its sort criteria."""
+    """A rollout that passed the filters, and the values by which candidates are sorted."""
 
     step: int
     record: dict[str, Any]
 
     @property
     def order(self) -> tuple[float, int, int, int, int]:
-        """Sort key, best first: reward, then fewest calls, then fewest tokens, then the latest step."""
+        """The key that sorts the best candidate first.
+
+        A candidate is better if its reward is higher. If the rewards are equal, the candidate with fewer calls is
+        better, then the candidate with fewer tokens, then the candidate of the later step.
+        """
         return (
             -self.record["outcome_reward"],
             _num_calls(self.record),
@@ -52,10 +57,14 @@ class Candidate:
 
 
 def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[int, list[Path]]:
-    """Return the files of each step's rollouts in a run's folder, by step.
+    """Return a map from each recorded step of `run` to the files of its rollouts.
+
+    Args:
+        first: the first step to return.
+        last: the last step to return, or None for the newest.
 
     Raises:
-        ConfigError: one line; no rollouts are recorded between `first` and `last`.
+        ConfigError: one line; no rollouts are recorded from step `first` to step `last`.
     """
     found = recorded_steps(run)
     chosen = {
@@ -68,7 +77,7 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
 
 
 def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the trajectories in a step's files, with one file in memory at a time.
+    """Yield each trajectory in the `files` of a step, and have only one file in memory at a time.
 
     Raises:
         ConfigError: one line; a file cannot be read or is damaged.
@@ -88,7 +97,7 @@ def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def reject(record: Mapping[str, Any], filters: Filters) -> str:
-    """Return why a rollout is rejected, in a few words; empty if it is accepted."""
+    """Return a few words that tell why a rollout is rejected, or an empty string if it is accepted."""
     turns = record["turns"]
     if record["stop_reason"] != "answer" or not turns or turns[-1]["query"] is not None:
         return "without an answer"
@@ -106,7 +115,11 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
 
 
 def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counter[str]) -> list[Candidate]:
-    """Choose the best `per_question` rollouts of each question, in order of first appearance; no text twice."""
+    """Return the best `per_question` candidates of each question, and count the others in `counts` by reason.
+
+    The questions are in the order in which `candidates` first names them. If several candidates of a question have
+    the same text, only the best of them is chosen.
+    """
     by_question: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         by_question.setdefault(candidate.record["prompt_id"], []).append(candidate)
@@ -126,12 +139,12 @@ def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counte
 
 
 def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]:
-    """Return the record for a demonstration file (`data.demonstrations.load_demonstrations`)."""
+    """Return `candidate` as a record of a demonstration file (`data.demonstrations.load_demonstrations`)."""
     record = candidate.record
     turns = []
     for turn in record["turns"][:-1]:
         closing = f"</{turn['tool']}>"
-        end = turn["text"].rfind(closing)  # the last token may extend past the tag
+        end = turn["text"].rfind(closing)  # the last token may have text after the tag
         turns.append({"text": turn["text"][: end + len(closing)], "observation": turn["observation_text"]})
     turns.append({"text": record["turns"][-1]["text"]})
     found: dict[str, Any] = {
@@ -153,18 +166,21 @@ def demonstrations_of(
     first: int = 0,
     last: int | None = None,
 ) -> tuple[list[dict[str, Any]], Counter[str], int]:
-    """Make demonstrations from a run's rollouts.
+    """Make demonstrations from the rollouts of a run.
 
     Args:
-        questions: the run's training set; rollouts refer to them by id.
-        per_question: most demonstrations per question.
-        first, last: steps to read; None: up to the newest.
+        questions: the training set of the run. The rollouts refer to its questions by id.
+        per_question: the largest number of demonstrations per question.
+        first: the first step to read.
+        last: the last step to read, or None for the newest.
 
     Returns:
-        The records, the number of rejected rollouts by reason, and the number of rollouts read.
+        The records of the demonstrations, a map from each reason to the number of rollouts rejected for it, and the
+        number of rollouts read.
 
     Raises:
-        ConfigError: one line; no rollouts, a damaged file, or questions that are not the run's.
+        ConfigError: one line; the run has no rollouts in these steps, a file is damaged, or `questions` are not the
+            questions of the run.
     """
     by_id = {question.id: question for question in questions}
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Report a warm start: a progress line, metrics, a closing line."""
+"""Report a warm start: show a progress line, write metrics, and print a closing line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from a2tgpo.trajectory import Trajectory
 
 
 class Report:
-    """Reports on rank 0; silent on the other ranks.
+    """Reports the progress of a warm start.
 
     Args:
-        folder: of the warm start.
-        out: the folder of the resulting model.
-        step: steps done before this start.
+        folder: the folder of the warm start.
+        out: the folder to which the warm start writes its model.
+        steps: the number of steps in the whole warm start.
+        step: the number of steps done before this start.
+        enabled: True on rank 0; on the other ranks the object reports nothing.
     """
 
     def __init__(self, folder: Path, *, out: str, steps: int, step: int, enabled: bool) -> None:
         self._folder, self._out, self._steps, self._enabled = folder, out, steps, enabled
-        # Discard the writer's own progress line, which is about rollouts.
+        # The writer's own progress line is about rollouts, so send it to a stream that nobody reads.
         self._writer = MetricWriter(
             folder, total_steps=steps, enabled=enabled, resume_step=step or None, stream=io.StringIO()
         )
@@ -47,7 +49,7 @@ class Report:
     def add(
         self, step: int, chosen: Sequence[Trajectory], *, loss: float, grad_norm: float, lr: float
     ) -> None:
-        """Record a step on the demonstrations `chosen`."""
+        """Record the metrics of `step`, which trained on the demonstrations `chosen`."""
         now = time.perf_counter()
         num_tokens = sum(trajectory.num_tokens for trajectory in chosen)
         self._losses.append(loss)
@@ -59,7 +61,7 @@ class Report:
         self._bar.update()
 
     def add_held_out(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step` steps."""
+        """Record `loss`, the held-out loss after `step` steps."""
         self._held_out.append(loss)
         self._writer.log(step, {"warmstart/held_out_loss": loss})
         self._last = time.perf_counter()
@@ -69,7 +71,7 @@ class Report:
             self._bar.write(text, file=sys.stderr)
 
     def say_done(self) -> None:
-        """Print the result."""
+        """Print the closing line of a finished warm start, which gives its losses and the place of its model."""
         if not self._enabled:
             return
         self._bar.close()
@@ -83,7 +85,7 @@ class Report:
         )
 
     def say_stopped(self, step: int, reason: str) -> None:
-        """Print that the warm start stopped early on request, and that the next start resumes it."""
+        """Print that the warm start stopped early for `reason`, and that the next start resumes it."""
         if self._enabled:
             self._bar.close()
             saved = f"saved as {self._folder}/checkpoints/step_{step}" if step else "nothing to save yet"

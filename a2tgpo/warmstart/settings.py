@@ -20,10 +20,10 @@ REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 
 
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """Return `warmstart.lr`, or a default by the model's size.
+    """Return `warmstart.lr` if it is set, else a default that depends on the size of the model.
 
-    The default is a rule of thumb within published rates for fine-tuning whole models of 7 to 70 billion parameters
-    (2e-5 to 2e-6); it has not been tuned here.
+    The default is a rule of thumb that has not been tuned here. Published rates for fine-tuning whole models of 7 to
+    70 billion parameters are 2e-5 to 2e-6, and the default is in this range.
     """
     if config.warmstart.lr:
         return config.warmstart.lr
@@ -32,7 +32,11 @@ def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
 
 
 def source_dimensions(config: RunConfig) -> ModelDimensions:
-    """Return the dimensions of the model at `warmstart.source`; a ConfigError names this key."""
+    """Return the dimensions of the model at `warmstart.source`.
+
+    Raises:
+        ConfigError: the dimensions cannot be read; the message names `warmstart.source`.
+    """
     try:
         return read_dimensions(config.warmstart.source)
     except ConfigError as error:
@@ -40,13 +44,19 @@ def source_dimensions(config: RunConfig) -> ModelDimensions:
 
 
 def cold_model(config: RunConfig) -> ModelConfig:
-    """Return the model to train: the source, in FP8 only if the warm start's settings request it."""
+    """Return the configuration of the model to train, which is the model at `warmstart.source`.
+
+    The model uses FP8 only if `warmstart.fp8` is True.
+    """
     fp8 = config.model.fp8 if config.warmstart.fp8 else Fp8Config()
     return dataclasses.replace(config.model, path=config.warmstart.source, fp8=fp8)
 
 
 def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
-    """Return the run's optimizer settings with the warm start's rates, without offload: no engine shares the GPU."""
+    """Return the run's optimizer settings with the learning rates and the weight decay of the warm start.
+
+    The optimizer is not offloaded, because a warm start has no engine that needs the memory of the GPU.
+    """
     settings = config.warmstart
     return dataclasses.replace(
         config.update,
@@ -60,7 +70,10 @@ def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
 
 
 def as_planned(config: RunConfig, *, lr: float) -> RunConfig:
-    """Return the configuration for planning: without engine, reference and method."""
+    """Return the configuration from which the plan of a warm start is made.
+
+    A warm start has no engine, no reference model and no RL method, so their settings are the defaults.
+    """
     update = dataclasses.replace(
         update_settings(config, lr=lr), prompts_per_minibatch=UpdateConfig().prompts_per_minibatch
     )

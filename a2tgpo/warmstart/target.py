@@ -1,4 +1,4 @@
-"""Where a warm start writes: never over its own input or over a folder that no warm start wrote."""
+"""Decide where a warm start writes its model. It overwrites neither its own input nor a folder of another program."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
 
 MARKER = "warmstart.json"
-"""File in a folder that a warm start wrote, with the settings it was made from."""
+"""Name of a file that a warm start writes next to its model. The file contains the settings of the warm start."""
 
 
 def target_of(config: RunConfig) -> Path:
-    """Return the folder to write, with symbolic links resolved, so that a link at model.path stays a link."""
+    """Return the folder to which the warm start writes its model.
+
+    Symbolic links are resolved, so if model.path is a link, it stays a link.
+    """
     return Path(config.model.path).resolve()
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Return the folder of the warm start's metrics and checkpoints."""
+    """Return the folder to which the warm start writes its metrics and checkpoints."""
     return Path(config.run.root) / f"{config.run.name}-warmstart"
 
 
 def require_target(config: RunConfig) -> None:
-    """Raise `ConfigError`, one line, unless model.path may be written; write nothing.
+    """Raise a `ConfigError` of one line if the warm start must not write to model.path. Write nothing.
 
-    The folder must not be, contain, or be inside an input of the warm start, and must be new, empty, or written by a
-    warm start.
+    The folder must not be an input of the warm start, contain an input, or be inside an input. It must not exist yet,
+    or be empty, or have been written by a warm start.
     """
     settings, given = config.warmstart, config.model.path
     for field in ("source", "demonstrations"):
@@ -53,7 +56,7 @@ def require_target(config: RunConfig) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Return whether both paths exist and are the same folder, as with bind mounts."""
+    """Return whether both paths exist and lead to the same folder. A bind mount gives a folder a second path."""
     try:
         return os.path.samefile(one, other)
     except OSError:
