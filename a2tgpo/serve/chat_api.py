@@ -37,7 +37,10 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions. If a body has another field, which could have no effect, it is refused."""
+    """The body of POST /v1/chat/completions.
+
+    A body with any other field is refused, because that field would have no effect.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -49,7 +49,10 @@ class Player:
     rollout: GroupRollout
 
     def play(self, prompts: Sequence[Prompt], *, greedy: bool) -> list[Finished]:
-        """Play each prompt once; return the results in the order of `prompts`. All ranks of the engine must call this."""
+        """Play each prompt once, and return the results in the order of `prompts`.
+
+        All ranks of the engine must call this.
+        """
         playing = self.rollout.play(
             prompts, seed=self.config.run.seed, version=0, greedy=greedy, group_size=1, score_gain=False
         )
