@@ -23,7 +23,8 @@ def turn_states(trajectory: Trajectory) -> list[int]:
         if turn.query is not None:
             query = " ".join(turn.query.casefold().split())
             states.append(_key(f"{prompt} {query}", turn.observation_tokens))
-    return states[: len(trajectory.turns)]  # if a cut trajectory ends with an observation, its last state has no turn
+    # If a cut trajectory ends with an observation, no turn was written in its last state.
+    return states[: len(trajectory.turns)]
 
 
 def _key(text: str, tokens: Sequence[int]) -> int:

@@ -28,5 +28,6 @@ def step_advantages(
         failed_calls=config.algorithm.failed_calls,
     )
     result = compute_advantages(table, config.algorithm, dp_group=groups.dp_group)
-    gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))  # the final turn has gain 0, so its scale is 1
+    # The final turn gets gain 0, so its scale is 1.
+    gains = torch.nn.functional.pad(result.normalized_gain, (0, 1))
     return table, result, clip_scale(gains, beta=config.algorithm.clip_beta)

@@ -12,15 +12,17 @@ from a2tgpo.search.passage import Passage
 Hits = Sequence[tuple[Passage, float]]
 """Passages with their scores, best first."""
 ANSWER_BYTES, PASSAGE_BYTES = 300, 250
-"""Python's overhead per answer and per passage, without texts."""
+"""Memory that Python needs for an answer and for a passage, in addition to their texts."""
 
 
 class AnswerCache:
-    """Evicts the least recently used answers first; safe to use from many threads.
+    """Stores answers up to a total size, and evicts the least recently used answers first.
+
+    Many threads may use it at the same time.
 
     Args:
-        max_bytes: of all answers together. Passages count in full, even if their corpus is in memory anyway; an
-            answer above the limit is not stored.
+        max_bytes: largest size of all answers together. A passage counts with its full size, even if its corpus is in
+            memory anyway. An answer that is larger than `max_bytes` is not stored.
     """
 
     def __init__(self, max_bytes: int):
@@ -28,9 +30,9 @@ class AnswerCache:
         self._lock = threading.Lock()
         self._answers: OrderedDict[tuple[str, int], Hits] = OrderedDict()
         self.num_bytes = 0
-        """Bytes in use."""
+        """Size of the stored answers, bytes."""
         self.num_hits = 0
-        """Calls of `get` that found an answer."""
+        """Number of calls of `get` that found an answer."""
 
     def get(self, query: str, top_k: int) -> Hits | None:
         """Return the stored answer; None if it was evicted or never stored."""

@@ -21,15 +21,15 @@ _STOPWORDS = frozenset(STOPWORDS_EN)
 class Bm25Index:
     """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts, in any script (`words.py`).
 
-    Immutable after construction, so any number of threads may search it.
+    An index does not change after its construction, so any number of threads may search it.
 
     Args:
         passages: the corpus, at least one.
-        scores: a matrix built earlier over the same passages, see `save`; None: built now.
-        key: the name of the corpus in messages.
+        scores: a matrix that was built earlier from the same passages (see `save`); None: build the matrix now.
+        key: the name of the corpus in error messages.
 
     Raises:
-        ConfigError: if no passage holds a word.
+        ConfigError: if no passage has a word.
     """
 
     kind = "bm25"
@@ -40,19 +40,19 @@ class Bm25Index:
 
     @classmethod
     def load(cls, folder: Path, passages: Sequence[Passage]) -> Bm25Index:
-        """Load an index that `save` wrote, memory-mapped."""
+        """Return the index that `save` wrote to `folder`; its files are memory-mapped."""
         scores = bm25s.BM25.load(folder, mmap=True, load_corpus=False, show_progress=False, verbosity=0)
         return cls(passages, scores=scores)
 
     def save(self, folder: Path) -> None:
-        """Write the files for `load`, without the passages."""
+        """Write the files that `load` reads; these do not contain the passages."""
         self._bm25.save(folder, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
         """Return at most `top_k` passages with their scores, best first.
 
-        A passage that shares no word with the query is never returned. Equal scores keep the corpus's order. Stop
-        words count only if the query has no other words.
+        A passage that shares no word with the query is never returned. Passages with equal scores are in the corpus's
+        order. Stop words in the query are ignored, unless the query has only stop words.
         """
         words = words_of(query)
         words = [word for word in words if word not in _STOPWORDS] or words
@@ -70,15 +70,17 @@ class Bm25Index:
         return [(self.passages[int(i)], float(scores[i])) for i in best]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """Run `search` for each query, in order."""
+        """Return the result of `search` for each query."""
         return [self.search(query, top_k) for query in queries]
 
 
 def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
-    """Score every word in every passage, in bm25s's format; words are numbered as they are read.
+    """Return bm25s's matrix, which has the score of every word in every passage.
+
+    Words are numbered in the order in which they first occur.
 
     Args:
-        key: the name of the corpus in messages.
+        key: the name of the corpus in error messages.
     """
     vocabulary: dict[str, int] = {}
     ids = [

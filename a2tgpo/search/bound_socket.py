@@ -1,4 +1,4 @@
-"""Bind a server's address before slow parts are built."""
+"""Bind a server's address before the slow parts of the server are built."""
 
 import socket
 
@@ -9,7 +9,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to `host` and `port` (0: any free port), not listening yet.
 
     Raises:
-        ConfigError: one line; the address does not exist, or the port is taken.
+        ConfigError: with a one-line message, if the address does not exist or the port is taken.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -17,19 +17,19 @@ from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
 MAX_CLIENTS = 256
-"""Most clients: with more threads, this process would be the bottleneck, not the server."""
+"""Largest number of clients. With more threads, not the server but this process would be the bottleneck."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Burst:
-    """Result of `clients` that each sent the next query as soon as the last was answered."""
+    """Result of a burst, in which each client sent a query as soon as its previous query was answered."""
 
     clients: int
     answered: int
     failed: int
-    """Queries without an answer within search.request_timeout_s."""
+    """Number of queries that got no answer within search.request_timeout_s."""
     seconds: float
-    """Time until the last answer."""
+    """Time from the start until the last query was answered or failed."""
 
     @property
     def per_second(self) -> float:
@@ -42,8 +42,8 @@ def measure_burst(
     """Query the server of `config` for `seconds`, then wait for the pending queries.
 
     Args:
-        queries: like those of the run; each gets a random suffix so that no cache has its answer.
-        clients: concurrent queries; at most `MAX_CLIENTS`.
+        queries: queries that resemble the run's. A random suffix is added to each, so that no cache has its answer.
+        clients: number of concurrent queries; numbers above `MAX_CLIENTS` are reduced to `MAX_CLIENTS`.
     """
     clients = min(clients, MAX_CLIENTS)
     client = HttpSearch(
@@ -86,13 +86,15 @@ def measure_burst(
 
 
 def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> tuple[str, bool]:
-    """Compare the burst with a run's `needed_per_s`; return one line, and whether the run must be refused.
+    """Return a warning if the server is too slow for a run, and whether the run must be refused.
 
     Args:
-        max_shortfall: how many times fewer answers than needed are acceptable; 0: any number.
+        needed_per_s: number of answers per second that the run needs.
+        max_shortfall: refuse the run if it needs more than this number of times the answers that the server gave; 0:
+            never refuse the run.
 
     Returns:
-        An empty line if the server is fast enough.
+        The warning in one line, which is empty if the server is fast enough, and whether to refuse the run.
     """
     if burst.answered and burst.per_second >= needed_per_s:
         return "", False

@@ -1,4 +1,4 @@
-"""Stop sending requests to a server that does not answer, to spare it and the rollouts that would wait for it."""
+"""Stop sending requests to a server that does not answer, so that rollouts do not wait for its answers."""
 
 import threading
 import time
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 
 class CircuitBreaker:
-    """Opens after `break_after` failures in a row, then allows one try every `break_s` until one succeeds.
+    """Refuses requests after `break_after` failures in a row.
 
-    Safe to use from many threads.
+    It then allows one try every `break_s` seconds. After a try succeeds, it allows all requests again. Many threads
+    may use it at the same time.
 
     Args:
-        break_after: failures in a row that open the breaker.
-        break_s: seconds until one caller may try.
-        clock: returns monotonic seconds.
+        break_after: number of failures in a row after which the breaker opens (refuses requests).
+        break_s: seconds after which one caller may try again.
+        clock: function that returns the time in seconds and never goes back.
     """
 
     def __init__(self, *, break_after: int, break_s: float, clock: Callable[[], float] = time.monotonic):
@@ -25,7 +26,7 @@ class CircuitBreaker:
         self._next_try = 0.0
 
     def allows(self) -> bool:
-        """Return whether a request may be sent now; the caller then reports its outcome."""
+        """Return whether a request may be sent now; if so, the caller must then call `succeeded` or `failed`."""
         with self._lock:
             if self._failures < self._break_after:
                 return True
@@ -36,12 +37,12 @@ class CircuitBreaker:
             return True
 
     def succeeded(self) -> None:
-        """Report an answered request, which closes the breaker."""
+        """Report that a request was answered; the breaker then allows all requests."""
         with self._lock:
             self._failures = 0
 
     def failed(self) -> None:
-        """Report a request without an answer."""
+        """Report that a request got no answer."""
         with self._lock:
             self._failures += 1
             if self._failures == self._break_after:

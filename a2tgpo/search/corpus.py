@@ -1,4 +1,4 @@
-"""Load corpora: the passages of an index."""
+"""Load the passages of a corpus into memory."""
 
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.json_lines import read_json_lines, text_field
@@ -8,14 +8,15 @@ from a2tgpo.search.passage import Passage, parse_contents
 def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
     """Return every passage of a JSONL file in Search-R1's format, in file order.
 
-    A record has `id` (text or integer, unique) and `contents` (`"title"`, a newline, the text).
+    A record has `id` (a text or an integer; unique) and `contents` (the title in double quotes, a newline, the text).
 
     Args:
         path: the file.
         key: the configuration key or option that names `path`, for error messages.
 
     Raises:
-        ConfigError: one line; unreadable file, bad record (with its line), repeated id, or no passage.
+        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
+            its line), if an id occurs twice, or if the file has no passage.
     """
     passages: dict[str, Passage] = {}
     for where, record in read_json_lines(path, key=key):
@@ -29,7 +30,7 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
 
 
 def parse_passage(record: dict, where: str) -> Passage:
-    """Parse one record; the ConfigError of a bad record starts with `where`."""
+    """Return the passage in `record`; if the record is malformed, raise a ConfigError that starts with `where`."""
     identity = record.get("id")
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         found = "missing" if "id" not in record else f"{identity!r:.60}"

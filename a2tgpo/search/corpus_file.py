@@ -1,4 +1,4 @@
-"""Corpora too large for memory: passages are read from the JSONL file on demand."""
+"""Read passages on demand from a JSONL corpus that is too large for memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
 WHOLE_BYTES = 256 * 2**20
-"""Files up to this size are hashed whole; of larger files only evenly spread blocks are hashed."""
+"""A file up to this size is hashed whole. Of a larger file, only evenly spaced blocks are hashed."""
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 
 def content_fingerprint(path: str | Path) -> str:
-    """Fingerprint a corpus file's content, in well under a second at any intended size.
+    """Return a fingerprint of a file's content, which takes well under a second for a corpus of any intended size.
 
-    Combines the size with a hash. Files of up to 256 MiB are hashed whole, larger ones in 4,096 evenly spread blocks
-    of 4 KiB, which include the first and the last block. The fingerprint detects another corpus, but not an edit of
-    equal length between two blocks.
+    The fingerprint combines the file's size with a hash. A file of up to 256 MiB is hashed whole. Of a larger file,
+    4,096 evenly spaced blocks of 4 KiB are hashed, including the first and the last block. The fingerprint detects
+    that a file is another corpus. It does not detect an edit between two blocks that keeps the file's size.
     """
     size = os.stat(path).st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -44,9 +44,9 @@ def content_fingerprint(path: str | Path) -> str:
 
 
 class CorpusFile(Sequence[Passage]):
-    """The passages of a JSONL file in Search-R1's format, by position; reads only the passages requested.
+    """The sequence of all passages in a JSONL file in Search-R1's format; a passage is read when it is requested.
 
-    Safe to use from many threads.
+    Many threads may use it at the same time.
 
     Args:
         path: the corpus.
@@ -88,22 +88,23 @@ def scan(
     progress: Callable[[int], None] = lambda num_bytes: None,
     key: str = "--corpus",
 ) -> np.ndarray:
-    """Return the offsets of the passages of one part of a corpus; check every line of the part.
+    """Return the byte offsets at which the passages of one part of a corpus start; check every line of the part.
 
     Args:
         path: the corpus.
-        part: (i, n): passages whose position is i modulo n, so that parts resemble each other; (0, 1): all.
-        progress: called with the bytes read since the last call.
+        part: (i, n) selects the passages whose position is i modulo n, so that all parts resemble each other; (0, 1)
+            selects all passages.
+        progress: called with the number of bytes read since the last call.
 
     Returns:
         [num_passages] int64.
 
     Raises:
-        ConfigError: one line; unreadable or packed file, bad record (with its line), repeated id in the part, or no
-            passage.
+        ConfigError: with a one-line message, if the file cannot be read or is compressed, if a record is malformed
+            (the message names its line), if an id occurs twice in the part, or if the part has no passage.
     """
     offsets: list[int] = []
-    # Hashes of the ids, because 21 million ids as texts would take more memory than the index.
+    # Store hashes of the ids, because 21 million ids as texts would take more memory than the index.
     seen: set[int] = set()
     number = 0
     for where, start, line in _lines(path, key):

@@ -14,34 +14,37 @@ from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
 PROBED_SHARE, LEAST_PROBED = 1 / 16, 16
-"""Share and least number of an IVF index's lists to search per query, unless the index or the server sets another
-number. Fewer lists find little in a small corpus (docs/retrieval.md)."""
+"""A query searches this share of an IVF index's lists, but at least `LEAST_PROBED` lists. The index or the server may
+set another number. With fewer lists, queries find little in a small corpus (docs/retrieval.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseServing:
-    """How to serve a dense index; nothing here changes the files on disk."""
+    """How to serve a dense index; the index's files do not depend on these settings."""
 
     encoder_path: str = ""
-    """The encoder's folder on this machine; empty: its folder at build time."""
+    """The encoder's folder on this machine; empty: the folder that was given when the index was built."""
     dtype: str = "auto"
     """Dtype of the encoder, see `Encoder`."""
     num_threads: int = 1
-    """Threads of FAISS, and of an encoder on a CPU."""
+    """Number of threads that FAISS uses. An encoder on a CPU uses the same number."""
     on_gpus: bool = False
     """Spread the vectors over all GPUs that FAISS sees, in float16."""
     nprobe: int = 0
-    """IVF lists to search per query; 0: the index's own number, or by `PROBED_SHARE`."""
+    """Number of IVF lists that a query searches. 0: use the number with which the index was built; if it was built
+    without one, follow `PROBED_SHARE`."""
 
 
 class DenseIndex:
-    """Finds the nearest passages by inner product of unit vectors; use from one thread at a time.
+    """Finds the passages whose unit vectors have the largest inner products with a query's unit vector.
+
+    Only one thread at a time may use it.
 
     Args:
         passages: the corpus, in the order of the embeddings.
         encoder: the encoder that embedded the passages.
         neighbours: the FAISS index over the passages.
-        num_threads: threads that a search may use.
+        num_threads: number of threads that a search may use.
     """
 
     kind = "dense"
@@ -61,7 +64,7 @@ class DenseIndex:
         """Return the `top_k` nearest passages of each query with their cosines, best first."""
         if not queries:
             return []
-        # OpenMP's thread count is per calling thread; a new thread starts with OMP_NUM_THREADS.
+        # OpenMP stores its number of threads for each calling thread; in a new thread it is OMP_NUM_THREADS.
         faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
         # If there are fewer than top_k passages, FAISS pads with position -1.
@@ -76,11 +79,14 @@ class DenseIndex:
 
 
 def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0) -> Any:
-    """Open a FAISS index file, with its vectors memory-mapped or copied to the GPUs.
+    """Return the FAISS index in a file; its vectors are memory-mapped, or copied to the GPUs if `serving` says so.
+
+    Args:
+        built_nprobe: the number of lists that a query searches unless `serving` sets a number; 0: no number.
 
     Raises:
-        ConfigError: GPUs are requested, but this FAISS sees none.
-        RuntimeError: the file holds no index.
+        ConfigError: if GPUs are requested, but this FAISS sees none.
+        RuntimeError: if the file holds no index.
     """
     # IO_FLAG_MMAP maps only inverted lists; the vectors of a Flat index would be read into memory.
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -100,7 +106,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
 
 
 def inverted_lists(index: Any) -> Any | None:
-    """Return the IVF index within `index`; None if it has none."""
+    """Return the IVF index inside `index`; None if `index` contains no IVF index."""
     try:
         return faiss.extract_index_ivf(index)
     except RuntimeError:

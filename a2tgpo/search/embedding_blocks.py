@@ -1,7 +1,8 @@
-"""Embeddings of a corpus on disk, in blocks: many processes fill one folder, and each may end at any time.
+"""Embeddings of a corpus, stored on disk in blocks.
 
-A block's content depends only on its number and on `key.json`, so any process computes the same. Two processes that
-compute the same block waste time but do no harm.
+Many processes may fill one folder together, and each of them may end at any time. A block's content depends only on
+its number and on `key.json`, so every process would compute the same content. Two processes that compute the same
+block waste time but do no harm.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class EmbeddingBlocks:
     """The blocks in `folder`, which is created if missing.
 
     Args:
-        key: corpus, part and encoder, as JSON; must equal the key of an existing folder.
-        num_passages: of the corpus or its part.
+        key: JSON values that identify the corpus, its part and the encoder. If the folder exists, its key must be
+            equal.
+        num_passages: number of passages in the corpus or its part.
 
     Raises:
-        ConfigError: the folder holds embeddings with another key.
+        ConfigError: if the folder exists and has another key.
     """
 
     def __init__(self, folder: Path, *, key: dict[str, Any], num_passages: int):
@@ -50,7 +52,7 @@ class EmbeddingBlocks:
         return sum(end - start for start, end in map(self.range_of, filter(self.has, range(self.num_blocks))))
 
     def range_of(self, number: int) -> tuple[int, int]:
-        """Return a block's first passage, and the first after the block."""
+        """Return the position of a block's first passage, and the position after its last passage."""
         start = number * BLOCK_PASSAGES
         return start, min(start + BLOCK_PASSAGES, self.num_passages)
 
@@ -58,8 +60,9 @@ class EmbeddingBlocks:
         return self._path(number).exists()
 
     def missing(self, *, worker: int = 0, num_workers: int = 1) -> Iterator[int]:
-        """Yield missing blocks, first this worker's, then all others from the end; each is checked when its turn
-        comes.
+        """Yield the number of each missing block: first this worker's blocks, then all others in reverse order.
+
+        Whether a block is missing is checked immediately before its number is yielded.
         """
         own = range(worker, self.num_blocks, num_workers)
         others = (number for number in reversed(range(self.num_blocks)) if number % num_workers != worker)
@@ -67,17 +70,17 @@ class EmbeddingBlocks:
             yield from (number for number in numbers if not self.has(number))
 
     def put(self, number: int, vectors: np.ndarray) -> None:
-        """Write a block, [passages, dim] float32, atomically."""
+        """Write the vectors of a block, [passages, dim], as float32; the file appears atomically."""
         process = f".{os.uname().nodename}.{os.getpid()}"
         with atomic_file(self._path(number), writer=process) as stream:
             np.save(stream, vectors.astype(np.float32, copy=False), allow_pickle=False)
 
     def read(self, number: int) -> np.ndarray:
-        """Return a block, [passages, dim] float32, memory-mapped."""
+        """Return the vectors of a block, [passages, dim] float32, memory-mapped."""
         return np.load(self._path(number), mmap_mode="r", allow_pickle=False)
 
     def sample(self, num_passages: int) -> np.ndarray:
-        """Return about `num_passages` rows at most, equally spaced over all blocks: [rows, dim] float32."""
+        """Return about `num_passages` vectors or fewer, equally spaced in each block: [vectors, dim] float32."""
         step = max(1, -(-self.num_passages // num_passages))
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 
@@ -110,11 +113,11 @@ def embed_missing(
     num_workers: int = 1,
     progress: Callable[[int], None] = lambda num_passages: None,
 ) -> None:
-    """Compute blocks until all exist.
+    """Compute and write the missing blocks until all blocks exist.
 
     Args:
-        worker, num_workers: the share that this process begins with.
-        progress: called with the passages embedded since the last call.
+        worker, num_workers: this process begins with the blocks whose number is `worker` modulo `num_workers`.
+        progress: called with the number of passages embedded since the last call.
     """
     for number in blocks.missing(worker=worker, num_workers=num_workers):
         start, end = blocks.range_of(number)

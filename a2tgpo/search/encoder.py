@@ -1,7 +1,8 @@
-"""Sentence embeddings by a Hugging Face encoder.
+"""Compute sentence embeddings with a Hugging Face encoder.
 
 e5-base-v2 needs "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM needs
-no prefix. Both encoders average the last layer over the tokens and compare by cosine.
+no prefix. For both encoders, an embedding is the mean of the last layer over the tokens, and cosines compare
+embeddings.
 """
 
 from __future__ import annotations
@@ -20,26 +21,29 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """How texts become vectors; stored in the index, because queries must be embedded like the passages."""
+    """How texts become vectors. An index stores the settings, because queries must be embedded like its passages."""
 
     path: str
     """Hugging Face folder of the encoder."""
     query_prefix: str = ""
     passage_prefix: str = ""
     max_tokens: int = 256
-    """Longer texts are truncated."""
+    """Largest number of tokens in a text; longer texts are truncated."""
 
 
 class Encoder:
-    """Embeds texts as unit vectors: the mean over tokens of the encoder's last layer; uses the GPU if there is one.
+    """Embeds texts as unit vectors, on the GPU if there is one.
+
+    A text's vector is the mean of the encoder's last layer over the tokens, scaled to length 1.
 
     Args:
-        dtype: of the encoder's weights and layers; auto is bfloat16 on a GPU that supports it, float32 elsewhere.
-            Queries and passages may use different dtypes: the cosines of one text's two vectors are above 0.999.
-        batch_size: texts of similar length run together; None: 256 on a GPU, 64 elsewhere.
+        dtype: dtype of the encoder's weights and layers; auto is bfloat16 on a GPU that supports bfloat16, and
+            float32 elsewhere. Queries and passages may be embedded with different dtypes, because a text's vectors
+            in two dtypes have a cosine above 0.999.
+        batch_size: number of texts that run together; None: 256 on a GPU, 64 elsewhere.
 
     Raises:
-        ConfigError: the folder holds no encoder, or one limited to fewer than `max_tokens`.
+        ConfigError: if the folder holds no encoder, or if the encoder supports fewer than `max_tokens` tokens.
     """
 
     def __init__(self, settings: EncoderSettings, *, dtype: str = "auto", batch_size: int | None = None):
@@ -77,20 +81,20 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Dimension of a vector."""
+        """Number of components of a vector."""
         return int(self._model.config.hidden_size)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """Embed queries: [len(texts), dim] float32, each of length 1."""
+        """Return the unit vector of each query: [len(texts), dim] float32."""
         return self._embed([self.settings.query_prefix + text for text in texts])
 
     def passages(self, passages: Sequence[Passage]) -> np.ndarray:
-        """Embed passages, title and text together: [len(passages), dim] float32, each of length 1."""
+        """Return the unit vector of each passage, title and text together: [len(passages), dim] float32."""
         return self._embed([f"{self.settings.passage_prefix}{p.title} {p.text}".strip() for p in passages])
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
-        # Batch texts of similar length: padding costs compute.
+        # Texts of similar length form a batch, because padding costs compute.
         order = sorted(range(len(texts)), key=lambda i: len(tokens["input_ids"][i]))
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):

@@ -9,7 +9,7 @@ class SearchUnavailableError(SearchError):
     """The server did not serve the query; the same query may succeed later.
 
     Args:
-        may_be_the_query: the server may fail only at this query.
+        may_be_the_query: whether this query may be the cause, so that the server might answer other queries.
     """
 
     def __init__(self, message: str, *, may_be_the_query: bool = False):

@@ -1,8 +1,8 @@
 """Client of a Search-R1 compatible retrieval server.
 
 Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; the answer is {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...]]}. Servers without scores send each document directly, which is accepted
-too.
+{"id", "contents"}, "score": x}, ...]]}. A server without scores sends the document alone instead of an object with
+document and score; the client accepts this form too.
 """
 
 import functools
@@ -31,7 +31,7 @@ TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
-"""The server refuses this query, but may answer the next one."""
+"""With these statuses the server refuses one query, but it may answer the next query."""
 
 
 class _TransientError(SearchUnavailableError):
@@ -39,18 +39,20 @@ class _TransientError(SearchUnavailableError):
 
 
 class HttpSearch:
-    """Queries one server over kept-alive connections, with retries; safe to use from many threads.
+    """Queries one server over kept-alive connections, with retries; many threads may use it at the same time.
 
     Args:
-        address: of the endpoint, e.g. http://127.0.0.1:8000/retrieve; read again after a failure.
+        address: address of the endpoint, e.g. http://127.0.0.1:8000/retrieve. A `ServerAddress` is read again after a
+            failure.
         timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
-        max_attempts: tries per query.
-        max_connections: open at once.
-        break_after: consecutive queries without an answer that stop further queries for `break_s`; then one is sent.
-        break_s: seconds.
+        max_attempts: number of tries per query.
+        max_connections: largest number of open connections.
+        break_after: after this number of consecutive queries without an answer, no query is sent for `break_s`. Then
+            one query is sent as a try.
+        break_s: length of this pause, seconds.
         token: bearer token, if the server requires one.
-        first_wait_s: wait before the second try, seconds; doubles with each further try, plus jitter of up
-            to `first_wait_s`; at most 8 s.
+        first_wait_s: wait before the second try, seconds. The wait doubles before each further try. A random time of
+            up to `first_wait_s` is added to each wait, and no wait is longer than 8 s.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class HttpSearch:
         self._address = ServerAddress(address) if isinstance(address, str) else address
         self.num_retries = 0
         self.num_refused = 0
-        """Queries not sent because the circuit breaker was open."""
+        """Number of queries that were not sent because the circuit breaker was open."""
         self._new_breaker = functools.partial(CircuitBreaker, break_after=break_after, break_s=break_s)
         self._breaker = self._new_breaker()
         self._timeout_s = timeout_s
@@ -79,7 +81,7 @@ class HttpSearch:
             # Retrieval servers are local, so ignore proxies from the environment.
             trust_env=False,
             timeout=timeout_s,
-            # Compressed answers would be unbounded: one chunk of zstd can expand to gigabytes.
+            # Request uncompressed answers, because one compressed chunk of zstd can expand to gigabytes.
             headers={"Accept-Encoding": "identity"}
             | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
@@ -89,15 +91,15 @@ class HttpSearch:
         """Return at most `top_k` passages with their scores (0.0 if the server sends none), best first.
 
         Raises:
-            SearchError: one line with the last failure's cause, after `max_attempts` tries or at the first
-                failure that a retry cannot cure.
-            SearchUnavailableError: a SearchError for which the query itself is probably not to blame; raised without
-                a try while the circuit breaker is open.
+            SearchError: if `max_attempts` tries failed, or if one try failed and a retry cannot help. The message is
+                one line with the cause of the last failure.
+            SearchUnavailableError: if the query is probably not the cause of the failure. While the circuit breaker
+                is open, this subclass of SearchError is raised without a try.
         """
         return self.search_many([query], top_k)[0]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """Run `search` for several queries in one request; all succeed or all fail."""
+        """Return the result of `search` for several queries, sent in one request; all queries succeed or all fail."""
         if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
@@ -122,7 +124,7 @@ class HttpSearch:
         return found
 
     def answers_others(self) -> bool:
-        """Return whether the server answers a new query; sends one request."""
+        """Send one new query, and return whether the server answers it."""
         try:
             self._ask([f"probe {secrets.token_hex(8)}"], 1)
         except SearchError:
@@ -204,7 +206,7 @@ class HttpSearch:
 
 
 def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:
-    """Parse passages and scores of each query; ValueError with a short reason if the body is malformed."""
+    """Return the passages and scores of each query; raise ValueError with a short reason if the body is malformed."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError:

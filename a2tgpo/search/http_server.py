@@ -1,4 +1,4 @@
-"""The retrieval server's application: Search-R1's wire format, health, metrics and schema."""
+"""The retrieval server's application, which serves searches in Search-R1's wire format, health and metrics."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class RetrieveRequest(BaseModel):
 
     queries: list[str] = Field(max_length=MAX_QUERIES)
     topk: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
-    """None: the server's --top-k."""
+    """Number of passages per query; None: the server's --top-k."""
     return_scores: bool = False
 
 
 class Document(BaseModel):
     id: str
     contents: str
-    """`"title"` on the first line, the text below it."""
+    """The title in double quotes on the first line, and the text below it."""
 
 
 class ScoredDocument(BaseModel):
@@ -52,14 +52,14 @@ class ScoredDocument(BaseModel):
 
 class RetrieveAnswer(BaseModel):
     result: list[list[ScoredDocument]] | list[list[Document]]
-    """One list per query, best first; documents alone without return_scores."""
+    """For each query, its results, best first. Without return_scores, results are documents without scores."""
 
 
 class Health(BaseModel):
     status: str
     passages: int
     index: str
-    """bm25 | dense | shards."""
+    """One of bm25, dense, shards."""
 
 
 class Refusal(BaseModel):
@@ -67,7 +67,7 @@ class Refusal(BaseModel):
 
 
 class ServerMetrics:
-    """The server's counters, in a separate registry."""
+    """The server's metrics, in a Prometheus registry that only this server uses."""
 
     def __init__(self, *, num_passages: int):
         self.registry = CollectorRegistry()
@@ -100,7 +100,10 @@ def build_app(
     token: str | None = None,
     max_requests_per_s: float = 0.0,
 ) -> FastAPI:
-    """Build the server over `index`; see `QueryBatcher` for threads, `RequestLimits` for `token` and the rate."""
+    """Return the application of a server that searches `index`.
+
+    `num_threads` is explained in `QueryBatcher`; `token` and `max_requests_per_s` are explained in `RequestLimits`.
+    """
     app = FastAPI(title="a2tgpo retrieval server", version="1")
     metrics = ServerMetrics(num_passages=num_passages)
     batcher = QueryBatcher(index, num_threads=num_threads, on_batch=metrics.batch.observe)

@@ -1,5 +1,7 @@
-"""Build an index folder: BM25 in one pass; dense from blocks of embeddings, in one or many processes, or from an
-existing FAISS index.
+"""Build an index folder.
+
+A BM25 index is built in one pass. A dense index is built from blocks of embeddings, which one or many processes
+compute, or from an existing FAISS index.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class DenseRecipe:
 
     encoder: EncoderSettings
     factory: str = "Flat"
-    """FAISS factory string: Flat is exact and scans everything; IVF4096,SQ8 scans the nearest lists."""
+    """FAISS factory string. Flat is exact and searches all vectors; IVF4096,SQ8 searches only the nearest lists."""
     nprobe: int = 0
-    """IVF lists to search per query; 0: see `dense.PROBED_SHARE`."""
+    """Number of IVF lists that a query searches; 0: follow `dense.PROBED_SHARE`."""
     dtype: str = "auto"
     """Dtype of the encoder during embedding, see `Encoder`."""
 
@@ -47,13 +49,13 @@ class DenseRecipe:
 def build_bm25(
     corpus: Path, out: Path, *, part: tuple[int, int] = (0, 1), progress: Progress = silent
 ) -> int:
-    """Write the BM25 index of a corpus, or of one part, to the folder `out`; return its number of passages.
+    """Write the BM25 index of a corpus or of one of its parts to the folder `out`; return the number of passages.
 
     Args:
         part: see `corpus_file.scan`.
 
     Raises:
-        ConfigError: one line; bad corpus, or `out` exists already.
+        ConfigError: with a one-line message, if the corpus is malformed (see `corpus_file.scan`) or `out` exists.
     """
     require_new(out)
     offsets = _scan(corpus, part, progress)
@@ -67,16 +69,17 @@ def build_bm25(
 
 
 class DenseBuild:
-    """Builds one dense index; each process that takes part has one such object.
+    """Builds one dense index; each process that takes part in the build has one such object.
 
-    Embeddings stay in the folder `OUT.embeddings` until the index is written; an interrupted build resumes from
-    them.
+    The embeddings stay in the folder `OUT.embeddings` until the index is written, so an interrupted build can
+    continue with them.
 
     Args:
         part: see `corpus_file.scan`.
 
     Raises:
-        ConfigError: one line; bad corpus, encoder or factory, or `out` exists already.
+        ConfigError: with a one-line message, if the corpus is malformed, if the encoder or the factory string cannot
+            be used, or if `out` exists.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class DenseBuild:
         self._keep_offsets()
 
     def embed(self, *, worker: int = 0, num_workers: int = 1) -> None:
-        """Compute blocks until all exist, this worker's share first."""
+        """Compute the missing blocks until all blocks exist, beginning with this worker's share."""
         total = len(self._passages)
         self._progress("embedding", self.blocks.num_done, total)
         embed_missing(
@@ -120,7 +123,7 @@ class DenseBuild:
         )
 
     def finish(self) -> int:
-        """Write the index once all blocks exist, then remove them; return its number of passages."""
+        """Write the index and remove the blocks, all of which must exist; return the number of passages."""
         recipe = self._recipe
         description = describe("dense", self._corpus, part=self._part, num_passages=len(self._passages))
         description |= {
@@ -138,7 +141,7 @@ class DenseBuild:
         return self._out.with_name(f"{self._out.name}.embeddings")
 
     def _read_offsets(self) -> np.ndarray:
-        """Return the corpus's offsets from an earlier start or another process, or scan for them now."""
+        """Return the offsets that an earlier start or another process stored; without these, scan the corpus."""
         kept = (
             self._folder / f"{content_fingerprint(self._corpus)}.{OFFSETS}"
             if self._corpus.is_file()
@@ -158,14 +161,15 @@ class DenseBuild:
 def import_faiss(
     source: Path, corpus: Path, out: Path, recipe: DenseRecipe, *, progress: Progress = silent
 ) -> int:
-    """Build an index folder from a FAISS index over all passages of a corpus, in order; return their number.
+    """Build an index folder from a FAISS index that has all passages of a corpus in order; return their number.
 
     Args:
-        source: is not changed; the folder gets a hard link to it, or a copy.
-        recipe: names the encoder of the passages; its other fields are ignored in favour of the index.
+        source: the FAISS index, which is not changed; the folder gets a hard link to it or a copy of it.
+        recipe: names the encoder that embedded the passages. Its factory string is ignored.
 
     Raises:
-        ConfigError: one line; bad corpus or encoder, an index of another size, or `out` exists already.
+        ConfigError: with a one-line message, if the corpus is malformed, if the encoder cannot be used, if the FAISS
+            index does not fit the corpus and the encoder, or if `out` exists.
     """
     require_new(out)
     encoder = Encoder(recipe.encoder, dtype=recipe.dtype)

@@ -1,7 +1,8 @@
-"""Indices on disk: a folder with index.json, offsets.npy and the index's own files, bound to one corpus file.
+"""Indices on disk. An index is a folder with index.json, offsets.npy and the index's own files.
 
-index.json has the kind, the fingerprints of the corpus and of the folder's other files, and the settings for queries.
-A folder is written under a temporary name and then renamed, so it is complete or absent.
+An index can be used only with the corpus file from which it was built. index.json has the kind of the index, the
+settings for queries, and fingerprints of the corpus and of the folder's other files. A folder is written under a
+temporary name and then renamed, so it is either complete or absent.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORMAT = 2
 
 
 class SearchIndex(Protocol):
-    """An index that a retrieval server searches; safe to use from many threads."""
+    """An index that a retrieval server can search; many threads may use it at the same time."""
 
     kind: str
 
@@ -49,14 +50,14 @@ def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: in
 
 @contextlib.contextmanager
 def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> Iterator[Path]:
-    """Create the folder `out` atomically when the block ends.
+    """Create the folder `out` atomically when the `with` block ends.
 
     Args:
-        description: from `describe`, with the kind's own entries.
-        offsets: of the passages, see `corpus_file.scan`.
+        description: the result of `describe`, and the entries that only this kind of index has.
+        offsets: the offsets of the passages, see `corpus_file.scan`.
 
     Yields:
-        The folder for the index's own files.
+        A temporary folder, into which the caller writes the index's own files.
     """
     with atomic_folder(out) as partial:
         yield partial
@@ -65,13 +66,14 @@ def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> I
 
 
 def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = None) -> tuple[SearchIndex, int]:
-    """Load the index in `folder` over its corpus, memory-mapped; return it with its number of passages.
+    """Return the index in `folder`, with its files and its corpus memory-mapped, and its number of passages.
 
     Args:
-        serving: how to serve a dense index; None: with one thread.
+        serving: how to serve a dense index; None: use the defaults of `DenseServing`.
 
     Raises:
-        ConfigError: one line; no index, built from another corpus, or a damaged file.
+        ConfigError: with a one-line message, if the folder has no index, if the index was built from another corpus,
+            or if a file is damaged.
     """
     description = _read_description(folder)
     try:
@@ -129,7 +131,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    """Fingerprint each file in the folder except the description, by name."""
+    """Return a map from name to fingerprint for all files in the folder except index.json."""
     return {
         str(path.relative_to(folder)): content_fingerprint(path)
         for path in sorted(folder.rglob("*"))

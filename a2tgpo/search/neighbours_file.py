@@ -16,7 +16,7 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""Largest number of passages, approximately, that train an index which needs training (IVF, PQ)."""
+"""If an index needs training (IVF, PQ), it is trained with about this number of passages or fewer."""
 COUNT_OFFSET = 8
 """Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count the vectors'
 components.
@@ -24,10 +24,10 @@ components.
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
-    """Create FAISS's empty index for cosines, from a factory string.
+    """Return an empty FAISS index for cosines, which the string `factory` describes.
 
     Raises:
-        ConfigError: FAISS does not know the factory string, or there are fewer passages than lists.
+        ConfigError: if FAISS does not know the factory string, or if there are fewer passages than lists.
     """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -44,14 +44,14 @@ def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
 
 
 def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: str) -> None:
-    """Write the index of all blocks, which must exist.
+    """Write the FAISS index of all blocks to `path`; all blocks must exist.
 
-    A Flat index is streamed block by block. Any other index is held in memory at its own size, for example 64 bytes
-    per passage for PQ64.
+    A Flat index is written block by block. Any other index is built in memory before it is written; a PQ64 index, for
+    example, takes 64 bytes of memory per passage.
 
     Raises:
-        ConfigError: there are too few passages to train the index.
-        OSError: the file cannot be written.
+        ConfigError: if there are too few passages to train the index.
+        OSError: if the file cannot be written.
     """
     index = empty_index(dim, factory, num_passages=blocks.num_passages)
     if isinstance(index, faiss.IndexFlatIP):
@@ -74,7 +74,8 @@ def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) 
     """Put an existing FAISS index at `path`: as a hard link, or as a copy if the file systems differ.
 
     Raises:
-        ConfigError: the index does not hold `num_passages` vectors of `dim` components, compared by inner product.
+        ConfigError: if the index does not hold `num_passages` vectors of `dim` components, or if it does not compare
+            them by inner product.
     """
     try:
         found = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC)

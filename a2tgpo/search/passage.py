@@ -11,18 +11,18 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """`"title"` in double quotes on the first line, then the text; only the text if there is no title."""
+        """The title in double quotes on the first line, and the text below it. Without a title, the text alone."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
 def format_passage(rank: int, passage: Passage) -> str:
-    """Format one passage for the policy (Search-R1's form); `rank` counts from 1."""
+    """Return a passage in the form in which the policy reads it (Search-R1's form); `rank` counts from 1."""
     title = f"(Title: {passage.title}) " if passage.title else ""
     return f"Doc {rank} {title}{' '.join(passage.text.split())}"
 
 
 def parse_contents(passage_id: str, contents: str) -> Passage:
-    """Parse a `contents` field; a single line is all text."""
+    """Return the passage in a `contents` field. If the field has only one line, the passage has no title."""
     first, newline, rest = contents.partition("\n")
     if not newline:
         return Passage(passage_id, "", contents.strip())

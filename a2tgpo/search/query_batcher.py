@@ -1,4 +1,4 @@
-"""Search queries of many requests in batches, and cache their answers."""
+"""Search the queries of many requests in batches, and cache the answers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ CACHE_BYTES = 2**28
 
 
 class QueryBatcher:
-    """Hands queries to an index in batches; equal queries that wait at the same time are searched once.
+    """Searches an index with batches of queries. If equal queries are in one batch, they are searched once.
 
-    Safe to use from many threads.
+    Many threads may use it at the same time.
 
     Args:
-        index: to search.
-        num_threads: concurrent batches; 1 for an encoder, which alone uses all cores or the GPU.
-        max_batch: queries per batch.
+        index: the index to search.
+        num_threads: number of batches that are searched at the same time. If the index has an encoder, use 1, because
+            one batch already uses all cores or the GPU.
+        max_batch: largest number of queries in a batch.
         cache_bytes: size of the answer cache, see `AnswerCache`.
         on_batch: called with the size of each batch.
     """
@@ -54,7 +55,7 @@ class QueryBatcher:
         return self._cache.num_hits
 
     def submit(self, query: str, top_k: int) -> Future[Hits]:
-        """Queue a query; `result()` of the future raises the search's errors."""
+        """Queue a query, and return a future for its answer; the future's `result()` raises the search's errors."""
         known = self._cache.get(query, top_k)
         future: Future[Hits] = Future()
         if known is not None:
@@ -80,7 +81,7 @@ class QueryBatcher:
                 self._search(top_k, futures)
 
     def _next_batch(self) -> list[tuple[tuple[str, int], Future[Hits]]] | None:
-        """Return the next batch, at least one query; None at the end."""
+        """Return the next batch, which has at least one query; None after `close`."""
         first = self._waiting.get()
         if first is None:
             return None

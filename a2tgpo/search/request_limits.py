@@ -1,4 +1,4 @@
-"""Refuse requests without a token, too large requests and too many requests, all before reading their bodies."""
+"""Refuse requests that lack the token, are too large or come too often; their bodies are not read."""
 
 import hmac
 import json
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 MAX_CLIENTS = 4096
-"""Addresses whose rate is tracked; the least recently seen is dropped first."""
+"""Number of addresses whose rate is tracked. If there are more, the least recently seen address is dropped."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -17,15 +17,18 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class RequestLimits:
-    """ASGI middleware: 401 without the token, 429 above the rate, 413 for a body that is large or of unknown length.
+    """ASGI middleware that refuses requests.
 
-    GET /health needs no token, so that a launcher can wait for the server.
+    A request gets status 401 if it lacks the token, 429 if its client sends too many requests, and 413 if its body is
+    too large or does not declare its length. GET /health is never refused, so that a launcher can wait for the
+    server.
 
     Args:
-        app: handles all other requests.
+        app: the application that handles all requests that are not refused.
         token: bearer token; None: no token is required.
-        max_body_bytes: per request.
-        max_requests_per_s: per client address, with bursts of the same number; 0: no limit.
+        max_body_bytes: largest size of a request's body.
+        max_requests_per_s: largest number of requests per second from one client address. A burst may have the same
+            number of requests. 0: no limit.
     """
 
     def __init__(self, app: App, *, token: str | None, max_body_bytes: int, max_requests_per_s: float):

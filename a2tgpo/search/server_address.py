@@ -1,4 +1,4 @@
-"""A retrieval server's address: fixed, or in a file that the server writes."""
+"""A retrieval server's address, which is fixed or is read from a file that the server writes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def write_address(path: Path, url: str) -> None:
 
 
 class ServerAddress:
-    """The address in `url`, or if `url` is empty, the address in the file `url_file`.
+    """The address in the file `url_file`; if no file is given, the address `url`.
 
     Raises:
-        ConfigError: one line; the file cannot be read, or holds no address.
+        ConfigError: with a one-line message, if the file cannot be read or holds no address.
     """
 
     def __init__(self, url: str, url_file: str = ""):

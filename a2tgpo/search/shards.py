@@ -11,14 +11,14 @@ from a2tgpo.search.passage import Passage
 
 
 class ShardedIndex:
-    """Merges the servers' answers by score.
+    """Searches all shards and merges their answers by score.
 
-    Dense scores are comparable across shards. BM25 scores depend on how rare a word is within the shard; with
-    interleaved parts (tools/build_index.py --part) this rarity differs little, and the order is nearly that of one
-    index.
+    Dense scores are comparable across shards. A BM25 score depends on how rare a word is within its shard. If the
+    shards are interleaved parts of the corpus (tools/build_index.py --part), a word is almost equally rare in all of
+    them. The merged order is then nearly the order that one index would return.
 
     Args:
-        clients: one per shard.
+        clients: one client per shard.
     """
 
     kind = "shards"
@@ -31,7 +31,7 @@ class ShardedIndex:
         """Return the best passages of all shards for each query.
 
         Raises:
-            SearchError: a shard gave no answer; half a corpus would give wrong answers.
+            SearchError: if a shard gave no answer, because an answer from a part of the corpus would be wrong.
         """
         pending = [self._executor.submit(client.search_many, queries, top_k) for client in self._clients]
         by_shard = [future.result() for future in pending]

@@ -1,4 +1,4 @@
-"""The search tool of a rollout: one call, with any backend."""
+"""The search tool that a rollout calls; it has the same interface for all backends."""
 
 from typing import Protocol
 
@@ -16,18 +16,18 @@ from a2tgpo.search.token import read_token
 __all__ = ["CachedSearch", "SearchError", "SearchTool", "build_search"]
 
 CACHE_BYTES = 2**27
-"""Size of the answer cache, about 60,000 answers of short passages at top-3; a corpus is fixed during a run."""
+"""Size of the answer cache, which is enough for about 60,000 answers with three short passages each."""
 
 
 class SearchTool(Protocol):
-    """Safe to call from many threads at once."""
+    """A search tool; many threads may call it at the same time."""
 
     def search(self, query: str) -> list[Passage]:
         """Return the best passages for `query`, best first; may be empty.
 
         Raises:
-            SearchError: this query got no answer.
-            SearchUnavailableError: no query seems to get an answer.
+            SearchError: if this query got no answer.
+            SearchUnavailableError: if other queries would probably get no answer either.
         """
 
     def take_counts(self) -> dict[str, int]: ...
@@ -36,13 +36,15 @@ class SearchTool(Protocol):
 
 
 class CachedSearch:
-    """Caches answers, least recently used evicted first; failures are not cached.
+    """Searches with a backend, and caches its answers (see `AnswerCache`). Failures are not cached.
+
+    A cached answer stays valid, because a corpus does not change during a run.
 
     Args:
-        backend: the index or client; see `build_search`.
-        top_k: passages to request.
-        tells_outages: if a query fails, send another one to distinguish an outage from a query that the server
-            cannot answer.
+        backend: the index or the client of a server; see `build_search`.
+        top_k: number of passages to request.
+        tells_outages: if a query fails, send another query to find out whether the server answers no query or only
+            cannot answer this query.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):
@@ -54,7 +56,7 @@ class CachedSearch:
 
     def search(self, query: str) -> list[Passage]:
         try:
-            # A policy's text need not be valid Unicode, and a lone surrogate cannot be sent.
+            # A policy may write invalid Unicode, and a lone surrogate cannot be sent.
             clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
             hits = self._cache.get(clean, self._top_k)
             if hits is None:
@@ -67,7 +69,7 @@ class CachedSearch:
             raise
 
     def _answers_others(self, error: SearchError) -> bool:
-        """Return whether an apparent outage is a failure of this query only."""
+        """Return whether the server fails only at this query, although `error` looks like an outage."""
         return (
             self._tells_outages
             and isinstance(error, SearchUnavailableError)
@@ -77,7 +79,10 @@ class CachedSearch:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Return counts since the last call: answers from the cache; a client's retries and refused queries."""
+        """Return the number of answers from the cache since the last call.
+
+        If the backend is a client, also return its numbers of retries and of refused queries since the last call.
+        """
         counts = {"cache_hits": self._cache.num_hits}
         if isinstance(self._backend, HttpSearch):
             counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}
@@ -94,16 +99,16 @@ class CachedSearch:
 def build_search(
     config: SearchConfig, *, max_connections: int = 16, tells_outages: bool = True, probe: bool = True
 ) -> CachedSearch:
-    """Build the tool of `config`; every rank builds its own.
+    """Return the search tool that `config` describes; every rank builds its own tool.
 
     Args:
         config: the `search` section.
-        max_connections: concurrent requests.
-        tells_outages: see `CachedSearch`; only with search.backend=http.
+        max_connections: largest number of concurrent requests.
+        tells_outages: see `CachedSearch`; has an effect only with search.backend=http.
         probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
 
     Raises:
-        ConfigError: one line; a bad corpus, or a server that does not answer the probe.
+        ConfigError: with a one-line message, if the corpus is malformed or the server does not answer the probe.
     """
     if config.backend == "bm25":
         return CachedSearch(Bm25Index(load_corpus(config.corpus)), top_k=config.top_k)

@@ -9,13 +9,13 @@ import unicodedata
 import regex
 
 SPLITTING = 2
-"""Version of `words_of`'s result; an index stores the version that it was built with."""
+"""Version of the rules in `words_of`; an index stores the version with which it was built."""
 
 _ASCII_WORD = re.compile(r"\w+")
 # Marks belong to their letters: in Devanagari, Thai and many other scripts they are vowels.
 _WORD = regex.compile(r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*")
-# A letter with its marks, in a script without spaces between words, or with particles attached to words
-# (Hangul). U+30FC lengthens a kana; Unicode assigns it to no script.
+# Matches a letter with its marks, if its script puts no spaces between words or attaches particles to words (Hangul).
+# U+30FC lengthens a kana, but Unicode assigns it to no script.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
 _UNSPACED_LETTER = regex.compile(_UNSPACED)
 _RUN = regex.compile(rf"(?:{_UNSPACED})+|(?:(?!{_UNSPACED}).)+")
@@ -26,10 +26,10 @@ _SPELLING = frozenset({0, 7, 8, 9, 84, 91, 103, 107, 118, 122, 129, 130, 132})
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of `text` in order, without case and accents.
+    """Return the words of `text` in order, in lower case and without accents.
 
-    Runs of a script without spaces become overlapping pairs of letters, as in Lucene's CJKAnalyzer, so that a query
-    matches part of a longer run; a run of one letter is a word.
+    In a script without spaces, a run of letters becomes overlapping pairs of letters, as in Lucene's CJKAnalyzer. A
+    query can therefore match a part of a longer run. A run of one letter becomes a word.
     """
     folded = text.casefold()
     if folded.isascii():  # most passages are ASCII; checking each character would double the time
@@ -47,7 +47,10 @@ def words_of(text: str) -> list[str]:
 
 
 def _without_accents(text: str) -> str:
-    """Return `text` in compatibility form without accents, recomposed: "é" becomes "e", but Japanese "パ" stays."""
+    """Return `text` in Unicode's composed compatibility form, without accents.
+
+    For example, "é" becomes "e". Japanese "パ" stays, because its mark changes the spelling.
+    """
     taken_apart = unicodedata.normalize("NFKD", text)
     kept = (c for c in taken_apart if unicodedata.combining(c) in _SPELLING and c != _ZERO_WIDTH_JOINER)
     return unicodedata.normalize("NFC", "".join(kept))
