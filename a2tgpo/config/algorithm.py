@@ -28,7 +28,7 @@ class AlgorithmConfig:
 
     advantage: str = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md). turn_group: Eq. 6-9. igpo_joint and igpo_separate:
-    the gains of all turns are pooled. grpo: only the outcome gives an advantage. gigpo: GiGPO."""
+    the gains of all turns are pooled. grpo: only the outcome gives an advantage. gigpo: as in GiGPO."""
     gamma: float = 1.0
     """Factor in [0, 1] by which each further turn is discounted (paper: 1.0)."""
     alpha: float = 1.0
@@ -37,8 +37,8 @@ class AlgorithmConfig:
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
-    """Normalise a group's values by their standard deviation, after their mean is subtracted. false: only
-    subtract."""
+    """Subtract a group's mean from its values, and then divide them by their standard deviation. false: only subtract
+    the mean."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the single token."""
     clip_low: float = 3e-3
@@ -61,7 +61,7 @@ class AlgorithmConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence. Training accepts only k2 and k3, because the expected gradient of k1 is 0."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """Importance weights that correct for differences between the engine's log-probs and the trainer's."""
+    """Settings of the importance weights that correct for differences between the log-probs of engine and trainer."""
 
     def __post_init__(self) -> None:
         names = advantage_names()

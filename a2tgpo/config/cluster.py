@@ -21,10 +21,10 @@ class ClusterConfig:
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """A start on GPUs is refused if its plan exceeds the free memory of a GPU or of a machine by more than this
-    share. After a smaller excess, the start only prints a warning. 0: every excess only prints a warning. The default
-    is large because no plan has been compared with a real GPU yet: the estimate may be wrong by a tenth, but not by
-    half. A dry run reports every excess."""
+    """Excess over the free memory of a GPU or of a machine, as a share of this memory. If the plan of a start on GPUs
+    has a larger excess, the start is refused. If it has a smaller one, or if this setting is 0, the start only prints
+    a warning. The default is large because no plan has been compared with a real GPU yet. The estimate may be wrong
+    by a tenth, but not by half. A dry run reports every excess."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")

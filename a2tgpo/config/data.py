@@ -1,4 +1,4 @@
-"""Question files and the prompt."""
+"""Settings of the question files and of the prompt."""
 
 import math
 from dataclasses import dataclass, field

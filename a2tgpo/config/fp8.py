@@ -167,8 +167,7 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """Return one line that says why an engine's linear layers cannot be quantised with `quantization`; None if they
-    can.
+    """Return one line that says why an engine's linear layers cannot be quantised, or None if they can.
 
     A rank's matrices sum over a token's channels, and blocks of these channels are scaled. vLLM asserts that no block
     is partial (fp8_utils.py, per_token_group_quant_fp8). Experts always pass, because vLLM pads them (online/fp8.py,

@@ -15,28 +15,29 @@ class GuardConfig:
     """
 
     baseline_steps: int = 5
-    """Number of first steps over which a metric's baseline is the mean. In these steps, alarms that need a baseline
-    are off."""
+    """A metric's baseline is its mean over this number of first steps. During these steps, alarms that need a
+    baseline are off."""
     min_entropy_share: float = 0.1
     """Alarm if the entropy falls below this share of its baseline, because the policy has then collapsed."""
     max_likelihood_drop: float = 0.5
-    """Alarm if the mean log-prob of the sampled tokens in correctly answered trajectories is more than this far below
-    its baseline, nats per token."""
+    """Alarm if the mean log-prob of the sampled tokens in correctly answered trajectories is below its baseline by
+    more than this number of nats per token."""
     max_format_error_rise: float = 0.2
-    """Alarm if the share of malformed responses exceeds its baseline by more than this."""
+    """Alarm if the share of malformed responses exceeds its baseline by more than this number."""
     max_noise_share: float = 0.5
-    """Alarm if rounding noise in the ratio exceeds this share of the clipping range, the smaller of clip_low and
-    clip_high."""
+    """Alarm if the rounding noise in the ratio, divided by the smaller of clip_low and clip_high, exceeds this
+    number."""
     max_train_engine_gap: float = 0.05
-    """Alarm if the log-probs of trainer and engine differ by more than this, mean absolute difference in nats per
-    token."""
+    """Alarm if the mean absolute difference between the log-probs of trainer and engine exceeds this number of nats
+    per token."""
     max_failed_calls: float = 0.2
-    """Alarm if more than this share of a step's tool calls fails."""
+    """Alarm if the share of a step's tool calls that fail exceeds this number."""
     stop_after: int = 0
-    """Save and stop the run, with exit code 3, if this many consecutive steps had an alarm; 0: never."""
+    """If this many consecutive steps had an alarm, the run saves and stops with exit code 3. 0: alarms never stop the
+    run."""
     stop_after_skipped: int = 5
-    """Save and stop the run, with exit code 3, if this many consecutive steps each skipped an update that was not
-    finite; 0: never."""
+    """If this many consecutive steps each skipped an update that was not finite, the run saves and stops with exit
+    code 3. 0: skipped updates never stop the run."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

@@ -24,8 +24,8 @@ class ModelConfig:
     """Implementation of the layers. auto: transformer_engine if the machine has a GPU, otherwise cpu, which computes
     the same layers without Transformer Engine."""
     recompute: Recompute = "none"
-    """Activations that the backward pass computes again instead of storing them. selective: those of core attention.
-    full: those of every layer."""
+    """Activations that are not stored, but computed again in the backward pass. none: all activations are stored.
+    selective: those of core attention are computed again. full: those of every layer are computed again."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:

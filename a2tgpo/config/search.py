@@ -9,7 +9,7 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The source of passages is an index in the run's own processes or a retrieval server."""
+    """The search tool's passages come from an index in the run's own processes, or from a retrieval server."""
 
     backend: Literal["bm25", "http"] = "bm25"
     """bm25: each process builds an index of `corpus`. http: a server at `url` that is compatible with Search-R1."""
@@ -33,8 +33,8 @@ class SearchConfig:
     """Seconds until an open circuit breaker lets one trial query pass. If the trial fails, the breaker stays open for
     this time again."""
     token_file: Expanded = ""
-    """File that contains the bearer token which the server requires. If empty, the environment variable
-    A2TGPO_SEARCH_TOKEN is used if it is set."""
+    """File that contains the bearer token which the server requires. If no file is set, the client uses
+    the environment variable A2TGPO_SEARCH_TOKEN, if it exists."""
     max_shortfall: float = 8.0
     """Before a run on GPUs, the pre-flight measures for a few seconds how many queries a second the server answers.
     If the planned rollout needs more, the pre-flight warns. If it needs more than max_shortfall times as many, the

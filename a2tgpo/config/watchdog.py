@@ -32,10 +32,11 @@ class WatchdogConfig:
     startup_s: float = 3600.0
     """Limit of building the model and the engine. The same limit applies separately to reading the checkpoint."""
     other_s: float = 2400.0
-    """Limit of any other stage, also of the stage in which a rank waits for other ranks' rollouts, and of the time
-    between two stages."""
+    """Limit of every other stage, for example of the stage in which a rank waits for other ranks' rollouts. The time
+    between two stages has the same limit."""
     slack: float = 10.0
-    """Factor of a stage's longest duration so far that gives its shorter limit. 0: no shorter limits."""
+    """Number > 1 by which a stage's longest duration so far is multiplied to get its shorter limit. 0: no shorter
+    limits."""
     min_s: float = 300.0
     """Lower bound, in seconds, of the limits that `slack` gives."""
     slow_ratio: float = 1.5

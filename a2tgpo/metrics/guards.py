@@ -131,7 +131,7 @@ class Guards:
 
     @property
     def stop_setting(self) -> str:
-        """The override that turns off the guard because of which the run stops."""
+        """The override that turns off the setting because of which the run stops."""
         return "guard.stop_after_skipped=0" if self._skips_too_often else "guard.stop_after=0"
 
     @property

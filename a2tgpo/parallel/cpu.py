@@ -1,4 +1,4 @@
-"""Adapt Megatron-Core to a machine without a GPU; no other module does so. On a machine with a GPU, nothing changes.
+"""All adaptations of Megatron-Core to a machine without a GPU. On a machine with a GPU they do nothing.
 
 Megatron's code contains `torch.cuda.current_device()` and `device="cuda"`. `install()` registers an import hook that
 gives every module of `megatron.core` a view of `torch` in which these expressions mean the CPU. torch itself does not
