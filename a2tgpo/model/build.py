@@ -1,4 +1,4 @@
-"""Building the policy on Megatron-Core from a Hugging Face checkpoint.
+"""Build the policy with Megatron-Core from a Hugging Face checkpoint.
 
 How to run the policy on a packed batch (see `forward.forward_packed`):
 
@@ -12,9 +12,9 @@ How to run the policy on a packed batch (see `forward.forward_packed`):
     get_forward_backward_func()(forward_step_func=forward_step, data_iterator=[iter(batches) for _ in policy.chunks],
         model=policy.chunks, num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=False)
 
-`seq_length` is unused with `variable_seq_lengths` (pipeline > 1) and with one stage. Under interleaved stages the
-number of micro-batches must be a multiple of the pipeline size. The trainer calls `update/forward_step.py`, which
-fills up the number.
+Megatron ignores `seq_length` here, because with several pipeline stages `variable_seq_lengths` is set, and with one
+stage no shape is needed. With interleaved stages, the number of micro-batches must be a multiple of the pipeline
+size. The trainer uses `update/forward_step.py`, which adds micro-batches until the number is such a multiple.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def build_policy(
     """Build this rank's part of the checkpoint in `model.path` and load its weights; every rank must call this.
 
     Args:
-        update: states whether the optimizer is distributed; required when trainable.
-        trainable: wrap in DistributedDataParallel, ready for `get_megatron_optimizer`. Otherwise (a reference
-            model) parameters have no gradients.
-        with_weights: read the weights; False: leave them as Megatron initialises them, for a caller that loads a
-            checkpoint next.
+        update: states whether the optimizer is distributed; required if `trainable`.
+        trainable: wrap the chunks in DistributedDataParallel, so that `get_megatron_optimizer` accepts them. False,
+            for a reference model: the parameters have no gradients.
+        with_weights: read the weights. False, for a caller that loads a checkpoint next: leave the weights as
+            Megatron initialises them.
 
     Raises:
-        ConfigError: if the checkpoint is missing, malformed or unsupported, the layout does not divide the model, or
-            this machine does not support the layer specification.
+        ConfigError: if the checkpoint is missing, malformed or unsupported, if the layout does not divide the model,
+            or if this machine does not support the layer specification.
     """
     assert update is not None or not trainable, "a trainable policy needs an UpdateConfig"
     hf_config = load_hf_config(model.path)
@@ -91,7 +91,7 @@ def build_policy(
         alignment=alignment(parallel, model.fp8),
         trainable=trainable,
     )
-    # Before wrapping: the distributed optimizer copies its float32 weights from the model.
+    # Load before wrapping, because the distributed optimizer copies its float32 weights from the model.
     if with_weights:
         load_hf_weights(policy)
     if update is not None and trainable:
@@ -107,7 +107,7 @@ def build_policy(
 def _gpt_models(
     model: ModelConfig, hf_config: PretrainedConfig, config: TransformerConfig, groups: ParallelGroups
 ) -> list[GPTModel]:
-    """Build the chunks of this rank's pipeline stage, earliest layers first."""
+    """Return the chunks of this rank's pipeline stage; the first chunk has the earliest layers."""
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
     return [_gpt_model(model, hf_config, config, groups, vp_stage=vp_stage) for vp_stage in vp_stages]
@@ -121,7 +121,7 @@ def _gpt_model(
     *,
     vp_stage: int | None,
 ) -> GPTModel:
-    """Build one chunk of this rank's pipeline stage; `vp_stage` is its number, None for the only chunk."""
+    """Return the chunk with number `vp_stage` of this rank's pipeline stage; None if the stage has only one chunk."""
     rope = rope_of(model.path, hf_config)
     chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(
@@ -140,8 +140,8 @@ def _gpt_model(
     for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter, but layers set them only on split parameters.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        # Gradients of experts are reduced over the ranks that hold the same experts. Up to 0.16 Megatron does this
-        # only with parallel.expert > 1, and would lose the gradients from other tensor-parallel ranks' tokens.
+        # An expert's gradient must be reduced over the ranks that hold the same expert. Up to 0.16, Megatron does so
+        # only if parallel.expert > 1; otherwise the gradients from other tensor-parallel ranks' tokens would be lost.
         parameter.allreduce = not is_expert(name)
     return gpt_model
 
@@ -152,9 +152,10 @@ def wrap_for_training(
     """Wrap each chunk in DistributedDataParallel and configure the pipeline schedule; every rank must call this.
 
     Args:
-        overlap: overlap the reduction of gradients, and with the distributed optimizer the gathering of weights, with
-            computation, bucket by bucket. Useful where communication does not occupy the computing device.
-        bucket_size: parameters in a bucket; None: Megatron's own choice.
+        overlap: reduce the gradients, bucket by bucket, during the backward pass. With the distributed optimizer,
+            also gather the weights during the forward pass. This is useful if communication does not occupy the
+            computing device.
+        bucket_size: number of parameters in a bucket; None: Megatron's default.
     """
     config = policy.transformer_config
     policy.chunks = [
@@ -168,7 +169,7 @@ def wrap_for_training(
                 bucket_size=bucket_size,
             ),
             chunk,
-            # The first chunk's gradients come last, so only its own buckets can overlap with them.
+            # The backward pass reaches the first chunk last, so only this chunk's reduction needs several buckets.
             disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(policy.chunks)
@@ -183,12 +184,12 @@ def wrap_for_training(
 
 
 def accumulate_in_float32(chunk: Any) -> None:
-    """Make Transformer Engine's linear layers add weight gradients directly to the float32 buffer.
+    """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
     By default these layers first round each micro-batch's gradient to the weights' dtype. The chunk must be wrapped
-    in DistributedDataParallel, which owns the buffers. Megatron's own switch (`gradient_accumulation_fusion`) would
-    include its own output layer, which needs APEX. The first micro-batch of a pass may overwrite instead of adding,
-    so the buffer must be zero before each pass.
+    in DistributedDataParallel, which owns the buffers. Megatron's switch `gradient_accumulation_fusion` is not used,
+    because it would also affect Megatron's output layer, which would then need APEX. In the first micro-batch of a
+    pass, a layer may overwrite the buffer instead of adding to it, so the buffer must be zero before each pass.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -196,5 +197,5 @@ def accumulate_in_float32(chunk: Any) -> None:
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Return the list, or its only element: Megatron's schedules accept a list only under interleaved stages."""
+    """Return the list, or its only element, because without interleaved stages Megatron accepts no list."""
     return functions if len(functions) > 1 else functions[0]

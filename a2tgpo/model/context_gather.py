@@ -1,4 +1,4 @@
-"""Gathering of token values from context-parallel ranks."""
+"""Gather the values of a row's tokens from all context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.distributed import ProcessGroup
 
 
 def gather_context(own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
-    """Gather a packed row's values from the ranks of `cp_group`, each of which has the values at its own positions.
+    """Return a packed row's values at all positions; each rank of `cp_group` has the values at its own positions.
 
-    Every rank of `cp_group` must call this and compute the same from the result. Each rank then knows the full
-    gradient at its own positions. So the backward pass needs no communication, and the weights' gradients, summed
-    over the ranks, equal those of one rank with the whole row.
+    Every rank of `cp_group` must call this, and all ranks must compute the same loss from the result. Each rank then
+    has the full gradient at its own positions, so the backward pass needs no communication. The sum of the weights'
+    gradients over the ranks equals the gradients that one rank with the whole row would compute.
 
     Args:
-        own: [..., T / cp].
-        positions: [cp, T / cp], see `context_split.context_positions`.
+        own: [..., T / cp], the values at this rank's positions.
+        positions: [cp, T / cp], the positions of each rank, see `context_split.context_positions`.
 
     Returns:
         [..., T], equal on all ranks.

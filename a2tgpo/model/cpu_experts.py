@@ -1,4 +1,4 @@
-"""Twins of Transformer Engine's grouped linear layers: a rank's experts, with one weight each."""
+"""Twins in plain PyTorch of Transformer Engine's grouped linear layers, which hold a weight for each expert."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if not hasattr(moe_utils, "te_general_gemm"):
 
 
 def grouped_mlp_modules() -> Any:
-    """Return Megatron's grouped experts built from the twins, for `BackendSpecProvider.grouped_mlp_modules`.
+    """Return the value that `BackendSpecProvider.grouped_mlp_modules` must return for experts built from the twins.
 
-    Megatron-Core 0.16, the last version for Python 3.11, expects a class and its parts; 0.19 a function that builds
-    the experts. The tests cover both Megatron versions, one per Python version.
+    Megatron-Core 0.16, the last version for Python 3.11, expects a class and its parts. Megatron-Core 0.19 expects a
+    function that builds the experts. The tests cover both versions, each with another version of Python.
     """
     if hasattr(experts, "GroupedMLP"):
         return experts.TEGroupedMLP, MLPSubmodules(
@@ -41,10 +41,10 @@ def grouped_mlp_modules() -> Any:
 
 
 class GroupedLinear(torch.nn.Module):
-    """Twin of TEGroupedLinear: parameters weight0 ... weightN of [output_size, input_size], no bias."""
+    """Twin of TEGroupedLinear, with parameters weight0 ... weightN of shape [output_size, input_size] and no bias."""
 
     split_dim: int
-    """Dimension along which tensor-parallel experts would be split; here each expert is whole."""
+    """Dimension along which Transformer Engine would split an expert over ranks; here each expert is whole."""
 
     def __init__(
         self,
@@ -65,12 +65,12 @@ class GroupedLinear(torch.nn.Module):
         for number in range(num_gemms):
             weight = Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
             init_method(weight)
-            # As in Transformer Engine: the gradient norm then counts the weight on every tensor-parallel rank.
+            # Mark the weight as split, as in Transformer Engine, so that every rank adds it to the gradient norm.
             set_tensor_model_parallel_attributes(weight, True, self.split_dim, 1)
             self.register_parameter(f"weight{number}", weight)
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        """x [tokens, input_size], sorted by expert -> [tokens, output_size]; an expert may have no token."""
+        """Map x [tokens, input_size], sorted by expert, to [tokens, output_size]; an expert may have no token."""
         parts = x.split(tokens_per_expert)
         weights = [self.get_parameter(f"weight{number}") for number in range(self.num_gemms)]
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]), None
@@ -78,7 +78,7 @@ class GroupedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Return this rank's rows of one tensor of all the layer's experts, with a leading expert dimension."""
+        """Return this rank's rows of a tensor that has all experts of the layer along its first dimension."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         first, total = self.groups.ep.rank() * self.num_gemms, self.groups.ep.size() * self.num_gemms
         state: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Twins of Transformer Engine's modules in plain PyTorch: same module tree, parameter names and layouts.
+"""Twins in plain PyTorch of Transformer Engine's modules, with the same module tree, parameter names and layouts.
 
 A layer built from the twins has the same state as a layer built from Transformer Engine, so checkpoints, weight
 tables and the layer specification do not depend on the machine.
@@ -44,7 +44,7 @@ class CpuSpecProvider(LocalSpecProvider):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension, in float32 inside; result in x's dtype."""
+    """Return x / rms(x) * weight over the last dimension, computed in float32 and returned in x's dtype."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -52,8 +52,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _norm_weight(config: TransformerConfig, size: int) -> Parameter:
     assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
     weight = Parameter(torch.ones(size, dtype=config.params_dtype))
-    # If set, Megatron sums the gradient over the tensor-parallel ranks, each of which saw a part of the sequence
-    # (megatron/core/distributed/finalize_model_grads.py:354).
+    # With sequence parallelism each tensor-parallel rank sees only a part of the sequence. If this attribute is set,
+    # Megatron sums the gradient over these ranks (megatron/core/distributed/finalize_model_grads.py:354).
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
 
@@ -71,7 +71,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LayerNormColumnParallelLinear(ColumnParallelLinear):
-    """Twin of TELayerNormColumnParallelLinear: parameters layer_norm_weight, weight and optionally bias."""
+    """Twin of TELayerNormColumnParallelLinear, with parameters layer_norm_weight, weight and optionally bias."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
@@ -86,7 +86,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return weight and bias, split over tensor-parallel ranks in dimension 0, and the replicated norm weight."""
+        """Return the norm weight, which is replicated, and weight and bias, which ranks split along dimension 0."""
         state = self.state_dict(prefix="", keep_vars=True)
         groups: dict[str, Any] = {}
         # Megatron-Core 0.17 and later require the groups as arguments.
@@ -101,10 +101,10 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class PackedAttention(MegatronModule):
-    """Twin of TEDotProductAttention for packed sequences: causal attention inside each segment.
+    """Twin of TEDotProductAttention for packed sequences; computes causal attention inside each segment.
 
-    Under context parallelism a rank's queries attend to the keys and values of all ranks. This class gathers keys and
-    values; Transformer Engine passes them around a ring.
+    With context parallelism, a rank's queries attend to the keys and values of all ranks. This class gathers these
+    keys and values, while Transformer Engine passes them around a ring.
     """
 
     def __init__(
@@ -135,10 +135,11 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim].
+        """Return [tokens, heads * head_dim] for query [tokens, heads, head_dim] and key and value [tokens, kv_heads,
+        head_dim].
 
-        Segments are `packed_seq_params.cu_seqlens_q`, which must cover all tokens, including those of the other
-        context-parallel ranks.
+        `packed_seq_params.cu_seqlens_q` gives the segments, which must cover the tokens of all context-parallel
+        ranks.
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", (
             "sequences must be packed"
@@ -156,7 +157,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _gather(self, own: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Gather [T / cp, ...] -> [T, ...] in the row's order; the backward pass sums gradients over the ranks."""
+        """Gather [T / cp, ...] to [T, ...] in the row's order; the backward pass sums gradients over the ranks."""
         by_rank = gather_from_sequence_parallel_region(own, group=self.cp_group)
         return by_rank[positions.flatten().argsort()]
 
@@ -164,6 +165,6 @@ class PackedAttention(MegatronModule):
 def _causal_masks(
     own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
 ) -> list[torch.Tensor | None]:
-    """Return for each segment [own length, length] bool: True where this rank's query attends to the key."""
+    """Return a mask [own length, length] bool per segment; True if this rank's query attends to the key."""
     ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
     return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

@@ -1,4 +1,4 @@
-"""Mixture of experts: supported checkpoints, routing, layout and parameter names."""
+"""Mixtures of experts: which checkpoints are supported, and their routing, layout and parameter names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _PREFIX = ".mlp.experts."
 
 
 def has_experts(hf_config: PretrainedConfig) -> bool:
-    """Whether the feed-forward layers are mixtures of experts."""
+    """Return whether the feed-forward layers are mixtures of experts."""
     return hf_config.model_type == "qwen3_moe"
 
 
 def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` for a mixture that Megatron's layers would compute differently.
+    """Raise `ConfigError` if Megatron's layers would compute the mixture differently from transformers.
 
     Args:
-        where: beginning of the message.
+        where: the beginning of the message.
     """
     if hf_config.decoder_sparse_step != 1 or hf_config.mlp_only_layers:
         raise ConfigError(
@@ -39,7 +39,7 @@ def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
 
 
 def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
-    """Raise `ConfigError` unless the layout fits the model's experts; a dense model needs `parallel.expert` 1."""
+    """Raise `ConfigError` if the layout does not fit the experts, or if a dense model has `parallel.expert` > 1."""
     if not has_experts(hf_config):
         if parallel.expert > 1:
             raise ConfigError(
@@ -52,7 +52,7 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
             f"parallel.expert is {parallel.expert}; allowed: a divisor of the model's {hf_config.num_experts} experts"
         )
     if parallel.tensor > 1 and not parallel.sequence:
-        # Megatron would only raise in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
+        # Megatron raises only in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
         raise ConfigError(
             f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the "
             "model has experts, otherwise every tensor-parallel rank would send them the same tokens"
@@ -62,12 +62,12 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
 def expert_settings(
     hf_config: PretrainedConfig, parallel: ParallelConfig, *, transformer_engine: bool
 ) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig for routing and layout; none for a dense model.
+    """Return the fields of Megatron's TransformerConfig for routing and layout; an empty dict for a dense model.
 
-    Qwen3 weights the chosen experts by a softmax over all experts, renormalised over the chosen ones
-    (`norm_topk_prob`). These weights equal the softmax over the chosen logits: Megatron's routing without
-    `pre_softmax`. No token is dropped and no balancing loss is added: the gradient must be that of the policy that
-    played.
+    Qwen3 computes a softmax over all experts and, if `norm_topk_prob` is set, renormalises the weights of the chosen
+    experts. The renormalised weights equal a softmax over only the chosen experts' logits, which Megatron computes
+    without `pre_softmax`. No token is dropped and no balancing loss is added, because the gradient must be the
+    gradient of the policy that played the rollout.
     """
     if not has_experts(hf_config):
         return {}
@@ -83,21 +83,23 @@ def expert_settings(
         "moe_grouped_gemm": True,
         "moe_permute_fusion": transformer_engine,
         "expert_model_parallel_size": parallel.expert,
-        # Experts are narrow: they are distributed whole, also over tensor-parallel ranks, and never sliced.
+        # Experts are narrow, so each stays whole. Whole experts are also distributed over tensor-parallel ranks.
         "expert_tensor_parallel_size": 1,
     }
 
 
 def is_expert(name: str) -> bool:
-    """Whether the Megatron parameter `name` belongs to an expert."""
+    """Return whether the Megatron parameter `name` belongs to an expert."""
     return _PREFIX in name
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Return the names of the experts at the same local place on each of `num_ranks` expert-parallel ranks, in order.
+    """Return the names of the parameters at the same local place on each of `num_ranks` expert-parallel ranks, in
+    order.
 
     Args:
-        name: name of one of them, with the expert's number in the whole layer: `....mlp.experts.linear_fc1.weight17`.
+        name: one of these names, which has the expert's number in the whole layer:
+            `....mlp.experts.linear_fc1.weight17`.
     """
     stem, number = name.rsplit("weight", 1)
     place = int(number) % experts_per_rank

@@ -1,4 +1,4 @@
-"""A fingerprint of the weights, exact to the bit."""
+"""Compute a fingerprint of the weights that depends on every bit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def weights_fingerprint(policy: Policy) -> str:
-    """Return a hexadecimal digest of this rank's parameters: names, shapes, dtypes, values; every rank calls this.
+    """Return a hexadecimal digest of the names, shapes, dtypes and values of this rank's parameters.
 
-    Values enter as sums of their bit patterns along the first and the last axis, so only these sums leave the device.
+    Every rank must call this. The values are hashed as sums of their bit patterns along the first and the last axis,
+    so only these sums leave the device.
     The digest detects differences from faults or training, not deliberate collisions.
     """
     gather_weights(policy)

@@ -1,4 +1,4 @@
-"""Running a model chunk on a packed batch; every pass of the model uses this function."""
+"""Run a model chunk on a packed batch; every pass of the model uses `forward_packed`."""
 
 from __future__ import annotations
 
@@ -28,28 +28,31 @@ def forward_packed(
     tree: Sequence[TreeNode] | None = None,
     output_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run this stage's chunk over sequences laid end to end, each attending only to itself.
+    """Run a chunk of this stage on a row of sequences that lie end to end; each sequence attends only to itself.
 
-    All ranks of a data-parallel replica must call this with the same batch. Pipeline stages call this function
-    through the schedule, which passes on the previous chunk's output. A context-parallel rank runs only its own
-    positions of the batch (see `context_split.context_positions`); the batch must have the padding of
-    `packing.alignment`. Without context parallelism, tokens past `cu_seqlens[-1]` and the padding added here for
-    sequence parallelism form an extra last segment. Do not call this under `torch.inference_mode`: Megatron caches
-    rotary tables, which training could then not use.
+    All ranks of a data-parallel replica must call this with the same batch. With several pipeline stages, Megatron's
+    schedule must call it, because the schedule passes on the previous chunk's output. With context parallelism, a
+    rank runs only its own positions of the batch (see `context_split.context_positions`), and the batch must have the
+    padding of `packing.alignment`. Without context parallelism, this function pads the row for sequence parallelism;
+    this padding and all tokens after `cu_seqlens[-1]` form an additional last segment. Do not call this under
+    `torch.inference_mode`, because Megatron caches rotary tables, which training could then not use.
 
     Args:
         chunk: one of `policy.chunks`.
-        tokens: [1, T] int64, T >= 1; on any device, as `positions`.
-        positions: [1, T] int64. The rotary embedding uses the positions inside each segment.
-        cu_seqlens: [S + 1] integers from 0, not decreasing, to at most T: segment i is
-            cu_seqlens[i] .. cu_seqlens[i + 1]. Should be in host memory: reading it from a GPU would synchronise.
-        tree: the row is one segment of this shape (see `probes`); only without gradients and context parallelism.
-        output_rows: [n] int64, n >= 1: which of the T / cp positions on this rank need logits; equal on all
-            tensor-parallel ranks. None: all positions.
+        tokens: [1, T] int64, T >= 1, on any device.
+        positions: [1, T] int64, on any device. The rotary embedding uses the positions inside each segment.
+        cu_seqlens: [S + 1] integers. They begin with 0, do not decrease, and end with at most T. Segment i has the
+            tokens from cu_seqlens[i] to before cu_seqlens[i + 1]. The tensor should be in host memory, because
+            reading it from a GPU would synchronise.
+        tree: the row is one segment that has the shape of this tree (see `probes`); None: no tree. A tree is allowed
+            only without gradients and without context parallelism.
+        output_rows: [n] int64, n >= 1: those of this rank's T / cp positions that need logits, equal on all
+            tensor-parallel ranks. None: all positions need logits.
 
     Returns:
-        Last chunk: logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Elsewhere: hidden states for
-        the next chunk, [T / cp, 1, hidden], under sequence parallelism padded and / tp.
+        The last chunk returns logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Any other chunk
+        returns hidden states for the next chunk, [T / cp, 1, hidden]. With sequence parallelism, their first
+        dimension is padded and divided by tp.
     """
     assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
     config = get_model_config(chunk)
@@ -87,7 +90,7 @@ def forward_packed(
 def _packed_seq_params(
     cu_seqlens: torch.Tensor, tokens_per_rank: int, cp_size: int, device: torch.device
 ) -> PackedSeqParams:
-    """Return segments that cover all context-parallel ranks' tokens; remaining tokens become the last segment."""
+    """Return segments for the tokens of all context-parallel ranks; tokens in no segment form a last segment."""
     num_tokens = cp_size * tokens_per_rank
     boundaries = cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] <= num_tokens, (
@@ -95,15 +98,15 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # The exact longest length, not a bound: if the rotary table is as long as the whole pack, Megatron reads one row
-    # per packed token instead of one per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # This must be the exact longest length. If the rotary table is as long as the whole row, Megatron reads one of
+    # its rows per packed token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=segments,
         cu_seqlens_kv=segments,
-        # The kernels treat a segment's padding as part of the segment; context parallelism requires these fields.
+        # Context parallelism requires these fields. The kernels treat a segment's padding as part of the segment.
         cu_seqlens_q_padded=segments if cp_size > 1 else None,
         cu_seqlens_kv_padded=segments if cp_size > 1 else None,
         max_seqlen_q=longest,

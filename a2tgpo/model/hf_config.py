@@ -1,4 +1,4 @@
-"""Reading a Hugging Face checkpoint's configuration, and refusing unsupported options."""
+"""Read a Hugging Face checkpoint's configuration, and refuse unsupported options."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _SIZES = (
 )
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _COMPARED_ROWS = 8192
-"""Number of rows of two tensors on disk that are compared at a time."""
+"""Number of rows that are read at a time to compare two tensors on disk."""
 
 
 def load_hf_config(path: str) -> PretrainedConfig:
     """Return the configuration of the checkpoint in folder `path`, without network access.
 
     Raises:
-        ConfigError: one line, if the folder, its config.json or its weights are missing or malformed, or if the
-            architecture is none of Llama, Qwen2, Qwen3, Qwen3-MoE.
+        ConfigError: with a one-line message, if the folder, its config.json or its weights are missing or malformed,
+            or if the architecture is not one of Llama, Qwen2, Qwen3, Qwen3-MoE.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
     _require_sizes_of_weights(path, raw, shapes)
     try:
         hf_config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a bad field can make transformers raise anything
+    except Exception as error:  # transformers may raise any type of exception for a bad field
         raise ConfigError(f"model.path {path!r}: config.json is malformed: {first_line(error)}") from error
     if getattr(hf_config, "head_dim", None) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
@@ -73,10 +73,10 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
 
 def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuse sizes in config.json that differ from the shapes in the weights' headers.
+    """Raise `ConfigError` if a size in config.json differs from the shapes in the weights' headers.
 
-    The model is built before its weights are read: a wrong digit could ask for more memory than any machine has.
-    Sizes that `raw` leaves out are not checked.
+    This check is necessary because the model is built before its weights are read, and with a wrong digit in a size
+    it could need more memory than any machine has. A size that `raw` does not contain is not checked.
     """
     hidden = raw.get("hidden_size")
     last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
@@ -109,10 +109,11 @@ def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int,
 def _require_the_stated_head(
     path: str, hf_config: PretrainedConfig, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    """Refuse weights whose output head contradicts tie_word_embeddings.
+    """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    If config.json ties embedding and head, trainer and engine would use the embedding as the head, but transformers
-    would use the stored head. A stored head that equals the embedding is accepted.
+    If tie_word_embeddings is true, trainer and engine use the embedding as the head, but transformers uses a stored
+    head. A stored head is therefore accepted only if it equals the embedding. If tie_word_embeddings is false, a head
+    must be stored.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:
@@ -129,7 +130,7 @@ def _require_the_stated_head(
 
 
 def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, other: str) -> bool:
-    """Whether two tensors of a checkpoint have the same values; reads a few thousand rows at a time."""
+    """Return whether two tensors of a checkpoint have the same values; read a few thousand rows at a time."""
     if shapes[one] != shapes[other]:
         return False
     held: dict[str, Any] = {}
@@ -148,7 +149,8 @@ def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, 
 def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
     """Return the fields of config.json that determine the model's parameters and their shapes.
 
-    model_type covers the differences between architectures of the same sizes: biases of q, k, v, norms of q and k.
+    model_type is one of them, because architectures of the same sizes differ in the biases of q, k and v and in the
+    norms of q and k.
     """
     names = [
         "model_type",
@@ -167,11 +169,11 @@ def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
 
 
 def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` for options of these architectures that this model would silently ignore."""
+    """Raise `ConfigError` if config.json sets an option that the Megatron model would silently ignore."""
     where = f"model.path {path!r}: config.json has"
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"{where} hidden_act {hf_config.hidden_act!r}; allowed: silu")
-    # Qwen2's bias on q, k, v is part of the architecture; this option also adds a bias to the output projection.
+    # Qwen2 has biases on q, k and v without these options. attention_bias also adds one to the output projection.
     for option in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, option, False):
             raise ConfigError(f"{where} {option} true; allowed: false")

@@ -1,4 +1,4 @@
-"""The layout of a model loaded for inference or conversion, independent of the layout it was trained in."""
+"""The layout of a model for inference or conversion, which does not depend on the layout of its training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from a2tgpo.model.experts import has_experts
 from a2tgpo.model.transformer_config import check_layout
 
 MEMORY_FRACTION = 0.85
-"""The engine's share of a GPU that holds no optimizer state."""
+"""The engine's share of a GPU's memory if the GPU holds no optimizer state."""
 LAYOUT: dict[str, Any] = {
     "tensor": 1,
     "sequence": False,
@@ -30,9 +30,9 @@ LAYOUT: dict[str, Any] = {
     "first_stage_layers": 0,
     "last_stage_layers": 0,
 }
-"""The fields of `ParallelConfig` that divide a model, with the values that keep it whole."""
+"""The fields of `ParallelConfig` that divide a model. With these values, the model is not divided."""
 UNDIVIDED = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUT.items()]
-"""Overrides that reset the layout in a run's configuration."""
+"""Overrides that set these values in a run's configuration."""
 
 
 def inference_config(
@@ -40,17 +40,18 @@ def inference_config(
 ) -> RunConfig:
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
-    The trainer's model is tensor-parallel over as many processes as the model's sizes allow, with experts over all
-    processes, one pipeline stage and no FP8. Each engine has `rollout.tensor_parallel` processes, or the greatest
-    common divisor of that number and `world_size`, and `MEMORY_FRACTION` of each GPU.
+    The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
+    over all processes; if their number does not allow this, over as many as it does. The model has one pipeline stage
+    and no FP8. The number of an engine's processes is the greatest common divisor of `rollout.tensor_parallel` and
+    `world_size`. An engine uses `MEMORY_FRACTION` of each GPU.
 
     Args:
         config: a run's configuration after the overrides `UNDIVIDED`.
         hf_config: the model's configuration.
-        explicit: dotted keys whose values in `config` stay.
+        explicit: dotted keys that keep their values in `config`.
 
     Raises:
-        ConfigError: one line; an explicit value does not divide the model.
+        ConfigError: with a one-line message, if an explicit value does not divide the model.
     """
     rollout = _engine(config.rollout, world_size, explicit)
     parallel = _parallel(config.parallel, hf_config, world_size, explicit)
@@ -89,8 +90,8 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
     if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
-        # On a GPU the cache takes the rest of the fraction; elsewhere each rank holds a larger part of the same
-        # total.
+        # On a GPU, the KV cache takes all of the fraction that is left. On a CPU, the engine's total cache stays the
+        # same, so each of fewer ranks holds a larger part.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

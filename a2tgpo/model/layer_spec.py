@@ -1,4 +1,4 @@
-"""The decoder's module tree: one function for Transformer Engine and for its CPU twin."""
+"""Specify the decoder's module tree, in the same way for Transformer Engine and for its CPU twins."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def decoder_spec(
 ) -> TransformerBlockSubmodules:
     """Return the specification of a chunk's decoder on this pipeline stage, built from `provider`'s modules.
 
-    Input norms are part of the linear layers that follow them (`linear_qkv.layer_norm_weight`), except the norm
-    before a mixture of experts.
+    An input norm is part of the linear layer after it (`linear_qkv.layer_norm_weight`). Only the norm before a
+    mixture of experts is a separate module.
     """
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(

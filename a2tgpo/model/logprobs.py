@@ -1,4 +1,4 @@
-"""Log-probs and entropy of vocabulary-parallel logits, without a float32 copy of the logits."""
+"""Compute log-probs and entropy from vocabulary-parallel logits, without a float32 copy of the logits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class TokenDistribution:
     """The next-token distribution whose log-probs and entropy a pass computes.
 
     The engine samples from softmax(logits / `rollout.temperature`) over the tokenizer's ids. Policy gradients,
-    importance ratios and the KL to the reference are correct only for that distribution: the gradient of log-probs at
-    another temperature is biased, even for decisions without effect on the reward.
+    importance ratios and the KL to the reference must use the log-probs of that distribution. At another temperature
+    the gradient would be biased, even for decisions that do not affect the reward.
     """
 
     temperature: float = 1.0
     num_ids: int | None = None
-    """Number of ids that can be sampled, from the beginning of the vocabulary; None: all."""
+    """Only the first `num_ids` ids of the vocabulary can be sampled; None: all ids can be sampled."""
 
 
 MODEL_DISTRIBUTION = TokenDistribution()
-"""The model's own distribution: temperature 1, the whole vocabulary. Supervised training, gold answers, the refit's
-probe and the engine's scoring of given tokens use this distribution.
+"""The model's own distribution, with temperature 1 and the whole vocabulary. It is used for supervised training, for
+the scoring of gold answers, for the refit's probe, and when the engine scores given tokens.
 """
 
 
@@ -39,19 +39,20 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk_size: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute log softmax(logits / temperature) at `targets`, and the entropy of that distribution, per token.
+    """Return log softmax(logits / temperature) of each target, and the entropy of each token's distribution.
 
     The softmax is over the first `vocab_size` entries of the vocabulary; padding entries have probability 0 and get
-    no gradient. The computation takes `chunk_size` tokens at a time in float32 (float64 for float64 logits). So only
-    the gradient, in the logits' dtype, is as large as the logits. Every rank of `tp_group` must call this with the
-    same targets; costs two small all-reduces.
+    no gradient. The computation converts only `chunk_size` tokens at a time to float32 (float64 for float64 logits).
+    The only additional tensor as large as the logits is therefore the gradient, in the logits' dtype. Every rank of
+    `tp_group` must call this with the same targets. The call costs two small all-reduces.
 
     Args:
         logits: [n, padded vocabulary / tp]; rank r of `tp_group` holds the r-th slice.
         targets: [n] int64 in [0, vocab_size).
 
     Returns:
-        logprobs [n] and entropy [n], both float32 (float64 for float64 logits), in nats, equal on all ranks.
+        Log-probs [n] and entropies [n], in nats and equal on all ranks. Both are float32 (float64 for float64
+        logits).
     """
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, vocab_size, tp_group, temperature, chunk_size)
     return logprobs, entropy
@@ -76,7 +77,8 @@ class _TokenLogprobs(torch.autograd.Function):
         local_targets = torch.where(is_local, local_targets, 0)
 
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        # Per token, over this rank's slice: the maximum; sum of e = exp(x - maximum); sum of e * x; x[target].
+        # Computed per token over this rank's slice: the maximum, and in `sums` the sum of e = exp(x - maximum), the
+        # sum of e * x, and x[target].
         maximum = logits.new_full((num_tokens,), torch.finfo(dtype).min, dtype=dtype)
         sums = logits.new_zeros((3, num_tokens), dtype=dtype)
         if num_real:
@@ -109,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, local_targets, is_local, log_normalizer, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_normalizer)
-        # Every rank has both outputs and their gradients in full, so no communication is needed.
+        # Every rank has both outputs and their gradients for all tokens, so no communication is needed.
         grad_logits = torch.zeros_like(logits)
         for rows in _chunks(logits.size(0), ctx.chunk_size):
             if not ctx.num_real:
@@ -134,5 +136,5 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _scaled(logits: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
-    """Return logits / temperature in `dtype`, always as a new tensor: the caller modifies it in place."""
+    """Return logits / temperature in `dtype`, always as a new tensor, because the caller modifies the result."""
     return logits.to(dtype, copy=True).div_(temperature)

@@ -1,4 +1,4 @@
-"""The output layer at selected positions of a row, where log-probs are needed."""
+"""Run the output layer only at those positions of a row that need log-probs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     """Run the output layer of `model` only at `rows` inside this context.
 
-    All tensor-parallel ranks must use the same rows. If the other logits have no gradient, gradients equal those of
-    the full layer.
+    All tensor-parallel ranks must use the same rows. If the loss does not depend on the logits at other positions,
+    the gradients are the same as with the full layer.
 
     Args:
         model: a model of the last pipeline stage.
@@ -27,7 +27,8 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     def at_rows(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]  # [T, 1, hidden], under sequence parallelism / tp
         if is_split:
-            # The layer sums its input's gradient over the ranks; each rank then keeps its own part.
+            # The layer sums the gradient of its input over the ranks, so each rank only keeps its own part of the
+            # sum.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=layer.tp_group
             )
@@ -35,8 +36,8 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
 
     hook = layer.register_forward_pre_hook(at_rows)
     if is_split:
-        # The input is already gathered, so switch off the layer's all-gather; its backward pass uses the flags seen
-        # in the forward pass.
+        # The input is already gathered, so switch off the layer's all-gather. The layer's backward pass uses the
+        # values that these flags have in the forward pass.
         layer.sequence_parallel, layer.allreduce_dgrad = False, True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Attention of one segment by PyTorch, for CPUs and for masks that fused kernels do not support."""
+"""Compute one segment's attention with PyTorch, on CPUs or if fused kernels do not support the mask."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Compute scaled dot product attention.
+    """Return scaled dot product attention.
 
     Args:
         query: [queries, heads, head_dim].
-        key: [keys, kv_heads, head_dim]; kv_heads divides heads.
+        key: [keys, kv_heads, head_dim]; heads must be a multiple of kv_heads.
         value: [keys, kv_heads, head_dim].
-        mask: [queries, keys] bool, True where a query attends to a key; None: causal.
-        scale: factor of the products; None: 1 / sqrt(head_dim).
+        mask: [queries, keys] bool, True if the query attends to the key; None: a causal mask.
+        scale: factor by which products of queries and keys are multiplied; None: 1 / sqrt(head_dim).
 
     Returns:
         [queries, heads, head_dim].

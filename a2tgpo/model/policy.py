@@ -18,23 +18,23 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass
 class Policy:
-    """One rank's part of a model: the layers of its pipeline stage, its tensor-parallel slice of each."""
+    """One rank's part of a model: its tensor-parallel slice of each layer of its pipeline stage."""
 
     chunks: list[nn.Module]
-    """The modules that the pipeline schedule runs: DistributedDataParallel(Float16Module(GPTModel)) when trainable in
-    bfloat16; without DistributedDataParallel when not trainable, without Float16Module in float32. The first of the
-    parallel.virtual chunks holds the stage's earliest layers."""
+    """The parallel.virtual modules that the pipeline schedule runs; the first one has the stage's earliest layers. A
+    chunk is DistributedDataParallel(Float16Module(GPTModel)). DistributedDataParallel is missing if the policy is not
+    trainable; Float16Module is missing in float32."""
     transformer_config: TransformerConfig
     hf_config: PretrainedConfig
     bridge: Any
-    """mbridge's weight tables for this architecture; only `weights` uses them."""
+    """mbridge's weight tables for this architecture; only the module `weights` uses them."""
     groups: ParallelGroups
     path: str
     """Folder of the checkpoint."""
     dtype: torch.dtype
     """Dtype of weights and activations."""
     vocab_size: int
-    """Vocabulary of the checkpoint, without padding."""
+    """Size of the checkpoint's vocabulary, without padding."""
     alignment: Alignment
     """Multiples to which packed batches are padded."""
     trainable: bool
@@ -56,7 +56,7 @@ class Policy:
 
 
 def require_weights(policy: Policy) -> None:
-    """Raise RuntimeError if the weights are off the GPU: reading them would crash the process without a message."""
+    """Raise RuntimeError if the weights are off the GPU, because reading them would crash the process silently."""
     parameters = (parameter for chunk in policy.chunks for parameter in chunk.parameters())
     if any(p.numel() and not p.untyped_storage().nbytes() for p in parameters):
         raise RuntimeError(
@@ -67,8 +67,8 @@ def require_weights(policy: Policy) -> None:
 def gather_weights(policy: Policy) -> None:
     """Finish the optimizer's parameter all-gather; every rank must call this before it reads the weights.
 
-    Where the all-gather overlaps with computation, the parts that other ranks updated otherwise arrive only with the
-    next forward pass.
+    If the all-gather overlaps with computation, the parts that other ranks updated would otherwise arrive only during
+    the next forward pass.
 
     Raises:
         RuntimeError: if the weights are off the GPU.

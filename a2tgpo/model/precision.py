@@ -1,4 +1,4 @@
-"""The choice of the layers' modules: Transformer Engine's, or their CPU twins.
+"""Choose between Transformer Engine's modules and their CPU twins for the layers.
 
 Only this module checks whether Transformer Engine is installed.
 """
@@ -18,15 +18,16 @@ from a2tgpo.io.errors import ConfigError
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 FP8_NEEDS = {"tensorwise": ("2.2", "12.1"), "blockwise": ("2.3", "12.9"), "mxfp8": ("2.1", "12.8")}
-"""By recipe: lowest versions of Transformer Engine and CUDA (its quantization.py, and megatron/core/fp8_utils.py,
-`get_fp8_recipe`); config.fp8.CAPABILITIES has the GPUs."""
+"""For each recipe, the lowest versions of Transformer Engine and of CUDA that support it. The versions are from
+Transformer Engine's quantization.py and from `get_fp8_recipe` in megatron/core/fp8_utils.py. config.fp8.CAPABILITIES
+lists the GPUs that support a recipe."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:
-    """Whether `model.layer_spec` selects Transformer Engine on this machine.
+    """Return whether `model.layer_spec` selects Transformer Engine on this machine.
 
     Raises:
-        ConfigError: if Transformer Engine is selected, but the package or its GPU is missing.
+        ConfigError: if `layer_spec` requires Transformer Engine, but the package or a GPU is missing.
     """
     has_gpu = torch.cuda.is_available()
     if layer_spec == "cpu" or (layer_spec == "auto" and not has_gpu):
@@ -44,12 +45,12 @@ def uses_transformer_engine(layer_spec: str) -> bool:
 
 
 def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
-    """Raise `ConfigError` unless the installed Transformer Engine supports these number formats on this GPU."""
+    """Raise `ConfigError` if the installed Transformer Engine does not support these number formats on this GPU."""
     if dtype == "float32":
-        # Transformer Engine's fused attention supports only 16-bit formats. In float32 Transformer Engine would
-        # unpack a row into [segments, longest, ...] and keep [segments, heads, longest, longest] scores per layer;
-        # with context parallelism it has no float32 attention (dot_product_attention.py, "No dot product attention
-        # backend is available").
+        # Transformer Engine's fused attention supports only 16-bit formats. In float32, Transformer Engine would
+        # unpack a row into [segments, longest, ...] and keep [segments, heads, longest, longest] scores per layer.
+        # With context parallelism, it has no attention in float32 at all (dot_product_attention.py, "No dot product
+        # attention backend is available").
         raise ConfigError(
             "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
             "in float32 grows with the square of the longest sequence, and parallel.context > 1 has none; "
@@ -65,12 +66,12 @@ def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
 
 
 def require_fp8_needs(recipe: Recipe, *, engine: str, capability: tuple[int, int], cuda: str) -> None:
-    """Raise `ConfigError` unless the versions and the GPU meet the recipe's requirements.
+    """Raise `ConfigError` if the versions or the GPU do not meet the recipe's requirements.
 
     Args:
-        engine: Transformer Engine's version.
+        engine: version of Transformer Engine.
         capability: the GPU's compute capability, such as (9, 0) for Hopper.
-        cuda: version of CUDA that torch was built for.
+        cuda: the version of CUDA for which torch was built.
     """
     need_engine, need_cuda = FP8_NEEDS[recipe]
     first, end = CAPABILITIES[recipe]
@@ -96,7 +97,7 @@ def _cards(recipe: Recipe) -> str:
 
 
 def spec_provider(layer_spec: str) -> Any:
-    """Return Megatron's `BackendSpecProvider` for `model.layer_spec`: the module class of each layer part."""
+    """Return the `BackendSpecProvider` for `model.layer_spec`, which names the module class of each layer part."""
     if uses_transformer_engine(layer_spec):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: Megatron's model gets the checkpoint's frequencies, computed by transformers."""
+"""Rotary position embedding: transformers computes the checkpoint's frequencies, and Megatron's model uses them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 KINDS = ("default", "linear", "llama3", "yarn")
-"""Supported kinds of scaling; the frequencies of other kinds change with the length of the sequence."""
+"""Supported kinds of scaling. Other kinds are refused, because their frequencies depend on the sequence's length."""
 
 _REQUIRED = {
     "default": (),
@@ -33,14 +33,15 @@ class Rope:
 
     base: float
     inverse_frequencies: torch.Tensor | None
-    """[head_dim / 2] float32, radians per position; None: base^(-2i / head_dim), not scaled."""
+    """[head_dim / 2] float32, radians per position; None: the unscaled frequencies base^(-2i / head_dim)."""
     attention_factor: float = 1.0
-    """Factor of queries and keys after rotation (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
+    """Factor that multiplies rotated queries and keys (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
 
     def softmax_scale(self, head_dim: int) -> float | None:
-        """Return attention's factor for products of queries and keys; None: 1 / sqrt(head_dim).
+        """Return the factor by which attention multiplies products of queries and keys; None: 1 / sqrt(head_dim).
 
-        Megatron's fused rotation has no factor for queries and keys, so their products are scaled by its square.
+        Megatron's fused rotation cannot multiply queries and keys by `attention_factor`. Attention therefore
+        multiplies their products by the square of `attention_factor`.
         """
         if self.attention_factor == 1.0:
             return None
@@ -57,7 +58,8 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
     """Return the rotary embedding of the checkpoint in folder `path`.
 
     Raises:
-        ConfigError: one line; an unsupported kind, or a value that is missing or no positive number.
+        ConfigError: with a one-line message, if the kind of scaling is not supported, or if a value is missing or is
+            not a positive number.
     """
     # transformers 5 keeps theta and scaling in one dictionary and has no `rope_theta` attribute.
     rope = dict(hf_config.rope_parameters)
@@ -85,10 +87,10 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
 
 
 def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) -> None:
-    """Raise `ConfigError`, one line, if the model has no positions for a sequence of `max_model_len` tokens.
+    """Raise a one-line `ConfigError` if the model has fewer than `max_model_len` positions.
 
-    Same rule as the engine's: max_position_embeddings, times the factor of linear scaling. With YaRN and llama3,
-    max_position_embeddings already is the longest sequence.
+    The engine has the same rule: the number of positions is max_position_embeddings, multiplied by the factor if the
+    scaling is linear. With YaRN and llama3, max_position_embeddings already includes the scaling.
     """
     rope = hf_config.rope_parameters
     positions = hf_config.max_position_embeddings
@@ -109,7 +111,7 @@ def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) 
 
 
 def _yarn_reach(rope: dict[str, Any]) -> int:
-    """Return the longest sequence of a YaRN setting; 0 without YaRN."""
+    """Return the length of the longest sequence that the YaRN settings support; 0 without YaRN."""
     if rope.get("rope_type") != "yarn":
         return 0
     return int(rope["original_max_position_embeddings"] * rope["factor"])

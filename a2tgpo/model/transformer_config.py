@@ -1,4 +1,4 @@
-"""Conversion of a Hugging Face configuration to Megatron's."""
+"""Convert a Hugging Face configuration to Megatron's configuration."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from a2tgpo.model.rope import rope_of
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VOCAB_MULTIPLE = 128
-"""The embedding's rows are padded to a multiple of this number, the same in every usual layout, so that a checkpoint
-of one layout fits another."""
+"""The number of the embedding's rows is padded to a multiple of this number. The padded number is then the same in
+all usual layouts, so a checkpoint that was saved in one layout fits another layout."""
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    """Raise `ConfigError` unless the layout divides the model, and into sizes that FP8 supports if it is enabled."""
+    """Raise `ConfigError` if the layout does not divide the model evenly.
+
+    If FP8 is enabled, also raise it if FP8 does not support the sizes of the parts.
+    """
     split = [
         (hf_config.num_attention_heads, "attention heads"),
         (hf_config.num_key_value_heads, "key-value heads"),
@@ -46,7 +49,7 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """Return the embedding's rows after padding; every tensor-parallel rank gets the same number."""
+    """Return the embedding's number of rows after padding, a multiple of the number of tensor-parallel ranks."""
     return math.ceil(vocab_size / math.lcm(VOCAB_MULTIPLE, tensor_parallel)) * math.lcm(
         VOCAB_MULTIPLE, tensor_parallel
     )
@@ -57,10 +60,10 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return Megatron's configuration of the checkpoint's architecture in the layout `parallel`.
 
-    Dropout is off even if the checkpoint sets it: the update must see the rollout's log-probs.
+    Dropout is off, even if the checkpoint sets it, because the update must compute the same log-probs as the rollout.
 
     Raises:
-        ConfigError: for FP8 without Transformer Engine, which Megatron would silently run in bfloat16
+        ConfigError: if FP8 is enabled without Transformer Engine. Megatron would then silently compute in bfloat16
             (megatron/core/fp8_utils.py, `get_fp8_context`).
     """
     if model.fp8.enabled and not transformer_engine:
@@ -87,8 +90,8 @@ def transformer_config(
         qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Weights come from the checkpoint, but the initialisation must still run: it marks parameters as split over
-        # tensor-parallel ranks (megatron/core/tensor_parallel/layers.py:878).
+        # The weights come from the checkpoint. The initialisation must still run, because it marks the parameters
+        # that are split over tensor-parallel ranks (megatron/core/tensor_parallel/layers.py:878).
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
@@ -100,11 +103,11 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring during the computation
-        # Micro-batches are packed to different lengths; stages send each other the shape before the tensor.
+        # Packed micro-batches differ in length, so a stage must send a tensor's shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",  # variable_seq_lengths excludes the default, even without experts
-        # Under virtual stages Megatron frees an output right after posting its send (schedules.py:1522). NCCL keeps
-        # the buffer alive until it is sent; gloo would send the data that overwrote it.
+        # With virtual stages, Megatron frees an output right after it starts to send the output (schedules.py:1522).
+        # NCCL keeps the buffer alive until it is sent, but gloo would send the data that has overwritten the buffer.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         **expert_settings(hf_config, parallel, transformer_engine=transformer_engine),
         **_stages(parallel),
@@ -115,7 +118,7 @@ def transformer_config(
 
 
 def _stages(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return Megatron's settings for chunks and uneven stages; Megatron expects None for the default."""
+    """Return Megatron's settings for chunks and uneven stages; None stands for Megatron's default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
         last = None  # implied by `first`; Megatron would divide by zero under virtual stages without a middle stage
@@ -123,8 +126,9 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # Of two stages, each is the other's previous and next stage. In a batched exchange Megatron would then
-        # confuse activations with gradients; with overlapped communication each tensor is sent separately.
+        # If there are two stages, each is both the previous and the next stage of the other. Megatron's batched
+        # exchange would then confuse activations with gradients. With overlapped communication, each tensor is sent
+        # separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }
@@ -135,15 +139,15 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _fusions(transformer_engine: bool) -> dict[str, Any]:
-    """Return the settings of fused kernels: those of Transformer Engine and the compiler on a GPU, none elsewhere."""
+    """Return the settings of fused kernels, which are used only together with Transformer Engine."""
     return {
         "bias_activation_fusion": transformer_engine,
         "bias_dropout_fusion": transformer_engine,
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
         "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
-        # Megatron's own layers would need APEX; build.accumulate_in_float32 enables it in Transformer Engine's
-        # layers.
+        # Megatron's own layers would need APEX for this. build.accumulate_in_float32 enables the same in Transformer
+        # Engine's layers.
         "gradient_accumulation_fusion": False,
     }
 
@@ -151,7 +155,7 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
 def _fp8(fp8: Fp8Config) -> dict[str, Any]:
     """Return Megatron's FP8 settings, which have the same names in 0.16 and 0.19.
 
-    Neither DistributedDataParallel nor the optimizer needs FP8 settings unless weights are stored in FP8.
+    Weights are not stored in FP8, so neither DistributedDataParallel nor the optimizer needs FP8 settings.
     """
     if not fp8.enabled:
         return {}

@@ -1,7 +1,9 @@
-"""Attention along a tree: branches that share the beginning of one trunk, in one packed pass.
+"""Attention along a tree, so that one packed pass can run a trunk and branches that each continue a part of the
+trunk.
 
-Kernels for packed sequences support only causal segments. During such a pass plain scaled dot product attention
-therefore replaces the core attention of every layer, on GPUs and CPUs; the core attention has no weights.
+Kernels for packed sequences support only causal segments. During such a pass, plain scaled dot product attention
+therefore replaces the core attention of every layer, on GPUs and CPUs. This is possible because the core attention
+has no weights.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ class TreeAttention(nn.Module):
     """Replacement of a core attention on packed sequences.
 
     Args:
-        nodes: the row's nodes; positions outside of all nodes get zeros.
-        softmax_scale: None: 1 / sqrt(head_dim).
+        nodes: the nodes of the tree in the row. The output is zero at positions that belong to no node.
+        softmax_scale: factor of the products of queries and keys; None: 1 / sqrt(head_dim).
     """
 
     def __init__(self, nodes: Sequence[TreeNode], softmax_scale: float | None) -> None:
@@ -32,7 +34,9 @@ class TreeAttention(nn.Module):
         self._scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query [tokens, heads, head_dim], key, value [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
+        """Return [tokens, heads * head_dim] for query [tokens, heads, head_dim] and key and value [tokens, kv_heads,
+        head_dim].
+        """
         output = torch.zeros_like(query)
         for node in self._nodes:
             own, prefix = slice(node.start, node.end), slice(node.prefix_start, node.prefix_end)
@@ -41,14 +45,14 @@ class TreeAttention(nn.Module):
         return output.flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Let query i of the last n positions attend to all keys but the last n - 1 - i."""
+        """Return the attention of n queries, where query i attends to all keys except the last n - 1 - i keys."""
         num_queries, num_keys = query.size(0), key.size(0)
         mask = None
         if num_keys > num_queries:
-            # On GPUs PyTorch has no fused kernel for a mask with grouped heads: it creates [heads, queries, keys]
-            # scores and copies keys and values for every head, in float32. The cost is small: a branch has few
-            # queries (scaffold and answer) and saves no activations, and branches run one by one. A trunk needs no
-            # mask and is fused.
+            # On GPUs, PyTorch has no fused kernel for a mask with grouped heads. It creates [heads, queries, keys]
+            # scores and copies keys and values for every head, in float32. This costs little, because a branch has
+            # few queries (scaffold and answer) and saves no activations, and because branches run one after the
+            # other. A trunk needs no mask, so a fused kernel computes it.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
         return attend(query, key, value, mask, self._scale)
@@ -56,13 +60,13 @@ class TreeAttention(nn.Module):
 
 @contextlib.contextmanager
 def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
-    """Run `chunk` on a row of the shape `nodes`, laid out as one segment, inside this context.
+    """Make `chunk` attend along the tree `nodes` inside this context; the row must be one segment.
 
-    Only for passes without gradients and without context parallelism, since every rank needs all keys of its
-    tensor-parallel heads.
+    Passes inside this context must not have gradients. They must also not have context parallelism, because every
+    rank needs all keys of its heads.
 
     Args:
-        positions: [1, T] int64 on the model's device: rotary position of every place of the row, below T.
+        positions: [1, T] int64 on the model's device: the rotary position of each token in the row, less than T.
     """
     model = unwrapped(chunk)
     layers = [layer.self_attention for layer in model.decoder.layers]
@@ -70,7 +74,7 @@ def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) ->
     rows = positions[0]
 
     def rows_of_table(_module: nn.Module, _arguments: Any, table: Tensor) -> Tensor:
-        # Megatron uses the table's i-th row for the i-th token of a segment.
+        # Megatron uses row i of the table for token i of a segment, so reorder the table.
         return table[rows]
 
     hook = model.rotary_pos_emb.register_forward_hook(rows_of_table)

@@ -1,4 +1,4 @@
-"""Gathering of full parameters from the ranks that hold their parts, one bucket ahead of the reader."""
+"""Gather full parameters from the ranks that hold their parts, while the reader still reads the previous bucket."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """The facts about a parameter that ranks of other stages need to receive it."""
+    """The facts about a parameter that the ranks of other stages need in order to receive it."""
 
     stage: int
     name: str
     shape: tuple[int, ...]
-    """Shape of one part."""
+    """Shape of one rank's part."""
     split_dim: int | None
-    """Dimension split over tensor-parallel ranks; None: every rank has the whole parameter, or it is an expert."""
+    """Dimension that tensor-parallel ranks split. None if the parameter belongs to an expert or no rank splits it."""
 
     def num_parts(self, groups: ParallelGroups) -> int:
-        """Number of a stage's ranks that contribute a part; experts at the same local place are gathered together."""
+        """Return how many ranks of a stage contribute a part.
+
+        Experts at the same local place on all expert-parallel ranks are gathered together, as parts of one gather.
+        """
         if is_expert(self.name):
             return groups.ep_size
         return 1 if self.split_dim is None else groups.tp_size
 
     def num_bytes(self, groups: ParallelGroups, dtype: torch.dtype) -> int:
-        """Bytes of all parts together."""
+        """Return the size of all parts together, bytes."""
         return torch.Size(self.shape).numel() * self.num_parts(groups) * dtype.itemsize
 
 
@@ -45,7 +48,7 @@ def record_of(stage: int, name: str, parameter: torch.nn.Parameter) -> Parameter
 def buckets(
     records: Sequence[ParameterRecord], groups: ParallelGroups, *, dtype: torch.dtype, bucket_bytes: int
 ) -> list[list[ParameterRecord]]:
-    """Split `records`, in order, into buckets of at most `bucket_bytes`; a larger parameter gets its own bucket."""
+    """Return `records`, in order, in buckets of at most `bucket_bytes`; a larger parameter has its own bucket."""
     grouped: list[list[ParameterRecord]] = []
     size = 0
     for record in records:
@@ -65,19 +68,20 @@ def gather_ahead(
     *,
     bucket_bytes: int,
 ) -> Iterator[tuple[ParameterRecord, list[torch.Tensor]]]:
-    """Yield every parameter's parts, in the order of `records`; every rank must call this and exhaust it.
+    """Yield the parts of each parameter, in the order of `records`.
 
-    All collectives of a bucket are issued, in the same order on all ranks, before the first parameter of the previous
-    bucket is yielded. The wait for a collective happens when its parameter is yielded. So two buckets are alive: the
-    rest of the one being read, and the one in flight.
+    Every rank must call this and exhaust the iterator. All collectives of a bucket are started, in the same order on
+    all ranks, before the first parameter of the previous bucket is yielded. A collective is waited for only when its
+    parameter is yielded. Two buckets are therefore in memory: the rest of the bucket that is being read, and the next
+    bucket.
 
     Args:
         records: records of all stages, the same on all ranks.
         local: this stage's parameters, by name.
 
     Yields:
-        (record, its parts in the order of their ranks). Parts may be the model's own memory; requesting the next item
-        drops them.
+        (record, its parts in the order of their ranks). A part may be the model's own memory. This function keeps no
+        reference to the parts after the next item is requested.
     """
     stream = torch.cuda.Stream() if policy.groups.device.type == "cuda" else None
     in_flight: deque[_Gather] = deque()
@@ -89,12 +93,12 @@ def gather_ahead(
 
 @dataclass
 class _Gather:
-    """A parameter on its way to this rank."""
+    """A parameter whose parts are being sent to this rank."""
 
     record: ParameterRecord
     parts: list[torch.Tensor]
     arrival: dist.Work | None
-    """None: all parts are here."""
+    """The collective to wait for; None if all parts have arrived."""
 
     def finish(self) -> tuple[ParameterRecord, list[torch.Tensor]]:
         if self.arrival is not None:
@@ -108,15 +112,16 @@ def _start(
     local: Mapping[str, torch.nn.Parameter],
     stream: torch.cuda.Stream | None,
 ) -> deque[_Gather]:
-    """Issue the collectives that bring `bucket` to this rank: a broadcast over the stages, a gather in each stage.
+    """Start the collectives that bring `bucket` to this rank: first broadcasts over the stages, then gathers in a
+    stage.
 
-    A gather needs the broadcast's result. Under NCCL only `stream` waits for the broadcast: neither this process nor
-    the device's work for the engine does. Gloo has no streams: a gather after a broadcast waits for it here.
+    A gather needs the result of its broadcast. With NCCL, only `stream` waits for the broadcast; neither this process
+    nor the engine's work on the device waits. With gloo, which has no streams, this process waits for the broadcast.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]
-    # Memory belongs to the current stream, where it is read and freed; `stream` first waits for the current stream.
-    shards = [  # one tensor- or expert-parallel rank's part; the broadcast brings it to all stages
+    # The memory belongs to the current stream, which reads and frees it; `stream` first waits for the current stream.
+    shards = [  # the part of one tensor- or expert-parallel rank, which a broadcast brings to all stages
         local[record.name].data
         if record.stage == groups.pp_rank
         else torch.empty(record.shape, dtype=policy.dtype, device=groups.device)

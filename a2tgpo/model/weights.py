@@ -1,8 +1,8 @@
-"""Loading and exporting weights: conversion between Hugging Face's names and layouts and Megatron's.
+"""Load and export weights, with conversion between the names and layouts of Hugging Face and those of Megatron.
 
-mbridge supplies the tables: which Hugging Face tensors form a Megatron parameter, and how they are interleaved,
-merged and split. This module moves the tensors: loading reads one parameter at a time; exporting yields one tensor at
-a time while the next ones are gathered (`weight_gather`).
+mbridge supplies the conversion: its tables list which Hugging Face tensors form a Megatron parameter, and its
+functions interleave, merge and split them. This module reads and writes the tensors. Loading reads one parameter at
+a time. Exporting yields one tensor at a time, while the next bucket of parameters is gathered (`weight_gather`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, wor
 _OUTPUT = "output_layer.weight"
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Largest size of a weight file (a larger tensor gets its own file)."""
+"""Largest size of a weight file. A tensor that is larger is written to a file of its own."""
 
 _COMPANIONS = (
     "tokenizer*",
@@ -48,15 +48,16 @@ _COMPANIONS = (
 
 
 def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
-    """Return mbridge's weight tables for this architecture, with our Megatron configuration."""
-    # A local import: mbridge loads every architecture it knows, which takes seconds that other tools can save.
+    """Return mbridge's weight tables for this architecture, which use the Megatron configuration `config`."""
+    # Import mbridge here, because the import loads all its architectures, which takes seconds.
     from mbridge.core.bridge import _MODEL_REGISTRY
 
     base = _MODEL_REGISTRY[hf_config.model_type]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
-    # A new class per bridge: with tied embeddings mbridge changes the class's table, which would affect later models.
-    # mbridge also builds a configuration from attributes that transformers 5 does not have.
+    # Create a new class for each bridge, because mbridge changes the class's table if embeddings are tied, which
+    # would affect later models. Replace `_build_config`, because it reads attributes that transformers 5 does not
+    # have.
     members = {
         "_DIRECT_MAPPING": direct,
         "_adjust_mapping_for_shared_weights": lambda bridge: None,
@@ -78,8 +79,8 @@ def load_hf_weights(policy: Policy) -> None:
     Each rank reads the tensors of its own parameters, one parameter at a time, through memory maps.
 
     Raises:
-        ConfigError: one line, the same on every rank, if a tensor is missing or has the wrong shape, if a file is
-            damaged, or if the checkpoint holds tensors that this architecture does not have.
+        ConfigError: with the same one-line message on every rank, if a tensor is missing or has the wrong shape, if a
+            file is damaged, or if the checkpoint holds tensors that this architecture does not have.
     """
     problem, used, known = None, set(), set()
     with ExitStack() as files:
@@ -90,7 +91,7 @@ def load_hf_weights(policy: Policy) -> None:
                 used |= _load_model(policy, model, tensors)
         except ConfigError as error:
             problem = str(error)
-    # One rank's bad file must stop all ranks, not leave the others waiting in a collective.
+    # If one rank finds a bad file, all ranks must stop. Otherwise the other ranks would wait in a collective.
     results = all_gather_object((problem, used), world_group())
     for problem, _ in results:
         if problem is not None:
@@ -104,13 +105,13 @@ def load_hf_weights(policy: Policy) -> None:
 
 
 def _derived_names(policy: Policy, names: set[str]) -> set[str]:
-    """Return the names of tensors that some checkpoints store although they follow from others."""
+    """Return those of `names` whose tensors some checkpoints store although other values determine them."""
     tied = {"lm_head.weight"} if policy.tied_embeddings else set()
     return tied | {name for name in names if name.endswith("rotary_emb.inv_freq")}
 
 
 def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
-    """Map each tensor's name to the open safetensors file that holds it."""
+    """Return a map from the name of each tensor to the open safetensors file that holds the tensor."""
     tensors: dict[str, Any] = {}
     for file in weight_files(path).values():
         handle = files.enter_context(safe_open(file, framework="pt"))
@@ -119,7 +120,7 @@ def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
 
 
 def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set[str]:
-    """Fill `model` and return the names of the Hugging Face tensors used."""
+    """Copy the weights into `model`, and return the names of the Hugging Face tensors that were used."""
     used = set()
     for global_name, parameter in _named_parameters(policy, model):
         hf_names = policy.bridge._weight_name_mapping_mcore_to_hf(global_name)
@@ -153,8 +154,9 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
 
 
 def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield this rank's parameters, under names with the layer's number in the whole model and the expert's number in
-    its layer.
+    """Yield this rank's parameters with their global names.
+
+    A global name has the layer's number in the whole model and the expert's number in the whole layer.
     """
     global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
     for name, parameter in model.named_parameters():
@@ -166,16 +168,16 @@ def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, to
 
 @torch.no_grad()
 def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all weights in full under Hugging Face names, gathered in buckets, one bucket ahead of the reader.
+    """Yield all weights in full with their Hugging Face names, while the next bucket of parameters is gathered.
 
-    Every rank must call this and exhaust it, since parameters are broadcast over the pipeline and gathered over the
-    tensor- or expert-parallel group. All ranks get the same tensors in the same order. A tensor may share memory with
-    the model: read it before requesting the next one, and do not write to it.
+    Every rank must call this and exhaust the iterator, because parameters are broadcast over the pipeline and
+    gathered over the tensor- or expert-parallel group. All ranks get the same tensors in the same order. A tensor
+    may share memory with the model, so read it before you request the next tensor, and do not write to it.
 
     Args:
-        bucket_bytes: most bytes gathered at once; a larger parameter gets its own bucket; 0: a bucket for each
-            parameter. Alive at once: the rest of one bucket, the next bucket, and the tensors converted from one
-            parameter.
+        bucket_bytes: largest size of a bucket, whose parameters are gathered together; a larger parameter has a
+            bucket of its own. 0: each parameter has a bucket of its own. At any time, memory holds the rest of one
+            bucket, the next bucket, and the tensors converted from one parameter.
 
     Yields:
         (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
@@ -205,7 +207,10 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return named whole parameters in Megatron's layout: one expert per part, or one parameter from all parts."""
+    """Return (name, whole parameter) pairs in Megatron's layout.
+
+    If the record is an expert's, each part is a whole parameter. Otherwise all parts together are one parameter.
+    """
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None
@@ -214,7 +219,7 @@ def _named_parts(
         return list(zip(names, parts, strict=True))
     if len(parts) == 1:
         return [(record.name, parts[0])]
-    # mbridge reads from the parameter which dimension is split.
+    # mbridge reads from a parameter's attributes which dimension is split, so pass a tensor with these attributes.
     shard_info = torch.empty(0)
     shard_info.tensor_model_parallel, shard_info.partition_dim = True, record.split_dim  # type: ignore[attr-defined]
     return [(record.name, policy.bridge._weight_merge_across_tp(record.name, parts, shard_info))]
@@ -230,14 +235,14 @@ def save_hf(
     *,
     records: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write weights, config.json and tokenizer to `out_dir`, complete or not at all; every rank must call this.
+    """Write weights, config.json and tokenizer to `out_dir`; every rank must call this.
 
-    Rank 0 writes to a temporary folder next to `out_dir` and renames it at the end, replacing an existing `out_dir`.
-    Weights keep the training dtype.
+    Rank 0 writes to a temporary folder next to `out_dir` and renames this folder at the end, so `out_dir` is never
+    incomplete. An existing `out_dir` is replaced. The weights keep the training dtype.
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied; None: the policy's checkpoint.
-        records: further content to write as JSON, by file name.
+        records: other JSON files to write, as a map from file name to content.
 
     Raises:
         RuntimeError: on every rank, if rank 0 could not write.
@@ -253,7 +258,7 @@ def save_hf(
                     write_json(folder / name, content)
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
             failure = f"could not write {out}: {first_line(error)}"
-    for _ in weights:  # all other ranks join the gathering here, and rank 0 after a failure
+    for _ in weights:  # all ranks take part in the gathers; rank 0 reaches this line after a failure
         pass
     failure = broadcast_object(failure, world_group(), source=0)
     if failure is not None:
@@ -261,7 +266,7 @@ def save_hf(
 
 
 def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write safetensors files, with an index if there are several; one file's tensors are in memory at a time."""
+    """Write safetensors files, and an index if there are several; only one file's tensors are in memory at a time."""
     files: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total_bytes = 0
@@ -276,7 +281,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         if pending and pending_bytes + size > MAX_FILE_BYTES:
             flush()
             pending_bytes = 0
-        # Copy: the tensor may be a view of the model's memory, or of a buffer that the next tensor reuses.
+        # Copy the tensor, because it may be a view of the model's memory or of a buffer that the next tensor reuses.
         pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += size
         total_bytes += size
