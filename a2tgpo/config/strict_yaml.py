@@ -16,9 +16,9 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Loads YAML like `yaml.safe_load`, which rejects tags that create Python objects, but rejects more.
+    """Loads YAML as `yaml.safe_load` does, and additionally rejects some valid YAML.
 
-    Also rejects duplicate keys, integers past 2^1024, and numbers that YAML 1.1 reads in base 8 or 60. Rejects
+    It rejects duplicate keys, integers past 2^1024, and numbers that YAML 1.1 reads in base 8 or 60. It also rejects
     aliases of lists and mappings, because nested aliases expand exponentially.
     """
 

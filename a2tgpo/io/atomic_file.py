@@ -70,7 +70,10 @@ def folders_beside(path: Path) -> tuple[Path, Path]:
 
 
 def put_folder_in_place(path: Path) -> None:
-    """Replace `path` by the first folder of `folders_beside`, which the caller has filled."""
+    """Replace the folder `path` by the folder in which the caller has prepared its new content.
+
+    `folders_beside` returns the name of this folder.
+    """
     fresh, replaced = folders_beside(path)
     if path.exists():
         os.replace(path, replaced)

@@ -1,4 +1,4 @@
-"""Access to the ranks' rendezvous store, through which they exchange messages outside of collectives."""
+"""Access to the rendezvous store, through which the ranks exchange messages without a collective."""
 
 from __future__ import annotations
 
