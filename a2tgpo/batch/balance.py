@@ -14,8 +14,8 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
 
     Takes the items from the longest to the shortest, and puts each into the bin that has the fewest tokens so far. If
     two items are equally long, the earlier one comes first; if two bins have equally many tokens, the one with fewer
-    items is chosen, and otherwise the one with the lower index. The largest bin has at most 4/3 of the optimal number of
-    tokens, and with many items it is much closer to the optimum.
+    items is chosen, and otherwise the one with the lower index. The largest bin has at most 4/3 of the optimal number
+    of tokens, and with many items it is much closer to the optimum.
 
     Args:
         lengths: number of tokens of each item.
