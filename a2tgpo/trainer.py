@@ -222,7 +222,10 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Answer the held-out questions greedily; return whether the score is the best so far and must be saved."""
+        """Answer the held-out questions greedily; return whether the score is the best so far.
+
+        If it is, the caller must save a checkpoint.
+        """
         with self.timers.stage("evaluation"):
             self._refit()
             questions, engine_group = self.parts.test_prompts, self.parts.engine_group

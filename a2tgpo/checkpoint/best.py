@@ -38,12 +38,13 @@ class BestCheckpoint:
 
     `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
     policy from the checkpoint that it resumes, not from this file. The run therefore forgets a best policy of a step
-    after that checkpoint. The caller must also forget a best policy whose checkpoint no longer exists. Retention may
-    have removed this checkpoint when a later step became the best, and the run may since have dropped that step.
+    after that checkpoint. The caller must also forget a best policy whose checkpoint no longer exists. Such a
+    checkpoint is missing if a later step became the best, retention removed the checkpoint, and the run then dropped
+    the later step.
 
     Args:
-        root: folder of the checkpoints.
-        metric: `checkpoint.best_by`.
+        root: the folder of the run's checkpoints.
+        metric: the value of `checkpoint.best_by`, which names the score to compare.
         is_writer: True on the one rank that writes the file.
     """
 

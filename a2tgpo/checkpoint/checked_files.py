@@ -177,8 +177,9 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 def size_and_crc(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes and the CRC-32 of its content."""
     size = crc = 0
-    # The block is small, because every save runs in a new thread, and glibc keeps the memory that a thread frees for
-    # the next thread in the same arena. A buffer of megabytes would stay allocated in every arena of the process.
+    # The block is small, because every save runs in a new thread. When a thread ends, glibc keeps its freed memory
+    # for the next thread in the same arena, so a buffer of megabytes would stay allocated in every arena of the
+    # process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):

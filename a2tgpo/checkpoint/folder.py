@@ -50,8 +50,8 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
-"""Key of `complete.json`. Its value is True if the checkpoint had more than its weights and retention removed the
-rest (`retention.py`)."""
+"""Key of `complete.json`. If its value is True, retention has removed all parts of the checkpoint except the weights
+(`retention.py`)."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
 """Names of the folders that an interrupted save leaves. Earlier versions left `step_N.tmp` or `step_N.old`."""
@@ -173,7 +173,7 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if one of saved optimizer and `optimizer` is distributed and the other is not.
+    """Raise a ValueError of one line if either the saved optimizer or `optimizer` is distributed, but not both.
 
     A checkpoint of an earlier version may not record the kind of its optimizer, and this function accepts it.
     """

@@ -42,7 +42,7 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
     """Return the shards of a distributed optimizer's state that this rank owns, by names that only this rank uses.
 
     Each shard is a view of the optimizer's memory. A float32 parameter is its own master weight, so it has no `param`
-    shard: the model's part of the checkpoint contains it.
+    shard, because the model's part of the checkpoint already contains it.
 
     Args:
         optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
@@ -151,7 +151,7 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Yield the shards that `flat` forms of the tensors on disk, which `templates` describes.
+    """Divide `flat` into shards of the parameter's tensors on disk, which `templates` describes, and yield them.
 
     `flat` has consecutive elements of the flattened parameter, and `start` is the index of its first element.
     """

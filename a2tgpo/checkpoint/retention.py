@@ -68,8 +68,9 @@ def reduce_to_weights(path: Path) -> None:
 
 
 def set_aside_after(root: str | Path, step: int) -> None:
-    """Move the checkpoints after `step` to `root/dropped_N/`, because a run that resumes from `step` writes its own.
+    """Move the checkpoints of steps after `step` to `root/dropped_N/`. Every rank must call this.
 
+    A run that resumes from `step` calls this function, because the run will write its own checkpoints of these steps.
     If the old checkpoints stayed in place, the next start would take them for the newest and resume from them, and
     retention would remove the new checkpoints. The newest checkpoint in `dropped_N` stays whole, and each other
     checkpoint there keeps only its weights. Only the newest `MAX_DROPPED` folders `dropped_N` stay.

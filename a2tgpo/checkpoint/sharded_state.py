@@ -251,7 +251,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
         return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
     parts = optimizer.chained_optimizers
     if len(parts) > 1:
-        optimizer._synchronize_steps()  # a parameter group that is empty on some ranks would have other steps there
+        optimizer._synchronize_steps()  # a group that is empty on some ranks would have another step count there
     settings = [part.state_dict() for part in parts]
     return {
         **models,
@@ -314,10 +314,10 @@ def _check_index(path: Path) -> None:
 
 
 def _check_memo(content: bytes) -> None:
-    """Raise ValueError if the pickle `content` has a memo index larger than its own length, which no pickler writes.
+    """Raise ValueError if the pickle `content` has a memo index larger than its own length.
 
-    When the unpickler meets a memo index, it allocates a memo of twice that many entries. One flipped bit in an index
-    could therefore make it allocate 64 GiB.
+    No pickler writes such an index. When the unpickler meets a memo index, it allocates a memo of twice that many
+    entries. One flipped bit in an index could therefore make it allocate 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):

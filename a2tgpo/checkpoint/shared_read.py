@@ -44,8 +44,8 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
             parameter = part.data
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            # Megatron sets `allreduce` to False if a parameter's gradient is not reduced over all data-parallel
-            # ranks.
+            # If a parameter's gradient is not reduced over all data-parallel ranks, Megatron sets `allreduce` to
+            # False.
             is_expert = not getattr(parameter, "allreduce", True)
             group = groups.edp_group if is_expert else groups.dp_cp_group
             load = loads.setdefault(group, [0] * group.size())

@@ -190,7 +190,7 @@ class CheckpointWriter:
             _together(complete if is_first else None, group, final)
         except _SaveFailedError:
             if is_first:
-                shutil.rmtree(partial, ignore_errors=True)  # the disk may be full
+                shutil.rmtree(partial, ignore_errors=True)  # free the space, because the disk may be full
             raise
 
 

@@ -158,7 +158,7 @@ class RolloutBank:
         return banked if place < len(banked.ranks) and banked.ranks[place].key == self._key else None
 
     def _say_if_earlier_version(self, folder: Path, step: int) -> None:
-        """Warn if `folder` has files that an earlier version wrote, which wrote one file per rank."""
+        """Warn if `folder` has files of an earlier version of the program, which wrote one file per rank."""
         if self._is_first_rank and any(folder.glob("rank_*.bin")):
             logger.warning(
                 "skipping %s, written by an earlier version: step %d is played again",

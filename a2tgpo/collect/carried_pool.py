@@ -184,7 +184,9 @@ def _content(path: Path) -> bytes:
 
 
 def carried(held: Sequence[Held], *, engine: int) -> Carried:
-    """Return the `Carried` of the ranks of one engine: the entries of all `held` groups, and its own groups."""
+    """Return the `Carried` for the ranks of `engine`. It has the entries of all `held` groups and the engine's
+    groups.
+    """
     entries = (
         Entry(
             begun=item.group.begun,

@@ -41,7 +41,7 @@ class RewardedRollout:
         """Age of this process in seconds when its first trajectory finished; None if none has finished yet."""
 
     def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
-        """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
+        """Play a group of trajectories for each prompt, and return all trajectories, by prompt and then by sample.
 
         Raises:
             RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.

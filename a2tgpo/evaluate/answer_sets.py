@@ -88,7 +88,7 @@ def _in_order(answers: Sequence[Answer], prompt_set: PromptSet) -> list[Answer]:
 def _known_answers(
     known: Mapping[Key, Answer], name: str, kind: str, prompt_set: PromptSet, num_samples: int
 ) -> dict[tuple[int, int], Answer]:
-    """Return the known answers to the questions of data set `name`, by (position of the question, sample index)."""
+    """Return the known answers to the questions of data set `name`, keyed by (question's position, sample index)."""
     return {
         (position, sample): known[key]
         for position, question in enumerate(prompt_set.questions)

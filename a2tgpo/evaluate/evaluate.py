@@ -83,7 +83,7 @@ def evaluate(
     sums.add("num_questions", 0, 0)
     for prompt in (
         prompts if engine_group.is_leader else ()
-    ):  # in one order, since sums of floats depend on it
+    ):  # always in the order of the prompts, because a sum of floats depends on its order
         _add(sums, answers[prompt.id])
     return _with_standard_errors(sums.reduce(dist.group.WORLD))
 

@@ -71,7 +71,9 @@ def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a warning if the compiler for kernels at run time is not of the CUDA version `cuda`; else an empty list.
+    """Return a warning if the compiler that builds kernels at run time has another CUDA version than `cuda`.
+
+    If the versions are equal, or if there is no compiler, the list is empty.
 
     Args:
         cuda: the CUDA version that torch was built for, or None if torch was built for CPUs.

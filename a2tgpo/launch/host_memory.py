@@ -1,4 +1,4 @@
-"""Find how much host memory this process can still take. The machine and the process's control groups limit it."""
+"""Find how much host memory this process can still take. The machine and the control groups limit the memory."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def say(line: str) -> None:
 
 
 def open_store(timeout_s: float) -> Store:
-    """Return a connection to the store at MASTER_ADDR:MASTER_PORT. If torchrun does not serve the store, rank 0 does.
+    """Return a connection to the store at MASTER_ADDR:MASTER_PORT.
+
+    If torchrun does not serve this store, rank 0 serves it.
 
     Raises:
         RuntimeError: one line; rank 0 cannot serve the store, or this rank cannot reach it within `timeout_s`.

@@ -26,7 +26,7 @@ def meet() -> dict[str, str]:
             cannot resolve the name of rank 0.
     """
     mpi = load_mpi()
-    # mpi4py warns if it suspects that mpirun is of another MPI. `agree` reports this case in one line.
+    # mpi4py warns if it suspects that mpirun belongs to another MPI library. `agree` reports this case in one line.
     warnings.filterwarnings("ignore", message="suspicious MPI", category=RuntimeWarning)
     mpi.Init()
     try:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Number of messages that rank 0 sends in a meeting. The first tells the ranks where to look, and the second tells
-them whether to continue."""
+"""Number of messages that rank 0 sends in a meeting. The first gives the time on rank 0's clock and the path of a
+test file. The second tells the ranks whether to continue."""
 END = "end"
 LISTEN_S = 1.0
 """Duration of one wait for a message, seconds. It is short, because a signal cannot interrupt such a wait."""

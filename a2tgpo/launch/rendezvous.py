@@ -23,7 +23,7 @@ LAUNCHERS = {
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE"),
 }
-"""Maps each other launcher to its variables for the rank of a process and for the number of processes."""
+"""Maps each launcher, except torchrun, to its variables for the rank of a process and for the number of processes."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """First port, and number of ports, from which a step's port is chosen. These ports are above the ports of services
 and below the ports that Linux assigns itself (32768 and up)."""

@@ -200,7 +200,10 @@ class RunCheckpoints:
         self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
-        """If this rank knows that a save has failed, report the failure, each failure once; the run continues."""
+        """If this rank knows that a save has failed, report the failure unless it was reported before.
+
+        The run continues.
+        """
         fault = self._writer.outcome
         if fault and self._reported != self._saving[0]:
             self._reported = self._saving[0]

@@ -57,7 +57,7 @@ class RunFolder:
             accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: `resume` is a path at which no checkpoint is, the run's folder cannot be created, another
+            ConfigError: `resume` is a path without a checkpoint, the run's folder cannot be created, another
                 process holds the folder, or the folder contains another experiment; raised on all ranks.
         """
         check_resume(resume)

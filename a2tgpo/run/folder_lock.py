@@ -51,7 +51,7 @@ class Holder:
     started: int
     """Start time of the process, in ticks after boot. A process id alone is not unique, because ids are reused."""
     boot: str
-    """Boot id and PID namespace of the process. A start can check the process id only if both are its own."""
+    """Boot id and PID namespace of the process. Only a process that has the same two can check the process id."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0

@@ -1,8 +1,7 @@
 """Record each start of an experiment in its folder, and compare each start with the start before it.
 
-The files config.N.yaml and env.N.txt describe the N-th start, and config.yaml describes the last start. If a setting
-has changed, the program refuses the start unless the user accepts the change. If a free setting has changed, the
-program only reports the change.
+The files config.N.yaml and env.N.txt describe the N-th start, and config.yaml describes the last start. The
+program refuses a start with changes unless the user accepts the changes. It only reports changes of free settings.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def commit() -> str:
-    """Return the commit of this code, or `UNKNOWN`. The code is in a checkout, or in a copy of a checkout."""
+    """Return the commit of this code, or `UNKNOWN` if this code is not from a checkout."""
     return _copied_line().split(" ")[0] or _git("rev-parse", "HEAD") or UNKNOWN
 
 

@@ -68,7 +68,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """Return the questions whose demonstrations are held out, a share `share` of all questions.
+    """Return the questions whose demonstrations are held out. They are the share `share` of all questions.
 
     This function sorts the questions by a hash and not by their order in the file. So if the file grows, few
     questions move between the training examples and the held-out examples. All demonstrations of a question are on

@@ -22,8 +22,8 @@ REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Return `warmstart.lr` if it is set, else a default that depends on the size of the model.
 
-    The default is a rule of thumb that has not been tuned here. Published rates for fine-tuning whole models of 7 to
-    70 billion parameters are 2e-5 to 2e-6, and the default is in this range.
+    The default is a rule of thumb that has not been tuned here. For models of 7 to 70 billion parameters, the default
+    is within the published rates for fine-tuning whole models (2e-5 to 2e-6).
     """
     if config.warmstart.lr:
         return config.warmstart.lr

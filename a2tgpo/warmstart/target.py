@@ -1,4 +1,4 @@
-"""Decide where a warm start writes its model. It overwrites neither its own input nor a folder of another program."""
+"""Decide where a warm start writes its model. It overwrites neither its input nor a folder of another program."""
 
 from __future__ import annotations
 
