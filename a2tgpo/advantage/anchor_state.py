@@ -1,4 +1,4 @@
-"""The state in which a turn was written, as a key that is equal for equal states (GiGPO's anchor)."""
+"""Compute a key for the state in which a turn was written (GiGPO's anchor); equal states have equal keys."""
 
 import hashlib
 from array import array

@@ -1,4 +1,4 @@
-"""A rank's trajectories as padded per-turn matrices, the input of the advantage functions."""
+"""Lay out a rank's trajectories as padded matrices with a column per turn, which the advantage functions read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def build_turn_table(
 
     Args:
         max_turns: number of columns T; equal on all ranks, and at least the process turns of any trajectory.
-        failed_calls: `algorithm.failed_calls`.
+        failed_calls: value of `algorithm.failed_calls`.
     """
     rows = [
         [

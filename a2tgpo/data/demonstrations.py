@@ -103,12 +103,12 @@ def to_trajectory(
         demonstration: the demonstration to tokenise.
         template: renders the prompt; its tokenizer encodes all pieces.
         tools: names of the tools that the policy may call.
-        prompt_index: `Trajectory.prompt_index`.
+        prompt_index: value of `Trajectory.prompt_index`.
         append_eos: append the end-of-sequence token to the last turn, so that this token is trained. Rollouts do not
             need the token, because they stop at </answer>.
 
     Raises:
-        ConfigError: `append_eos` is set and the tokenizer has no end-of-sequence token.
+        ConfigError: if `append_eos` is set but the tokenizer has no end-of-sequence token.
     """
     tokenizer = template.tokenizer
     tags, encoder = tag_pattern(tools), LiteralEncoder(tokenizer)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""A Unicode noncharacter that marks where a spelling is broken up. Input text loses this character first."""
+"""A Unicode noncharacter that marks where a spelling is broken up. The character is removed from all input text."""
 
 _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Text before a part: a SentencePiece tokenizer then puts its space before the anchor instead of before the part.
-A tokenizer seldom merges the anchor with the part."""
+"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before the anchor and not before
+the part. A tokenizer seldom merges the anchor with the part."""
 
 
 class LiteralEncoder:

@@ -300,7 +300,7 @@ def _texts(value: Any, where: str, name: str) -> list[str]:
     for entry in values:
         if isinstance(entry, bool):
             entry = "yes" if entry else "no"
-        entry = whole_number(entry)  # exact match removes the point of 1912.0
+        entry = whole_number(entry)  # 1912.0 would become 19120, since exact match drops the point
         if isinstance(entry, int | float):
             entry = str(entry)
         if not isinstance(entry, str):

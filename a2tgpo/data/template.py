@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
-"""Largest number of questions in one tokenizer call, which keeps about 20 kB per question until it returns."""
+"""Largest number of questions in one tokenizer call. A call needs about 20 kB of memory per question."""
 
 
 class PromptTemplate:
@@ -243,7 +243,7 @@ class PromptSet:
         return None
 
     def check_lengths(self) -> None:
-        """Raise ConfigError for the first question whose prompt is too long."""
+        """Raise ConfigError if a question's prompt is too long; the message names the first such question."""
         if (fault := self.first_too_long()) is not None:
             raise ConfigError(fault[1])
 

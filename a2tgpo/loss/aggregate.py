@@ -1,5 +1,4 @@
-"""Aggregation of token losses to one number: a weighted sum, in which all tokens of a trajectory have the same
-weight.
+"""Aggregate token losses to a weighted sum, in which all tokens of a trajectory have the same weight.
 
 The weights are normalised over the whole mini-batch, so the weighted sum and its gradient do not depend on
 micro-batches, on packing or on the data-parallel split.

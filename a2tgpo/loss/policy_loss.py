@@ -51,15 +51,16 @@ class PolicyLoss:
 
 
 def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
-    """Compute the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
+    """Return the loss: the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
 
+    Here s is the ratio, A the advantage and c the clip scale of a token.
     The importance weights multiply this policy term. They do not multiply the KL penalty, which is added afterwards.
 
     Args:
         logprobs: [n] log-probs of the current policy, with gradient.
 
     Returns:
-        `PolicyLoss`; its `loss` is this micro-batch's share of the globally normalised loss.
+        A `PolicyLoss`, whose `loss` is this micro-batch's share of the loss over the whole mini-batch.
     """
     segment_ids, num_segments = segments(inputs, config.ratio)
     ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()

@@ -1,10 +1,11 @@
 """Importance weights for the difference between the engine's and the trainer's probabilities.
 
 The engine samples the trajectories, but the loss treats them as drawn from the trainer's policy. Even with the same
-weights the two policies differ by kernels and number formats. The weight w = pi_trainer / pi_engine corrects this.
-Unbounded weights have a large variance, so they are bounded in one of two ways. Truncated importance sampling uses
-min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Masking
-drops every token whose w is outside [lower, upper] (IcePop, in the Ring-1T report, arXiv 2510.18855).
+weights the two policies differ, because engine and trainer use different kernels and number formats. The weight w =
+pi_trainer / pi_engine corrects this. Unbounded weights have a large variance, so they are bounded in one of two
+ways. Truncated importance sampling uses min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
+You Off-Policy RL Training"). Masking drops every token whose w is outside [lower, upper] (IcePop, in the Ring-1T
+report, arXiv 2510.18855).
 """
 
 from dataclasses import dataclass

@@ -121,7 +121,7 @@ def _gpt_model(
     *,
     vp_stage: int | None,
 ) -> GPTModel:
-    """Return the chunk with number `vp_stage` of this rank's pipeline stage; None if the stage has only one chunk."""
+    """Return one chunk of this rank's pipeline stage; its number `vp_stage` must be None if it is the only chunk."""
     rope = rope_of(model.path, hf_config)
     chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(

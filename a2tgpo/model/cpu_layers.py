@@ -86,7 +86,10 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return the norm weight, which is replicated, and weight and bias, which ranks split along dimension 0."""
+        """Return this rank's part of the state for a checkpoint.
+
+        Weight and bias are split over tensor-parallel ranks along dimension 0; every rank has the whole norm weight.
+        """
         state = self.state_dict(prefix="", keep_vars=True)
         groups: dict[str, Any] = {}
         # Megatron-Core 0.17 and later require the groups as arguments.
@@ -135,9 +138,9 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Return [tokens, heads * head_dim] for query [tokens, heads, head_dim] and key and value [tokens, kv_heads,
-        head_dim].
+        """Return the result of attention, [tokens, heads * head_dim].
 
+        The query has shape [tokens, heads, head_dim]; key and value have shape [tokens, kv_heads, head_dim].
         `packed_seq_params.cu_seqlens_q` gives the segments, which must cover the tokens of all context-parallel
         ranks.
         """
@@ -165,6 +168,6 @@ class PackedAttention(MegatronModule):
 def _causal_masks(
     own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
 ) -> list[torch.Tensor | None]:
-    """Return a mask [own length, length] bool per segment; True if this rank's query attends to the key."""
+    """Return a bool mask [own length, length] for each segment; True means that the query attends to the key."""
     ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
     return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

@@ -94,8 +94,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Return the names of the parameters at the same local place on each of `num_ranks` expert-parallel ranks, in
-    order.
+    """Return the names of the parameters at the same local place on all expert-parallel ranks, in rank order.
 
     Args:
         name: one of these names, which has the expert's number in the whole layer:

@@ -41,9 +41,9 @@ def inference_config(
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
     The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
-    over all processes; if their number does not allow this, over as many as it does. The model has one pipeline stage
-    and no FP8. The number of an engine's processes is the greatest common divisor of `rollout.tensor_parallel` and
-    `world_size`. An engine uses `MEMORY_FRACTION` of each GPU.
+    over as many processes as their number allows. The model has one pipeline stage and no FP8. The number of an
+    engine's processes is the greatest common divisor of `rollout.tensor_parallel` and `world_size`. An engine uses
+    `MEMORY_FRACTION` of each GPU.
 
     Args:
         config: a run's configuration after the overrides `UNDIVIDED`.
@@ -69,7 +69,7 @@ def _parallel(
     for tensor in sizes:
         chosen: dict[str, Any] = {
             "tensor": tensor,
-            "sequence": tensor > 1 and experts > 1,  # Megatron's experts support no other split of the tokens
+            "sequence": tensor > 1 and experts > 1,  # Megatron's experts require that the tokens are split
             "expert": math.gcd(experts, world_size // given.get("pipeline", 1)),
         }
         candidate = dataclasses.replace(parallel, **LAYOUT | chosen | given)
@@ -90,8 +90,8 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
     if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
-        # On a GPU, the KV cache takes all of the fraction that is left. On a CPU, the engine's total cache stays the
-        # same, so each of fewer ranks holds a larger part.
+        # On a GPU, the KV cache takes the part of the fraction that the weights leave free. On a CPU, the engine's
+        # cache keeps its total size, so each rank holds a larger part if the engine has fewer ranks.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

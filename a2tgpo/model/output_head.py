@@ -25,7 +25,7 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     is_split, reduces = layer.sequence_parallel, layer.allreduce_dgrad
 
     def at_rows(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
-        hidden = arguments[0]  # [T, 1, hidden], under sequence parallelism / tp
+        hidden = arguments[0]  # [T, 1, hidden]; [T / tp, 1, hidden] if `is_split`
         if is_split:
             # The layer sums the gradient of its input over the ranks, so each rank only keeps its own part of the
             # sum.

@@ -105,7 +105,7 @@ def transformer_config(
         cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring during the computation
         # Packed micro-batches differ in length, so a stage must send a tensor's shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths excludes the default, even without experts
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths forbids the default, even without experts
         # With virtual stages, Megatron frees an output right after it starts to send the output (schedules.py:1522).
         # NCCL keeps the buffer alive until it is sent, but gloo would send the data that has overwritten the buffer.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
@@ -121,7 +121,9 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
     """Return Megatron's settings for chunks and uneven stages; None stands for Megatron's default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        last = None  # implied by `first`; Megatron would divide by zero under virtual stages without a middle stage
+        # `first` implies `last`. With both, Megatron would divide by zero if stages are virtual, because there is no
+        # middle stage.
+        last = None
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
@@ -145,7 +147,7 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
         "bias_dropout_fusion": transformer_engine,
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
-        "masked_softmax_fusion": False,  # attention is Transformer Engine's or the twin's own
+        "masked_softmax_fusion": False,  # Transformer Engine or its twin computes attention
         # Megatron's own layers would need APEX for this. build.accumulate_in_float32 enables the same in Transformer
         # Engine's layers.
         "gradient_accumulation_fusion": False,

@@ -1,5 +1,4 @@
-"""Attention along a tree, so that one packed pass can run a trunk and branches that each continue a part of the
-trunk.
+"""Attention along a tree: one packed pass runs a trunk and branches that each continue a part of the trunk.
 
 Kernels for packed sequences support only causal segments. During such a pass, plain scaled dot product attention
 therefore replaces the core attention of every layer, on GPUs and CPUs. This is possible because the core attention
@@ -34,8 +33,9 @@ class TreeAttention(nn.Module):
         self._scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return [tokens, heads * head_dim] for query [tokens, heads, head_dim] and key and value [tokens, kv_heads,
-        head_dim].
+        """Return the result of attention, [tokens, heads * head_dim].
+
+        The query has shape [tokens, heads, head_dim]; key and value have shape [tokens, kv_heads, head_dim].
         """
         output = torch.zeros_like(query)
         for node in self._nodes:

@@ -112,11 +112,12 @@ def _start(
     local: Mapping[str, torch.nn.Parameter],
     stream: torch.cuda.Stream | None,
 ) -> deque[_Gather]:
-    """Start the collectives that bring `bucket` to this rank: first broadcasts over the stages, then gathers in a
-    stage.
+    """Start the collectives that bring the parameters of `bucket` to this rank.
 
-    A gather needs the result of its broadcast. With NCCL, only `stream` waits for the broadcast; neither this process
-    nor the engine's work on the device waits. With gloo, which has no streams, this process waits for the broadcast.
+    Each part is first broadcast over the stages. If a parameter has several parts, they are then gathered within each
+    stage. A gather needs the result of its broadcast. With NCCL, only `stream` waits for the broadcast; neither this
+    process nor the engine's work on the device waits. With gloo, which has no streams, this process waits for the
+    broadcast.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]

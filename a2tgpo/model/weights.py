@@ -300,7 +300,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
 
 def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path) -> None:
     config = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)  # older name of dtype
+    config.pop("torch_dtype", None)  # an older name of dtype
     config["dtype"] = str(policy.dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
     for pattern in _COMPANIONS:

@@ -5,7 +5,7 @@ script other than Latin, this module therefore also converts the text to Unicode
 digits and letters become plain) and removes all punctuation. For F1, each character of a script without spaces is a
 word. Text in Latin letters follows SQuAD's rules alone, so that its scores can be compared with published scores. In
 every text, invisible characters are removed, and a letter and its accent are composed to one character. This is
-necessary because some tokenizers compose their input: their policies could not write a gold answer that is not
+necessary because some tokenizers compose their input, so their policies could not write a gold answer that is not
 composed.
 """
 

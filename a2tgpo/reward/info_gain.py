@@ -1,4 +1,4 @@
-"""Information gain of a turn: how much the gold answer's probability increased (Eq. 2-3)."""
+"""Information gain of a turn: by how much the turn increased the gold answer's probability (Eq. 2-3)."""
 
 import itertools
 import math
@@ -23,16 +23,20 @@ def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
 
 
 def answer_probability(logprob: float | None) -> float | None:
-    """Return P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)); `logprob` is the mean. Return None for None."""
+    """Return the gold answer's probability P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)).
+
+    `logprob` is the mean over j. If `logprob` is None, return None.
+    """
     return None if logprob is None else math.exp(logprob)
 
 
 def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability") -> list[float | None]:
-    """Compute ig_t for t = 1..n from the gold answer's length-normalised log-probability in contexts c_0..c_n.
+    """Return the gains ig_t of the turns t = 1..n, given the gold answer's mean log-prob in each context c_0..c_n.
 
     Args:
         logprobs: n + 1 values, in nats; None for each context that could not be scored.
-        measure: "probability" (difference of P, Eq. 3) or "log_probability" (difference of log P).
+        measure: "probability": a gain is a difference of P (Eq. 3); "log_probability": a gain is a difference of log
+            P.
 
     Returns:
         n gains. The gain ig_t is None if the value for c_{t-1} or c_t is None; other gains keep their positions.

@@ -38,8 +38,8 @@ def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None =
     Args:
         turns: for each turn, its decoded text and whether an observation followed it.
         opening_tags: the think tags at the end of the prompt, which count as part of the response. None if these tags
-            are unknown: then, if the first think tag of the response is </think>, this function puts <think> before
-                it.
+            are unknown. Then, if the first think tag of the response is </think>, this function puts <think> before
+            the response.
     """
     text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
     if opening_tags is None:
@@ -70,7 +70,7 @@ def score_response(
 def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
     r"""Return whether the format of the response is right.
 
-    It is right if the think tags are balanced, if there is exactly one answer and it has a `\boxed{...}`, and if each
+    It is right if the think tags are balanced, if there is exactly one answer, which has a `\boxed{...}`, and if each
     tool call has one result.
     """
     return (
@@ -85,8 +85,8 @@ def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bo
 def extract_answer(response: str) -> str | None:
     r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
 
-    If a space follows `\boxed`, the content is the rest of the block up to the first `$`. The authors' code does the
-    same; it is based on the code of the MATH data set.
+    If a space follows `\boxed`, the content is the rest of the block up to the first `$`. The authors' code
+    follows the same rule, which comes from the code of the MATH data set.
     """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None

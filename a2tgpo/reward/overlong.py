@@ -9,7 +9,7 @@ def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, pe
 
     Args:
         num_tokens: number of tokens in the response: sampled tokens and observation tokens.
-        max_tokens: `rollout.max_response_tokens`.
+        max_tokens: value of `rollout.max_response_tokens`.
         buffer_tokens: number of tokens over which the penalty grows (L_cache); 0: no response gets a penalty.
         penalty: the largest penalty, >= 0; the paper uses 1.
     """

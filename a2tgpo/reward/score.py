@@ -17,7 +17,7 @@ class TrajectoryReward:
     """Computes the reward of a trajectory and the gains of its turns."""
 
     measure: str
-    """`rollout.gain.measure`."""
+    """Value of `rollout.gain.measure`."""
     tools: tuple[str, ...] = SEARCH_ONLY
     """Names of the tools that the policy may call."""
     opening_tags: str | None = None
@@ -26,7 +26,7 @@ class TrajectoryReward:
     overlong: RewardConfig = field(default_factory=RewardConfig)
     """Settings of the penalty for long responses. The penalty changes the reward, but not exact match or format."""
     max_response_tokens: int = 0
-    """`rollout.max_response_tokens`."""
+    """Value of `rollout.max_response_tokens`."""
 
     def score(
         self,

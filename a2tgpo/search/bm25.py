@@ -62,8 +62,8 @@ class Bm25Index:
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
         found = np.flatnonzero(scores)
         if len(found) > top_k:
-            # A plain top-k breaks ties arbitrarily. Keep all passages that reach the k-th score and sort them stably:
-            # this keeps the corpus's order without sorting all scores.
+            # A plain top-k breaks ties arbitrarily. To keep the corpus's order without sorting all scores, select all
+            # passages that reach the k-th score and sort only these stably.
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]

@@ -39,7 +39,7 @@ class Burst:
 def measure_burst(
     config: SearchConfig, queries: Sequence[str], *, clients: int, seconds: float = 3.0
 ) -> Burst:
-    """Query the server of `config` for `seconds`, then wait for the pending queries.
+    """Query the server of `config` for `seconds`, wait for the pending queries, and return the result.
 
     Args:
         queries: queries that resemble the run's. A random suffix is added to each, so that no cache has its answer.
@@ -90,8 +90,8 @@ def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> t
 
     Args:
         needed_per_s: number of answers per second that the run needs.
-        max_shortfall: refuse the run if it needs more than this number of times the answers that the server gave; 0:
-            never refuse the run.
+        max_shortfall: refuse the run if `needed_per_s` is more than `max_shortfall` times the burst's answers per
+            second; 0: never refuse the run.
 
     Returns:
         The warning in one line, which is empty if the server is fast enough, and whether to refuse the run.

@@ -24,7 +24,7 @@ NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 
 def content_fingerprint(path: str | Path) -> str:
-    """Return a fingerprint of a file's content, which takes well under a second for a corpus of any intended size.
+    """Return a fingerprint of a file's content, in well under a second for a corpus of any intended size.
 
     The fingerprint combines the file's size with a hash. A file of up to 256 MiB is hashed whole. Of a larger file,
     4,096 evenly spaced blocks of 4 KiB are hashed, including the first and the last block. The fingerprint detects

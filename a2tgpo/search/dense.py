@@ -1,4 +1,4 @@
-"""Dense retrieval: nearest neighbours of a query's embedding, by FAISS."""
+"""Dense retrieval: find the nearest neighbours of a query's embedding with FAISS."""
 
 from __future__ import annotations
 

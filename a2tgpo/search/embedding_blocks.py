@@ -28,8 +28,8 @@ class EmbeddingBlocks:
     """The blocks in `folder`, which is created if missing.
 
     Args:
-        key: JSON values that identify the corpus, its part and the encoder. If the folder exists, its key must be
-            equal.
+        key: JSON values that identify the corpus, its part and the encoder. If the folder exists, it must have
+            the same key.
         num_passages: number of passages in the corpus or its part.
 
     Raises:

@@ -1,8 +1,8 @@
 """Compute sentence embeddings with a Hugging Face encoder.
 
 e5-base-v2 needs "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM needs
-no prefix. For both encoders, an embedding is the mean of the last layer over the tokens, and cosines compare
-embeddings.
+no prefix. For both encoders, an embedding is the mean of the last layer over the tokens, and embeddings are
+compared by cosine.
 """
 
 from __future__ import annotations

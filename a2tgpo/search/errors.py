@@ -1,4 +1,4 @@
-"""Errors of a search; messages are one line with the cause."""
+"""Errors of a search; each message is one line that states the cause."""
 
 
 class SearchError(RuntimeError):

@@ -44,7 +44,7 @@ class HttpSearch:
     Args:
         address: address of the endpoint, e.g. http://127.0.0.1:8000/retrieve. A `ServerAddress` is read again after a
             failure.
-        timeout_s: longest wait for one answer, seconds, from sending the request to its last byte.
+        timeout_s: longest time from sending a request to the last byte of its answer, seconds.
         max_attempts: number of tries per query.
         max_connections: largest number of open connections.
         break_after: after this number of consecutive queries without an answer, no query is sent for `break_s`. Then
@@ -167,7 +167,7 @@ class HttpSearch:
         try:
             with self._client.stream("POST", self.url, json=payload) as response:
                 if response.status_code != 200:
-                    # Redirects are not followed: they would turn the POST into a GET.
+                    # Redirects are not followed, because they would turn the POST into a GET.
                     raise self._refusal(response)
                 return self._read(response, deadline)
         except httpx.TimeoutException:
@@ -184,7 +184,7 @@ class HttpSearch:
                 raise SearchError(
                     f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
                 )
-            # httpx limits each read, but not the total time: a server that sends byte by byte would never time out.
+            # httpx limits each read but not the total time, so a server that sends single bytes would never time out.
             if time.monotonic() > deadline:
                 raise self._late()
         return bytes(body)

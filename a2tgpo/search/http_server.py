@@ -1,4 +1,4 @@
-"""The retrieval server's application, which serves searches in Search-R1's wire format, health and metrics."""
+"""The retrieval server's application: answer searches in Search-R1's wire format; report health and metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write FAISS's index file from embeddings on disk, without holding them in memory."""
+"""Write a FAISS index file from embeddings on disk, without holding all embeddings in memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: 
 
 
 def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) -> None:
-    """Put an existing FAISS index at `path`: as a hard link, or as a copy if the file systems differ.
+    """Create a hard link at `path` to an existing FAISS index, or a copy of the index if no link can be created.
 
     Raises:
         ConfigError: if the index does not hold `num_passages` vectors of `dim` components, or if it does not compare

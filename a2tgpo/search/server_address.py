@@ -31,7 +31,7 @@ class ServerAddress:
             return False
         try:
             url = _read(self._path)
-        except ConfigError:  # the server is moving
+        except ConfigError:  # the server may be moving
             return False
         moved, self.url = url != self.url, url
         return moved

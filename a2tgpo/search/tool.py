@@ -23,7 +23,7 @@ class SearchTool(Protocol):
     """A search tool; many threads may call it at the same time."""
 
     def search(self, query: str) -> list[Passage]:
-        """Return the best passages for `query`, best first; may be empty.
+        """Return the best passages for `query`, best first; the list may be empty.
 
         Raises:
             SearchError: if this query got no answer.
@@ -43,8 +43,8 @@ class CachedSearch:
     Args:
         backend: the index or the client of a server; see `build_search`.
         top_k: number of passages to request.
-        tells_outages: if a query fails, send another query to find out whether the server answers no query or only
-            cannot answer this query.
+        tells_outages: if a query fails, send another query to find out whether the server answers no query at all
+            or only fails at this query.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):

@@ -12,7 +12,7 @@ SPLITTING = 2
 """Version of the rules in `words_of`; an index stores the version with which it was built."""
 
 _ASCII_WORD = re.compile(r"\w+")
-# Marks belong to their letters: in Devanagari, Thai and many other scripts they are vowels.
+# A word includes the marks on its letters, because in Devanagari, Thai and many other scripts vowels are marks.
 _WORD = regex.compile(r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*")
 # Matches a letter with its marks, if its script puts no spaces between words or attaches particles to words (Hangul).
 # U+30FC lengthens a kana, but Unicode assigns it to no script.

@@ -1,4 +1,4 @@
-"""A2TGPO's advantage (arXiv:2605.06200): turn-group normalisation, then variance-rescaled accumulation."""
+"""A2TGPO's advantage (arXiv:2605.06200): gains are normalised in turn groups, summed and rescaled."""
 
 import torch
 import torch.distributed as dist
