@@ -4,15 +4,14 @@ The folder `ROOT/step_N/` of a checkpoint contains
 - `sharded/` and `optimizer/`, which are Megatron's torch_dist checkpoints of model and optimizer;
 - `rng/rank_R.pt`, the random state of rank R;
 - `state.json`, with the learning rate schedule, the layout, the model's architecture and the caller's own values;
-- the caller's own files.
+- files of the caller.
 
 No code of a checkpoint is executed when the checkpoint is read. The writer (`writer.py`) writes the files to
 `.step_N.unfinished`. It then adds `complete.json`, which lists all files with their sizes and checksums, and renames
 the folder. If a folder has no `complete.json`, or if its files do not match the list, the folder is not a checkpoint.
 Each tensor also has its own checksum, which is compared when the tensor is read (`checked_files.py`).
 
-All ranks see the same file system. Every rank must call each public function here, unless the docstring of the
-function says otherwise.
+All ranks see the same file system. Every rank must call each public function, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
-"""Key of `complete.json`. If its value is True, retention has removed all parts of the checkpoint except the weights
-(`retention.py`)."""
+"""Key of `complete.json`. If its value is True, `retention.py` has removed all but the weights of the checkpoint."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
 """Names of the folders that an interrupted save leaves. Earlier versions left `step_N.tmp` or `step_N.old`."""
@@ -64,10 +62,7 @@ class DamagedCheckpointError(ValueError):
 def load_newest(
     path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
 ) -> tuple[Path, dict[str, Any]]:
-    """Load the checkpoint `path`. If its tensors are damaged, load the newest earlier checkpoint that is undamaged.
-
-    Args:
-        path: a checkpoint that `latest` returned.
+    """Load `path`, which `latest` returned, or if it is damaged, the newest earlier checkpoint that is undamaged.
 
     Returns:
         The path of the checkpoint that was loaded, and the `state` in it.
@@ -153,9 +148,8 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
     """Raise a ValueError of one line if `record` describes another model than `hf_config`; one process may call this.
 
-    Equal shapes do not prove that the models are equal. Megatron may pad two vocabularies of different sizes to the
-    same shape, and a load skips the keys that only the model or only the checkpoint has. An older checkpoint may have
-    no record of the architecture, and this function accepts such a checkpoint.
+    Megatron may pad two vocabularies of different sizes to the same shape, and a load skips the keys that only one
+    side has. So a comparison of shapes is not enough. An older checkpoint records no architecture; accept it.
     """
     mine = architecture_of(hf_config)
     saved = record.get("model", mine)
@@ -173,12 +167,9 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if either the saved optimizer or `optimizer` is distributed, but not both.
-
-    A checkpoint of an earlier version may not record the kind of its optimizer, and this function accepts it.
-    """
+    """Raise a ValueError of one line if either the saved optimizer or `optimizer` is distributed, but not both."""
     mine = is_distributed(optimizer)
-    saved = record.get("distributed_optimizer", mine)
+    saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
     if saved != mine:
         raise ValueError(
             f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, which its optimizer state "
@@ -284,8 +275,7 @@ def _fault_of(path: Path, *, weights_only: bool = False) -> str:
 
 
 def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[Piece]]]:
-    """Return a map from each file of a checkpoint to its size and checksum, and a map from each tensor file to its
-    pieces.
+    """Return a map from each file to its size and checksum, and a map from each tensor file to its pieces.
 
     Raises:
         ValueError: a few words; the checkpoint is incomplete, or its list of files is damaged.
@@ -307,9 +297,9 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
-    """Return the first fault of the files in `expected`, or an empty string if they have none.
+    """Return the first fault of the files in `expected`, or "" if there is none.
 
-    If `pieces` contains a file, this function compares only the size of the file, not its checksum.
+    If a file is in `pieces`, check only its size.
     """
     # For a name that no file can have, os.path.isfile returns False, but `Path.is_file` raises an error.
     for name in expected:
@@ -388,10 +378,7 @@ def rng_file(rank: int) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Return `value` with each NumPy array replaced by a marked tensor.
-
-    `torch.load` reads the result with `weights_only`, so that no arbitrary class is unpickled.
-    """
+    """Replace each NumPy array in `value` by a marked tensor, so that `torch.load` unpickles no NumPy class."""
     if isinstance(value, np.ndarray):
         return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
     if isinstance(value, dict):
