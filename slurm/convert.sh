@@ -8,7 +8,7 @@
 #SBATCH --time=02:00:00
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# Convert a checkpoint to a Hugging Face folder, or back; docs/evaluation.md.
+# Convert a checkpoint to a Hugging Face folder, or a Hugging Face folder to a checkpoint (docs/evaluation.md).
 #   sbatch slurm/convert.sh megatron-to-hf --in runs/NAME/checkpoints/best --out models/trained
 #   sbatch slurm/convert.sh hf-to-megatron --in models/trained --out checkpoints --config runs/NAME/config.yaml
 set -euo pipefail

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run Slurm on this machine, to try the jobs of this folder: partition main has two nodes, partition spare the same two and
-# a third; needs root.
+# Run a Slurm cluster on this machine, to try the jobs of this folder. Partition main has two nodes; partition spare has
+# these two and a third node. Needs root.
 #   slurm/dev_cluster.sh start|stop|status
-# Files are in SLURM_DEV_DIR [/tmp/a2tgpo-slurm]; all daemons listen on 127.0.0.1. Then, in every shell:
+# Files are in SLURM_DEV_DIR [/tmp/a2tgpo-slurm]. All daemons listen on 127.0.0.1. After start, run in every shell:
 #   export SLURM_CONF=/tmp/a2tgpo-slurm/slurm.conf
 set -euo pipefail
 
@@ -26,9 +26,9 @@ all_idle() { [ "$(sinfo --noheader --Node --format="%N %T" 2>/dev/null | sort -u
 
 write_config() {
   local memory cores
-  cores="$(getconf _NPROCESSORS_ONLN)"  # nproc would obey OMP_NUM_THREADS
+  cores="$(getconf _NPROCESSORS_ONLN)"  # not nproc, which obeys OMP_NUM_THREADS
   memory="$(awk '/MemTotal/ {print int($2 / 1024 / 3)}' /proc/meminfo)"
-  # All nodes are this machine: ranks are bound to cores only on request (SLURM_CPU_BIND=cores).
+  # All nodes share this machine's cores, so bind ranks to cores only if SLURM_CPU_BIND=cores is set.
   cat >"$SLURM_CONF" <<CONF
 ClusterName=a2tgpo-dev
 SlurmctldHost=localhost(127.0.0.1)

@@ -10,13 +10,13 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# Score a checkpoint on question sets; shortly before the time limit the job saves its answers and requeues itself;
-# docs/evaluation.md.
+# Score a checkpoint on question sets (docs/evaluation.md). Shortly before its time limit, the job saves its answers and
+# requeues itself.
 #   sbatch slurm/evaluate.sh --config runs/NAME/config.yaml --checkpoint runs/NAME/checkpoints/best [--sets A=FILE,...] ...
 set -euo pipefail
 . slurm/job.sh
 [ $# -ge 1 ] || fail "sbatch slurm/evaluate.sh --config CONFIG --checkpoint PATH [...]"
-# Progress of such a job, for finish: its number of answers.
+# For `finish`: the progress of this job is its number of answers.
 furthest_step() { { echo 0; grep -oE 'stopped at answer [0-9]+' "$LOGS/rank_0.log" || true; } | grep -oE '[0-9]+' | sort -n | tail -n 1; }
 start_retrieval
 code=0

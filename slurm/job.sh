@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Common code of this folder's jobs; they source it in the folder where sbatch was called.
+# Common code of all jobs in this folder. A job sources it in the folder where sbatch was called.
 #
-# Arguments are passed on one by one: no shell interprets anything in a path or an override.
+# Every argument is passed to the program as it is, so no shell interprets a path or an override.
 # Environment (all optional):
 #   PYTHON             interpreter on every node                                  [.venv/bin/python]
 #   CONTAINER          image.sqsh or registry reference (enroot/pyxis), or image.sif (Apptainer)
@@ -9,17 +9,17 @@
 #   CACHE              folder on each node for compiled kernels                   [$TMPDIR/a2tgpo-UID]
 #   RETRIEVAL_CORPUS   JSONL of passages, served on the job's first node during training
 #   RETRIEVAL_INDEX    folder made by tools/build_index.py, or bm25               [bm25]
-#   RETRIEVAL_SHARDS=1 RETRIEVAL_INDEX contains part-0, part-1, ...; each of the job's nodes serves one
+#   RETRIEVAL_SHARDS=1 RETRIEVAL_INDEX contains part-0, part-1, ...; each of the job's nodes serves one part
 #   RETRIEVAL_CPUS     CPUs of each server, shared with its node's ranks          [all CPUs of the job on that node]
 #   RETRIEVAL_PORT     port of that server; the shards' ports follow              [20000 + job id % 10000]
 #   RETRIEVAL_WAIT_S   longest time until the server answers                      [1800]
 #   DRY_RUN=1          check configuration, files and plan on the job's first node, then end
 #   MAX_REQUEUES       requeues in a row without a new furthest step              [3]
-# A job keeps the state of its first start: runs/slurm/JOB/code is a copy of this folder's programs, and
-# runs/slurm/JOB/config.yaml the configuration. A requeue continues with both, even if files are edited or another commit is
-# checked out in the meantime. Edits between sbatch and the first start apply; the log names the files.
-# Exit codes of the program: 0 done, 2 a mistake in the configuration, 3 the run failed or its guards stopped it,
-# 75 saved because of a signal or the job's end: the job requeues itself and continues.
+# At its first start, a job copies this folder's programs to runs/slurm/JOB/code, and its configuration to
+# runs/slurm/JOB/config.yaml. A requeued job continues with these copies, even if files were edited or another commit was
+# checked out in the meantime. Edits between sbatch and the first start take effect; the log names the edited files.
+# Exit codes of the program: 0 means done, 2 a mistake in the configuration, 3 that the run failed or its guards stopped it.
+# 75 means that the run was saved because of a signal or the job's time limit; the job then requeues itself and continues.
 set -euo pipefail
 
 SAVED=75
@@ -27,8 +27,8 @@ fail() { echo "slurm: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a job: sbatch slurm/$(basename "$0") [CONFIG] [section.field=value ...]"
 [ -f launch/train.py ] || fail "call sbatch in the project's folder (launch/train.py is not in $PWD)"
-# The name of this job for squeue and scontrol. One task of an array has the SLURM_JOB_ID of the whole array, which refers to
-# all tasks. A job that such a task submits inherits the array's variables without being one of its tasks.
+# JOB is the name of this job for squeue and scontrol. One task of an array has the SLURM_JOB_ID of the whole array, which refers
+# to all tasks. A job that an array's task submits inherits the array's variables, but is not a task of the array.
 JOB="$SLURM_JOB_ID"
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ] && ! scontrol show job "$JOB" --oneliner | grep "^JobId=$JOB JobName=" >/dev/null; then
   JOB="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -37,7 +37,7 @@ job_field() { scontrol show job "$JOB" --oneliner | sed -n "s/.* $1=\([^ ]*\).*/
 LOGS="runs/slurm/$JOB"
 CODE="$LOGS/code"
 
-# The commit in the format of a2tgpo/run/versions.py.
+# Print the commit in the format of a2tgpo/run/versions.py.
 commit_line() {
   local commit changed=""
   commit="$(git -c safe.directory='*' rev-parse HEAD 2>/dev/null)" || { echo unknown; return; }
@@ -45,7 +45,7 @@ commit_line() {
   echo "$commit$changed"
 }
 
-# Copy the current programs and the batch script, atomically.
+# Copy the current programs and the batch script to the folder CODE, atomically.
 copy_code() {
   rm -rf "$CODE.unfinished"
   mkdir -p "$CODE.unfinished"
@@ -58,8 +58,8 @@ copy_code() {
   mv "$CODE.unfinished" "$CODE"
 }
 
-# edited_after TIME [ARGUMENT ...]: the copied programs, the configurations and the arguments that are files, as far as they
-# were modified after the second TIME. Copies keep their modification times.
+# edited_after TIME [ARGUMENT ...]: list all files that were modified after the second TIME, among the copied programs, configs/
+# and the arguments that are files. The copies have the modification times of the originals.
 edited_after() {
   local since argument places=(configs)
   since="$(date -d "$1" +%s)" || return 0
@@ -68,7 +68,7 @@ edited_after() {
 }
 younger_than() { find "${@:2}" -type f -newermt "@$(($1 + 1))" ! -name '*.pyc' 2>/dev/null || true; }
 
-# Report what the job copies at its first start, and which files were edited while it waited: Slurm keeps only the batch script.
+# Report what the job copies at its first start, and which files were edited while it waited, as Slurm keeps only the batch script.
 report_start() {
   local submitted edited more=""
   submitted="$(job_field SubmitTime)"
@@ -80,8 +80,8 @@ report_start() {
 }
 
 if [ "${BASH_SOURCE[0]}" != "$CODE/slurm/job.sh" ]; then
-  # An earlier job may have had this number: remove its code, configuration and requeue count. Its steps in the log are
-  # skipped, see FIRST_BYTE.
+  # An earlier job may have had the same number. Remove the earlier job's code, configuration and requeue count. FIRST_BYTE
+  # skips its steps in the log.
   if [ "$(job_field Restarts)" = 0 ]; then rm -rf "$CODE" "$LOGS/config.yaml" "$LOGS/requeues"; fi
   if [ ! -d "$CODE" ]; then
     copy_code
@@ -93,17 +93,17 @@ if [ "${BASH_SOURCE[0]}" != "$CODE/slurm/job.sh" ]; then
   return
 fi
 
-# Variables that a launcher or another job left in the submitting shell would be mistaken for this job's.
+# Unset variables that a launcher or another job left in the submitting shell. The ranks would take them for this job's variables.
 for name in RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT $(compgen -e PET_) $(compgen -e TORCHELASTIC_); do unset "$name"; done
 . "$CODE/slurm/nccl.sh"
-# Since Slurm 22.05 srun does not inherit sbatch's --cpus-per-task, and every rank would run on one core.
+# Pass --cpus-per-task on to srun. Since Slurm 22.05, srun does not inherit it from sbatch, and every rank would run on one core.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
-# Import the job's own copy of the package, not the installed one.
+# Let Python import the job's own copy of the package instead of the installed package.
 export PYTHONPATH="$PWD/$CODE${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 PYTHON="${PYTHON:-.venv/bin/python}"
-# Compiled kernels and other caches stay on the node: in one folder of a network file system, all ranks of a job would wait
-# for each other's locks.
+# Keep compiled kernels and other caches on the node. If they were in one folder of a network file system, all ranks of a job
+# would wait for each other's locks.
 CACHE="${CACHE:-${TMPDIR:-/tmp}/a2tgpo-$(id -u)}"
 export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$CACHE/vllm}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$CACHE/triton}" \
   TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$CACHE/inductor}" FLASHINFER_WORKSPACE_BASE="${FLASHINFER_WORKSPACE_BASE:-$CACHE}"
@@ -112,9 +112,9 @@ mkdir -p "$LOGS"
 : >>"$LOGS/rank_0.log"
 FIRST_BYTE=$(($(stat -c %s "$LOGS/rank_0.log") + 1))
 
-# Options for srun and a prefix of its program, if a container is requested.
+# If a container is requested, SRUN_CONTAINER has options for srun, or IN_CONTAINER has a prefix for the program.
 SRUN_CONTAINER=() IN_CONTAINER=()
-# A link that points out of this folder is broken in the container, unless its target is mounted at the same path.
+# Mount the targets of links at the same paths, because otherwise links that point out of this folder are broken in the container.
 MOUNTS="${CONTAINER_MOUNTS:-}"
 for link in models data runs models/* data/*; do
   if [ -L "$link" ] && target="$(readlink -e "$link")"; then MOUNTS="${MOUNTS:+$MOUNTS,}$target:$target"; fi
@@ -128,15 +128,15 @@ case "${CONTAINER:-}" in
                      "--container-workdir=$PWD") ;;
 esac
 
-# run_ranks PROGRAM [ARGUMENT ...]: run a program on every rank. Each rank has a log file; rank 0's output is also the job's.
-# After a failure of one rank the others have a minute to save, or to report what they saw.
+# run_ranks PROGRAM [ARGUMENT ...]: run a program on every rank. Each rank has a log file. The job also prints rank 0's output.
+# If a rank fails, the other ranks have a minute to save, or to report what they saw.
 run_ranks() {
   local code=0
   tail -c "+$FIRST_BYTE" -F "$LOGS/rank_0.log" 2>/dev/null & local tail_pid=$!
   srun --kill-on-bad-exit=0 --wait=60 --output="$LOGS/rank_%t.log" --open-mode=append \
     ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$CODE/$1" "${@:2}" &
   SRUN_PID=$!
-  # A trapped signal interrupts wait: repeat it until srun has ended.
+  # A trapped signal interrupts `wait`, so repeat it until srun has ended.
   while true; do
     code=0; wait "$SRUN_PID" || code=$?
     kill -0 "$SRUN_PID" 2>/dev/null || break
@@ -146,14 +146,14 @@ run_ranks() {
   return "$code"
 }
 
-# Slurm signals this script (--signal=B:USR1@..., preemption); srun passes the signal on to all ranks.
+# Slurm sends a signal to this script before the time limit (--signal=B:USR1@...) or a preemption. srun passes it on to all ranks.
 SRUN_PID="" IS_FINISHING=no
 pass_on() { if [ -n "$SRUN_PID" ]; then kill "-$1" "$SRUN_PID" 2>/dev/null || true; elif [ "$IS_FINISHING" = no ]; then finish "$SAVED"; fi; }
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
-# Start a retrieval server on the first node, or one on every node and one on the first that queries them all. SEARCH receives
-# the overrides with its address.
+# Start a retrieval server on the first node. With RETRIEVAL_SHARDS=1, also start a server on every node, which the first server
+# queries. Set SEARCH to the overrides with the first server's address.
 SEARCH=() RETRIEVAL_PIDS=()
 start_retrieval() {
   [ -n "${RETRIEVAL_CORPUS:-}" ] || return 0
@@ -171,14 +171,14 @@ start_retrieval() {
   SEARCH=(search.backend=http "search.url=http://$address:$port/retrieve" search.url_file=)
 }
 
-# start_shards FOLDER PORT: serve FOLDER/part-I on each node, and append the addresses to the caller's `shards`.
+# start_shards FOLDER PORT: serve FOLDER/part-I on node I, for all nodes, and append the addresses to the caller's `shards`.
 start_shards() {
   local node number=0 address
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     [ -d "$1/part-$number" ] || fail "RETRIEVAL_SHARDS: there is no $1/part-$number; build one part for each of the $SLURM_JOB_NUM_NODES nodes with tools/build_index.py --part I/$SLURM_JOB_NUM_NODES"
     [ ! -d "$1/part-$SLURM_JOB_NUM_NODES" ] || fail "RETRIEVAL_SHARDS: $1 has more parts than the $SLURM_JOB_NUM_NODES nodes, which must serve all of them"
     address="$(node_address "$node")"
-    # A port for each: several nodes may share a machine (dev_cluster.sh).
+    # Give every server its own port, because several nodes may be on one machine (dev_cluster.sh).
     keep_serving "shard_$number" "$node" --corpus "$RETRIEVAL_CORPUS" --index "$1/part-$number" --host "$address" --port "$(($2 + number))" &
     RETRIEVAL_PIDS+=("$!")
     shards="${shards:+$shards,}http://$address:$(($2 + number))/retrieve"
@@ -190,8 +190,8 @@ start_shards() {
   done
 }
 
-# keep_serving NAME NODE OPTION ...: run a retrieval server on NODE and restart it when it dies, until TERM. Exit code 2 ends
-# the function if the server has never served; later the cause may be a shard that is being restarted.
+# keep_serving NAME NODE OPTION ...: run a retrieval server on NODE, and restart it when it dies, until TERM. If the server ends
+# with 2 before it has ever served, stop. If it ends with 2 later, restart it, because a shard may just be restarting.
 keep_serving() {
   local name="$1" node="$2" code pid=""
   shift 2
@@ -217,7 +217,7 @@ stop_retrieval() {
 
 node_address() { scontrol show node "$1" --oneliner | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p'; }
 
-# await_health URL SECONDS NAME: wait until the server answers; end the job if it has ended or takes longer.
+# await_health URL SECONDS NAME: wait until server NAME answers. End the job if the server ends or does not answer in SECONDS.
 await_health() {
   local url="$1" end=$((SECONDS + $2)) pid="${RETRIEVAL_PIDS[-1]}"
   if [[ "$3" == shard_* ]]; then pid="${RETRIEVAL_PIDS[${3#shard_}]}"; fi
@@ -230,7 +230,7 @@ await_health() {
   echo "slurm: retrieval server at $url"
 }
 
-# train CONFIG [OVERRIDE ...], warm_start CONFIG [OVERRIDE ...]: a dry run, or a program that requeues itself.
+# train CONFIG [OVERRIDE ...], warm_start CONFIG [OVERRIDE ...]: run the program, then requeue the job or exit; or make a dry run.
 train() { run_or_requeue launch/train.py "$@"; }
 warm_start() { run_or_requeue launch/warmstart.py "$@"; }
 
@@ -239,7 +239,7 @@ run_or_requeue() {
   [ $# -ge 1 ] || fail "no configuration; sbatch slurm/NAME.sh [CONFIG] [section.field=value ...]"
   [ -f "$1" ] || fail "there is no configuration $1 in $PWD"
   if [ "${DRY_RUN:-}" = 1 ]; then
-    # Checks the layout of the whole job, even in a smaller allocation.
+    # A dry run checks the layout of the whole job, even if this allocation is smaller.
     local code=0
     srun --nodes=1 --ntasks=1 --nodelist="$HEAD_NODE" ${SRUN_CONTAINER[@]+"${SRUN_CONTAINER[@]}"} \
       ${IN_CONTAINER[@]+"${IN_CONTAINER[@]}"} "$PYTHON" "$CODE/$program" --config "$1" --dry-run "${@:2}" || code=$?
@@ -252,7 +252,7 @@ run_or_requeue() {
   finish "$code"
 }
 
-# finish CODE: exit with CODE, or requeue the job.
+# finish CODE: requeue the job if it should continue, and exit with CODE.
 finish() {
   IS_FINISHING=yes
   local bad="" excluded="" with="" state
@@ -280,11 +280,11 @@ finish() {
     if [ -z "$excluded" ]; then with="; $bad is not excluded, since the job could not start without it"; fi
   fi
   echo "slurm: ended with $1 after step $last; requeued$with"
-  trap '' TERM  # the next command ends this script
+  trap '' TERM  # ignore TERM, which the next command sends to this script
   if [ -z "$excluded" ]; then
     scontrol requeue "$JOB"
   else
-    # Slurm changes the excluded nodes of a waiting job only.
+    # Slurm can change the excluded nodes only while a job waits.
     scontrol requeuehold "$JOB"
     for _ in 1 2 3 4 5 6 7 8 9 10; do
       scontrol update "JobId=$JOB" "ExcNodeList=$excluded" 2>/dev/null && break
@@ -295,14 +295,14 @@ finish() {
   exit "$1"
 }
 
-# The furthest step that rank 0 has reported since this start of the job, or 0.
+# Print the furthest step that rank 0 has reported since this start of the job, or 0.
 furthest_step() {
   { echo 0; tail -c "+$FIRST_BYTE" "$LOGS/rank_0.log" | grep -oE 'step [0-9]+(/| of )' || true; } | grep -oE '[0-9]+' | sort -n | tail -n 1
 }
 
-# exclusion BAD: the nodes to exclude, comma-separated: BAD and the nodes that the job already excludes. Empty if the job
-# requires one of them by name, or if too few nodes of the partition would be left: Slurm would report a bad constraint and
-# never start the job.
+# exclusion BAD: print the nodes to exclude, comma-separated, which are BAD and the nodes that the job already excludes. Print
+# nothing if the job requires a node of BAD by name, or if the partition would have too few nodes left, because Slurm would
+# then report a bad constraint and never start the job.
 exclusion() {
   local nodes up
   nodes="$(job_field ExcNodeList)"
@@ -316,7 +316,7 @@ exclusion() {
 
 host_names() { if [ -n "$1" ]; then scontrol show hostnames "$1"; fi; }
 
-# The job's nodes that are down, cannot start a process, or have a GPU driver that does not answer; comma-separated.
+# Print the job's nodes that are down, that cannot start a process, or whose GPU driver does not answer, comma-separated.
 failing_nodes() {
   local node check="true" bad=()
   declare -A attempts

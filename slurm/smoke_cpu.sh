@@ -8,7 +8,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# Train the quickstart's model on two nodes without GPUs, to try a Slurm installation; needs the output of `make quickstart`.
+# Train the quickstart's model on two nodes without GPUs, to try a Slurm installation. Run `make quickstart` before.
 #   sbatch slurm/smoke_cpu.sh [CONFIG] [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh

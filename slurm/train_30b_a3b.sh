@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# Qwen3-30B-A3B on 2 nodes of 8 H100; docs/slurm.md.
+# Train Qwen3-30B-A3B on 2 nodes of 8 H100 (docs/slurm.md).
 #   sbatch [--nodes N] slurm/train_30b_a3b.sh [CONFIG] [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh

@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# The paper's 4B setting on one node of 8 H100; docs/slurm.md.
+# Train a 4B model with the paper's settings on one node of 8 H100 (docs/slurm.md).
 #   sbatch [--nodes N] slurm/train_4b.sh [CONFIG] [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh

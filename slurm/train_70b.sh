@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# Qwen2.5-72B on 8 nodes of 8 H100; docs/slurm.md.
+# Train Qwen2.5-72B on 8 nodes of 8 H100 (docs/slurm.md).
 #   sbatch [--nodes N] slurm/train_70b.sh [CONFIG] [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh

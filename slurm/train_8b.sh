@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# An 8B model on one node of 8 H100; docs/slurm.md.
+# Train an 8B model on one node of 8 H100 (docs/slurm.md).
 #   sbatch [--nodes N] slurm/train_8b.sh [CONFIG] [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh

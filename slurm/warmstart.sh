@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
-# A supervised warm start on demonstrations, before training; docs/warmstart.md.
+# Run a supervised warm start on demonstrations, before training (docs/warmstart.md).
 #   sbatch [--nodes N] slurm/warmstart.sh CONFIG [section.field=value ...]
 set -euo pipefail
 . slurm/job.sh
