@@ -86,7 +86,7 @@ def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], fold
 
 
 def run_one(args: argparse.Namespace) -> int:
-    """Run the check `args.one` as the rank that RANK and WORLD_SIZE in the environment define; return exit code 0."""
+    """Run one rank of the check `args.one`, and return exit code 0. The environment has RANK and WORLD_SIZE."""
     bench = Bench(
         check=args.one,
         work=args.work,
@@ -195,7 +195,10 @@ def _checks(text: str | None) -> list[str]:
 
 
 def _limits(given: list[str]) -> dict[str, float]:
-    """Return {check: limit in seconds}. NAME=SECONDS overrides, for the check NAME, a SECONDS without a name."""
+    """Return {check: limit in seconds} for the values of --timeout-s.
+
+    A value NAME=SECONDS sets the limit of check NAME, also if another value without a name sets all limits.
+    """
     limits = {name: check.timeout_s for name, check in CHECKS.items()}
     for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):
         name, equals, number = text.rpartition("=")

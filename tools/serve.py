@@ -3,7 +3,7 @@
     python tools/serve.py --model FOLDER [--host 127.0.0.1] [--port 8100] [--queue 256] [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
 
-`tools/convert.py megatron-to-hf` writes FOLDER, including agent.json, the settings for playing the agent. POST
+`tools/convert.py megatron-to-hf` writes FOLDER. It contains agent.json, the settings for playing the agent. POST
 /v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}.
 The field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
 --token-file is given, clients must send that bearer token. The ranks divide the model; if they form several engines,

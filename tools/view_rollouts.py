@@ -95,10 +95,15 @@ def _is_trajectory(record: object) -> bool:
 
 
 def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -> tuple[int, list[dict]]:
-    """Return a step's number and its trajectories in the given order; `step` None: of the newest step.
+    """Return the number of a step and the step's trajectories.
+
+    Args:
+        step: the step; None: the newest step with recorded trajectories.
+        prompt: the id of the question whose trajectories are returned; None: of all questions.
+        order: a key of `ORDERS`.
 
     Raises:
-        ConfigError: no trajectory matches.
+        ConfigError: the run has no such trajectories, or the file is damaged.
     """
     files = rollout_files(run_dir)
     if step is None:

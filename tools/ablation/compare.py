@@ -57,7 +57,7 @@ class Experiment:
     """The command that starts a run; it takes the same arguments as launch/local.sh."""
 
     def arguments(self, run: Run) -> list[str]:
-        """Return the overrides of `run`: files, then values. A later override replaces an earlier one."""
+        """Return the arguments after CONFIG: YAML files, then values. A later argument overrides an earlier one."""
         files = [self.presets / f"{run.method}.yaml"]
         if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
             files.append(self.tuned / f"{run.method}.yaml")
@@ -107,7 +107,10 @@ class Job:
 
 
 class Progress:
-    """Shows a bar with the steps of all runs and the time left. Without a terminal, prints a line per ended run."""
+    """Shows the progress of all runs.
+
+    In a terminal, a bar has the number of steps and the time left. Elsewhere, every ended run gets a line.
+    """
 
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)

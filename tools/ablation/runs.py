@@ -159,7 +159,10 @@ def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line that begins with "error:" in the log of the last attempt, or else the log's last line."""
+    """Return the last line that begins with "error:" in the log of the last attempt.
+
+    If no line does, return the last line of that attempt.
+    """
     if not log.exists():
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]

@@ -27,7 +27,7 @@ class Row:
     """One line of the table. It compares this project with a baseline; both are measured in the same run."""
 
     name: str
-    """What is measured, on inputs of which size."""
+    """The name of the measured quantity, and the size of its inputs."""
     ours: float
     baseline: float
     baseline_is: str
@@ -43,7 +43,7 @@ class Row:
     noise: float
     """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts."""
     target: str = ""
-    """"The limit for `ratio`, such as ">= 200" or "<= 0.03"; empty if there is no target."""
+    """The limit for `ratio`, such as ">= 200" or "<= 0.03"; empty if there is no target."""
     note: str = ""
 
     @property
@@ -137,7 +137,7 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
 
 def peak_megabytes(variant: Variant) -> float:
-    """Run `variant` in a forked child; return by how many MB its peak resident memory exceeds the memory before it.
+    """Run `variant` in a forked child; return how many MB of resident memory it adds at its peak.
 
     This needs Linux.
     The allocator may keep memory that an earlier variant freed, which would hide a later variant's need. So glibc

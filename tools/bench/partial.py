@@ -118,7 +118,10 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Return two means per training step: all engine steps, and those with less than a quarter of the slots busy."""
+    """Return, per training step, the mean number of engine steps, and of engine steps with few busy slots.
+
+    An engine step has few busy slots if less than a quarter of the slots are busy.
+    """
     rollout = CountedRollout()
     config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
     state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))

@@ -16,9 +16,9 @@ bench checks this. Second, TRL's fused output layer, which is made for GPUs, run
 the backward pass.
 
 Each variant runs in its own process, and loads the model there, so its peak memory is the peak memory of its own
-training. Each process begins with an update on one trajectory that is not measured. All variants give the
-same loss, mean log-prob and gradient norm, except that TRL does not report the mean log-prob. The bench takes about 4
-minutes.
+training. Before the measured update, each process runs an update on a single trajectory. All variants give the same
+loss and gradient norm. All variants except TRL, which does not report the mean log-prob, also give the same mean
+log-prob. The bench takes about 4 minutes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,10 @@ from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:
-    """Compare sequences packed into one row with transformers, which computes each sequence separately in float32."""
+    """Compute sequences packed into one row; compare log-probs and gradients with transformers in float32.
+
+    transformers computes each sequence separately.
+    """
     import torch
 
     groups, dtype = passes.join(bench), passes.default_dtype()
@@ -34,7 +37,7 @@ def check_packed_attention(bench: Bench) -> None:
 
 
 def check_context_parallel(bench: Bench) -> None:
-    """Compare a computation that splits sequences over two ranks with a computation on whole sequences."""
+    """Split sequences over two ranks; compare log-probs and gradients with a computation on whole sequences."""
     if bench.world_size < 2 or bench.world_size % 2:
         return bench.skip("context parallel", f"{bench.world_size} ranks; needs an even number")
     from a2tgpo.config.parallel import ParallelConfig

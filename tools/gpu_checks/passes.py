@@ -15,13 +15,13 @@ LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
 """Default of `--lengths` on a machine with a GPU. On a machine without a GPU, `LENGTHS` is the default."""
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
-"""Limit in nats for the mean |difference| between log-probs and those of transformers in float32.
+"""Limit in nats for the mean |difference| between this project's log-probs and transformers' log-probs in float32.
 
 The CPU twin of Transformer Engine differs by 2e-7 in float32, and by 0.005 in bfloat16. If attention crossed the end
 of a packed sequence, the difference would be 0.5 or more.
 """
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
-"""Limit for |difference| / |gradient|, where the gradients of all weights form one vector.
+"""Limit for |difference| / |gradient| between this project and transformers; all gradients form one vector.
 
 The CPU twin of Transformer Engine differs by 5e-7 in float32, and by 0.015 in bfloat16. If attention crossed the end
 of a packed sequence, the difference would be 1.2.
@@ -143,7 +143,7 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
 
 
 def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) -> tuple[Any, dict[str, Any]]:
-    """Return what `logprobs_and_gradients` returns, computed by transformers in float32.
+    """Return log-probs and gradients as `logprobs_and_gradients` does, computed by transformers in float32.
 
     Each sequence is computed separately.
     """

@@ -102,7 +102,7 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
 
 
 def place_induction_heads(model: PreTrainedModel) -> None:
-    """Initialise the first head of each layer as one half of an induction circuit (Olsson et al. 2022).
+    """Initialise the first heads of both layers, so that they form an induction circuit (Olsson et al. 2022).
 
     The head in layer 0 attends to the previous token. The head in layer 1 attends to the positions directly after
     earlier occurrences of the current token, and copies the tokens at these positions. From purely random weights, a
