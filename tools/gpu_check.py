@@ -197,7 +197,7 @@ def _checks(text: str | None) -> list[str]:
 def _limits(given: list[str]) -> dict[str, float]:
     """Return {check: limit in seconds} for the values of --timeout-s.
 
-    A value NAME=SECONDS sets the limit of check NAME, also if another value without a name sets all limits.
+    A value NAME=SECONDS sets the limit of check NAME. A value SECONDS sets the limits of all other checks.
     """
     limits = {name: check.timeout_s for name, check in CHECKS.items()}
     for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):

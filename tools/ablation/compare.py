@@ -211,7 +211,7 @@ def play(
                 report_so_far(job.run.out)
     finally:
         for job in running:
-            job.process.terminate()  # torchrun then ends its ranks
+            job.process.terminate()  # torchrun ends its ranks on SIGTERM
         for job in running:
             job.process.wait()
     return failed

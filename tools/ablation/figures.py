@@ -293,7 +293,7 @@ def write_figure10(
 ) -> str:
     """Write figure10.csv and figure10.png; return the caption.
 
-    figure10.csv has the numbers of the right panel. curves.csv already has those of the left panel.
+    figure10.csv has the numbers of the right panel. curves.csv has the numbers of the left panel.
     """
     rows = [
         {

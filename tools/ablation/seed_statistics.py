@@ -68,7 +68,7 @@ def t_quantile(degrees: int) -> float:
 def t_coverage(t: float, degrees: int) -> float:
     """Return P(|T| <= t) for Student's T with `degrees` degrees of freedom.
 
-    The finite sums are those of Abramowitz and Stegun: 26.7.3 for odd `degrees`, 26.7.4 for even `degrees`.
+    The function computes the finite sums of Abramowitz and Stegun: 26.7.3 if `degrees` is odd, 26.7.4 if it is even.
     """
     angle = math.atan(t / math.sqrt(degrees))
     term, total = math.cos(angle) ** (degrees % 2), 0.0

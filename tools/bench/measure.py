@@ -121,7 +121,8 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
     """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
 
     Raises:
-        RuntimeError: the command failed; one line that begins with `name`. The end of the output is printed before.
+        RuntimeError: the command failed. The message is one line that begins with `name`. Before the error is raised,
+            the end of the command's output is printed.
     """
     process = subprocess.run(
         command,
@@ -153,7 +154,7 @@ def peak_megabytes(variant: Variant) -> float:
         status = 1
         try:
             torch.set_num_threads(1)  # the parent's threads do not exist in a forked process
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak, the peak
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
             before = _resident_megabytes("VmRSS")
             variant()
             os.write(writing, str(_resident_megabytes("VmHWM") - before).encode())

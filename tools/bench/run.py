@@ -88,7 +88,8 @@ def run(bench: str, record: Path) -> bool:
 def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
     """Write the bench's rows into the table of `page`.
 
-    They replace the bench's old lines. If the table has none, they are inserted in the order of `BENCHES`.
+    If the table has lines of this bench, the rows replace these lines. Else the rows are inserted in the order of
+    `BENCHES`.
     """
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(START)

@@ -17,9 +17,9 @@ MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
 """Largest accepted differences between FP8 and bfloat16, computed as in `passes`.
 
-Emulation gave these differences. Log-probs differ by 0.06 with every recipe if `fp8_study/emulation.py` emulates the
-forward pass. Gradients differ by 0.17, and for a slice by 0.10, if Transformer Engine's own layers run on kernels
-that round in PyTorch.
+Emulation gave the following differences. Log-probs differ by 0.06 with every recipe if `fp8_study/emulation.py`
+emulates the forward pass. Gradients differ by 0.17, and for a slice by 0.10, if Transformer Engine's own layers run
+on kernels that round in PyTorch.
 """
 TIMED_PASSES = 8
 
@@ -87,7 +87,7 @@ def _compare_recipes(
         except ConfigError as error:
             bench.skip(f"{what} {recipe}", str(error))
             continue
-        except (RuntimeError, AssertionError, ValueError) as error:  # for example, cuBLASLt refuses the shape
+        except (RuntimeError, AssertionError, ValueError) as error:  # cuBLASLt may refuse the shape
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
             bench.at_most(f"{what} {recipe}, log-probs", float("nan"), MAX_FP8_LOGPROB_GAP, "nats", reason)
             continue

@@ -31,7 +31,8 @@ def launched_environment() -> dict[str, str] | None:
     names = launched(os.environ)
     if names is None:
         return None
-    # Without these variables, each check opens a store on its own port. torchrun's store serves only one port.
+    # Leave out torchrun's own variables, with which all ranks would use torchrun's store. That store serves only one
+    # port, while every check uses another port.
     return {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")} | names
 
 
