@@ -357,7 +357,7 @@ class VllmEngine:
             _end_distributed()
 
     def _check_usable(self) -> None:
-        assert not self._asleep, f"the engine's {' and '.join(sorted(self._asleep))} are asleep"
+        assert not self._asleep, f"asleep in the engine: {' and '.join(sorted(self._asleep))}"
         fault = self._failure or self._weights_fault
         if fault is not None:
             raise RuntimeError(f"the engine cannot be used: {fault}")
