@@ -297,7 +297,7 @@ def test_a_sleeping_engine_takes_no_requests_until_both_parts_are_woken(engine):
     with pytest.raises(AssertionError, match="asleep in the engine: kv_cache and weights"):
         submit(engine, "a", [5], seed=0)
     engine.wake("weights")
-    with pytest.raises(AssertionError, match="asleep in the engine: kv_cache$"):
+    with pytest.raises(AssertionError, match=r"asleep in the engine: kv_cache$"):
         submit(engine, "a", [5], seed=0)
     engine.wake("kv_cache")
     submit(engine, "a", [5], seed=0)
