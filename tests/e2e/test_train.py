@@ -178,7 +178,7 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_wei
         return {
             k: v
             for k, v in record.items()
-            if not k.startswith(("time/", "speed/", "memory/", "rollout/tool_wait"))
+            if not k.startswith(("time/", "speed/", "memory/", "search/", "rollout/tool_wait"))
         }
 
     whole, resumed = metrics_of(undisturbed), metrics_of(tmp_path / "quickstart")
