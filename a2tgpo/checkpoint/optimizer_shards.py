@@ -151,7 +151,7 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Divide `flat` into shards of the parameter's tensors on disk, which `templates` describes, and yield them.
+    """Divide `flat` into shards and yield the shards. `templates` describes the parameter's tensors on disk.
 
     `flat` has consecutive elements of the flattened parameter, and `start` is the index of its first element.
     """

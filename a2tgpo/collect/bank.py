@@ -7,8 +7,8 @@ first rank writes the file, because only that rank has trajectories. All ranks o
 A start uses the stored rollouts only if step, weights (bitwise) and rollout configuration match, and if the files of
 all ranks come from the same attempt at the step. If not, all ranks replay the step. On CPUs, the steps that a run
 repeats after a crash have the same weights as before the crash. On a GPU, an update need not repeat bit for bit. The
-first step after the checkpoint then still matches, but later steps may have other weights, and the ranks replay
-these.
+weights of the first step after the checkpoint still match. At a later step the weights may differ from those before
+the crash; the ranks then replay that step.
 """
 
 from __future__ import annotations

@@ -169,7 +169,8 @@ def fp8_layout_fault(
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
     """Return one line that says why an engine's linear layers cannot be quantised, or None if they can.
 
-    A rank's matrices sum over a token's channels, and blocks of these channels are scaled. vLLM asserts that no block
+    A rank's matrix products sum over a token's channels. vLLM divides the channels into blocks that have their own
+    scales. vLLM asserts that no block
     is partial (fp8_utils.py, per_token_group_quant_fp8). Experts always pass, because vLLM pads them (online/fp8.py,
     maybe_roundup_sizes).
     """

@@ -230,8 +230,8 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
 
 def _typed(value: Any, key: str, source: str) -> Any:
-    """Convert `value` to the type of field `key`. If that type is float, an integer or a text such as 1e-6 is
-    accepted.
+    """Convert `value` to the type of field `key`. A float field also accepts an
+    integer, or a text such as 1e-6.
 
     Raises:
         ConfigError: one line; `value` does not have the field's type.

@@ -16,7 +16,7 @@ def tag_pattern(tools: Sequence[str]) -> re.Pattern[str]:
 
 
 def without_tags(text: str, tags: re.Pattern[str]) -> str:
-    """Return `text` without `tags`; a tag that only a removal creates, as in </res</result>ult>, is removed too."""
+    """Return `text` without `tags`. If a removal forms a new tag, as in </res</result>ult>, remove that tag too."""
     while (stripped := tags.sub("", text)) != text:
         text = stripped
     return text

@@ -38,7 +38,7 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""The table's name of each engine part -> the engine's own name, in the order in which the parts wake."""
+"""Maps each engine part of `memory/residency.py` to the engine's own name for it; the parts wake in this order."""
 
 
 class Engine(Protocol):

@@ -1,4 +1,4 @@
-"""Convert tools' answers to observation tokens, which are tokenised separately from the context and cut."""
+"""Convert tools' answers to observation tokens: tokenise each answer without its context, and cut it to its room."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def run_pipeline(
     `token_function` sees the whole micro-batch on each of them.
 
     The gradients left in the model are those of the sum of `token_function`'s values over all micro-batches and
-    all data-parallel replicas. Megatron would average over both, and this function reverts that.
+    all data-parallel replicas. Megatron averages over both; this function undoes the averaging.
 
     Args:
         distribution: the distribution of the log-probs and entropies that `token_function` receives.

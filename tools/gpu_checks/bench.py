@@ -51,7 +51,7 @@ class Settings:
     None: a large model on a GPU, and a small stand-in on a CPU.
     """
     tensor: int = 8
-    """Tensor-parallel size of the model. The slice is the part of one of these ranks."""
+    """Tensor-parallel size of the model. The slice is what one tensor-parallel rank has of the model."""
     layers: int = 4
     """Number of layers in the slice."""
 
