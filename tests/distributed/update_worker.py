@@ -43,7 +43,6 @@ from layout_checks import (
 from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
-from a2tgpo.assemble import build_checkpoints
 from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
@@ -142,18 +141,17 @@ def check_one_best(bench: Bench) -> None:
     """All ranks take for the best so far what rank 0 sees, also where the others see other files."""
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-    parts: Any = SimpleNamespace(
+    parts: dict[str, Any] = dict(
         policy=policy,
         optimizer=optimizer,
         schedule=schedule,
         phases=MemoryPhases(policy, optimizer=optimizer),
-        groups=bench.groups,
         state=RolloutState(sampler=PromptSampler(10, 2, seed=0)),
+        guards=Guards(GuardConfig(), clip_low=0.1, clip_high=0.1),
         train_prompts=SimpleNamespace(fingerprint="q"),
         test_prompts=SimpleNamespace(fingerprint="t"),
-        engine_group=EngineGroup(index=bench.groups.rank, count=bench.groups.world_size),
     )
-    guards = Guards(GuardConfig(), clip_low=0.1, clip_high=0.1)
+    engine_group = EngineGroup(index=bench.groups.rank, count=bench.groups.world_size)
 
     def open_run(root: Path) -> tuple[RunFolder, RunCheckpoints]:
         config = RunConfig(
@@ -162,9 +160,8 @@ def check_one_best(bench: Bench) -> None:
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),
         )
-        parts.config = config
         folder = RunFolder(config, bench.groups)
-        return folder, build_checkpoints(parts, folder, guards)
+        return folder, RunCheckpoints(folder, config, bench.groups, engine_group, **parts)
 
     seen_by_0, seen_by_others = bench.folder / "seen_by_0", bench.folder / "seen_by_others"
     folder, checkpoints = open_run(seen_by_0)
