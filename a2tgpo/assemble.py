@@ -95,13 +95,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
-        tokenizer = load_tokenizer(config.model.path)
-        template = PromptTemplate(
-            tokenizer,
-            config.data.instructions,
-            kwargs=config.data.chat_template_kwargs,
-            date=run_date(config, groups),
-        )
+        template = build_template(config, groups)
         train_prompts = _prompt_set(
             load_questions(config.data.train, key="data.train"), template, config, groups
         )
@@ -139,7 +133,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         config=config,
         groups=groups,
         engine_group=engine_group,
-        tokenizer=tokenizer,
+        tokenizer=template.tokenizer,
         train_prompts=train_prompts,
         test_prompts=test_prompts,
         state=RolloutState(sampler=sampler),
@@ -153,6 +147,16 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
         reward=build_reward(config, toolset, template),
         startup=timers.take(),
+    )
+
+
+def build_template(config: RunConfig, groups: ParallelGroups) -> PromptTemplate:
+    """Build the template of the prompts, with the tokenizer of `model.path`; every rank must call this."""
+    return PromptTemplate(
+        load_tokenizer(config.model.path),
+        config.data.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=run_date(config, groups),
     )
 
 

@@ -7,10 +7,7 @@ also destroys the trainer's process group. This module prevents or reverts these
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,32 +30,10 @@ from a2tgpo.rollout.engine_guest import (
 from a2tgpo.rollout.engine_limits import explain_refusal, read_model
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput, generation_output, score_output
 from a2tgpo.rollout.lockstep import Lockstep, LockstepError
+from a2tgpo.rollout.vllm_environment import prepare_environment
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
 
-
-def _cache_root() -> Path:
-    """Return the folder in which vLLM caches its inspections of model architectures. Each inspection takes 10 s."""
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "setup.py").exists() else Path.home()) / ".cache" / "a2tgpo" / "vllm"
-
-
-# These variables must be in the environment before vllm is imported for the first time.
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, so weights are passed by reference
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
-os.environ["DO_NOT_TRACK"] = "1"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-if not ON_GPU:
-    # Without these settings, log-probs start a C++ compilation of 25 s, even in eager mode. Set both, because a
-    # torch._dynamo that is already imported has read the variable before.
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    # Triton is expected to be missing on a CPU, so do not log its absence.
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-
+prepare_environment()
 with environment_kept():
     import vllm
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from a2tgpo.assemble import build_engine, build_rollout
+from a2tgpo.assemble import build_engine, build_rollout, build_template
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.find import SavedModel, find_model
 from a2tgpo.config.load import load_config, overridden_keys
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
-from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.memory.phases import MemoryPhases
@@ -31,7 +30,6 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.refit.sync import sync_engine
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
-from a2tgpo.run.date import run_date
 from a2tgpo.trajectory import Prompt
 
 
@@ -101,13 +99,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
     engine_group = build_engine_group(config, groups)
     check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
-    tokenizer = load_tokenizer(config.model.path)
-    template = PromptTemplate(
-        tokenizer,
-        config.data.instructions,
-        kwargs=config.data.chat_template_kwargs,
-        date=run_date(config, groups),
-    )
+    template = build_template(config, groups)
     toolset = build_tools(config)
     if model.is_hf:
         engine = build_engine(config, engine_group)
@@ -121,7 +113,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     return Player(
         config=config,
         engine_group=engine_group,
-        tokenizer=tokenizer,
+        tokenizer=template.tokenizer,
         template=template,
         engine=engine,
         toolset=toolset,

@@ -71,7 +71,9 @@ def test_a_killed_process_keeps_no_folder_nor_does_one_that_is_not_buried(
     while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
     monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)  # it would wait so long for a process that lives
-    FolderLock(tmp_path).release()  # the zombie is still there
+    lock = FolderLock(tmp_path)  # the zombie is still there
+    assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
+    lock.release()
     first.communicate()
 
 
