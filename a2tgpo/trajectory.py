@@ -1,11 +1,7 @@
 """The records of prompts, turns and trajectories that pass through a training step.
 
-The loss is computed on exactly the token ids that the engine sampled. No text is decoded and encoded again, and no
-boundary between turns is inferred from a mask or a value.
-
-Tokens and log-probs are stored in memory, and sent between ranks, as arrays with 4 bytes per element. A list of
-Python numbers would need about 36 bytes per element. If a record is created with another kind of sequence, the
-sequence is converted to an array.
+The loss is computed on exactly the token ids that the engine sampled: no text is decoded and encoded again.
+Tokens and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36.
 """
 
 from __future__ import annotations
@@ -43,42 +39,41 @@ class Prompt:
     """One question of a step, rendered with the chat template and tokenised."""
 
     index: int
-    """Position of the prompt in the step's list of prompts, the same on all ranks. All statistics identify the
-    prompt's group by this index."""
+    """Position of the prompt in the step's list of prompts, the same on all ranks. It identifies the group."""
     id: str
     """The question's id in its data set."""
     question: str
     answers: tuple[str, ...]
     """The gold answer and its aliases; never empty."""
     tokens: tuple[int, ...]
-    """Token ids of the rendered prompt, including the header after which the policy begins to write."""
+    """Token ids of the rendered prompt, including the header that precedes the policy's text."""
     hops: int = 0
-    """Number of searches that the question needs; 0 if the data set does not say. Used only in reports."""
+    """Number of searches that the question needs; 0 if unknown. Used only in reports."""
 
 
 @dataclass(kw_only=True)
 class Turn:
-    """The text that the policy writes until it stops once, and the observation that the environment returns."""
+    """The text that the policy writes before it stops once, and the observation that follows."""
 
     tokens: TokenIds
-    """Token ids that the policy sampled, including those of the stop string."""
+    """Sampled token ids, including the stop string's."""
     rollout_logprobs: LogProbs
-    """The engine's log-prob of each sampled token, nats; same length as `tokens`."""
+    """The engine's log-prob of each sampled token, in nats; as long as `tokens`."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
-    """Token ids of the observation, which are never trained on; empty for the final turn."""
+    """Token ids of the observation; empty for the final turn. The policy is never trained on them."""
     query: str | None = None
-    """Text that a process turn sent to its tool; None for the final turn."""
+    """Text that a process turn sent to its tool. None for the final turn."""
     tool: str | None = None
-    """Name of the tool that a process turn called; None for the final turn."""
+    """Name of the tool that a process turn called. None for the final turn."""
     tool_failed: bool = False
-    """True if the tool did not answer; the observation then reports the failure."""
+    """True if the tool did not answer. The observation then reports the failure."""
     answer_prob: float | None = None
     """P_t, the length-normalised probability of the gold answer after this turn's observation."""
     info_gain: float | None = None
-    """The information gain ig_t = P_t - P_{t-1}, or the same difference of log-probs. None for a final turn, or if
-    the gain could not be computed."""
+    """The information gain P_t - P_{t-1}, or the same difference of log-probs. None for a final turn, and if the gain
+    could not be computed."""
     version: int = 0
-    """Version of the weights that sampled this turn, which is the number of steps for which they had been trained."""
+    """Version of the weights that sampled this turn: the number of their training steps."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -88,22 +83,22 @@ class Turn:
 
 @dataclass(kw_only=True)
 class Trajectory:
-    """One trajectory of a prompt. It has process turns and, unless it was cut short, a final turn with the answer."""
+    """One trajectory of a prompt: process turns and, unless it was cut short, a final turn with the answer."""
 
     prompt_index: int
     prompt_id: str
     sample_index: int
-    """Index of the trajectory among the trajectories of its prompt, 0 to group_size - 1."""
+    """Index of the trajectory in its group, 0 to group_size - 1."""
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
-    """Reason for which the trajectory ended: one of "answer", "eos", "length", "max_turns", "empty_query" and
-    "context" (see `rollout.multi_turn`). It is "" until the trajectory ends."""
+    """Why the trajectory ended: "answer", "eos", "length", "max_turns", "empty_query" or "context" (see
+    `rollout.multi_turn`). "" until it ends."""
     baseline_prob: float | None = None
     """P_0, the length-normalised probability of the gold answer directly after the prompt."""
     outcome_reward: float = 0.0
     exact_match: float = 0.0
-    """Exact match of the answer that was extracted, even if the response's format is wrong."""
+    """Exact match of the extracted answer, even if the response's format is wrong."""
     format_ok: bool = False
     hops: int = 0
 
@@ -126,7 +121,7 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens in the whole sequence, which consists of prompt, sampled tokens and observations."""
+        """Length of the whole sequence: prompt, sampled tokens and observations."""
         return len(self.prompt_tokens) + sum(
             len(turn.tokens) + len(turn.observation_tokens) for turn in self.turns
         )
@@ -142,9 +137,7 @@ class Trajectory:
 
     @property
     def context_lengths(self) -> list[int]:
-        """Numbers of tokens in the contexts c_0 .. c_n. c_0 is the prompt. c_t is the sequence up to the end of
-        process turn t's observation.
-        """
+        """Tokens in each context c_0 .. c_n. c_0 is the prompt. c_t ends with process turn t's observation."""
         lengths = [len(self.prompt_tokens)]
         for turn in self.process_turns:
             lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
@@ -152,56 +145,51 @@ class Trajectory:
 
     @property
     def context_probs(self) -> list[float | None]:
-        """P_0 .. P_n, the gold answer's probability after each context, as the engine computed it."""
+        """P_0 .. P_n, the gold answer's probability after each context."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
     def staleness(self, version: int) -> int:
-        """Return `version` minus the version of the oldest weights that sampled a turn of this trajectory."""
+        """Return `version` minus the version of the oldest weights that sampled one of the turns."""
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return all fields, including the turns, as dicts; every array becomes a list."""
+        """Return all fields as a dict, with turns as dicts and arrays as lists."""
         return {**_plain(vars(self)), "turns": [_plain(vars(turn)) for turn in self.turns]}
 
 
 def encode_records(records: object) -> bytes:
-    """Return `records` (dataclasses, msgspec structs or lists of these) as msgpack; arrays become raw bytes."""
+    """Return dataclasses or msgspec structs, or lists of them, as msgpack; arrays become raw bytes."""
     return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
 
 
 def decode_records(content: bytes, kind: type[Record]) -> Record:
-    """Return the object of type `kind` that `encode_records` encoded as `content`.
-
-    An array may also be encoded as a list, because earlier versions wrote lists.
+    """Return the object of type `kind` that `encode_records` encoded.
 
     Raises:
-        msgspec.DecodeError: `content` does not encode an object of type `kind`.
+        msgspec.DecodeError: if `content` does not encode an object of type `kind`.
     """
+    # Earlier versions wrote lists in place of arrays.
     return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_of)
 
 
 def from_dict(record: dict) -> Trajectory:
-    """Return the trajectory from which `Trajectory.to_dict` made `record`. Keys that are not fields are ignored.
+    """Return the trajectory that `Trajectory.to_dict` turned into `record`. Unknown keys are ignored.
 
     Raises:
-        msgspec.ValidationError: a field is missing or has the wrong type.
+        msgspec.ValidationError: if a field is missing or has the wrong type.
     """
     return msgspec.convert(record, Trajectory, dec_hook=_array_of)
 
 
 def _array_of(kind: type, content: Any) -> array:
-    """Return raw bytes or a list as an array of type `kind`.
-
-    An OverflowError becomes a ValueError, because msgspec reports only a ValueError or a TypeError as invalid
-    content.
-    """
+    """Return raw bytes or a list as an array of type `kind`."""
     if isinstance(content, bytes):
         values = kind()
         values.frombytes(content)
         return values
     try:
         return kind(content)
-    except OverflowError as error:
+    except OverflowError as error:  # msgspec reports only ValueError and TypeError as invalid content
         raise ValueError(str(error)) from None
 
 

@@ -13,55 +13,50 @@ Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum",
 
 
 def advantage_names() -> list[str]:
-    """Return the values that `algorithm.advantage` may have, which are the names of the modules in
-    advantage/methods/.
-
-    Does not import these modules.
-    """
+    """Return the values that `algorithm.advantage` may have: the names of the modules in advantage/methods/."""
+    # The modules are not imported.
     package = importlib.import_module(METHODS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """The defaults define A2TGPO; presets in configs/algorithm/ define the methods that it is compared with."""
+    """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""
 
     advantage: str = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md). turn_group: Eq. 6-9. igpo_joint and igpo_separate:
-    the gains of all turns are pooled. grpo: only the outcome gives an advantage. gigpo: as in GiGPO."""
+    pool the gains of all turns. grpo: use only the outcome. gigpo: GiGPO's advantage."""
     gamma: float = 1.0
-    """Factor in [0, 1] by which each further turn is discounted (paper: 1.0)."""
+    """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the turns' part of the advantage; the outcome's part has weight 1. The turns' part is the accumulated
-    gain (Eq. 9: 1.0; released scripts: 0.3). With gigpo it is the step advantage (omega in GiGPO: 1.0)."""
+    """Weight of the accumulated gain (Eq. 9: 1.0; released scripts: 0.3), or of gigpo's step advantage (omega in
+    GiGPO: 1.0). The outcome's weight is 1."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
-    """Subtract a group's mean from its values, and then divide them by their standard deviation. false: only subtract
-    the mean."""
+    """true: normalise a group's values to mean 0 and standard deviation 1. false: only subtract the mean."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
-    """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the single token."""
+    """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
-    """epsilon_low of the paper. A ratio below 1 - c * clip_low is clipped to this value; clip_beta defines c."""
+    """epsilon_low of the paper. A ratio is clipped to at least 1 - c * clip_low, where clip_beta defines c."""
     clip_high: float = 4e-3
-    """epsilon_high of the paper. A ratio above 1 + c * clip_high is clipped to this value; clip_beta defines c."""
+    """epsilon_high of the paper. A ratio is clipped to at most 1 + c * clip_high, where clip_beta defines c."""
     clip_beta: float = 0.3
-    """beta, in [0, 1), of the adaptive clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). 0: c is always
-    1."""
+    """beta, in [0, 1), of the clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). With 0, c is 1."""
     dual_clip: float = 0.0
-    """A token with a negative advantage A has at most the loss dual_clip * |A|. A value > 1 needs ratio=token. 0: no
-    such limit."""
+    """Largest loss of a token with a negative advantage A, in units of |A|. A value > 1 needs ratio=token. 0: no
+    limit."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """Formula that combines the losses of all tokens into one number; see loss.policy_loss."""
+    """How the losses of all tokens become one number; see loss.policy_loss."""
     failed_calls: Literal["neutral", "count"] = "neutral"
-    """neutral: a turn whose tool call failed has no gain and is left out of its turn group. count: such a turn has a
-    gain like any other."""
+    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: it counts like any
+    other turn."""
     kl_coef: float = 0.0
-    """Weight of the penalty on the KL divergence from the reference model; 0: no reference model is loaded."""
+    """Weight of the KL divergence from the reference model; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL divergence. Training accepts only k2 and k3, because the expected gradient of k1 is 0."""
+    """Estimator of the KL divergence. Training refuses k1, because the expected gradient of k1 is 0."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """Settings of the importance weights that correct for differences between the log-probs of engine and trainer."""
+    """Importance weights that correct for differences between the log-probs of engine and trainer."""
 
     def __post_init__(self) -> None:
         names = advantage_names()

@@ -15,19 +15,18 @@ SEARCH_INSTRUCTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The files of questions, and the parts of the prompt."""
+    """The question files, and the parts of the prompt."""
 
     train: Expanded
-    """JSONL or Parquet file of training questions with their answers. The file may be compressed; docs/data.md lists
-    its fields."""
+    """JSONL or Parquet file of training questions; it may be compressed (docs/data.md)."""
     test: Expanded
-    """File of held-out questions for evaluation, in the format of `train`."""
+    """File of questions for evaluation, in the format of `train`."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """System message that precedes the question; empty: the prompt has no system message."""
+    """System message; empty: none."""
     chat_template_kwargs: dict = field(default_factory=dict)
-    """Variables that are passed to the tokenizer's chat template, for example {enable_thinking: false}."""
+    """Variables for the tokenizer's chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
-    """Tokens of the longest allowed prompt (paper: 2000). A start is refused if a prompt is longer."""
+    """Most tokens of a prompt (paper: 2000). The run does not start if a prompt is longer."""
 
     def __post_init__(self) -> None:
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")

@@ -8,10 +8,10 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     overlong_buffer_tokens: int = 0
-    """Number of last tokens before rollout.max_response_tokens over which DAPO's soft overlong penalty grows
-    linearly; 0: no penalty."""
+    """Number of tokens before rollout.max_response_tokens over which DAPO's soft overlong penalty grows linearly. 0:
+    no penalty."""
     overlong_penalty: float = 1.0
-    """Penalty of a response that has rollout.max_response_tokens tokens."""
+    """Penalty of a response with rollout.max_response_tokens tokens."""
 
     def __post_init__(self) -> None:
         require(

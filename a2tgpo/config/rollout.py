@@ -6,9 +6,8 @@ from typing import Literal
 from a2tgpo.io.errors import require
 
 GPU_STEP_TOKENS = 8192
-"""Most tokens that an engine on a GPU runs in one engine step; prefill tokens and decoded tokens both count. vLLM's
-own default is at least as high for offline generation, but only 2,048 in general (vllm/engine/arg_utils.py,
-get_batch_defaults)."""
+"""Most tokens, of prefill and decoding together, that an engine on a GPU processes in one engine step. vLLM's general
+default is only 2,048 (vllm/engine/arg_utils.py, get_batch_defaults)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +15,18 @@ class GainConfig:
     """How information gain is computed (Eq. 2-3)."""
 
     measure: Literal["probability", "log_probability"] = "probability"
-    """probability: the gain is a difference of probabilities (Eq. 3). log_probability: the gain is a difference of
-    mean log-probs, as in the authors' released code."""
+    """probability: a gain is a difference of probabilities (Eq. 3). log_probability: a gain is a difference of mean
+    log-probs, as in the authors' released code."""
     answer_reduction: Literal["first", "max"] = "first"
-    """first: score only the first gold answer. max: score all aliases, and take the most probable one at every
-    turn."""
+    """first: score only the first gold answer. max: score all aliases, and take the most probable one each turn."""
     max_aliases: int = 8
-    """Largest number of aliases that answer_reduction=max scores. An alias that would be too long after the longest
-    context is left out."""
+    """Most aliases that answer_reduction=max scores. An alias is left out if it does not fit."""
     scaffold: str = "</think> <answer> \\boxed{"
-    """Text that is inserted between a context and the gold answer, as the policy would write it to begin an answer.
-    If the text begins with </think>, this tag is left out after a context without an open thought. If the text begins
-    with <think>, this tag is left out after a context with an open thought."""
+    """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
+    A leading <think> is left out if the context has an open thought."""
     verify_every: int = 0
-    """Steps between checks in which the trainer scores gold answers too and compares its scores with the engine's
-    (`gain/engine_trainer_gap`); 0: no checks. A check takes less memory than an update (docs/performance.md)."""
+    """Steps between checks in which the trainer scores gold answers too. The log gets the difference between trainer
+    and engine (`gain/engine_trainer_gap`). 0: no checks."""
     verify_trajectories: int = 4
     """Number of trajectories that a check scores on each data-parallel replica."""
 
@@ -48,21 +44,18 @@ class GainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialConfig:
-    """Partial rollouts: a step does not wait for its longest trajectories; the next step continues them
-    (docs/performance.md).
-
-    Partial rollouts need `algorithm.correction`, because several policies then sample the tokens of one trajectory.
+    """Partial rollouts: a step does not wait for its longest trajectories, and the next step continues them
+    (docs/performance.md). Partial rollouts need `algorithm.correction`.
     """
 
     tokens_per_step: int = 0
-    """If a trajectory has sampled this many tokens in a step, it begins no further turn in that step. 0: no partial
-    rollouts, so every trajectory ends in the step that began it."""
+    """A trajectory begins no further turn in a step in which it has sampled this many tokens. 0: no partial
+    rollouts."""
     extra_prompts: int = 0
     """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
-    At most this many groups are carried over to the next step."""
+    The next step continues at most this many groups."""
     max_staleness: int = 1
-    """Largest allowed number of steps between the one that sampled a trajectory's oldest turn and the one that trains
-    on the trajectory."""
+    """Most steps that may lie between a trajectory's oldest turn and the training step that uses the trajectory."""
 
     def __post_init__(self) -> None:
         require(self.tokens_per_step >= 0, "rollout.partial.tokens_per_step", self.tokens_per_step, ">= 0")
@@ -79,9 +72,8 @@ class PartialConfig:
         return self.tokens_per_step > 0
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if the set has so few questions that one could be drawn again while it is in flight."""
-        # The sampler checks only at the start of an epoch which questions are in flight; it moves these to the
-        # epoch's end.
+        """Raise `ConfigError` if there are so few questions that one could be drawn again while it is in flight."""
+        # Only at an epoch's start does the sampler move questions in flight to the epoch's end.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -97,55 +89,51 @@ class RolloutConfig:
     """Limits of a step's rollout, and settings of its engines."""
 
     prompts_per_step: int = 64
-    """Number of prompts per step over all ranks (paper: 64). It must be a multiple of the number of engines."""
+    """Number of prompts per step over all ranks (paper: 64); a multiple of the number of engines."""
     group_size: int = 16
     """G, the number of trajectories per prompt (paper: 16)."""
     dynamic_sampling: bool = False
-    """Dynamic sampling of DAPO: drop every group whose outcome rewards are all equal, and draw further prompts until
-    the step has prompts_per_step groups."""
+    """DAPO's dynamic sampling: drop a group if all its outcome rewards are equal, and draw prompts until the step has
+    prompts_per_step groups."""
     max_draws: int = 10
-    """Largest number of times that dynamic_sampling draws prompts in one step. If groups are still missing then,
-    groups that were dropped take their places."""
+    """Most draws of prompts in one step with dynamic_sampling. If groups are still missing, dropped groups fill up
+    the step."""
     temperature: float = 1.0
-    """Sampling temperature T (paper: 1.0). Ratios, KL, entropy and likelihood use the sampling distribution
-    softmax(logits / T); information gain uses temperature 1."""
+    """Sampling temperature T (paper: 1.0). Ratios, KL, entropy and likelihood use softmax(logits / T). Information
+    gain uses temperature 1."""
     top_p: float = 1.0
-    """Threshold of nucleus sampling. Training needs 1.0 (paper: 1.0); only an evaluation with samples may use
-    less."""
+    """Threshold of nucleus sampling. It must be 1.0 in training, and may be lower in an evaluation."""
     max_turns: int = 6
-    """Largest number of tool calls in a trajectory (paper: 6). If the policy tries one more call, the trajectory
-    ends."""
+    """Most tool calls in a trajectory (paper: 6). One more call ends the trajectory."""
     max_turn_tokens: int = 1024
-    """Largest number of tokens that the policy may sample in one turn."""
+    """Most tokens that the policy may sample in one turn."""
     max_response_tokens: int = 6192
-    """Largest sum of sampled tokens and observation tokens in one trajectory (paper: 6192)."""
+    """Most sampled tokens and observation tokens, together, in one trajectory (paper: 6192)."""
     tensor_parallel: int = 1
     """Number of ranks that share one engine."""
     check_lockstep_every: int = 1
-    """Number of engine passes after which the ranks of one engine compare which requests they have scheduled and
-    freed and which tokens they have sampled; 0: never. With 1, a difference ends the run with one line before it does
-    harm. With a larger number, the engine may fail first."""
+    """Number of engine passes after which the ranks of one engine compare their scheduled and freed requests and
+    their sampled tokens; 0: never. With 1, a difference ends the run before it does harm."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the engine's weights; auto: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
-    """Quantise linear layers to e4m3 whenever weights are loaded; only on GPUs. fp8: 128x128 weights share a scale,
-    as do 128 activations. fp8_per_channel: a row of weights shares a scale, as do all activations of a token."""
+    """Quantise linear layers to e4m3 when weights are loaded; GPUs only. fp8: one scale for 128x128 weights, and one
+    for 128 activations. fp8_per_channel: one scale for a row of weights, and one for all activations of a token."""
     max_concurrent: int = 256
-    """Largest number of trajectories that one engine decodes at a time."""
+    """Most trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
-    """GiB of memory for the KV cache on each rank of the engine. 0 is allowed only on GPUs. If gpu_memory_fraction is
-    0 too, the plan then chooses both; otherwise the KV cache gets the memory that vLLM, at the start, finds unused in
-    that fraction."""
+    """GiB of KV cache on each rank of the engine; 0 only on GPUs. With 0, the KV cache gets the part of
+    gpu_memory_fraction that vLLM finds unused. If both are 0, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
-    """Share of the GPU's memory for the engine. This share must be free when the engine starts. 0: the plan chooses a
-    share that leaves a tenth of the memory free during the rollout; `tools/plan.py` and a dry run print the share."""
+    """Share of the GPU's memory for the engine, which must be free when the engine starts. 0: the plan chooses a
+    share that leaves a tenth of the memory free. `tools/plan.py` prints it."""
     block_size: int = 0
     """Number of tokens in one block of the KV cache; 0: 32 on CPUs, 16 on GPUs."""
     enforce_eager: bool = False
-    """Make vLLM skip graph capture and compilation. Without a GPU, vLLM always skips them."""
+    """Make vLLM skip graph capture and compilation. On CPUs, vLLM always skips them."""
     async_scheduling: bool = False
-    """Let vLLM schedule the next engine step while the GPU computes the present one. The default is false until this
-    has been measured on a GPU: `tools/gpu_check.py --checks engine_speed` compares tokens and speed."""
+    """Let vLLM schedule the next engine step while the GPU computes the present one. Measure its effect with
+    `tools/gpu_check.py --checks engine_speed`."""
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
 
@@ -182,7 +170,7 @@ class RolloutConfig:
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
             "all carried-over groups",
         )
-        # If the temperature is below 0.01, vLLM uses 0.01.
+        # vLLM raises lower temperatures to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(
@@ -199,9 +187,8 @@ class RolloutConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if trajectories could be played, but training on them would be wrong."""
-        # The engine gives tokens outside the nucleus probability 0, but the trainer does not, so the gradient would
-        # be biased.
+        """Raise `ConfigError` if training on the trajectories would be wrong."""
+        # Only the engine gives tokens outside the nucleus probability 0, so the gradient would be biased.
         require(
             self.top_p == 1,
             "rollout.top_p",

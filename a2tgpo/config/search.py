@@ -1,4 +1,4 @@
-"""Settings of the search tool: the source of its passages, and the limits of requests to a retrieval server."""
+"""Settings of the search tool."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,36 +9,35 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The search tool's passages come from an index in the run's own processes, or from a retrieval server."""
+    """The search tool, which uses an index in the run's own processes or a retrieval server."""
 
     backend: Literal["bm25", "http"] = "bm25"
-    """bm25: each process builds an index of `corpus`. http: a server at `url` that is compatible with Search-R1."""
+    """bm25: each process builds an index of `corpus`. http: queries go to a Search-R1 server at `url`."""
     corpus: Expanded = ""
-    """JSONL file of passages, needed with bm25. Each passage has `id` and `contents` ("title"\\ntext)."""
+    """JSONL file of passages, needed with bm25. A passage has `id` and `contents` ("title"\\ntext)."""
     url: Expanded = ""
-    """Address of the retrieval server's endpoint, needed with http, for example http://127.0.0.1:8000/retrieve."""
+    """Address of the retrieval server, needed with http, for example http://127.0.0.1:8000/retrieve."""
     url_file: Expanded = ""
-    """File that contains the server's address, in place of `url`; `tools/retrieval_server.py --url-file` writes it.
-    The client reads the file again if the server does not answer, so that the server may move to another address."""
+    """File with the server's address, in place of `url`. `tools/retrieval_server.py --url-file` writes it. The client
+    reads the file again if the server does not answer, so the server may move."""
     top_k: int = 3
-    """Number of passages that a query returns (paper: 3)."""
+    """Number of passages for a query (paper: 3)."""
     request_timeout_s: float = 30.0
-    """Seconds that one request waits for the server's answer."""
+    """Seconds that one request waits for the server."""
     max_attempts: int = 3
-    """Number of times that a query is sent within a few seconds. If none is answered, the server counts as out of
-    service."""
+    """Number of attempts for a query. If all of them fail, the server counts as out of service."""
     break_after: int = 16
-    """After this many consecutive failures the circuit breaker opens, and further searches fail at once."""
+    """Number of consecutive failures that open the circuit breaker. Further searches then fail at once."""
     break_s: float = 15.0
-    """Seconds until an open circuit breaker lets one trial query pass. If the trial fails, the breaker stays open for
+    """Seconds until an open circuit breaker lets one trial query pass. A failed trial keeps the breaker open for
     this time again."""
     token_file: Expanded = ""
-    """File that contains the bearer token which the server requires. If no file is set, the client uses
-    the environment variable A2TGPO_SEARCH_TOKEN, if it exists."""
+    """File with the server's bearer token. Without a file, the client uses the environment variable
+    A2TGPO_SEARCH_TOKEN, if it exists."""
     max_shortfall: float = 8.0
-    """Before a run on GPUs, the pre-flight measures for a few seconds how many queries a second the server answers.
-    If the planned rollout needs more, the pre-flight warns. If it needs more than max_shortfall times as many, the
-    run is refused; 0: never."""
+    """Before a run on GPUs, the server's speed in queries per second is measured. The run is refused if the planned
+    rollout needs more than max_shortfall times that speed; 0: never. If it needs more than that speed, a warning is
+    printed."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_attempts", "break_after"):
@@ -51,7 +50,7 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # `require` is not used here because its message would show the password.
+        # The message of `require` would show the password.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError(
                 "search.url contains a user name or password; use search.token_file for a token"
@@ -59,15 +58,11 @@ class SearchConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Upper limit of the seconds that one search takes. They include all its attempts, the wait for one trial of
-        another query, and the waits between attempts.
-        """
+        """Upper limit of the seconds of one search, including all attempts and waits."""
         return 2 * self.request_timeout_s * (self.max_attempts + 1)
 
     def require_source(self) -> None:
-        """Raise `ConfigError` if the source that `backend` needs is not set; called only if the run has the search
-        tool.
-        """
+        """Raise `ConfigError` if the source that `backend` needs is not set. Call this only with the search tool."""
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:

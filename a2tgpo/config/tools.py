@@ -1,4 +1,4 @@
-"""Settings of the tools that the policy may call, and of the calculator."""
+"""Settings of the policy's tools, and of the calculator."""
 
 import importlib
 import pkgutil
@@ -12,35 +12,33 @@ RESERVED = ("think", "result", "answer")
 
 
 def tool_names() -> list[str]:
-    """Return the values that `tools.names` may contain, which are the names of the modules in environment/tools/.
-
-    Does not import these modules.
-    """
+    """Return the values that `tools.names` may contain: the names of the modules in environment/tools/."""
+    # The modules are not imported.
     package = importlib.import_module(TOOLS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolsConfig:
-    """The tools that the policy may call, and limits that apply to every tool."""
+    """The policy's tools, and limits of every tool."""
 
     names: tuple[str, ...] = ("search",)
-    """Names of the tools: search, calculator, or the name of another module in environment/tools/ (docs/tools.md).
-    The policy calls a tool as <NAME> text </NAME>."""
+    """Tools that the policy may call, each a module in environment/tools/ (docs/tools.md). The policy calls a tool as
+    <NAME> text </NAME>."""
     max_concurrent_calls: int = 16
-    """Largest number of calls that each rank runs at a time."""
+    """Most calls that each rank runs at a time."""
     call_timeout_s: float = 240.0
-    """A call fails if it has not returned this many seconds after its start. With a search server, this must be at
-    least 2 x search.request_timeout_s x (search.max_attempts + 1)."""
+    """Seconds after which a call fails. With a search server, this must be at least 2 x search.request_timeout_s x
+    (search.max_attempts + 1)."""
     max_part_tokens: int = 400
-    """If a part of an answer, such as one passage, is longer than this many tokens, it is cut to this length."""
+    """Tokens to which each part of an answer is cut. A passage is a part."""
     on_outage: Literal["wait", "continue", "stop"] = "wait"
-    """Reaction if a tool's service does not answer. wait: pause the rollout, and repeat the calls until the service
-    answers. continue: tell the policy that the call failed. stop: save and end the run."""
+    """Reaction if a tool's service does not answer. wait: pause the rollout, and repeat the calls. continue: tell the
+    policy that the call failed. stop: save and end the run."""
     outage_limit_s: float = 1800.0
-    """With on_outage=wait, the run saves and ends, with exit code 75, if an outage has lasted this many seconds. With
-    a search server, this must be less than parallel.timeout_s, because other ranks may wait in a collective during
-    the outage."""
+    """With on_outage=wait, the run saves and ends with exit code 75 after an outage of this many seconds. With a
+    search server, this must be less than parallel.timeout_s, because other ranks may wait in a collective during the
+    outage."""
 
     def __post_init__(self) -> None:
         known = [name for name in tool_names() if name not in RESERVED]
@@ -55,18 +53,16 @@ class ToolsConfig:
 
     @property
     def longest_outage_s(self) -> float | None:
-        """Longest time, in seconds, that a rollout waits for a tool's service. None: the rollout does not wait and
-        continues without an answer.
-        """
+        """Longest wait, in seconds, for a tool's service. None: continue without an answer."""
         return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalculatorConfig:
     max_digits: int = 1000
-    """Largest number of digits in a number. A calculation whose result has more digits is refused."""
+    """Most digits in a number. A calculation is refused if its result has more."""
     decimals: int = 10
-    """Number of decimal places to which a result is rounded."""
+    """Number of decimal places of a result."""
 
     def __post_init__(self) -> None:
         require(1 <= self.max_digits <= 4000, "calculator.max_digits", self.max_digits, "1 to 4000")
