@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class AnswerScore:
-    """Log-probs of the tokens of each alias in one context. They are filled in as the engine returns them."""
+    """Log-probs of the tokens of each alias in one context."""
 
     aliases: list[list[float] | None]
     """Nats per answer token, for each alias. None until the alias is scored, and forever if it did not fit."""
@@ -29,14 +29,14 @@ class AnswerScore:
     def logprobs(self) -> list[list[float]] | None:
         """Log-probs of all aliases, or None if any alias lacks a score.
 
-        A maximum over aliases can be compared between turns only if every turn has the same aliases.
+        A maximum over aliases is comparable between turns only if every turn has the same aliases.
         """
         scored = [alias for alias in self.aliases if alias is not None]
         return scored if len(scored) == len(self.aliases) else None
 
 
 class AnswerScorer:
-    """Submit scorings to the engine, and store each output in the score of its context and alias."""
+    """Submit scorings to the engine, and store their outputs."""
 
     def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
@@ -48,8 +48,8 @@ class AnswerScorer:
     def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
         """Queue a scoring of log p(alias | context, scaffold) for each alias.
 
-        The returned score is filled in while the engine steps. The context is the prompt and the first
-        `num_turns` turns. All of these turns must be process turns.
+        The context is the prompt and the first `num_turns` turns, which must be process turns. The returned score
+        is filled in while the engine steps.
         """
         score = AnswerScore(aliases=[None] * len(aliases))
         context = trajectory.tokens[: trajectory.context_lengths[num_turns]]
@@ -65,7 +65,7 @@ class AnswerScorer:
         return score
 
     def collect(self, output: ScoreOutput) -> None:
-        """Store the log-probs of a finished scoring in the score that `submit` returned for it."""
+        """Store the log-probs of a finished scoring in the score that `submit` returned."""
         score, index = self._in_flight.pop(output.request_id)
         score.aliases[index] = output.answer_logprobs
         score.num_pending -= 1

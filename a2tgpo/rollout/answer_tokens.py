@@ -1,4 +1,4 @@
-"""Tokenise gold answers, and the scaffold before them, for scoring."""
+"""Tokenise gold answers, and the scaffold in front of an answer, for scoring."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ if TYPE_CHECKING:
 
 
 class AnswerTokens:
-    """Tokenise scaffold and answers separately, so that the scored tokens do not depend on the text before them.
+    """Tokenise scaffold and answers separately, so that an answer has the same tokens in every context.
 
     Args:
-        tokenizer: the policy's tokenizer.
-        config: the section `rollout.gain`.
         opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
     """
 
@@ -34,10 +32,9 @@ class AnswerTokens:
         self._outside, self._inside = self._literal.encode_parts([outside, inside])
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
-        """Return the tokens that stand between a context and the gold answer.
+        """Return the tokens between the gold answer and the context, which is the prompt and `num_turns` turns.
 
-        The context is the prompt and the first `num_turns` turns. The scaffold depends on the context: it
-        closes a thought only if one is open, and it opens a thought only if none is open.
+        The scaffold closes a thought only if one is open, and it opens a thought only if none is open.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))
@@ -46,10 +43,10 @@ class AnswerTokens:
         return self._inside if thought_is_open(written, before=self._starts_in_thought) else self._outside
 
     def aliases(self, answers: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of the `answers` that are to be scored, without duplicates.
+        """Return the token ids of the `answers` to score, without duplicates.
 
-        An alias is left out if it may not fit after a response of full length, because the maximum over aliases
-        must use the same aliases in every context. If no alias fits, the first one stays.
+        An alias is left out if it may not fit after a response of full length, so that all contexts are scored
+        with the same aliases. If no alias fits, the first one stays.
         """
         distinct = dict.fromkeys(
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]

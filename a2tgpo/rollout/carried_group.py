@@ -1,4 +1,4 @@
-"""A prompt's group of trajectories that may continue in a later step."""
+"""A group of trajectories that may continue in a later step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedGroup:
-    """A group of trajectories that is kept between steps. It is immutable: continuing it returns a new object."""
+    """A group of trajectories that is kept between steps. To continue it, create a new object."""
 
     begun: int
-    """Version of the weights with which the group's first turn was played (see `Turn.version`)."""
+    """Version of the weights that played the group's first turn (see `Turn.version`)."""
     question: int
     """The prompt's index in its question set."""
     prompt: Prompt
-    """The prompt of the step in which the group began. Its `index` refers to that step."""
+    """The prompt, with its `index` in the step in which the group began."""
     trajectories: list[Trajectory] = field(default_factory=list)
-    """The group's trajectories by sample index. Those without a stop reason continue. Empty if none has begun yet."""
+    """The group's trajectories by sample index. A trajectory without a stop reason continues."""
 
     @property
     def key(self) -> tuple[int, int]:
-        """A key that is unique within the run. It sorts groups by age, and groups of the same step by prompt."""
+        """A unique key within the run. It sorts groups by age, and groups of the same step by prompt."""
         return self.begun, self.prompt.index
 
     @property
@@ -34,15 +34,15 @@ class CarriedGroup:
 
 
 def copied(trajectory: Trajectory) -> Trajectory:
-    """Return a copy of `trajectory`. Continuing the copy does not change the original."""
+    """Return a copy of `trajectory` that can continue without changing the original."""
     return dataclasses.replace(trajectory, turns=[dataclasses.replace(turn) for turn in trajectory.turns])
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """Return `group`, with each trajectory that exceeds `limits` cut back so that it can continue.
+    """Return `group`, with each trajectory that exceeds `limits` cut so that it can continue.
 
-    Such a trajectory is cut after the last turn that leaves room to continue. It continues even if it had
-    ended, and it may have no turn left.
+    Such a trajectory is cut after the last turn that leaves room to continue, possibly before its first turn. It
+    continues even if it had ended.
     """
     members = [_shortened(member, limits) for member in group.trajectories]
     if all(one is other for one, other in zip(members, group.trajectories, strict=True)):

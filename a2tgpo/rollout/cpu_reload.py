@@ -1,6 +1,6 @@
-"""Reload weights in vLLM on a CPU, where the kernels use packed copies of the weights.
+"""Reload weights in vLLM, also on a CPU, where the kernels use packed copies of the weights.
 
-vLLM's own reload does not renew all packed copies, so the engine would compute with old weights without an error.
+vLLM's own reload leaves some packed copies unchanged, so the engine would silently compute with old weights.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import Tensor
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Load `weights` into the model of a vLLM worker. The worker must be in this process, on a GPU or on a CPU."""
+    """Load `weights` into the model of a vLLM worker that runs in this process."""
     model = worker.model_runner.get_model()
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         _forget_packed_experts(model)
-    # Rebuilt kernels read vLLM's configuration, which only the worker's method sets, so do not call the model
-    # runner's.
+    # Call the worker's method, not the model runner's. Only the worker's sets vLLM's configuration, which kernels
+    # read when they are rebuilt.
     worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         _renew_tied_head(model)
 
 
 def _forget_packed_experts(model: Any) -> None:
-    """Make the next reload pack the experts again. This must be called before the reload.
+    """Make the next reload pack the experts again. Call this before the reload.
 
-    vLLM packs experts only when it first builds their kernel. A later reload copies unpacked weights into the
+    vLLM packs experts only when it first builds their kernel. A later reload would copy unpacked weights into the
     packed storage (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():
@@ -37,11 +37,7 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def _renew_tied_head(model: Any) -> None:
-    """Give a tied output head the packed weight of the embedding. This must be called after a reload.
-
-    The reload packs only the embedding, which looks up rows and does not use its packed weight. It ignores a
-    tied head.
-    """
+    """Give a tied output head the packed weight of the embedding, because a reload packs only the embedding."""
     head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens
     if head is not embedding and getattr(head, "weight", None) is embedding.weight:

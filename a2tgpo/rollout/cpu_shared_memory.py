@@ -1,4 +1,4 @@
-"""Give the shared memory of a CPU engine names that are unique to the run, and free it when the run ends."""
+"""Give a CPU engine's shared memory names that are unique to the run, and free the memory when the run ends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ SEGMENTS = Path("/dev/shm")
 def own_segments(communicator: Any) -> Iterator[None]:
     """Make an engine use shared-memory names of this run while it is constructed.
 
-    All ranks of the world must enter and leave this context together. If a launcher started the ranks, vLLM
-    uses the same names in every run (vllm/distributed/device_communicators/cpu_communicator.py,
-    make_group_name). Shared memory of a killed run, or of another run on this machine, would then keep this run
-    from starting.
+    All ranks of the world must enter and leave this context together. By default, vLLM uses the same names in every
+    run that a launcher started (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Shared
+    memory of another run or of a killed run would then keep this run from starting.
 
     Args:
         communicator: the class of vLLM whose method `make_group_name` names the shared memory.
@@ -39,8 +38,7 @@ def own_segments(communicator: Any) -> Iterator[None]:
         yield
     finally:
         communicator.make_group_name = staticmethod(make_name)
-        # All ranks have mapped the shared memory by now. Once it is unlinked, the system frees it when the
-        # processes end.
+        # All ranks have mapped the shared memory by now. If it is unlinked, it is freed when the processes end.
         for path in SEGMENTS.iterdir() if names else ():
             if any(name in path.name for name in names):
                 path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from a2tgpo.io.errors import require
 from a2tgpo.rollout.engine_limits import cache_bytes_of_one, quantization_name
 
 LOAD_FORMAT = "a2tgpo"
-"""Name of the loader in `vllm_engine.py`. This loader reads the same files as the trainer."""
+"""Name of the loader in `vllm_engine.py`, which reads the same files as the trainer."""
 ON_GPU = torch.cuda.is_available()
 
 
@@ -21,17 +21,9 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Return the keyword arguments for vLLM's EngineArgs.
 
-    Args:
-        model_path: the model's Hugging Face folder.
-        hf_config: the model's configuration.
-        config: the section `rollout`.
-        dtype: the engine's number format.
-        max_model_len: number of tokens of the longest sequence.
-        seed: seed of the engine's own generator.
-
     Raises:
-        ConfigError: if a CPU engine does not support the block size, the cache size or asynchronous scheduling,
-            or if the model or the machine does not support the quantisation. The message is one line.
+        ConfigError: with a one-line message, if a CPU engine does not support the block size, the cache size or
+            asynchronous scheduling, or if the model or the machine does not support the quantisation.
     """
     cache_bytes = int(config.kv_cache_gib * 2**30)
     arguments: dict[str, Any] = dict(
@@ -48,8 +40,7 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
-        # With this mode, log-probs of sampled tokens include temperature and masks. Log-probs of given tokens
-        # (prompt_logprobs) are the model's own in every mode.
+        # Log-probs of sampled tokens include temperature and masks. Log-probs of given tokens never do.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )
@@ -84,7 +75,7 @@ def engine_arguments(
         config.kv_cache_gib,
         f">= {needed / 2**30 + 0.0005:.3f}, enough for one sequence of {max_model_len} tokens",
     )
-    # The chunks of a divided prompt would need a random generator with an offset, which a CPU does not have.
+    # On a CPU, a prompt must not be divided: its chunks would need a random generator with an offset.
     return arguments | dict(
         enforce_eager=True,
         kv_cache_memory_bytes=cache_bytes,

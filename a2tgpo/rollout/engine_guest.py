@@ -1,4 +1,4 @@
-"""Share a process with vLLM: protect state that vLLM must not change, and change some of vLLM's methods."""
+"""Keep vLLM from changing the trainer's process state, and adapt some of vLLM's methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE
 
 
 def cap_cache_hits(manager: Any) -> None:
-    """Let a request limit its prefix-cache hit, with SamplingParams(extra_args={"max_cache_hit": tokens})."""
+    """Let a request limit its prefix-cache hit to N tokens, with SamplingParams(extra_args={"max_cache_hit": N})."""
     get_computed_blocks: Callable = manager.get_computed_blocks
     find_longest: Callable = manager.coordinator.find_longest_cache_hit
     cap: int | None = None
@@ -41,15 +41,12 @@ def cap_cache_hits(manager: Any) -> None:
 
 
 def abort_in_order(core: Any) -> None:
-    """Make requests that are aborted in one call free their blocks in the order of the call.
+    """Make requests that `core`, vLLM's EngineCore, aborts in one call free their blocks in the order of the call.
 
-    By default, vLLM's scheduler frees these requests in the order of a Python set. The order differs between
-    the ranks of an engine, because each rank adds its own random suffix to a request's id. Then evictions,
-    cache hits and schedules would differ, too (vllm/v1/core/sched/scheduler.py, finish_requests). A request
-    that writes a stop string also ends with an abort.
-
-    Args:
-        core: vLLM's EngineCore object.
+    By default, vLLM's scheduler frees these requests in the order of a Python set
+    (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so
+    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ. vLLM
+    also aborts a request that writes a stop string.
     """
     abort: Callable[[list[str]], None] = core.abort_requests
 
@@ -62,9 +59,9 @@ def abort_in_order(core: Any) -> None:
 
 @contextlib.contextmanager
 def environment_kept() -> Iterator[None]:
-    """Restore, at the end, the trainer's environment variables and the number of threads that compile its kernels.
+    """Restore, at the end, the trainer's environment variables and Inductor's number of compile threads.
 
-    Importing vllm sets the number of these threads to 1 for the whole process (vllm/env_override.py).
+    Importing vllm sets this number to 1 for the whole process (vllm/env_override.py).
     """
     variables = {name: os.environ.get(name) for name in _VARIABLES_KEPT}
     threads = _inductor_threads()
@@ -80,11 +77,7 @@ def environment_kept() -> Iterator[None]:
 
 
 def _inductor_threads() -> int | None:
-    """Return the number of Inductor's compile threads, or None if the environment decides it.
-
-    None also covers two cases: Inductor's configuration is not imported yet, or `unittest.mock.patch` has
-    deleted the value.
-    """
+    """Return Inductor's number of compile threads, or None if Inductor has no set number."""
     return getattr(sys.modules.get("torch._inductor.config"), "compile_threads", None)
 
 
@@ -96,9 +89,9 @@ def _set_inductor_threads(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def preserved_host_state() -> Iterator[None]:
-    """Restore environment and random generators after an engine was constructed.
+    """Restore, at the end, the environment variables and random generators that an engine's construction changes.
 
-    Inside the context, kernels belong to the engine. They compile with one thread, because vLLM sets this number.
+    Inside the context, kernels compile with one thread, as vLLM requires.
     """
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""Value of `rollout.quantization` -> vLLM's name of the method. These methods read a full-precision checkpoint
-and quantise each layer while its weights load, both at the first load and at every refit
-(vllm/model_executor/model_loader/reload/layerwise.py).
+"""Value of `rollout.quantization` -> vLLM's name of the method. At the first load and at every refit, these methods
+quantise full-precision weights layer by layer (vllm/model_executor/model_loader/reload/layerwise.py).
 """
 
 
@@ -26,8 +25,8 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the configuration and the tokenizer of the model in folder `model_path`.
 
     Raises:
-        ConfigError: if the folder or its config.json is missing, or if `load_tokenizer` raises it. The message
-            is one line.
+        ConfigError: with a one-line message, if the folder or its config.json is missing, or for the reasons of
+            `load_tokenizer`.
     """
     from transformers import AutoConfig
 
@@ -44,7 +43,7 @@ def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: st
     """Return the bytes of KV cache that one sequence of `max_model_len` tokens takes on one rank."""
     heads = getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads
     head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    # vLLM reserves one additional block.
+    # vLLM reserves one additional block per sequence.
     num_tokens = (-(-max_model_len // block) + 1) * block
     element_bytes = 4 if dtype == "float32" else 2
     return 2 * hf_config.num_hidden_layers * max(1, heads // tp_size) * head_dim * num_tokens * element_bytes
@@ -53,11 +52,8 @@ def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: st
 def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
     """Return vLLM's name for the method that `rollout.quantization` selects.
 
-    Args:
-        dtype: the number format of the weights.
-
     Raises:
-        ConfigError: if the machine, `dtype` or the model's sizes do not allow this method.
+        ConfigError: if the machine, the weights' `dtype` or the model's sizes do not allow this method.
     """
     key, value = "rollout.quantization", config.quantization
     require(
@@ -76,7 +72,7 @@ def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
 
 
 def explain_refusal(error: ValueError, max_model_len: int) -> str:
-    """Return a one-line explanation of vLLM's refusal that names our own settings."""
+    """Return a one-line explanation of vLLM's refusal in terms of this project's settings."""
     text = " ".join(str(error).split())
     if "KV cache" in text:
         return (

@@ -1,4 +1,4 @@
-"""The engine's outputs as plain records, so that the event loop does not have to import the engine."""
+"""Plain records of the engine's outputs. A module that uses them does not need to import vllm."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,15 @@ class EngineOutput:
 
     request_id: str
     tokens: list[int]
-    """Sampled ids. The ids of the stop string, or of the end-of-sequence token, are included."""
+    """Sampled ids, including the ids of the stop string or of the end-of-sequence token."""
     logprobs: list[float]
-    """Nats: log p of each token in the distribution that it was sampled from, or at temperature 1 if greedy."""
+    """Nats: log p of each token in the sampling distribution. If sampling was greedy, log p at temperature 1."""
     text: str
-    """The text of the tokens. It ends right after the stop string."""
+    """The decoded tokens, up to and including the stop string."""
     finish_reason: str
-    """Either stop (the generation wrote a stop string or ended the sequence) or length."""
+    """"stop" if a stop string or the end of sequence ended the generation; "length" if the token limit did."""
     stop_string: str | None
-    """The stop string that ended the generation, or None if no stop string did."""
+    """The stop string that ended the generation, if one did."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Number of prompt tokens that were in the prefix cache."""
@@ -26,7 +26,7 @@ class EngineOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOutput:
-    """The result of a finished scoring of an answer."""
+    """The result of scoring one answer."""
 
     request_id: str
     answer_logprobs: list[float]
@@ -57,7 +57,7 @@ def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> Sco
 
     Args:
         num_scored: number of tokens at the end of the request's prompt that were scored.
-        is_second_runner: whether vLLM's V2 model runner computed the output. It returns log-probs in another field.
+        is_second_runner: whether vLLM's V2 model runner computed the output. V2 uses another field for log-probs.
     """
     counts = _prompt_counts(output)
     computed_from = counts["num_prompt_tokens"] - num_scored

@@ -1,4 +1,4 @@
-"""Choose the engine's share of GPU memory if the configuration does not set it. All ranks get the same share."""
+"""Choose the engine's share of GPU memory if the configuration does not set it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from a2tgpo.plan.hardware import GIB, GPUS
 
 
 def settle_engine_share(config: RunConfig) -> RunConfig:
-    """Return `config` with the plan's choice of the engine's share and KV cache; every rank must call this.
+    """Return `config` with the plan's choice of the engine's memory share and KV cache; every rank must call this.
 
-    The plan is made for the GPU with the least memory. If there is no GPU, or if `rollout.gpu_memory_fraction`
-    is set, `config` is returned unchanged.
+    The plan is made for the GPU with the least memory, so all ranks get the same share. If there is no GPU, or if
+    `rollout.gpu_memory_fraction` is set, `config` is returned unchanged.
 
     Raises:
-        ConfigError: if the plan does not support the model. The message is one line.
+        ConfigError: with a one-line message, if the plan does not support the model.
     """
     if config.rollout.gpu_memory_fraction or not torch.cuda.is_available():
         return config

@@ -1,4 +1,4 @@
-"""The rollout on one engine. It plays the group of trajectories of every prompt, and scores the gold answers."""
+"""The rollout on one engine: play groups of trajectories, and score the gold answers."""
 
 from __future__ import annotations
 
@@ -30,36 +30,31 @@ if TYPE_CHECKING:
 
 
 class RolloutInterruptedError(Exception):
-    """The rollout was interrupted on request. The trajectories that it had not returned are lost."""
+    """Raised if the rollout was interrupted on request. Trajectories that it had not yielded are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A trajectory that has ended, with the values from which its reward and its gains are computed."""
+    """An ended trajectory, with the values from which its reward and gains are computed."""
 
     trajectory: Trajectory
     prompt: Prompt
     turn_texts: list[str]
-    """The text that the policy wrote in each turn (see `GroupRollout.turn_texts`)."""
+    """The policy's text of each turn (see `GroupRollout.turn_texts`)."""
     context_logprobs: list[list[list[float]] | None]
-    """Log-probs of the gold answers, per alias and token, in each context: after the prompt, and after each
-    process turn. A context is None if its log-probs could not be computed. The list is empty if nothing was
-    scored.
-    """
+    """Log-probs of the gold answers, per alias and token, in each context: after the prompt, and after each process
+    turn. The entry of a context is None if it has no log-probs. The list is empty if nothing was scored."""
 
 
 Playing = Generator[Finished | None, None, None]
-"""A rollout that has started and is driven by iterating over it (see `GroupRollout.play`)."""
+"""A started rollout. Iterate over it to drive it (see `GroupRollout.play`)."""
 
 
 class GroupRollout:
     """Play groups of trajectories on one engine.
 
     Args:
-        engine: the engine of this rank.
-        toolset: the tools that the policy may call. This object does not close them.
-        tokenizer: the policy's tokenizer.
-        rollout: the section `rollout`.
+        toolset: the tools that the policy may call. The caller must close them.
         opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
         end_of_turn: `PromptTemplate.end_of_turn`. If it is None, only the end of sequence ends a response.
         engine_group: the ranks that share the engine.
@@ -107,25 +102,22 @@ class GroupRollout:
         skip: Container[tuple[int, int]] = (),
         counts: RolloutCounts | None = None,
     ) -> Playing:
-        """Play `group_size` trajectories of every prompt.
+        """Start a rollout of `group_size` trajectories per prompt.
 
-        All ranks of the engine must iterate in the same way. Callers usually pass the returned iterator to
-        `finished`, which handles the heartbeats.
+        All ranks of the engine must iterate in the same way. `finished` iterates and handles the heartbeats.
 
         Args:
             prompts: the prompts that this engine plays, possibly none.
-            seed: seed of the run.
-            version: version of the weights (`Turn.version`). Seed, version, prompt and sample together
-                determine every sampled token.
+            seed: seed of the run. Seed, version, prompt and sample together determine every sampled token.
+            version: version of the weights (`Turn.version`).
             greedy: whether to always take the most probable token, as evaluation does.
             group_size: number of trajectories per prompt. None means `rollout.group_size`.
             score_gain: whether to score the gold answer in every context.
-            skip: pairs (index of the prompt, sample) of the trajectories that are not to be played.
-            counts: counts to which the counts of this rollout are added.
+            skip: pairs (index of the prompt, sample) of trajectories that are not played.
+            counts: receives the counts of this rollout.
 
         Yields:
-            The same as `MultiTurnLoop.play`: the trajectories in the order in which they finish, and None as a
-            heartbeat.
+            Each trajectory when it has finished, and None as a heartbeat (see `MultiTurnLoop.play`).
 
         Raises:
             ConfigError: raised by the call, if a prompt leaves no room for one token.
@@ -156,20 +148,19 @@ class GroupRollout:
     ) -> tuple[list[CarriedGroup], Playing]:
         """Begin or continue the unfinished trajectories of `groups`.
 
-        All ranks of the engine must iterate in the same way. Earlier turns keep their tokens. In a continued
-        trajectory, the gold answer is scored again in all contexts, so that each gain is a difference between
-        probabilities of the same policy.
+        All ranks of the engine must iterate in the same way. Earlier turns keep their tokens. The gold answer is
+        scored again in all contexts, so that the current policy computes both probabilities of each gain.
 
         Args:
             groups: the groups that this engine plays. They are not changed.
-            budgets: for each group, the number of tokens after which a trajectory begins no further turn in
-                this call. None means that the trajectory is played to its end.
+            budgets: for each group, the number of tokens after which a trajectory begins no further turn in this
+                call. None means that the trajectory is played to its end.
             seed, version, counts: as in `play`. While the weights are the same as when a group began, the group
                 draws the same samples as in `play`.
 
         Returns:
-            The continued groups, and an iterator of the same kind as that of `play`. The trajectories of the
-            groups grow while the caller exhausts the iterator.
+            The continued groups, and an iterator like that of `play`. The trajectories of these groups grow while
+            the caller exhausts the iterator.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []
@@ -194,16 +185,13 @@ class GroupRollout:
 
         Args:
             playing: the iterator that `play` or `play_on` returned.
-            should_stop: returns whether to interrupt the rollout. If it returns True on one rank of the engine,
-                all ranks interrupt it. It must also decide what happens when an `outage` reaches its limit. If
-                `should_stop` is None, the rollout is never interrupted, and an outage that reaches its limit is
-                an error.
+            should_stop: returns whether to interrupt the rollout, also if an `outage` has reached its limit. One True
+                on any rank interrupts the rollout on all ranks of the engine. If `should_stop` is None, only an
+                outage that reaches its limit ends the rollout, with an error.
 
         Raises:
-            RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted. The next call
-                starts over.
-            ToolFaultError: on all ranks of the engine, if a tool's service does not come back and `should_stop`
-                is None.
+            RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted.
+            ToolFaultError: on all ranks of the engine, if an outage reaches its limit and `should_stop` is None.
         """
         with contextlib.closing(playing):
             for done in playing:
@@ -249,19 +237,18 @@ class GroupRollout:
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
         """Return the text that the policy wrote in each turn.
 
-        Observations are left out, and so is the token that ended the response. If a token reaches beyond a
-        closing tag, its text is cut there, because the turn ended with the tag.
+        The text has no observation and no token that ends a turn. If a token reaches beyond a closing tag, the text
+        ends with the tag.
         """
         return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
 
     @property
     def outage(self) -> Outage:
-        """The state of this engine's wait for a tool's service. Callers decide what to do about an outage."""
+        """The state of this engine's wait for a tool's service."""
         return self._tools.outage
 
     @property
     def tool_names(self) -> tuple[str, ...]:
-        """Names of all tools that the policy may call."""
         return self._syntax.names
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Hold tool calls whose service is unavailable, and retry them until the service answers."""
+"""Hold tool calls whose service is unavailable, and retry these calls until the service answers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.rollout.tool_workers import Call
 
 RETRY_S = 1.0
-"""Seconds between two tries of a held call. If a client's circuit breaker is open, each try fails at once."""
+"""Seconds between two tries of a held call."""
 WARN_EVERY_S = 60.0
-"""Shortest time between two warnings about an unreliable service, seconds."""
+"""Shortest time between two warnings about an unavailable service, in seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 class HeldCalls:
-    """The tool calls of one rank that are held because a service is unavailable.
+    """Tool calls of one rank that are held because a service is unavailable.
 
     Args:
-        outage: an outage begins when a service stops answering, and it ends when all services answer again.
-        clock: returns monotonic seconds.
+        outage: begins when a service stops answering, and ends when all services answer again.
     """
 
     def __init__(self, outage: Outage, *, clock: Callable[[], float] = time.monotonic):
@@ -33,7 +32,7 @@ class HeldCalls:
         self._held: list[tuple[float, Call]] = []
         """Pairs (time of the next try, call), in ascending order of time."""
         self._out_of_service: set[str] = set()
-        """Names of the tools whose service is unavailable."""
+
         self._warned_at = -WARN_EVERY_S
         self._has_warned = False
         """Whether a warning about the current outage was logged."""
@@ -42,7 +41,7 @@ class HeldCalls:
         return len(self._held)
 
     def keep(self, ended: Sequence[Call]) -> list[Call]:
-        """Hold each call among `ended` whose service was unavailable, and return the other calls."""
+        """Hold the calls among `ended` whose service was unavailable, and return the other calls."""
         served = []
         for call in ended:
             if isinstance(call.error, ToolUnavailableError):
@@ -54,7 +53,7 @@ class HeldCalls:
         return served
 
     def take_due(self) -> list[Call]:
-        """Remove the held calls that are due for a retry, and return them."""
+        """Remove and return the held calls that are due for a retry."""
         now = self._clock()
         due = [call for at, call in self._held if at <= now]
         self._held = [(at, call) for at, call in self._held if at > now]

@@ -1,9 +1,8 @@
-"""A guard that compares the decisions of the schedulers on the ranks that share an engine.
+"""Check that the schedulers on the ranks of an engine take the same decisions.
 
-Each rank of an engine has its own scheduler. The forward passes of the ranks meet in collectives, so all
-schedulers must take the same decisions. Otherwise the collectives hang, or they mix the activations of
-different tokens. The guard keeps a running hash of all decisions. It compares the hashes of the ranks twice in
-a pass: before the pass is computed, and before its tokens are used.
+If they did not, the collectives of a forward pass would hang, or would mix the activations of different tokens. The
+check compares a running hash of all decisions twice in a pass: before the pass is computed, and before its tokens
+are used.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
 _HASH_BYTES = 7  # an int64 must hold both the hash and its negative
-# vLLM appends random characters to the id of a request. Every rank appends different ones
+# vLLM appends random characters to the id of a request, different ones on every rank
 # (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}
 
 
 class LockstepError(RuntimeError):
-    """The ranks of one engine took different decisions. The message is one line, and the same on all ranks."""
+    """Raised on all ranks, with the same one-line message, if ranks of one engine took different decisions."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Decision:
     number: int
     """Number of the engine's pass, counted from 1."""
     kind: str
-    """What the scheduler did with the requests. One of: scheduled, took from the cache, sampled, freed."""
+    """One of: scheduled, took from the cache, sampled, freed."""
     names: list[str]
     """Ids of the requests, in the scheduler's order."""
     values: list[Any]
@@ -68,9 +67,7 @@ class Lockstep:
         self._watch(scheduler)
 
     def compare(self) -> None:
-        """Raise an error if the decisions of the ranks differ. Passes that are not to be compared are skipped.
-
-        All ranks of the group must call this at the same point.
+        """Compare the ranks' decisions if a comparison is due. All ranks of the group must call this together.
 
         Raises:
             LockstepError: on all ranks of the group, if two ranks took different decisions.
@@ -123,11 +120,7 @@ class Lockstep:
 
 
 def describe_difference(by_rank: dict[int, list[Decision]]) -> str:
-    """Describe, in one line, the first decision on which two ranks differ.
-
-    Args:
-        by_rank: the decisions of each rank since the last comparison in which all were equal.
-    """
+    """Describe, in one line, the first decision on which two ranks differ."""
     first, *others = by_rank
     for other in others:
         pairs = zip(_numbered_texts(by_rank[first]), _numbered_texts(by_rank[other]), strict=False)

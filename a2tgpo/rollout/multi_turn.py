@@ -1,16 +1,16 @@
-"""The event loop of a rollout. All trajectories are in flight, and each pauses only for its own tool calls.
+"""The event loop of a rollout. All trajectories play at once, and each pauses only for its own tool calls.
 
 A trajectory ends with one of these stop reasons:
     answer       it wrote </answer>
-    eos          it wrote no answer, but the end of sequence or the chat template's end of a turn
+    eos          it ended the sequence or the chat template's turn without an answer
     length       it used up the token budget of the turn or of the response
-    context      it is as long as the longest sequence that the engine allows
+    context      it reached the longest sequence that the engine allows
     max_turns    it called a tool once more than allowed
     empty_query  it called a tool with an empty query
 The turn in which a trajectory ends is its final turn. A final turn has neither a query nor an observation.
 
-A trajectory with a budget may also pause. A paused trajectory has no stop reason. Its last tokens are an
-observation, from which a later call continues it.
+A trajectory with a budget may also pause after an observation. A paused trajectory has no stop reason, and a later
+call continues it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 HEARTBEAT_EVERY = 16
-"""Number of passes of the loop between two heartbeats, while the engine has work."""
+"""Number of passes between two heartbeats while the engine has work."""
 MIN_TURN_TOKENS = 32
-"""Number of tokens for which an observation must leave room, so that another turn can follow."""
+"""Number of tokens for another turn that an observation must leave free."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits that bound one trajectory."""
-
     max_turns: int
     max_turn_tokens: int
     max_response_tokens: int
@@ -49,17 +47,15 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are sampled. Each request's seed depends on `seed` and `version`."""
-
     temperature: float
-    """Temperature of sampling. 0 means greedy sampling."""
+    """0 means greedy sampling."""
     top_p: float
     seed: int
     version: int
     """Version of the weights (see `Turn.version`)."""
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
-        """Return the seed of one generation. It does not depend on the rank, the time or the other requests."""
+        """Return the seed of one generation. It does not depend on the rank, the time or other requests."""
         if self.temperature == 0:
             return None
         prompt = group.prompt
@@ -76,45 +72,39 @@ class PromptGroup:
 
     prompt: Prompt
     aliases: list[list[int]]
-    """Token ids of the gold answers that are to be scored."""
+    """Token ids of the gold answers to score."""
     baseline: AnswerScore | None = None
-    """Score of the gold answer after the prompt, before any turn. None if nothing is scored."""
+    """Score of the gold answer after the prompt. None if nothing is scored."""
     begun: int | None = None
     """Version of the weights with which the group began. None means the current version."""
 
 
 @dataclass(kw_only=True)
 class LiveTrajectory:
-    """A trajectory that this call plays."""
-
     group: PromptGroup
     trajectory: Trajectory
     tokens: TokenIds
-    """All tokens of the sequence so far."""
     scores: list[AnswerScore] = field(default_factory=list)
     """Scores of the gold answer after each process turn."""
     open_call: tuple[str, str] = ("", "")
-    """Name of the tool and query of the call that is in progress."""
+    """Tool name and query of the pending call."""
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
-    """Once this call has sampled so many tokens, no further turn begins. None means that there is no bound."""
+    """Number of tokens sampled in this call after which no further turn begins, or None."""
     num_past_turns: int = 0
     """Number of turns that earlier calls played."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
-        """A sort key that puts trajectories first that may take longest.
+        """A sort key that puts the trajectories first that may take longest.
 
-        Trajectories without a budget come before all others. Among the remaining ties, trajectories that earlier
-        calls began come before new ones, and then questions with more hops come before those with fewer, if the
-        question set gives the number of hops.
+        The criteria are, in order: no budget, begun by an earlier call, most hops of the question.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
     @property
     def new_turns(self) -> list[Turn]:
-        """The turns that this call has played."""
         return self.trajectory.turns[self.num_past_turns :]
 
     @property
@@ -137,13 +127,11 @@ class MultiTurnLoop:
     """Play trajectories until they end or have used up their budget.
 
     Args:
-        engine: the engine, which must have no request when a rollout starts, and has none when it ends.
-        tools: the pool that runs the tool calls.
-        syntax: the syntax of a tool call.
-        observations: the encoder that converts answers of tools to tokens.
+        engine: the engine. It must have no request when a rollout starts, and has none when the rollout ends.
+        observations: converts tools' answers to tokens.
         stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
         scorer: scores the gold answer after every observation. None means that nothing is scored.
-        counts: counts to which the counts of this rollout are added.
+        counts: receives the counts of this rollout.
     """
 
     def __init__(
@@ -171,20 +159,19 @@ class MultiTurnLoop:
         self._generating: dict[str, LiveTrajectory] = {}
         self._calling: dict[int, LiveTrajectory] = {}
         self._ended: list[LiveTrajectory] = []
-        """Trajectories whose last token was sampled, and for which the engine still computes scores."""
+        """Trajectories that have ended but may still wait for scores."""
         self._num_requests = 0
 
     def play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
-        """Play all trajectories in `live`. The engine works whenever at least one trajectory can continue.
+        """Play all trajectories in `live`, and start them in the order of `LiveTrajectory.start_order`.
 
-        Trajectories start in the order of `LiveTrajectory.start_order`. A caller may close the iterator after
-        any item. Ranks that share the engine must close their iterators after the same item. After the iterator
-        was closed, engine and tools hold no request of this rollout.
+        The caller may close the iterator after any item, but ranks that share the engine must close it after the same
+        item. Engine and tools then hold no request of this rollout.
 
         Yields:
-            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat: it is yielded
-            every `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the
-            engine get the same items.
+            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat: it is yielded every
+            `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the engine get the
+            same items.
 
         Raises:
             ToolFaultError: if a tool has a bug or hangs too often. Engine and tools can play again after this error.
@@ -226,7 +213,7 @@ class MultiTurnLoop:
                 self._take_turn(self._generating.pop(output.request_id), output)
 
     def _take_finished(self) -> list[LiveTrajectory]:
-        """Remove and return the trajectories that have ended and whose scores are all known."""
+        """Remove and return the ended trajectories whose scores are all known."""
         finished = [live for live in self._ended if live.is_scored]
         self._ended = [live for live in self._ended if not live.is_scored]
         return finished
@@ -234,8 +221,7 @@ class MultiTurnLoop:
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
         """Score the gold answer in all contexts that exist before this call plays a turn.
 
-        The context after the prompt is scored only once per group. The contexts after turns of earlier calls
-        are scored for each trajectory.
+        The context after the prompt is scored once per group.
         """
         group = live.group
         if group.baseline is None:
@@ -317,8 +303,8 @@ class MultiTurnLoop:
         if live.is_spent:
             self._count_turns(live)
             return
-        # Submit the generation before the scoring. Its prefill computes and caches the observation, so the
-        # scoring needs rows of the output head only for the scaffold and the answer.
+        # Submit the generation first. Its prefill caches the observation, so the scoring has to compute only the
+        # scaffold and the answer.
         self._generate(live)
         if self._scorer is not None:
             num_turns = live.trajectory.num_process_turns

@@ -1,4 +1,4 @@
-"""Convert tools' answers to observation tokens: tokenise each answer without its context, and cut it to its room."""
+"""Convert tools' answers to observation tokens, and cut the tokens to the available room."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 """The character that a decoder writes in place of invalid bytes."""
 MAX_CHARACTER_TOKENS = 4
-"""Largest number of tokens of one character: it has at most 4 bytes in UTF-8, and a token at least one."""
+"""Largest number of tokens of one character, because a character has at most 4 bytes in UTF-8."""
 
 
 class ObservationEncoder:
-    """Encode the answer of a tool as the tokens that are appended to a trajectory.
+    """Encode a tool's answer as the tokens of an observation.
 
-    Whatever the answer contains, the result has the protocol's tags and no other control token.
+    The result contains the protocol's tags and no other control token.
 
     Args:
-        tokenizer: the policy's tokenizer.
         syntax: the tags to write, and to remove from answers.
         max_part_tokens: number of tokens to which each part of an answer is cut.
     """
@@ -48,7 +47,7 @@ class ObservationEncoder:
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:
-        """Return an observation's `tokens` cut to at most `room` >= `min_tokens` tokens. Both tags are kept."""
+        """Return an observation's `tokens`, cut to at most `room` >= `min_tokens` tokens. Both tags are kept."""
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens are too few for the result's tags"
@@ -60,16 +59,15 @@ class ObservationEncoder:
         tokens = self._literal.encode(text)
         if len(tokens) <= self._max_part_tokens:
             return text
-        # If the cut is inside a character of several tokens, its first tokens decode to replacement characters,
-        # so drop these.
+        # A cut inside a character leaves tokens that decode to replacement characters.
         return self._decode(tokens[: self._max_part_tokens]).rstrip(REPLACEMENT)
 
     def _ends_a_character(self, tokens: list[int]) -> bool:
-        """Return whether the last of `tokens` is the last token of a character."""
+        """Return whether the last of `tokens` ends a character."""
         return not self._decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
 
     def _decode(self, tokens: list[int]) -> str:
-        # Some tokenizers would remove spaces before punctuation. This setting keeps them.
+        # Keep spaces before punctuation, which some tokenizers would remove.
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def _encode_result(self, body: str) -> list[int]:

@@ -1,9 +1,8 @@
-"""The syntax of a tool call, and the syntax of a tool's answer in the context.
+"""The syntax of tool calls and of tools' answers.
 
-A turn ends at the first `</NAME>` of a tool. The query is the text between the last `<NAME>` of the turn and
-this tag. The protocol's own tags are removed from the query, and each run of whitespace becomes one space. For
-example, `<search> a <search> b </search>` has the query "b". A `</search>` without an opening tag has an empty
-query, which ends the trajectory.
+A turn ends at the first `</NAME>` of a tool. The query is the text between this tag and the last `<NAME>` before it,
+without the protocol's tags and with single spaces. For example, `<search> a <search> b </search>` has the query "b".
+If the opening tag is missing, the query is empty, and the trajectory ends.
 """
 
 from collections.abc import Sequence
@@ -15,11 +14,7 @@ MAX_REASON_CHARS = 160
 
 
 class CallSyntax:
-    """The tags that call a set of tools.
-
-    Args:
-        names: names of the tools. The policy calls a tool by writing <NAME> text </NAME>.
-    """
+    """The tags that call a set of tools. To call the tool NAME, the policy writes <NAME> text </NAME>."""
 
     def __init__(self, names: Sequence[str]):
         self.names = tuple(names)
@@ -28,17 +23,17 @@ class CallSyntax:
         self._tag = tag_pattern(names)
 
     def tool_of(self, stop_string: str | None) -> str | None:
-        """Return the name of the tool whose call ends with `stop_string`, or None if `stop_string` ends no call."""
+        """Return the name of the tool whose call ends with `stop_string`, or None if no call ends with it."""
         return self._by_closing.get(stop_string) if stop_string is not None else None
 
     def find_query(self, text: str, name: str) -> str:
-        """Return the query in the `text` of a turn that contains `</NAME>`, or an empty text if it has none."""
+        """Return the query of a turn's `text`, which contains `</NAME>`, or an empty text if it has no query."""
         before_close, _, _ = text.partition(f"</{name}>")
         _, opening, query = before_close.rpartition(f"<{name}>")
         return " ".join(self._tag.sub(" ", query).split()) if opening else ""
 
     def cut_at_stop(self, text: str) -> str:
-        """Return `text` up to the end of its first stop string, or all of `text` if it has no stop string."""
+        """Return `text` up to the end of its first stop string, or all of `text` if it has none."""
         ends = [text.find(stop) + len(stop) for stop in self.stop_strings if stop in text]
         return text[: min(ends)] if ends else text
 
@@ -49,8 +44,7 @@ class CallSyntax:
     def result_body(self, parts: Sequence[str]) -> str:
         """Return the text between the two tags of a result.
 
-        The protocol's own tags are removed from the parts. So a tool's answer cannot close the result, and it
-        cannot look like a call or an answer of the policy.
+        The protocol's tags are removed from the parts, so a tool's answer cannot close the result.
         """
         return "\n".join(without_tags(part, self._tag) for part in parts)
 
@@ -60,4 +54,4 @@ class CallSyntax:
 
 
 SEARCH_CALLS = CallSyntax(("search",))
-"""The syntax of the search tool alone. The demonstrations of the examples use it."""
+"""The syntax of the search tool alone."""

@@ -1,4 +1,4 @@
-"""Run tool calls in the background, so that all ranks of an engine receive the answers in the same order."""
+"""Run tool calls in the background. All ranks of an engine receive the answers in the same order."""
 
 from __future__ import annotations
 
@@ -18,42 +18,37 @@ from a2tgpo.rollout.held_calls import HeldCalls
 from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
 WAIT_S = 1.0
-"""Seconds that one call of `ToolPool.results` waits at most. The caller has other work between two calls."""
+"""Seconds that one call of `ToolPool.results` waits at most."""
 IDLE_S = 0.1
-"""Seconds of one wait if every pending call is held. In that case, no thread can return an answer."""
+"""Seconds of one wait if every pending call is held, because no thread can return an answer then."""
 
 
 class ToolFaultError(RuntimeError):
-    """A tool has a bug or hangs too often. All ranks that share the engine raise it, with a message of one line."""
+    """Raised on all ranks of an engine, with a one-line message, if a tool has a bug or hangs too often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolResult:
-    """The answer to one tool call."""
-
     key: int
-    """The key that `ToolPool.submit` returned for the call."""
+    """The key that `ToolPool.submit` returned."""
     parts: tuple[str, ...] = ()
     error: str | None = None
-    """One line that says why the call failed. None if it succeeded."""
+    """One line that says why the call failed, or None if the call succeeded."""
     is_late: bool = False
-    """Whether the call failed because it took longer than its deadline."""
+    """Whether the call failed because it exceeded its deadline."""
 
 
 class ToolPool:
     """Run tool calls in threads, and return their answers as they arrive.
 
-    If several ranks share an engine, only the first rank calls tools and reads the clock. It broadcasts answers
-    and faults to the other ranks, because the schedulers of all ranks must see the same requests in the same
-    order. All ranks of `engine_group` must make the same calls in the same order.
+    The ranks of an engine must make the same calls in the same order. Only the first rank calls tools and reads
+    the clock. It broadcasts answers and faults, because the schedulers of all ranks must see the same requests in
+    the same order.
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers.
-    The other ranks only notice that the call takes longer.
 
     Args:
-        toolset: the tools and their limits.
         engine_group: the ranks that share the engine.
-        clock: returns monotonic seconds, which are used for deadlines and for `waited_s`.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class ToolPool:
         self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The state of the wait for a service, equal on all ranks of the engine. The caller enforces the limit."""
+        """The wait for a service, equal on all ranks of the engine. The caller must enforce its limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = engine_group.group
         self._leads = engine_group.is_leader
@@ -80,7 +75,7 @@ class ToolPool:
         """Seconds spent in calls of `results` with `wait=True`."""
 
     def submit(self, name: str, text: str) -> int:
-        """Call the tool `name` with `text`, and return a unique key that identifies the answer."""
+        """Queue a call of the tool `name` with `text`, and return a unique key for the answer."""
         key = self._num_submitted
         self._num_submitted += 1
         self._pending.add(key)
@@ -115,18 +110,17 @@ class ToolPool:
         return arrived
 
     def drop_pending(self) -> None:
-        """Discard all calls made so far. Their answers will never be returned."""
         self._pending.clear()
         self._workers.drop_all()
         if self._held is not None:
             self._held.drop_all()
 
     def close(self) -> None:
-        """Discard the pending calls. A thread that hangs in a call ends when the call returns."""
+        """Discard the pending calls. A thread that hangs in a call ends when that call returns."""
         self._workers.close()
 
     def _collect(self, wait: bool) -> tuple[list[ToolResult], str | None]:
-        """Return the answers that have arrived, and the fault that ends the run, or None if there is no fault."""
+        """Return the answers that have arrived, and the fault that ends the run, if any."""
         start = self._clock()
         try:
             calls = self._take(wait)
@@ -136,7 +130,7 @@ class ToolPool:
             return [], str(error)
 
     def _take(self, wait: bool) -> list[Call]:
-        """Return the calls that have ended and are not held. If `wait`, wait up to `WAIT_S` for a first one."""
+        """Return the ended calls that are not held. If `wait`, wait up to `WAIT_S` for a first call to end."""
         if self._held is None:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():
@@ -156,7 +150,7 @@ class ToolPool:
 
 
 def _fault(name: str, error: Exception) -> str:
-    """Describe, in one line, an exception of a tool and where it was raised."""
+    """Describe a tool's exception, and where it was raised, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     kind, text = type(error).__name__, first_line(error)

@@ -1,9 +1,8 @@
-"""Threads that run tool calls. Any of these calls may hang.
+"""Threads that run tool calls, including calls that hang.
 
-The deadline of a call counts from the time at which a thread starts the call, not from its submission. When a
-call exceeds its deadline, its thread is abandoned, and a new thread replaces it. The abandoned thread ends when
-its call returns, and the late answer is discarded. The number of hanging threads is bounded. All threads are
-daemons, so a hanging thread does not keep the process alive.
+The deadline of a call counts from the start of the call, not from its submission. If a call exceeds its deadline, its
+thread is abandoned, and a new thread replaces it. When the call returns, its answer is discarded and its thread ends.
+All threads are daemons, so a hanging thread does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 HUNG_PER_WORKER = 4
-"""Number of abandoned threads per worker that may hang at the same time."""
+"""Number of abandoned threads that may hang at the same time, per worker."""
 
 
 class ToolsHangError(RuntimeError):
-    """So many calls hang that no more threads are started. The message is one line."""
+    """Raised, with a one-line message, if too many calls hang to start more threads."""
 
 
 @dataclass(eq=False)
@@ -27,29 +26,25 @@ class Call:
     """One tool call, from its submission to its outcome."""
 
     key: int
-    """Key that identifies the call among the results of `ToolWorkers.take`."""
+    """Identifies the call among the results of `ToolWorkers.take`."""
     name: str
-    """Name of the tool, for messages."""
     run: Callable[[], Sequence[str]]
     started: float = 0.0
-    """Time of the workers' clock at which a thread started the call."""
+    """Time on the workers' clock at which a thread started the call."""
     parts: tuple[str, ...] = ()
-    """The parts of the answer that the call returned."""
     error: Exception | None = None
-    """The exception that the call raised, if any."""
     is_late: bool = False
     """Whether the call was abandoned because it exceeded its deadline."""
     is_wanted: bool = True
-    """Whether the pool still waits for the outcome of the call."""
+    """Whether the pool still waits for the outcome."""
 
 
 class ToolWorkers:
     """Run tool calls in up to `num_workers` threads. Only one thread may submit and take calls.
 
     Args:
-        num_workers: number of calls that run at the same time, not counting calls that hang.
+        num_workers: number of calls that run at the same time, not counting abandoned calls.
         deadline_s: seconds from the start of a call until the call is abandoned.
-        clock: returns monotonic seconds.
     """
 
     def __init__(self, num_workers: int, *, deadline_s: float, clock: Callable[[], float] = time.monotonic):
@@ -78,12 +73,10 @@ class ToolWorkers:
             self._has_work.notify()
 
     def take(self, *, timeout_s: float) -> list[Call]:
-        """Return the wanted calls that have ended or were abandoned since the last `take`.
-
-        The calls that have ended come first.
+        """Return the wanted calls that have ended since the last `take`, then those that were abandoned since.
 
         Args:
-            timeout_s: seconds to wait at most for a first call, if any call is pending.
+            timeout_s: seconds to wait at most if calls are pending but none has ended.
 
         Raises:
             ToolsHangError: if more threads hang than allowed.
@@ -91,7 +84,7 @@ class ToolWorkers:
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # If no call is running, the deadline of a queued call has not begun, so the whole deadline is left.
+                # If no call is running, no deadline has begun yet.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))
@@ -99,7 +92,7 @@ class ToolWorkers:
             return outcomes
 
     def drop_all(self) -> None:
-        """Discard all calls so far: queued calls are not made, and outcomes of running calls are dropped."""
+        """Discard all calls so far. Queued calls are not made, and outcomes of running calls are dropped."""
         with self._lock:
             self._queued.clear()
             self._ended.clear()
@@ -107,10 +100,7 @@ class ToolWorkers:
                 call.is_wanted = False
 
     def close(self) -> None:
-        """Stop the threads: idle threads end now, and busy threads end when their call returns.
-
-        No call may be submitted afterwards.
-        """
+        """Stop the threads. A busy thread ends when its call returns. No call may be submitted afterwards."""
         with self._lock:
             self._closed = True
             self._queued.clear()
@@ -142,7 +132,7 @@ class ToolWorkers:
         return [call for call in late if call.is_wanted]
 
     def _start_threads(self) -> None:
-        """Start threads for the queued calls, but never more than `num_workers` that do not hang."""
+        """Start threads for the queued calls, up to `num_workers` threads that do not hang."""
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1
@@ -164,7 +154,7 @@ class ToolWorkers:
                     self._has_outcome.notify()
 
     def _next_call(self) -> Call | None:
-        """Wait for a queued call, and return the oldest one. Return None once the workers are closed."""
+        """Wait for a queued call, and return the oldest one, or None once the workers are closed."""
         with self._lock:
             while not self._queued and not self._closed:
                 self._has_work.wait()

@@ -1,7 +1,7 @@
 """The inference engine inside the training process. This is the only module that imports vllm.
 
-vLLM seeds the global random generators and overwrites torchrun's variables. When an engine shuts down, vLLM
-also destroys the trainer's process group. This module prevents or reverts these side effects.
+vLLM seeds the global random generators, overwrites torchrun's variables, and destroys the trainer's process group
+when an engine shuts down. This module prevents or reverts these side effects.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # noqa: E402
     LogitsProcessor as LogitsProcessorV2,
 )
 
-# vLLM's own cleanup destroys the default process group when an engine shuts down, but the trainer owns that group.
+# When an engine shuts down, vLLM would destroy the default process group, which the trainer owns.
 _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 PARTS = ("weights", "kv_cache")
-"""The parts of the engine's memory that sleep and wake. The names are vLLM's."""
+"""vLLM's names for the parts of the engine's memory that sleep and wake."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 
@@ -73,11 +73,10 @@ class WeightFilesLoader(DefaultModelLoader):
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
-    """Never sample the padding ids that a vocabulary contains beyond the ids of the tokenizer.
+    """Never sample the padding ids of a vocabulary, which have no meaning to the tokenizer.
 
-    The mask costs one fill per step. vLLM's own `allowed_token_ids` would cost a list as long as the vocabulary
-    for each request. The class works with both model runners of vLLM, whose constructors and `apply` methods
-    differ only in further arguments.
+    vLLM's own `allowed_token_ids` would cost a list as long as the vocabulary for each request. This class works with
+    both model runners of vLLM.
     """
 
     def __init__(self, vllm_config: Any, *_: Any):
@@ -97,23 +96,21 @@ class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
 class VllmEngine:
     """An engine, or this rank's part of an engine that several ranks share.
 
-    All ranks of the world must construct their engines at the same point, because the construction creates
-    process groups. They must close the engines before the world is destroyed. If `config.tensor_parallel` > 1,
-    the ranks of an engine must make the same calls in the same order. After an exception from `step`, the
-    engine cannot be used again.
+    All ranks of the world must construct their engines at the same point, because the construction creates process
+    groups. They must close the engines before the world is destroyed. The ranks of a shared engine must make the same
+    calls in the same order. After an exception from `step`, the engine cannot be used again.
 
     Args:
-        model_path: the model's Hugging Face folder. Its weights are loaded as version 0.
-        config: the section `rollout`.
+        model_path: the model's Hugging Face folder, which contains the weights of version 0.
         model_dtype: the number format of the engine if `config.dtype` is auto.
-        max_model_len: number of tokens of the longest sequence.
-        seed: seed of the engine's own generator, which no request uses because each request has its own seed.
-        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`; None: compare nothing.
-        with_weights: whether to read weights. If it is False, `load_weights` must be called before the first
-            step. With quantisation, weights are read in any case.
+        seed: seed of the engine's own generator. No request uses this generator.
+        replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`. None: compare nothing.
+        with_weights: whether to read weights. If it is False, `load_weights` must be called before the first step.
+            With quantisation, weights are always read.
 
     Raises:
-        ConfigError: one line, if the model is missing or unsupported, or the cache is too small for a sequence.
+        ConfigError: with a one-line message, if the model is missing or unsupported, or if the cache is too small for
+            one sequence.
     """
 
     def __init__(
@@ -130,8 +127,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
-        self._failure: str | None = None  # why `step` always raises, once the engine has failed
-        # A complete load of weights clears this fault.
+        self._failure: str | None = None  # why `step` always raises, if the engine has failed
         self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
@@ -159,8 +155,8 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        # vLLM searches texts for stop strings with a tokenizer. Its own tokenizer may split texts differently
-        # from the trainer's (data/tokenizer.py), so replace it.
+        # vLLM searches texts for stop strings with a tokenizer of its own, which may split texts differently from the
+        # trainer's (data/tokenizer.py).
         self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
         self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
         client: Any = self._engine.engine_core  # vLLM's client object for an engine that runs in this process
@@ -170,7 +166,7 @@ class VllmEngine:
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM uses its V2 model runner if Triton works, as on GPUs, unless VLLM_USE_V2_MODEL_RUNNER overrides that.
+        # vLLM uses its V2 model runner if Triton works, unless VLLM_USE_V2_MODEL_RUNNER overrides that.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
@@ -193,15 +189,12 @@ class VllmEngine:
 
         Args:
             request_id: an id that no other request in flight has.
-            tokens: the context.
-            max_tokens: largest number of tokens to generate.
             seed: seed of the request's own random generator. It may be None only if the temperature is 0.
             temperature: of sampling and of the log-probs. 0 means greedy sampling, with log-probs at temperature 1.
             top_p: nucleus threshold. Log-probs are those of the distribution after truncation.
             stop: texts that end the generation. The output includes them.
-            stop_tokens: ids that end the generation, in addition to the end-of-sequence ids that the tokenizer
-                and generation_config.json define. The output includes them. Other fields of
-                generation_config.json have no effect.
+            stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
+                generation_config.json. The output includes them.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
@@ -225,17 +218,15 @@ class VllmEngine:
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
         """Queue a scoring of log p(answer | prefix). A later call of `step` returns its `ScoreOutput`.
 
-        Log-probs are those of the model itself, with temperature 1 and over the whole vocabulary. The engine
-        reuses cached blocks of the prefix. Prefix and answer together must leave room for one token, because
-        vLLM always generates one.
+        Log-probs are those of the model itself, with temperature 1 and over the whole vocabulary. Prefix and answer
+        together must leave room for one token, because vLLM always generates one.
         """
         assert prefix and answer, "scoring needs a prefix and an answer"
-        # If the cache hit included the last token of the prefix, no row of logits would exist for the first
-        # answer token.
+        # The last token of the prefix must be computed, because its row of logits scores the first answer token.
         self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Return log p of `tokens[1:]` by the model itself, without using the cache. The engine must be idle."""
+        """Return the model's own log p of `tokens[1:]`, without using the cache. The engine must be idle."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
         outputs: list[EngineOutput | ScoreOutput] = []
@@ -245,11 +236,11 @@ class VllmEngine:
         return outputs[0].answer_logprobs
 
     def step(self) -> list[EngineOutput | ScoreOutput]:
-        """Run one forward pass over the scheduled requests, and return the outputs of the requests that finished.
+        """Run one forward pass over the scheduled requests, and return the outputs of the finished requests.
 
         Raises:
             LockstepError: on all ranks of the engine, if their schedulers took different decisions.
-            RuntimeError: if the engine failed. After either error, the engine cannot be used again.
+            RuntimeError: if the engine failed.
         """
         self._check_usable()
         try:
@@ -275,7 +266,7 @@ class VllmEngine:
 
         Args:
             weights: pairs of Hugging Face name and full, unsharded tensor of any float type, consumed lazily.
-            version: the version of the weights, which is stored as `weight_version`.
+            version: the new `weight_version`.
 
         Raises:
             RuntimeError: if names or shapes are not exactly the model's. The engine then needs a complete load.
@@ -287,14 +278,14 @@ class VllmEngine:
         with torch.no_grad():
             rpc: Any = self._engine.collective_rpc
             rpc(reload_weights, args=(checked,))
-        # The cache contains keys and values that were computed with the old weights.
+        # The cached keys and values were computed with the old weights.
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("the engine could not drop its prefix cache after a refit")
         self._weights_fault = None
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache. Before the next use, wake both; on a GPU, reload the weights."""
+        """Free the memory of weights and KV cache. Before the next use, wake both. On a GPU, reload the weights."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
         if ON_GPU:
@@ -304,11 +295,11 @@ class VllmEngine:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether `load_weights` must be called, with weights of any version, before the engine can generate."""
+        """Whether `load_weights` must be called before the engine can generate."""
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:
-        """Return whether `part` (weights or kv_cache) occupies memory. On a GPU, vLLM's allocator says so."""
+        """Return whether `part` (weights or kv_cache) occupies memory."""
         assert part in PARTS, part
         if not ON_GPU:
             return part not in self._asleep
@@ -325,7 +316,7 @@ class VllmEngine:
         self._asleep.discard(part)
 
     def close(self) -> None:
-        """Shut down the engine. Destroy a process group that vLLM created itself, but keep the trainer's."""
+        """Shut down the engine. Keep a process group that the trainer created."""
         self._engine.engine_core.shutdown()
         del self._engine
         if self._owns_process_group:
@@ -352,8 +343,7 @@ class VllmEngine:
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
         if self._has_second_runner:
-            # V1 computes logits only for the answer. V2 computes them for every token unless
-            # prompt_logprob_start is set.
+            # V2 computes logits for every token unless prompt_logprob_start is set. V1 always scores the answer only.
             logprob_options: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,

@@ -1,4 +1,4 @@
-"""The process's settings that vLLM reads when it is imported."""
+"""Set the environment variables that vLLM reads when it is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from a2tgpo.rollout.engine_arguments import ON_GPU
 
 
 def prepare_environment() -> None:
-    """Set the variables that must be in the environment before vllm is imported for the first time."""
+    """Set the variables. Call this before the first import of vllm."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, so weights are passed by reference
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
@@ -18,17 +18,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not ON_GPU:
-        # Without these settings, log-probs start a C++ compilation of 25 s, even in eager mode. Set both, because a
-        # torch._dynamo that is already imported has read the variable before.
+        # Otherwise log-probs would start a C++ compilation of 25 s, even in eager mode. Set both, because an already
+        # imported torch._dynamo does not read the variable again.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         import torch._dynamo
 
         torch._dynamo.config.disable = True
-        # Triton is expected to be missing on a CPU, so do not log its absence.
+        # Triton is usually missing on a CPU, so do not log its absence.
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
 
 def _cache_root() -> Path:
-    """Return the folder in which vLLM caches its inspections of model architectures. Each inspection takes 10 s."""
+    """Return the folder of vLLM's cache of model architectures. Without the cache, each inspection takes 10 s."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "setup.py").exists() else Path.home()) / ".cache" / "a2tgpo" / "vllm"

@@ -1,4 +1,4 @@
-"""The names and shapes of the weights that an engine expects, and a check that it receives exactly these weights."""
+"""Names and shapes of the weights that an engine expects, and a check that it receives exactly these weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,8 @@ OUTPUT_HEAD = "lm_head.weight"
 
 
 def checkpoint_shapes(model_path: str, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight in a Hugging Face folder, by name. The safetensors headers contain the shapes.
-
-    Args:
-        model_path: the Hugging Face folder.
-        tied: whether the output head uses the embedding's weight. If so, the head is left out of the result.
-    """
-    # Old checkpoints contain rotary tables. Leave them out, because the engine computes these tables itself.
+    """Return the shape of every weight in a Hugging Face folder, by name. A tied output head is left out."""
+    # Old checkpoints contain rotary tables, which the engine computes itself.
     return {
         name: shape
         for name, shape in weight_shapes(model_path).items()
@@ -33,10 +28,10 @@ def checked_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `weights`, and check that each name is known, occurs exactly once and has the right shape.
 
-    The check is necessary because the engine only warns about a missing weight and keeps its old value.
+    If a weight were missing, the engine would only log a warning and keep the old value.
 
     Raises:
-        RuntimeError: if a name is unknown, duplicate or missing, or if a shape is wrong. The message is one line.
+        RuntimeError: with a one-line message, if a name is unknown, duplicate or missing, or if a shape is wrong.
     """
     seen: set[str] = set()
     for name, tensor in weights:
