@@ -1,8 +1,7 @@
-"""Bytes that a micro-batch keeps for the backward pass, layer by layer as Transformer Engine stores them.
+"""Compute the bytes that a micro-batch keeps for the backward pass, as Transformer Engine stores them.
 
-Attention is a fused kernel that stores no [T, T] matrix, so a layer's bytes are proportional to the number of
-tokens T. Under sequence parallelism, each rank holds only T / tensor tokens of the residual stream and of the
-norms' inputs and outputs.
+Fused attention stores no [T, T] matrix, so a layer's bytes are proportional to the number of tokens T. Under sequence
+parallelism, a rank holds only T / tensor tokens of the residual stream and of the norms' inputs and outputs.
 """
 
 from __future__ import annotations
@@ -14,16 +13,12 @@ from a2tgpo.plan.dimensions import ModelDimensions
 
 FLOAT32_BYTES = 4
 LOGIT_CHUNK_TOKENS = 512
-"""Tokens for which float32 logits exist at a time; equal to the default of model.logprobs.token_logprobs."""
+"""Number of tokens whose float32 logits exist at a time. It equals the default of model.logprobs.token_logprobs."""
 LOGIT_CHUNK_COPIES = 4
-"""Number of float32 tensors that exist at once for one chunk of tokens in the backward pass of token_logprobs."""
+"""Number of float32 tensors per chunk of tokens that exist at once in the backward pass of token_logprobs."""
 
 EXPERT_CROWDING = 1.25
-"""Tokens of the busiest expert-parallel rank, relative to the mean over these ranks. The value is a round figure.
-
-The other ranks wait for the busiest rank. No token is dropped, so a router that prefers few experts costs
-memory and time.
-"""
+"""Tokens of the busiest expert-parallel rank, divided by the mean over these ranks. The value is a guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +28,14 @@ class MicrobatchShape:
     dimensions: ModelDimensions
     parallel: ParallelConfig
     tokens: int
-    """Number of tokens on the rank. Under context parallelism, this is the rank's share of the micro-batch."""
+    """Number of tokens on the rank. Under context parallelism, a rank has only a part of the micro-batch."""
     element_bytes: int
-    """Bytes per element of weights and activations: 2 in bfloat16, 4 in float32."""
     fp8_bytes: float = 0.0
     """Bytes per value, scales included, of an input that a linear layer keeps in FP8. 0 means that FP8 is off."""
 
     @property
     def residual_bytes(self) -> int:
-        """Bytes on this rank of the hidden states between two layers."""
+        """Bytes of the hidden states between two layers on this rank."""
         tokens = self.tokens
         if self.parallel.sequence:
             tokens = -(-tokens // self.parallel.tensor)
@@ -49,14 +43,13 @@ class MicrobatchShape:
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of all tokens' hidden states. Sequence parallelism gathers them as a linear layer's input."""
+        """Bytes of all tokens' hidden states, which sequence parallelism gathers as a linear layer's input."""
         return self.tokens * self.dimensions.hidden * self.element_bytes
 
     @property
     def ring_bytes(self) -> int:
-        """Bytes of the buffers that send keys, values and their gradients around the context-parallel ranks.
-
-        The buffers for sending and for receiving exist at the same time. Gradients are sent in the backward pass.
+        """Bytes of the buffers that send and receive keys, values and their gradients between context-parallel
+        ranks.
         """
         if self.parallel.context == 1:
             return 0
@@ -71,63 +64,57 @@ class MicrobatchShape:
     def layer_bytes(self) -> int:
         """Bytes that one layer saves for the backward pass if nothing is recomputed."""
         d, tensor = self.dimensions, self.parallel.tensor
-        # The layer saves the projected q, k and v, the rotated q and k, and attention's output.
+        # Saved are the projected q, k and v, the rotated q and k, and attention's output.
         attention = 3 * d.query_width + 3 * d.kv_width
         if d.has_qk_norms:
             attention += d.query_width + d.kv_width  # q and k before their norms
         wide = self.tokens * attention // tensor * self.element_bytes
         if self.fp8_bytes:  # the output projection saves an FP8 copy of attention's output
             wide += self._input_bytes(self.tokens * d.query_width // tensor)
-        # Each of the two norms saves its input; the linear layer after the norm saves the norm's output.
+        # Each of the two norms saves its input. The linear layer after a norm saves the norm's output.
         norms = 2 * self.residual_bytes + 2 * self._input_bytes(self.residual_bytes // self.element_bytes)
         return norms + wide + self.feed_forward_bytes + self.attention_statistics_bytes
 
     @property
     def feed_forward_bytes(self) -> int:
-        """Bytes that the feed-forward part of a layer saves, not counting its input."""
+        """Bytes that the feed-forward part of a layer saves, without its input."""
         d = self.dimensions
         if not d.experts:
-            # The layer saves the outputs of the gate and up projections, and their gated product.
+            # Saved are the outputs of the gate and up projections, and their gated product.
             width = d.ffn // self.parallel.tensor
             return self.tokens * 2 * width * self.element_bytes + self._input_bytes(self.tokens * width)
-        # Every chosen expert saves the token that it receives, the outputs of gate and up, and their product.
+        # An expert saves each token that it receives, the outputs of gate and up, and their product.
         experts = self.routed_tokens * 2 * d.ffn * self.element_bytes
         experts += self._input_bytes(self.routed_tokens * (d.hidden + d.ffn))
-        # The router saves its logits, its weights and its choices.
+        # The router saves its logits, weights and choices.
         return experts + self.tokens // self.parallel.tensor * d.experts * (2 * FLOAT32_BYTES + 1)
 
     def _input_bytes(self, elements: int) -> int:
-        """Bytes of a linear layer's saved input, for an input with this number of elements."""
+        """Return the bytes that a linear layer saves of an input with this number of elements."""
         return int(elements * (self.fp8_bytes or self.element_bytes))
 
     @property
     def routed_tokens(self) -> int:
         """Number of tokens that the rank's experts compute. A token counts once per expert that the router chose."""
         crowding = EXPERT_CROWDING if self.parallel.expert > 1 else 1.0
-        # Under sequence parallelism each rank routes only its own part of the tokens.
         return int(crowding * self.tokens * self.dimensions.experts_per_token / self.parallel.tensor)
 
     def saved_layer_bytes(self, recompute: str) -> int:
-        """Bytes that one layer keeps from the forward to the backward pass, for a value of `model.recompute`."""
+        """Return the bytes that one layer keeps from the forward to the backward pass."""
         if recompute == "full":
             return self.residual_bytes
         if recompute == "selective":
-            # Fused attention keeps its inputs and output even with recomputation, so recomputation frees only
-            # the normalisers.
+            # Fused attention keeps its inputs and output in any case, so recomputation frees only the normalisers.
             return self.layer_bytes - self.attention_statistics_bytes
         return self.layer_bytes
 
     def backward_workspace_bytes(self, recompute: str) -> int:
-        """Bytes that exist only during one layer's backward pass.
-
-        They are gradients, gathered inputs and recomputed activations.
-        """
+        """Return the bytes of gradients, gathered inputs and recomputed activations in one layer's backward pass."""
         d = self.dimensions
         gradients = 3 * self.tokens * d.ffn // self.parallel.tensor * self.element_bytes
         if d.experts:
             gradients = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
-        # The projections' output gradient is copied to FP8 twice: once to compute the input's gradient, and
-        # once to compute the weights' gradient.
+        # The projections' output gradient is copied to FP8 twice: for the input's and for the weights' gradient.
         widest = (
             self.routed_tokens * 2 * d.ffn if d.experts else self.tokens * 2 * d.ffn // self.parallel.tensor
         )
@@ -136,18 +123,17 @@ class MicrobatchShape:
         return gradients + 2 * self.gathered_bytes + self.ring_bytes + recomputed[recompute]
 
     def forward_workspace_bytes(self) -> int:
-        """Largest number of bytes that exist at once while one layer runs without gradients."""
+        """Return the largest number of bytes that exist at once while one layer runs without gradients."""
         return self.layer_bytes + self.gathered_bytes + self.ring_bytes
 
     def logit_bytes(self, *, with_gradient: bool) -> int:
-        """Bytes of the last stage's logits in the model's dtype and, if `with_gradient`, of their gradient.
+        """Return the bytes of the last stage's logits, their float32 copies and, if `with_gradient`, their gradient.
 
-        Float32 copies are included; they exist for only LOGIT_CHUNK_TOKENS tokens at a time. Every position is
-        assumed to have logits, because almost all tokens of a micro-batch are sampled if the policy does not
-        search.
+        Every position is assumed to have logits. If the policy does not search, almost all tokens of a micro-batch
+        are sampled.
         """
         width = self.dimensions.padded_vocab(self.parallel.tensor) // self.parallel.tensor
         chunk = min(self.tokens, LOGIT_CHUNK_TOKENS) * LOGIT_CHUNK_COPIES * width * FLOAT32_BYTES
         logits = self.tokens * width * self.element_bytes
-        # The sum also includes the final norm's input and output, and the gathered input of the output layer.
+        # The sum includes the final norm's input and output, and the gathered input of the output layer.
         return (2 if with_gradient else 1) * logits + chunk + 2 * self.residual_bytes + self.gathered_bytes

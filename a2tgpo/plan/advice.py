@@ -37,9 +37,8 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """Return what a cache that is too small for the trajectories in flight costs, and a remedy.
-
-    Return an empty text if the cache is large enough.
+    """Return the cost of a cache that is too small for the trajectories in flight, and a remedy; else an empty
+    text.
     """
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
@@ -54,7 +53,7 @@ def cache_shortage(plan: Plan) -> str:
 
 
 def host_needs(memory: HostMemory) -> str:
-    """Describe how much host memory the ranks need, and what they need it for."""
+    """Return a text that says how much host memory the ranks need for each purpose."""
     return (
         f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
         f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, {memory.processes / GIB:.0f} for "
@@ -70,10 +69,7 @@ def host_change(config: RunConfig) -> str:
 
 
 def _change(plan: Plan, phase_name: str) -> str:
-    """Return the first setting that makes the whole plan fit.
-
-    If no setting does, return the first one that makes the phase `phase_name` fit.
-    """
+    """Return the first setting that makes the whole plan fit, or else the first that makes phase `phase_name` fit."""
     mends_phase = None
     for settings, config in _changes(plan.given_config, has_experts=bool(plan.dimensions.experts)):
         try:
@@ -107,7 +103,7 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    # If the plan itself chose the engine's share, no other share can be better.
+    # If the plan itself chose the engine's share, no other share is better.
     candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
     below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
     above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]

@@ -1,8 +1,4 @@
-"""Assumptions of a plan. They are round figures that were not fitted to data.
-
-`plan.published` shows how far the time model is from published times. `plan.measured` can replace most
-assumptions with measurements on a GPU.
-"""
+"""Assumptions of a plan. They are round figures, and most can be replaced with measurements (`plan.measured`)."""
 
 from __future__ import annotations
 
@@ -12,13 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     compute_utilisation: float = 0.45
-    """Share of the GPU's peak that large matrix products and attention reach. The gaps between kernel launches
-    count as lost time.
-    """
+    """Share of the GPU's peak that matrix products and attention reach, gaps between kernels included."""
     fp8_speed: float = 1.5
-    """Speed of linear layers in FP8 relative to bfloat16, including the time of quantisation. At its peak, the
-    GPU is twice as fast in FP8.
-    """
+    """Speed of linear layers in FP8 relative to bfloat16, quantisation included. The ratio of the peaks is 2."""
     imbalance: float = 0.05
     """Share of the computing time in which a replica waits for the replica with the most tokens."""
     memory_utilisation: float = 0.7
@@ -26,15 +18,15 @@ class Assumptions:
     link_utilisation: float = 0.7
     """Share of a link's bandwidth that collectives reach."""
     prefill_utilisation: float = 0.4
-    """Share of the GPU's peak that the engine reaches in prefill, which computes prompts and observations."""
+    """Share of the GPU's peak that the engine reaches in prefill."""
     decode_step_s: float = 0.006
-    """Seconds of host work per engine step that the GPU does not hide: scheduling, launches, sampling."""
+    """Seconds of scheduling, launches and sampling per engine step that the GPU does not hide."""
     decode_sequence_s: float = 20e-6
-    """Seconds that each running trajectory adds to the host work of an engine step."""
+    """Seconds that each running trajectory adds to an engine step on the host."""
     collective_latency_s: float = 12e-6
-    """Seconds of one small all-reduce in the engine. Each engine step has two all-reduces per layer."""
+    """Seconds of one small all-reduce in the engine. An engine step has two all-reduces per layer."""
     tail_concurrency: float = 0.125
-    """Share of the trajectories that still run, on average, after the trajectories of mean length have ended."""
+    """Mean share of the trajectories that still run after the trajectories of mean length have ended."""
     answer_tokens: float = 16.0
     """Tokens of scaffold and gold answer together. They are scored after every turn."""
     fixed_s: float = 5.0
@@ -42,12 +34,10 @@ class Assumptions:
     activation_ratio: float = 1.0
     """Actual memory of the layers' activations, divided by the memory computed from their shapes."""
     context_gib: float = 3.0
-    """GiB reserved on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, both of the trainer
-    and of the engine.
+    """GiB on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, of the trainer and of the engine.
 
-    The reserve also covers Transformer Engine's placeholders for weight gradients. Transformer Engine keeps one
-    tensor for each shape of a layer's weights, and returns this tensor once the real gradient is in the buffer.
-    The placeholders take 0.2 GiB for 72B on 8 tensor-parallel ranks.
+    They include Transformer Engine's placeholders for weight gradients, one tensor for each shape of a layer's
+    weights (0.2 GiB for 72B on 8 tensor-parallel ranks).
     """
     fragmentation: float = 0.03
-    """Memory reserved for fragmentation, as a share of all other memory on the GPU."""
+    """Memory lost to fragmentation, as a share of all other memory on the GPU."""

@@ -1,4 +1,4 @@
-"""A model's dimensions. They are read from config.json, or built in, so that planning needs no download."""
+"""Read a model's dimensions from config.json, or look them up in a table, so that planning needs no download."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ class ModelDimensions:
     kv_heads: int
     head_dim: int
     ffn: int
-    """Feed-forward channels, of one expert in a mixture. Two projections lead to them, and one leads back."""
+    """Feed-forward channels. In a mixture of experts, these are the channels of one expert."""
     vocab: int
     tied: bool
     """Whether the output layer uses the embedding's weight."""
     experts: int = 0
     """Number of experts per layer. 0 means that the feed-forward layers are dense."""
     experts_per_token: int = 1
-    """Number of experts that compute each token."""
 
     @property
     def has_qk_norms(self) -> bool:
@@ -63,7 +62,7 @@ class ModelDimensions:
         )
 
     def padded_vocab(self, tensor: int) -> int:
-        """Return the embedding's rows in training, padded so that all `tensor` ranks get the same number."""
+        """Return the number of the embedding's rows in training, padded to a multiple of `tensor`."""
         multiple = math.lcm(VOCAB_MULTIPLE, tensor)
         return math.ceil(self.vocab / multiple) * multiple
 
@@ -87,7 +86,7 @@ def _qwen2(
 def _eight_kv_heads(
     architecture: str, hidden: int, layers: int, heads: int, ffn: int, vocab: int, *, tied: bool
 ) -> ModelDimensions:
-    """Return the dimensions of a Qwen3 or Llama 3 model. All sizes have eight key-value heads of 128 channels."""
+    """Return the dimensions of a Qwen3 or Llama 3 model, which has eight key-value heads of 128 channels."""
     return ModelDimensions(
         architecture=architecture,
         hidden=hidden,
@@ -140,12 +139,12 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
     """Return the dimensions of the model to plan for, and the source of these dimensions.
 
     Args:
-        path: the setting `model.path`. If the folder does not exist, the known model with the folder's name is
-            used. The name may have an additional ending, for example -Instruct.
-        known: one of `KNOWN_MODELS`, which is used instead of the model at `path`.
+        path: the setting `model.path`. If this folder does not exist, the known model with the folder's name is used.
+            The name may have a further ending, for example -Instruct.
+        known: a name in `KNOWN_MODELS`. If it is set, `path` is ignored.
 
     Raises:
-        ConfigError: if neither a readable config.json nor a known model exists. The message is one line.
+        ConfigError: with a one-line message, if neither a readable config.json nor a known model exists.
     """
     if known is not None:
         if known not in KNOWN_MODELS:
@@ -154,7 +153,7 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
     if Path(path).is_dir():
         return read_dimensions(path), f"{path}/config.json"
     name = Path(path).name.lower()
-    # Try the longest name first, so that a longer known name wins over a shorter one that it begins with.
+    # The longest name comes first, because a shorter known name may be its beginning.
     for candidate in sorted(KNOWN_MODELS, key=len, reverse=True):
         if name == candidate or name.startswith(f"{candidate}-"):
             return KNOWN_MODELS[candidate], f"built in as {candidate}; there is no folder {path}"
@@ -168,8 +167,7 @@ def read_dimensions(path: str) -> ModelDimensions:
     """Return the dimensions that the config.json in folder `path` describes.
 
     Raises:
-        ConfigError: if the file is missing or malformed, or if the architecture is unsupported. The message is
-            one line.
+        ConfigError: with a one-line message, if the file is missing or malformed or the architecture is unsupported.
     """
     file = Path(path) / "config.json"
     try:
@@ -212,7 +210,7 @@ def read_dimensions(path: str) -> ModelDimensions:
 def layout_fault(dimensions: ModelDimensions, parallel: ParallelConfig, gpus: int) -> str | None:
     """Return one line that says why the layout is impossible, or None if it is possible.
 
-    The rules are the same as in model.transformer_config.check_layout, model.experts.check_expert_layout and
+    The rules are those of model.transformer_config.check_layout, model.experts.check_expert_layout and
     parallel.initialize.check_layout.
     """
     split = [(dimensions.heads, "attention heads"), (dimensions.kv_heads, "key-value heads")]

@@ -18,7 +18,7 @@ ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 SAMPLER_COPIES = 3
 """Number of float32 tensors [max_concurrent, vocabulary] in sampling: logits, log-probs, a sorted copy."""
 GRAPH_GIB = 1.0
-"""GiB of captured graphs and their buffers. Sleep does not free them. With rollout.enforce_eager they take 0."""
+"""GiB of captured graphs and their buffers, which sleep does not free. With rollout.enforce_eager, they take 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class EngineMemory:
 
     weights: float
     workspace: float
-    """Memory for activations and sampling while the engine is awake."""
+    """Bytes for activations and sampling while the engine is awake."""
     graphs: float
     kv_cache: float
     """Bytes of the KV cache. They are negative if the engine's share of the GPU is too small for the other parts."""
@@ -58,7 +58,9 @@ def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> s
 def engine_weight_bytes(
     config: RunConfig, dimensions: ModelDimensions, *, experts_share: float = 1.0
 ) -> float:
-    """Return the bytes of the engine's weights on one rank. Only the share `experts_share` of the experts counts."""
+    """Return the bytes of the engine's weights on one rank, counting only the share `experts_share` of the
+    experts.
+    """
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
     layer = layer_parameters(dimensions, tensor)
@@ -81,11 +83,10 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
 
 
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves in this plan.
+    """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves, rounded down to half a GiB.
 
-    The value is rounded down to half a GiB and is never negative. Setting `rollout.kv_cache_gib` to this value
-    fixes the cache's size. If it is not set, vLLM measures at the start how much memory is left for the cache,
-    so a version of vLLM with a larger overhead would silently hold fewer trajectories.
+    If `rollout.kv_cache_gib` is not set to this value, vLLM measures the remaining memory at the start. A version of
+    vLLM with a larger overhead would then silently hold fewer trajectories.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)
@@ -94,8 +95,7 @@ def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu)
 def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> EngineMemory:
     """Return the memory of an engine that is awake.
 
-    The KV cache has the size `rollout.kv_cache_gib`. If this is 0, the cache gets the rest of the engine's
-    share of the GPU.
+    If `rollout.kv_cache_gib` is 0, the KV cache gets the rest of the engine's share of the GPU.
     """
     rollout = config.rollout
     feed_forward = 3 * dimensions.ffn * dimensions.experts_per_token // rollout.tensor_parallel

@@ -1,4 +1,4 @@
-"""Choose the engine's share of a GPU, and the size of its KV cache, if the configuration does not set them."""
+"""Choose the engine's share of a GPU and the size of its KV cache, if the configuration does not set them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from a2tgpo.plan.memory import memory_phases
 from a2tgpo.plan.workload import Workload, geometry
 
 SAFETY_MARGIN = 0.1
-"""Share of the GPU that is left free at the start and in the rollout, in addition to the plan's reserve. It is
-needed because plans are arithmetic, and no plan has been compared with a GPU yet.
-"""
+"""Share of the GPU that stays free at the start and in the rollout, in addition to the plan's reserve."""
 STEP_GIB = 0.5
-"""The size of a chosen cache is a multiple of this many GiB."""
+"""GiB. The size of a chosen cache is a multiple of this size."""
 DECIMALS = 3
 LARGEST_SHARE = 0.95
 
@@ -35,11 +33,9 @@ def with_engine_share(
 ) -> RunConfig:
     """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
-    If `config` sets the fraction, return `config` unchanged. If `config` sets only the size of the cache, keep
-    this size. Otherwise choose the largest cache that leaves `SAFETY_MARGIN` of the GPU free, but no larger
-    than the sequences in flight can fill. The cache always holds at least one sequence, even if the margin
-    becomes smaller. The fraction is the sum of weights, workspace, graphs and cache, divided by the GPU's
-    memory.
+    Values that `config` sets are kept. The chosen cache leaves `SAFETY_MARGIN` of the GPU free, but holds at least
+    one sequence in any case. It is not larger than the sequences in flight can fill. The fraction is the sum of the
+    engine's weights, workspace, graphs and cache, divided by the GPU's memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:
@@ -66,7 +62,7 @@ def _chosen_cache_gib(
 def _engine_room(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
-    """Return the bytes that an engine, including its weights, may take in both the start and the rollout phase."""
+    """Return the bytes that the whole engine may take in both the start and the rollout phase."""
     without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # with an engine that takes no memory
     divided = geometry(without, dimensions, Workload().limited(config), gpus=gpus, kv_cache_bytes=0.0)
     phases = memory_phases(without, dimensions, gpu, divided, assumed)

@@ -12,12 +12,12 @@ class TokenFlops:
     """Operations of one token's forward pass. A backward pass takes twice as many."""
 
     linear: float
-    """Operations of the decoder's linear layers outside the experts. FP8 speeds up these layers and the experts."""
+    """Operations of the decoder's linear layers, without the experts."""
     attention: float
     experts: float
-    """Operations of the experts that the token chose, over all layers. A dense model has 0."""
+    """Operations of the experts that the token chose, over all layers. They are 0 in a dense model."""
     output: float
-    """Operations of the output layer, averaged over all tokens, including those at which it does not run."""
+    """Operations of the output layer, averaged over all tokens."""
 
     @property
     def total(self) -> float:
@@ -25,11 +25,11 @@ class TokenFlops:
 
 
 def forward_flops(dimensions: ModelDimensions, *, context: float, output_share: float = 1.0) -> TokenFlops:
-    """Return the operations of a token's forward pass in which the token attends to `context` tokens.
+    """Return the operations of one token's forward pass.
 
     Args:
-        context: the number of tokens to attend to. On average, this is half the length of the sequence.
-        output_share: the share of the tokens at which the output layer runs.
+        context: number of tokens that the token attends to. The mean is half the length of the sequence.
+        output_share: share of the tokens at which the output layer runs.
     """
     d = dimensions
     matrices = d.hidden * (2 * d.query_width + 2 * d.kv_width)

@@ -1,4 +1,4 @@
-"""GPUs for which a plan can be made. The makers publish the speeds; memory is the total that torch reports."""
+"""GPUs for which a plan can be made. Speeds are the makers' figures, and memory is the total that torch reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ GIB = 2**30
 class Gpu:
     name: str
     memory_gib: float
-    """GiB of GPU memory that a process can see."""
     bf16_tflops: float
     """Peak of dense bfloat16 products, 1e12 operations per second."""
     fp32_tflops: float
@@ -26,7 +25,7 @@ class Gpu:
     """CUDA's compute capability, which determines the FP8 recipes that the GPU supports."""
     gpus_per_node: int = 8
     host_memory_gib: float = 1024
-    """GiB of host memory of a node. The value is a round figure, because nodes are sold with more and with less."""
+    """GiB of host memory of a node. The value is a guess."""
 
     def link_bytes_per_s(self, span: int) -> float:
         """Return the peak rate, in bytes per second, of the slowest link among `span` consecutive ranks."""

@@ -1,4 +1,4 @@
-"""Host memory that ranks and nodes need for offloaded state, for checkpoints being written, and for processes."""
+"""Predict the host memory that each rank and each node needs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters, stage_parameters
 
 PROCESS_GIB = 4.0
-"""GiB of a rank's process, which runs both the trainer and the engine. Python, torch, and the host side of CUDA
-and NCCL need them. The value is a round figure.
-"""
+"""GiB of a rank's process for Python, torch, and the host side of CUDA and NCCL. The value is a guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,16 +23,14 @@ class HostMemory:
     offloaded: float
     """Page-locked memory for state that was offloaded from the GPU. It is 0 if `update.offload` is False."""
     saving: float
-    """Copies of the state that is being written to a checkpoint. They are freed once the checkpoint is on disk."""
+    """Copies of the state that is being written to a checkpoint."""
     loading: float
     """Tensors that the start reads from a checkpoint or `model.path`, before any state is offloaded or saved."""
     processes: float
 
     @property
     def total(self) -> float:
-        """Peak over time. While a checkpoint is written, the next rollout occupies the GPU, so offloaded and
-        saved state exist together.
-        """
+        """Peak over time. Offloaded and saved state exist together, because the next rollout runs during a save."""
         return self.processes + max(self.offloaded + self.saving, self.loading)
 
     def __add__(self, other: HostMemory) -> HostMemory:
@@ -55,7 +51,7 @@ def host_memory_by_rank(
 
 
 def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemory:
-    """Return the memory of the node that needs most, if consecutive ranks fill one node after the other."""
+    """Return the memory of the node that needs the most, if consecutive ranks fill one node after the other."""
     nodes = [
         sum_of(by_rank[first : first + ranks_per_node]) for first in range(0, len(by_rank), ranks_per_node)
     ]
@@ -73,7 +69,7 @@ def _of_stage(
 ) -> HostMemory:
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
     element_bytes = ELEMENT_BYTES[config.model.dtype]
-    # Each data-parallel rank writes only its own part of the optimizer's state and its own share of the weights.
+    # A data-parallel rank writes only its own part of the optimizer's state and of the weights.
     share = optimizer_parameters(
         stage_parameters(dimensions, config.parallel, stage), config.parallel, data_parallel
     )
@@ -81,7 +77,7 @@ def _of_stage(
     return HostMemory(
         offloaded=trainer.offloaded if config.update.offload else 0.0,
         saving=share * (element_bytes + state_bytes),
-        # Both the whole tensor and its tensor-parallel parts exist, hence the factor 2.
+        # The whole tensor and its tensor-parallel parts exist at once, hence the factor 2.
         loading=2 * largest_tensor(dimensions, config.parallel.tensor) * element_bytes,
         processes=PROCESS_GIB * GIB,
     )

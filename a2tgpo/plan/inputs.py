@@ -1,4 +1,4 @@
-"""The inputs that all predictions of a plan share."""
+"""Inputs that all predictions of a plan share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from a2tgpo.plan.workload import Geometry, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
-    """The inputs of a plan for one training step of one configuration on one cluster."""
+    """Inputs for one training step of one configuration on one cluster."""
 
     config: RunConfig
     dimensions: ModelDimensions

@@ -24,7 +24,7 @@ VIRTUAL_SIZES = (1, 2, 4)
 RECOMPUTE: tuple[Recompute, ...] = ("none", "full")
 MICROBATCH_TOKENS = (8192, 16384, 32768)
 LEAST_HEADROOM = 0.05
-"""Share of GPU memory that every phase must leave free, because plans are arithmetic and not measurements."""
+"""Share of GPU memory that every phase must leave free, because plans are not measurements."""
 
 
 def suggest(
@@ -38,10 +38,9 @@ def suggest(
 ) -> list[Plan]:
     """Return the plans that leave LEAST_HEADROOM free in every phase, sorted by predicted step time.
 
-    For each pair of a trainer layout and an engine layout, only the best plan is returned. The plans differ in
-    model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens, and all settings of parallel.*
-    except parallel.context. The engine's share and cache are chosen for each layout, and all stages get equal
-    shares of the layers. All other settings are those of `config`.
+    The search varies model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens and all settings of
+    parallel.* except parallel.context. Of plans that differ only in their virtual chunks, recomputation or
+    micro-batches, the best one is returned.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):

@@ -30,14 +30,12 @@ QUANTITIES = {
     "context_gib": "memory of a card that belongs neither to torch nor to the engine's parts, GiB",
     "fragmentation_share": "memory that torch's allocator reserves beyond what tensors hold, as a share of that",
 }
-"""The measurements that a plan can use, with their meaning. tools/gpu_check.py writes these names into its
-JSON, and `calibrate` reads them.
-"""
+"""Measurements that a plan can use, with their meaning. tools/gpu_check.py writes these names into its JSON."""
 
 MAY_BE_ZERO = ("decode_sequence_us", "fragmentation_share")
 
 MEMORY_TOLERANCE = 0.1
-"""Largest relative difference between the memory of two GPUs that still count as GPUs of the same kind."""
+"""Largest relative difference between the memory of two GPUs of the same kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A plan's assumptions after measurements have replaced some of them, and the source of these measurements."""
+    """A plan's assumptions, with measured values where measurements exist, and the source of the measurements."""
 
     source: str
     """The measurement's file, GPU and time."""
@@ -65,14 +63,14 @@ class Calibration:
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
     """Return the assumptions of a plan on `gpu`, updated with measurements of tools/gpu_check.py.
 
-    Rows of failed measurements are ignored. An assumption stays if the file has no measurement of its quantity.
+    Failed measurements are ignored. An assumption stays if the file has no measurement of its quantity.
 
     Args:
         fp8_recipe: the setting `model.fp8.recipe`. Only the measured speed of this recipe is used.
 
     Raises:
-        ConfigError: if the file is not a JSON of tools/gpu_check.py, or if it was measured on another kind of
-            GPU or without a GPU. The message is one line.
+        ConfigError: with a one-line message, if the file is not a JSON of tools/gpu_check.py, or if it was not
+            measured on a GPU of the same kind.
     """
     assumed = assumed or Assumptions()
     content = _read(path)
@@ -99,7 +97,7 @@ def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | No
 
 
 def calibration_text(calibration: Calibration) -> str:
-    """Return one line for each replaced assumption, with its new value and the file of the measurement."""
+    """Return one line for each replaced assumption, with its new value and its meaning."""
     lines = [f"measured ({calibration.source})"]
     lines += [
         f"  {each.assumption}: {each.measured:.4g} instead of {each.assumed:.4g} ({each.why})"

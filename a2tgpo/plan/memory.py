@@ -1,7 +1,6 @@
-"""Peak GPU memory in each phase, on the rank that needs the most memory in that phase.
+"""Predict the peak GPU memory in each phase, on the rank that needs the most memory in that phase.
 
-The table in `memory/residency.py`, which a run follows, says which parts are on the GPU in each phase. The
-trainer's allocator frees its cache at every change of phase.
+The table in `memory/residency.py` says which parts are on the GPU in each phase.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from a2tgpo.plan.workload import Geometry
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""The phases of `residency.PHASES` that need the most memory. Every other phase holds a subset of one of these."""
+"""The phases of `residency.PHASES` that need the most memory. Every other phase has a subset of the parts of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,6 @@ class Phase:
 
     @property
     def peak(self) -> float:
-        """Bytes of all parts together."""
         return sum(self.parts.values())
 
     @property
@@ -64,7 +62,7 @@ class TrainerMemory:
 
     weights: float
     gradients: float
-    """Gradients are always float32, because they are summed and reduced in float32."""
+    """Gradients are summed and reduced in float32."""
     master_weights: float
     """The optimizer's float32 copy of the weights. It is 0 if the weights themselves are float32."""
     moments: float
@@ -94,7 +92,7 @@ class TrainerMemory:
 
     @property
     def offloaded(self) -> float:
-        """Bytes that offloading copies to host memory. Gradients are not copied, because they come back as zeros."""
+        """Bytes that offloading copies to host memory. Gradients are zeroed instead of copied."""
         return self.weights + self.master_weights + self.moments + self.reference
 
 
@@ -210,9 +208,8 @@ def _update_parts(
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
     """Return how often a stage runs a chunk forward before its first backward pass in the 1F1B schedule.
 
-    Each of these runs keeps the activations of the chunk's layers. An interleaved stage first runs each of its
-    chunks except the last for a whole round of micro-batches, and then two more chunks for each later stage
-    (megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches).
+    Each of these passes keeps the activations of the chunk's layers. The number for interleaved stages comes from
+    megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches.
     """
     num_later = parallel.pipeline - stage - 1
     if parallel.virtual == 1:
@@ -225,11 +222,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """Return the bytes that a refit needs at its peak.
-
-    These are the bucket that is being loaded, the next bucket, and the tensors that one parameter's shards are
-    merged into.
-    """
+    """Return a refit's peak bytes: the bucket being loaded, the next bucket, and tensors for merging shards."""
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes
     # The largest parameter is the embedding or the head. While one bucket holds it, the other holds layer parameters.

@@ -11,9 +11,9 @@ from a2tgpo.plan.dimensions import ModelDimensions
 @dataclass(frozen=True)
 class Parameters:
     split: int
-    """Parameters that are split over the tensor-parallel ranks. Only one rank's part is counted."""
+    """Parameters on one rank that are split over the tensor-parallel ranks."""
     replicated: int
-    """Parameters that every tensor-parallel rank holds in full: norms and routers."""
+    """Parameters of norms and routers, which every tensor-parallel rank holds in full."""
     experts: int = 0
     """Parameters of the experts on one rank. Each expert is whole on one expert-parallel rank."""
 
@@ -80,26 +80,26 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
 def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
     """Return for how many of a rank's `parameters` the distributed optimizer keeps the state on this rank.
 
-    Context-parallel ranks hold the same weights, as data-parallel ranks do. The same experts are on (tensor x
-    context x data-parallel / expert-parallel) ranks.
+    A dense parameter is on all data-parallel and context-parallel ranks. An expert is on (tensor x context x
+    data-parallel / expert-parallel) ranks.
     """
     replicas = parallel.context * data_parallel
     return parameters.dense / replicas + parameters.experts / (parallel.tensor * replicas / parallel.expert)
 
 
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:
-    """Return the number of parameters in the checkpoint. Padding does not count, and tied embeddings count once."""
+    """Return the number of parameters in a checkpoint. Padding does not count, and tied embeddings count once."""
     d = dimensions
     return d.layers * layer_parameters(d, 1).total + d.hidden + (1 if d.tied else 2) * d.vocab * d.hidden
 
 
 def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
-    """Return the number of elements of the largest full parameter. The refit gathers a full parameter at once."""
+    """Return the number of elements of the largest full parameter, which the refit gathers at once."""
     return max(dimensions.padded_vocab(tensor) * dimensions.hidden, largest_layer_tensor(dimensions))
 
 
 def largest_layer_tensor(dimensions: ModelDimensions) -> int:
     """Return the number of elements of the largest full parameter that belongs to a layer."""
     d = dimensions
-    # The refit gathers one expert per expert-parallel rank at a time; these have fewer elements in total.
+    # The refit gathers one expert per expert-parallel rank at a time. These experts have fewer elements in total.
     return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

@@ -1,4 +1,4 @@
-"""Plan a configuration on a cluster: predict whether it fits, how a step is divided, and how long it takes."""
+"""Predict whether a configuration fits a cluster, how a step is divided, and how long the step takes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Plan(PlanInputs):
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
     score: PassTime
-    """Time of one scoring pass. `score_passes` is the number of these passes."""
+    """Time of one of the `score_passes` scoring passes."""
     update: PassTime
     refit_s: float
 
     @property
     def share_is_chosen(self) -> bool:
-        """Whether the plan chose the engine's share of the GPU. It does so if `rollout.gpu_memory_fraction` is 0."""
+        """Whether the plan chose the engine's share of the GPU, because `rollout.gpu_memory_fraction` is 0."""
         return not self.given_config.rollout.gpu_memory_fraction
 
     @property
@@ -60,10 +60,8 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes in a step.
-
-        The policy scores once if a step has several mini-batches. The reference, if the run has one, also
-        scores once.
+        """Number of scoring passes in a step: one of the policy if a step has several mini-batches, one of the
+        reference.
         """
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
@@ -73,7 +71,7 @@ class Plan(PlanInputs):
 
     @property
     def run_seconds(self) -> float:
-        """Predicted seconds of `run.steps` steps. Evaluations, checkpoints and starts are not included."""
+        """Predicted seconds of `run.steps` steps, without evaluations, checkpoints and starts."""
         return self.config.run.steps * self.step_seconds
 
     @property
@@ -142,12 +140,11 @@ def make_plan(
     """Plan `config` on a cluster of `gpus` GPUs.
 
     Args:
-        workload: the expected mean trajectory, which is cut to the limits of `config`. None means the default
-            workload.
+        workload: the expected mean trajectory. Its values are cut to the limits of `config`.
 
     Raises:
-        ConfigError: if the layout does not divide the model or the GPUs, or if FP8 is impossible. The message
-            is one line.
+        ConfigError: with a one-line message, if the layout does not divide the model or the GPUs, or if FP8 is
+            impossible.
     """
     fault = (
         layout_fault(dimensions, config.parallel, gpus)

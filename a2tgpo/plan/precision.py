@@ -1,4 +1,4 @@
-"""FP8 in a plan: whether the GPU, the model and the layout allow it, and how much memory it takes."""
+"""Check whether a plan can use FP8, and predict how much memory FP8 takes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
 WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
 """FP8 recipe -> bytes per value of a weight's FP8 copy, including scales."""
 WEIGHT_COPIES = 2
-"""Number of FP8 copies of each weight that exist in addition to the bfloat16 weight. One copy is for the
-forward pass, and a transposed copy is for the backward pass. Modules create the copies at the first micro-batch
-after an update and keep them (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
+"""Number of FP8 copies of each weight: one for the forward pass, and a transposed copy for the backward pass.
+
+They exist in addition to the bfloat16 weight (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
 """
 ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2
 """Bytes per weight in a quantised engine, including scales."""

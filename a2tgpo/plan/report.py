@@ -1,4 +1,4 @@
-"""Print a plan as text tables, and as one JSON object. Every number has its unit."""
+"""Format a plan as text tables and as one JSON object. Every number has its unit."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ HOUR_S, DAY_S = 3600, 86400
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table in which every column is as wide as its widest cell.
-
-    Cells of the first column are left-aligned, and all other cells are right-aligned.
-    """
+    """Format a table whose first column is left-aligned and whose other columns are right-aligned."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -37,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plan_text(plan: Plan, *, source: str) -> str:
-    """Return all tables of a plan as one text. `source` is the text that says where the dimensions come from."""
+    """Return all tables of a plan as one text. `source` says where the dimensions come from."""
     parts = [
         _heading(plan, source),
         _memory_table(plan),

@@ -17,11 +17,11 @@ class RolloutTime:
     """Seconds that an engine takes for its share of a step's trajectories."""
 
     prefill: float
-    """Computing prompts and observations. If one engine plays a whole group, it computes the group's prompt once."""
+    """Computing prompts and observations. A group's prompt is computed once."""
     decode: float
     """Decoding while the engine runs as many trajectories as it can."""
     tail: float
-    """Decoding the longest trajectories, and their tool calls, after the trajectories of mean length have ended."""
+    """Decoding and tool calls of the longest trajectories, after the trajectories of mean length have ended."""
     gain: float
     """Scoring the gold answer after every turn. The prefix is already in the cache."""
     recompute: float
@@ -39,7 +39,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     tensor = config.rollout.tensor_parallel
     peak = given.gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    # Operations in FP8 count as the number of bfloat16 operations that would take the same time.
+    # An FP8 operation counts as the number of bfloat16 operations that take the same time.
     linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
     forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
     per_token = kv_bytes_per_token(config, dimensions)
@@ -62,8 +62,8 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     # A longer trajectory has proportionally more observations and tool calls.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
-    # A trajectory that has no room in the cache loses its cached context in each turn. Either it is preempted,
-    # or the engine needs the room while the trajectory's tool runs.
+    # A trajectory without room in the cache loses its cached context in each turn: it is preempted, or the engine
+    # uses the room while the trajectory's tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,
@@ -96,8 +96,8 @@ def refit_bytes(given: PlanInputs) -> float:
 def refit_time(given: PlanInputs) -> float:
     """Return the seconds of a refit.
 
-    Weights are first broadcast over the stages, and then gathered over the tensor-parallel or expert-parallel
-    ranks. Meanwhile, the engine copies the previous bucket.
+    Weights are broadcast over the stages, then gathered over the tensor-parallel or expert-parallel ranks. Meanwhile,
+    the engine copies the previous bucket.
     """
     parallel, size = given.config.parallel, refit_bytes(given)
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""Searches per second that a step demands, and searches per second that a dense index can answer."""
+"""Predict how many searches per second a step demands, and how many a dense index can answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SearchDemand:
 
     queries: float
     per_second: float
-    """Searches per second if the rollout takes the planned time. With a slower server, the rollout takes longer."""
+    """Searches per second if the rollout takes the planned time."""
     at_once: int
     """Largest number of concurrent searches, over all engines together."""
 
@@ -35,8 +35,5 @@ def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
 
 
 def flat_queries_per_s(*, passages: int, dim: int, cores: int) -> float:
-    """Return the queries per second of a server that compares each query with every passage, in full batches.
-
-    A query takes 2 * passages * dim operations, and in addition the encoder's operations.
-    """
+    """Return the queries per second of a server that compares each query with every passage, in full batches."""
     return cores * CORE_FLOPS / (2.0 * passages * dim + ENCODER_FLOPS)

@@ -1,4 +1,4 @@
-"""Bytes that a run reads from the file system that its nodes share, and bytes that the run keeps there."""
+"""Predict the bytes that a run reads from the nodes' shared file system, and the bytes that it keeps there."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.parameters import checkpoint_parameters
 
 MODEL_FILE_BYTES = 2
-"""Bytes per parameter in the files of `model.path`. The files are assumed to be in bfloat16."""
+"""Bytes per parameter in the files of `model.path`, which are assumed to be in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Numbers of checkpoints on disk: whole checkpoints, and checkpoints reduced to their weights."""
+    """Numbers of whole checkpoints, and of checkpoints reduced to their weights, on disk."""
 
     whole: int
     weights_only: int
@@ -24,8 +24,7 @@ class Kept:
 def most_kept(config: RunConfig) -> Kept:
     """Return the largest number of checkpoints that are on disk at the same time.
 
-    The number includes one more whole checkpoint, because a new one is complete before an older one is reduced
-    or removed.
+    A new checkpoint is complete before an older one is reduced or removed, so one more whole checkpoint counts.
     """
     kept, last = config.checkpoint, config.run.steps
     every = [kept.every] if kept.every else []
@@ -39,10 +38,7 @@ def most_kept(config: RunConfig) -> Kept:
 
 
 def checkpoint_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Return the bytes of one checkpoint.
-
-    It holds the weights and two float32 moments. If the weights are bfloat16, it also holds float32 master weights.
-    """
+    """Return the bytes of one checkpoint: weights, two float32 moments and, for bfloat16, float32 master weights."""
     element = ELEMENT_BYTES[config.model.dtype]
     return checkpoint_parameters(dimensions) * (element + 8 + (4 if element < 4 else 0))
 
@@ -55,7 +51,7 @@ def weights_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
 def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> float:
     """Return the bytes of the checkpoints in `kept`.
 
-    `checkpoint.keep_gb` limits the bytes of reduced checkpoints, but never so far that the best one is removed.
+    `checkpoint.keep_gb` limits the bytes of reduced checkpoints, but one reduced checkpoint always stays.
     """
     one = weights_bytes(config, dimensions)
     weights: float = kept.weights_only * one
@@ -67,9 +63,8 @@ def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> fl
 def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, gpus_per_node: int) -> int:
     """Return the bytes that all ranks together read when they start from a checkpoint.
 
-    All ranks together read the checkpoint once. If there is a reference model, each node reads the files of
-    `model.path` once. If engines quantise weights while loading, each engine reads these files, and at least
-    once per node.
+    They read the checkpoint once. If there is a reference model, each node reads the files of `model.path` once. If
+    engines quantise weights while loading, each engine reads these files, and at least once per node.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

@@ -12,34 +12,34 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 
 OPTIMIZER_BYTES = 30
-"""Bytes that an optimizer step reads and writes for each parameter of a rank's shard. The step reads the
-gradient, reads and writes the master weight and two moments, and writes the new weight.
+"""Bytes that an optimizer step reads and writes for each parameter of a rank's shard.
+
+The step reads the gradient, reads and writes the master weight and two moments, and writes the new weight.
 """
 PERMUTATIONS = 8
-"""How often a pass reads or writes each routed token in GPU memory, not counting the matrix products. The pass
-sorts tokens by rank, by expert, back by rank, and back into the original order. Each of these four sorts reads
-and writes every token once.
+"""How often a pass reads or writes each routed token in GPU memory, without the matrix products.
+
+The pass sorts tokens four times: by rank, by expert, and back. A sort reads and writes every token once.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime:
-    """Seconds that one rank takes for all micro-batches of a step. The sum of all fields is the total."""
+    """Seconds that one rank takes for all micro-batches of a step. No communication overlaps with computation."""
 
     compute: float
     """Matrix products and attention of the slowest pipeline stage."""
     bubble: float
     """Time at the start and the end of each optimizer step in which a stage has nothing to compute."""
     tensor: float
-    """Tensor-parallel collectives. They are not overlapped with computation."""
     pipeline: float
     """Sending hidden states and gradients between pipeline stages."""
     context: float = 0.0
-    """Sending keys and values around the context-parallel ranks. It is not overlapped with computation."""
+    """Sending keys and values around the context-parallel ranks."""
     dispatch: float = 0.0
-    """Sorting tokens by expert, and sending them to the experts' ranks and back. It is not overlapped."""
+    """Sorting tokens by expert, and sending them to the experts' ranks and back."""
     data: float = 0.0
-    """Reducing gradients and gathering weights over the data-parallel ranks. It is not overlapped."""
+    """Reducing gradients and gathering weights over the data-parallel ranks."""
     optimizer: float = 0.0
 
     @property
@@ -114,32 +114,27 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return the number of tensor-parallel collectives per layer: 2 in the forward pass and 2 in the backward pass.
-
-    Full recomputation adds 2. Sequence parallelism gathers two inputs once more, and each of these counts as a half.
+    """Return the number of tensor-parallel collectives per layer. Sequence parallelism adds two gathers of half
+    cost.
     """
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
 def _tensor_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends if each layer of its stage makes one all-reduce.
-
-    A reduce-scatter followed by an all-gather sends as many bytes as an all-reduce.
-    """
+    """Return the bytes that a rank sends if each layer of its stage makes one all-reduce."""
     hidden_states = given.geometry.rank_tokens * given.dimensions.hidden * given.element_bytes
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.tensor) * hidden_states
 
 
 def _most_layers(given: PlanInputs) -> int:
-    """Return the number of layers of the pipeline stage that has the most."""
     return max(given.config.parallel.stage_layers(given.dimensions.layers))
 
 
 def _ring_bytes(given: PlanInputs) -> float:
-    """Return the bytes that a rank sends to its context-parallel neighbour in one pass over a micro-batch.
+    """Return the bytes that a rank sends to its context-parallel neighbour in one forward pass over a micro-batch.
 
-    The rank passes on the keys and values of all other ranks. A backward pass counts as two passes, because it
-    sends keys and values again together with their gradients.
+    The rank passes on the keys and values of all other ranks. A backward pass sends twice as many bytes, because it
+    also sends gradients.
     """
     width = 2 * given.dimensions.kv_width / given.config.parallel.tensor
     others = given.config.parallel.context - 1
@@ -147,10 +142,7 @@ def _ring_bytes(given: PlanInputs) -> float:
 
 
 def _boundary_bytes(given: PlanInputs) -> float:
-    """Return the bytes of a micro-batch's hidden states that a rank sends to the next stage.
-
-    With several chunks per stage, the hidden states are sent once for each chunk.
-    """
+    """Return the bytes of hidden states per micro-batch that a rank sends to the next stage, once per chunk."""
     parallel = given.config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -160,10 +152,9 @@ def _boundary_bytes(given: PlanInputs) -> float:
 
 
 def _dispatch_bytes(given: PlanInputs) -> float:
-    """Return the bytes that all layers of a rank send to experts and back in one pass over a micro-batch.
+    """Return the bytes that a rank sends to experts and back in one pass over a micro-batch.
 
-    A token is sent once for each expert that it chose, even if one rank holds several of these experts. In the
-    backward pass, gradients take the same routes as the tokens.
+    A token is sent once for each expert that the router chose, even if one rank holds several of these experts.
     """
     return _most_layers(given) * 2 * (1 - 1 / given.config.parallel.expert) * _routed_bytes(given)
 
@@ -226,10 +217,7 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
 
 
 def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """Return a token's forward operations in the layers of `stage`.
-
-    FP8 operations count as the number of bfloat16 operations that would take the same time.
-    """
+    """Return a token's forward operations in the layers of `stage`, with FP8 operations converted to bfloat16."""
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0

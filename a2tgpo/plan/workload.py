@@ -1,4 +1,4 @@
-"""The expected work of a step, and how it is divided over ranks, engines and micro-batches."""
+"""Describe the expected work of a step, and divide it over ranks, engines and micro-batches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ class Workload:
     tool_seconds: float = 0.3
     """Seconds of one tool call. Other trajectories hide this time, except at the end of the rollout."""
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory, relative to the mean. A configured limit may cut them."""
+    """Sampled tokens of a step's longest trajectory, divided by the mean. A configured limit may cut the longest."""
 
     @property
     def tokens(self) -> float:
-        """Length of the whole trajectory. The trainer computes all of its tokens."""
         return self.prompt_tokens + self.response_tokens
 
     @property
@@ -38,7 +37,7 @@ class Workload:
 
     @property
     def output_share(self) -> float:
-        """Share of the trajectory's tokens that need a log-prob. These are the sampled tokens."""
+        """Share of the trajectory's tokens that are sampled, so that they need a log-prob."""
         return self.sampled_tokens / self.tokens
 
     def limited(self, config: RunConfig) -> Workload:
@@ -53,7 +52,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a step is divided over ranks, engines and micro-batches."""
+    """The division of a step over ranks, engines and micro-batches."""
 
     data_parallel: int
     engines: int
@@ -62,7 +61,7 @@ class Geometry:
     trajectories_per_engine: float
     """Mean number of trajectories of one engine. It is below 1 if there are more engines than trajectories."""
     tokens: float
-    """Number of tokens that the trainer computes in the step, not counting padding."""
+    """Number of tokens that the trainer computes in the step, without padding."""
     sampled_tokens: float
     optimizer_steps: int
     microbatches: int
@@ -72,7 +71,7 @@ class Geometry:
     rank_tokens: float
     """Mean number of a micro-batch's tokens on one context-parallel rank."""
     longest_sampled: float
-    """Sampled tokens of the longest trajectory. With partial rollouts, only those sampled in this step count."""
+    """Sampled tokens of the longest trajectory. With partial rollouts, only tokens of this step count."""
     in_flight: int
     """Number of trajectories that one engine starts at once, if the cache has room for their first tokens."""
     concurrent: int
@@ -84,7 +83,7 @@ class Geometry:
 
     @property
     def displaced(self) -> float:
-        """Number of trajectories per engine and step that find no room to grow in the cache. Each is preempted once.
+        """Number of trajectories per engine and step that find no room to grow in the cache.
 
         vLLM's number of preemptions is one to two times this number (docs/performance.md).
         """
@@ -105,7 +104,7 @@ def geometry(
     per_engine = trajectories / engines
     optimizer_steps = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     tokens_per_replica = trajectories * workload.tokens / optimizer_steps / data_parallel
-    # A trajectory is never cut, so a smaller limit of a micro-batch still admits one whole mean trajectory.
+    # A trajectory is never cut, so even a smaller micro-batch holds one whole mean trajectory.
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
