@@ -4,11 +4,9 @@
     srun --mpi=pmix ... python launch/mpi.py --config CONFIG ...
     mpirun -n RANKS python launch/mpi.py --script launch/warmstart.py --config CONFIG [OVERRIDE ...]
 
-MPI gives each process its rank and the number of ranks. The local rank numbers the ranks that share the memory of one
-machine. If MASTER_ADDR and MASTER_PORT are not set, rank 0 chooses the address and the port. After the ranks have
-agreed, this program finalises MPI and replaces itself by the training program (exec). So MPI's handlers, memory hooks
-and threads are gone when vLLM and NCCL start. mpirun receives the exit code of each rank, and if a code is not 0,
-mpirun ends the other ranks.
+If MASTER_ADDR and MASTER_PORT are not set, rank 0 chooses the address and the port. After the ranks have agreed, this
+program finalises MPI and replaces itself by the training program (exec), so that MPI's handlers, memory hooks and
+threads are gone when vLLM and NCCL start. If a rank's exit code is not 0, mpirun ends the other ranks.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
         watchdog.close()
         recorder.close()
     parts.close()
-    # Wait for all ranks, because a launcher ends the other ranks as soon as one rank exits with a code that is not 0.
+    # A launcher ends the other ranks as soon as one rank exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return code

@@ -9,10 +9,9 @@ OVERRIDE is section.field=value or a YAML file. If two overrides set the same fi
 
 The program trains the model at `warmstart.source` on the demonstrations in `warmstart.demonstrations`. It minimises
 the mean cross-entropy of the tokens that the policy should write. By default, prompts and observations have no loss.
-The program then writes a Hugging Face checkpoint to `model.path`, from which training reads the model. The
-demonstrations of a step do not depend on the number of ranks, so the resulting model does not depend on it either,
-except for rounding. Metrics and checkpoints go to ROOT/NAME-warmstart/. After a stop or a crash, the next start
-resumes the warm start.
+The program writes a Hugging Face checkpoint to `model.path`, and metrics and checkpoints to ROOT/NAME-warmstart/.
+Except for rounding, the resulting model does not depend on the number of ranks. After a stop or a crash, the next
+start resumes the warm start.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     finally:
         watchdog.close()
         warm_start.report.close()
-    # Wait for all ranks, because a launcher ends the other ranks as soon as one rank exits with a code that is not 0.
+    # A launcher ends the other ranks as soon as one rank exits with a code that is not 0.
     dist.barrier()
     shutdown()
     return 0 if is_done else START_AGAIN

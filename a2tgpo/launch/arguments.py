@@ -12,8 +12,8 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     """Return a parser of the argument CONFIG, the options of a start, and the overrides.
 
     Args:
-        resume: a name, for the help text, of the third kind of value that --resume takes in addition to auto and
-            none. If empty, --resume takes only auto and none.
+        resume: the name, in the help text, of a third value of --resume besides auto and none. If empty, there is
+            none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -61,8 +61,8 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
 def parse_start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the parsed arguments of this start.
 
-    A scheduler restarts a job with the arguments of the job's first start, but `--resume` and `--accept-changes`
-    apply only to the first start. Each later start resumes from the newest checkpoint and accepts no changes.
+    A scheduler restarts a job with the arguments of the job's first start. Later starts ignore `--resume` and
+    `--accept-changes`, resume from the newest checkpoint and accept no changes.
     """
     args = parser.parse_intermixed_args()  # an override may follow an option
     if args.as_started is not None and args.as_started.exists():

@@ -1,4 +1,4 @@
-"""Check that the GPU driver and the CUDA toolkit of this machine fit the CUDA version that torch was built for."""
+"""Check that this machine's GPU driver and CUDA toolkit fit the CUDA version that torch was built for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LEAST_DRIVERS = {12: 525, 13: 580}
-"""Maps each major version of CUDA to the first driver branch that runs all minor versions of this major version."""
+"""Major version of CUDA -> first driver branch that runs all minor versions of this major version."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-"""File that the loaded kernel module of the driver provides."""
+"""File that the driver's loaded kernel module provides."""
 
 
 def driver_version() -> str:
@@ -28,8 +28,7 @@ def driver_version() -> str:
 def unusable_gpus() -> list[str]:
     """Return why torch sees none of this machine's GPUs, or an empty list if the machine has no GPU.
 
-    Call this if torch sees no GPU. Without this check, a run on a machine with GPUs would train on the CPUs, at a
-    hundredth of the speed.
+    Call this if torch sees no GPU. A run on a machine with unusable GPUs would otherwise train on its CPUs.
     """
     import torch
 
@@ -41,13 +40,13 @@ def unusable_gpus() -> list[str]:
 
 
 def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
-    """Return one line that tells why CUDA does not start on a machine with GPUs, and how to solve the problem.
+    """Return one line that says why CUDA does not start on a machine with GPUs, and how to mend the fault.
 
     Args:
         cards: the names of the GPUs' device files, e.g. nvidia0.
         cuda: `torch.version.cuda`, which is None if torch was built for CPUs.
-        driver: the result of `driver_version`, which is empty if the version is unknown.
-        visible: the value of the variable CUDA_VISIBLE_DEVICES, or None if the variable is not set.
+        driver: the result of `driver_version`.
+        visible: the value of CUDA_VISIBLE_DEVICES, or None if the variable is not set.
     """
     start = f"torch sees no GPU, but there is {', '.join(cards)}: "
     if cuda is None:
@@ -61,9 +60,9 @@ def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, vis
 
 
 def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
-    """Return the path of the CUDA compiler, and the name of the variable that led to it, CUDA_HOME or PATH.
+    """Return the path of the CUDA compiler for run-time compilation, and the variable that led to it.
 
-    CUDA code that is compiled at run time uses this compiler. The path is empty if no compiler was found.
+    The variable is CUDA_HOME or PATH. The path is empty if no compiler was found.
     """
     if home := environment.get("CUDA_HOME"):
         return str(Path(home) / "bin" / "nvcc"), "CUDA_HOME"
@@ -73,11 +72,8 @@ def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
 def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
     """Return a warning if the compiler that builds kernels at run time has another CUDA version than `cuda`.
 
-    If the versions are equal, or if there is no compiler, the list is empty.
-
     Args:
         cuda: the CUDA version that torch was built for, or None if torch was built for CPUs.
-        environment: the variables of the process.
     """
     nvcc, source = find_nvcc(environment)
     if cuda is None or not nvcc:

@@ -1,4 +1,4 @@
-"""Check a training run and print its plan; build no model."""
+"""Check a training run and print its plan, without building a model."""
 
 from __future__ import annotations
 
@@ -72,8 +72,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         require_same_run(*found, hf_config, sampler)
     config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
     build_tools(config).close()
-    # If no launcher started this process, plan for the cluster in the configuration. A login node can then check a
-    # run.
+    # If no launcher started this process, plan for the configured cluster, so that a login node can check a run.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)
     is_first = os.environ.get("RANK", "0") == "0"

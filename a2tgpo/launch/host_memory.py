@@ -1,4 +1,4 @@
-"""Find how much host memory this process can still take. The machine and the control groups limit the memory."""
+"""Find how much host memory this process can still take."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ CGROUPS = "sys/fs/cgroup"
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
     """Return the host memory that this process can still take, in bytes, and the name of the limit that decides.
 
-    The page cache of a control group counts as free memory, because the kernel reclaims the page cache first.
-    MemAvailable treats the page cache of the machine in the same way.
+    The page cache counts as free memory, because the kernel can reclaim it.
 
     Args:
         root: the folder in which `proc` and `sys` are mounted.
@@ -43,7 +42,7 @@ def _left_in_groups(root: Path) -> Iterator[tuple[int, str]]:
 
 
 def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Return the bytes left in the control group `folder`, or None if it has no limit or its files cannot be read."""
+    """Return the bytes left in the control group `folder`, or None if it has no limit or cannot be read."""
     try:
         allowed = int((folder / limit).read_text())
         used = int((folder / usage).read_text())

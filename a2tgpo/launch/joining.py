@@ -1,4 +1,4 @@
-"""Connect the ranks: first to torch's TCP store, then over the store to the process group. Both have a time limit."""
+"""Connect the ranks within a time limit: first to torch's TCP store, then to the process group."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
 
 MAX_LINES = 20
-"""The largest number of ranks for which rank 0 prints a line each."""
+"""Largest number of ranks for which rank 0 prints a line each."""
 SELF_CONNECT_S = 15.0
-"""The longest time that rank 0 waits for a connection to the store that it serves itself, seconds."""
+"""Longest time, in seconds, that rank 0 waits for a connection to its own store."""
 
 
 def say(line: str) -> None:
@@ -30,12 +30,11 @@ def say(line: str) -> None:
 
 
 def open_store(timeout_s: float) -> Store:
-    """Return a connection to the store at MASTER_ADDR:MASTER_PORT.
-
-    If torchrun does not serve this store, rank 0 serves it.
+    """Return a connection to the store at MASTER_ADDR:MASTER_PORT, which torchrun or rank 0 serves.
 
     Raises:
-        RuntimeError: one line; rank 0 cannot serve the store, or this rank cannot reach it within `timeout_s`.
+        RuntimeError: with a one-line message, if rank 0 cannot serve the store, or if this rank cannot reach it
+            within `timeout_s`.
     """
     from torch.distributed import DistError, PrefixStore, TCPStore
 
@@ -62,8 +61,7 @@ def open_store(timeout_s: float) -> Store:
             "start, a firewall blocks the port, or the name resolves to another machine"
         ) from None
     store.set_timeout(timedelta(seconds=timeout_s))
-    # The prefix contains the number of restarts, because torchrun's store keeps its keys when torchrun restarts
-    # ranks.
+    # torchrun's store keeps its keys when torchrun restarts ranks, so the prefix contains the number of restarts.
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -73,10 +71,10 @@ def join(
     """Join the process group and all-reduce one number within `parallel.start_timeout_s`; every rank must call this.
 
     Returns:
-        The groups, and the seconds that joining took. These seconds do not include the import of Megatron.
+        The groups, and the seconds that joining took, without the import of Megatron.
 
     Raises:
-        RuntimeError: one line; the backend could not connect this rank to the others.
+        RuntimeError: with a one-line message, if the backend cannot connect this rank to the others.
     """
     import torch
     import torch.distributed as dist
@@ -109,7 +107,7 @@ def join(
 
 
 class Deadline:
-    """Ends the process if `met` is not called in time. A program cannot cancel a collective that hangs."""
+    """Ends the process if `met` is not called in time, because a hanging collective cannot be cancelled."""
 
     def __init__(self, store: Store, seconds: float, *, rank: int, world_size: int):
         self._store, self._seconds, self._rank, self._world_size = store, seconds, rank, world_size

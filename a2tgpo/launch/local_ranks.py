@@ -2,9 +2,8 @@
 
     python -m a2tgpo.launch.local_ranks NUM_RANKS SCRIPT [ARGUMENT ...]
 
-If a rank fails, torchrun ends the other ranks, and this program exits with the code of the rank that failed first. If
-this program receives SIGTERM or SIGUSR1, it passes the signal on to the ranks, and they end themselves. The ranks of
-a training run first save a checkpoint (a2tgpo/lifecycle/stop_signal.py).
+If a rank fails, torchrun ends the other ranks, and this program exits with the code of the rank that failed first.
+The program passes SIGTERM and SIGUSR1 on to the ranks, which then end themselves (a2tgpo/lifecycle/stop_signal.py).
 """
 
 import logging
@@ -24,10 +23,9 @@ from a2tgpo.lifecycle.stop_signal import SIGNALS
 OPTIONS = (
     "--standalone",
     *("--local-addr", "127.0.0.1"),  # the machine's own name may have no address
-    # SIGTERM is not in this list, because torchrun would then end the ranks and leave them half a minute to save.
+    # SIGTERM is not in this list, because torchrun would then give the ranks only half a minute to save.
     *("--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"),
 )
-"""The options with which this program runs torchrun."""
 
 
 def pass_on(number: int, _frame: FrameType | None) -> None:

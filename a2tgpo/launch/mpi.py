@@ -1,4 +1,4 @@
-"""Agree over MPI where the ranks meet, if mpirun started them, and express the result in torchrun's variables."""
+"""Let the ranks that mpirun started agree where to meet, and express the result in torchrun's variables."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Variables in which the launchers of Open MPI, MPICH and Slurm set the number of processes. The first variable that
-is set decides."""
+"""Variables that Open MPI, MPICH and Slurm set to the number of processes. The first variable that is set decides."""
 
 
 def meet() -> dict[str, str]:
-    """Return the values of torchrun's variables for this process, on which all ranks agree over MPI.
+    """Return the values of torchrun's variables for this process; every rank must call this.
 
-    This function starts MPI and finalises MPI. Every rank must call it.
+    The function starts MPI and finalises it.
 
     Raises:
-        RuntimeError: one line; there is no MPI library, the launcher uses another MPI library, or another machine
-            cannot resolve the name of rank 0.
+        RuntimeError: with a one-line message, if there is no MPI library, if the launcher uses another MPI library,
+            or if another machine cannot resolve the name of rank 0.
     """
     mpi = load_mpi()
     # mpi4py warns if it suspects that mpirun belongs to another MPI library. `agree` reports this case in one line.
@@ -36,7 +35,7 @@ def meet() -> dict[str, str]:
 
 
 def load_mpi() -> ModuleType:
-    """Import mpi4py's MPI module and return it; do not start MPI."""
+    """Return mpi4py's MPI module without starting MPI."""
     import mpi4py
 
     mpi4py.rc.initialize = False  # if True, the import would start MPI and finalise it only at exit

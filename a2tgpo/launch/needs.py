@@ -24,7 +24,7 @@ class DiskNeed:
     num_bytes: float
     what: str
     change: str
-    """Advice that tells how to reduce the need if the disk cannot have more free space."""
+    """Advice on how to reduce the need, for the case that the disk cannot have more free space."""
 
 
 def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
@@ -51,8 +51,7 @@ class Needs:
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """Whether the program plays rollouts. If it does, the engine needs a share of each GPU's memory, and the search
-    server must answer."""
+    """Whether the program plays rollouts, so that it needs GPU memory for an engine, and the search server."""
 
 
 def training_needs(config: RunConfig) -> Needs:
@@ -73,9 +72,7 @@ def training_needs(config: RunConfig) -> Needs:
 
 
 def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
-    """Return what a warm start needs of its machines.
-
-    The disk must have space for two checkpoints, which exist together for a short time, and for the model.
+    """Return what a warm start needs of its machines. Two checkpoints can exist together for a short time.
 
     Args:
         config: the warm start's configuration for planning.
@@ -101,10 +98,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 
 def read_model(config: RunConfig) -> ModelDimensions | None:
-    """Return the dimensions of the model, or None if they cannot be read.
-
-    This function reports no error, because a later load of the model reports the error.
-    """
+    """Return the dimensions of the model, or None if they cannot be read. Loading the model reports the error."""
     try:
         return read_dimensions(config.model.path)
     except (ConfigError, OSError):
@@ -112,13 +106,10 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many more checkpoints the run will keep on disk at the same time, in addition to the existing ones.
-
-    The result contains at least one whole checkpoint, because the next save always writes one.
-    """
+    """Return how many checkpoints the run will still add to the existing ones. The next save writes a whole one."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
-    # If retention has reduced a checkpoint to its weights, the checkpoint has no random states.
+    # A checkpoint that was reduced to its weights has no random states.
     are_whole = [(marker.parent / "rng").is_dir() for marker in markers]
     return Kept(
         whole=max(1, most.whole - are_whole.count(True)),

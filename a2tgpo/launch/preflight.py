@@ -1,9 +1,7 @@
-"""Check all ranks before any rank builds a model. Each rank inspects its machine, rank 0 compares the results, and
-then either all ranks continue or none does.
+"""Check all ranks before any rank builds a model, so that either all ranks continue or none does.
 
-`start_ranks` opens torch's TCP store, compares the facts about all ranks (`launch/rank_facts.py`), makes the plan,
-joins the process group and all-reduces once over all ranks. If one of these steps fails, or if a rank does not
-arrive, all ranks exit with a code other than 0, and rank 0 prints one line for each rank at fault.
+Each rank inspects its machine, and rank 0 compares the results. If a check fails or a rank does not arrive, all ranks
+exit with a code other than 0, and rank 0 prints one line for each rank at fault.
 """
 
 from __future__ import annotations
@@ -37,11 +35,10 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Number of messages that rank 0 sends in a meeting. The first gives the time on rank 0's clock and the path of a
-test file. The second tells the ranks whether to continue."""
+"""Number of messages that rank 0 sends in a meeting: first its time and a test file, then whether to continue."""
 END = "end"
 LISTEN_S = 1.0
-"""Duration of one wait for a message, seconds. It is short, because a signal cannot interrupt such a wait."""
+"""Seconds of one wait for a message. The wait is short, because a signal cannot interrupt it."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
@@ -52,9 +49,9 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
         needs: what the program needs of its machines. If None, the needs of a training run apply.
 
     Raises:
-        ReportedByRank0: a rank failed; rank 0 has printed the rank and the cause.
-        ConfigError: the plan does not fit the GPUs (`check_memory`); raised on all ranks.
-        RuntimeError: one line; this rank cannot reach rank 0.
+        ReportedByRank0: if a rank failed. Rank 0 has printed the rank and the cause.
+        ConfigError: on all ranks, if the plan does not fit the GPUs (`check_memory`).
+        RuntimeError: with a one-line message, if this rank cannot reach rank 0.
     """
     raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -77,12 +74,10 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
 
 def meet_ranks(config: RunConfig) -> ParallelGroups:
-    """Join the ranks without a check of their machines; every rank must call this first.
-
-    Programs that only read a run use this function.
+    """Join the ranks without a check of their machines, for programs that only read a run; every rank must call this.
 
     Raises:
-        RuntimeError: one line; this rank cannot reach rank 0.
+        RuntimeError: with a one-line message, if this rank cannot reach rank 0.
     """
     raise_limit()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,23 +91,21 @@ class Meeting:
 
     Args:
         store: the store that the ranks share, or None if there is only one rank.
-        patience_s: the longest time, in seconds, that rank 0 waits for all ranks to arrive. It then waits up to the
-            same time again for all ranks to check their machines.
+        patience_s: the longest time, in seconds, that rank 0 waits for all ranks to arrive. Rank 0 then waits up to
+            the same time for all ranks to check their machines.
     """
 
     def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
         self._num_words = 0
-        """Number of messages so far: on rank 0 the messages sent, on another rank the messages received."""
+        """Number of messages that this rank has sent (rank 0) or received (another rank)."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
-        """Check this rank's machine; if no rank has a fault, return the facts.
-
-        Rank 0 gets the facts about all ranks, and each other rank gets only the facts about itself.
+        """Check this rank's machine, and return the facts: on rank 0 of all ranks, on another rank of this rank.
 
         Raises:
-            ReportedByRank0: a rank has a fault.
+            ReportedByRank0: if a rank has a fault.
         """
         if self._rank == 0:
             return self._lead(config, paths, needs)
@@ -218,12 +211,9 @@ class Meeting:
     def _hear(self) -> str:
         """Wait for the next message of rank 0, and return the message.
 
-        The wait may be long, because rank 0 may itself wait for other ranks. The store notifies a waiting rank, so no
-        rank polls.
-
         Raises:
-            ReportedByRank0: the message is `END`.
-            RuntimeError: one line; rank 0 has ended or does not answer.
+            ReportedByRank0: if the message is `END`.
+            RuntimeError: with a one-line message, if rank 0 has ended or does not answer.
         """
         from torch.distributed import DistError, DistStoreError
 
@@ -265,9 +255,8 @@ def _local_rank() -> int:
 
 
 def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
-    """Measure the search server, and add a fault or a warning to `facts` if the server is too slow for the plan.
-
-    Without a GPU, this function measures nothing.
+    """If the search server is too slow for the plan, add a fault or a warning to `facts`. Without a GPU, do
+    nothing.
     """
     import torch
 
@@ -279,10 +268,7 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """Return the host memory that the plan expects each rank to take.
-
-    The list is empty if there is no GPU, or if no plan can be made. `start_ranks` reports why no plan can be made.
-    """
+    """Return the host memory that the plan expects each rank to take. Without a GPU or a plan, the list is empty."""
     try:
         plan = _plan_on_gpus(config, world_size)
     except ConfigError:
@@ -294,8 +280,7 @@ def _plan_on_gpus(config: RunConfig, world_size: int) -> Plan | None:
     """Return the plan of `config` on the GPUs that torch sees, or None if torch sees no GPU.
 
     Raises:
-        ConfigError: one line; the layout is impossible. If there is no GPU, the check of the layout follows later,
-            when the ranks join.
+        ConfigError: with a one-line message, if torch sees a GPU and the layout is impossible.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Collect facts about the machine of each rank before a run, and find the ranks that differ from the other ranks."""
+"""Collect facts about each rank's machine before a run, and find the ranks that differ from most ranks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest difference between the clocks of a rank and of rank 0, seconds. The clocks of synchronised machines differ
-by milliseconds. The limit is higher, because a loaded machine may read its clock with a delay."""
+"""Largest allowed difference, in seconds, between a rank's clock and rank 0's. A loaded machine reads its clock late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SEARCH_TIMEOUT_S = 10.0
@@ -39,10 +38,9 @@ class RankFacts:
     equal: dict[str, str]
     """Facts that must be equal on all ranks: versions, number and kind of the visible GPUs, configuration."""
     paths: dict[str, str]
-    """Maps each configuration key to a fingerprint of the files at its path. If the path cannot be read, the value is
-    `UNREADABLE` with the reason."""
+    """Configuration key -> fingerprint of the files at its path, or `UNREADABLE` with the reason."""
     gpu: str = ""
-    """Identifies, within the cluster, the GPU that this rank will use; empty if there is no GPU."""
+    """Cluster-wide name of the GPU that this rank will use. It is empty if there is no GPU."""
     clock_ahead_s: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
@@ -69,8 +67,8 @@ def gather_facts(
         paths: maps configuration keys to the paths that every rank must be able to read.
         needs_search: whether to check that the server at search.url answers.
         clock_s: the present time on rank 0's clock, seconds since the epoch.
-        marker: the path of a file that rank 0 has just written where the run's folder will be. If empty, rank 0 could
-            not write this file.
+        marker: the path of a file that rank 0 has just written on the disk of the run's folder. It is empty if rank 0
+            could not write the file.
     """
     ahead_s = time.time() - clock_s
     gpus, faults, warnings = see_gpus(local_rank)
@@ -123,7 +121,7 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
 
 
 def search_server_faults(config: RunConfig) -> list[str]:
-    """Send one query to the server at search.url, and return the faults that the query shows."""
+    """Return the faults that one query to the server at search.url shows."""
     from dataclasses import replace
 
     from a2tgpo.search.tool import build_search
@@ -139,10 +137,7 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
 
 def path_fingerprint(path: str) -> str:
-    """Return a fingerprint of the files at `path`. Two machines with the same files have the same fingerprint.
-
-    The fingerprint covers the name and the size of each file, and the bytes at its start and at its end.
-    """
+    """Return a fingerprint of each file at `path`: its name, its size, and the bytes at its start and at its end."""
     root = Path(path)
     digest = hashlib.sha256()
     try:
@@ -164,8 +159,8 @@ def host_memory_faults(
 ) -> dict[int, list[str]]:
     """Return a fault for each machine that has too little host memory left, keyed by the machine's first rank.
 
-    A machine has too little if its ranks, according to the plan, need more memory than is left. If they need more by
-    no more than the share `cluster.plan_margin`, the machine gets a warning and no fault.
+    If the planned need exceeds the memory by no more than the share `cluster.plan_margin`, the machine gets a warning
+    instead of a fault.
 
     Args:
         found: the facts about each rank, in rank order.
@@ -176,7 +171,7 @@ def host_memory_faults(
         by_host.setdefault(facts.host, []).append(facts)
     faults = {}
     for ranks in by_host.values():
-        # Compare the two values in a new tuple, because JSON has turned the other ranks' `memory_left` into lists.
+        # JSON has turned the other ranks' `memory_left` into lists, so compare new tuples.
         left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:
@@ -194,12 +189,12 @@ def host_memory_faults(
 def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[str]]:
     """Return a map from each faulty rank to its faults.
 
-    A rank is faulty if it reported a fault, or if a value of the rank differs from the majority of the ranks.
+    A rank is faulty if it reported a fault, or if one of its values differs from the value of most ranks.
 
     Args:
         found: the facts about each rank, in rank order. If two values are equally frequent, rank 0 is right.
         paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
-            the configuration is wrong, and a later check reports the mistake.
+            no rank is faulty, because a later check reports the wrong setting.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):
@@ -226,7 +221,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (rank, name, value of the rank, value of the majority) for each value that differs from the majority."""
+    """Yield (rank, name, value of the rank, value of most ranks) for each value that differs from most ranks."""
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]

@@ -1,7 +1,4 @@
-"""Find this process's rank and the meeting point of all ranks, and set them in torchrun's variables.
-
-The launcher that started the process has set variables of its own, from which this module takes the values.
-"""
+"""Set torchrun's variables from the variables of the launcher that started this process."""
 
 from __future__ import annotations
 
@@ -16,28 +13,24 @@ from a2tgpo.io.errors import ConfigError
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """The variables that torchrun sets, and that torch.distributed, Megatron and vLLM read."""
 SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-"""Maps three of torchrun's variables to srun's names for them. In a batch script, outside srun, SLURM_STEP_NUM_TASKS
-is not set."""
+"""torchrun's variable -> srun's variable. In a batch script, outside srun, SLURM_STEP_NUM_TASKS is not set."""
 LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "mpirun (MPICH)": ("PMI_RANK", "PMI_SIZE"),
 }
-"""Maps each launcher, except torchrun, to its variables for the rank of a process and for the number of processes."""
+"""Launcher -> its variables for the rank of a process and for the number of processes."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""First port, and number of ports, from which a step's port is chosen. These ports are above the ports of services
-and below the ports that Linux assigns itself (32768 and up)."""
+"""Range of a step's port, above the ports of services and below those that Linux assigns (32768 and up)."""
 PORTS_PER_JOB = 32
 
 
 def join_launcher() -> None:
-    """If srun started this process as one of several, set torchrun's variables.
-
-    Call this before the import of torch.
+    """If srun started this process as one of several, set torchrun's variables. Call this before the import of torch.
 
     Raises:
-        ConfigError: one line; a variable is missing or has an unusable value, or mpirun started a script that does
-            not use MPI.
+        ConfigError: with a one-line message, if a variable is missing or has an unusable value, or if mpirun started
+            a script that does not use MPI.
     """
     found = launched(os.environ)
     if found is None:
@@ -52,9 +45,9 @@ def join_launcher() -> None:
 def forget_torchrun(environment: MutableMapping[str, str]) -> None:
     """Remove from `environment` the variables that belong to the torchrun of another job.
 
-    They are the options of that torchrun (PET_*) and the settings of its ranks (TORCHELASTIC_*). A shell, a pod or a
-    job may have passed these variables on to this process. PET_NNODES=2, for example, makes torchrun wait for a
-    second node. TORCHELASTIC_USE_AGENT_STORE=True makes all ranks wait for a store that no process serves.
+    They are the options of that torchrun (PET_*) and the settings of its ranks (TORCHELASTIC_*). With PET_NNODES=2,
+    for example, torchrun would wait for a second node. With TORCHELASTIC_USE_AGENT_STORE=True, all ranks would wait
+    for a store that no process serves.
     """
     for name in [name for name in environment if name.startswith(("PET_", "TORCHELASTIC_"))]:
         del environment[name]
@@ -63,11 +56,11 @@ def forget_torchrun(environment: MutableMapping[str, str]) -> None:
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     """Return the values of the variables `NAMES` for this process, or None if the process is the only one.
 
-    The processes of srun meet at MASTER_ADDR and MASTER_PORT. If MASTER_ADDR is not set, they meet at the first node
-    of their step. If MASTER_PORT is not set, the port is derived from the job and the step.
+    Under srun, the default of MASTER_ADDR is the first node of the step, and the default of MASTER_PORT is derived
+    from the job and the step.
 
     Raises:
-        ConfigError: one line; for the reasons that `join_launcher` gives.
+        ConfigError: for the same reasons as `join_launcher`.
     """
     if "RANK" in environment:
         found = _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
@@ -93,11 +86,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _complete(found: dict[str, str], because: str) -> dict[str, str]:
-    """Return `found` after a check that no variable is missing and that each value is allowed.
-
-    Raises:
-        ConfigError: one line; a variable of `NAMES` is missing or has a value that is not allowed.
-    """
+    """Return `found` if no variable is missing and each value is allowed, else raise `ConfigError`."""
     missing = [name for name in NAMES if name not in found]
     if missing:
         sources = " ".join(SLURM_NAMES.get(name, name) for name in missing)
@@ -123,7 +112,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _refuse_left_over(environment: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if torchrun did not set RANK and WORLD_SIZE and they contradict this process's launcher."""
+    """Raise `ConfigError` if RANK and WORLD_SIZE contradict this process's launcher, which is not torchrun."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     mine = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
@@ -183,9 +172,6 @@ def address_of(node: str) -> str:
 
 
 def step_port(environment: Mapping[str, str]) -> int:
-    """Return the port at which the tasks of this job's step meet.
-
-    All tasks of the step get the same port. Neighbouring jobs and neighbouring steps get different ports.
-    """
+    """Return the port at which all tasks of this job's step meet. Neighbouring jobs and steps get other ports."""
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     return FIRST_PORT + (job * PORTS_PER_JOB + step) % NUM_PORTS

@@ -1,4 +1,4 @@
-"""Make the plan of a run on its GPUs. The dry run prints this plan, and the pre-flight checks it."""
+"""Make the plan of a run on its GPUs, and compare the plan with the GPUs' memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
-    """Return the plan of a run on `num_gpus` GPUs, the source of the model's dimensions, and the GPU's description.
-
-    The plan assumes the GPU of this machine. If the machine has none, the plan assumes the GPU in the configuration.
-    """
+    """Return a run's plan for `num_gpus` GPUs, the source of the model's dimensions, and the GPU's description."""
     from a2tgpo.plan.dimensions import model_dimensions
     from a2tgpo.plan.plan import make_plan
 
@@ -33,9 +30,8 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
         has_engine: whether the program has an engine. If it has none, only the memory of the update is checked.
 
     Raises:
-        ConfigError: one line; the plan exceeds the memory by more than the share `cluster.plan_margin`, or the cache
-            that `rollout.kv_cache_gib` sets is too small for one sequence. No margin applies to the cache, because
-            its size is not an estimate.
+        ConfigError: with a one-line message, if the plan exceeds the memory by more than the share
+            `cluster.plan_margin`, or if the cache that `rollout.kv_cache_gib` sets is too small for one sequence.
     """
     cache_fault = ""
     if has_engine and not plan.holds_a_sequence:
@@ -60,10 +56,7 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """Return the GPU to plan for, and a description of this GPU.
-
-    It is the GPU of this machine. If the machine has none, it is the GPU that the configuration names.
-    """
+    """Return the GPU to plan for, and its description: this machine's GPU or, without a GPU, the configured GPU."""
     import torch
 
     meant = GPUS[config.cluster.gpu]

@@ -1,4 +1,4 @@
-"""Measure, before the run, whether the search server is fast enough for the rollout that is planned."""
+"""Measure, before the run, whether the search server is fast enough for the planned rollout."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.launch.run_plan import plan_of_run
 
 NUM_QUERIES = 500
-"""Number of queries in the measurement. The queries are training questions, because the policy has no queries yet."""
+"""Number of training questions that the measurement sends as queries."""
 
 
 def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
-    """Measure the search server; return one line if it is too slow, and whether the run must be refused for that.
+    """Return one line if the search server is too slow, and whether the run must be refused for that.
 
-    The line is empty if the server is fast enough, and if the run uses no server. The line is also empty if the
-    server does not answer or if no plan can be made, because other checks report these faults.
+    The line is empty if the server is fast enough or the run uses no server. The line is also empty if the server
+    does not answer or no plan can be made, because other checks report these faults.
     """
     from a2tgpo.data.question_set import load_questions
     from a2tgpo.search.burst import judge_burst, measure_burst

@@ -1,4 +1,4 @@
-"""Begin a warm start: run its dry run, or check its machines and join its ranks."""
+"""Check a warm start in a dry run, or check its machines and join its ranks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from a2tgpo.warmstart.target import folder_of, target_of
 
 
 def dry_run(config: RunConfig) -> int:
-    """Check the target, the demonstrations, the layout and the plan of a warm start; build no model.
-
-    One process calls this.
+    """Check the target, the demonstrations, the layout and the plan of a warm start in one process; build no model.
 
     Returns:
         The exit code. It is 0 if the plan fits the GPUs, and `DOES_NOT_FIT` if not.

@@ -48,9 +48,7 @@ class MicrobatchShape:
 
     @property
     def ring_bytes(self) -> int:
-        """Bytes of the buffers that send and receive keys, values and their gradients between context-parallel
-        ranks.
-        """
+        """Bytes of the send and receive buffers for keys, values and their gradients in context parallelism."""
         if self.parallel.context == 1:
             return 0
         return 4 * 2 * self.tokens * self.dimensions.kv_width // self.parallel.tensor * self.element_bytes

@@ -60,7 +60,7 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes in a step: one of the policy if a step has several mini-batches, one of the
+        """Number of scoring passes in a step: of the policy if a step has several mini-batches, and of the
         reference.
         """
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)

@@ -114,9 +114,7 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return the number of tensor-parallel collectives per layer. Sequence parallelism adds two gathers of half
-    cost.
-    """
+    """Return the number of all-reduces per layer. Sequence parallelism adds two gathers, which count as one."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
