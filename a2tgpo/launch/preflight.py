@@ -255,9 +255,7 @@ def _local_rank() -> int:
 
 
 def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -> None:
-    """If the search server is too slow for the plan, add a fault or a warning to `facts`. Without a GPU, do
-    nothing.
-    """
+    """Add a fault or a warning to `facts` if torch sees a GPU and the search server is too slow for the plan."""
     import torch
 
     if not torch.cuda.is_available() or facts.faults:

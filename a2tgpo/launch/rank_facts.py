@@ -22,7 +22,7 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest allowed difference, in seconds, between a rank's clock and rank 0's. A loaded machine reads its clock late."""
+"""Largest allowed difference between a rank's clock and rank 0's, seconds. A loaded machine reads its clock late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SEARCH_TIMEOUT_S = 10.0

@@ -60,9 +60,7 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes in a step: of the policy if a step has several mini-batches, and of the
-        reference.
-        """
+        """Number of scoring passes in a step. Policy (if there are several mini-batches) and reference score once."""
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
     @property
