@@ -10,26 +10,24 @@ GpuKind = Literal["a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180g
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The cluster that `tools/plan.py` and `--dry-run` assume by default, and the excess at which a start is refused.
+    """The GPUs that `tools/plan.py` and `--dry-run` assume, and the excess of memory at which a start is refused.
 
-    These settings do not choose the hardware: a run uses the processes with which it is started, and the GPUs of
-    their machines.
+    A run itself uses the processes with which it is started.
     """
 
     gpus: int = 8
-    """Number of GPUs; each GPU has one process."""
+    """Number of GPUs, with one process each."""
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """Excess over the free memory of a GPU or of a machine, as a share of this memory. If the plan of a start on GPUs
-    has a larger excess, the start is refused. If it has a smaller one, or if this setting is 0, the start only prints
-    a warning. The default is large because no plan has been compared with a real GPU yet. The estimate may be wrong
-    by a tenth, but not by half. A dry run reports every excess."""
+    """A start on GPUs is refused if its plan exceeds a GPU's or a machine's free memory by more than this share. A
+    smaller excess only causes a warning, and 0 means that no start is refused. The estimate has not been compared
+    with a real GPU yet. It may be wrong by a tenth, but not by half."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")
         require(self.plan_margin >= 0, "cluster.plan_margin", self.plan_margin, ">= 0")
 
     def refuses(self, planned: float, available: float) -> bool:
-        """Return whether a start must be refused if its plan needs `planned` and `available` memory is free."""
+        """Return whether to refuse a start that needs `planned` memory if `available` memory is free."""
         return self.plan_margin > 0 and planned > (1 + self.plan_margin) * available

@@ -8,18 +8,16 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
-    """Weights w = pi_trainer / pi_engine, by which the policy loss is multiplied.
+    """Weights w = pi_trainer / pi_engine by which the policy loss is multiplied.
 
     They are needed if the engine computes less precisely than the trainer, for example in FP8.
-    loss.rollout_correction names the published methods.
     """
 
     kind: Literal["none", "truncate", "mask"] = "none"
-    """none: no weights. truncate: a larger w is reduced to `upper`. mask: w becomes 0 unless it lies in [`lower`,
-    `upper`]."""
+    """none: no weights. truncate: w is at most `upper`. mask: w becomes 0 outside [`lower`, `upper`]."""
     level: Literal["token", "turn", "sequence"] = "token"
-    """Unit that has one w: the token (as in both published methods), the turn, or the sequence. The w of a turn or of
-    a sequence is the geometric mean over its tokens."""
+    """Unit that has one w: the token (as in both published methods), the turn, or the sequence. The w of a turn or
+    sequence is the geometric mean over its tokens."""
     upper: float = 2.0
     """Largest weight that `truncate` and `mask` allow, >= 1 (IcePop: 5.0)."""
     lower: float = 0.5

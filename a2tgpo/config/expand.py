@@ -1,4 +1,4 @@
-"""Replace `~` and `${NAME}` in paths. The rules are the same in YAML files, overrides and programs' arguments."""
+"""Replace `~` and `${NAME}` in paths. YAML files, overrides and programs' arguments have the same rules."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from a2tgpo.io.errors import ConfigError
 
 _MARK = "expanded"
 Expanded = Annotated[str, _MARK]
-"""Type of a configuration field in which a leading ~ and environment variables are replaced."""
+"""Type of a configuration field in which ~ and environment variables are replaced."""
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def is_expanded(kind: object) -> bool:
-    """Return whether the type `kind`, which comes from `get_type_hints(..., include_extras=True)`, is `Expanded`."""
+    """Return whether `kind`, a type from `get_type_hints(..., include_extras=True)`, is `Expanded`."""
     return _MARK in getattr(kind, "__metadata__", ())
 
 
 def expand(text: str, key: str) -> str:
-    """Replace a leading ~ or ~USER by the home folder, every ${NAME} or $NAME by the variable's value, and $$ by $.
+    """Replace a leading ~ or ~USER by the home folder, ${NAME} and $NAME by the variable's value, and $$ by $.
 
     Args:
         text: a path or an address.
-        key: the setting or option that has this text; error messages mention it.
+        key: the setting or option with this text, for error messages.
 
     Raises:
-        ConfigError: one line; a variable is unset or empty, ${...} does not contain a name, or USER has no home
-            folder.
+        ConfigError: with a one-line message, if a variable is unset or empty, ${...} contains no name, or USER has no
+            home folder.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -59,17 +59,17 @@ def expand(text: str, key: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Return `text` with every $ doubled, so that `expand` restores `text`."""
+    """Double every $ in `text`, so that `expand` restores `text`."""
     return text.replace("$", "$$")
 
 
 def path_argument(text: str) -> Path:
-    """Convert an argument of a program to a path, for use as `type=` of argparse; `expand` replaces ~ and ${NAME}."""
+    """Expand an argument and return it as a path; use as `type=` of argparse."""
     return Path(text_argument(text))
 
 
 def text_argument(text: str) -> str:
-    """Expand an argument that may be a path or another text, for use as `type=` of argparse."""
+    """Expand an argument that may be a path or another text; use as `type=` of argparse."""
     try:
         return expand(text, "the path")
     except ConfigError as error:

@@ -9,22 +9,20 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
 Format = Literal["none", "hybrid", "e4m3"]
-# The recipe "delayed" is left out because it learns its scales in training passes. Scoring before the first training
-# pass, a reference model and a resumed run would use other scales, so ratios would not start at 1 (docs/fp8.md).
+# The recipe "delayed" learns its scales in training passes. A reference model, a resumed run, and scoring before the
+# first training pass would use other scales, so ratios would not start at 1 (docs/fp8.md).
 Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
 TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""Maps each recipe to the number that must divide a rank's tokens, because the weight gradient sums over blocks of
-tokens, and each block has a scale. The blocks have 128 tokens in blockwise scaling and 32 in MXFP8. Tensorwise
-scaling has no blocks, but FP8 matrix products need a multiple of 16."""
+"""For each recipe, the number that must divide a rank's tokens. The weight gradient sums over blocks of tokens that
+share a scale: 128 tokens with blockwise, 32 with mxfp8. FP8 matrix products always need a multiple of 16."""
 CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
-"""Maps each recipe to the number that must divide the sizes of a rank's weight matrices."""
+"""For each recipe, the number that must divide the sizes of a rank's weight matrices."""
 CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "tensorwise": ((8, 9), (99, 0)),
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""Maps each recipe to the range of compute capabilities whose GPUs support the recipe. The first number of the range
-is the lowest capability that supports the recipe; the second is the lowest one above it that no longer does."""
+"""For each recipe, the lowest compute capability that supports the recipe, and the next capability that does not."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128
@@ -33,32 +31,28 @@ ENGINE_BLOCK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """Transformer Engine computes the linear layers of the decoder in FP8; see docs/fp8.md.
+    """Transformer Engine computes the decoder's linear layers in FP8 (docs/fp8.md).
 
-    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. As
-    without FP8, the optimizer updates bfloat16 weights. Each matrix product quantises the weights that it reads.
+    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. The
+    optimizer updates bfloat16 weights, and each matrix product quantises the weights that it reads.
     """
 
     format: Format = "none"
-    """none: no FP8. hybrid: weights and activations in e4m3, gradients of activations in e5m2. e4m3: all of these in
-    e4m3."""
+    """none: no FP8. hybrid: weights and activations in e4m3, gradients of activations in e5m2. e4m3: all in e4m3."""
     recipe: Recipe = "blockwise"
-    """Decides which values share one scale. blockwise: blocks of 1x128 activations and of 128x128 weights.
-    tensorwise: whole tensors. mxfp8, only on Blackwell: blocks of 1x32."""
+    """Values that share one scale. blockwise: 1x128 activations, 128x128 weights. tensorwise: a whole tensor. mxfp8:
+    1x32 values, only on Blackwell."""
     param_gather: bool = False
-    """Store the weights in FP8, and gather them in FP8 from other ranks. true is refused; docs/fp8.md gives the
-    reason."""
+    """Store the weights in FP8 and gather them in FP8 from other ranks. true is refused (docs/fp8.md)."""
     first_layers_bf16: int = 0
-    """Number of decoder layers, counted from the first, that stay in bfloat16; at most the number in the first
-    pipeline stage."""
+    """Number of decoder layers at the start that stay in bfloat16; at most the layers of the first pipeline stage."""
     last_layers_bf16: int = 0
-    """Number of decoder layers, counted from the last, that stay in bfloat16; at most the number in the last pipeline
-    stage."""
+    """Number of decoder layers at the end that stay in bfloat16; at most the layers of the last pipeline stage."""
 
     def __post_init__(self) -> None:
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
-        # The optimizer copies its float32 weights from the layers' initial values, before a checkpoint is read
+        # The optimizer copies its float32 weights before a checkpoint is read
         # (megatron/core/optimizer/distrib_optimizer.py:385). Refit and checkpoints expect bfloat16 weights.
         require(
             not self.param_gather,
@@ -82,7 +76,7 @@ class Fp8Config:
 
     @property
     def token_multiple(self) -> int:
-        """The number that must divide the number of tokens in a rank's activations; 1 without FP8."""
+        """The number that must divide the tokens of a rank's activations; 1 without FP8."""
         return TOKEN_MULTIPLES[self.recipe] if self.enabled else 1
 
     @property
@@ -99,19 +93,19 @@ class Fp8Config:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSizes:
-    """Sizes of a decoder's linear layers, in channels."""
+    """Sizes, in channels, of a decoder's linear layers."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    """Channels of the feed-forward layer; in a mixture of experts, the channels of one expert."""
+    """Channels of the feed-forward layer, or of one expert in a mixture of experts."""
     has_experts: bool
 
     @classmethod
     def of(cls, hf_config: Any) -> LinearSizes:
-        """Return the sizes that a model's Hugging Face configuration gives."""
+        """Return the sizes in a model's Hugging Face configuration."""
         has_experts = hf_config.model_type == "qwen3_moe"
         heads = hf_config.num_attention_heads
         return cls(
@@ -127,7 +121,7 @@ class LinearSizes:
 def fp8_layout_fault(
     fp8: Fp8Config, parallel: ParallelConfig, sizes: LinearSizes, *, num_layers: int
 ) -> str | None:
-    """Return one line that says why the trainer cannot use FP8 in this layout; None if it can, or if FP8 is off."""
+    """Return in one line why the trainer cannot use FP8 in this layout; None if it can, or if FP8 is off."""
     if not fp8.enabled:
         return None
     multiple, tensor = fp8.channel_multiple, parallel.tensor
@@ -155,7 +149,7 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Even if the stages are uneven, Megatron limits both settings to num_layers // pipeline
+        # Megatron limits both settings to num_layers // pipeline, even if the stages are uneven
         # (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
@@ -167,12 +161,10 @@ def fp8_layout_fault(
 
 
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
-    """Return one line that says why an engine's linear layers cannot be quantised, or None if they can.
+    """Return in one line why an engine's linear layers cannot be quantised; None if they can.
 
-    A rank's matrix products sum over a token's channels. vLLM divides the channels into blocks that have their own
-    scales. vLLM asserts that no block
-    is partial (fp8_utils.py, per_token_group_quant_fp8). Experts always pass, because vLLM pads them (online/fp8.py,
-    maybe_roundup_sizes).
+    vLLM asserts that a rank's channels form whole blocks (fp8_utils.py, per_token_group_quant_fp8). It pads experts
+    (online/fp8.py, maybe_roundup_sizes).
     """
     if quantization != "fp8":
         return None

@@ -1,4 +1,4 @@
-"""Limits of a step's metrics; a metric past its limit suggests that the run is going wrong."""
+"""Limits of a step's metrics, beyond which an alarm warns that the run is going wrong."""
 
 from dataclasses import dataclass
 
@@ -7,37 +7,33 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Limits of a step's metrics. An alarm starts if a metric is past its limit in two consecutive steps, and ends if
-    the metric is within its limit in two consecutive steps.
-
-    Some limits are relative to a metric's baseline, which is its mean over the run's first steps. A limit of 0 turns
-    its alarm off.
+    """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its limit,
+    and
+    ends after two consecutive steps in which the metric is within its limit. A limit of 0 turns its alarm off.
     """
 
     baseline_steps: int = 5
-    """A metric's baseline is its mean over this number of first steps. During these steps, alarms that need a
-    baseline are off."""
+    """Number of first steps over which a metric's baseline is averaged. Alarms that need a baseline are off during
+    these steps."""
     min_entropy_share: float = 0.1
-    """Alarm if the entropy falls below this share of its baseline, because the policy has then collapsed."""
+    """Alarm if the entropy falls below this share of its baseline. The policy has then collapsed."""
     max_likelihood_drop: float = 0.5
-    """Alarm if the mean log-prob of the sampled tokens in correctly answered trajectories is below its baseline by
-    more than this number of nats per token."""
+    """Alarm if the mean log-prob of sampled tokens in correct trajectories is more than this many nats per token
+    below
+    its baseline."""
     max_format_error_rise: float = 0.2
-    """Alarm if the share of malformed responses exceeds its baseline by more than this number."""
+    """Alarm if the share of malformed responses is more than this above its baseline."""
     max_noise_share: float = 0.5
-    """Alarm if the rounding noise in the ratio, divided by the smaller of clip_low and clip_high, exceeds this
-    number."""
+    """Alarm if the ratio's rounding noise exceeds this multiple of the smaller of clip_low and clip_high."""
     max_train_engine_gap: float = 0.05
-    """Alarm if the mean absolute difference between the log-probs of trainer and engine exceeds this number of nats
-    per token."""
+    """Alarm if the log-probs of trainer and engine differ by more than this on average, in nats per token."""
     max_failed_calls: float = 0.2
-    """Alarm if the share of a step's tool calls that fail exceeds this number."""
+    """Alarm if more than this share of a step's tool calls fails."""
     stop_after: int = 0
-    """If this many consecutive steps had an alarm, the run saves and stops with exit code 3. 0: alarms never stop the
-    run."""
+    """Number of consecutive steps with an alarm after which the run saves and stops with exit code 3. 0: never."""
     stop_after_skipped: int = 5
-    """If this many consecutive steps each skipped an update that was not finite, the run saves and stops with exit
-    code 3. 0: skipped updates never stop the run."""
+    """Number of consecutive steps with a skipped non-finite update after which the run saves and stops with exit code
+    3. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

@@ -1,9 +1,7 @@
 """Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and a `RunConfig` to YAML.
 
-A file may name a base file with `base:`; this path is relative to the folder of the file. A file's own values
-override those of its base, and arguments override files. An argument may also be a file, such as a preset of
-configs/algorithm/. All other relative paths in a configuration are relative to the folder in which the program is
-started. In paths, ~ and ${NAME} are replaced.
+A file may name a base file with `base:`, relative to its own folder. A file's values override those of its base, and
+arguments override files. All other relative paths are relative to the folder in which the program starts.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ BASE_KEY = "base"
 COMMAND_LINE = "command line"
 FILE_SUFFIXES = (".yaml", ".yml")
 
-# YAML 1.1 reads 1e-6 as a text because it has no dot, but users who write 1e-6 mean a number.
+# YAML 1.1 reads 1e-6 as a text because it has no dot.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LIST = tuple[str, ...]
 _RULES = {
@@ -48,7 +46,7 @@ _RULES = {
 @dataclass(frozen=True)
 class _Field:
     kind: Any
-    """The field's type: a key of `_RULES`, or a `Literal` of texts."""
+    """A key of `_RULES`, or a `Literal` of texts."""
     is_expanded: bool
     is_required: bool
 
@@ -60,16 +58,18 @@ class _Entry:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration in the YAML file `path`; its values override its bases, and `overrides` override both.
+    """Return the configuration in the YAML file `path`. Its values override those of its bases, and `overrides`
+    override all of them.
 
     Args:
-        path: YAML file of sections. overrides: each one is `section.field=value` or the path of a YAML file of
-            sections. If two set the same field,
-            the later one wins. A file's bases are read before the file. The value after `=` is read as YAML; but if
-            the field is a text or a choice, the value is taken literally.
+        path: YAML file of sections.
+        overrides: texts of the form `section.field=value`, and paths of YAML files of sections. Later ones win. A
+            value
+            is read as YAML, unless the field is a text or a choice.
 
     Raises:
-        ConfigError: one line that names the file (or the command line), the key, its value and the allowed values.
+        ConfigError: with a one-line message that names the source, the key, its value and the allowed values, if a
+            setting is missing or invalid.
     """
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file"))))
     entries.update(_override_entries(overrides))
@@ -82,46 +82,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # The section's message begins with the key. Put the source that set the key last in front of the message.
+        # The section's message begins with the key. Name the source of the key before it.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
 
 
 def is_file(override: str) -> bool:
-    """Return whether an override is the path of a YAML file and not `section.field=value`."""
+    """Return whether an override is the path of a YAML file."""
     return override.endswith(FILE_SUFFIXES) and "=" not in override
 
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Return the dotted keys of all fields that `overrides` set.
-
-    `load_config` documents `overrides` and the errors that invalid ones raise.
-    """
+    """Return the dotted keys of all fields that `overrides`, as in `load_config`, set."""
     return frozenset(key for key, _ in _override_entries(overrides))
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration as nested dicts of plain values. The dicts also contain the keys that have their
-    defaults.
-    """
+    """Return the configuration as nested dicts of plain values, including defaults."""
     return dataclasses.asdict(config)
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:
-    """Return the value of every field by its dotted key, converted by `flat_value`."""
+    """Return the value of every field by its dotted key, as `flat_value` converts it."""
     return {key: flat_value(functools.reduce(getattr, key.split("."), config)) for key in _FIELDS}
 
 
 def flat_value(value: Any) -> Any:
-    """Return a field's value as a number or a text. A mapping becomes JSON; a list's items are joined with commas."""
+    """Return a field's value as a number or a text: a mapping as JSON, a list with commas between its items."""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
     return ",".join(value) if isinstance(value, list | tuple) else value
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the configuration as YAML with every key. `load_config` reads an equal configuration from this YAML."""
+    """Return the configuration as YAML with every key. `load_config` reads the same configuration from it."""
     sections = config_to_dict(config)
     for key in (key for key, field in _FIELDS.items() if field.is_expanded):
         *path, name = key.split(".")
@@ -150,13 +145,13 @@ _SECTIONS = list(dict.fromkeys(key[: dot.start()] for key in _FIELDS for dot in 
 
 
 def _file_entries(path: Path) -> Iterator[tuple[str, _Entry]]:
-    """Yield the settings of the file `path`; the settings of its bases come first."""
+    """Yield the settings of the file `path` after those of its bases."""
     for file, mapping in reversed(_base_chain(path)):
         yield from _entries(list(_flatten(mapping)), str(file))
 
 
 def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
-    """Yield the settings that `overrides` contain, in the order of `overrides`."""
+    """Yield the settings in `overrides`, in order."""
     for override in overrides:
         if is_file(override):
             yield from _file_entries(Path(expand(override, COMMAND_LINE)))
@@ -174,7 +169,7 @@ def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
 
 
 def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the path and the content of the file `path`, then of its base, then of the base's base, and so on."""
+    """Return the path and the content of the file `path`, of its base, of the base's base, and so on."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     named_by = ""
     while True:
@@ -198,9 +193,9 @@ def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _flatten(mapping: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for every setting in a file's sections. Neither key nor value is checked."""
+    """Yield (dotted key, value) for every setting in a file, unchecked."""
     for name, value in mapping.items():
-        # If a name contains a dot, quote it; otherwise it would look like a key inside a section.
+        # Without quotes, a name with a dot would look like a key inside a section.
         key = f"{prefix}{name!r}" if "." in str(name) else f"{prefix}{name}"
         if key in _SECTIONS and isinstance(value, dict):
             yield from _flatten(value, f"{key}.")
@@ -212,8 +207,9 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
     """Check the keys and the types of the settings from one source, and yield the settings.
 
     Raises:
-        ConfigError: one line; a key is unknown, has been renamed or is a section, or its value does not have the
-            field's type.
+        ConfigError: with a one-line message, if a key is unknown, has been renamed or is a section, or if a value
+            does
+            not have the field's type.
     """
     if renamed := [f"{key} was renamed: {RENAMED[key]}" for key, _ in settings if key in RENAMED]:
         raise ConfigError(f"{source}: {'; '.join(renamed)}")
@@ -230,12 +226,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
 
 def _typed(value: Any, key: str, source: str) -> Any:
-    """Convert `value` to the type of field `key`. A float field also accepts an
-    integer, or a text such as 1e-6.
-
-    Raises:
-        ConfigError: one line; `value` does not have the field's type.
-    """
+    """Convert `value` to the type of field `key`. A float field also accepts an integer, or a text such as 1e-6."""
     kind = _FIELDS[key].kind
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     typed: Any
@@ -266,7 +257,7 @@ def _number(value: Any) -> float | None:
 
 
 def _hint(value: Any, kind: Any) -> str:
-    """Return how to correct `value`, whose type is not `kind`; return "" if the correction is obvious."""
+    """Return how to correct `value`, whose type is not `kind`; "" if that is obvious."""
     if value is None:
         return " (YAML reads a lone ~ and an empty value as null)"
     if kind == _LIST and isinstance(value, str):
@@ -275,7 +266,7 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a field's value, which may be a text, a list or a mapping."""
+    """Yield every text in a field's value: in a text, a list or a mapping."""
     parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
     yield from (
         part for part in (parts if isinstance(parts, list | tuple) else [parts]) if isinstance(part, str)
@@ -283,16 +274,13 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_whole(text: str) -> bool:
-    """Return whether `text` has no NUL and no lone surrogate.
-
-    A path must not contain a NUL, and a UTF-8 file cannot contain a lone surrogate.
-    """
+    """Return whether `text` has no NUL, as paths need, and no lone surrogate, as UTF-8 files need."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """Return the most similar candidate; the similarity of the whole key and that of its last part are added."""
-    key = key[:100]  # the time that a comparison takes grows with the square of the length
+    """Return the candidate that is most similar to `key`, both as a whole and in its last part."""
+    key = key[:100]  # a comparison takes time quadratic in the length
     leaf = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:

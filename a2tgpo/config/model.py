@@ -13,19 +13,19 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy's model. The reference model, if one is loaded, starts from the same weights."""
+    """The policy's model, from which the reference model starts too."""
 
     path: Expanded
-    """Folder of a Hugging Face checkpoint, which contains config.json, *.safetensors and tokenizer.json."""
+    """Folder of a Hugging Face checkpoint: config.json, *.safetensors and tokenizer.json."""
     dtype: Dtype = "bfloat16"
-    """Number format of weights and activations in training. On GPUs, float32 needs layer_spec=cpu, because
-    Transformer Engine refuses float32. Optimizer state is always float32."""
+    """Number format of weights and activations in training; optimizer state is always float32. On GPUs, float32 needs
+    layer_spec=cpu, because Transformer Engine refuses float32."""
     layer_spec: Literal["auto", "cpu", "transformer_engine"] = "auto"
-    """Implementation of the layers. auto: transformer_engine if the machine has a GPU, otherwise cpu, which computes
-    the same layers without Transformer Engine."""
+    """Implementation of the layers. cpu computes the same layers without Transformer Engine. auto: transformer_engine
+    if the machine has a GPU, otherwise cpu."""
     recompute: Recompute = "none"
-    """Activations that are not stored, but computed again in the backward pass. none: all activations are stored.
-    selective: those of core attention are computed again. full: those of every layer are computed again."""
+    """Activations that the backward pass computes again instead of storing them. selective: those of core attention.
+    full: those of every layer."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Settings that divide the processes into parallel groups."""
+"""Settings of the parallel groups."""
 
 from dataclasses import dataclass
 
@@ -7,36 +7,35 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Division of the training processes; the data-parallel size is world / (tensor x context x pipeline)."""
+    """Division of the training processes. The data-parallel size is world / (tensor x context x pipeline)."""
 
     tensor: int = 1
-    """Number of tensor-parallel ranks. It must divide the numbers of attention heads and KV heads and the size of the
-    padded vocabulary."""
+    """Number of tensor-parallel ranks. It must divide the number of attention heads, the number of KV heads, and the
+    size of the padded vocabulary."""
     sequence: bool = False
-    """Use sequence parallelism within each tensor-parallel group; needs tensor > 1."""
+    """Sequence parallelism within each tensor-parallel group; needs tensor > 1."""
     context: int = 1
-    """Number of context-parallel ranks. Each rank holds 1 / context of every trajectory's tokens, and all layers of
-    its pipeline stage."""
+    """Number of context-parallel ranks. Each rank holds 1 / context of every trajectory's tokens."""
     expert: int = 1
     """Number of expert-parallel ranks in a mixture of experts. Each rank holds 1 / expert of every layer's experts.
-    The number must divide the number of experts and the number of ranks of a pipeline stage, which is tensor x
-    context x data-parallel. A dense model needs 1."""
+    The number must divide the number of experts, and the ranks of a pipeline stage (tensor x context x
+    data-parallel).
+    A dense model needs 1."""
     pipeline: int = 1
     """Number of pipeline stages. It must divide the number of layers, unless first_stage_layers or last_stage_layers
-    is set."""
+    is
+    set."""
     virtual: int = 1
-    """Number of model chunks per pipeline stage (interleaved 1F1B). It must divide the number of layers of every
-    stage. A number > 1 needs pipeline > 1."""
+    """Number of model chunks per pipeline stage (interleaved 1F1B). It must divide every stage's number of layers. A
+    number > 1 needs pipeline > 1."""
     first_stage_layers: int = 0
-    """Number of layers in the first pipeline stage, which also holds the embedding; 0: as many as in the other
-    stages."""
+    """Number of layers in the first pipeline stage, which also holds the embedding; 0: as many as other stages."""
     last_stage_layers: int = 0
-    """Number of layers in the last pipeline stage, which also holds the output layer; 0: as many as in the other
-    stages."""
+    """Number of layers in the last pipeline stage, which also holds the output layer; 0: as many as other stages."""
     timeout_s: float = 7200.0
     """Seconds that a rank waits in one collective before the job ends."""
     start_timeout_s: float = 300.0
-    """At the start, seconds that ranks wait for the last rank to arrive. The same limit applies again until all ranks
+    """Seconds that ranks wait at the start for the last rank to arrive. The same limit applies again until all ranks
     have checked their machines and have connected."""
 
     def __post_init__(self) -> None:
@@ -68,11 +67,12 @@ class ParallelConfig:
     def stage_layers(self, num_layers: int) -> list[int]:
         """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        If virtual > 1, each chunk of stage s holds stage_layers[s] / virtual layers. A forward pass then runs chunk 0
-        of every stage, then chunk 1 of every stage, and so on.
+        Each of stage s's chunks holds stage_layers[s] / virtual layers. A forward pass runs chunk 0 of every stage,
+        then
+        chunk 1 of every stage, and so on.
 
         Raises:
-            ConfigError: the layers cannot be divided over the stages and chunks that are set.
+            ConfigError: with a one-line message, if the layers cannot be divided over the stages and chunks.
         """
         set_layers = self.first_stage_layers + self.last_stage_layers
         num_even = self.pipeline - (self.first_stage_layers > 0) - (self.last_stage_layers > 0)

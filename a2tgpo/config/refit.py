@@ -8,14 +8,14 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     bucket_mib: int = 256
-    """MiB of the largest group of weights that is gathered at once. Two groups are in memory at a time, because the
-    engine loads one while the next one is gathered."""
+    """Most MiB of weights that are gathered at once. Two such groups are in memory at a time: the engine loads one
+    while the next one is gathered."""
     probe_tokens: int = 64
-    """Number of tokens of a fixed probe sequence. After every refit, trainer and engine compute its log-probs, and
-    the two results are compared."""
+    """Length, in tokens, of a fixed probe sequence. After every refit, the log-probs that trainer and engine compute
+    for it are compared."""
     probe_tolerance: float = 0.0
-    """Largest allowed mean |difference| of the probe's log-probs, nats per token. 0: 1e-3 in float32, 0.15 in
-    bfloat16, 0.8 in FP8."""
+    """Largest allowed mean |difference| of these log-probs, nats per token. 0: 1e-3 in float32, 0.15 in bfloat16, 0.8
+    in FP8."""
 
     def __post_init__(self) -> None:
         require(self.bucket_mib >= 1, "refit.bucket_mib", self.bucket_mib, ">= 1")

@@ -1,6 +1,4 @@
-"""Keys that have been renamed. Files and arguments must use the new names; records of earlier versions' runs may use
-the old ones.
-"""
+"""Keys that have been renamed. Only the records of earlier versions' runs may use the old keys."""
 
 from __future__ import annotations
 
@@ -18,5 +16,5 @@ RENAMED = {
 
 
 def with_new_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `settings`, which an earlier version may have recorded by dotted key, with every old key renamed."""
+    """Return `settings`, a mapping by dotted key, with every old key renamed."""
     return {RENAMED.get(key, key): value for key, value in settings.items()}

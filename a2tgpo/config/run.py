@@ -1,4 +1,4 @@
-"""`RunConfig`, which contains all sections of the configuration, and its sections run, evaluation and checkpoint."""
+"""All sections of the configuration, and the sections run, evaluation and checkpoint."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,30 +22,31 @@ from a2tgpo.io.errors import require
 
 MAX_NAME_BYTES = 200
 SCORED_ANSWER_TOKENS = 64
-"""Number of tokens reserved for the scaffold and the gold answer, in case a response has its full length."""
+"""Number of tokens reserved for the scaffold and the gold answer after a response of full length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     name: Expanded
-    """Name of the run, at most 200 bytes in UTF-8. The run's folder is `root`/`name`."""
+    """Name of the run and of its folder in `root`, at most 200 bytes in UTF-8."""
     root: Expanded = "runs"
-    """Folder that contains the folders of all runs."""
+    """Folder of all runs."""
     steps: int = 240
     """Number of training steps (paper: about 240)."""
     seed: int = 0
-    """Seed, below 2^32, for the choice of prompts, the sampling of rollouts, and the initial state. Results do not
-    depend on how the processes are laid out."""
+    """Seed, below 2^32, of the choice of prompts, the sampling of rollouts, and the initial state. Results do not
+    depend
+    on the layout of the processes."""
     log_rollouts: int = 8
-    """Number of trajectories per step that TensorBoard shows as text: half of them the best, half the worst. The
-    run's folder rollouts/ has all trajectories."""
+    """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
+    rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
-    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps are removed, but only
-    steps before the newest checkpoint. Steps that are multiples of 100 are removed last."""
+    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps before the
+    newest checkpoint are removed, and multiples of 100 last."""
 
     def __post_init__(self) -> None:
         require(
-            # File systems allow names of 255 bytes, but "name.previous_12" and "name-warmstart" are longer than name.
+            # File systems allow names of 255 bytes, and suffixes such as ".previous_12" are added.
             0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name
@@ -55,7 +56,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # vLLM passes the seed to NumPy's generator too, which accepts no larger one.
+        # vLLM passes the seed to NumPy's generator, which accepts no larger one.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -64,12 +65,13 @@ class RunSettings:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     every: int = 10
-    """Number of steps between evaluations. 0: evaluate only after the last step and, if `at_start` is true, before
-    the first."""
+    """Number of steps between evaluations; 0: no evaluations between the first and the last step. An evaluation
+    always
+    follows the last step."""
     at_start: bool = True
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
-    """Number of questions of data.test that an evaluation uses, the same for all seeds; 0: all. Every combination of
+    """Number of questions of data.test in an evaluation, the same for all seeds; 0: all. Every combination of
     `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that have neither
     field are taken at equal distances from the file."""
 
@@ -83,24 +85,26 @@ class CheckpointConfig:
     every: int = 20
     """Number of steps between checkpoints; 0: only after the last step."""
     keep: int = 2
-    """Number of newest checkpoints that are kept whole. A run resumes from these."""
+    """Number of newest checkpoints that are kept whole, so that a run can resume from them."""
     keep_every: int = 0
-    """If an older checkpoint's step is a multiple of this number, its weights are kept; 0: no such weights are
-    kept."""
+    """The weights of an older checkpoint are kept if its step is a multiple of this number. 0: none are kept."""
     keep_gb: float = 0.0
-    """GB of disk space for the weights of older checkpoints; 0: no limit. If they need more, the oldest are removed,
-    but never those of the best checkpoint."""
+    """GB of disk space for weights of older checkpoints; 0: no limit. The oldest are removed first, but never the
+    best
+    checkpoint's."""
     keep_previous: int = 0
-    """A start with --resume none renames an existing folder of the run to NAME.previous_N. This number of the newest
-    folders with such names is kept; 0: all of them."""
+    """A start with --resume none renames the run's old folder to NAME.previous_N. This many of the newest such
+    folders
+    are kept; 0: all."""
     max_failures: int = 3
-    """Number of consecutive saves that may fail, for example because the disk is full, before the run ends."""
+    """Number of consecutive failed saves after which the run ends."""
     margin_s: float = 120.0
-    """A run in a Slurm job stops early enough to save before the job's end (SLURM_JOB_END_TIME). It reserves the time
-    of the longest update and save so far, and in addition this many seconds."""
+    """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
+    the
+    longest update and save so far, plus this many seconds."""
     best_by: Literal["em", "em_format_gated", "f1", "none"] = "em"
-    """The checkpoint with the highest value of this held-out score is the best checkpoint, and its weights are kept.
-    none: no checkpoint is the best."""
+    """Held-out score that decides which checkpoint is the best. The weights of the best checkpoint are kept. none: no
+    checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -189,7 +193,7 @@ class RunConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if rollouts could be played, but training on them would have no effect or be wrong."""
+        """Raise `ConfigError` if training on the rollouts would have no effect or be wrong."""
         self.rollout.check_training()
         require(
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
@@ -207,5 +211,5 @@ class RunConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest sequence that the engine runs: a prompt, a response, and a gold answer to score."""
+        """Tokens of the engine's longest sequence: a prompt, a response, and a gold answer to score."""
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens + SCORED_ANSWER_TOKENS

@@ -1,4 +1,4 @@
-"""Read YAML strictly: reject keys and numbers with two possible meanings, and aliases that expand to large values."""
+"""Read YAML strictly: refuse ambiguous keys and numbers, and aliases that expand to large values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import yaml
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.text_file import decode
 
-# YAML 1.1 reads 012 in base 8, as 10. 0x1f and 0b11 are allowed because their prefixes show the base.
+# YAML 1.1 reads 012 in base 8, as 10. The prefixes of 0x1f and 0b11 show the base, so these are allowed.
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Loads YAML as `yaml.safe_load` does, and additionally rejects some valid YAML.
-
-    It rejects duplicate keys, integers past 2^1024, and numbers that YAML 1.1 reads in base 8 or 60. It also rejects
-    aliases of lists and mappings, because nested aliases expand exponentially.
+    """Load YAML as `yaml.safe_load` does, but refuse duplicate keys, integers past 2^1024, numbers that YAML 1.1
+    reads
+    in base 8 or 60, and aliases of lists and mappings. Nested aliases expand exponentially.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
@@ -75,7 +74,7 @@ _FAULTS = (yaml.YAMLError, ValueError, OverflowError, RecursionError)
 
 
 def read_value(text: str) -> Any:
-    """Return the value that `text` has as YAML; if `text` is not valid YAML, return `text` itself."""
+    """Return the value of `text` as YAML; if `text` is not valid YAML, return `text`."""
     try:
         return _StrictLoader(text).get_single_data()
     except _FAULTS:
@@ -83,11 +82,11 @@ def read_value(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping in the YAML file `path`; if the file is empty, return an empty mapping.
+    """Return the mapping in the YAML file `path`; an empty file gives an empty mapping.
 
     Raises:
-        ConfigError: the file cannot be read, is not valid YAML, or has no mapping; the message is one line that names
-            the file and, if known, the place in the file.
+        ConfigError: with a one-line message that names the place, if the file cannot be read, is not valid YAML, or
+            contains no mapping.
     """
     try:
         content = _StrictLoader(decode(path.read_bytes(), str(path))).get_single_data()

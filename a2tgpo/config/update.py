@@ -1,4 +1,4 @@
-"""Settings of the optimizer, and of the division of a step's trajectories into mini-batches and micro-batches."""
+"""Settings of the optimizer, mini-batches and micro-batches."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,9 @@ class UpdateConfig:
     """Settings of the optimizer steps in one training step (paper, Table 3)."""
 
     prompts_per_minibatch: int = 8
-    """Number of prompts per optimizer step (paper: 8). It must divide rollout.prompts_per_step."""
+    """Number of prompts per optimizer step (paper: 8); a divisor of rollout.prompts_per_step."""
     max_microbatch_tokens: int = 16384
-    """Largest number of tokens that are packed into one forward pass. A longer trajectory gets its own
-    micro-batch."""
+    """Most tokens in one forward pass. A longer trajectory gets its own micro-batch."""
     lr: float = 1e-6
     """Highest learning rate (paper: 1e-6)."""
     min_lr: float = 0.0
@@ -28,13 +27,12 @@ class UpdateConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
-    """If the global gradient norm is larger than this, the gradient is scaled down to this norm; 0: no scaling."""
+    """Largest global gradient norm. A larger gradient is scaled down to this norm; 0: no scaling."""
     distributed_optimizer: bool = True
-    """Divide the optimizer state over the data-parallel ranks, instead of storing all of it on every rank."""
+    """Divide the optimizer state over the data-parallel ranks. false: every rank stores all of it."""
     offload: bool = True
-    """In every phase, move the trainer's state that the phase does not need from the GPU to host memory. During the
-    rollout this is all of the trainer's state. `tools/plan.py` prints how much host memory this takes. false: weights
-    and optimizer state stay on the GPU."""
+    """Keep the trainer's state in host memory in every phase that does not need it. `tools/plan.py` prints how much
+    host memory this takes. false: weights and optimizer state stay on the GPU."""
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_minibatch", "max_microbatch_tokens"):

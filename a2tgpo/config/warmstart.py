@@ -1,4 +1,4 @@
-"""Settings of the warm start, which is supervised training on demonstrations (launch/warmstart.py)."""
+"""Settings of the warm start: supervised training on demonstrations (launch/warmstart.py)."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,7 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class WarmstartConfig:
     source: Expanded = ""
-    """Hugging Face folder of the model with which the warm start begins. The warm-started model is written to
-    model.path."""
+    """Hugging Face folder of the model with which the warm start begins. The result is written to model.path."""
     demonstrations: Expanded = ""
     """JSONL file of demonstrations (docs/warmstart.md)."""
     steps: int = 200
@@ -19,22 +18,23 @@ class WarmstartConfig:
     """Number of demonstrations per optimizer step over all ranks."""
     lr: float = 0.0
     """Highest learning rate. The rate rises linearly over the first tenth of the steps, and then falls along a cosine
-    to a tenth of this value. 0: the highest rate is 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
+    to a tenth of this value. 0: 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
     weight_decay: float = 0.01
     observation_weight: float = 0.0
-    """Weight of prompt tokens and observation tokens in the loss; tokens that the policy writes have weight 1. A
-    weight above 0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
+    """Weight of prompt and observation tokens in the loss; tokens that the policy writes have weight 1. A weight
+    above
+    0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
     fp8: bool = False
-    """true: compute in FP8 if `model.fp8` turns it on. false: compute in model.dtype, whatever `model.fp8` says."""
+    """Compute in FP8 if `model.fp8` turns it on. false: compute in model.dtype."""
     held_out: float = 0.02
-    """Share of the questions whose demonstrations are not used for training. The metric `warmstart/held_out_loss` is
-    the loss of these demonstrations."""
+    """Share of the questions whose demonstrations are held out for the metric `warmstart/held_out_loss`."""
     evaluate_every: int = 50
-    """Number of steps between two computations of the held-out loss, which is also computed before the first step and
-    after the last one. 0: only these two."""
+    """Number of steps between computations of the held-out loss; 0: none. The loss is always computed before the
+    first
+    step and after the last one."""
     checkpoint_every: int = 100
-    """Number of steps between checkpoints; only the newest is kept, until model.path is written. 0: a checkpoint is
-    written only if the warm start is stopped, and after the last step."""
+    """Number of steps between checkpoints; 0: none. A stopped warm start and the last step always write one. Only the
+    newest checkpoint is kept, until model.path is written."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")

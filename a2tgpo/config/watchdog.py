@@ -1,47 +1,43 @@
-"""Time limits of a start's stages and of a step's stages."""
+"""Time limits for the stages of a start and of a step."""
 
 from dataclasses import dataclass, fields
 
 from a2tgpo.io.errors import require
 
 STARTUP = ("assemble", "restore")
-"""Stages of a start that follow the rendezvous of the ranks."""
+"""Stages of a start after the rendezvous of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchdogConfig:
-    """Longest time, in seconds, that a rank may spend in a stage, counted from the moment when this rank enters the
-    stage; 0: no limit.
+    """Longest time, in seconds, that a rank may spend in a stage; 0: no limit.
 
-    If a rank has completed a stage before, a shorter limit applies: `slack` times the stage's longest duration so
-    far, but at least `min_s` and at most the stage's own limit.
+    A stage that a rank has completed before gets a shorter limit: `slack` times its longest duration so far, but at
+    least `min_s` and at most the stage's own limit.
 
-    If one rank hangs, others wait for it in stages of their own, and the shortest of these limits ends the job. No
-    limit should exceed parallel.timeout_s, because collectives would then time out first, and their errors do not
-    name the cause.
+    If one rank hangs, the ranks that wait for it are in stages too, and the shortest of their limits ends the job. No
+    limit should exceed parallel.timeout_s: a collective would time out first, and its error does not name the cause.
     """
 
     rollout_s: float = 7200.0
-    """Limit of the rollout, which includes the computation of gains."""
+    """Limit of the rollout, including gains."""
     evaluation_s: float = 7200.0
     """Limit of an evaluation."""
     score_s: float = 3600.0
-    """Limit of scoring the trajectories with the trainer."""
+    """Limit of scoring trajectories with the trainer."""
     update_s: float = 3600.0
     """Limit of a step's optimizer steps."""
     startup_s: float = 3600.0
-    """Limit of building the model and the engine. The same limit applies separately to reading the checkpoint."""
+    """Limit of building the model and the engine, and also of reading the checkpoint."""
     other_s: float = 2400.0
-    """Limit of every other stage, for example of the stage in which a rank waits for other ranks' rollouts. The time
-    between two stages has the same limit."""
+    """Limit of every other stage, such as waiting for other ranks' rollouts, and of the time between stages."""
     slack: float = 10.0
-    """Number > 1 by which a stage's longest duration so far is multiplied to get its shorter limit. 0: no shorter
-    limits."""
+    """A stage's shorter limit is this many (> 1) times its longest duration so far. 0: no shorter limits."""
     min_s: float = 300.0
-    """Lower bound, in seconds, of the limits that `slack` gives."""
+    """Lower bound, in seconds, of the shorter limits."""
     slow_ratio: float = 1.5
-    """If one rank's rollout takes more than this many times as long as the median rank's, the rank is slow. A warning
-    names a rank that is slow in `slow_steps` consecutive steps."""
+    """A rank is slow if its rollout takes more than this many times as long as the median rank's. A warning names a
+    rank that is slow in `slow_steps` consecutive steps."""
     slow_steps: int = 5
 
     def __post_init__(self) -> None:
@@ -58,7 +54,7 @@ class WatchdogConfig:
         require(self.slow_steps >= 1, "watchdog.slow_steps", self.slow_steps, ">= 1")
 
     def deadline(self, stage: str) -> tuple[str, float]:
-        """Return the dotted key of the field that limits `stage`, and that field's value in seconds."""
+        """Return the key of the field that limits `stage`, and its value in seconds."""
         by_stage = {"rollout": self.rollout_s, "evaluation": self.evaluation_s, "score": self.score_s}
         by_stage["update"] = self.update_s
         if stage in STARTUP:

@@ -1,6 +1,6 @@
 """Write files and folders atomically: write a new file beside the target, sync it to disk, then rename it.
 
-If a write fails, for example because the disk is full, no partial file remains, and the error names the path.
+If a write fails, no partial file remains, and the error names the path.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ _SUFFIX = ".unfinished"
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` when the block ends. If the folder of `path` is missing, create it.
+    """Open a new file that replaces `path` when the block ends. Missing parent folders are created.
 
-    A reader finds either the old or the new content, even after a power cut. If the block raises, the old content
-    stays and the unfinished file is removed.
+    A reader finds either the old or the new content, even after a power cut. If the block raises, the old file stays.
 
     Args:
         writer: a name of this process, needed if several processes may write `path` at the same time.
 
     Raises:
-        OSError: the file cannot be written; the error names `path`. Some faults appear only when the file is closed,
-            for example when an NFS server's disk is full.
+        OSError: with `path` as its file name, if the file cannot be written. Some faults, such as a full disk of an
+            NFS server, appear only when the file is closed.
     """
     fresh = path.with_name(f"{path.name}{writer}{_SUFFIX}")
     with naming(path), _removed_on_failure(fresh):
@@ -47,10 +46,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Create a new folder that replaces `path` when the block ends, and then remove the old folder.
 
     Yields:
-        The new folder, which the block fills. It lies in the same parent folder as `path`.
+        The new folder, which the block fills. It has the same parent folder as `path`.
 
     Raises:
-        OSError: the folder cannot be written; the error names `path` or the file in it.
+        OSError: with the name of `path` or of the file in it, if the folder cannot be written.
     """
     fresh, replaced = folders_beside(path)
     with naming(path), _removed_on_failure(fresh):
@@ -63,17 +62,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def folders_beside(path: Path) -> tuple[Path, Path]:
-    """Return two folders beside `path`: one in which its new content is prepared, and one to which the old `path` is
-    moved during the replacement.
-    """
+    """Return two folders beside `path`: one to prepare its new content in, and one to move its old content to."""
     return path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
 
 
 def put_folder_in_place(path: Path) -> None:
-    """Replace the folder `path` by the folder in which the caller has prepared its new content.
-
-    `folders_beside` returns the name of this folder.
-    """
+    """Replace the folder `path` by the first folder of `folders_beside(path)`, which the caller has prepared."""
     fresh, replaced = folders_beside(path)
     if path.exists():
         os.replace(path, replaced)
@@ -83,18 +77,18 @@ def put_folder_in_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` atomically by one that contains `text` in UTF-8."""
+    """Replace the file `path` atomically by `text` in UTF-8."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace the file `path` atomically by one that contains `content` as indented JSON."""
+    """Replace the file `path` atomically by `content` as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the folder to disk, so that files renamed or created in it survive a power cut."""
+    """Sync the folder to disk, so that new names in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,13 +98,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """If the block raises an OSError without a file name, as writing to an open file does, add the name `path`."""
+    """Add the name `path` to an OSError that the block raises without a file name."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
-        # NumPy raises some OSErrors that have a text but no error number.
+        # NumPy raises OSErrors that have a text but no error number.
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 

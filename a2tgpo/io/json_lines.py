@@ -1,4 +1,4 @@
-"""Read JSONL files, and write them atomically. Errors while reading name the line."""
+"""Read JSONL files, and write them atomically. Errors of reading name the line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,14 +10,14 @@ from a2tgpo.io.text_file import decode_line, open_unpacked
 
 
 def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield the pair (`"FILE line N"`, object) for every line that is not blank; keep only one line in memory.
+    """Yield (`"FILE line N"`, object) for every line that is not blank. Only one line is in memory at a time.
 
     Args:
-        path: UTF-8 file with one JSON object per line; may be compressed, see `open_unpacked`.
-        key: the configuration key or command-line option that names the file; error messages mention it.
+        path: UTF-8 file with one JSON object per line; may be compressed (`open_unpacked`).
+        key: the configuration key or command-line option that names the file, for error messages.
 
     Raises:
-        ConfigError: one line; raised in the same cases as by `open_unpacked` and `parse_line`.
+        ConfigError: in the cases of `open_unpacked` and `parse_line`.
     """
     with open_unpacked(path, key=key) as stream:
         for number, raw in enumerate(stream, start=1):
@@ -31,7 +31,7 @@ def parse_line(raw: bytes, where: str) -> dict | None:
     """Return the object in one line of a JSONL file; None if the line is blank. A byte order mark is skipped.
 
     Raises:
-        ConfigError: one line that starts with `where`; the file's line is not UTF-8, is not JSON, is not an object,
+        ConfigError: with a one-line message that starts with `where`, if the line is not UTF-8, is not a JSON object,
             or contains a lone surrogate.
     """
     line = decode_line(raw, where).strip()
@@ -52,10 +52,7 @@ def parse_line(raw: bytes, where: str) -> dict | None:
 
 
 def _is_encodable(record: dict) -> bool:
-    """Return False if the record contains a lone surrogate.
-
-    JSON can escape a lone surrogate, but no tokenizer and no file can encode it.
-    """
+    """Return whether the record has no lone surrogate. JSON can escape one, but UTF-8 cannot encode it."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -67,7 +64,7 @@ def text_field(record: dict, name: str, where: str) -> str:
     """Return the text `record[name]`.
 
     Raises:
-        ConfigError: the field is missing, is not a text, or is blank; the message names `where` and `name`.
+        ConfigError: with a message that names `where` and `name`, if the field is missing, blank or not a text.
     """
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -77,8 +74,10 @@ def text_field(record: dict, name: str, where: str) -> str:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Replace the file `path` atomically by one with a line of JSON for each record. If this fails, the OSError names
-    `path`.
+    """Replace the file `path` atomically by `records`, one line of JSON each.
+
+    Raises:
+        OSError: with the name `path`, if the file cannot be written.
     """
     with atomic_file(path) as stream:
         for record in records:

@@ -1,6 +1,4 @@
-"""Code that all programs share: create the argument parser, add the argument for overrides, and turn a user's mistake
-into an exit code.
-"""
+"""Code that all programs share: argument parsers, and exit codes for users' mistakes."""
 
 from __future__ import annotations
 
@@ -13,16 +11,16 @@ from a2tgpo.io.exit_codes import BAD_CONFIG
 
 
 def program_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose help shows `description`, a program's docstring, with its line breaks unchanged."""
+    """Return a parser whose help shows `description` with its line breaks."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add a positional argument that takes any number of configuration overrides.
+    """Add a positional argument that takes configuration overrides.
 
-    Parse with `parse_intermixed_args`; otherwise overrides that follow an option are rejected.
+    Parse with `parse_intermixed_args`, or overrides that follow an option are refused.
     """
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"
@@ -30,9 +28,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Run `work` and return the exit code that it returns, or 0 if it returns None.
+    """Run `work`, and return its exit code, or 0 if it returns None.
 
-    If `work` raises ConfigError or OSError (a user's mistake or a failed write), print one line and return 2.
+    After a ConfigError or OSError, print one line and return 2.
     """
     try:
         return work() or 0

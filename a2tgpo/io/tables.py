@@ -8,10 +8,9 @@ from pathlib import Path
 
 
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
-    """Write `rows` as CSV with a header.
+    """Write `rows` as CSV with a header. The columns are in the order in which their names first occur in `rows`.
 
-    The columns appear in the order in which their names first occur in `rows`. If a row lacks a column's name or has
-    None there, the cell is empty.
+    A cell is empty if its row has no value for the column, or None.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -21,7 +20,7 @@ def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table as text. Every `|` within a cell is escaped, so that it does not end the cell."""
+    """Return a Markdown table. Every `|` within a cell is escaped."""
     lines = [
         "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, *rows)
     ]

@@ -1,4 +1,4 @@
-"""Format text for a terminal: add optional colours, and replace characters that could change the terminal's state."""
+"""Format text for a terminal: add colours, and replace characters that could change the terminal's state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import unicodedata
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
-# Python considers joiners unprintable, but they occur in emoji and within words of Persian and Indic scripts.
+# Python considers joiners unprintable, but emoji and words of Persian and Indic scripts contain them.
 _JOINERS = "\u200c\u200d"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
 class Painter:
-    """Adds terminal colours to text; returns the text unchanged if colours are disabled."""
+    """Adds colours to text for a terminal, unless they are disabled."""
 
     def __init__(self, colored: bool):
         self._colored = colored
@@ -34,12 +34,12 @@ def painter_for(stream: TextIO) -> Painter:
 
 
 def end_with_reader() -> None:
-    """From now on, let this process end silently if the reader of its output, such as `| head`, ends first."""
+    """From now on, end this process silently if the reader of its output, such as `| head`, ends first."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def indented(text: str) -> str:
-    """Return `text` indented, with every control character replaced by a visible sign; a model may write any."""
+    """Return `text` indented, with control characters replaced by a visible sign."""
     clean = "".join(
         c if c in "\n\t" or c.isprintable() or c in _JOINERS or unicodedata.category(c) == "Zs" else "\ufffd"
         for c in text

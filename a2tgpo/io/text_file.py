@@ -1,4 +1,4 @@
-"""Read text files that users supply; files may be compressed. If a file is not UTF-8, the error says where."""
+"""Read users' text files, which may be compressed. If a file is not UTF-8, the error says where."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import zstandard
 from a2tgpo.io.errors import ConfigError
 
 _READ_BYTES = 2**20
-# A file's format is recognised by the first bytes, because the file's name may be wrong.
+# The first bytes decide a file's format, because its name may be wrong.
 _GZIP, _BZIP2, _XZ, _ZSTD, _ZIP = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"
-# UTF-32 comes first, because the bytes of its little-endian mark begin with those of UTF-16's mark.
+# UTF-32 comes first, because its little-endian mark begins with UTF-16's mark.
 _OTHER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -30,14 +30,14 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 @contextlib.contextmanager
 def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
-    """Yield a binary stream of the content of `path`, which decompresses a gzip, bzip2, xz or zstd file on the fly.
+    """Yield a binary stream of the content of `path`. A gzip, bzip2, xz or zstd file is decompressed.
 
     Args:
-        key: the configuration key or command-line option that names the file; error messages mention it.
+        key: the configuration key or command-line option that names the file, for error messages.
 
     Raises:
-        ConfigError: one line; the file cannot be opened or is a ZIP archive. The block that reads the stream also
-            raises this error if the file is damaged or truncated.
+        ConfigError: with a one-line message, if the file cannot be opened or is a ZIP archive. Reading the stream
+            raises it too, if the file is damaged or truncated.
     """
     try:
         packed = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)
@@ -55,13 +55,13 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
         except OSError as error:
             if error.filename not in (None, str(path)):
                 raise
-            # bz2 reports "Invalid data stream" as an OSError that has no error number, so `strerror` is None.
+            # bz2 reports "Invalid data stream" as an OSError without an error number.
             reason = error.strerror or error
             raise ConfigError(f"{key}: cannot read {path} ({reason})") from None
 
 
 def is_packed(path: str | Path) -> bool:
-    """Return whether the file has a compressed format that `open_unpacked` decompresses."""
+    """Return whether the file has a format that `open_unpacked` decompresses."""
     with open(path, "rb") as stream:
         head = stream.read(6)
     return head.startswith((_GZIP, _BZIP2, _XZ, _ZSTD))
@@ -71,14 +71,13 @@ def decode(raw: bytes, where: str) -> str:
     """Return the text of a whole file, without its byte order mark.
 
     Raises:
-        ConfigError: the file is not UTF-8; the message is one line that starts with `where` and gives the line and
-            the byte of the fault.
+        ConfigError: with a one-line message that starts with `where` and gives the place, if the file is not UTF-8.
     """
     _refuse_other_encodings(raw, where)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # `error.start` does not count the bytes of a byte order mark, because the codec removed the mark.
+        # `error.start` does not count a byte order mark.
         start = error.start + (len(_UTF8_MARK) if raw.startswith(_UTF8_MARK) else 0)
         line = raw.count(b"\n", 0, start) + 1
         raise _not_utf8(raw, start, f"{where} line {line}") from None
@@ -88,7 +87,7 @@ def decode_line(raw: bytes, where: str) -> str:
     """Return the text of one line of a file, without a byte order mark.
 
     Raises:
-        ConfigError: the line is not UTF-8; the message is one line that starts with `where` and gives the byte.
+        ConfigError: with a one-line message that starts with `where` and gives the byte, if the line is not UTF-8.
     """
     _refuse_other_encodings(raw, where)
     try:
@@ -117,7 +116,7 @@ def _refuse_other_encodings(raw: bytes, where: str) -> None:
 
 
 class _ZipArchive(Exception):
-    """Raised for a ZIP archive, because it may hold several files and nothing says which one to read."""
+    """Raised for a ZIP archive, because it may hold several files."""
 
 
 def _unpacked(packed: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
@@ -135,7 +134,7 @@ def _unpacked(packed: io.BufferedReader, head: bytes) -> io.BufferedIOBase:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompresses zstd frame by frame, because zstandard's own reader silently accepts a truncated file."""
+    """Decompresses zstd frame by frame. zstandard's own reader silently accepts a truncated file."""
 
     def __init__(self, packed: io.BufferedReader):
         self._packed = packed

@@ -1,4 +1,4 @@
-"""Report the failure of a launched program in one line, which is printed only once for all ranks."""
+"""Report the failure of a launched program in one line, once for all ranks."""
 
 import os
 import signal
@@ -9,12 +9,10 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN
 
 GRACE_S = 3.0
-"""Seconds that ranks other than 0 wait before they print an error. If all ranks fail because of the same mistake,
-rank 0 reports the mistake, and the launcher ends the other ranks during this wait.
-"""
+"""Seconds that ranks other than 0 wait before they print an error. If all ranks fail alike, rank 0 prints the error,
+and the launcher ends the other ranks during this wait."""
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Environment variables in which torchrun, srun, Open MPI and MPICH pass a process its rank. They are set by the
-launcher, so they are valid even if the process failed to join the others."""
+"""Environment variables in which torchrun, srun, Open MPI and MPICH pass a process its rank."""
 ANOTHER_RANK_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -22,22 +20,18 @@ ANOTHER_RANK_IS_GONE = (
     "remote process exited",
     "communicator was aborted",
 )
-"""Texts in the errors that gloo and NCCL raise because another rank has ended. That rank, or its launcher, reports
-the reason."""
+"""Texts in the errors that gloo and NCCL raise because another rank has ended."""
 
 
 class ReportedByRank0(RuntimeError):
-    """Raised on all ranks after rank 0 has printed a failure; they print nothing and exit with `BROKEN_RUN`."""
+    """Raised on all ranks after rank 0 has printed a failure. The ranks exit with `BROKEN_RUN` and print nothing."""
 
 
 def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's message in one line, and return the program's exit code, `BAD_CONFIG` or `BROKEN_RUN`.
 
-    If `is_ending`, this process is already stopping. It then prints nothing about an error that only says that
-    another rank has ended.
-
-    If a RuntimeError's message has several lines, a library has raised the error. It is then raised again, because
-    its traceback says more than its message.
+    If `is_ending`, this process is already stopping, and an error that another rank's end has caused is not printed.
+    A RuntimeError with several lines is from a library, so it is raised again for its traceback.
     """
     if isinstance(error, ReportedByRank0):
         return BROKEN_RUN

@@ -1,4 +1,4 @@
-"""A record of the time that a rollout waits for an unavailable service. Code that watches the rollout reads it."""
+"""A record of a rollout's waits for an unavailable service."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Outage:
     """Records whether this rank waits for a service, since when, and why. Only one thread may write; any may read.
 
     Args:
-        limit_s: if a wait is longer than this many seconds, the run must end.
+        limit_s: seconds of one wait after which the run must end.
         clock: function that returns seconds and never goes back.
     """
 
@@ -19,19 +19,16 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self.cause = ("", "")
-        """Name of the tool of the last wait, and the reason of this wait in one line."""
+        """Name of the last wait's tool, and the reason of this wait in one line."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:
-        """Record that this rank begins to wait for the service of tool `name`. If it already waits, do nothing.
-
-        `cause` is one line.
-        """
+        """Record that this rank begins to wait for tool `name`, unless it waits already. `cause` is one line."""
         if self._since is None:
             self._since, self.cause = self._clock(), (name, cause)
 
     def end(self) -> None:
-        """Record that the wait is over, because the service answers or because no call waits for it any longer."""
+        """Record that the service answers, or that no call waits for it any longer."""
         self._past_s, self._since = self._past_s + self.seconds, None
 
     @property
@@ -46,12 +43,12 @@ class Outage:
 
     @property
     def total_s(self) -> float:
-        """Sum of the seconds of all waits of this rank, including the present one."""
+        """Seconds of all waits of this rank, including the present one."""
         return self._past_s + self.seconds
 
     @property
     def verdict(self) -> str:
-        """One line that says why the present wait must end the run; empty if the run may go on."""
+        """Why the present wait must end the run, in one line; empty if the run may go on."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
         name, cause = self.cause

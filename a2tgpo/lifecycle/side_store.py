@@ -1,4 +1,4 @@
-"""Access to the rendezvous store, through which the ranks exchange messages without a collective."""
+"""Exchange messages between ranks through the rendezvous store, without a collective."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch.distributed as dist
 def side_store(name: str, *, timeout_s: float) -> dist.Store:
     """Return a view of the default store that has its own key prefix `name`, connection and timeout.
 
-    A timeout applies to a whole connection. If this view used the default connection, its timeout would also limit
-    the creation of communicators.
+    With a shared connection, this timeout would also limit the creation of communicators.
     """
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
     store.set_timeout(timedelta(seconds=timeout_s))

@@ -1,8 +1,8 @@
-"""Stop a run early so that the next start continues it. One rank requests the stop, and all ranks agree on it.
+"""Stop a run early so that the next start continues it.
 
-A rank requests the stop if it receives a signal, if the job will end soon, or if an outage lasts too long. The rank
-writes the request to the rendezvous store. The other ranks poll the store in long stages, and interrupt their work if
-they find a request. All ranks then call `agree` at a point where no work is half done.
+A rank requests the stop after a signal, before the job's end, or in a long outage, and writes the request to the
+rendezvous store. The other ranks poll the store in long stages, and interrupt their work if they find a request. All
+ranks then call `agree` at a point where no work is half done.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class StopAgreed(Exception):
 
 
 class StopRequest:
-    """Decides on this rank whether the run must save and end. Every rank has an instance.
+    """Decides whether the run must save and end. Every rank has an instance.
 
     Args:
-        signal: the object that receives this process's signals. None: signals and the job's end do not stop the run.
+        signal: the receiver of this process's signals. None: signals and the job's end do not stop the run.
         margin_s: seconds to reserve before the job's end, in addition to the time that saving needs.
-        outage: the record of this rank's waits for a tool's service. None: no outage stops the run.
+        outage: the record of this rank's waits for a service. None: no outage stops the run.
     """
 
     def __init__(
         self, signal: StopSignal | None = None, *, margin_s: float = 0.0, outage: Outage | None = None
     ):
         self.reason = ""
-        """A few words that say why the run must stop; empty if this rank does not know of a request."""
+        """Why the run must stop, in a few words; empty if this rank knows of no request."""
         self.is_agreed = False
         """Whether `agree` has raised `StopAgreed`."""
         self._signal = signal
@@ -51,16 +51,16 @@ class StopRequest:
         self._looked = -LOOK_S
 
     def should_stop(self, *, needed_s: float = 0.0) -> bool:
-        """Return whether this rank knows of a request to stop, or makes one now.
+        """Return whether this rank knows of a request to stop, or makes one now. Ranks learn of it at different
+        times.
 
-        The rank makes a request if it has received a signal, if an outage must end the run, or if fewer seconds are
-        left until the job's end than `needed_s` plus `margin_s`. This method runs no collective and is cheap enough
-        to be called in every pass of a loop. Ranks learn of a request at different times.
+        The rank makes a request after a signal, in an outage that must end the run, or if the job ends in fewer than
+        `needed_s` + `margin_s` seconds. This method runs no collective and is cheap enough for every pass of a loop.
         """
         if not self.reason:
             self.reason = self._own_reason(needed_s)
             if self.reason:
-                # Writing fails if the rank that holds the store has ended. Other code reports that.
+                # Writing fails if the rank that holds the store has ended. That rank reports the reason.
                 with contextlib.suppress(RuntimeError):
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():
@@ -88,7 +88,7 @@ class StopRequest:
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
     def _published_reason(self) -> str:
-        """Return the reason that a requesting rank has written to the store; empty if there is none."""
+        """Return the reason in the store; empty if no rank has made a request."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):
                 return str(self._store.get(_REASON).decode())

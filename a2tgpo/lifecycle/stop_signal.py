@@ -1,9 +1,9 @@
-"""Detect that this process must end, because of a signal or because of the job's time limit. Does not import torch.
+"""Detect that this process must end, because of a signal or of the job's time limit. Does not import torch.
 
-SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training there is nothing to save,
-so the process exits at once. During training the signal is recorded, and the run stops when all ranks have agreed
-(`lifecycle/stop_request.py`). Later signals do nothing, because schedulers send several signals with the same
-meaning. SIGKILL and Ctrl-C end the process at once, as usual.
+SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training, the process exits at once.
+During training, the signal is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
+signals
+do nothing, because schedulers send several.
 """
 
 from __future__ import annotations
@@ -19,28 +19,24 @@ from a2tgpo.io.exit_codes import START_AGAIN
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME = "SLURM_JOB_END_TIME"
-"""Environment variable that contains the time of the job's end in seconds since 1970. Slurm sets this variable. Users
-of other schedulers set it themselves."""
+"""Environment variable with the time of the job's end in seconds since 1970. Slurm sets this variable. Users of other
+schedulers may set it."""
 
 
 class StopSignal:
-    """Records the first of `SIGNALS` that this process receives.
-
-    Create only one instance in a process, and create it in the main thread.
-    """
+    """Records the first of `SIGNALS` that this process receives. Create one instance, in the main thread."""
 
     def __init__(self) -> None:
         self.name = ""
-        """Name of the first signal that was received; empty if there was none."""
+        """Name of the first signal; empty if there was none."""
         self.kept = ""
-        """A few words that say what earlier starts have saved. They are printed if a signal ends the process at
-        once."""
+        """What earlier starts have saved, in a few words, to print if a signal ends the process at once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def begin_training(self) -> None:
-        """From now on, only record a signal, and do not end the process."""
+        """From now on, record a signal without ending the process."""
         self._is_noted_only = True
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -57,10 +53,10 @@ class StopSignal:
 
 
 def job_deadline() -> float | None:
-    """Return the time at which the job ends, as a value of time.monotonic(); None if the time is unknown.
+    """Return the time at which the job ends, as a value of time.monotonic(); None if it is unknown.
 
     Raises:
-        ConfigError: the value of the environment variable `END_TIME` is not a number of seconds.
+        ConfigError: with a one-line message, if the environment variable `END_TIME` is not a number of seconds.
     """
     text = os.environ.get(END_TIME, "")
     if not text:

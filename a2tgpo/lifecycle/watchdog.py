@@ -1,11 +1,12 @@
 """If a job hangs, end it soon, and report the cause and the stacks of all ranks.
 
 On every rank, a thread writes the rank's stage to the rendezvous store and checks how long the stage has lasted. The
-first rank whose stage exceeds its deadline prints one line, which names the ranks that are behind. All ranks then
-append their stacks to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
+first rank past its deadline prints one line that names the ranks that are behind. All ranks then append their stacks
+to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
-While at least one rank waits for a tool's service (`Outage`), the clock stops on all ranks, because ranks that have
-finished their rollout wait for that rank. The wait for a service has a limit of its own.
+While a rank waits for a tool's service (`Outage`), the clock stops on all ranks, because other ranks may wait for
+that
+rank.
 """
 
 from __future__ import annotations
@@ -25,35 +26,33 @@ from a2tgpo.lifecycle.side_store import side_store
 
 POLL_S = 1.0
 GRACE_S = 10.0
-"""Seconds that a rank waits, before it exits, for the other ranks to write their stacks."""
+"""Seconds that a rank waits for the other ranks to write their stacks."""
 BACKSTOP_S = 30.0
-"""Seconds after the deadline until a C thread ends this rank. This is needed if a call that never returns blocks
-Python, so that the watchdog's own thread cannot run."""
+"""Seconds after the deadline until a C thread ends this rank, in case a call blocks Python's own threads."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages that take a similar time in every step, so that the longest duration so far gives a limit for the next
-one."""
+"""Stages that take a similar time in every step, so that the longest duration so far limits the next one."""
 WAITING = ("refit", "exchange", "advantage")
-"""Stages in which a rank may wait for the slowest rank. The limit of such a stage depends on the longest duration of
-any stage in `STEADY`."""
+"""Stages in which a rank may wait for the slowest rank. Their limit depends on the longest duration of any stage in
+`STEADY`."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's current stage, with its number in the sequence of stages, which is the same on all ranks."""
+    """A rank's current stage, and its number in the sequence of stages. All ranks have the same sequence."""
 
     number: int
     stage: str
     since: float
-    """Time at which the rank entered the stage, as a value of time.monotonic() on this machine."""
+    """Time at which the rank entered the stage, as a value of time.monotonic()."""
 
 
 class Watchdog:
     """Watches the stages of this rank. Every rank has an instance.
 
     Args:
-        config: the section `watchdog`, which gives the deadlines.
-        folder: the run's folder `stacks/`. If the job hangs, each rank writes one file in it.
+        config: the section `watchdog`.
+        folder: the run's folder `stacks/`. If the job hangs, each rank writes a file in it.
         outage: the record of this rank's waits for a tool's service.
     """
 
@@ -72,15 +71,15 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_seen = 0
-        """Value of the store's counter `outages` when this rank last read it. A rank increases the counter in every
-        poll that finds this rank waiting for a service."""
+        """The store's counter `outages` at this rank's last poll. A rank adds 1 at every poll while it waits for a
+        service."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
-        """Number of a place, and the seconds of this place that do not count because of outages."""
+        """Number of a place, and its seconds that do not count because of outages."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
-        """Maps each stage that this rank has completed to the stage's longest duration so far, seconds."""
+        """Longest duration so far, in seconds, of each stage that this rank has completed."""
         self._published = -1
         """Number of the place that this rank last wrote to the store."""
         self._closed = threading.Event()
@@ -92,7 +91,7 @@ class Watchdog:
         self.enter(BETWEEN)
 
     def enter(self, stage: str) -> None:
-        """Record that this rank has left its stage and enters `stage`. "" means the time between two stages."""
+        """Record that this rank enters `stage`. "" means the time between two stages."""
         stage = stage or BETWEEN
         with self._arming:
             now, left = time.monotonic(), self._place
@@ -137,7 +136,7 @@ class Watchdog:
             self._end(verdict)
 
     def _pause_in_outages(self) -> None:
-        """Do not count the time since the last poll if at least one rank has waited for a service in this time."""
+        """Do not count the time since the last poll if a rank has waited for a service in this time."""
         if self._outage is not None and self._outage.is_on:
             self._store.add("outages", 1)
         now, seen = time.monotonic(), self._store.add("outages", 0)
@@ -151,7 +150,7 @@ class Watchdog:
             self._arm(place)
 
     def _arm(self, place: Place) -> None:
-        """Set the timer of the C thread to the time that is left of the place's deadline, plus `BACKSTOP_S`."""
+        """Let the C thread end this rank `BACKSTOP_S` after the place's deadline."""
         left_s = self._left_s(place)
         if left_s is None:
             faulthandler.cancel_dump_traceback_later()
@@ -169,11 +168,11 @@ class Watchdog:
         return place.since + self._paused_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
-        """Return a text that names the limit of `stage`, and the limit in seconds (0: no limit)."""
+        """Return a text that names the limit of `stage`, and the limit in seconds; 0: no limit."""
         key, limit_s = self._config.deadline(stage)
         known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
         longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
-        # Until this rank has completed a whole step, it cannot know how long it may have to wait for other ranks.
+        # Before its first whole step, this rank cannot know how long it may have to wait for other ranks.
         is_known = longest_s > 0 and (stage in STEADY or "update" in self._longest)
         allowed_s = max(self._config.min_s, self._config.slack * longest_s)
         if limit_s and self._config.slack and is_known and allowed_s < limit_s:
@@ -185,7 +184,7 @@ class Watchdog:
         return left_s is not None and left_s < 0
 
     def _places(self) -> dict[int, tuple[int, str]]:
-        """Return, for each rank, the place number and the stage that the rank has written to the store."""
+        """Return the place number and the stage that each rank has written to the store."""
         found = {}
         for rank in range(self._world_size):
             if self._store.check([f"place_{rank}"]):
