@@ -1,14 +1,11 @@
 """Store finished rollouts on disk until a checkpoint covers them, so that a run need not replay them after a crash.
 
-The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R: the trajectories, the metrics so far
-of each rank of the engine, the sampler's state after all draws of the step, and the carried groups. The engine's
-first rank writes the file, because only that rank has trajectories. All ranks of the engine read the file.
+The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R. The engine's first rank writes the
+file, and all ranks of the engine read it.
 
-A start uses the stored rollouts only if step, weights (bitwise) and rollout configuration match, and if the files of
-all ranks come from the same attempt at the step. If not, all ranks replay the step. On CPUs, the steps that a run
-repeats after a crash have the same weights as before the crash. On a GPU, an update need not repeat bit for bit. The
-weights of the first step after the checkpoint still match. At a later step the weights may differ from those before
-the crash; the ranks then replay that step.
+A start uses the stored rollouts of a step only if step, weights (bitwise) and rollout configuration match, and if the
+files of all ranks come from the same attempt at the step. Otherwise all ranks replay the step. On a GPU, an update
+need not repeat bit for bit, so often only the first step after the checkpoint matches.
 """
 
 from __future__ import annotations
@@ -45,10 +42,10 @@ _DIGEST_BYTES = 32
 
 
 class RankShare(msgspec.Struct, frozen=True):
-    """The part of an engine's step that belongs to one rank."""
+    """The part of an engine's stored step that belongs to one rank."""
 
     key: str
-    """Step number, and fingerprints of the rank's own weights and of the configuration. `take` compares this key."""
+    """Step number, and fingerprints of the rank's own weights and of the configuration."""
     metrics: MetricSums
 
 
@@ -56,7 +53,7 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
     """The rollout of a step by one engine."""
 
     attempt: str
-    """A name of the attempt at the step, equal on all ranks. Another attempt may train on other groups."""
+    """Name of the attempt at the step, equal on all ranks. Another attempt may train on other groups."""
     ranks: list[RankShare]
     """The share of each rank of the engine, in rank order."""
     trajectories: list[Trajectory]
@@ -65,13 +62,11 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutBank:
-    """Stores the rollouts of a step, and finds them again after a crash.
-
-    Every rank has one bank and makes the same calls.
+    """Store the rollouts of a step, and find them again after a crash. Every rank must make the same calls.
 
     Args:
         folder: the folder `bank/` of the run.
-        state: `put` stores this state with the rollouts, and `take` replaces it by the stored state.
+        state: the state that `put` stores with the rollouts and that `take` restores.
     """
 
     def __init__(
@@ -93,8 +88,8 @@ class RolloutBank:
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
         """Return the stored rollouts of `step` by `policy`, or None if the caller must play the step.
 
-        The weights must be on the GPU. If this method returns rollouts, it also advances the state past the step. It
-        returns the trajectories on the leader of each engine, and an empty list of trajectories on the other ranks.
+        The weights must be on the GPU. If rollouts are returned, the state has advanced past the step. Only the
+        leader of each engine gets trajectories.
         """
         self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
         banked = self._read(step)
@@ -114,8 +109,7 @@ class RolloutBank:
     def put(self, step: int, played: PlayedStep) -> None:
         """Store the rollouts that the caller played because `take` returned None.
 
-        The leader of each engine writes a file. If the write fails, for example because the disk is full, the leader
-        logs a warning and counts `rollout/not_banked`, and the run continues.
+        If the write fails, a warning is logged, the metric `rollout/not_banked` is counted, and the run continues.
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]
@@ -171,7 +165,7 @@ class RolloutBank:
 
 
 def drop_covered(folder: Path, step: int) -> None:
-    """Remove the stored rollouts of `step` and of earlier steps, which a checkpoint covers; one rank calls this."""
+    """Remove the stored rollouts up to `step`, which a checkpoint covers. Only one rank may call this."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(entry.name)
         if match and int(match[1]) <= step:
@@ -183,10 +177,7 @@ def _digest(payload: bytes) -> bytes:
 
 
 def _config_key(config: RunConfig, questions: str, groups: ParallelGroups) -> str:
-    """Return a fingerprint of all settings, questions and layout on which an engine's rollouts may depend.
-
-    The weights have their own fingerprint.
-    """
+    """Return a fingerprint of the settings, questions and layout on which an engine's rollouts may depend."""
     sections = dataclasses.asdict(config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]

@@ -1,8 +1,7 @@
-"""Manage the groups that continue from step to step (`rollout.partial`): assign them to engines, select the groups of
-a step, and write and read them in checkpoints.
+"""Manage the groups that continue from step to step (`rollout.partial`).
 
-All ranks have equal `Entry` records, and this module decides by these records alone, so all ranks decide the same.
-The trajectories of a group stay on the engine that began the group.
+All ranks have equal `Entry` records, and decide by these records alone, so that all ranks decide the same. The
+trajectories of a group stay on the engine that began the group.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What one rank knows of the groups that a step carries over to the next step; immutable."""
+    """The groups that a step carries over to the next step, as far as one rank knows them. Immutable."""
 
     entries: tuple[Entry, ...] = ()
-    """The entries of the groups of all engines, the oldest first; equal on all ranks."""
+    """The entries of the groups of all engines, the oldest first. Equal on all ranks."""
     own: tuple[CarriedGroup, ...] = ()
     """The groups of this rank's engine, with their trajectories."""
 
@@ -56,8 +55,7 @@ class Carried:
 def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
     """Return the engine index for each of `count` new prompts.
 
-    Each prompt goes to the engine that has the fewest groups. If several engines have equally few, the prompt goes to
-    the engine with the lowest index.
+    Each prompt goes to the engine with the fewest groups. Among equals, it goes to the engine with the lowest index.
     """
     load = [0] * num_engines
     for entry in entries:
@@ -76,7 +74,7 @@ def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`, and mark each entry as complete if `complete` contains the key of the entry."""
+    """Return `entries`, with those whose key is in `complete` marked as complete."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -84,16 +82,13 @@ def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]
 
 
 def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
-    """Return the oldest unfinished groups, as many as must be finished to have `num_groups` complete groups."""
+    """Return the oldest unfinished groups, as many as are missing to have `num_groups` complete groups."""
     unfinished = sorted(entry for entry in entries if not entry.is_complete)
     return unfinished[: max(0, num_groups - (len(entries) - len(unfinished)))]
 
 
 def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], list[Entry]]:
-    """Split `entries` into the groups of the step and the groups that are left; return both, the oldest first.
-
-    The groups of the step are the `num_groups` oldest complete groups.
-    """
+    """Return the `num_groups` oldest complete groups, and all other groups. Both lists begin with the oldest."""
     taken = sorted(entry for entry in entries if entry.is_complete)[:num_groups]
     keys = {entry.key for entry in taken}
     return taken, sorted(entry for entry in entries if entry.key not in keys)
@@ -116,8 +111,7 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
 def bounded(state: Carried, version: int, *, max_groups: int, max_staleness: int) -> Carried:
     """Return `state` with the oldest `max_groups` groups that are young enough to continue with `version`.
 
-    A group is dropped only if a run resumes with a smaller `max_groups` or `max_staleness` than the run had when it
-    was saved.
+    Groups are dropped only if a run resumes with a smaller `max_groups` or `max_staleness`.
     """
     young = [entry for entry in state.entries if version - entry.begun <= max_staleness]
     kept = {entry.key for entry in young[:max_groups]}
@@ -133,7 +127,7 @@ def carried_file(engine: int) -> str:
 
 
 def encode(state: Carried) -> bytes:
-    """Return the carried groups of this rank's engine as the content of a file."""
+    """Return the file content for the carried groups of this rank's engine."""
     return encode_records(state.own)
 
 
@@ -148,11 +142,10 @@ class Held:
 def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
     """Return the carried groups of a checkpoint, the oldest first.
 
-    If the number of engines has changed, this function deals the groups out to the engines in turn. If not, each
-    group stays with its engine.
+    Each group stays with its engine. If the number of engines has changed, the engines receive the groups in turn.
 
     Raises:
-        ValueError: one line; a file does not contain carried groups.
+        ValueError: with a one-line message, if a file does not contain carried groups.
     """
     files = sorted((checkpoint / FOLDER).glob("*_*.bin"), key=lambda path: int(path.stem.split("_")[1]))
     held: list[Held] = []
@@ -171,8 +164,7 @@ def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
 def _content(path: Path) -> bytes:
     """Return the content of a file of carried groups, in the present format.
 
-    Release 0.1 wrote files named replica_N.bin, in which the field `Turn.version` had the name `step`. This function
-    renames the field.
+    Release 0.1 wrote files named replica_N.bin, in which the field `Turn.version` had the name `step`.
     """
     content = path.read_bytes()
     if path.name.startswith("engine_"):
@@ -184,9 +176,7 @@ def _content(path: Path) -> bytes:
 
 
 def carried(held: Sequence[Held], *, engine: int) -> Carried:
-    """Return the `Carried` for the ranks of `engine`. It has the entries of all `held` groups and the engine's
-    groups.
-    """
+    """Return the `Carried` for the ranks of `engine`: the entries of all `held` groups, and the engine's groups."""
     entries = (
         Entry(
             begun=item.group.begun,

@@ -1,21 +1,18 @@
 """Play a step without waiting for its longest trajectories (`rollout.partial`).
 
-A step plays `prompts_per_step` + `extra_prompts` groups. Some of these groups are carried over from the last step,
-and the others begin with new prompts. A trajectory pauses once it has sampled `tokens_per_step` tokens in the step.
-The step trains on the oldest complete groups. All other groups are carried over to the next step with everything that
-they have played so far. A trajectory pauses only between two turns. (Kimi k1.5, arXiv 2501.12599, pauses inside a
-response.)
+A step plays `prompts_per_step` + `extra_prompts` groups. Some groups are carried over from the last step. The others
+begin with new prompts. A trajectory pauses between two turns, after `tokens_per_step` sampled tokens in the step.
+(Kimi k1.5, arXiv 2501.12599, pauses inside a response.) The step trains on the oldest complete groups. All other
+groups are carried over to the next step.
 
-If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
-to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped. A
-pause depends on the number of tokens, never on the clock.
+If too few groups are complete, the step plays the oldest unfinished groups to their end. It also plays a group to its
+end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
 
     partial/carried_trajectories  number of unfinished trajectories that continue in the next step
     partial/carried_tokens        number of tokens that these trajectories have sampled so far
     partial/pool_groups           number of complete and unfinished groups that are left for later steps
     partial/unbounded_groups      number of unfinished groups that the step continued without a token budget
-    partial/staleness_mean        mean staleness of a trajectory: the number of steps from its oldest turn to the step
-                                  that trains on the trajectory
+    partial/staleness_mean        mean staleness of a trajectory: the number of steps since its oldest turn was played
     partial/staleness_max         largest staleness of a trajectory
 """
 
@@ -47,7 +44,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 class PartialRollout:
-    """Plays the steps of a run with `rollout.partial`. Each rank has one object and makes the same calls."""
+    """Play the steps of a run with `rollout.partial`. Every rank must make the same calls."""
 
     def __init__(
         self,
@@ -67,7 +64,7 @@ class PartialRollout:
     def play(self, version: int, counts: RolloutCounts, metrics: MetricSums) -> list[Trajectory] | None:
         """Play a step, update the carried groups, and return this engine's trajectories of the step's groups.
 
-        Returns None if any rank interrupted the rollout. The caller must then restore the state before its next use.
+        Return None if any rank interrupted the rollout. The caller must then restore the state before its next use.
         """
         entries, own = self._in_play(version)
         due = {
@@ -130,9 +127,9 @@ class PartialRollout:
         version: int,
         unbounded: Collection[tuple[int, int]],
     ) -> list[CarriedGroup] | None:
-        """Continue `groups` within the token budget, and return them; return None if the rollout was interrupted.
+        """Continue `groups` within the token budget, and return them, or None if the rollout was interrupted.
 
-        If `unbounded` contains the key of a group, the group is played to its end.
+        Groups whose key is in `unbounded` are played to their end.
         """
         budget = self._config.tokens_per_step
         unfinished = [group for group in groups if not group.is_complete]
@@ -144,10 +141,7 @@ class PartialRollout:
         return [group for group in groups if group.is_complete] + played
 
     def _agree_on_complete(self, groups: Sequence[CarriedGroup] | None) -> set[tuple[int, int]] | None:
-        """Return the keys of all complete groups of all engines, or None if the rollout of any rank was interrupted.
-
-        The result is equal on all ranks.
-        """
+        """Return the keys of all engines' complete groups, or None if any rank interrupted its rollout."""
         world = world_group()
         mine = None if groups is None else [group.key for group in groups if group.is_complete]
         parts = all_gather_object(mine, world)
@@ -157,14 +151,14 @@ class PartialRollout:
 
 
 def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
-    """Return `groups` in the order in which `read` returns groups, so that a resumed run plays in the same order."""
+    """Return `groups` in the order of `read`, so that a resumed run plays in the same order."""
     return tuple(sorted(groups, key=lambda group: group.key))
 
 
 def _add_metrics(
     metrics: MetricSums, carried: Sequence[CarriedGroup], trajectories: Sequence[Trajectory], version: int
 ) -> None:
-    """Add the metrics of one engine: counts of its `carried` groups, and the staleness of its `trajectories`."""
+    """Add one engine's metrics: counts of its `carried` groups, and the staleness of its `trajectories`."""
     paused = [member for group in carried for member in group.trajectories if not member.stop_reason]
     staleness = [trajectory.staleness(version) for trajectory in trajectories]
     metrics.add("partial/carried_trajectories", len(paused), 0)

@@ -13,16 +13,13 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 
 class RewardedRollout:
-    """Plays on this rank's engine, and scores each trajectory that finishes.
+    """Play on this rank's engine, and score each trajectory that finishes.
 
-    All ranks of the engine make the same calls.
+    All ranks of the engine must make the same calls.
 
     Args:
-        rollout: plays the trajectories.
-        reward: scores the trajectories.
         seed: seed of the run.
-        should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`). If `should_stop` is None,
-            the rollout is never interrupted.
+        should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """
 
     def __init__(
@@ -38,13 +35,13 @@ class RewardedRollout:
         self._seed = seed
         self._should_stop = should_stop
         self.first_finished_s: float | None = None
-        """Age of this process in seconds when its first trajectory finished; None if none has finished yet."""
+        """Age of this process in seconds when its first trajectory finished, or None if none has finished yet."""
 
     def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
         """Play a group of trajectories for each prompt, and return all trajectories, by prompt and then by sample.
 
         Raises:
-            RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.
+            RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.
         """
         finished = self._score(self._rollout.play(prompts, seed=self._seed, version=version, counts=counts))
         return sorted(finished, key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index))
@@ -59,10 +56,10 @@ class RewardedRollout:
     ) -> list[CarriedGroup]:
         """Continue `groups` within their token `budgets` (see `GroupRollout.play_on`), and return the groups.
 
-        A trajectory that is still unfinished gets no reward.
+        Unfinished trajectories get no reward.
 
         Raises:
-            RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.
+            RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.
         """
         played, playing = self._rollout.play_on(
             groups, budgets=budgets, seed=self._seed, version=version, counts=counts

@@ -1,7 +1,4 @@
-"""The state that each rollout advances: the place in the questions, and the carried groups.
-
-After a stop or a crash, a run must restore this state.
-"""
+"""The state that each rollout advances. A run must restore this state after a stop or a crash."""
 
 from __future__ import annotations
 
@@ -17,16 +14,13 @@ class RolloutSnapshot:
     """A `RolloutState` at one moment."""
 
     sampler: dict[str, Any]
-    """The state of the sampler, as `PromptSampler.state_dict` returned it."""
+    """The result of `PromptSampler.state_dict`."""
     carried: Carried
 
 
 @dataclass(kw_only=True)
 class RolloutState:
-    """The sampler of the questions, and the groups that continue in the next step.
-
-    Without `rollout.partial`, no groups continue.
-    """
+    """The sampler of the questions, and the groups that continue in the next step with `rollout.partial`."""
 
     sampler: PromptSampler
     carried: Carried = field(default_factory=Carried)

@@ -1,21 +1,20 @@
 """Play the rollout of a step.
 
-By default, a step plays one draw of prompts. With dynamic sampling, the step draws prompts until informative groups
-fill the step. With partial rollouts, the step takes complete groups from a larger pool (`collect/partial.py`).
+By default, a step plays one draw of prompts. With partial rollouts, the step takes complete groups from a larger pool
+(`collect/partial.py`). With dynamic sampling, the step draws prompts until informative groups fill the step, and
+drops the other groups.
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
-arXiv 2503.14476, Eq. 11). If all trajectories are right, or if all are wrong, the policy could learn only about
-length from the group. Dynamic sampling drops the groups that are not informative, and draws again. The groups that
-remain are a biased sample of the policy's rollouts, so some of these metrics cover all groups that were played:
+arXiv 2503.14476, Eq. 11). Informative groups are a biased sample of the policy's rollouts, so some of these metrics
+cover all groups that were played:
 
     sampling/draws                  number of draws in the step
     sampling/groups_played          number of groups in all draws
     sampling/kept_share             share of informative groups among all groups played
     sampling/surplus_groups         number of informative groups that did not fit into the step
     sampling/unfilled_groups        number of uninformative groups that the step took because informative ones ran out
-    sampling/reward_all_mean        mean outcome reward over all groups played; reward/mean covers the step's groups
-    sampling/format_error_rate_all  rate of format errors over all groups played; reward/format_error_rate covers the
-                                    step's groups
+    sampling/reward_all_mean        mean outcome reward over all groups played
+    sampling/format_error_rate_all  rate of format errors over all groups played
 """
 
 from __future__ import annotations
@@ -46,19 +45,18 @@ class PlayedStep:
     """The result of a step's rollout on one rank."""
 
     trajectories: list[Trajectory]
-    """The trajectories of the step's groups that this rank's engine played. Their prompt_index is in
-    [0, prompts_per_step). The list is empty unless the rank is the leader of its engine."""
+    """The trajectories that this engine played, with prompt_index in [0, prompts_per_step). The list is empty unless
+    this rank is the leader of its engine."""
     metrics: MetricSums
-    """The engine's counts and the `sampling/` or `partial/` metrics. The sums are not yet reduced over all ranks."""
+    """The engine's counts and the `sampling/` or `partial/` metrics, not yet reduced over all ranks."""
 
 
 class StepRollout:
-    """Plays the groups of every step. Each rank has one object and makes the same calls.
+    """Play the groups of every step. Every rank must make the same calls.
 
     Args:
-        rollout: plays on this rank's engine, and decides whether to interrupt the rollout.
         prompts: the training questions.
-        state: the place in the questions and the carried groups. Each step advances this state.
+        state: the state that each step advances.
         startup: metrics of the start, which the first rollout reports.
     """
 
@@ -84,9 +82,9 @@ class StepRollout:
     def play(self, *, version: int) -> PlayedStep | None:
         """Play a step with the weights of `version`; every rank must call this.
 
-        The engines must be awake and hold these weights. Returns None if this rank's rollout was interrupted. With
-        dynamic sampling or partial rollouts, returns None if the rollout of any rank was interrupted. If the result
-        is None, the caller must restore the state before its next use.
+        The engines must be awake and hold these weights. Return None if this rank's rollout was interrupted. With
+        dynamic sampling or partial rollouts, return None if the rollout of any rank was interrupted. The caller must
+        then restore the state before its next use.
         """
         counts, metrics = RolloutCounts(), MetricSums()
         if self._config.dynamic_sampling:
@@ -127,8 +125,8 @@ class StepRollout:
             if size == 0:
                 break
             questions += sampler.next_indices(size, excluded=questions)
-            # Each draw continues the positions of the last draw, because a position identifies a group within the
-            # step and seeds the rollouts of the group.
+            # A position identifies a group within the step and seeds its rollouts, so each draw continues the
+            # positions of the last draw.
             drawn = range(len(questions))[-size:]
             trajectories = self._play_share(questions, drawn, version, counts)
             found = self._agree_on_informative(drawn, trajectories)
@@ -155,7 +153,7 @@ class StepRollout:
     ) -> list[Trajectory] | None:
         """Play this engine's share of the questions at the `drawn` positions, and return the trajectories.
 
-        Returns None if the rollout was interrupted.
+        Return None if the rollout was interrupted.
         """
         prompts = self._prompts.prompts(questions, self._engine_group.share(drawn))
         try:
@@ -166,10 +164,7 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Return, for each group of the draw, whether the group is informative; the result is equal on all ranks.
-
-        Returns None if the draw was interrupted on any rank. The ranks exchange one bit per group.
-        """
+        """Return whether each group of the draw is informative, or None if any rank interrupted the draw."""
         world = world_group()
         mine = None
         if trajectories is not None:
@@ -199,10 +194,7 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """Return a map from each prompt index to whether the group of that prompt is informative.
-
-    A group is informative if its outcome rewards, before a length penalty, are not all equal.
-    """
+    """Map each prompt index to whether the prompt's group is informative."""
     rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
         # All ill-formed responses earn the same reward, whatever their answers are.
@@ -212,19 +204,15 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Return how many prompts the next draw must have to fill the step.
+    """Return how many prompts the next draw must have to fill the step, if the share of informative groups stays.
 
-    The estimate assumes that the share of informative groups stays as it has been in this step so far.
+    The result is 0 if the step is full, or if the step has drawn all questions.
 
     Args:
-        informative: whether each group is informative, for all groups played, in draw order. Before the first draw
-            the list is empty, and this function returns `num_groups`.
+        informative: whether each group played so far is informative. If the list is empty, return `num_groups`.
         num_groups: the number of groups in a step. No draw is larger.
         num_engines: the number of engines. Each engine gets the same number of prompts if enough questions are left.
         num_left: the number of questions that the step has not drawn yet.
-
-    Returns:
-        The size of the next draw. It is 0 if the step is full, or if the step has drawn all questions.
     """
     kept = sum(informative)
     missing = max(num_groups - kept, 0)
@@ -237,7 +225,7 @@ class Selection:
     """The groups that a step trains on."""
 
     groups: list[int]
-    """Positions of the step's groups among all groups played. The positions ascend, so they are in draw order."""
+    """Positions of the step's groups among all groups played, in ascending order."""
     num_surplus: int
     """Number of informative groups that the step does not take."""
     num_unfilled: int
@@ -248,8 +236,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
     """Select the first `num_groups` informative groups; if there are too few, add the first uninformative groups.
 
     Args:
-        informative: whether each group is informative, for all groups played, in draw order. The list has at least
-            `num_groups` values.
+        informative: whether each group played is informative, in draw order, with at least `num_groups` values.
     """
     kept = [position for position, is_informative in enumerate(informative) if is_informative]
     dropped = [position for position, is_informative in enumerate(informative) if not is_informative]
@@ -262,10 +249,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`.
-
-    The prompt_index of each returned trajectory is the position of the old prompt_index in `groups`.
-    """
+    """Return the trajectories whose prompt_index is in `groups`, with its position there as new prompt_index."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])
@@ -275,7 +259,7 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
 
 
 def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
-    """Add the counts of one engine's rollout to `metrics`; only the leader of each engine calls this."""
+    """Add the counts of one engine's rollout to `metrics`; only the leader of each engine may call this."""
     metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)
@@ -287,7 +271,6 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     for name, number in counts.tool_counts.items():
         metrics.add(name, number, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
-    # To score, the engine computes the scaffold, the gold answer, and the part of the context that its KV cache
-    # lacks.
+    # The engine computes the scaffold, the gold answer, and the part of the context that its KV cache lacks.
     metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)

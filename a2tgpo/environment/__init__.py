@@ -1,1 +1,1 @@
-"""The policy's environment, which consists of tools that take a text and return texts."""
+"""The policy's environment: tools that take a text and return texts."""

@@ -1,4 +1,4 @@
-"""The interface through which a rollout calls its tools. It is the same for all tools."""
+"""The interface through which a rollout calls its tools."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class ToolError(RuntimeError):
 
 
 class ToolUnavailableError(ToolError):
-    """Raised if the tool's service seems to be unavailable to all callers; the same call may succeed later."""
+    """Raised if the tool's service seems to be unavailable to all callers. The same call may succeed later."""
 
 
 class Tool(Protocol):
     """A tool that the policy can call. Many threads may call its methods at the same time."""
 
     def call(self, text: str) -> list[str]:
-        """Return the parts of the answer to `text`, of which there is at least one. The best part comes first.
+        """Return the parts of the answer to `text`, at least one, the best first.
 
         If the policy has made a mistake, return an answer that explains the mistake.
 
         Args:
-            text: the policy's text between the tool's tags. It is not empty, and runs of spaces are reduced to one.
+            text: the policy's text between the tool's tags. It is not empty, and has single spaces.
 
         Raises:
-            ToolError: there is no answer.
-            ToolUnavailableError: no call has an answer at present; `tools.on_outage` decides what happens then.
+            ToolError: if there is no answer.
+            ToolUnavailableError: if no call has an answer at present. `tools.on_outage` then decides what happens.
         """
 
     def close(self) -> None:
@@ -45,14 +45,13 @@ class Toolset:
     """The tools of a run and the limits that they share."""
 
     tools: Mapping[str, Tool]
-    """Maps each tool's name, which is also the tag of its calls, to the tool."""
+    """Maps each tool's name to the tool. The name is also the tag of the tool's calls."""
     max_concurrent_calls: int = 16
     """Largest number of calls that run at the same time on one rank."""
     call_timeout_s: float = 240.0
-    """A call fails if it has not returned this many seconds after its start. Time that the call waits in the queue
-    does not count."""
+    """Seconds from the start of a call until the call fails. Time in the queue does not count."""
     max_part_tokens: int = 400
-    """If a part of an answer is longer than this many tokens, it is cut to this length."""
+    """Number of tokens to which a longer part of an answer is cut."""
     outage_limit_s: float | None = None
     """Seconds for which a call is repeated if it raises `ToolUnavailableError`. 0: the run ends at once. None: the
     call fails without being repeated, and the policy reads that it failed."""
@@ -62,9 +61,9 @@ class Toolset:
         return tuple(self.tools)
 
     def take_counts(self) -> dict[str, int]:
-        """Return the counts of all tools that have a method `take_counts`, by the names `TOOL/COUNT`.
+        """Return the counts of the tools since the last call of this method, by the names `TOOL/COUNT`.
 
-        They cover the time since the last call of this method.
+        A tool reports counts if it has a method `take_counts`.
         """
         return {
             f"{name}/{count}": number
@@ -78,11 +77,10 @@ class Toolset:
 
 
 def build_tools(config: RunConfig) -> Toolset:
-    """Build the tools that `tools.names` lists, with their modules in `environment/tools/`. Every rank must build its
-    own tools.
+    """Build the tools that `tools.names` lists. Every rank must build its own tools.
 
     Raises:
-        ConfigError: one line; a tool cannot work with this configuration.
+        ConfigError: with a one-line message, if a tool cannot work with this configuration.
     """
     tools: dict[str, Tool] = {}
     for name in config.tools.names:

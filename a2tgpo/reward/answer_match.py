@@ -1,12 +1,10 @@
 """Exact match and token F1 between an answer and its golds, after SQuAD normalisation (Eq. 14).
 
-SQuAD's rules remove only ASCII punctuation, and they split text into words only at spaces. If a text has letters of a
-script other than Latin, this module therefore also converts the text to Unicode's compatibility form (full-width
-digits and letters become plain) and removes all punctuation. For F1, each character of a script without spaces is a
-word. Text in Latin letters follows SQuAD's rules alone, so that its scores can be compared with published scores. In
-every text, invisible characters are removed, and a letter and its accent are composed to one character. This is
-necessary because some tokenizers compose their input, so their policies could not write a gold answer that is not
-composed.
+Text in Latin letters follows SQuAD's rules, so that its scores can be compared with published scores. These rules
+remove only ASCII punctuation, and split text into words only at spaces. If a text has letters of another script, this
+module also converts the text to Unicode's compatibility form (NFKC) and removes all punctuation. For F1, each
+character of a script without spaces is a word. In every text, invisible characters are removed and accents are
+composed (NFC), because some tokenizers compose their input.
 """
 
 import re
@@ -20,21 +18,20 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
-"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+"""Characters of the scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Han."""
 _WORDS = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def normalize_answer(text: str) -> str:
     """Return `text` in lower case, without punctuation and articles, and with single spaces.
 
-    If nothing would remain, as for "A" or "The The", return `text` as written, except for its spaces. The result is
-    therefore empty only if `text` is blank.
+    If nothing would remain, as for "A" or "The The", only change the spaces of `text`.
     """
     return _normalized(text) or " ".join(text.split())
 
 
 def is_kept_as_written(text: str) -> bool:
-    """Return whether normalisation would remove all of `text`; such a text is compared as written."""
+    """Return whether normalisation would remove all of `text`, so that `normalize_answer` keeps it."""
     return not _normalized(text)
 
 
@@ -76,10 +73,7 @@ def _normalized(text: str) -> str:
 
 
 def _is_of_another_script(letter: str) -> bool:
-    """Return whether `letter` is a letter of a script other than Latin, or a full-width character but not an emoji.
-
-    Signs that also occur in text in Latin letters give False.
-    """
+    """Return whether `letter` belongs to a script other than Latin, or is full-width and not an emoji."""
     if unicodedata.east_asian_width(letter) in "FW":
         return unicodedata.category(letter) != "So"  # emoji
     is_letter = ord(letter) >= 0x370 and letter.isalpha() and not 0x2000 <= ord(letter) < 0x2C00

@@ -10,7 +10,7 @@ from a2tgpo.reward.answer_match import exact_match, f1_score
 
 BAD_FORMAT_REWARD = -1.0
 SEARCH_ONLY = ("search",)
-"""The tools of the paper's experiments."""
+"""Names of the tools in the paper's experiments."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _ANSWER_TAG = re.compile(r"</?answer>")
 
@@ -22,24 +22,22 @@ class OutcomeScore:
     reward: float
     """EM if the format is right, else -1."""
     exact_match: float
-    """EM of the extracted answer, whether or not the format is right; 0.0 if no answer can be extracted."""
+    """EM of the extracted answer, whether or not the format is right. 0.0 if no answer can be extracted."""
     f1: float
     format_ok: bool
     answer: str | None
-    """Text inside the last box of the last answer; None if the response has no such box."""
+    """Text in the last box of the last answer, or None if the response has no such box."""
 
 
 def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None = "") -> str:
     """Return the text whose format is judged: the policy's text, with an empty result block for each observation.
 
-    The content of the observations is left out, because tags in retrieved passages must not affect the policy's
-    reward.
+    Observations are left out, because tags in retrieved passages must not affect the policy's reward.
 
     Args:
         turns: for each turn, its decoded text and whether an observation followed it.
-        opening_tags: the think tags at the end of the prompt, which count as part of the response. None if these tags
-            are unknown. Then, if the first think tag of the response is </think>, this function puts <think> before
-            the response.
+        opening_tags: the think tags at the end of the prompt, which count as part of the response. None means that
+            they are unknown. Then <think> is added if the first think tag of the response is </think>.
     """
     text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
     if opening_tags is None:
@@ -50,11 +48,7 @@ def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None =
 def score_response(
     response: str, golds: Sequence[str], *, tools: tuple[str, ...] = SEARCH_ONLY
 ) -> OutcomeScore:
-    """Return reward, EM and F1 of a whole response (all turns, `<result>` blocks included).
-
-    Args:
-        tools: names of the tools; a tool's name is also the tag of its calls.
-    """
+    """Return reward, EM and F1 of a whole response (all turns, `<result>` blocks included)."""
     answer = extract_answer(response)
     format_ok = answer is not None and is_well_formed(response, tools=tools)
     match = 0.0 if answer is None else exact_match(answer, golds)
@@ -70,8 +64,8 @@ def score_response(
 def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bool:
     r"""Return whether the format of the response is right.
 
-    It is right if the think tags are balanced, if there is exactly one answer, which has a `\boxed{...}`, and if each
-    tool call has one result.
+    Think tags must be balanced, each tool call must have one result, and exactly one answer with a `\boxed{...}` must
+    exist.
     """
     return (
         _is_balanced(THINK_TAG.findall(response), "<think>")
@@ -83,10 +77,10 @@ def is_well_formed(response: str, *, tools: tuple[str, ...] = SEARCH_ONLY) -> bo
 
 
 def extract_answer(response: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block; None if there is none.
+    r"""Return the content of the last `\boxed{...}` inside the last `<answer>` block, or None if there is none.
 
     If a space follows `\boxed`, the content is the rest of the block up to the first `$`. The authors' code
-    follows the same rule, which comes from the code of the MATH data set.
+    follows the same rule.
     """
     blocks = _ANSWER.findall(response)
     return _last_box(blocks[-1]) if blocks else None

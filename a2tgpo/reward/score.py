@@ -1,4 +1,4 @@
-"""Score a played trajectory: the outcome reward, and the information gain of every process turn."""
+"""Compute a trajectory's outcome reward and the information gain of each of its process turns."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryReward:
-    """Computes the reward of a trajectory and the gains of its turns."""
+    """Compute the reward of a trajectory and the gains of its turns."""
 
     measure: str
     """Value of `rollout.gain.measure`."""
     tools: tuple[str, ...] = SEARCH_ONLY
     """Names of the tools that the policy may call."""
     opening_tags: str | None = None
-    """The think tags at the end of the prompt (`PromptTemplate.opening_tags`); None if they are unknown (see
-    `judged_text`)."""
+    """The think tags at the end of the prompt (`PromptTemplate.opening_tags`), or None if they are unknown."""
     overlong: RewardConfig = field(default_factory=RewardConfig)
-    """Settings of the penalty for long responses. The penalty changes the reward, but not exact match or format."""
+    """Settings of the penalty for long responses. The penalty does not change exact match or format."""
     max_response_tokens: int = 0
     """Value of `rollout.max_response_tokens`."""
 
@@ -40,9 +39,7 @@ class TrajectoryReward:
         Args:
             turn_texts: the policy's text of each turn.
             answers: the gold answer and its aliases.
-            context_logprobs: one entry for the prompt and one for the context after each process turn. An entry has a
-                list of token log-probs for each alias, or is None if the context could not be scored. The sequence is
-                empty if no context was scored.
+            context_logprobs: the value of `Finished.context_logprobs`.
         """
         answered = [turn.query is not None for turn in trajectory.turns]
         response = judged_text(list(zip(turn_texts, answered, strict=True)), opening_tags=self.opening_tags)

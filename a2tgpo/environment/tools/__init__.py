@@ -1,7 +1,4 @@
-"""The modules of the tools. If `tools.names` lists NAME, the policy can call the tool of module NAME as
-<NAME> ... </NAME>.
+"""The modules of the tools. If `tools.names` lists NAME, the policy calls the module NAME as <NAME> ... </NAME>.
 
-Each module must have this function, which every rank calls:
-
-    def build(config: RunConfig) -> Tool
+Each module must have the function `build(config: RunConfig) -> Tool`, which every rank calls.
 """

@@ -1,9 +1,8 @@
-"""The calculator tool, which evaluates one arithmetic expression exactly. The expression is parsed, but it is not
-executed as Python.
+"""The calculator tool, which evaluates one arithmetic expression exactly, without executing it as Python.
 
 Numbers are stored as fractions, so 0.1 + 0.2 is 0.3. An expression may contain + - * / // % **, parentheses, signs,
-and the functions abs, round, min, max and sqrt. If a value has more than `calculator.max_digits` digits, the
-calculator refuses it, so no expression takes long.
+and the functions abs, round, min, max and sqrt. Values have at most `calculator.max_digits` digits, so no expression
+takes long.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MAX_NODES = 200
 _BITS_PER_DIGIT = Fraction(10, 3)
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "^": "**"})
 _FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)}
-"""Maps full-width digits and signs, which are typed in Chinese and Japanese text, to their ASCII forms."""
+"""Maps full-width digits and signs to their ASCII forms."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
@@ -33,11 +32,7 @@ class _Refusal(ValueError):
 
 
 class Calculator:
-    """Answers a call with the value of the expression, or with a text that names the error in the expression.
-
-    Args:
-        config: the `calculator` section.
-    """
+    """Answer a call with the value of the expression, or with a text that names the error in the expression."""
 
     def __init__(self, config: CalculatorConfig):
         self._max_digits = config.max_digits
@@ -50,7 +45,7 @@ class Calculator:
             return [f"Error: {refusal}"]
 
     def close(self) -> None:
-        """Do nothing, because the calculator has no resources to release."""
+        """Do nothing, because the calculator has no resources."""
 
     def _value(self, text: str) -> Fraction:
         if len(text) > MAX_CHARACTERS:
@@ -69,8 +64,7 @@ class Calculator:
     def _evaluate(self, node: ast.expr, source: str) -> Fraction:
         match node:
             case ast.Constant(value=value) if type(value) in (int, float):
-                # Read the number from its digits in the text, so that 0.1 is a tenth and not the nearest binary
-                # number.
+                # Read the number from its digits, so that 0.1 is a tenth and not the nearest binary number.
                 return self._bounded(_parse_number(ast.get_source_segment(source, node) or ""))
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
                 magnitude = self._evaluate(operand, source)

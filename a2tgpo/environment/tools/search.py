@@ -1,4 +1,4 @@
-"""The search tool, which returns passages for a query. The configuration's section `search` gives their source."""
+"""The search tool, which returns passages for a query."""
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.tool import ToolError, ToolUnavailableError
@@ -10,7 +10,7 @@ NOTHING_FOUND = "No passage was found."
 
 
 class Search:
-    """Answers a call with passages. Each passage is one part of the answer and is formatted as in Search-R1."""
+    """Answer a call with passages, each formatted as in Search-R1."""
 
     def __init__(self, search: SearchTool):
         self._search = search
