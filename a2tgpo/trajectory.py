@@ -49,6 +49,8 @@ class Prompt:
     """Token ids of the rendered prompt, including the header that precedes the policy's text."""
     hops: int = 0
     """Number of searches that the question needs; 0 if unknown. Used only in reports."""
+    record: str = "{}"
+    """The question's whole record in its file, as JSON."""
 
 
 @dataclass(kw_only=True)

@@ -1,10 +1,13 @@
 """Question sets: the questions for the policy and their gold answers."""
 
 import dataclasses
+import datetime
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ class Question:
     """Number of searches that the question needs; 0 if the set does not state the number."""
     source: str = ""
     """Name of the set that the question is from (`data_source`); empty if the file does not name one."""
+    record: str = "{}"
+    """The whole record of the file as JSON, for rewards and tools."""
 
 
 def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
@@ -84,7 +89,22 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
         answers=golds,
         hops=hops,
         source=source_of(record),
+        record=_as_json(record, where),
     )
+
+
+def _as_json(record: dict, where: str) -> str:
+    """Return `record` as JSON. Dates and decimal numbers of a Parquet file become texts."""
+
+    def text_of(value: Any) -> str:
+        if isinstance(value, datetime.date | datetime.time | datetime.timedelta | Decimal):
+            return str(value)
+        raise ConfigError(
+            f"{where}: a field holds {type(value).__name__}, for example {value!r:.40}; allowed: texts, numbers, "
+            "dates, lists and objects; remove the column"
+        )
+
+    return json.dumps(record, ensure_ascii=False, default=text_of)
 
 
 def gold_text(text: str) -> str:

@@ -271,4 +271,5 @@ class PromptSet:
             answers=question.answers,
             tokens=tokens,
             hops=question.hops,
+            record=question.record,
         )

@@ -1,4 +1,6 @@
 import bz2
+import datetime
+import decimal
 import gzip
 import json
 import lzma
@@ -23,11 +25,21 @@ def write(tmp_path, *lines, name="questions.jsonl"):
     return str(path)
 
 
+def stated_json(record):
+    return json.dumps({name: value for name, value in record.items() if value is not None})
+
+
 def test_questions_keep_file_order_and_all_fields(tmp_path):
     second = {"question": "And of Peru?", "answers": ["Lima"]}
     assert load_questions(write(tmp_path, GOOD, b"", second)) == [
-        Question(id="q1", question="Capital of France?", answers=("Paris", "Paris, France"), hops=1),
-        Question(id="1", question="And of Peru?", answers=("Lima",), hops=0),
+        Question(
+            id="q1",
+            question="Capital of France?",
+            answers=("Paris", "Paris, France"),
+            hops=1,
+            record=json.dumps(GOOD),
+        ),
+        Question(id="1", question="And of Peru?", answers=("Lima",), record=json.dumps(second)),
     ]
 
 
@@ -167,12 +179,26 @@ def test_fields_that_are_null_count_as_absent_in_jsonl_as_in_parquet(tmp_path):
         {"id": "b", "question": "When?", "answers": ["1912"], "golden_answers": None, "hops": 2},
     ]
     expected = [
-        Question(id="0", question="Capital?", answers=("Paris",)),
-        Question(id="b", question="When?", answers=("1912",), hops=2),
+        Question(id="0", question="Capital?", answers=("Paris",), record=stated_json(rows[0])),
+        Question(id="b", question="When?", answers=("1912",), hops=2, record=stated_json(rows[1])),
     ]
     assert load_questions(write(tmp_path, *rows)) == expected
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
     assert load_questions(str(tmp_path / "questions.parquet")) == expected
+
+
+def test_other_fields_reach_rewards_and_tools_with_dates_as_texts(tmp_path):
+    row = GOOD | {"day": datetime.date(2026, 3, 1), "context": ["a", "b"], "cost": decimal.Decimal("1.5")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "questions.parquet")
+    (question,) = load_questions(str(tmp_path / "questions.parquet"))
+    assert json.loads(question.record) == GOOD | {"day": "2026-03-01", "context": ["a", "b"], "cost": "1.5"}
+
+
+def test_a_column_of_bytes_is_refused_with_its_row(tmp_path):
+    rows = [GOOD | {"image": b"\xff"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "questions.parquet")
+    with pytest.raises(ConfigError, match=r"questions\.parquet row 1: a field holds bytes"):
+        load_questions(str(tmp_path / "questions.parquet"))
 
 
 def test_whole_numbers_that_pandas_made_floats_of_are_read_as_such(tmp_path):
