@@ -18,7 +18,7 @@ from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
 """Splits an observation into the opening tag, the tool's answer and the closing tag.
 
-The spaces around a tag stay with the tag, because a tokenizer may encode both as one token.
+The spaces around a tag stay with the tag, because a tokenizer may encode tag and spaces as one token.
 """
 
 
@@ -30,19 +30,19 @@ class Demonstration:
     turns: tuple[tuple[str, str | None], ...]
     """For each turn, the policy's text and the observation after it. Only the last turn's observation is None."""
     quality: str = ""
-    """Quality label that the data set's authors assigned; used only in reports."""
+    """Quality label of the data set, used only in reports."""
 
 
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
     """Return every demonstration of a JSONL file, in file order.
 
     A record has the fields of a question (see `load_questions`) and the field `turns`, a list of
-    {"text", "observation"}. The last turn has no observation. Every other turn has an observation, and its text ends
-    with a call, <NAME> text </NAME>. Several demonstrations of one question may have the same id.
+    {"text", "observation"}. Every turn except the last has an observation and ends with a call, <NAME> text </NAME>.
+    Several demonstrations of one question may have the same id.
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
-            its line), or if the file has no demonstration.
+        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has
+            no demonstration.
     """
     demonstrations = [
         _parse_demonstration(stated(record), where, default_id=str(index))
@@ -94,18 +94,14 @@ def to_trajectory(
 ) -> Trajectory:
     """Convert a demonstration to the trajectory that a rollout would record, with log-probs of 0.
 
-    The prompt, each turn's text and each observation are tokenised separately, because a rollout also cuts a turn at
-    its closing tag before it appends the observation. In a turn's text, only the protocol's tags can become control
-    tokens; in an observation, only the two tags that enclose it can. If the prompt already opened a thought, the
-    <think> at the beginning of the first turn is removed.
+    As in a rollout, the prompt, each turn's text and each observation are tokenised separately. In a turn's text,
+    only the protocol's tags can become control tokens. In an observation, only the two tags that enclose it can. If
+    the prompt already opened a thought, the <think> at the beginning of the first turn is removed.
 
     Args:
-        demonstration: the demonstration to tokenise.
-        template: renders the prompt; its tokenizer encodes all pieces.
         tools: names of the tools that the policy may call.
         prompt_index: value of `Trajectory.prompt_index`.
-        append_eos: append the end-of-sequence token to the last turn, so that this token is trained. Rollouts do not
-            need the token, because they stop at </answer>.
+        append_eos: whether to append the end-of-sequence token to the last turn, so that this token is trained.
 
     Raises:
         ConfigError: if `append_eos` is set but the tokenizer has no end-of-sequence token.
@@ -150,7 +146,7 @@ def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observat
 
 
 def _call_at_end(text: str) -> tuple[str, str] | None:
-    """Return name and text of the tool call at the end of a turn; None if the turn does not end with a call."""
+    """Return name and text of the tool call at the end of a turn, or None if the turn does not end with a call."""
     closing = re.search(r"</(\w+)>$", text)
     if closing is None:
         return None

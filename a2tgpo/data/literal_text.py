@@ -1,14 +1,13 @@
 r"""Encode text that this program did not write, so that no part of the text becomes a control token.
 
 If a text contains the spelling of a control token, such as <|im_end|> or <tool_call>, a tokenizer encodes the
-spelling as that token. A passage about chat templates could then end the policy's turn, and a question could open a
-system message. transformers' option `split_special_tokens` prevents this only for tokens that are marked as special,
-but several model families add <think> or <|fim_prefix|> without that mark. This module therefore breaks up such
-spellings and encodes the parts separately. For a text without such a spelling, it returns the tokenizer's own tokens.
+spelling as that token. A passage about chat templates could then end the policy's turn. transformers' option
+`split_special_tokens` covers only tokens that are marked as special, and several model families do not mark <think>
+or <|fim_prefix|>. This module therefore breaks up such spellings and encodes the parts separately.
 
-A SentencePiece tokenizer (of Llama 2, for example) puts a space before every text that it encodes, but only the
-beginning of a sequence should have this space. For example, `\boxed{` and `Vienna` would become `\boxed{ Vienna` if
-they were encoded separately. This module removes the additional space from every part except the first.
+A SentencePiece tokenizer (of Llama 2, for example) puts a space before every text that it encodes. If `\boxed{` and
+`Vienna` were encoded separately, they would become `\boxed{ Vienna`. This module removes the space from every part
+except the beginning of a sequence.
 """
 
 from __future__ import annotations
@@ -21,23 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BREAK = "\ufdd0"
-"""A Unicode noncharacter that marks where a spelling is broken up. The character is removed from all input text."""
+"""A Unicode noncharacter that marks where a spelling is broken up. It is removed from all input text."""
 
 _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before the anchor and not before
-the part. A tokenizer seldom merges the anchor with the part."""
+"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before this text."""
 
 
 class LiteralEncoder:
-    """Encodes text of other authors within a frame that this program wrote.
+    """Encode text of other authors within a frame that this program wrote.
 
     Args:
         tokenizer: the policy's tokenizer. A token that was added to its vocabulary is a control token if it is marked
-            as special or looks like a tag, such as <think> or [INST]. All other added tokens are ordinary text, such
-            as words of a domain or runs of spaces.
+            as special or looks like a tag, such as <think> or [INST].
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -61,11 +58,11 @@ class LiteralEncoder:
         return text if self._spelling is None else self._spelling.sub(rf"\1{BREAK}", text)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, none of which is a control token."""
+        """Return the token ids of `text`, none of them a control token."""
         return self.encode_between("", text, "")
 
     def encode_between(self, before: str, text: str, after: str) -> list[int]:
-        """Return the token ids of `before` + `text` + `after`; no part of `text` becomes a control token."""
+        """Return the token ids of `before` + `text` + `after`. No part of `text` becomes a control token."""
         return self.encode_framed([text], lambda inner: [f"{before}{one}{after}" for one in inner])[0]
 
     def encode_framed(
@@ -75,14 +72,11 @@ class LiteralEncoder:
         *,
         begins_sequence: bool = False,
     ) -> list[list[int]]:
-        """Return the token ids of each text in `frame(texts)`.
-
-        `frame` puts each text into text that this program wrote. Each result holds the frame's control tokens and no
-        other control tokens.
+        """Return the token ids of each text in `frame(texts)`, with the frame's control tokens and no others.
 
         Args:
-            begins_sequence: True if no token precedes a result; its first part then keeps a SentencePiece
-                tokenizer's space.
+            frame: puts each text into text that this program wrote.
+            begins_sequence: whether no token precedes a result. Its first part then keeps SentencePiece's space.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:
@@ -91,14 +85,13 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # If the tokenizer normalises text, it may create a spelling that the text did not contain. So break up
-            # the text between all its characters.
+            # A tokenizer that normalises text may create a new spelling. Then break up the text at every character.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
 
     def encode_tagged(self, text: str, tags: re.Pattern[str]) -> list[int]:
-        """Return the token ids of `text`; only the tags that match `tags` can become control tokens."""
+        """Return the token ids of `text`. Only the tags that match `tags` can become control tokens."""
         pieces, position = [], 0
         for tag in tags.finditer(text):
             pieces += [self.broken_up(text[position : tag.start()]), tag[0]]
@@ -106,11 +99,7 @@ class LiteralEncoder:
         return self.encode_parts(["".join([*pieces, self.broken_up(text[position:])])])[0]
 
     def encode_parts(self, texts: Sequence[str], *, begins_sequence: bool = False) -> list[list[int]]:
-        """Return the token ids of each text; the parts between its `BREAK`s are encoded separately.
-
-        Args:
-            begins_sequence: see `encode_framed`.
-        """
+        """Return the token ids of each text, with the parts between its `BREAK`s encoded separately."""
         parts = [text.split(BREAK) for text in texts]
         inside = iter(self._encode_inside([part for of_text in parts for part in of_text]))
         encoded = [[next(inside) for _ in of_text] for of_text in parts]

@@ -23,10 +23,9 @@ def without_tags(text: str, tags: re.Pattern[str]) -> str:
 
 
 def thought_is_open(text: str, *, before: bool = False) -> bool:
-    """Return whether a thought is open after `text`.
+    """Return whether a thought is open after `text`, which means that its last think tag is <think>.
 
-    A thought is open if the last think tag in `text` is <think>. If `text` has no think tag, the result is `before`,
-    which states whether a thought was open before `text`.
+    If `text` has no think tag, return `before`, which states whether a thought was open before `text`.
     """
     tags = THINK_TAG.findall(text)
     return tags[-1] == THINK_OPEN if tags else before

@@ -8,10 +8,9 @@ nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answe
             development file with this name has the full format, which is also supported
 triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
 popqa       *.tsv                                     possible_answers is a JSON list inside a column
-jsonl       any JSONL or Parquet file that data.train accepts, search agents' training sets included
+jsonl       any JSONL or Parquet file that data.train accepts
 
-Every file except Parquet may be compressed with gzip, bzip2, xz or zstd. JSONL files and tables are read line by
-line, whether or not they are compressed.
+Every file except Parquet may be compressed with gzip, bzip2, xz or zstd.
 """
 
 from __future__ import annotations
@@ -40,28 +39,28 @@ class Item:
     """One item of a published set."""
 
     where: str
-    """The file and the number of the line or item in it, for error messages."""
+    """The file, and the line or item number, for error messages."""
     question: str
     answers: list[str] = field(default_factory=list)
-    """The gold answer, then its aliases; empty if the set has no answer to the question."""
+    """The gold answer, then its aliases. Empty if the set has no answer to the question."""
     id: str | None = None
     """None if the set has no ids."""
     hops: int = 0
     source: str = ""
-    """Name of the set that this item is from, if the file joins several sets; else empty."""
+    """Name of the set that this item is from, if the file joins several sets."""
     left_out: str = ""
-    """Why the item cannot become a question; empty if it can."""
+    """The reason why the item cannot become a question, or empty if it can."""
 
 
 def read_items(name: str, path: Path, *, aliases: Path | None = None) -> Iterator[Item]:
     """Yield the items of the set `name` in the file `path`, in file order.
 
     Args:
-        aliases: the file id_aliases.json of 2WikiMultihopQA; None for all other sets.
+        aliases: the file id_aliases.json of 2WikiMultihopQA.
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be read or has another format, or if an item is
-            malformed (the message names its line or number).
+            malformed.
     """
     if aliases is not None and name != "2wiki":
         raise ConfigError(f"--aliases is {str(aliases)!r}; allowed: with 2wiki only")
@@ -98,7 +97,7 @@ def _read_2wiki(path: Path, aliases: Path | None) -> Iterator[Item]:
 
 
 def _load_aliases(path: Path) -> dict[str, list[str]]:
-    """Return each Wikidata id's names and demonyms, read from id_aliases.json (one object per line)."""
+    """Return the names and demonyms of each Wikidata id in id_aliases.json, which has one object per line."""
     known: dict[str, list[str]] = {}
     for where, record in read_json_lines(path, key="--aliases"):
         names = [*(record.get("aliases") or ()), *(record.get("demonyms") or ())]
@@ -142,10 +141,7 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Return the item in a Natural Questions record that includes its document, in the simplified or the full format.
-
-    A short answer is a span of the document's tokens.
-    """
+    """Return the item in a Natural Questions record that includes its document, in the simplified or full format."""
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:
@@ -158,17 +154,16 @@ def _annotated_nq(where: str, record: dict) -> Item:
         id=str(record.get("example_id", "")) or None,
         question=_text(record, "question_text", where),
         answers=_texts(answers, where, "annotations"),
-        # Most items without a short answer have only a long answer, which exact match cannot judge, or no answer.
+        # Most items without a short answer have only a long answer, which exact match cannot judge.
         left_out="" if answers else UNANSWERABLE,
     )
 
 
 def _nq_tokens(where: str, record: dict) -> list[str]:
-    """Return the document's tokens.
+    """Return the document's tokens, with an empty text for each HTML tag of the full format.
 
-    The simplified format has the field `document_text`, in which spaces separate the tokens. The full format has the
-    field `document_tokens`, a list of objects. Such an object states whether its token is an HTML tag; if so, the
-    token becomes an empty text.
+    The simplified format has the tokens in the text `document_text`, separated by spaces. The full format has them in
+    the list of objects `document_tokens`.
     """
     if "document_tokens" not in record:
         return _text(record, "document_text", where).split(" ")

@@ -22,11 +22,11 @@ class Question:
     """Unique in its set."""
     question: str
     answers: tuple[str, ...]
-    """The gold answer, then its aliases; at least one text."""
+    """The gold answer, then its aliases. At least one text."""
     hops: int = 0
-    """Number of searches that the question needs; 0 if the set does not state the number."""
+    """Number of searches that the question needs, or 0 if the set does not state the number."""
     source: str = ""
-    """Name of the set that the question is from (`data_source`); empty if the file does not name one."""
+    """Name of the set that the question is from (`data_source`), or empty if the file names no set."""
     record: str = "{}"
     """The whole record of the file as JSON, for rewards and tools."""
 
@@ -35,16 +35,15 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
     """Return every question of a JSONL or Parquet file, in file order.
 
     A record has a question (see `question_of`) and answers (see `answers_of`). The record may also have `id` (a text
-    or an integer; the default is the record's position), `data_source` (a text) and `hops` (an integer >= 0). If
-    several records have the same id, as may happen in joined sets, their ids are made unique (see `unique_ids`).
+    or an integer; the default is the record's position), `data_source` (a text) and `hops` (an integer >= 0).
+    Duplicate ids are made unique (see `unique_ids`).
 
     Args:
-        path: the file. A JSONL file may be compressed.
         key: the configuration key that names `path`, for error messages.
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
-            its line or row), or if the file has no question.
+        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has
+            no question.
     """
     questions: list[Question] = []
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
@@ -110,8 +109,8 @@ def _as_json(record: dict, where: str) -> str:
 def gold_text(text: str) -> str:
     """Return a gold answer in the form in which a policy would write it.
 
-    Characters are composed (Unicode's NFC), and each run of spaces becomes one space. Invisible marks, such as
-    U+200E, are removed. Only joiners stay, because they change how letters look.
+    Characters are composed (Unicode's NFC), and each run of spaces becomes one space. Invisible marks are removed,
+    except joiners, because they change how letters look.
     """
     text = unicodedata.normalize("NFC", text)
     shown = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)
@@ -122,7 +121,7 @@ _JOINERS = "\u200c\u200d"
 
 
 def whole_number(value: Any) -> Any:
-    """Return a float that is a whole number as an int; return any other value unchanged.
+    """Return a float that is a whole number as an int, and any other value unchanged.
 
     pandas writes the integer 2 as 2.0 if other values of the column are missing.
     """
@@ -130,10 +129,7 @@ def whole_number(value: Any) -> Any:
 
 
 def _refuse_number(value: Any, where: str, name: str) -> None:
-    """Raise `ConfigError` if `value` is a number or a boolean.
-
-    Such values are ambiguous: true could mean yes or True, and 3.0 could mean 3.
-    """
+    """Raise `ConfigError` if `value` is a number or a boolean, because the text that it stands for is ambiguous."""
     if isinstance(value, bool | int | float):
         kind = "true or false" if isinstance(value, bool) else "a number"
         raise ConfigError(
@@ -148,11 +144,10 @@ _ONE_OR_MANY = ("answer", _GROUND_TRUTH, f"{_GROUND_TRUTH}.target")
 
 
 def answers_of(record: dict, where: str) -> tuple[str, Any]:
-    """Return the name and the value of the field that holds the answers.
+    """Return the name and the value of the first field of `record` that holds answers.
 
-    This is the first of `answers`, `golden_answers`, `answer` and `reward_model.ground_truth` that the record has.
-    `reward_model.ground_truth` is a field of search agents' training sets for verl; if its value is an object, the
-    answers are in the object's field `target`.
+    The fields are `answers`, `golden_answers`, `answer` and `reward_model.ground_truth`. If the last of these is an
+    object, as in verl's training sets for search agents, the answers are in the object's field `target`.
 
     Raises:
         ConfigError: with a message that starts with `where`, if the record has none of these fields.
@@ -175,12 +170,10 @@ def answers_of(record: dict, where: str) -> tuple[str, Any]:
 
 
 def question_of(record: dict, where: str) -> str:
-    """Return the question in `record`: the text of its field `question`.
-
-    If the record has no such field but has a list of messages in `prompt`, the question is the last user message.
+    """Return the text of the field `question`, or of the last user message in `prompt` if there is no such field.
 
     Raises:
-        ConfigError: with a message that starts with `where`, if the record has no question or the question is not a
+        ConfigError: with a message that starts with `where`, if the record has no question or the question is no
             text.
     """
     messages = record.get("prompt")
@@ -195,7 +188,7 @@ def question_of(record: dict, where: str) -> str:
 
 
 def source_of(record: dict) -> str:
-    """Return the name of the set that a record is from (`data_source`); an empty text if the record names none."""
+    """Return the name of the set that a record is from (`data_source`), or an empty text."""
     source = record.get("data_source")
     return source if isinstance(source, str) else ""
 
@@ -203,11 +196,11 @@ def source_of(record: dict) -> str:
 def unique_ids(ids: Sequence[str], sources: Sequence[str]) -> list[str]:
     """Return `ids`, changed so that each is unique.
 
-    An id that several records have becomes SOURCE/ID if its record has a source. If several records then still have
-    the same id, the second of them gets the suffix #2, the third #3, and so on.
+    A duplicate id becomes SOURCE/ID if its record has a source. If ids are still equal, the second gets the suffix
+    #2, the third #3, and so on.
 
     Args:
-        sources: the source of each record, see `source_of`.
+        sources: the source of each record (see `source_of`).
     """
     counts = Counter(ids)
     if len(counts) == len(ids):

@@ -1,4 +1,4 @@
-"""Read the records of a question file one at a time; a record is a line of JSONL or a row of Parquet."""
+"""Read the records of a question file, which are lines of JSONL or rows of Parquet."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _BATCH_ROWS = 1024
 
 
 def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) for every record, in file order; the place is `"FILE line N"` or `"FILE row N"`.
+    """Yield (place, record) for every record, in file order. The place is `"FILE line N"` or `"FILE row N"`.
 
-    The file is read as Parquet if it begins with Parquet's magic bytes or its name ends in .parquet. The records are
-    yielded without their null fields (see `stated`).
+    The file is read as Parquet if it begins with Parquet's magic bytes or its name ends in .parquet. Null fields are
+    left out (see `stated`).
 
     Args:
         key: the configuration key or option that names the file, for messages.
@@ -30,10 +30,7 @@ def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def stated(record: dict) -> dict:
-    """Return `record` without its null fields.
-
-    In Parquet files and in joined sets, every record has every field, and a missing value is null.
-    """
+    """Return `record` without its null fields. In Parquet files and in joined sets, a missing value is null."""
     return {name: value for name, value in record.items() if value is not None}
 
 
@@ -46,7 +43,7 @@ def _begins_as_parquet(path: Path) -> bool:
 
 
 def _read_parquet(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
-    # Import pyarrow here, because the import takes a third of a second and most runs read JSONL.
+    # Import pyarrow only here, because the import takes a third of a second.
     import pyarrow.parquet as parquet
 
     number = 0

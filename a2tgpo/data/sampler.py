@@ -8,18 +8,15 @@ from a2tgpo.io.errors import ConfigError, require
 
 
 class PromptSampler:
-    """Returns question indices, `per_step` at a time; the seed and the number of the epoch determine their order.
+    """Return question indices, `per_step` at a time, in an order that depends only on the seed and the epoch.
 
-    A step may span two or more epochs if `per_step` does not divide the number of questions, or if the step draws
-    several times. No step contains a question twice, because the questions that are already in the step move to the
-    end of the new epoch's order. Every rank has the same sampler and takes its share of the step's list, so the order
-    does not depend on the number of ranks.
+    A step may span several epochs. Questions that are already in the step then move to the end of the new epoch's
+    order, so that no step contains a question twice.
 
     Args:
-        num_questions: number of questions in the set.
         per_step: number of questions that a step uses.
         seed: determines the orders of all epochs.
-        fingerprint: fingerprint of the questions, see `PromptSet.fingerprint`; empty if it is unknown.
+        fingerprint: value of `PromptSet.fingerprint`, or empty if it is unknown.
 
     Raises:
         ConfigError: if the set has fewer questions than one step uses.
@@ -45,10 +42,9 @@ class PromptSampler:
         """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
-            count: number of questions; None: `per_step`.
-            excluded: indices that must not be returned, because their questions are already in the step or, with
-                partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
-                is at most the size of the set.
+            count: number of questions. None means `per_step`.
+            excluded: indices that must not be returned, because their questions are in play already. Their number
+                plus `count` is at most the size of the set.
         """
         count = self.per_step if count is None else count
         assert len(excluded) + count <= self.num_questions, (

@@ -1,4 +1,4 @@
-"""Select a subset of a question set that has the same shares of sources and numbers of hops as the set."""
+"""Select a subset of a question set that keeps the shares of sources and numbers of hops."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ _UNLABELLED = ("", 0)
 
 
 def stratified_subset(questions: Sequence[Question], count: int) -> list[Question]:
-    """Return `count` of `questions` in their order, without randomness; all of them if there are at most `count`.
+    """Return `count` of `questions` in their order, or all of them if there are fewer. Nothing is random.
 
-    Questions with the same source and the same number of hops form a stratum. Each stratum gets a share of `count` in
-    proportion to its size; the shares are rounded by largest remainders, so that they add up to `count`. The subset
-    has the first questions of each stratum. There is one exception: from the stratum of questions without source and
-    hops, the subset has questions at equal distances, because the file may concatenate several sets.
-
-    Args:
-        questions: the set.
-        count: number of questions to select, >= 0.
+    Questions with the same source and number of hops form a stratum. Each stratum gets a share of `count` in
+    proportion to its size, rounded by largest remainders. The subset has the first questions of each stratum. From
+    the stratum without source and hops, it has questions at equal distances, because the file may concatenate sets.
     """
     if count >= len(questions):
         return list(questions)

@@ -22,21 +22,20 @@ if TYPE_CHECKING:
 _PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
-"""Largest number of questions in one tokenizer call. A call needs about 20 kB of memory per question."""
+"""Largest number of questions in one tokenizer call, which needs about 20 kB of memory per question."""
 
 
 class PromptTemplate:
-    """Renders a question through the tokenizer's chat template; the prompt ends with the generation header.
+    """Render a question through the tokenizer's chat template. The prompt ends with the generation header.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a chat template.
-        instructions: the system message; if it is empty, the prompt has no system message.
+        instructions: the system message. If it is empty, the prompt has no system message.
         kwargs: values for other variables of the template, such as enable_thinking.
-        date: the date that the template's `strftime_now` returns; None: today's date in UTC.
+        date: the date that the template's `strftime_now` returns. None means today's date in UTC.
 
     Raises:
         ConfigError: with a one-line message, if the tokenizer has no chat template, if the template refuses or drops
-            a message, if the template has no generation header, or if it does not use one of `kwargs`.
+            a message, if it has no generation header, or if it does not use one of `kwargs`.
     """
 
     def __init__(
@@ -62,20 +61,19 @@ class PromptTemplate:
         (prompt,) = self._texts([_PROBE])
         self._check_prompt(prompt)
         self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
-        """The think tags that the prompt has after the question. For most templates, this text is empty. It is
-        <think> if the template opens a thought, and <think></think> if thinking is switched off."""
+        """The think tags after the question. Usually empty. <think> if the template opens a thought, and
+        <think></think> if thinking is switched off."""
         self.end_of_turn = self._find_end_of_turn()
-        """Id of the control token with which the template ends an answer, if this token differs from the tokenizer's
-        end-of-sequence token. For example, a base model ends a sequence with <|endoftext|>, but its template writes
-        <|im_end|>. None if both tokens are the same, or if the template ends an answer without a control token.
-        """
+        """Id of the control token with which the template ends an answer, or None if this is the tokenizer's
+        end-of-sequence token or no control token. For example, the template of a base model may write <|im_end|>,
+        while the model ends a sequence with <|endoftext|>."""
 
     def render(self, question: str) -> tuple[int, ...]:
         """Return the token ids of the prompt for `question`."""
         return self.render_many([question])[0]
 
     def render_many(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
-        """Return the token ids of each question's prompt, in order; no part of a question becomes a control token."""
+        """Return the token ids of each question's prompt. No part of a question becomes a control token."""
         encoded = self._literal.encode_framed(questions, self._texts, begins_sequence=True)
         return [tuple(ids) for ids in encoded]
 
@@ -99,7 +97,7 @@ class PromptTemplate:
                 **self._kwargs,
             )
         except Exception as error:
-            # A template is code of the model's author, and jinja2 passes on every exception that the template raises.
+            # A template is code of the model's author and may raise any exception.
             raise ConfigError(
                 f"model.path: the chat template of {self.tokenizer.name_or_path} refuses "
                 f"{'a system message and ' if self.instructions else ''}a user message ({error}); "
@@ -108,10 +106,7 @@ class PromptTemplate:
         return texts
 
     def _check_names(self) -> None:
-        """Raise `ConfigError` if the tokenizer has several templates, but none named default.
-
-        transformers renders the template named default if there are several.
-        """
+        """Raise `ConfigError` if the tokenizer has several templates, but none named default."""
         templates = self.tokenizer.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(
@@ -166,8 +161,8 @@ class PromptTemplate:
     def _has_header(self, prompt: str) -> bool:
         """Return whether the model's answer can directly follow the prompt.
 
-        It can if the template adds a generation header. Otherwise this method renders a conversation with an answer:
-        if the conversation begins with the prompt, only think tags may stand between the prompt and the answer.
+        It can if the template adds a generation header. It also can if a conversation with an answer has only think
+        tags between the prompt and the answer.
         """
         if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
@@ -183,7 +178,7 @@ class PromptTemplate:
         return None
 
     def _answered(self) -> str:
-        """Return a rendered conversation that ends with an answer; an empty text if the template refuses answers."""
+        """Return a rendered conversation that ends with an answer, or an empty text if the template refuses it."""
         messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
         try:
             (whole,) = self._apply([messages], has_header=False)
@@ -193,7 +188,7 @@ class PromptTemplate:
 
 
 def today() -> datetime.date:
-    """Return today's date in UTC, which is the same for processes in different time zones."""
+    """Return today's date in UTC."""
     return datetime.datetime.now(datetime.UTC).date()
 
 
@@ -205,9 +200,7 @@ class PromptSet:
     """A question set whose prompts are rendered and tokenised on demand.
 
     Args:
-        questions: the set.
-        template: renders the questions.
-        max_prompt_tokens: largest number of tokens that a prompt may have; see `first_too_long`.
+        max_prompt_tokens: largest number of tokens that a prompt may have.
     """
 
     def __init__(self, questions: Sequence[Question], template: PromptTemplate, *, max_prompt_tokens: int):
@@ -227,10 +220,7 @@ class PromptSet:
         return digest.hexdigest()
 
     def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
-        """Return the index of the first question in `share` whose prompt is too long, and an error message.
-
-        Return None if no prompt in `share` is too long.
-        """
+        """Return the index of the first question in `share` whose prompt is too long, and an error message."""
         indices = range(len(self))[share]
         for first in range(0, len(indices), CHUNK):
             chunk = indices[first : first + CHUNK]
@@ -243,15 +233,14 @@ class PromptSet:
         return None
 
     def check_lengths(self) -> None:
-        """Raise ConfigError if a question's prompt is too long; the message names the first such question."""
+        """Raise ConfigError if a question's prompt is too long. The message names the first such question."""
         if (fault := self.first_too_long()) is not None:
             raise ConfigError(fault[1])
 
     def prompts(self, indices: Sequence[int], positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Return the prompts of the questions at `indices`.
+        """Return the prompts of the questions at `indices`, or only of those at `positions` in `indices`.
 
-        If `positions` is given, only the questions at these positions in `indices` are tokenised and returned. A
-        prompt's `index` is its question's position in `indices`.
+        A prompt's `index` is its question's position in `indices`.
         """
         positions = range(len(indices)) if positions is None else positions
         rendered = self._render([indices[position] for position in positions])

@@ -17,10 +17,9 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizerBase:
     """Load the tokenizer in folder `path`, without network access.
 
-    If tokenizer.json exists, the tokenizer follows that file, and the class named in tokenizer_config.json is
-    ignored, because some classes in transformers 5 replace the file's rules with their own and several model
-    families name a wrong class. For example, the R1 distillates of Llama name LlamaTokenizerFast, which would remove
-    all spaces from their texts.
+    If tokenizer.json exists, the class named in tokenizer_config.json is ignored, because some classes in
+    transformers 5 replace the file's rules with their own. For example, the R1 distillates of Llama name
+    LlamaTokenizerFast, which would remove all spaces from their texts.
 
     Args:
         key: the configuration key that names the folder, for error messages.
@@ -31,7 +30,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    # If all these files are missing, transformers creates an empty tokenizer for some architectures.
+    # Without these files, transformers creates an empty tokenizer for some architectures.
     if not any((Path(path) / name).is_file() for name in FILES):
         raise ConfigError(f"{key} {path!r} has no {FILES[0]}; copy the tokenizer's files there")
     is_whole = (Path(path) / FILES[0]).is_file()
@@ -48,15 +47,12 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest id of `tokenizer` plus one; some of the smaller ids may be unused."""
+    """Return the largest id of `tokenizer` plus one. Smaller ids may be unused."""
     return 1 + max(tokenizer.get_vocab().values())
 
 
 def _require_embedded(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -> None:
-    """Raise `ConfigError` if the tokenizer has ids for which the model has no embedding.
-
-    The embedding's padding would return zeros for these ids.
-    """
+    """Raise `ConfigError` if the tokenizer has ids for which the model has no embedding."""
     try:
         rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

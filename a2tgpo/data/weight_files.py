@@ -15,9 +15,8 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 def weight_files(path: str) -> dict[str, Path]:
     """Return the safetensors files of the checkpoint in folder `path`, as a map from file name to path.
 
-    If the folder has an index, the checkpoint consists of the files that the index lists. Without an index, it
-    consists of model.safetensors. If this file is missing too, it consists of all *.safetensors files. All other
-    files in the folder are ignored, for example an adapter or weights in another format.
+    These are the files in the folder's index. Without an index, this is model.safetensors, and without that file, all
+    *.safetensors files. Other files are ignored, for example an adapter.
 
     Raises:
         ConfigError: with a one-line message, if the folder has no such files, if the index is malformed or lists a
@@ -47,9 +46,7 @@ def weight_files(path: str) -> dict[str, Path]:
 
 
 def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Return a map from the name to the shape of every tensor in the `weight_files` of folder `path`.
-
-    Only the headers of the files are read.
+    """Return the shape of every tensor in the `weight_files` of folder `path`, by name. Read only file headers.
 
     Raises:
         ConfigError: with a one-line message, if a file is damaged or truncated, if two files hold the same tensor, or

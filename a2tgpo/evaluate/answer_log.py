@@ -1,8 +1,7 @@
 """Write each answer to disk as soon as an engine gives it, so that an interrupted evaluation can resume.
 
-The log is a folder beside the report. Its file `settings.json` identifies the evaluation, and engine R appends its
-answers to the file `replica_R.jsonl`. The next start reads the files of all engines, even if it has another number of
-engines itself.
+The log is a folder beside the report. Its file `settings.json` identifies the evaluation. Engine R appends its
+answers to the file `replica_R.jsonl`. The next start reads all files, and may have another number of engines.
 """
 
 from __future__ import annotations
@@ -23,14 +22,13 @@ from a2tgpo.io.errors import ConfigError
 GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"
 SYNC_S = 10.0
-"""Seconds between two syncs to disk. Without the syncs, a power cut would lose answers. If only the process ends, no
-answer is lost."""
+"""Seconds between two syncs to disk. A power cut loses the answers since the last sync."""
 Key = tuple[str, str, str, int]
 """Identifies an answer: name of the data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
 
 class AnswerLog:
-    """Appends the answers of one engine to that engine's file.
+    """Append the answers of one engine to that engine's file.
 
     Args:
         folder: the folder of the log, which must exist.
@@ -51,7 +49,7 @@ class AnswerLog:
         """Append one answer of data set `name` to the file.
 
         Raises:
-            OSError: the file cannot be written; the error names the file.
+            OSError: if the file cannot be written. The error names the file.
         """
         line = json.dumps(answer_record(name, kind, answer), ensure_ascii=False) + "\n"
         with naming(self._path):
@@ -62,7 +60,7 @@ class AnswerLog:
                 self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Sync all answers to disk, then close the file."""
+        """Sync all answers to disk, and close the file."""
         with naming(self._path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
@@ -70,16 +68,16 @@ class AnswerLog:
 
 
 def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
-    """Return the answers that earlier starts wrote to `folder`; create the folder if it is missing.
+    """Return the answers that earlier starts wrote to `folder`, which is created if it is missing.
 
     Only one process may call this.
 
     Args:
-        folder: the folder of the log.
         settings: all settings that decide the answers, as JSON values by name.
 
     Raises:
-        ConfigError: one line; `folder` contains answers for other settings, or it cannot be read or written.
+        ConfigError: with a one-line message, if `folder` contains answers for other settings, or if it cannot be read
+            or written.
     """
     path = folder / SETTINGS
     try:

@@ -27,22 +27,19 @@ def answer_sets(
     stop: StopRequest,
     bar: tqdm,
 ) -> dict[str, list[Answer]]:
-    """Return a map from each set to the answers to its questions, in the order of the set's questions.
-
-    Every rank of the world must call this.
+    """Return the answers to the questions of each set, in the order of the set; every rank of the world must call
+    this.
 
     Args:
-        num_samples: the number of answers to draw per question. If 0, each question gets one greedy answer.
-        seed: the seed of the draws.
+        num_samples: the number of answers to draw per question. 0 means one greedy answer.
         engine_group: the ranks that share this rank's engine.
         known: the answers that exist already, equal on all ranks. These questions are not played again.
         log: the answer log of this engine. It is None unless this rank is the leader of its engine.
         stop: reports a requested stop, which interrupts the evaluation.
-        bar: the bar that shows the progress of this engine. All engines have equal shares, so the other engines make
-            about the same progress.
+        bar: shows the progress of this engine, which is about that of all engines.
 
     Raises:
-        StopAgreed: the evaluation was interrupted; raised on all ranks. `log` contains the answers so far.
+        StopAgreed: on all ranks, if the evaluation was interrupted. `log` contains the answers so far.
     """
     world = world_group()
     kind = SAMPLE if num_samples else GREEDY

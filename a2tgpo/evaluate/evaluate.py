@@ -21,8 +21,6 @@ _SQUARE = "square of "
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer to a question, with its scores."""
-
     question_id: str
     question: str
     golds: tuple[str, ...]
@@ -31,7 +29,7 @@ class Answer:
     answer: str | None
     """The content of the answer's box, or None if the response has no box."""
     exact_match: float
-    """1 if the answer matches a gold answer, else 0. A wrong format does not change this score."""
+    """1 if the answer matches a gold answer, else 0. The format has no effect on this score."""
     f1: float
     format_ok: bool
     tool_calls: int
@@ -59,7 +57,7 @@ def evaluate(
     Every rank of the world must call this.
 
     Args:
-        prompts: the questions that this rank's engine answers; the list may be empty.
+        prompts: the questions that this rank's engine answers, possibly none.
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
@@ -68,7 +66,7 @@ def evaluate(
         format_ok_rate, tool_calls and num_questions; and em_N_hops, the em over the questions with N hops.
 
     Raises:
-        StopAgreed: the evaluation was interrupted; raised on all ranks.
+        StopAgreed: on all ranks, if the evaluation was interrupted.
     """
     answers: dict[str, Answer] = {}
     is_interrupted = False
@@ -99,14 +97,11 @@ def answer_questions(
 ) -> Iterator[Answer]:
     """Play the questions of `prompts` on this rank's engine, and yield each answer as soon as it is complete.
 
-    All ranks of the engine must iterate over the answers in the same way. The iteration raises the errors of
-    `GroupRollout.finished`.
+    All ranks of the engine must iterate in the same way. The iteration raises the errors of `GroupRollout.finished`.
 
     Args:
-        num_samples: the number of answers to draw per question at `rollout.temperature`. If 0, each question gets one
-            greedy answer.
-        seed: the seed of the draws.
-        skip: (index of the prompt, sample index) of each answer that exists already.
+        num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.
+        skip: pairs (index of the prompt, sample index) of answers that exist already.
         should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """
     playing = rollout.play(
@@ -145,8 +140,7 @@ def _judge(done: Finished, *, tools: tuple[str, ...], opening_tags: str) -> Answ
 def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
     """Return `metrics` with the standard error of each score in place of the mean of the score's squares.
 
-    The standard error is sqrt((mean of squares - square of mean) / n). A single em is 0 or 1, so the standard error
-    of em is sqrt(em (1 - em) / n).
+    The standard error is sqrt((mean of squares - square of mean) / n).
     """
     found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
     for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):

@@ -1,6 +1,4 @@
-"""Collect the settings that decide an evaluation's answers and scores. They must not change when the evaluation
-resumes.
-"""
+"""Collect the settings that decide an evaluation's answers. They must not change when the evaluation resumes."""
 
 from __future__ import annotations
 
@@ -34,8 +32,7 @@ _DECIDING = (
     "tools.max_part_tokens",
     "tools.names",
 )
-"""Keys of the settings that decide the answers. The layout and `search.url` are not among these keys, because the
-next start may have another number of processes, and its search server may run on another node."""
+"""Keys of the settings that decide the answers. The layout and `search.url` may change between two starts."""
 
 
 def evaluation_settings(
@@ -43,11 +40,9 @@ def evaluation_settings(
 ) -> dict[str, Any]:
     """Return the settings that decide an evaluation, as JSON values by name.
 
-    Two starts of the same evaluation have equal settings.
-
     Args:
         weights: the identity of the model's weights (`SavedModel.identity`).
-        sets: maps the name of each data set to its questions.
+        sets: the questions of each data set.
     """
     flat = flat_config(config)
     questions = {f"questions of {name}": _fingerprint(members) for name, members in sets.items()}

@@ -19,10 +19,8 @@ def describe_questions(
     """Return the description of a question set, as plain values for a JSON report.
 
     Args:
-        questions: the questions of the set.
-        left_out: maps each reason to the number of source items that were left out for it.
-        others: another set, for example the training set. The report tells how many questions both sets have. If
-            None, the report compares the set with no other set.
+        left_out: the number of source items that were left out, by reason.
+        others: another set, for example the training set. The report then gives the number of questions in both sets.
     """
     texts = Counter(normalize_answer(question.question) for question in questions)
     first_golds = [normalize_answer(question.answers[0]) for question in questions]
@@ -31,7 +29,7 @@ def describe_questions(
         "left_out": dict(sorted(left_out.items())),
         "repeated_questions": sum(count - 1 for count in texts.values()),
         "yes_no_answers": sum(gold in ("yes", "no") for gold in first_golds),
-        # The answers "The The" and "?" would normalise to an empty text, so only exactly the same text matches them.
+        # An answer such as "The The" or "?" is compared as written, so only exactly the same text matches.
         "answers_empty_when_normalized": sum(
             any(map(is_kept_as_written, question.answers)) for question in questions
         ),

@@ -1,6 +1,4 @@
-"""Compute the scores of an evaluation for each data set, each number of tool calls and each number of hops, and
-format them as tables.
-"""
+"""Compute an evaluation's scores by data set, number of tool calls and number of hops, and format them as tables."""
 
 from __future__ import annotations
 
@@ -12,22 +10,21 @@ from a2tgpo.io.tables import markdown_table
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
 AVERAGE = "average"
-"""Name of the row with the means over all questions. Each question has the same weight, whatever its data set (a
-sample-weighted mean, as in the paper's tables)."""
+"""Name of the row with the means over all questions. Each question has the same weight, as in the paper's tables."""
 
 
 def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequence[Answer]]) -> dict:
     """Return the scores of an evaluation, as nested dicts of plain numbers.
 
     Args:
-        greedy: maps each data set to one answer per question; no set is empty.
-        sampled: maps each data set to several answers per question; the map may be empty.
+        greedy: one answer per question, for each data set. No set is empty.
+        sampled: several answers per question, for each data set. The map may be empty.
 
     Returns:
         `sets`, which maps each data set to its entry, and `average`, the entry over all questions. Each entry has
-        `num_questions` and the `SCORES`. It also has `by_tool_calls` and `by_hops`, which map each number of tool
-        calls or of hops to the same values over the questions with that number. If there are sampled answers, it has
-        `pass_at`, with `exact_match` and `format_gated` for each k that is a power of two.
+        `num_questions` and the `SCORES`. Its maps `by_tool_calls` and `by_hops` give the same values for each number
+        of tool calls or hops. If there are sampled answers, the entry has `pass_at`, with `exact_match` and
+        `format_gated` for each k that is a power of two.
     """
     pooled = [answer for answers in greedy.values() for answer in answers]
     per_set = {
