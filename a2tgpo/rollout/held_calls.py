@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from a2tgpo.environment.tool import ToolUnavailableError
 from a2tgpo.lifecycle.outage import Outage
-from a2tgpo.rollout.tool_workers import Call
+from a2tgpo.lifecycle.workers import Call
 
 RETRY_S = 1.0
 """Seconds between two tries of a held call."""

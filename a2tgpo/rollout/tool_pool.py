@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from a2tgpo.environment.tool import ToolError, Toolset
+from a2tgpo.environment.tool import Tool, ToolError, Toolset
 from a2tgpo.io.errors import first_line
 from a2tgpo.lifecycle.outage import Outage
+from a2tgpo.lifecycle.workers import Call, CallsHangError, Workers
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.rollout.held_calls import HeldCalls
-from a2tgpo.rollout.tool_workers import Call, ToolsHangError, ToolWorkers
 
 WAIT_S = 1.0
 """Seconds that one call of `ToolPool.results` waits at most."""
@@ -59,8 +59,8 @@ class ToolPool:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._tools, self.take_counts = toolset.tools, toolset.take_counts
-        self._workers = ToolWorkers(
-            toolset.max_concurrent_calls, deadline_s=toolset.call_timeout_s, clock=clock
+        self._workers = Workers(
+            "tool", toolset.max_concurrent_calls, deadline_s=toolset.call_timeout_s, clock=clock
         )
         self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
@@ -81,7 +81,7 @@ class ToolPool:
         self._pending.add(key)
         if self._leads:
             self._workers.submit(
-                Call(key=key, name=name, run=functools.partial(self._tools[name].call, text))
+                Call(key=key, name=name, run=functools.partial(_answer, self._tools[name], text))
             )
         return key
 
@@ -126,7 +126,7 @@ class ToolPool:
             calls = self._take(wait)
             self.waited_s += self._clock() - start if wait else 0.0
             return [self._result(call) for call in calls], None
-        except (ToolsHangError, ToolFaultError) as error:
+        except (CallsHangError, ToolFaultError) as error:
             return [], str(error)
 
     def _take(self, wait: bool) -> list[Call]:
@@ -146,7 +146,15 @@ class ToolPool:
             return ToolResult(key=call.key, error=str(call.error))
         if call.error is not None:
             raise ToolFaultError(_fault(call.name, call.error))
-        return ToolResult(key=call.key, parts=tuple(call.parts))
+        return ToolResult(key=call.key, parts=call.result)
+
+
+def _answer(tool: Tool, text: str) -> tuple[str, ...]:
+    """Return the parts of the tool's answer. Raise TypeError unless they are a non-empty list of texts."""
+    parts = tool.call(text)
+    if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
+        raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
+    return tuple(parts)
 
 
 def _fault(name: str, error: Exception) -> str:

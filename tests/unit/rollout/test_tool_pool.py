@@ -7,8 +7,8 @@ import pytest
 from scripted_search import ScriptedSearch, toolset_of
 
 from a2tgpo.environment.tool import ToolError, Toolset, ToolUnavailableError
+from a2tgpo.lifecycle.workers import HUNG_PER_WORKER
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
-from a2tgpo.rollout.tool_workers import HUNG_PER_WORKER
 
 DEADLINE_S = 10.0
 SOON_S = 30.0
@@ -234,8 +234,8 @@ def test_a_pool_whose_calls_were_dropped_answers_only_later_ones(pool_of, clock)
     [
         (KeyError("a bug"), r"KeyError: 'a bug' at test_tool_pool\.py:\d+"),
         (ValueError(), r"ValueError at test_tool_pool\.py:\d+"),
-        ("text", r"TypeError: it returned 'text', not a list of at least one text at tool_workers\.py:\d+"),
-        (None, r"TypeError: it returned None, not a list of at least one text at tool_workers\.py:\d+"),
+        ("text", r"TypeError: it returned 'text', not a list of at least one text at tool_pool\.py:\d+"),
+        (None, r"TypeError: it returned None, not a list of at least one text at tool_pool\.py:\d+"),
         ([], r"TypeError: it returned \[\], not .*"),
         ([1], r"TypeError: it returned \[1\], not .*"),
     ],

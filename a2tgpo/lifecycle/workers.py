@@ -1,4 +1,4 @@
-"""Threads that run tool calls, including calls that hang.
+"""Threads that run calls of tools and rewards, including calls that hang.
 
 The deadline of a call counts from the start of the call, not from its submission. If a call exceeds its deadline, its
 thread is abandoned, and a new thread replaces it. When the call returns, its answer is discarded and its thread ends.
@@ -10,28 +10,30 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 HUNG_PER_WORKER = 4
 """Number of abandoned threads that may hang at the same time, per worker."""
 
 
-class ToolsHangError(RuntimeError):
+class CallsHangError(RuntimeError):
     """Raised, with a one-line message, if too many calls hang to start more threads."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One tool call, from its submission to its outcome."""
+    """One call, from its submission to its outcome."""
 
     key: int
-    """Identifies the call among the results of `ToolWorkers.take`."""
+    """Identifies the call among the results of `Workers.take`."""
     name: str
-    run: Callable[[], Sequence[str]]
+    """Name of the tool or reward that is called."""
+    run: Callable[[], Any]
     started: float = 0.0
     """Time on the workers' clock at which a thread started the call."""
-    parts: tuple[str, ...] = ()
+    result: Any = None
     error: Exception | None = None
     is_late: bool = False
     """Whether the call was abandoned because it exceeded its deadline."""
@@ -39,15 +41,24 @@ class Call:
     """Whether the pool still waits for the outcome."""
 
 
-class ToolWorkers:
-    """Run tool calls in up to `num_workers` threads. Only one thread may submit and take calls.
+class Workers:
+    """Run calls in up to `num_workers` threads. Only one thread may submit and take calls.
 
     Args:
+        kind: "tool" or "reward", for messages and names of threads.
         num_workers: number of calls that run at the same time, not counting abandoned calls.
         deadline_s: seconds from the start of a call until the call is abandoned.
     """
 
-    def __init__(self, num_workers: int, *, deadline_s: float, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        kind: str,
+        num_workers: int,
+        *,
+        deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._kind = kind
         self._num_workers = num_workers
         self._deadline_s = deadline_s
         self._clock = clock
@@ -79,7 +90,7 @@ class ToolWorkers:
             timeout_s: seconds to wait at most if calls are pending but none has ended.
 
         Raises:
-            ToolsHangError: if more threads hang than allowed.
+            CallsHangError: if more threads hang than allowed.
         """
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
@@ -124,9 +135,9 @@ class ToolWorkers:
         allowed = HUNG_PER_WORKER * self._num_workers
         if self._num_hung > allowed:
             names = ", ".join(sorted({call.name for call in late})) or "any"
-            raise ToolsHangError(
-                f"{self._num_hung} tool calls, the latest of {names}, have been running for more than "
-                f"{self._deadline_s:g} s; allowed: {allowed} such calls; give the tool a timeout of its own"
+            raise CallsHangError(
+                f"{self._num_hung} {self._kind} calls, the latest of {names}, have been running for more than "
+                f"{self._deadline_s:g} s; allowed: {allowed} such calls; give the {self._kind} a timeout of its own"
             )
         self._start_threads()
         return [call for call in late if call.is_wanted]
@@ -136,12 +147,12 @@ class ToolWorkers:
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1
-            threading.Thread(target=self._work, name="tool", daemon=True).start()
+            threading.Thread(target=self._work, name=self._kind, daemon=True).start()
 
     def _work(self) -> None:
         while (call := self._next_call()) is not None:
             try:
-                call.parts = _checked(call.run())
+                call.result = call.run()
             except Exception as error:
                 call.error = error
             with self._lock:
@@ -164,10 +175,3 @@ class ToolWorkers:
             call.started = self._clock()
             self._running.append(call)
             return call
-
-
-def _checked(parts: Sequence[str]) -> tuple[str, ...]:
-    """Return the parts of a tool's answer as a tuple. Raise TypeError unless they are a non-empty list of texts."""
-    if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
-        raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
-    return tuple(parts)
