@@ -1,4 +1,4 @@
-"""Store finished rollouts on disk until a checkpoint covers them, so that a run need not replay them after a crash.
+"""Store finished rollouts on disk until a checkpoint covers their step, so that a crash does not lose the rollouts.
 
 The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R. The engine's first rank writes the
 file, and all ranks of the engine read it.
@@ -62,7 +62,7 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RolloutBank:
-    """Store the rollouts of a step, and find them again after a crash. Every rank must make the same calls.
+    """Store the rollouts of a step for a restart after a crash. Every rank must make the same calls.
 
     Args:
         folder: the folder `bank/` of the run.

@@ -1,6 +1,6 @@
 """Manage the groups that continue from step to step (`rollout.partial`).
 
-All ranks have equal `Entry` records, and decide by these records alone, so that all ranks decide the same. The
+All ranks have equal `Entry` records, and decide by these records alone, so that their decisions are equal. The
 trajectories of a group stay on the engine that began the group.
 """
 
@@ -74,7 +74,7 @@ def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`, with those whose key is in `complete` marked as complete."""
+    """Return `entries`, with each entry whose key is in `complete` marked as complete."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries

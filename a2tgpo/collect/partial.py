@@ -5,11 +5,11 @@ begin with new prompts. A trajectory pauses between two turns, after `tokens_per
 (Kimi k1.5, arXiv 2501.12599, pauses inside a response.) The step trains on the oldest complete groups. All other
 groups are carried over to the next step.
 
-If too few groups are complete, the step plays the oldest unfinished groups to their end. It also plays a group to its
-end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
+If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group to
+its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
 
     partial/carried_trajectories  number of unfinished trajectories that continue in the next step
-    partial/carried_tokens        number of tokens that these trajectories have sampled so far
+    partial/carried_tokens        number of tokens in these trajectories that were sampled
     partial/pool_groups           number of complete and unfinished groups that are left for later steps
     partial/unbounded_groups      number of unfinished groups that the step continued without a token budget
     partial/staleness_mean        mean staleness of a trajectory: the number of steps since its oldest turn was played
@@ -97,7 +97,7 @@ class PartialRollout:
         return trajectories
 
     def _in_play(self, version: int) -> tuple[list[Entry], list[CarriedGroup]]:
-        """Draw the new prompts of the step; return the entries of all its groups, and the groups of this engine."""
+        """Draw the step's new prompts. Return the entries of all groups in the step, and this engine's groups."""
         carried, engines = self._state.carried, self._engine_group
         missing = self._num_groups + self._config.extra_prompts - len(carried.entries)
         assert missing >= self._num_groups, "no more than extra_prompts groups are carried over"

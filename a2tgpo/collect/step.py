@@ -233,7 +233,7 @@ class Selection:
 
 
 def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
-    """Select the first `num_groups` informative groups; if there are too few, add the first uninformative groups.
+    """Select the first `num_groups` informative groups. If there are too few, add the first uninformative groups.
 
     Args:
         informative: whether each group played is informative, in draw order, with at least `num_groups` values.
@@ -259,7 +259,7 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
 
 
 def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
-    """Add the counts of one engine's rollout to `metrics`; only the leader of each engine may call this."""
+    """Add the counts of one engine's rollout to `metrics`. Only the leader of each engine may call this."""
     metrics.add("rollout/cached_prefix_share", counts.cached_prefix_tokens, counts.known_prefix_tokens)
     metrics.add("rollout/tool_wait_s", counts.tool_wait_s, 1)
     metrics.add("tools/calls", counts.tool_calls, 0)

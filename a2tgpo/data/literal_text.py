@@ -26,7 +26,7 @@ _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before this text."""
+"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before the anchor."""
 
 
 class LiteralEncoder:

@@ -23,7 +23,7 @@ def without_tags(text: str, tags: re.Pattern[str]) -> str:
 
 
 def thought_is_open(text: str, *, before: bool = False) -> bool:
-    """Return whether a thought is open after `text`, which means that its last think tag is <think>.
+    """Return whether a thought is open after `text`, so whether the last think tag in `text` is <think>.
 
     If `text` has no think tag, return `before`, which states whether a thought was open before `text`.
     """

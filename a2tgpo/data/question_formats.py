@@ -154,7 +154,7 @@ def _annotated_nq(where: str, record: dict) -> Item:
         id=str(record.get("example_id", "")) or None,
         question=_text(record, "question_text", where),
         answers=_texts(answers, where, "annotations"),
-        # Most items without a short answer have only a long answer, which exact match cannot judge.
+        # Most items without a short answer have only a long answer. Exact match cannot judge a long answer.
         left_out="" if answers else UNANSWERABLE,
     )
 

@@ -129,7 +129,7 @@ def whole_number(value: Any) -> Any:
 
 
 def _refuse_number(value: Any, where: str, name: str) -> None:
-    """Raise `ConfigError` if `value` is a number or a boolean, because the text that it stands for is ambiguous."""
+    """Raise `ConfigError` if `value` is a number or a boolean, because its text form is ambiguous."""
     if isinstance(value, bool | int | float):
         kind = "true or false" if isinstance(value, bool) else "a number"
         raise ConfigError(

@@ -13,7 +13,7 @@ def stratified_subset(questions: Sequence[Question], count: int) -> list[Questio
     """Return `count` of `questions` in their order, or all of them if there are fewer. Nothing is random.
 
     Questions with the same source and number of hops form a stratum. Each stratum gets a share of `count` in
-    proportion to its size, rounded by largest remainders. The subset has the first questions of each stratum. From
+    proportion to its size, rounded by largest remainders. From most strata, the subset has the first questions. From
     the stratum without source and hops, it has questions at equal distances, because the file may concatenate sets.
     """
     if count >= len(questions):

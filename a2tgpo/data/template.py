@@ -61,8 +61,8 @@ class PromptTemplate:
         (prompt,) = self._texts([_PROBE])
         self._check_prompt(prompt)
         self.opening_tags = "".join(THINK_TAG.findall(prompt.rpartition(_PROBE)[2]))
-        """The think tags after the question. Usually empty. <think> if the template opens a thought, and
-        <think></think> if thinking is switched off."""
+        """The think tags after the question: <think> if the template opens a thought, <think></think> if thinking is
+        switched off, and otherwise an empty text."""
         self.end_of_turn = self._find_end_of_turn()
         """Id of the control token with which the template ends an answer, or None if this is the tokenizer's
         end-of-sequence token or no control token. For example, the template of a base model may write <|im_end|>,
@@ -161,8 +161,8 @@ class PromptTemplate:
     def _has_header(self, prompt: str) -> bool:
         """Return whether the model's answer can directly follow the prompt.
 
-        It can if the template adds a generation header. It also can if a conversation with an answer has only think
-        tags between the prompt and the answer.
+        This is true if the template adds a generation header, or if a conversation with an answer has only think tags
+        between the prompt and the answer.
         """
         if self._apply([self._messages(_PROBE)], has_header=False) != [prompt]:
             return True
@@ -178,7 +178,7 @@ class PromptTemplate:
         return None
 
     def _answered(self) -> str:
-        """Return a rendered conversation that ends with an answer, or an empty text if the template refuses it."""
+        """Return a rendered conversation that ends with an answer, or an empty text if the template refuses answers."""
         messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
         try:
             (whole,) = self._apply([messages], has_header=False)

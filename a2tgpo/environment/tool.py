@@ -13,7 +13,7 @@ from a2tgpo.config.tools import TOOLS_PACKAGE
 
 
 class ToolError(RuntimeError):
-    """Raised if a call has no answer. The message is one line that gives the cause; the policy reads this message."""
+    """Raised if a call has no answer. The message gives the cause in one line, which the policy reads."""
 
 
 class ToolUnavailableError(ToolError):

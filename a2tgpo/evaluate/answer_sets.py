@@ -27,13 +27,13 @@ def answer_sets(
     stop: StopRequest,
     bar: tqdm,
 ) -> dict[str, list[Answer]]:
-    """Return the answers to the questions of each set, in the order of the set; every rank of the world must call
-    this.
+    """Return the answers to the questions of each set, in the order of the set.
 
+    Every rank of the world must call this.
     Args:
         num_samples: the number of answers to draw per question. 0 means one greedy answer.
         engine_group: the ranks that share this rank's engine.
-        known: the answers that exist already, equal on all ranks. These questions are not played again.
+        known: the answers that exist already, equal on all ranks. Their questions are not played again.
         log: the answer log of this engine. It is None unless this rank is the leader of its engine.
         stop: reports a requested stop, which interrupts the evaluation.
         bar: shows the progress of this engine, which is about that of all engines.

@@ -84,7 +84,7 @@ class Workers:
             self._has_work.notify()
 
     def take(self, *, timeout_s: float) -> list[Call]:
-        """Return the wanted calls that have ended since the last `take`, then those that were abandoned since.
+        """Return the wanted calls that have ended since the last `take`, then the calls that were abandoned since.
 
         Args:
             timeout_s: seconds to wait at most if calls are pending but none has ended.

@@ -32,9 +32,9 @@ class AnswerTokens:
         self._outside, self._inside = self._literal.encode_parts([outside, inside])
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
-        """Return the tokens between the gold answer and the context, which is the prompt and `num_turns` turns.
+        """Return the tokens between the gold answer and the context.
 
-        The scaffold closes a thought only if one is open, and it opens a thought only if none is open.
+        The context is the prompt and the first `num_turns` turns. The scaffold closes a thought only if one is open, and it opens a thought only if none is open.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))

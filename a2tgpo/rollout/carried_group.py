@@ -11,7 +11,7 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class CarriedGroup:
-    """A group of trajectories that is kept between steps. To continue it, create a new object."""
+    """A group of trajectories that is kept between steps. Continuing a group creates a new object."""
 
     begun: int
     """Version of the weights that played the group's first turn (see `Turn.version`)."""
@@ -24,7 +24,7 @@ class CarriedGroup:
 
     @property
     def key(self) -> tuple[int, int]:
-        """A unique key within the run. It sorts groups by age, and groups of the same step by prompt."""
+        """A unique key within the run. The key sorts groups by age, and groups of the same step by prompt."""
         return self.begun, self.prompt.index
 
     @property
@@ -41,8 +41,8 @@ def copied(trajectory: Trajectory) -> Trajectory:
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
     """Return `group`, with each trajectory that exceeds `limits` cut so that it can continue.
 
-    Such a trajectory is cut after the last turn that leaves room to continue, possibly before its first turn. It
-    continues even if it had ended.
+    A trajectory is cut after the last turn that leaves room for another turn, or before its first turn if no turn
+    does. A cut trajectory continues even if it had ended.
     """
     members = [_shortened(member, limits) for member in group.trajectories]
     if all(one is other for one, other in zip(members, group.trajectories, strict=True)):

@@ -17,8 +17,8 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     on_cpu = worker.device.type == "cpu"
     if on_cpu:
         _forget_packed_experts(model)
-    # Call the worker's method, not the model runner's. Only the worker's sets vLLM's configuration, which kernels
-    # read when they are rebuilt.
+    # Do not call the model runner's `reload_weights`, because it does not set vLLM's configuration. Kernels read the
+    # configuration when they are rebuilt.
     worker.reload_weights(weights_iterator=weights)
     if on_cpu:
         _renew_tied_head(model)
@@ -27,7 +27,7 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 def _forget_packed_experts(model: Any) -> None:
     """Make the next reload pack the experts again. Call this before the reload.
 
-    vLLM packs experts only when it first builds their kernel. A later reload would copy unpacked weights into the
+    vLLM packs experts only when it builds their kernel for the first time. A later reload would copy unpacked weights into the
     packed storage (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():

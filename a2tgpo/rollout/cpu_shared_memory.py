@@ -38,7 +38,7 @@ def own_segments(communicator: Any) -> Iterator[None]:
         yield
     finally:
         communicator.make_group_name = staticmethod(make_name)
-        # All ranks have mapped the shared memory by now. If it is unlinked, it is freed when the processes end.
+        # All ranks have mapped the shared memory by now. Unlinked memory is freed when the processes end.
         for path in SEGMENTS.iterdir() if names else ():
             if any(name in path.name for name in names):
                 path.unlink(missing_ok=True)

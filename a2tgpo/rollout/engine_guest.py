@@ -61,7 +61,7 @@ def abort_in_order(core: Any) -> None:
 def environment_kept() -> Iterator[None]:
     """Restore, at the end, the trainer's environment variables and Inductor's number of compile threads.
 
-    Importing vllm sets this number to 1 for the whole process (vllm/env_override.py).
+    Importing vllm sets the number of threads to 1 for the whole process (vllm/env_override.py).
     """
     variables = {name: os.environ.get(name) for name in _VARIABLES_KEPT}
     threads = _inductor_threads()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""Value of `rollout.quantization` -> vLLM's name of the method. At the first load and at every refit, these methods
-quantise full-precision weights layer by layer (vllm/model_executor/model_loader/reload/layerwise.py).
+"""Value of `rollout.quantization` -> vLLM's name of the method. At the first load and at every refit, each method
+quantises full-precision weights layer by layer (vllm/model_executor/model_loader/reload/layerwise.py).
 """
 
 

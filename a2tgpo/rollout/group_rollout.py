@@ -47,14 +47,14 @@ class Finished:
 
 
 Playing = Generator[Finished | None, None, None]
-"""A started rollout. Iterate over it to drive it (see `GroupRollout.play`)."""
+"""A started rollout, which plays while the caller iterates over it (see `GroupRollout.play`)."""
 
 
 class GroupRollout:
     """Play groups of trajectories on one engine.
 
     Args:
-        toolset: the tools that the policy may call. The caller must close them.
+        toolset: the tools that the policy may call. The caller must close the tools.
         opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
         end_of_turn: `PromptTemplate.end_of_turn`. If it is None, only the end of sequence ends a response.
         engine_group: the ranks that share the engine.
@@ -104,7 +104,7 @@ class GroupRollout:
     ) -> Playing:
         """Start a rollout of `group_size` trajectories per prompt.
 
-        All ranks of the engine must iterate in the same way. `finished` iterates and handles the heartbeats.
+        All ranks of the engine must iterate in the same way, usually with `finished`.
 
         Args:
             prompts: the prompts that this engine plays, possibly none.
@@ -185,9 +185,8 @@ class GroupRollout:
 
         Args:
             playing: the iterator that `play` or `play_on` returned.
-            should_stop: returns whether to interrupt the rollout, also if an `outage` has reached its limit. One True
-                on any rank interrupts the rollout on all ranks of the engine. If `should_stop` is None, only an
-                outage that reaches its limit ends the rollout, with an error.
+            should_stop: returns whether to interrupt the rollout, also if an `outage` has reached its limit. If it
+                returns True on any rank, all ranks of the engine are interrupted. None: never interrupt the rollout.
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted.

@@ -165,11 +165,11 @@ class MultiTurnLoop:
     def play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
         """Play all trajectories in `live`, and start them in the order of `LiveTrajectory.start_order`.
 
-        The caller may close the iterator after any item, but ranks that share the engine must close it after the same
-        item. Engine and tools then hold no request of this rollout.
+        The caller may close the iterator after any item, but all ranks of the engine must close theirs after the
+        same item. Engine and tools then hold no request of this rollout.
 
         Yields:
-            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat: it is yielded every
+            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat, yielded every
             `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the engine get the
             same items.
 

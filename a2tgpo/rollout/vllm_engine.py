@@ -73,7 +73,7 @@ class WeightFilesLoader(DefaultModelLoader):
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
-    """Never sample the padding ids of a vocabulary, which have no meaning to the tokenizer.
+    """Never sample the ids at the end of the vocabulary that the tokenizer does not use.
 
     vLLM's own `allowed_token_ids` would cost a list as long as the vocabulary for each request. This class works with
     both model runners of vLLM.
@@ -155,8 +155,8 @@ class VllmEngine:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
                 raise ConfigError(explain_refusal(error, max_model_len)) from error
-        # vLLM searches texts for stop strings with a tokenizer of its own, which may split texts differently from the
-        # trainer's (data/tokenizer.py).
+        # vLLM looks for stop strings with a tokenizer. Replace vLLM's own tokenizer, because it may split texts
+        # differently from the trainer's (data/tokenizer.py).
         self._engine.renderer.tokenizer = get_cached_tokenizer(tokenizer)  # type: ignore[arg-type]
         self._engine.output_processor.tokenizer = self._engine.renderer.tokenizer
         client: Any = self._engine.engine_core  # vLLM's client object for an engine that runs in this process
@@ -192,9 +192,9 @@ class VllmEngine:
             seed: seed of the request's own random generator. It may be None only if the temperature is 0.
             temperature: of sampling and of the log-probs. 0 means greedy sampling, with log-probs at temperature 1.
             top_p: nucleus threshold. Log-probs are those of the distribution after truncation.
-            stop: texts that end the generation. The output includes them.
+            stop: texts that end the generation. The output includes the text that ended it.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
-                generation_config.json. The output includes them.
+                generation_config.json. The output includes the id that ended the generation.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
