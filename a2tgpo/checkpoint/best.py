@@ -19,28 +19,22 @@ class Best:
     """The evaluation of the best policy so far."""
 
     step: int
-    """Step of the checkpoint that has the weights. If 0, the weights are the untrained ones at model.path, and no
-    checkpoint has them."""
+    """Step of the checkpoint that has the weights. Step 0 means the untrained weights at model.path."""
     score: float
     metric: str
     standard_error: float = 0.0
-    """Standard error of the score over the questions. It is 0 if the evaluation comes from a checkpoint of an earlier
-    version that did not store the error."""
+    """Standard error of the score over the questions. It is 0 in a checkpoint that did not store the error."""
 
 
 class BestCheckpoint:
     """The policy with the best held-out score among the evaluated policies whose weights still exist.
 
-    A score is better only if it is higher by more than the standard error of the difference. This error is
-    sqrt(a^2 + b^2) if the two scores have the standard errors a and b. If the questions cannot distinguish several
-    policies, the earliest of these policies therefore stays the best. (Two policies answer the same questions, so the
-    true error of their difference is smaller.)
+    A score is better only if it is higher by more than sqrt(a^2 + b^2), for standard errors a and b of the two
+    scores. If the questions cannot distinguish several policies, the earliest of these policies stays the best.
 
     `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
-    policy from the checkpoint that it resumes, not from this file. The run therefore forgets a best policy of a step
-    after that checkpoint. The caller must also forget a best policy whose checkpoint no longer exists. Such a
-    checkpoint is missing if a later step became the best, retention removed the checkpoint, and the run then dropped
-    the later step.
+    policy from the checkpoint that it resumes, not from this file. The caller must forget a best policy whose
+    checkpoint no longer exists.
 
     Args:
         root: the folder of the run's checkpoints.
@@ -62,8 +56,7 @@ class BestCheckpoint:
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
         """Compare the evaluation after `step` steps with the best so far; return whether to save a checkpoint for it.
 
-        Returns True if the evaluation is the new best and `step` is not 0. Step 0 needs no checkpoint, so if step 0
-        is the new best, this method writes the file at once and returns False.
+        If step 0 is the new best, this method writes the file at once and returns False.
 
         Args:
             scores: the metrics that `evaluate` returned after `step` steps.

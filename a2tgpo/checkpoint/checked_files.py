@@ -1,9 +1,8 @@
-"""Checksums of files and of the tensors in them.
+"""Compute and compare checksums of files and of the tensors in them.
 
-Torch's distributed checkpoints put many tensors into one file and read them one at a time. The bytes of one tensor
-are a piece, and each piece has its own checksum. The writer computes the checksum while it writes the piece, and the
-reader compares the checksum when it reads the piece. So neither a save nor a load reads a file a second time to check
-it, and a load reads only the pieces that it needs.
+Torch's distributed checkpoints put many tensors into one file. The bytes of one tensor are a piece with its own
+checksum. The checksum is computed while the piece is written and compared while the piece is read, so no file is read
+twice.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ Piece = tuple[int, int, int]
 
 
 class DamagedFileError(Exception):
-    """The bytes read from a piece are not the bytes that were written; the message names the file."""
+    """The bytes read from a piece are not the bytes that were written. The message names the file."""
 
 
 class ChecksummingStream:
-    """A stream to a file that ends the current piece, and starts a new one, whenever `tell` is called.
+    """A stream to a file that starts a new piece whenever `tell` is called.
 
     Torch calls `tell` before and after it writes each tensor, so each tensor becomes one piece.
     """
@@ -88,8 +87,8 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # When the file is closed after a write error, the close raises a second error, about the file's position.
-            # The second error hides the first, so find the first in the chain.
+            # After a write error, closing the file raises a second error that hides the first, so find the first in
+            # the chain.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -125,8 +124,8 @@ class _CheckedReader(torch_checkpoint.FileSystemReader):
 def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator[None]:
     """Make Megatron compare each piece that it reads in `folder` with the checksum of the piece.
 
-    If a piece does not match its checksum, the reader raises `DamagedFileError`. Torch wraps this error in a
-    CheckpointException and raises the CheckpointException on all ranks.
+    If a piece does not match, the reader raises `DamagedFileError`, and torch raises a CheckpointException with this
+    error on all ranks.
 
     Args:
         folder: the only folder that Megatron may read within the context.
@@ -158,7 +157,7 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
     Each rank of `group` reads a share of the files, and every rank of `group` must call this.
 
     Raises:
-        OSError: if any rank could not read a file; raised on every rank.
+        OSError: on every rank, if any rank could not read a file.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     mine: dict[str, tuple[int, int]] | str
@@ -177,9 +176,8 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 def size_and_crc(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes and the CRC-32 of its content."""
     size = crc = 0
-    # The block is small, because every save runs in a new thread. When a thread ends, glibc keeps its freed memory
-    # for the next thread in the same arena, so a buffer of megabytes would stay allocated in every arena of the
-    # process.
+    # The block is small, because every save runs in a new thread. glibc keeps the freed memory of an ended thread in
+    # the thread's arena, so megabytes would stay allocated in every arena of the process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):

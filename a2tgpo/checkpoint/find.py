@@ -1,4 +1,4 @@
-"""Find the weights that a path refers to. They are in a Hugging Face folder or in a checkpoint of a run."""
+"""Find the weights that a path refers to, in a Hugging Face folder or in a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SavedModel:
     def identity(self) -> str:
         """The folder's path, followed by a digest that changes when a program writes other weights to the folder.
 
-        The digest of a Hugging Face folder covers the name, size and modification time of each weight file. The
-        digest of a checkpoint covers `complete.json`. So neither digest reads the weights.
+        The digest covers the names, sizes and modification times of a Hugging Face folder's weight files, or a
+        checkpoint's `complete.json`.
         """
         digest = hashlib.blake2b(digest_size=8)
         if not self.is_hf:
@@ -50,14 +50,13 @@ def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--ch
     """Return the weights that `path` refers to.
 
     Args:
-        path: one of four: a Hugging Face folder; a checkpoint (`runs/NAME/checkpoints/step_N`);
-            `.../checkpoints/best`, for the checkpoint that best.json names; or a folder of checkpoints, for the
-            newest complete checkpoint in it.
+        path: a Hugging Face folder, a checkpoint (`runs/NAME/checkpoints/step_N`), `.../checkpoints/best` for the
+            checkpoint that best.json names, or a folder of checkpoints for its newest complete checkpoint.
         untrained: the Hugging Face folder to return if best.json names step 0.
-        key: the option with which the user gave `path`; error messages name it.
+        key: the option with which the user gave `path`, for error messages.
 
     Raises:
-        ConfigError: one line; `path` refers to no weights.
+        ConfigError: with a one-line message, if `path` refers to no weights.
     """
     path = Path(path)
     if path.name == "best" and not path.exists():

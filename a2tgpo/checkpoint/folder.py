@@ -6,10 +6,9 @@ The folder `ROOT/step_N/` of a checkpoint contains
 - `state.json`, with the learning rate schedule, the layout, the model's architecture and the caller's own values;
 - files of the caller.
 
-No code of a checkpoint is executed when the checkpoint is read. The writer (`writer.py`) writes the files to
-`.step_N.unfinished`. It then adds `complete.json`, which lists all files with their sizes and checksums, and renames
-the folder. If a folder has no `complete.json`, or if its files do not match the list, the folder is not a checkpoint.
-Each tensor also has its own checksum, which is compared when the tensor is read (`checked_files.py`).
+The writer (`writer.py`) writes the files to `.step_N.unfinished`, adds `complete.json` with the sizes and checksums
+of all files, and renames the folder. If `complete.json` is missing or does not match the files, the folder is not a
+checkpoint. Reading a checkpoint executes no code of it.
 
 All ranks see the same file system. Every rank must call each public function, unless its docstring says otherwise.
 """
@@ -56,7 +55,7 @@ _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
 
 
 class DamagedCheckpointError(ValueError):
-    """A tensor of a checkpoint is not the tensor that was written; the message is one line."""
+    """A tensor of a checkpoint is not the tensor that was written. The message is one line."""
 
 
 def load_newest(
@@ -68,7 +67,8 @@ def load_newest(
         The path of the checkpoint that was loaded, and the `state` in it.
 
     Raises:
-        ValueError: one line; `load` refused a checkpoint for another reason, or every checkpoint is damaged.
+        ValueError: with a one-line message, if `load` refused a checkpoint for another reason or every checkpoint is
+            damaged.
     """
     newest: Path | None = path
     while newest is not None:
@@ -93,8 +93,7 @@ def load(
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    The layout of this run may differ from the layout of the run that saved the checkpoint. If it differs, this
-    function logs a warning and does not restore the random states, because each random state belongs to one rank.
+    If the saving run had another layout, the random states are not restored, because each belongs to one rank.
 
     Args:
         is_checked: True if `latest` has already checked the files. This function then checks only the tensors.
@@ -103,8 +102,9 @@ def load(
         The `state` that the saving run passed to `CheckpointWriter.start`.
 
     Raises:
-        DamagedCheckpointError: a tensor is damaged; raised on all ranks. Other tensors may already have been loaded.
-        ValueError: one line; `path` is not a complete checkpoint of this program, or belongs to another model.
+        DamagedCheckpointError: on all ranks, if a tensor is damaged. Other tensors may already have been loaded.
+        ValueError: with a one-line message, if `path` is not a complete checkpoint of this program or belongs to
+            another model.
     """
     path = Path(path)
     if has_weights_only(path):
@@ -133,10 +133,10 @@ def load(
 
 
 def load_weights(path: str | Path, policy: Policy) -> None:
-    """Load the weights of a checkpoint, which may have any layout. Read and check no other part of the checkpoint.
+    """Load and check only the weights of a checkpoint, which may have any layout.
 
     Raises:
-        ValueError: one line; `path` is not a complete checkpoint, or belongs to another model.
+        ValueError: with a one-line message, if `path` is not a complete checkpoint or belongs to another model.
     """
     path = Path(path)
     _require_complete(path, weights_only=True)
@@ -148,8 +148,8 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
     """Raise a ValueError of one line if `record` describes another model than `hf_config`; one process may call this.
 
-    Megatron may pad two vocabularies of different sizes to the same shape, and a load skips the keys that only one
-    side has. So a comparison of shapes is not enough. An older checkpoint records no architecture; accept it.
+    Shapes alone do not tell two models apart, because Megatron pads vocabularies and a load skips unknown keys. A
+    checkpoint that records no architecture is accepted.
     """
     mine = architecture_of(hf_config)
     saved = record.get("model", mine)
@@ -194,7 +194,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's `state.json`; one process may call this.
 
     Raises:
-        ValueError: one line; the file cannot be read, or this program did not write it.
+        ValueError: with a one-line message, if the file cannot be read or this program did not write it.
     """
     try:
         record = json.loads((path / STATE).read_text())
@@ -214,12 +214,11 @@ def read_record(path: Path) -> dict[str, Any]:
 def latest(root: str | Path, *, before: int | None = None) -> Path | None:
     """Return the newest complete checkpoint under `root`, or None if there is none.
 
-    This function skips each incomplete or damaged checkpoint, and rank 0 logs one line for each. It reads no tensors
-    that have checksums, because `load` checks these. In an older checkpoint, whose tensors have no checksums, it
-    reads the tensor files, too. Each rank reads a share of the files.
+    Rank 0 logs one line for each checkpoint that is skipped because it is incomplete or damaged. Tensors with
+    checksums are not read, because `load` checks them.
 
     Args:
-        before: return only a checkpoint of an earlier step than this one. If None, return one of any step.
+        before: return only a checkpoint of an earlier step. If None, return one of any step.
     """
     for step in steps_in(Path(root)):
         if before is not None and step >= before:
@@ -258,10 +257,9 @@ def _require_complete(path: Path, *, weights_only: bool = False) -> None:
 
 
 def _fault_of(path: Path, *, weights_only: bool = False) -> str:
-    """Return the first fault of the checkpoint at `path` in a few words, or an empty string if it has none.
+    """Return, equally on all ranks, the first fault of the checkpoint at `path`, or an empty string if it has none.
 
-    This function reads no tensors that have checksums. With `weights_only`, it checks only the files that
-    `load_weights` reads. The result is equal on all ranks.
+    Tensors with checksums are not read. With `weights_only`, only the files that `load_weights` reads are checked.
     """
     try:
         expected, pieces = _read_marker(path)
@@ -278,7 +276,7 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
     """Return a map from each file to its size and checksum, and a map from each tensor file to its pieces.
 
     Raises:
-        ValueError: a few words; the checkpoint is incomplete, or its list of files is damaged.
+        ValueError: with a few words, if the checkpoint is incomplete or its list of files is damaged.
     """
     try:
         marker = json.loads((path / MARKER).read_text())
@@ -297,10 +295,7 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
-    """Return the first fault of the files in `expected`, or "" if there is none.
-
-    If a file is in `pieces`, check only its size.
-    """
+    """Return the first fault of the files in `expected`, or "". Of a file in `pieces`, only the size is checked."""
     # For a name that no file can have, os.path.isfile returns False, but `Path.is_file` raises an error.
     for name in expected:
         if not os.path.isfile(path / name):
@@ -320,7 +315,7 @@ def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Colle
 
 
 def _pieces_of(path: Path) -> dict[str, list[Piece]]:
-    """Return a map from each tensor file to its pieces; the map is empty if an older checkpoint has no pieces."""
+    """Return a map from each tensor file to its pieces. The map is empty if an older checkpoint has no pieces."""
     return _parse_pieces(json.loads((path / MARKER).read_text()))
 
 

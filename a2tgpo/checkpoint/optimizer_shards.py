@@ -1,10 +1,9 @@
 """Describe a distributed optimizer's state as shards, one for each rectangle that a data-parallel rank owns.
 
-The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries. A rank therefore owns a
-range `start:stop` of a flattened parameter. On disk, the state of a parameter is one tensor with the global shape of
-the parameter, whatever the layout. A rank's range covers a few rectangles of this tensor, and each rectangle is a
-view of the optimizer's own memory. So a save gathers nothing, a load reads straight into the optimizer's memory, and
-a run of any layout can read the checkpoint of any other layout.
+The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
+`start:stop` of a flattened parameter. On disk, a parameter's state is one tensor with the parameter's global shape. A
+rank's range covers a few rectangles of this tensor, and each rectangle is a view of the optimizer's own memory. A
+save therefore gathers nothing, a load reads straight into this memory, and the layout may change.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 PIECE_BYTES = 2**26
-"""Largest size of a saved shard in bytes; if one row is larger, the shard is one row. The size is limited, because a
-reader that needs any part of a shard loads the whole shard into host memory."""
+"""Largest size of a saved shard in bytes, unless one row is larger. A reader loads whole shards into host memory."""
 UNCUT = 2**62
-"""Value of `piece_bytes` for a load, which leaves the shards uncut. Torch reads a saved shard once for each requested
-shard that overlaps it, so a load should request few shards."""
+"""Value of `piece_bytes` for a load. Torch reads a saved shard once for each requested shard that overlaps it."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """The offset and the size of a rectangle in each dimension of its tensor."""
@@ -42,12 +39,12 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
     """Return the shards of a distributed optimizer's state that this rank owns, by names that only this rank uses.
 
     Each shard is a view of the optimizer's memory. A float32 parameter is its own master weight, so it has no `param`
-    shard, because the model's part of the checkpoint already contains it.
+    shard.
 
     Args:
         optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
         models: sharded state dicts of the model chunks, which contain the parameters themselves.
-        piece_bytes: largest size of a shard in bytes; if one row is larger, the shard is one row.
+        piece_bytes: largest size of a shard in bytes. A row that is larger is one shard.
 
     Returns:
         Float32 shards, whose keys in the checkpoint are `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`.
@@ -66,8 +63,8 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """Yield the rectangles that the elements `start:stop` of a row-major tensor form, in the order of the elements.
 
-    The range begins with part of a row, continues with whole rows, and ends with part of a row. Each part of a row is
-    divided again in the next dimension, so there are at most 2 * len(shape) - 1 rectangles.
+    The range is part of a row, whole rows, and part of a row. Each part of a row is divided again in the next
+    dimension, so there are at most 2 * len(shape) - 1 rectangles.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
@@ -91,10 +88,7 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Cut the range `start:stop` into pieces of at most `max_elements`, and yield each piece's start and stop.
-
-    Every cut lies between two rows. If a row has more than `max_elements` elements, each piece has at most one row.
-    """
+    """Yield start and stop of pieces of `start:stop` with at most `max_elements` elements, but at least one row."""
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]
@@ -132,8 +126,7 @@ def _tensors_and_factories(models: dict[str, Any]) -> Iterator[ShardedTensor | S
 def _templates(base: ShardedTensor | ShardedTensorFactory) -> Iterator[tuple[int, ShardedTensor]]:
     """Yield each tensor that a parameter has on disk, with the index of its first element in the flattened parameter.
 
-    Most parameters have one tensor on disk. If Megatron saves the halves of a parameter separately, the parameter has
-    several tensors. An example is the weight that joins the gate and up projections.
+    Megatron saves some parameters as several tensors, for example the weight that joins the gate and up projections.
     """
     if isinstance(base, ShardedTensor):
         yield 0, base
@@ -151,10 +144,7 @@ def _shards_of(
     start: int,
     piece_bytes: int,
 ) -> Iterator[ShardedTensor]:
-    """Divide `flat` into shards and yield the shards. `templates` describes the parameter's tensors on disk.
-
-    `flat` has consecutive elements of the flattened parameter, and `start` is the index of its first element.
-    """
+    """Yield the shards of `flat`, whose first element is element `start` of the flattened parameter."""
     for first, template in templates:
         shape = template.local_shape
         low = max(start, first) - first

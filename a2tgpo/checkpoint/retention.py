@@ -22,10 +22,9 @@ MAX_DROPPED = 2
 def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, spare: int | None) -> None:
     """Remove old checkpoints under `root`, and reduce some of them to their weights; one rank calls this.
 
-    The `keep` newest checkpoints stay whole. If an older checkpoint is of step `spare`, or if its step is a multiple
-    of `keep_every`, its weights stay. All other checkpoints are removed. If the kept weights take more than `keep_gb`
-    GB, the oldest of them are removed, but the weights of step `spare` never are. With `keep_every` 0, only step
-    `spare` keeps its weights. With `keep_gb` 0, the kept weights may take any space.
+    The `keep` newest checkpoints stay whole. Of the older ones, only the weights stay, and only for step `spare` and
+    for multiples of `keep_every`, unless it is 0. If these weights take more than `keep_gb` GB, the oldest are
+    removed, except those of step `spare`. A `keep_gb` of 0 means no limit.
     """
     root = Path(root)
     steps = steps_in(root)
@@ -45,8 +44,7 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
 def reduce_to_weights(path: Path) -> None:
     """Remove all of a complete checkpoint except its weights and `state.json`; one rank calls this.
 
-    A checkpoint of an earlier version has weights and optimizer in one folder. This function does not change such a
-    checkpoint.
+    A checkpoint of an earlier version has weights and optimizer in one folder, so it stays unchanged.
     """
     if not has_weights_only(path):
         if not (path / OPTIMIZER).is_dir():
@@ -70,10 +68,8 @@ def reduce_to_weights(path: Path) -> None:
 def set_aside_after(root: str | Path, step: int) -> None:
     """Move the checkpoints of steps after `step` to `root/dropped_N/`. Every rank must call this.
 
-    A run that resumes from `step` calls this function, because the run will write its own checkpoints of these steps.
-    If the old checkpoints stayed in place, the next start would take them for the newest and resume from them, and
-    retention would remove the new checkpoints. The newest checkpoint in `dropped_N` stays whole, and each other
-    checkpoint there keeps only its weights. Only the newest `MAX_DROPPED` folders `dropped_N` stay.
+    A run that resumes from `step` will write its own checkpoints of these steps. The next start would take old
+    checkpoints in their place for the newest. Only the newest `MAX_DROPPED` folders `dropped_N` stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):
@@ -101,11 +97,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _bound(reduced: list[Path], keep_gb: float, *, spare: int | None) -> None:
-    """Remove the oldest folders of `reduced` until the rest take at most `keep_gb` GB; never remove step `spare`.
-
-    Args:
-        reduced: the folders of checkpoints that have only weights, the newest first.
-    """
+    """Remove the last folders of `reduced`, except that of step `spare`, until the rest take `keep_gb` GB or less."""
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in reduced}
     for path in reversed(reduced):
         if sum(sizes.values()) <= 1e9 * keep_gb:

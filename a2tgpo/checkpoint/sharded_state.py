@@ -1,7 +1,7 @@
 """Write and read model and optimizer in Megatron's sharded torch_dist format.
 
-A checkpoint has two folders in Megatron's format: `WEIGHTS` for the model and `OPTIMIZER` for the optimizer. Either
-folder can be read or removed without the other. In a checkpoint of an earlier version, `WEIGHTS` contains both.
+The folder `WEIGHTS` contains the model, and the folder `OPTIMIZER` contains the optimizer. In a checkpoint of an
+earlier version, `WEIGHTS` contains both.
 """
 
 from __future__ import annotations
@@ -43,12 +43,11 @@ from a2tgpo.parallel.collectives import all_gather_object, world_group
 
 WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
-"""Prefix of every parameter's name on disk. The names have this prefix, because a save passes the model to Megatron
-inside its data-parallel wrapper."""
+"""Prefix of every parameter's name on disk, because a save passes the model inside its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
-"""Key under which a state dict in memory has a distributed optimizer's slices. The key does not appear on disk."""
+"""Key, only in memory, under which a state dict has a distributed optimizer's slices."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
-"""Names of the modules whose classes may occur in the index of a checkpoint. The index is a pickle."""
+"""Modules whose classes may occur in the index of a checkpoint, which is a pickle."""
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -59,19 +58,19 @@ _INDEX_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedCopy:
-    """A copy of this rank's part of model and optimizer. It is in host memory, where training cannot change it."""
+    """A copy of this rank's part of model and optimizer in host memory, where training cannot change it."""
 
     tensors: dict[str, Any]
     """The tensors that this rank writes, in the form that torch's distributed checkpoints take."""
     common: dict[str, Any]
-    """The state that is not sharded; it is equal on all ranks."""
+    """The state that is not sharded and is equal on all ranks."""
 
 
 def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
     """Return a copy of this rank's part of model and optimizer; every rank must call this.
 
-    A rank copies only the tensors that it writes. These are its own slice of the optimizer's state, and its share of
-    the weights that all data-parallel ranks have.
+    The copy contains the rank's own slice of the optimizer's state, and its share of the weights that all
+    data-parallel ranks have.
     """
     gather_weights(policy)
     # Adam creates its moments in the first update. If all updates so far were skipped, create the moments here.
@@ -84,8 +83,8 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
     """Return a copy of the part of the sharded state dict `state` that this rank writes; every rank must call this.
 
-    This function takes `state` apart, so the caller must not use `state` again. It performs the same steps as
-    `dist_checkpointing.save` does before the write, in the same order.
+    The steps are those of `dist_checkpointing.save` before the write. They take `state` apart, so do not use it
+    again.
     """
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -108,8 +107,8 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
         A map from each file that this rank has written, by its path within `path`, to the pieces of the file.
 
     Raises:
-        CheckpointException: a rank could not write its tensors; raised on all ranks.
-        OSError: the first rank could not write the common state; raised only there. Other ranks still write.
+        CheckpointException: on all ranks, if a rank could not write its tensors.
+        OSError: only on the first rank, if it could not write the common state. Other ranks still write.
     """
     weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
     others = {key: value for key, value in copy.tensors.items() if key not in weights}
@@ -123,10 +122,9 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 
 
 def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
-    """Write the copies of all ranks into the one empty folder `folder`; every rank must call this.
+    """Write the copies of all ranks into the empty folder `folder`; every rank must call this.
 
-    Returns a map from the name of each file that this rank has written to the pieces of the file. Raises the errors
-    that `write_sharded` lists.
+    Returns and raises the same as `write_sharded`, with file names within `folder`.
     """
     fault = None
     try:
@@ -135,8 +133,8 @@ def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     except OSError as error:
         fault = error
-    # Write with threads of this process. Megatron's own writer (filesystem_async.py) leaves a manager process running
-    # on every rank, and it forks one process per file. A process should not fork while it runs an engine's threads.
+    # Write with threads of this process. Megatron's own writer (filesystem_async.py) leaves a manager process on
+    # every rank and forks one process per file, which is unsafe while an engine's threads run.
     writer = CheckedWriter(folder)
     torch_checkpoint.save(
         copy.tensors,
@@ -155,18 +153,17 @@ def load_sharded(
     """Load the model and optimizer that `write_sharded` wrote, in any layout; every rank must call this.
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
-    have (`shared_read`). A rank reads one saved piece at a time, straight into the memory of model and optimizer, so
-    a load takes `optimizer_shards.PIECE_BYTES` of host memory. An older checkpoint has no pieces. A rank that loads
-    such a checkpoint takes as much host memory as a tensor-parallel rank's part of a parameter.
+    have (`shared_read`). A rank reads one piece at a time, so a load takes `optimizer_shards.PIECE_BYTES` of host
+    memory. With an older checkpoint, which has no pieces, it takes as much as a tensor-parallel rank's part of a
+    parameter.
 
     Args:
-        pieces: the results of `write_sharded` on all ranks, which contain the checksums. If empty, no checksum is
-            compared.
+        pieces: the results of `write_sharded` on all ranks. If empty, no checksum is compared.
 
     Raises:
-        ValueError: the checkpoint's index is damaged, or an entry of the index is not a tensor.
-        CheckpointException: a shape differs from the policy's, or a piece does not match its checksum
-            (`DamagedFileError`); raised on all ranks.
+        ValueError: if the checkpoint's index is damaged, or if an entry of the index is not a tensor.
+        CheckpointException: on all ranks, if a shape differs from the policy's or a piece does not match its checksum
+            (`DamagedFileError`).
     """
     with_optimizer = path / OPTIMIZER
     folder = with_optimizer if with_optimizer.is_dir() else path / WEIGHTS
@@ -188,8 +185,7 @@ def load_sharded(
             optimizer.load_state_dict(loaded["optimizer"])
     loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
-        # Not strict, because `loaded` lacks some keys: a checkpoint has no `_extra_state` of the modules (see
-        # `_tensors_of`), and other ranks read the remaining weights.
+        # Not strict, because `loaded` lacks the modules' `_extra_state` and the weights that other ranks read.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
@@ -197,9 +193,9 @@ def load_sharded(
 def load_sharded_weights(
     path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Load only the model that `write_sharded` wrote, in any layout; every rank must call this.
+    """Load only the model that `write_sharded` wrote, with the arguments and errors of `load_sharded`.
 
-    The arguments and the errors are those of `load_sharded`.
+    Every rank must call this.
     """
     folder = path / WEIGHTS
     _check_index(folder / ".metadata")
@@ -221,8 +217,7 @@ def load_sharded_weights(
 def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
     """Call `dist_checkpointing.load`, and if it fails on any rank, raise the error on all ranks.
 
-    Every rank must call this. In Megatron-Core 0.19 no rank waits for the others in a load. Without this function,
-    one rank could fail while the others continue.
+    Every rank must call this. In Megatron-Core 0.19 no rank waits for the others in a load.
     """
     inside = {
         name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
@@ -263,8 +258,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
 def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
     """Return the saved parameter groups and steps of the chained optimizers in the form for `load_state_dict`.
 
-    An older checkpoint without slices also contains the layout of the optimizer's tensors. This function drops that
-    layout.
+    An older checkpoint also contains the layout of the optimizer's tensors, which is dropped.
     """
     if "optimizer" not in saved:
         return {number: _settings(part) for number, part in saved.items()}
@@ -293,11 +287,11 @@ def sharding_metadata(policy: Policy) -> dict[str, Any]:
 def _check_index(path: Path) -> None:
     """Refuse a checkpoint index that contains a class which no index needs, or an entry that is not a tensor.
 
-    The index is a pickle, and torch unpickles any class in it, so this check must precede the read by torch. Torch
-    would also unpickle each entry that the index marks as bytes.
+    Torch unpickles any class in the index and each entry marked as bytes, so this check must precede the read by
+    torch.
 
     Raises:
-        ValueError: one line that names the unexpected content.
+        ValueError: with a one-line message that names the unexpected content.
     """
     try:
         content = path.read_bytes()
@@ -316,8 +310,7 @@ def _check_index(path: Path) -> None:
 def _check_memo(content: bytes) -> None:
     """Raise ValueError if the pickle `content` has a memo index larger than its own length.
 
-    No pickler writes such an index. When the unpickler meets a memo index, it allocates a memo of twice that many
-    entries. One flipped bit in an index could therefore make it allocate 64 GiB.
+    The unpickler allocates a memo of twice as many entries, so one flipped bit could make it allocate 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):
@@ -351,10 +344,7 @@ def _to_host(value: Any) -> Any:
 
 
 def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Return `state` without the `_extra_state` of the modules.
-
-    A load would have to unpickle the `_extra_state`, which is empty unless the model uses FP8 delayed scaling.
-    """
+    """Return `state` without the modules' `_extra_state`, which only FP8 delayed scaling needs."""
     return {name: value for name, value in state.items() if "_extra_state" not in name}
 
 

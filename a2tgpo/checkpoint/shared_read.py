@@ -1,7 +1,7 @@
-"""Read a checkpoint so that one of the ranks with the same weights reads them and sends them to the others.
+"""Let one of the ranks with the same weights read them from a checkpoint and send them to the others.
 
-All ranks use the same storage. If every data-parallel rank read the weights, the storage would have to deliver the
-same weights once per data-parallel replica, all at the same time.
+If every data-parallel rank read the weights, the shared storage would have to deliver them once per data-parallel
+replica.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ class Shared:
 def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> list[Shared]:
     """Delete the parameters from `models` that other ranks read; return all shared parameters for `send_shared`.
 
-    Every rank must call this.
+    Every rank must call this. Every rank still reads all entries that are not parameters.
 
     Args:
-        models: sharded state dicts of the model chunks, which contain the parameters themselves. This function
-            changes the dicts in place. It deletes only parameters, so every rank still reads all other entries.
+        models: sharded state dicts of the model chunks, which contain the parameters themselves.
     """
     shared = []
     loads: dict[ProcessGroup, list[int]] = {}
@@ -44,8 +43,7 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
             parameter = part.data
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            # If a parameter's gradient is not reduced over all data-parallel ranks, Megatron sets `allreduce` to
-            # False.
+            # Megatron sets `allreduce` to False if the gradient is not reduced over all data-parallel ranks.
             is_expert = not getattr(parameter, "allreduce", True)
             group = groups.edp_group if is_expert else groups.dp_cp_group
             load = loads.setdefault(group, [0] * group.size())

@@ -1,8 +1,7 @@
-"""Write checkpoints during training. The training thread copies the state to host memory, and another thread writes
-the copy.
+"""Copy the state to host memory in the training thread, and write the checkpoint in another thread.
 
 The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. At the end
-of each stage of a save, the ranks exchange their faults. If one rank has failed, the save fails on all ranks.
+of each stage of a save, the ranks exchange their faults, so that a save fails on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ class CheckpointWriter:
 
     @property
     def outcome(self) -> str | None:
-        """Result of the current save on this rank, as `wait` returns it.
-
-        None means that this rank does not know the result yet, or that no save was started.
-        """
+        """Result of the current save as `wait` returns it, or None if this rank does not know the result yet."""
         return self._outcome
 
     def start(
@@ -76,14 +72,14 @@ class CheckpointWriter:
 
         Args:
             step: the step in the name of the checkpoint. The save replaces an older checkpoint of the same step.
-            state: the caller's own values, which must be equal on all ranks and have JSON types. A tuple is accepted,
-                but a load returns it as a list.
+            state: the caller's own values, which must be equal on all ranks and have JSON types. A load returns
+                tuples as lists.
             own_files: maps the path within the checkpoint to the content, for each file that only this rank adds.
             on_complete: the thread of rank 0 calls this once the checkpoint is complete. If it raises OSError, the
                 save fails.
 
         Raises:
-            TypeError: `state` contains a type that JSON does not have.
+            TypeError: if `state` contains a type that JSON does not have.
         """
         begin = time.monotonic()
         assert self._thread is None, "one save at a time: wait() for the last one first"
@@ -195,14 +191,14 @@ class CheckpointWriter:
 
 
 class _SaveFailedError(Exception):
-    """A save failed on some rank; the message is one line that names the cause."""
+    """A save failed on some rank. The message is one line that names the cause."""
 
 
 def _together(action: Callable[[], None] | None, group: dist.ProcessGroup, place: Path) -> None:
     """Run `action`, which writes to `place`, unless `action` is None on this rank; every rank of `group` calls this.
 
     Raises:
-        _SaveFailedError: `action` failed on some rank; raised on all ranks.
+        _SaveFailedError: on all ranks, if `action` failed on some rank.
     """
     fault = ""
     try:

@@ -74,7 +74,7 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._path, timeout_s=config.parallel.timeout_s)
         self._rollouts = RolloutRetention(folder.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
-        """Step of the last complete checkpoint, or 0 if there is none; and the best policy as of that checkpoint."""
+        """Step of the last complete checkpoint (0 if there is none), and the best policy as of that checkpoint."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
         """Whether the run must still make the evaluation after its last step. `restore` sets this value."""
@@ -84,12 +84,11 @@ class RunCheckpoints:
     def restore(self, path: Path | None, *, is_auto: bool = False) -> int:
         """Load the checkpoint at `path`, and return the number of steps that the run has done.
 
-        This method moves this run's checkpoints of later steps to another folder. If `path` is a checkpoint of
-        another run, it also moves this run's checkpoint of the same step. The best policy becomes the one that the
-        checkpoint names. If `path` belongs to another run, there is no best policy.
+        This run's checkpoints of later steps are moved to another folder. If `path` belongs to another run, this
+        run's checkpoint of the same step is moved, too, and there is no best policy.
 
         Args:
-            path: the checkpoint, or None for a new run, which loads nothing and has done 0 steps.
+            path: the checkpoint, or None for a new run, which has done 0 steps.
             is_auto: if True and the checkpoint is damaged, load the newest earlier checkpoint that is undamaged.
         """
         step, is_own = 0, True
@@ -104,7 +103,7 @@ class RunCheckpoints:
             except ValueError as error:
                 raise ConfigError(f"--resume: {error}") from error
             step = int(state["step"])
-            # The checkpoint of a converted model has no sampler state, because the model has seen no question yet.
+            # The checkpoint of a converted model has no sampler state.
             if "sampler" in state:
                 self._state.sampler.load_state_dict(state["sampler"])
             is_own = path.resolve() == (self._path / f"step_{step}").resolve()
@@ -130,8 +129,8 @@ class RunCheckpoints:
     def save(self, step: int, *, evaluation_is_due: bool = False) -> None:
         """Wait for the previous save, then start to save a checkpoint after `step` steps; every rank must call this.
 
-        The recorded rollouts of these steps must be on disk, because a run that resumes from the checkpoint does not
-        play the steps again. Once the checkpoint is complete, retention removes older checkpoints.
+        The recorded rollouts of these steps must be on disk, because a resumed run does not play the steps again.
+        Once the checkpoint is complete, retention removes older checkpoints.
 
         Args:
             evaluation_is_due: whether a run that resumes from this checkpoint must first make the evaluation after
@@ -166,19 +165,18 @@ class RunCheckpoints:
 
     @property
     def longest_save_s(self) -> float:
-        """Duration in seconds of the longest save that this start has made so far."""
+        """Duration in seconds of the longest save in this process."""
         return self._writer.longest_s
 
     def finish_saving(self, *, is_last: bool = True) -> None:
-        """If a save is in progress, wait for its end.
-
-        Every rank must call this, and must do so before the program ends.
+        """If a save is in progress, wait for its end. Every rank must call this before the program ends.
 
         Args:
             is_last: whether this save is the last of the program.
 
         Raises:
-            RuntimeError: one line; the last save failed, or `checkpoint.max_failures` saves in a row failed.
+            RuntimeError: with a one-line message, if the last save or `checkpoint.max_failures` saves in a row
+                failed.
         """
         fault = self._writer.wait()
         if fault is None:
@@ -200,10 +198,7 @@ class RunCheckpoints:
         self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
-        """If this rank knows that a save has failed, report the failure unless it was reported before.
-
-        The run continues.
-        """
+        """If this rank knows of a failed save that was not reported yet, report the failure."""
         fault = self._writer.outcome
         if fault and self._reported != self._saving[0]:
             self._reported = self._saving[0]
@@ -214,7 +209,7 @@ class RunCheckpoints:
     def _tidy(self, step: int, best: dict | None) -> None:
         """Write best.json, and then remove old checkpoints, stored rollouts and recordings; only rank 0 calls this.
 
-        The order ensures that best.json always names a checkpoint that exists.
+        In this order, best.json always names a checkpoint that exists.
         """
         write_best(self._path, best)
         kept = self._config.checkpoint
@@ -232,17 +227,13 @@ class RunCheckpoints:
         """Return the files that this rank adds to a checkpoint, by path.
 
         With partial rollouts, the leader of each engine adds one file with the groups that its engine carries over.
-        All other ranks add none.
         """
         if not (self._config.rollout.partial.is_on and self._engine_group.is_leader):
             return {}
         return {carried_file(self._engine_group.index): encode(self._state.carried)}
 
     def _read_carried(self, path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> Carried:
-        """Return the carried groups of a checkpoint.
-
-        If the present settings do not allow a group to continue, drop the group and log a warning.
-        """
+        """Return the carried groups of a checkpoint without the groups that the present settings do not allow."""
         try:
             held = read(path, num_engines=self._engine_group.count)
         except ValueError as error:
@@ -270,11 +261,9 @@ class RunCheckpoints:
         return carried(kept, engine=self._engine_group.index)
 
     def _if_comparable(self, state: dict) -> dict | None:
-        """Return the best policy in `state`, or None if scores of later policies cannot be compared with its score.
+        """Return the best policy in `state`, or None if its checkpoint is missing or data.test has changed.
 
-        The scores cannot be compared if the checkpoint of the best policy no longer exists, or if the policy answered
-        other held-out questions. Ranks may see different files on a network file system, but they must agree on which
-        checkpoints to save, so all ranks follow rank 0.
+        Ranks may see different files on a network file system, so all ranks follow rank 0.
         """
         world = world_group()
         best, questions = state.get("best"), self._test_prompts.fingerprint

@@ -19,19 +19,18 @@ logger = logging.getLogger(__name__)
 def claim(
     folder: Path, config: RunConfig, rules: Rules, *, begins_anew: bool, accept: bool, done: str
 ) -> FolderLock:
-    """Create the folder, lock it until the program ends, and record the settings and the environment of this start.
-
-    Only one process may call this.
+    """Create the folder, lock it until the program ends, and record this start. Only one process may call this.
 
     Args:
         begins_anew: whether the experiment begins anew. If so, an existing folder is first renamed to
-            NAME.previous_N, and only `checkpoint.keep_previous` of the renamed folders stay.
+            NAME.previous_N, and only the newest `checkpoint.keep_previous` of the renamed folders stay.
         accept: whether to continue despite changes since the last start.
         done: the progress of the experiment, in a few words. If empty, nothing was trained yet, and the start is not
             compared with the last start.
 
     Raises:
-        ConfigError: one line; the folder cannot be written, is locked, or contains another experiment.
+        ConfigError: with a one-line message, if the folder cannot be written, is locked, or contains another
+            experiment.
     """
     try:
         if begins_anew and folder.exists():
@@ -49,10 +48,7 @@ def claim(
 
 
 def _set_aside(folder: Path, *, keep: int) -> None:
-    """Rename `folder` to NAME.previous_N, keep the newest `keep` of the renamed folders, and remove the others.
-
-    If `keep` is 0, all renamed folders stay. Log the sizes of the folders and each removal.
-    """
+    """Rename `folder` to NAME.previous_N, and keep only the newest `keep` of the renamed folders; 0 keeps all."""
     lock = FolderLock(folder)  # raises ConfigError if a run is still using the folder
     stem = f"{folder.name}.previous_"
     numbers = sorted(

@@ -1,6 +1,4 @@
-"""Choose the date that the chat template may write into a run's prompts. A run chooses the date once and keeps it in
-a file of its folder.
-"""
+"""Choose the date that the chat template may write into a run's prompts, once per run."""
 
 from __future__ import annotations
 
@@ -17,12 +15,10 @@ FILE = "date.txt"
 
 
 def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
-    """Return the date of the run; every rank must call this.
-
-    If the run has no date yet, return today's date (UTC) by the clock of rank 0.
+    """Return the date of the run, or today's date (UTC, rank 0's clock) if it has none; every rank must call this.
 
     Raises:
-        ConfigError: the run's file does not contain a date; raised on all ranks.
+        ConfigError: on all ranks, if the run's file does not contain a date.
     """
     found: datetime.date | ConfigError | None = None
     if groups.rank == 0:
@@ -38,10 +34,10 @@ def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
 
 
 def read_date(folder: Path) -> datetime.date | None:
-    """Return the date that the `folder` of a run has in its file, or None if the file does not exist yet.
+    """Return the date in the file of a run's `folder`, or None if the file does not exist yet.
 
     Raises:
-        ConfigError: one line; the file cannot be read, or it does not contain a date.
+        ConfigError: with a one-line message, if the file cannot be read or does not contain a date.
     """
     path = folder / FILE
     try:

@@ -12,16 +12,13 @@ from a2tgpo.run.checkpoints import RunCheckpoints
 
 
 class EarlyStop:
-    """Decides whether the run must stop now.
-
-    The run must stop if a stop is requested, or if the job may end before the next stages and a save are done.
+    """Decides whether the run must stop, because a stop is requested or the job ends soon.
 
     Args:
         request: reports a requested stop and the end of the job.
-        state: the state that a rollout advances. If a step is unfinished, `rewind` restores this state and the random
-            generators to what they were before the step.
-        outage: measures how long this rank's engine waits for a service that is down. The duration of a rollout is
-            taken without these waits, because they do not predict the duration of the next rollout.
+        state: the state that a rollout advances.
+        outage: measures how long this rank's engine waits for a service that is down. These waits do not count in the
+            duration of a rollout, because they do not predict the duration of the next rollout.
         checkpoints: measures how long a save takes.
     """
 
@@ -37,10 +34,7 @@ class EarlyStop:
         self._outage_before_s = 0.0
 
     def should_stop(self, *stages: str) -> bool:
-        """Return whether this rank must stop now.
-
-        It must if it knows of a requested stop, or if the job may end before `stages` and a save are done.
-        """
+        """Return whether a stop is requested on this rank, or the job may end before `stages` and a save are done."""
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
         return self.request.should_stop(needed_s=needed_s + self._checkpoints.longest_save_s)
 
@@ -69,7 +63,7 @@ class EarlyStop:
             self._longest[name] = max(own_s, self._longest.get(name, 0.0))
 
     def rewind(self) -> None:
-        """Restore the state to what it was right after the last finished step."""
+        """If a step is unfinished, restore the state and the random generators to what they were before the step."""
         if self._before_step is not None:
             snapshot, rng = self._before_step
             self._state.restore(snapshot)

@@ -1,4 +1,4 @@
-"""Write the last lines of a run. They tell where the results are, or why the run stopped and how to continue it."""
+"""Format the last lines of a run: where the results are, or why the run stopped and how to continue it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ def stopped(folder: RunFolder, step: int, *, num_steps: int, reason: str) -> str
 
 
 def alarmed(folder: RunFolder, best: BestCheckpoint, step: int, *, num_steps: int, guards: Guards) -> str:
-    """Return the line for a stop by the guards.
-
-    The line gives the reason of the stop, the last good weights, and the way to continue nevertheless.
-    """
+    """Return the line for a stop by the guards: the reason, the last good weights, and the way to continue."""
     last_good = ""
     if guards.num_skipping:
         steps = [

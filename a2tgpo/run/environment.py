@@ -1,7 +1,4 @@
-"""Describe the environment of a start, and compare it with the environment of the last start.
-
-The environment is the user, the time, the place, the code and the packages. The settings are recorded elsewhere.
-"""
+"""Describe the environment of a start, and compare its packages and code with those of the last start."""
 
 from __future__ import annotations
 
@@ -18,10 +15,7 @@ from a2tgpo.run.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_l
 
 
 def describe_environment() -> str:
-    """Return the environment of this process as text, with one name and its value per line.
-
-    The values are the user, the time, the place, the command, the versions of the packages, and the code.
-    """
+    """Return user, time, place, command, package versions and code of this process, one per line as `NAME VALUE`."""
     lines = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "user": _user(),
@@ -42,12 +36,10 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Compare the packages and the code of this start with those of the last start.
+    """Return the changed packages and code that the program refuses, and those that the program only reports.
 
-    Returns two maps of changes. For a change in the first map, the program refuses the start. It only reports a
-    change in the second map. Code is compared by content, so a commit that changes no executed file is not a change.
-    If the last start had uncommitted changes or no checkout, a developer is at work, so a change of code is in the
-    second map.
+    Code is compared by content, so a commit that changes no executed file is not a change. A change of code is only
+    reported if the last start had uncommitted changes or no checkout.
     """
     packages = changes(before, {name: now[name] for name in package_versions()})
     if before.get("code", now["code"]) == now["code"]:

@@ -22,15 +22,15 @@ NOT_COMPARED = (
 )
 """Prefixes of metrics that two equal runs need not share.
 
-Such a metric depends on the clock, on failures, or on the weights that an engine had before. An engine that has just
-started receives all weights, and an older engine may receive fewer."""
+They depend on the clock, on failures, or on the weights that an engine had before a refit.
+"""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
     """Return, for each step of `run`, the metrics that a second run with the same settings must reproduce.
 
     Raises:
-        ConfigError: one line; the run has no metrics.
+        ConfigError: with a one-line message, if the run has no metrics.
     """
     try:
         records = read_metrics(run / METRICS_FILE)
@@ -45,12 +45,10 @@ def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Return a line for each difference between two runs, or an empty list if there is none.
-
-    Only the steps that both runs recorded are compared.
+    """Return a line for each difference between two runs, in the steps that both runs recorded.
 
     Raises:
-        ConfigError: one line; a run has no metrics, or the two runs have no step in common.
+        ConfigError: with a one-line message, if a run has no metrics or the two runs have no step in common.
     """
     ours, theirs = comparable_metrics(first), comparable_metrics(second)
     steps = sorted(ours.keys() & theirs.keys())
@@ -66,11 +64,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
-    """Return a line for each of `steps` in which the rollouts of the two runs differ, and a line for each of `steps`
-    in which the tensors of their checkpoints differ.
-
-    If only one run has rollouts or a checkpoint of a step, there is nothing to compare.
-    """
+    """Return a line for each step whose rollouts differ, and for each step whose checkpoints have other tensors."""
     # Import here, because this import also imports Megatron, which takes seconds.
     from a2tgpo.checkpoint.folder import MARKER, has_weights_only
 
@@ -90,11 +84,7 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
 
 
 def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
-    """Return whether two recordings of a step are equal.
-
-    The recordings are compared by bytes. If the two runs divided the records into files differently, the recordings
-    are compared by records.
-    """
+    """Return whether two recordings of a step have equal records, however these are divided into files."""
     if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
         return True
     return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(
@@ -103,10 +93,7 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
 
 
 def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
-    """Return a map from each tensor file of a checkpoint to the size and the checksum of the file.
-
-    If `of_weights` is True, the map contains only the files of the weights.
-    """
+    """Return the size and checksum of each tensor file of a checkpoint; with `of_weights`, only those of weights."""
     from a2tgpo.checkpoint.folder import is_of_weights
 
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]

@@ -52,13 +52,13 @@ class RunFolder:
         """Create and claim the folder; return the checkpoint to resume from, or None if the run begins at step 0.
 
         Args:
-            resume: one of `auto`, `none`, and the folder of a checkpoint. With `auto`, the run resumes from its
-                newest complete checkpoint if it has one. With `none`, the old folder is renamed to NAME.previous_N.
+            resume: `auto`, `none`, or the folder of a checkpoint. With `auto`, the run resumes from its newest
+                complete checkpoint if it has one. With `none`, the old folder is renamed to NAME.previous_N.
             accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: `resume` is a path without a checkpoint, the run's folder cannot be created, another
-                process holds the folder, or the folder contains another experiment; raised on all ranks.
+            ConfigError: on all ranks, if `resume` is a path without a checkpoint, the run's folder cannot be created,
+                another process holds the folder, or the folder contains another experiment.
         """
         check_resume(resume)
         fault = [""]

@@ -1,14 +1,12 @@
 """Allow only one run at a time in a folder.
 
-The process that holds the folder writes its identity to `holder.json` in the folder. It then changes this file at
-regular intervals as a sign of life. Locks of the file system are unsuitable, because Lustre is often mounted without
-them, because NFS keeps the locks of a crashed node, and because a forked child keeps the flock of its dead parent.
+The process that holds the folder writes its identity to `holder.json`, and then changes this file at regular
+intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without them, NFS keeps
+the locks of a crashed node, and a forked child keeps the flock of its dead parent.
 
-A start that finds another holder checks whether this holder lives. If the holder runs on the same machine, its
-process id and start time show at once whether it lives. If the holder belongs to the same Slurm job before a requeue,
-it has ended. In all other cases the start watches whether the file still changes. It compares the contents of the
-file and uses no clock of another machine. It opens the file anew for each read, because only then does NFS ask the
-server.
+A start that finds another holder on the same machine checks the holder's process id and start time. A holder of the
+same Slurm job before a requeue has ended. In all other cases the start watches whether the file still changes. The
+start opens the file anew for each read, because only then does NFS ask the server.
 """
 
 from __future__ import annotations
@@ -33,25 +31,23 @@ logger = logging.getLogger(__name__)
 
 FILE = "holder.json"
 BEAT_S = 5.0
-"""Seconds between two signs of life."""
 SILENCE_S = 45.0
-"""If a holder on another machine gives no sign of life for this many seconds, a start considers the holder dead."""
+"""Seconds without a sign of life after which a start considers a holder on another machine dead."""
 SETTLE_S = 1.0
-"""Seconds that a start waits after it has replaced a dead holder. Two starts may replace the same holder at the same
-time. After the wait, both read the file to see which of them holds the folder."""
+"""Seconds that a start waits after it has replaced a dead holder, because two starts may do so at the same time."""
 _WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """The identity of a process that holds a folder; no two processes have the same identity."""
+    """The identity of a process that holds a folder. No two processes have the same identity."""
 
     host: str
     pid: int
     started: int
     """Start time of the process, in ticks after boot. A process id alone is not unique, because ids are reused."""
     boot: str
-    """Boot id and PID namespace of the process. Only a process that has the same two can check the process id."""
+    """Boot id and PID namespace of the process. Only a process with the same two can check the process id."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0
@@ -86,10 +82,10 @@ class FolderLock:
 
     Args:
         folder: the folder of the run, which must exist.
-        key: the setting that names the folder; the error message names this setting.
+        key: the setting that names the folder, for the error message.
 
     Raises:
-        ConfigError: one line; another process holds the folder, and the line names this process.
+        ConfigError: with a one-line message, if another process holds the folder.
     """
 
     def __init__(self, folder: Path, *, key: str = "run.name"):
@@ -138,8 +134,8 @@ class FolderLock:
         return None if found is None or _is(self._me, found) else found
 
     def _write(self) -> None:
-        # Write in place and always the same number of bytes, so that a reader sees either the old content or the new
-        # content, never a mixture of both.
+        # Always write the same number of bytes in place, so that a reader never sees a mixture of old and new
+        # content.
         text = json.dumps({**dataclasses.asdict(self._me), "beat": self._count})
         with open(self._path, "r+b" if self._path.exists() else "wb") as stream:
             stream.write(text.encode().ljust(_WIDTH) + b"\n")
@@ -177,10 +173,7 @@ def _lives(path: Path, other: Holder, me: Holder) -> bool:
 
 
 def _changes(path: Path) -> bool:
-    """Return whether the content of the file changes within `SILENCE_S` seconds.
-
-    If a read hangs, the wait starts again, because the file system may then have delayed a sign of life.
-    """
+    """Return whether the content of the file changes within `SILENCE_S` seconds. A hanging read restarts the wait."""
     first, silent_s = _content(path), 0.0
     pause_s = min(BEAT_S, SILENCE_S / 4)
     while silent_s < SILENCE_S:
@@ -216,8 +209,7 @@ def _is(one: Holder, other: Holder | None) -> bool:
 def _started(pid: int) -> int | None:
     """Return the start time of the process `pid` in ticks after boot, or None if it does not exist or is a zombie."""
     try:
-        # The second field is the name of the process. The name may contain any character, and it ends at the last
-        # ")".
+        # The second field is the process's name, which may contain any character and ends at the last ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, UnicodeDecodeError):
         return None

@@ -20,17 +20,16 @@ def load_as_started(
 ) -> RunConfig:
     """Return the configuration of a job.
 
-    The first start loads the configuration from `path` and `overrides`, and each later start loads it from `kept`. If
-    an override of the form `section.field=value` follows the last file among `overrides`, it applies at every start.
-    The job adds such overrides if their values change from start to start. An example is the address of its retrieval
-    server.
+    The first start loads `path` and `overrides`, and each later start loads `kept`. The `section.field=value`
+    overrides after the last file in `overrides` apply at every start, because their values may change from start to
+    start. An example is the address of the job's retrieval server.
 
     Args:
         kept: the file that `keep` writes. If it is None or does not exist, this start is the first.
         is_reporter: whether this process logs how the files have changed since the first start.
 
     Raises:
-        ConfigError: one line; for the reasons that `load_config` gives.
+        ConfigError: for the same reasons as `load_config`.
     """
     if kept is None or not kept.exists():
         return load_config(path, overrides)
@@ -53,10 +52,7 @@ def keep(kept: Path, config: RunConfig) -> None:
 
 
 def _describe_file_changes(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
-    """Return a clause that tells how the configuration files have changed since the job's first start.
-
-    The clause is empty if they have not changed. The job ignores the changes.
-    """
+    """Return a clause that tells how the configuration files have changed since the first start, or an empty text."""
     try:
         live = load_config(path, overrides)
     except ConfigError as error:

@@ -35,7 +35,7 @@ _SCORED_BY = (
 
 
 def check_resume(resume: str) -> None:
-    """Raise `ConfigError` if `resume` is a path and no complete checkpoint is at this path."""
+    """Raise `ConfigError` if `resume` is a path without a complete checkpoint."""
     if resume not in ("auto", "none") and not (Path(resume) / checkpoint.MARKER).is_file():
         raise ConfigError(
             f"--resume is {resume!r}; allowed: auto, none, or a checkpoint's folder with {checkpoint.MARKER}"
@@ -43,13 +43,12 @@ def check_resume(resume: str) -> None:
 
 
 def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint from which a start would resume and the record of it, or None if there is no checkpoint.
+    """Return the checkpoint from which a start would resume and its record, or None; one process may call this.
 
-    One process may call this. It reads only `state.json`. If `resume` is `auto`, this function returns the newest
-    checkpoint whose `state.json` can be read.
+    With `auto`, this is the newest checkpoint whose `state.json` can be read. No other file is read.
 
     Raises:
-        ConfigError: one line; `resume` is a path, and the record at this path cannot be read.
+        ConfigError: with a one-line message, if `resume` is a path whose record cannot be read.
     """
     paths = [] if resume == "none" else [Path(resume)]
     if resume == "auto":
@@ -70,10 +69,7 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
 
 
 def trained_so_far(folder: Path) -> str:
-    """Return a few words about the progress of the run in `folder`.
-
-    The result is empty if the run has neither a checkpoint nor recorded rollouts.
-    """
+    """Return a few words about the run's progress; an empty string without a checkpoint and recorded rollouts."""
     root = folder / "checkpoints"
     for step in checkpoint.steps_in(root):
         if (root / f"step_{step}" / checkpoint.MARKER).is_file():
@@ -100,10 +96,7 @@ def require_same_run(
 
 
 def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
-    """Return the settings whose values differ between the checkpoint's `state` and `config`.
-
-    The result is empty if `state` contains no settings.
-    """
+    """Return the settings whose values differ between the checkpoint's `state` and `config`."""
     return changes(with_new_names(state.get("settings", {})), settings_of(config))
 
 
@@ -114,10 +107,9 @@ def follow_settings(
     prompts: PromptSet,
     changed: Collection[str],
 ) -> tuple[list[Held], dict[str, int]]:
-    """Select the carried groups that can continue with the present settings.
+    """Select the carried groups that can continue with the present settings. The result is equal on all ranks.
 
-    If the settings now allow fewer tokens or turns than a trajectory has, the trajectory is shortened and continues.
-    All ranks read the same groups, so the result is equal on all ranks.
+    A trajectory with more tokens or turns than the settings now allow is shortened and continues.
 
     Args:
         held: the carried groups of all engines.

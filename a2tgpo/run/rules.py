@@ -33,10 +33,7 @@ class Rules:
         return key.startswith(self.used) and key not in PLACES
 
     def is_free(self, key: str, config: RunConfig) -> bool:
-        """Return whether the setting `key` may change between two starts.
-
-        The setting run.steps may change only if the learning rate is constant, because a decay depends on run.steps.
-        """
+        """Return whether the setting `key` may change. run.steps may not change if a learning rate decay uses it."""
         if key == "run.steps":
             return config.update.lr_schedule == "constant"
         return key.startswith(self.free)
@@ -87,13 +84,13 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Return a map from each of `keys` to its value in `text`. If `text` lacks a key, the map lacks it, too.
+    """Return a map from each of `keys` that `text` contains to its value.
 
     Args:
         text: a configuration that `dump_config` wrote, in this version or an earlier one.
 
     Raises:
-        yaml.YAMLError: `text` is not YAML.
+        yaml.YAMLError: if `text` is not YAML.
     """
     sections = yaml.safe_load(text)
     found = {}
@@ -107,10 +104,7 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the keys that both maps have and whose values differ.
-
-    A key that only one map has is no change, because earlier versions of the program had fewer keys.
-    """
+    """Return the keys whose values differ between the maps. A key that only one map has is no change."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 
@@ -121,7 +115,7 @@ def changes_since(text: str, config: RunConfig, rules: Rules) -> Changes:
         text: the earlier configuration, as `dump_config` wrote it.
 
     Raises:
-        yaml.YAMLError: `text` is not YAML.
+        yaml.YAMLError: if `text` is not YAML.
     """
     keys = [key for key in flat_config(config) if rules.is_used(key)]
     return changes(written_settings(text, keys), written_settings(dump_config(config), keys))

@@ -1,7 +1,7 @@
 """Record each start of an experiment in its folder, and compare each start with the start before it.
 
-The files config.N.yaml and env.N.txt describe the N-th start, and config.yaml describes the last start. The
-program refuses a start with changes unless the user accepts the changes. It only reports changes of free settings.
+The program refuses a start with changes unless the user accepts the changes. It only reports changes of free
+settings.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Difference:
 
 
 def number_of_starts(folder: Path) -> int:
-    """Return the number of starts that `folder` records."""
     names = (entry.name for entry in folder.iterdir()) if folder.is_dir() else ()
     return max((int(match[1]) for name in names if (match := _STARTED.fullmatch(name))), default=0)
 
@@ -47,7 +46,7 @@ def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
     """Return the changes from the last start in `folder` to a start with `config`.
 
     Raises:
-        ConfigError: one line; the record of the last start cannot be read.
+        ConfigError: with a one-line message, if the record of the last start cannot be read.
     """
     path = folder / CONFIG_FILE
     try:
@@ -70,12 +69,11 @@ def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool,
     """Compare this start with the last start in `folder`, and report the changes; one process calls this.
 
     Args:
-        config: the configuration of this start.
         accept: whether to continue despite changes that the program would refuse.
         done: the progress of the experiment, in a few words.
 
     Raises:
-        ConfigError: one line; a change would make the run another experiment, and `accept` is False.
+        ConfigError: with a one-line message, if a change would make the run another experiment and `accept` is False.
     """
     found = difference(folder, config, rules)
     if found.refused and not accept:

@@ -22,7 +22,7 @@ PACKAGES = (
 CODE = ("a2tgpo", "launch")
 """Folders whose Python files a run executes."""
 COMMIT_FILE = "COMMIT"
-"""Name of a file in a copy of a checkout (slurm/job.sh). The file has the line that `commit_line` returned there."""
+"""File in a copy of a checkout (slurm/job.sh). It contains the line that `commit_line` returned in the checkout."""
 UNKNOWN = "unknown"
 UNCOMMITTED = " with uncommitted changes"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +44,7 @@ def commit_line() -> str:
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Return a short digest over the names and the contents of all Python files that a run executes.
-
-    The digest does not need git.
-    """
+    """Return a short digest of the names and contents of all Python files that a run executes."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (_ROOT / folder).rglob("*.py")):
         content = path.read_bytes()
@@ -56,18 +53,12 @@ def code_fingerprint() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return a map with the versions of Python and of each of `PACKAGES`, and with the commit of this code.
-
-    If a package is missing, its version is "not installed".
-    """
+    """Return a map with the versions of Python and of each of `PACKAGES`, and with the commit of this code."""
     return package_versions() | {"commit": commit()}
 
 
 def package_versions() -> dict[str, str]:
-    """Return a map with the versions of Python and of each of `PACKAGES`.
-
-    If a package is missing, its version is "not installed".
-    """
+    """Return the versions of Python and of each of `PACKAGES`. A missing package has the version "not installed"."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -85,10 +76,9 @@ def _copied_line() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Run git in the checkout of this code, and return its output.
+    """Return the output of git in the checkout of this code; an empty string if git fails or there is no checkout.
 
-    The output is empty if git fails, if git is missing, or if there is no checkout. In a container, the checkout may
-    belong to another user, and git then reads it only with safe.directory.
+    In a container, the checkout may belong to another user. git then reads it only with safe.directory.
     """
     if not (_ROOT / ".git").exists():  # an installed package may be inside another repository
         return ""
