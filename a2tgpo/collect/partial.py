@@ -5,8 +5,8 @@ begin with new prompts. A trajectory pauses between two turns, after `tokens_per
 (Kimi k1.5, arXiv 2501.12599, pauses inside a response.) The step trains on the oldest complete groups. All other
 groups are carried over to the next step.
 
-If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group to
-its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
+If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
+to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
 
     partial/carried_trajectories  number of unfinished trajectories that continue in the next step
     partial/carried_tokens        number of tokens in these trajectories that were sampled

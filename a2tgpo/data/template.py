@@ -178,7 +178,7 @@ class PromptTemplate:
         return None
 
     def _answered(self) -> str:
-        """Return a rendered conversation that ends with an answer, or an empty text if the template refuses answers."""
+        """Return a rendered conversation that ends with an answer, or "" if the template refuses answers."""
         messages = [*self._messages(_PROBE), {"role": "assistant", "content": _ANSWER}]
         try:
             (whole,) = self._apply([messages], has_header=False)

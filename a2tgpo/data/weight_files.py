@@ -15,8 +15,8 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 def weight_files(path: str) -> dict[str, Path]:
     """Return the safetensors files of the checkpoint in folder `path`, as a map from file name to path.
 
-    If the folder has an index, return the files that the index lists. Otherwise return model.safetensors if it exists,
-    else all *.safetensors files. Other files are ignored, for example an adapter.
+    If the folder has an index, return the files that the index lists. Otherwise return model.safetensors if it
+    exists, else all *.safetensors files. Other files are ignored, for example an adapter.
 
     Raises:
         ConfigError: with a one-line message, if the folder has no such files, if the index is malformed or lists a

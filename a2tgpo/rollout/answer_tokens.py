@@ -34,7 +34,8 @@ class AnswerTokens:
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
         """Return the tokens between the gold answer and the context.
 
-        The context is the prompt and the first `num_turns` turns. The scaffold closes a thought only if one is open, and it opens a thought only if none is open.
+        The context is the prompt and the first `num_turns` turns. The scaffold closes a thought if the context has an
+        open thought, and otherwise opens a thought.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))

@@ -27,8 +27,8 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 def _forget_packed_experts(model: Any) -> None:
     """Make the next reload pack the experts again. Call this before the reload.
 
-    vLLM packs experts only when it builds their kernel for the first time. A later reload would copy unpacked weights into the
-    packed storage (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
+    vLLM packs experts only when it builds their kernel for the first time. A later reload would copy unpacked weights
+    into the packed storage (vllm/model_executor/layers/fused_moe/unquantized_fused_moe_method.py, _setup_kernel).
     """
     for layer in model.modules():
         method: Any = getattr(layer, "quant_method", None)

@@ -42,8 +42,8 @@ class ToolPool:
     """Run tool calls in threads, and return their answers as they arrive.
 
     The ranks of an engine must make the same calls in the same order. Only the first rank calls tools and reads
-    the clock. This rank broadcasts answers and faults, because the schedulers of all ranks must see the same requests in
-    the same order.
+    the clock. This rank broadcasts answers and faults, because the schedulers of all ranks must see the same requests
+    in the same order.
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers.
 
