@@ -1,7 +1,7 @@
 """The records of prompts, turns and trajectories that pass through a training step.
 
-The loss is computed on exactly the token ids that the engine sampled: no text is decoded and encoded again.
-Tokens and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36.
+The loss is computed on exactly the token ids that the engine sampled: no text is decoded and encoded again. Tokens
+and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
     """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its limit,
-    and
-    ends after two consecutive steps in which the metric is within its limit. A limit of 0 turns its alarm off.
+    and ends after two consecutive steps in which the metric is within its limit. A limit of 0 turns its alarm off.
     """
 
     baseline_steps: int = 5
@@ -19,8 +18,7 @@ class GuardConfig:
     """Alarm if the entropy falls below this share of its baseline. The policy has then collapsed."""
     max_likelihood_drop: float = 0.5
     """Alarm if the mean log-prob of sampled tokens in correct trajectories is more than this many nats per token
-    below
-    its baseline."""
+    below its baseline."""
     max_format_error_rise: float = 0.2
     """Alarm if the share of malformed responses is more than this above its baseline."""
     max_noise_share: float = 0.5

@@ -64,8 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Args:
         path: YAML file of sections.
         overrides: texts of the form `section.field=value`, and paths of YAML files of sections. Later ones win. A
-            value
-            is read as YAML, unless the field is a text or a choice.
+            value is read as YAML, unless the field is a text or a choice.
 
     Raises:
         ConfigError: with a one-line message that names the source, the key, its value and the allowed values, if a
@@ -208,8 +207,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
     Raises:
         ConfigError: with a one-line message, if a key is unknown, has been renamed or is a section, or if a value
-            does
-            not have the field's type.
+            does not have the field's type.
     """
     if renamed := [f"{key} was renamed: {RENAMED[key]}" for key, _ in settings if key in RENAMED]:
         raise ConfigError(f"{source}: {'; '.join(renamed)}")

@@ -35,14 +35,13 @@ class RunSettings:
     """Number of training steps (paper: about 240)."""
     seed: int = 0
     """Seed, below 2^32, of the choice of prompts, the sampling of rollouts, and the initial state. Results do not
-    depend
-    on the layout of the processes."""
+    depend on the layout of the processes."""
     log_rollouts: int = 8
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
-    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps before the
-    newest checkpoint are removed, and multiples of 100 last."""
+    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps before the newest
+    checkpoint are removed, and multiples of 100 last."""
 
     def __post_init__(self) -> None:
         require(
@@ -66,8 +65,7 @@ class RunSettings:
 class EvaluationConfig:
     every: int = 10
     """Number of steps between evaluations; 0: no evaluations between the first and the last step. An evaluation
-    always
-    follows the last step."""
+    always follows the last step."""
     at_start: bool = True
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
@@ -90,18 +88,15 @@ class CheckpointConfig:
     """The weights of an older checkpoint are kept if its step is a multiple of this number. 0: none are kept."""
     keep_gb: float = 0.0
     """GB of disk space for weights of older checkpoints; 0: no limit. The oldest are removed first, but never the
-    best
-    checkpoint's."""
+    best checkpoint's."""
     keep_previous: int = 0
     """A start with --resume none renames the run's old folder to NAME.previous_N. This many of the newest such
-    folders
-    are kept; 0: all."""
+    folders are kept; 0: all."""
     max_failures: int = 3
     """Number of consecutive failed saves after which the run ends."""
     margin_s: float = 120.0
     """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
-    the
-    longest update and save so far, plus this many seconds."""
+    the longest update and save so far, plus this many seconds."""
     best_by: Literal["em", "em_format_gated", "f1", "none"] = "em"
     """Held-out score that decides which checkpoint is the best. The weights of the best checkpoint are kept. none: no
     checkpoint is the best."""

@@ -29,8 +29,8 @@ class SearchConfig:
     break_after: int = 16
     """Number of consecutive failures that open the circuit breaker. Further searches then fail at once."""
     break_s: float = 15.0
-    """Seconds until an open circuit breaker lets one trial query pass. A failed trial keeps the breaker open for
-    this time again."""
+    """Seconds until an open circuit breaker lets one trial query pass. A failed trial keeps the breaker open for this
+    time again."""
     token_file: Expanded = ""
     """File with the server's bearer token. Without a file, the client uses the environment variable
     A2TGPO_SEARCH_TOKEN, if it exists."""

@@ -17,8 +17,7 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 class _StrictLoader(yaml.SafeLoader):
     """Load YAML as `yaml.safe_load` does, but refuse duplicate keys, integers past 2^1024, numbers that YAML 1.1
-    reads
-    in base 8 or 60, and aliases of lists and mappings. Nested aliases expand exponentially.
+    reads in base 8 or 60, and aliases of lists and mappings. Nested aliases expand exponentially.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

@@ -22,16 +22,14 @@ class WarmstartConfig:
     weight_decay: float = 0.01
     observation_weight: float = 0.0
     """Weight of prompt and observation tokens in the loss; tokens that the policy writes have weight 1. A weight
-    above
-    0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
+    above 0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
     fp8: bool = False
     """Compute in FP8 if `model.fp8` turns it on. false: compute in model.dtype."""
     held_out: float = 0.02
     """Share of the questions whose demonstrations are held out for the metric `warmstart/held_out_loss`."""
     evaluate_every: int = 50
     """Number of steps between computations of the held-out loss; 0: none. The loss is always computed before the
-    first
-    step and after the last one."""
+    first step and after the last one."""
     checkpoint_every: int = 100
     """Number of steps between checkpoints; 0: none. A stopped warm start and the last step always write one. Only the
     newest checkpoint is kept, until model.path is written."""

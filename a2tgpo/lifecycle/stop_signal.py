@@ -2,8 +2,7 @@
 
 SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training, the process exits at once.
 During training, the signal is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
-signals
-do nothing, because schedulers send several.
+signals do nothing, because schedulers send several.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ first rank past its deadline prints one line that names the ranks that are behin
 to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
 While a rank waits for a tool's service (`Outage`), the clock stops on all ranks, because other ranks may wait for
-that
-rank.
+that rank.
 """
 
 from __future__ import annotations

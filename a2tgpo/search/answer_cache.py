@@ -16,13 +16,11 @@ ANSWER_BYTES, PASSAGE_BYTES = 300, 250
 
 
 class AnswerCache:
-    """Stores answers up to a total size, and evicts the least recently used answers first.
-
-    Many threads may use it at the same time.
+    """Stores answers up to a total size, and evicts the least recently used answers first. Threads may share it.
 
     Args:
-        max_bytes: largest size of all answers together. A passage counts with its full size, even if its corpus is in
-            memory anyway. An answer that is larger than `max_bytes` is not stored.
+        max_bytes: largest size of all answers, each with the full size of its passages. A larger answer is not
+            stored.
     """
 
     def __init__(self, max_bytes: int):
@@ -35,7 +33,6 @@ class AnswerCache:
         """Number of calls of `get` that found an answer."""
 
     def get(self, query: str, top_k: int) -> Hits | None:
-        """Return the stored answer; None if it was evicted or never stored."""
         with self._lock:
             hits = self._answers.get((query, top_k))
             if hits is not None:
@@ -56,7 +53,6 @@ class AnswerCache:
                 self._drop(*next(iter(self._answers)))
 
     def clear(self) -> None:
-        """Drop all answers."""
         with self._lock:
             self._answers.clear()
             self.num_bytes = 0

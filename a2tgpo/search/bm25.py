@@ -19,17 +19,14 @@ _STOPWORDS = frozenset(STOPWORDS_EN)
 
 
 class Bm25Index:
-    """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts, in any script (`words.py`).
-
-    An index does not change after its construction, so any number of threads may search it.
+    """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts. Any number of threads may search it.
 
     Args:
-        passages: the corpus, at least one.
-        scores: a matrix that was built earlier from the same passages (see `save`); None: build the matrix now.
+        scores: the matrix of the same passages, from `score_matrix`; None: build the matrix now.
         key: the name of the corpus in error messages.
 
     Raises:
-        ConfigError: if no passage has a word.
+        ConfigError: with a one-line message, if no passage has a word.
     """
 
     kind = "bm25"
@@ -40,19 +37,19 @@ class Bm25Index:
 
     @classmethod
     def load(cls, folder: Path, passages: Sequence[Passage]) -> Bm25Index:
-        """Return the index that `save` wrote to `folder`; its files are memory-mapped."""
+        """Return the index that `save` wrote to `folder`. Its files are memory-mapped."""
         scores = bm25s.BM25.load(folder, mmap=True, load_corpus=False, show_progress=False, verbosity=0)
         return cls(passages, scores=scores)
 
     def save(self, folder: Path) -> None:
-        """Write the files that `load` reads; these do not contain the passages."""
+        """Write the files that `load` reads. The passages are not written."""
         self._bm25.save(folder, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        """Return at most `top_k` passages with their scores, best first.
+        """Return at most `top_k` passages with their scores, best first. Ties are in the corpus's order.
 
-        A passage that shares no word with the query is never returned. Passages with equal scores are in the corpus's
-        order. Stop words in the query are ignored, unless the query has only stop words.
+        A passage that shares no word with the query is never returned. Stop words in a query are ignored, unless it
+        has only stop words.
         """
         words = words_of(query)
         words = [word for word in words if word not in _STOPWORDS] or words
@@ -62,26 +59,19 @@ class Bm25Index:
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
         found = np.flatnonzero(scores)
         if len(found) > top_k:
-            # A plain top-k breaks ties arbitrarily. To keep the corpus's order without sorting all scores, select all
-            # passages that reach the k-th score and sort only these stably.
+            # A plain top-k breaks ties arbitrarily. For the corpus's order, select all passages that reach the k-th
+            # score, and sort only these stably.
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]
         return [(self.passages[int(i)], float(scores[i])) for i in best]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """Return the result of `search` for each query."""
         return [self.search(query, top_k) for query in queries]
 
 
 def score_matrix(passages: Iterable[Passage], *, key: str) -> Any:
-    """Return bm25s's matrix, which has the score of every word in every passage.
-
-    Words are numbered in the order in which they first occur.
-
-    Args:
-        key: the name of the corpus in error messages.
-    """
+    """Return bm25s's matrix, which has the score of every word in every passage."""
     vocabulary: dict[str, int] = {}
     ids = [
         array("i", [vocabulary.setdefault(word, len(vocabulary)) for word in words_of(_text_of(passage))])

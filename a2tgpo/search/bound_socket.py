@@ -6,7 +6,7 @@ from a2tgpo.io.errors import ConfigError
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to `host` and `port` but does not listen yet; port 0 selects any free port.
+    """Return a socket that is bound to `host` and `port` but does not listen yet. Port 0 selects any free port.
 
     Raises:
         ConfigError: with a one-line message, if the address does not exist or the port is taken.

@@ -1,4 +1,4 @@
-"""Send a short burst of searches, to check that a retrieval server is fast enough before the run needs it."""
+"""Send a short burst of searches to check whether a retrieval server is fast enough for a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from a2tgpo.search.server_address import ServerAddress
 from a2tgpo.search.token import read_token
 
 MAX_CLIENTS = 256
-"""Largest number of clients. With more threads, not the server but this process would be the bottleneck."""
+"""Most clients. With more threads, this process would be the bottleneck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class Burst:
     clients: int
     answered: int
     failed: int
-    """Number of queries that got no answer within search.request_timeout_s."""
+    """Number of queries without an answer within search.request_timeout_s."""
     seconds: float
-    """Time from the start until the last query was answered or failed."""
+    """Time until the last query was answered or failed."""
 
     @property
     def per_second(self) -> float:
@@ -43,7 +43,7 @@ def measure_burst(
 
     Args:
         queries: queries that resemble the run's. A random suffix is added to each, so that no cache has its answer.
-        clients: number of concurrent queries; numbers above `MAX_CLIENTS` are reduced to `MAX_CLIENTS`.
+        clients: number of concurrent queries, at most `MAX_CLIENTS`.
     """
     clients = min(clients, MAX_CLIENTS)
     client = HttpSearch(
@@ -86,15 +86,11 @@ def measure_burst(
 
 
 def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> tuple[str, bool]:
-    """Return a warning if the server is too slow for a run, and whether the run must be refused.
+    """Return a one-line warning if the server is too slow for a run, else "", and whether the run must be refused.
 
     Args:
         needed_per_s: number of answers per second that the run needs.
-        max_shortfall: refuse the run if `needed_per_s` is more than `max_shortfall` times the burst's answers per
-            second; 0: never refuse the run.
-
-    Returns:
-        The warning in one line, which is empty if the server is fast enough, and whether to refuse the run.
+        max_shortfall: largest allowed ratio of `needed_per_s` to the burst's answers per second; 0: no limit.
     """
     if burst.answered and burst.per_second >= needed_per_s:
         return "", False

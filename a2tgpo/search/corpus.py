@@ -8,15 +8,11 @@ from a2tgpo.search.passage import Passage, parse_contents
 def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
     """Return every passage of a JSONL file in Search-R1's format, in file order.
 
-    A record has `id` (a text or an integer; unique) and `contents` (the title in double quotes, a newline, the text).
-
-    Args:
-        path: the file.
-        key: the configuration key or option that names `path`, for error messages.
+    A record has `id` (a text or an integer) and `contents` (the title in double quotes, a newline, the text).
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read, if a record is malformed (the message names
-            its line), if an id occurs twice, or if the file has no passage.
+        ConfigError: with a one-line message that names `key`, if the file cannot be read, if a record is malformed,
+            if an id occurs twice, or if the file has no passage.
     """
     passages: dict[str, Passage] = {}
     for where, record in read_json_lines(path, key=key):
@@ -30,7 +26,7 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
 
 
 def parse_passage(record: dict, where: str) -> Passage:
-    """Return the passage in `record`; if the record is malformed, raise a ConfigError that starts with `where`."""
+    """Return the passage in `record`. If it is malformed, raise a ConfigError that starts with `where`."""
     identity = record.get("id")
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         found = "missing" if "id" not in record else f"{identity!r:.60}"

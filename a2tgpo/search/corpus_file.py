@@ -19,16 +19,15 @@ from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
 WHOLE_BYTES = 256 * 2**20
-"""A file up to this size is hashed whole. Of a larger file, only evenly spaced blocks are hashed."""
+"""Largest size of a file that is hashed whole."""
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 
 def content_fingerprint(path: str | Path) -> str:
-    """Return a fingerprint of a file's content, in well under a second for a corpus of any intended size.
+    """Return a fingerprint of a file's size and content, in well under a second.
 
-    The fingerprint combines the file's size with a hash. A file of up to 256 MiB is hashed whole. Of a larger file,
-    4,096 evenly spaced blocks of 4 KiB are hashed, including the first and the last block. The fingerprint detects
-    that a file is another corpus. It does not detect an edit between two blocks that keeps the file's size.
+    Of a file above `WHOLE_BYTES`, only 4,096 evenly spaced blocks of 4 KiB are hashed. The fingerprint recognises
+    another corpus, but not an edit between two blocks that keeps the file's size.
     """
     size = os.stat(path).st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
@@ -44,13 +43,10 @@ def content_fingerprint(path: str | Path) -> str:
 
 
 class CorpusFile(Sequence[Passage]):
-    """The sequence of all passages in a JSONL file in Search-R1's format; a passage is read when it is requested.
-
-    Many threads may use it at the same time.
+    """The passages of a JSONL file in Search-R1's format, each read when it is requested. Threads may share it.
 
     Args:
-        path: the corpus.
-        offsets: [num_passages] int64, the byte where each passage's line starts; see `scan`.
+        offsets: [num_passages] int64, the byte where each passage's line starts, from `scan`.
     """
 
     def __init__(self, path: str | Path, offsets: np.ndarray):
@@ -88,23 +84,18 @@ def scan(
     progress: Callable[[int], None] = lambda num_bytes: None,
     key: str = "--corpus",
 ) -> np.ndarray:
-    """Return the byte offsets at which the passages of one part of a corpus start; check every line of the part.
+    """Check every line of one part of a corpus, and return the byte offsets of its passages: [num_passages] int64.
 
     Args:
-        path: the corpus.
-        part: (i, n) selects the passages whose position is i modulo n, so that all parts resemble each other; (0, 1)
-            selects all passages.
+        part: (i, n) selects the passages whose position is i modulo n. (0, 1) selects all passages.
         progress: called with the number of bytes read since the last call.
 
-    Returns:
-        [num_passages] int64.
-
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read or is compressed, if a record is malformed
-            (the message names its line), if an id occurs twice in the part, or if the part has no passage.
+        ConfigError: with a one-line message, if the file cannot be read or is compressed, if a record is malformed,
+            if an id occurs twice in the part, or if the part has no passage.
     """
     offsets: list[int] = []
-    # Store hashes of the ids, because 21 million ids as texts would take more memory than the index.
+    # 21 million ids as texts would take more memory than the index.
     seen: set[int] = set()
     number = 0
     for where, start, line in _lines(path, key):

@@ -14,37 +14,30 @@ from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
 PROBED_SHARE, LEAST_PROBED = 1 / 16, 16
-"""A query searches this share of an IVF index's lists, but at least `LEAST_PROBED` lists. The index or the server may
-set another number. With fewer lists, queries find little in a small corpus (docs/retrieval.md)."""
+"""Share of an IVF index's lists that a query searches by default, and the least number of these lists. Fewer lists
+find little in a small corpus (docs/retrieval.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseServing:
-    """How to serve a dense index; the index's files do not depend on these settings."""
+    """How to serve a dense index. The index's files do not depend on these settings."""
 
     encoder_path: str = ""
-    """The encoder's folder on this machine; empty: the folder that was given when the index was built."""
+    """The encoder's folder on this machine; empty: the folder that the index was built with."""
     dtype: str = "auto"
-    """Dtype of the encoder, see `Encoder`."""
+    """Dtype of the encoder (`Encoder`)."""
     num_threads: int = 1
-    """Number of threads that FAISS uses. An encoder on a CPU uses the same number."""
+    """Number of threads of FAISS, and of an encoder on a CPU."""
     on_gpus: bool = False
     """Spread the vectors over all GPUs that FAISS sees, in float16."""
     nprobe: int = 0
-    """Number of IVF lists that a query searches. 0: use the number with which the index was built; if it was built
-    without one, follow `PROBED_SHARE`."""
+    """Number of IVF lists that a query searches. 0: the number that the index was built with, or else the default."""
 
 
 class DenseIndex:
     """Finds the passages whose unit vectors have the largest inner products with a query's unit vector.
 
-    Only one thread at a time may use it.
-
-    Args:
-        passages: the corpus, in the order of the embeddings.
-        encoder: the encoder that embedded the passages.
-        neighbours: the FAISS index over the passages.
-        num_threads: number of threads that a search may use.
+    Only one thread at a time may use it. `passages` has the order of the vectors in the FAISS index `neighbours`.
     """
 
     kind = "dense"
@@ -64,10 +57,10 @@ class DenseIndex:
         """Return the `top_k` nearest passages of each query with their cosines, best first."""
         if not queries:
             return []
-        # OpenMP stores its number of threads for each calling thread; in a new thread it is OMP_NUM_THREADS.
+        # OpenMP's number of threads is a setting of the calling thread. A new thread begins with OMP_NUM_THREADS.
         faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
-        # If there are fewer than top_k passages, FAISS pads with position -1.
+        # FAISS pads with position -1.
         return [
             [
                 (self.passages[int(position)], float(score))
@@ -79,16 +72,16 @@ class DenseIndex:
 
 
 def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0) -> Any:
-    """Return the FAISS index in a file; its vectors are memory-mapped, or copied to the GPUs if `serving` says so.
+    """Return the FAISS index in a file. Its vectors are memory-mapped, or copied to the GPUs if `serving` says so.
 
     Args:
-        built_nprobe: the number of lists that a query searches unless `serving` sets a number; 0: no number.
+        built_nprobe: the number of lists that the index was built with; 0: none.
 
     Raises:
-        ConfigError: if GPUs are requested, but this FAISS sees none.
-        RuntimeError: if the file holds no index.
+        ConfigError: with a one-line message, if GPUs are requested, but this FAISS sees none.
+        RuntimeError: if the file contains no index.
     """
-    # IO_FLAG_MMAP maps only inverted lists; the vectors of a Flat index would be read into memory.
+    # IO_FLAG_MMAP would map only inverted lists, and read a Flat index's vectors into memory.
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     if (lists := inverted_lists(index)) is not None:
         usual = max(LEAST_PROBED, round(lists.nlist * PROBED_SHARE))
@@ -106,7 +99,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
 
 
 def inverted_lists(index: Any) -> Any | None:
-    """Return the IVF index inside `index`; None if `index` contains no IVF index."""
+    """Return the IVF index inside `index`; None if there is none."""
     try:
         return faiss.extract_index_ivf(index)
     except RuntimeError:

@@ -1,8 +1,7 @@
 """Embeddings of a corpus, stored on disk in blocks.
 
-Many processes may fill one folder together, and each of them may end at any time. A block's content depends only on
-its number and on `key.json`, so every process would compute the same content. Two processes that compute the same
-block waste time but do no harm.
+Many processes may fill one folder together, and each may end at any time. A block's content depends only on its
+number and on `key.json`, so two processes that compute the same block do no harm.
 """
 
 from __future__ import annotations
@@ -28,12 +27,10 @@ class EmbeddingBlocks:
     """The blocks in `folder`, which is created if missing.
 
     Args:
-        key: JSON values that identify the corpus, its part and the encoder. If the folder exists, it must have
-            the same key.
-        num_passages: number of passages in the corpus or its part.
+        key: JSON values that identify the corpus, its part and the encoder.
 
     Raises:
-        ConfigError: if the folder exists and has another key.
+        ConfigError: with a one-line message, if the folder exists and has another key.
     """
 
     def __init__(self, folder: Path, *, key: dict[str, Any], num_passages: int):
@@ -48,11 +45,11 @@ class EmbeddingBlocks:
 
     @property
     def num_done(self) -> int:
-        """Number of passages whose blocks exist."""
+        """Number of passages in blocks that exist."""
         return sum(end - start for start, end in map(self.range_of, filter(self.has, range(self.num_blocks))))
 
     def range_of(self, number: int) -> tuple[int, int]:
-        """Return the position of a block's first passage, and the position after its last passage."""
+        """Return the positions of a block's first passage and of the passage after its last."""
         start = number * BLOCK_PASSAGES
         return start, min(start + BLOCK_PASSAGES, self.num_passages)
 
@@ -60,17 +57,14 @@ class EmbeddingBlocks:
         return self._path(number).exists()
 
     def missing(self, *, worker: int = 0, num_workers: int = 1) -> Iterator[int]:
-        """Yield the number of each missing block: first this worker's blocks, then all others in reverse order.
-
-        Whether a block is missing is checked immediately before its number is yielded.
-        """
+        """Yield the number of each missing block: first this worker's blocks, then all others in reverse order."""
         own = range(worker, self.num_blocks, num_workers)
         others = (number for number in reversed(range(self.num_blocks)) if number % num_workers != worker)
         for numbers in (own, others):
             yield from (number for number in numbers if not self.has(number))
 
     def put(self, number: int, vectors: np.ndarray) -> None:
-        """Write the vectors of a block, [passages, dim], as float32; the file appears atomically."""
+        """Write the vectors of a block, [passages, dim], as float32, atomically."""
         process = f".{os.uname().nodename}.{os.getpid()}"
         with atomic_file(self._path(number), writer=process) as stream:
             np.save(stream, vectors.astype(np.float32, copy=False), allow_pickle=False)
@@ -80,7 +74,7 @@ class EmbeddingBlocks:
         return np.load(self._path(number), mmap_mode="r", allow_pickle=False)
 
     def sample(self, num_passages: int) -> np.ndarray:
-        """Return about `num_passages` vectors or fewer, equally spaced in each block: [vectors, dim] float32."""
+        """Return at most about `num_passages` vectors, equally spaced in each block: [vectors, dim] float32."""
         step = max(1, -(-self.num_passages // num_passages))
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 

@@ -1,8 +1,6 @@
-"""Compute sentence embeddings with a Hugging Face encoder.
+"""Compute sentence embeddings with a Hugging Face encoder, such as e5-base-v2 or sentence-transformers' MiniLM.
 
-e5-base-v2 needs "query: " before queries and "passage: " before passages; sentence-transformers' MiniLM needs
-no prefix. For both encoders, an embedding is the mean of the last layer over the tokens, and embeddings are
-compared by cosine.
+e5-base-v2 needs "query: " before queries and "passage: " before passages. MiniLM needs no prefix.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ class EncoderSettings:
     query_prefix: str = ""
     passage_prefix: str = ""
     max_tokens: int = 256
-    """Largest number of tokens in a text; longer texts are truncated."""
+    """Number of tokens to which a text is truncated."""
 
 
 class Encoder:
@@ -37,13 +35,13 @@ class Encoder:
     A text's vector is the mean of the encoder's last layer over the tokens, scaled to length 1.
 
     Args:
-        dtype: dtype of the encoder's weights and layers; auto is bfloat16 on a GPU that supports bfloat16, and
-            float32 elsewhere. Queries and passages may be embedded with different dtypes, because a text's vectors
-            in two dtypes have a cosine above 0.999.
+        dtype: dtype of weights and layers. auto is bfloat16 on a GPU that supports bfloat16, and float32 elsewhere.
+            Queries and passages may have different dtypes: a text's vectors have a cosine above 0.999.
         batch_size: number of texts that run together; None: 256 on a GPU, 64 elsewhere.
 
     Raises:
-        ConfigError: if the folder holds no encoder, or if the encoder supports fewer than `max_tokens` tokens.
+        ConfigError: with a one-line message, if the folder contains no encoder, or if the encoder supports fewer than
+            `max_tokens` tokens.
     """
 
     def __init__(self, settings: EncoderSettings, *, dtype: str = "auto", batch_size: int | None = None):
@@ -60,7 +58,7 @@ class Encoder:
             "a Hugging Face folder of an encoder",
         )
         on_gpu = torch.cuda.is_available()
-        # On CPUs without bfloat16 instructions, bfloat16 is slower.
+        # bfloat16 is slower on CPUs without bfloat16 instructions.
         fast = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
         self.dtype = fast if dtype == "auto" else getattr(torch, dtype)
         try:
@@ -81,7 +79,6 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Number of components of a vector."""
         return int(self._model.config.hidden_size)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
@@ -94,7 +91,7 @@ class Encoder:
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
-        # Texts of similar length form a batch, because padding costs compute.
+        # Padding costs compute, so texts of similar length form a batch.
         order = sorted(range(len(texts)), key=lambda i: len(tokens["input_ids"][i]))
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):

@@ -1,4 +1,4 @@
-"""Errors of a search; each message is one line that states the cause."""
+"""Errors of a search. Each message is one line with the cause."""
 
 
 class SearchError(RuntimeError):
@@ -6,10 +6,9 @@ class SearchError(RuntimeError):
 
 
 class SearchUnavailableError(SearchError):
-    """The server did not serve the query; the same query may succeed later.
+    """The server did not serve the query, but may serve it later.
 
-    Args:
-        may_be_the_query: whether this query may be the cause, so that the server might answer other queries.
+    If `may_be_the_query`, the server might answer other queries now.
     """
 
     def __init__(self, message: str, *, may_be_the_query: bool = False):

@@ -1,8 +1,7 @@
 """Client of a Search-R1 compatible retrieval server.
 
-Wire format: POST {"queries": [text], "topk": k, "return_scores": true}; the answer is {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...]]}. A server without scores sends the document alone instead of an object with
-document and score; the client accepts this form too.
+The client sends {"queries": [text], "topk": k, "return_scores": true}. The answer is {"result": [[{"document": {"id",
+"contents"}, "score": x}, ...]]}. A server without scores may send each document alone.
 """
 
 import functools
@@ -31,7 +30,7 @@ TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _RETRIED_STATUS = frozenset({408, 425, 429})
 _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
-"""With these statuses the server refuses one query, but it may answer the next query."""
+"""Statuses with which the server refuses one query, but may answer the next query."""
 
 
 class _TransientError(SearchUnavailableError):
@@ -39,20 +38,17 @@ class _TransientError(SearchUnavailableError):
 
 
 class HttpSearch:
-    """Queries one server over kept-alive connections, with retries; many threads may use it at the same time.
+    """Queries one server over kept-alive connections, with retries. Threads may share it.
 
     Args:
-        address: address of the endpoint, e.g. http://127.0.0.1:8000/retrieve. A `ServerAddress` is read again after a
-            failure.
-        timeout_s: longest time from sending a request to the last byte of its answer, seconds.
+        address: address of the endpoint, for example http://127.0.0.1:8000/retrieve. A `ServerAddress` is read again
+            after a failure.
+        timeout_s: seconds from sending a request to the last byte of its answer.
         max_attempts: number of tries per query.
-        max_connections: largest number of open connections.
-        break_after: after this number of consecutive queries without an answer, no query is sent for `break_s`. Then
-            one query is sent as a try.
-        break_s: length of this pause, seconds.
-        token: bearer token, if the server requires one.
-        first_wait_s: wait before the second try, seconds. The wait doubles before each further try. A random time of
-            up to `first_wait_s` is added to each wait, and no wait is longer than 8 s.
+        break_after: number of consecutive queries without an answer after which only one query is sent every
+            `break_s` seconds.
+        first_wait_s: seconds before the second try. The wait doubles before each further try, up to 8 s. A random
+            time of up to `first_wait_s` is added to each wait.
     """
 
     def __init__(
@@ -81,25 +77,23 @@ class HttpSearch:
             # Retrieval servers are local, so ignore proxies from the environment.
             trust_env=False,
             timeout=timeout_s,
-            # Request uncompressed answers, because one compressed chunk of zstd can expand to gigabytes.
+            # One compressed chunk of zstd can expand to gigabytes.
             headers={"Accept-Encoding": "identity"}
             | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
         )
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        """Return at most `top_k` passages with their scores (0.0 if the server sends none), best first.
+        """Return at most `top_k` passages with their scores, best first. A score is 0.0 if the server sends none.
 
         Raises:
-            SearchError: if `max_attempts` tries failed, or if one try failed and a retry cannot help. The message is
-                one line with the cause of the last failure.
-            SearchUnavailableError: if the query is probably not the cause of the failure. While the circuit breaker
-                is open, this subclass of SearchError is raised without a try.
+            SearchError: with a one-line message, if all tries failed, or if a retry cannot help.
+            SearchUnavailableError: if the query is probably not the cause, or if the circuit breaker is open.
         """
         return self.search_many([query], top_k)[0]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """Return the result of `search` for several queries, sent in one request; all queries succeed or all fail."""
+        """Return the result of `search` for several queries, sent in one request. All succeed or all fail."""
         if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
@@ -124,7 +118,6 @@ class HttpSearch:
         return found
 
     def answers_others(self) -> bool:
-        """Send one new query, and return whether the server answers it."""
         try:
             self._ask([f"probe {secrets.token_hex(8)}"], 1)
         except SearchError:
@@ -146,7 +139,7 @@ class HttpSearch:
         self._follow()
 
     def _follow(self) -> bool:
-        """Return whether the server has moved; if so, switch to its new address with a new circuit breaker."""
+        """Switch to the server's new address with a new circuit breaker, and return whether there is one."""
         with self._lock:
             if not self._address.has_moved():
                 return False
@@ -184,7 +177,7 @@ class HttpSearch:
                 raise SearchError(
                     f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
                 )
-            # httpx limits each read but not the total time, so a server that sends single bytes would never time out.
+            # httpx limits each read, but not the total time of a server that sends single bytes.
             if time.monotonic() > deadline:
                 raise self._late()
         return bytes(body)
@@ -206,7 +199,7 @@ class HttpSearch:
 
 
 def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:
-    """Return the passages and scores of each query; raise ValueError with a short reason if the body is malformed."""
+    """Return the passages and scores of each query. Raise a short ValueError if the body is malformed."""
     try:
         answer = json.loads(body.decode("utf-8"))
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The retrieval server's application: answer searches in Search-R1's wire format; report health and metrics."""
+"""The retrieval server's application, with Search-R1's wire format, a health check and metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ScoredDocument(BaseModel):
 
 class RetrieveAnswer(BaseModel):
     result: list[list[ScoredDocument]] | list[list[Document]]
-    """For each query, its results, best first. Without return_scores, results are documents without scores."""
+    """The results of each query, best first. Without return_scores, a result is a document."""
 
 
 class Health(BaseModel):
@@ -67,7 +67,7 @@ class Refusal(BaseModel):
 
 
 class ServerMetrics:
-    """The server's metrics, in a Prometheus registry that only this server uses."""
+    """The server's metrics, in a Prometheus registry of their own."""
 
     def __init__(self, *, num_passages: int):
         self.registry = CollectorRegistry()
@@ -100,10 +100,7 @@ def build_app(
     token: str | None = None,
     max_requests_per_s: float = 0.0,
 ) -> FastAPI:
-    """Return the application of a server that searches `index`.
-
-    `num_threads` is explained in `QueryBatcher`; `token` and `max_requests_per_s` are explained in `RequestLimits`.
-    """
+    """Return the application of a server that searches `index`, with the limits of `RequestLimits`."""
     app = FastAPI(title="a2tgpo retrieval server", version="1")
     metrics = ServerMetrics(num_passages=num_passages)
     batcher = QueryBatcher(index, num_threads=num_threads, on_batch=metrics.batch.observe)

@@ -1,8 +1,4 @@
-"""Build an index folder.
-
-A BM25 index is built in one pass. A dense index is built from blocks of embeddings, which one or many processes
-compute, or from an existing FAISS index.
-"""
+"""Build an index folder: a BM25 index, or a dense index from blocks of embeddings or from a FAISS index."""
 
 from __future__ import annotations
 
@@ -30,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(_label: str, _done: int, _total: int) -> None:
-    """Show no progress."""
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +35,22 @@ class DenseRecipe:
 
     encoder: EncoderSettings
     factory: str = "Flat"
-    """FAISS factory string. Flat is exact and searches all vectors; IVF4096,SQ8 searches only the nearest lists."""
+    """FAISS factory string. Flat is exact and searches all vectors. IVF4096,SQ8 searches only the nearest lists."""
     nprobe: int = 0
-    """Number of IVF lists that a query searches; 0: follow `dense.PROBED_SHARE`."""
+    """Number of IVF lists that a query searches; 0: the default (`dense.PROBED_SHARE`)."""
     dtype: str = "auto"
-    """Dtype of the encoder during embedding, see `Encoder`."""
+    """Dtype of the encoder during embedding (`Encoder`)."""
 
 
 def build_bm25(
     corpus: Path, out: Path, *, part: tuple[int, int] = (0, 1), progress: Progress = silent
 ) -> int:
-    """Write the BM25 index of a corpus or of one of its parts to the folder `out`; return the number of passages.
+    """Write the BM25 index of one part of a corpus to the folder `out`, and return the number of passages.
 
-    Args:
-        part: see `corpus_file.scan`.
+    `part` is explained in `corpus_file.scan`.
 
     Raises:
-        ConfigError: with a one-line message, if the corpus is malformed (see `corpus_file.scan`) or `out` exists.
+        ConfigError: with a one-line message, if the corpus is malformed or `out` exists.
     """
     require_new(out)
     offsets = _scan(corpus, part, progress)
@@ -69,13 +64,10 @@ def build_bm25(
 
 
 class DenseBuild:
-    """Builds one dense index; each process that takes part in the build has one such object.
+    """Builds one dense index. Each process that takes part in the build has one such object.
 
     The embeddings stay in the folder `OUT.embeddings` until the index is written, so an interrupted build can
-    continue with them.
-
-    Args:
-        part: see `corpus_file.scan`.
+    continue. `part` is explained in `corpus_file.scan`.
 
     Raises:
         ConfigError: with a one-line message, if the corpus is malformed, if the encoder or the factory string cannot
@@ -92,7 +84,7 @@ class DenseBuild:
         progress: Progress = silent,
     ):
         require_new(out)
-        # Load the encoder before the corpus, so that a bad encoder is found before an hour of reading.
+        # Load the encoder first, so that a bad encoder is found before an hour of reading the corpus.
         self._encoder = Encoder(recipe.encoder, dtype=recipe.dtype)
         empty_index(self._encoder.dim, recipe.factory, num_passages=2**62)
         self._corpus, self._out, self._recipe, self._part = corpus, out, recipe, part
@@ -110,7 +102,7 @@ class DenseBuild:
         self._keep_offsets()
 
     def embed(self, *, worker: int = 0, num_workers: int = 1) -> None:
-        """Compute the missing blocks until all blocks exist, beginning with this worker's share."""
+        """Compute blocks until all exist, beginning with this worker's share."""
         total = len(self._passages)
         self._progress("embedding", self.blocks.num_done, total)
         embed_missing(
@@ -123,7 +115,7 @@ class DenseBuild:
         )
 
     def finish(self) -> int:
-        """Write the index and remove the blocks, all of which must exist; return the number of passages."""
+        """Write the index, remove the blocks, and return the number of passages. All blocks must exist."""
         recipe = self._recipe
         description = describe("dense", self._corpus, part=self._part, num_passages=len(self._passages))
         description |= {
@@ -141,7 +133,7 @@ class DenseBuild:
         return self._out.with_name(f"{self._out.name}.embeddings")
 
     def _read_offsets(self) -> np.ndarray:
-        """Return the offsets that an earlier start or another process stored; without these, scan the corpus."""
+        """Return the offsets that an earlier start or another process stored, or else scan the corpus."""
         kept = (
             self._folder / f"{content_fingerprint(self._corpus)}.{OFFSETS}"
             if self._corpus.is_file()
@@ -161,10 +153,10 @@ class DenseBuild:
 def import_faiss(
     source: Path, corpus: Path, out: Path, recipe: DenseRecipe, *, progress: Progress = silent
 ) -> int:
-    """Build an index folder from a FAISS index that has all passages of a corpus in order; return their number.
+    """Build an index folder from a FAISS index of all passages of a corpus in order, and return their number.
 
     Args:
-        source: the FAISS index, which is not changed; the folder gets a hard link to it or a copy of it.
+        source: the FAISS index, which is not changed. The folder gets a hard link to it or a copy.
         recipe: names the encoder that embedded the passages. Its factory string is ignored.
 
     Raises:

@@ -1,8 +1,7 @@
-"""Indices on disk. An index is a folder with index.json, offsets.npy and the index's own files.
+"""Indices on disk: folders with index.json, offsets.npy and the index's own files.
 
 An index can be used only with the corpus file from which it was built. index.json has the kind of the index, the
-settings for queries, and fingerprints of the corpus and of the folder's other files. A folder is written under a
-temporary name and then renamed, so it is either complete or absent.
+settings for queries, and fingerprints of the corpus and of the folder's other files.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FORMAT = 2
 
 
 class SearchIndex(Protocol):
-    """An index that a retrieval server can search; many threads may use it at the same time."""
+    """An index that a retrieval server can search. Many threads may use it at the same time."""
 
     kind: str
 
@@ -50,14 +49,11 @@ def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: in
 
 @contextlib.contextmanager
 def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> Iterator[Path]:
-    """Create the folder `out` atomically when the `with` block ends.
+    """Yield a temporary folder for an index's own files, and rename it to `out` when the `with` block ends.
 
     Args:
-        description: the result of `describe`, and the entries that only this kind of index has.
-        offsets: the offsets of the passages, see `corpus_file.scan`.
-
-    Yields:
-        A temporary folder, into which the caller writes the index's own files.
+        description: the result of `describe`, and the entries of this kind of index.
+        offsets: the offsets of the passages, from `corpus_file.scan`.
     """
     with atomic_folder(out) as partial:
         yield partial
@@ -66,10 +62,7 @@ def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> I
 
 
 def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = None) -> tuple[SearchIndex, int]:
-    """Return the index in `folder`, with its files and its corpus memory-mapped, and its number of passages.
-
-    Args:
-        serving: how to serve a dense index; None: use the defaults of `DenseServing`.
+    """Return the index in `folder` and its number of passages. Its files and its corpus are memory-mapped.
 
     Raises:
         ConfigError: with a one-line message, if the folder has no index, if the index was built from another corpus,
@@ -87,7 +80,7 @@ def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = Non
             f"{corpus} ({found}); give that corpus, or rebuild the index with tools/build_index.py"
         )
     try:
-        # Check the files before opening any: FAISS allocates the length that a file states, so a damaged file may
+        # Check the files before opening any. FAISS allocates the length that a file states, so a damaged file may
         # hang the process.
         files = _fingerprints(folder)
         if changed := sorted(
@@ -131,7 +124,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _fingerprints(folder: Path) -> dict[str, str]:
-    """Return a map from name to fingerprint for all files in the folder except index.json."""
+    """Return the fingerprint of every file in the folder except index.json."""
     return {
         str(path.relative_to(folder)): content_fingerprint(path)
         for path in sorted(folder.rglob("*"))

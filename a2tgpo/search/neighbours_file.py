@@ -1,4 +1,4 @@
-"""Write a FAISS index file from embeddings on disk, without holding all embeddings in memory."""
+"""Write a FAISS index file from embeddings on disk, without having all embeddings in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""If an index needs training (IVF, PQ), it is trained with about this number of passages or fewer."""
+"""Most passages, about, with which an index that needs training (IVF, PQ) is trained."""
 COUNT_OFFSET = 8
-"""Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count the vectors'
-components.
-"""
+"""Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count all components."""
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
-    """Return an empty FAISS index for cosines, which the string `factory` describes.
+    """Return an empty FAISS index for cosines that the string `factory` describes.
 
     Raises:
-        ConfigError: if FAISS does not know the factory string, or if there are fewer passages than lists.
+        ConfigError: with a one-line message, if FAISS refuses the string, or if there are fewer passages than lists.
     """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -46,11 +44,10 @@ def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
 def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: str) -> None:
     """Write the FAISS index of all blocks to `path`; all blocks must exist.
 
-    A Flat index is written block by block. Any other index is built in memory before it is written; a PQ64 index, for
-    example, takes 64 bytes of memory per passage.
+    A Flat index is written block by block. Any other index is built in memory.
 
     Raises:
-        ConfigError: if there are too few passages to train the index.
+        ConfigError: with a one-line message, if there are too few passages to train the index.
         OSError: if the file cannot be written.
     """
     index = empty_index(dim, factory, num_passages=blocks.num_passages)
@@ -71,11 +68,11 @@ def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: 
 
 
 def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) -> None:
-    """Create a hard link at `path` to an existing FAISS index, or a copy of the index if no link can be created.
+    """Create a hard link at `path` to an existing FAISS index, or a copy if no link can be created.
 
     Raises:
-        ConfigError: if the index does not hold `num_passages` vectors of `dim` components, or if it does not compare
-            them by inner product.
+        ConfigError: with a one-line message, if the index does not contain `num_passages` vectors of `dim`
+            components, or does not compare them by inner product.
     """
     try:
         found = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC)

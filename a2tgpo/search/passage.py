@@ -11,18 +11,18 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """The title in double quotes on the first line, and the text below it. Without a title, the text alone."""
+        """The title in double quotes on the first line, and the text below it. Without a title, only the text."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
 def format_passage(rank: int, passage: Passage) -> str:
-    """Return a passage in the form in which the policy reads it (Search-R1's form); `rank` counts from 1."""
+    """Return a passage in Search-R1's form for the policy; `rank` counts from 1."""
     title = f"(Title: {passage.title}) " if passage.title else ""
     return f"Doc {rank} {title}{' '.join(passage.text.split())}"
 
 
 def parse_contents(passage_id: str, contents: str) -> Passage:
-    """Return the passage in a `contents` field. If the field has only one line, the passage has no title."""
+    """Return the passage in a `contents` field. A field of one line has no title."""
     first, newline, rest = contents.partition("\n")
     if not newline:
         return Passage(passage_id, "", contents.strip())

@@ -15,16 +15,11 @@ CACHE_BYTES = 2**28
 
 
 class QueryBatcher:
-    """Searches an index with batches of queries. If equal queries are in one batch, they are searched once.
-
-    Many threads may use it at the same time.
+    """Searches an index with batches of queries. Equal queries in a batch are searched once. Threads may share it.
 
     Args:
-        index: the index to search.
-        num_threads: number of batches that are searched at the same time. If the index has an encoder, use 1, because
+        num_threads: number of batches that are searched at the same time. Use 1 for an index with an encoder, because
             one batch already uses all cores or the GPU.
-        max_batch: largest number of queries in a batch.
-        cache_bytes: size of the answer cache, see `AnswerCache`.
         on_batch: called with the size of each batch.
     """
 
@@ -51,11 +46,10 @@ class QueryBatcher:
 
     @property
     def num_hits(self) -> int:
-        """Number of queries answered from the cache."""
         return self._cache.num_hits
 
     def submit(self, query: str, top_k: int) -> Future[Hits]:
-        """Queue a query, and return a future for its answer; the future's `result()` raises the search's errors."""
+        """Queue a query, and return a future for its answer."""
         known = self._cache.get(query, top_k)
         future: Future[Hits] = Future()
         if known is not None:
@@ -91,7 +85,7 @@ class QueryBatcher:
                 item = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # a shutdown mark meant for another thread
+            if item is None:  # a shutdown mark for another thread
                 self._waiting.put(None)
                 break
             batch.append(item)

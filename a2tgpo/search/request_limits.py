@@ -1,4 +1,4 @@
-"""Refuse requests that lack the token, are too large or come too often; their bodies are not read."""
+"""Refuse requests that lack the token, are too large or come too often. Their bodies are not read."""
 
 import hmac
 import json
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 MAX_CLIENTS = 4096
-"""Number of addresses whose rate is tracked. If there are more, the least recently seen address is dropped."""
+"""Number of addresses whose rate is tracked. The least recently seen address is dropped first."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -20,15 +20,12 @@ class RequestLimits:
     """ASGI middleware that refuses requests.
 
     A request gets status 401 if it lacks the token, 429 if its client sends too many requests, and 413 if its body is
-    too large or does not declare its length. GET /health is never refused, so that a launcher can wait for the
-    server.
+    too large or does not declare its length. GET /health is never refused, because launchers wait for it.
 
     Args:
-        app: the application that handles all requests that are not refused.
         token: bearer token; None: no token is required.
-        max_body_bytes: largest size of a request's body.
-        max_requests_per_s: largest number of requests per second from one client address. A burst may have the same
-            number of requests. 0: no limit.
+        max_requests_per_s: most requests per second, and most requests in a burst, from one client address. 0: no
+            limit.
     """
 
     def __init__(self, app: App, *, token: str | None, max_body_bytes: int, max_requests_per_s: float):
@@ -70,7 +67,7 @@ class RequestLimits:
         if self._rate and not self._has_room(scope["client"][0] if scope.get("client") else ""):
             return 429, f"more than {self._rate:g} requests per second"
         length = headers.get(b"content-length", b"")
-        # Without a declared length (chunked transfer), the body read into memory would be unbounded.
+        # Without a declared length (chunked transfer), the body would take unbounded memory.
         if scope["method"] == "POST" and not (length.isdigit() and int(length[:20]) <= self._max_body_bytes):
             return 413, f"Content-Length must be given and at most {self._max_body_bytes} bytes"
         return None

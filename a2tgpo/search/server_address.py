@@ -1,4 +1,4 @@
-"""A retrieval server's address, which is fixed or is read from a file that the server writes."""
+"""A retrieval server's address, which is fixed or in a file that the server writes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from a2tgpo.io.errors import ConfigError
 
 
 def write_address(path: Path, url: str) -> None:
-    """Write the server's address to a file, atomically."""
     write_text(path, f"{url}\n")
 
 
 class ServerAddress:
-    """The address in the file `url_file`; if no file is given, the address `url`.
+    """The address in the file `url_file`, or `url` if no file is given.
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read or holds no address.
+        ConfigError: with a one-line message, if the file cannot be read or contains no address.
     """
 
     def __init__(self, url: str, url_file: str = ""):
@@ -26,7 +25,7 @@ class ServerAddress:
         self.url = url if self._path is None else _read(self._path)
 
     def has_moved(self) -> bool:
-        """Read the file again; return True and update `url` if the address has changed."""
+        """Read the file again, and return whether the address has changed."""
         if self._path is None:
             return False
         try:

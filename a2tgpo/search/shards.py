@@ -11,14 +11,11 @@ from a2tgpo.search.passage import Passage
 
 
 class ShardedIndex:
-    """Searches all shards and merges their answers by score.
+    """Searches all shards, one per client, and merges their answers by score.
 
-    Dense scores are comparable across shards. A BM25 score depends on how rare a word is within its shard. If the
-    shards are interleaved parts of the corpus (tools/build_index.py --part), a word is almost equally rare in all of
-    them. The merged order is then nearly the order that one index would return.
-
-    Args:
-        clients: one client per shard.
+    Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. In interleaved
+    parts of a corpus (tools/build_index.py --part), a word is about equally rare, so the merged order is nearly that
+    of one index.
     """
 
     kind = "shards"
@@ -31,7 +28,7 @@ class ShardedIndex:
         """Return the best passages of all shards for each query.
 
         Raises:
-            SearchError: if a shard gave no answer, because an answer from a part of the corpus would be wrong.
+            SearchError: if a shard gave no answer. An answer from a part of the corpus would be wrong.
         """
         pending = [self._executor.submit(client.search_many, queries, top_k) for client in self._clients]
         by_shard = [future.result() for future in pending]

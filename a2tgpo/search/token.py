@@ -1,4 +1,4 @@
-"""Read a retrieval server's bearer token from a file or the environment; no message shows the token."""
+"""Read a retrieval server's bearer token from a file or the environment. No message shows the token."""
 
 import os
 import re
@@ -13,15 +13,11 @@ _TOKEN = re.compile(r"[!-~]{8,4096}")
 def read_token(path: str, *, key: str) -> str | None:
     """Return the token in the file `path`, without surrounding spaces.
 
-    If `path` is empty, return the token in the environment variable TOKEN_VARIABLE; None if the variable is not set.
-
-    Args:
-        path: a file that holds only the token.
-        key: the configuration key or option that names `path`, for error messages.
+    If `path` is empty, return the token in the environment variable TOKEN_VARIABLE, or None if it is not set.
 
     Raises:
-        ConfigError: with a one-line message that does not contain the token, if the file cannot be read or the token
-            is not valid in an HTTP header.
+        ConfigError: with a one-line message that names `key`, if the file cannot be read or the token is not valid in
+            an HTTP header.
     """
     if not path:
         token, where = os.environ.get(TOKEN_VARIABLE, ""), f"environment variable {TOKEN_VARIABLE}"

@@ -1,4 +1,4 @@
-"""The search tool that a rollout calls; it has the same interface for all backends."""
+"""The search tool of a rollout, with the same interface for all backends."""
 
 from typing import Protocol
 
@@ -16,11 +16,11 @@ from a2tgpo.search.token import read_token
 __all__ = ["CachedSearch", "SearchError", "SearchTool", "build_search"]
 
 CACHE_BYTES = 2**27
-"""Size of the answer cache, which is enough for about 60,000 answers with three short passages each."""
+"""Size of the answer cache, enough for about 60,000 answers with three short passages each."""
 
 
 class SearchTool(Protocol):
-    """A search tool; many threads may call it at the same time."""
+    """A search tool. Many threads may call it at the same time."""
 
     def search(self, query: str) -> list[Passage]:
         """Return the best passages for `query`, best first; the list may be empty.
@@ -36,15 +36,10 @@ class SearchTool(Protocol):
 
 
 class CachedSearch:
-    """Searches with a backend, and caches its answers (see `AnswerCache`). Failures are not cached.
+    """Searches with a backend, and caches its answers. Failures are not cached.
 
-    A cached answer stays valid, because a corpus does not change during a run.
-
-    Args:
-        backend: the index or the client of a server; see `build_search`.
-        top_k: number of passages to request.
-        tells_outages: if a query fails, send another query to find out whether the server answers no query at all
-            or only fails at this query.
+    If `tells_outages`, a failed query is followed by another query, to find out whether the server answers no query
+    at all.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):
@@ -56,7 +51,7 @@ class CachedSearch:
 
     def search(self, query: str) -> list[Passage]:
         try:
-            # A policy may write invalid Unicode, and a lone surrogate cannot be sent.
+            # A policy may write a lone surrogate, which cannot be sent.
             clean = " ".join(query.split()).encode("utf-8", "replace").decode("utf-8")
             hits = self._cache.get(clean, self._top_k)
             if hits is None:
@@ -79,10 +74,7 @@ class CachedSearch:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Return the number of answers from the cache since the last call.
-
-        If the backend is a client, also return its numbers of retries and of refused queries since the last call.
-        """
+        """Return how often, since the last call, the cache had an answer and a client retried or refused a query."""
         counts = {"cache_hits": self._cache.num_hits}
         if isinstance(self._backend, HttpSearch):
             counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}
@@ -91,7 +83,7 @@ class CachedSearch:
         return taken
 
     def close(self) -> None:
-        """Close a client's connections; the tool cannot be used afterwards."""
+        """Close a client's connections. The tool cannot be used afterwards."""
         if isinstance(self._backend, HttpSearch):
             self._backend.close()
 
@@ -102,9 +94,8 @@ def build_search(
     """Return the search tool that `config` describes; every rank builds its own tool.
 
     Args:
-        config: the `search` section.
-        max_connections: largest number of concurrent requests.
-        tells_outages: see `CachedSearch`; has an effect only with search.backend=http.
+        max_connections: most concurrent requests.
+        tells_outages: as in `CachedSearch`; has an effect only with search.backend=http.
         probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
 
     Raises:

@@ -9,19 +9,19 @@ import unicodedata
 import regex
 
 SPLITTING = 2
-"""Version of the rules in `words_of`; an index stores the version with which it was built."""
+"""Version of the rules in `words_of`. Every index stores the version with which it was built."""
 
 _ASCII_WORD = re.compile(r"\w+")
-# A word includes the marks on its letters, because in Devanagari, Thai and many other scripts vowels are marks.
+# A word includes the marks on its letters, because vowels are marks in Devanagari, Thai and many other scripts.
 _WORD = regex.compile(r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*")
-# Matches a letter with its marks, if its script puts no spaces between words or attaches particles to words (Hangul).
+# A letter with its marks, in a script that puts no spaces between words or attaches particles to words (Hangul).
 # U+30FC lengthens a kana, but Unicode assigns it to no script.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
 _UNSPACED_LETTER = regex.compile(_UNSPACED)
 _RUN = regex.compile(rf"(?:{_UNSPACED})+|(?:(?!{_UNSPACED}).)+")
 _ZERO_WIDTH_JOINER = "\u200d"
-# Canonical combining classes of marks that change spelling: nuktas, viramas, kana voicing, signs of Telugu, Thai,
-# Lao and Tibetan. The other classes are accents and points, which writers may omit.
+# Canonical combining classes of marks that change spelling: nuktas, viramas, kana voicing, signs of Telugu, Thai, Lao
+# and Tibetan. All other marks are accents and points, which writers may omit.
 _SPELLING = frozenset({0, 7, 8, 9, 84, 91, 103, 107, 118, 122, 129, 130, 132})
 
 
@@ -29,10 +29,10 @@ def words_of(text: str) -> list[str]:
     """Return the words of `text` in order, in lower case and without accents.
 
     In a script without spaces, a run of letters becomes overlapping pairs of letters, as in Lucene's CJKAnalyzer. A
-    query can therefore match a part of a longer run. A run of one letter becomes a word.
+    run of one letter becomes a word.
     """
     folded = text.casefold()
-    if folded.isascii():  # most passages are ASCII; checking each character would double the time
+    if folded.isascii():  # most passages are ASCII, and the loop below takes twice as long
         return _ASCII_WORD.findall(folded)
     words: list[str] = []
     for word in _WORD.findall(_without_accents(folded)):
@@ -47,9 +47,8 @@ def words_of(text: str) -> list[str]:
 
 
 def _without_accents(text: str) -> str:
-    """Return `text` in Unicode's composed compatibility form, without accents.
-
-    For example, "é" becomes "e". Japanese "パ" stays, because its mark changes the spelling.
+    """Return `text` in composed form (NFKC) without accents: "é" becomes "e". A mark that changes the spelling stays,
+    as in "パ".
     """
     taken_apart = unicodedata.normalize("NFKD", text)
     kept = (c for c in taken_apart if unicodedata.combining(c) in _SPELLING and c != _ZERO_WIDTH_JOINER)
