@@ -1,21 +1,4 @@
-"""Build the policy with Megatron-Core from a Hugging Face checkpoint.
-
-How to run the policy on a packed batch (see `forward.forward_packed`):
-
-    policy = build_policy(config.model, config.parallel, groups, update=config.update)
-
-    def forward_step(data_iterator, chunk):             # called by the schedule, once a micro-batch and chunk
-        batch = next(data_iterator)
-        output = forward_packed(chunk, batch.tokens, batch.positions, batch.cu_seqlens)
-        return output, partial(loss, batch)             # loss runs after the last chunk only, output is there
-                                                        # logits [T / cp, padded vocab / tp] in the model's dtype
-    get_forward_backward_func()(forward_step_func=forward_step, data_iterator=[iter(batches) for _ in policy.chunks],
-        model=policy.chunks, num_microbatches=len(batches), seq_length=1, micro_batch_size=1, forward_only=False)
-
-Megatron ignores `seq_length` here, because with several pipeline stages `variable_seq_lengths` is set, and with one
-stage no shape is needed. With interleaved stages, the number of micro-batches must be a multiple of the pipeline
-size. The trainer uses `update/forward_step.py`, which adds micro-batches until the number is such a multiple.
-"""
+"""Build the policy with Megatron-Core from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -58,14 +41,13 @@ def build_policy(
     trainable: bool = True,
     with_weights: bool = True,
 ) -> Policy:
-    """Build this rank's part of the checkpoint in `model.path` and load its weights; every rank must call this.
+    """Build this rank's part of the checkpoint in `model.path` and load its weights. Every rank must call this.
 
     Args:
-        update: states whether the optimizer is distributed; required if `trainable`.
-        trainable: wrap the chunks in DistributedDataParallel, so that `get_megatron_optimizer` accepts them. False,
-            for a reference model: the parameters have no gradients.
-        with_weights: read the weights. False, for a caller that loads a checkpoint next: leave the weights as
-            Megatron initialises them.
+        update: required if `trainable`.
+        trainable: wrap the chunks in DistributedDataParallel, so that `get_megatron_optimizer` accepts them. If
+            False, the parameters have no gradients.
+        with_weights: read the weights. If False, the weights stay as Megatron initialises them.
 
     Raises:
         ConfigError: if the checkpoint is missing, malformed or unsupported, if the layout does not divide the model,
@@ -107,7 +89,7 @@ def build_policy(
 def _gpt_models(
     model: ModelConfig, hf_config: PretrainedConfig, config: TransformerConfig, groups: ParallelGroups
 ) -> list[GPTModel]:
-    """Return the chunks of this rank's pipeline stage; the first chunk has the earliest layers."""
+    """Return the chunks of this rank's pipeline stage. The first chunk has the earliest layers."""
     num_chunks = config.virtual_pipeline_model_parallel_size
     vp_stages = [None] if num_chunks is None else range(num_chunks)
     return [_gpt_model(model, hf_config, config, groups, vp_stage=vp_stage) for vp_stage in vp_stages]
@@ -121,7 +103,7 @@ def _gpt_model(
     *,
     vp_stage: int | None,
 ) -> GPTModel:
-    """Return one chunk of this rank's pipeline stage; its number `vp_stage` must be None if it is the only chunk."""
+    """Return one chunk of this rank's pipeline stage. `vp_stage` is None if the stage has only one chunk."""
     rope = rope_of(model.path, hf_config)
     chunk, num_chunks = vp_stage or 0, config.virtual_pipeline_model_parallel_size or 1
     gpt_model = GPTModel(
@@ -140,8 +122,8 @@ def _gpt_model(
     for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter, but layers set them only on split parameters.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        # An expert's gradient must be reduced over the ranks that hold the same expert. Up to 0.16, Megatron does so
-        # only if parallel.expert > 1; otherwise the gradients from other tensor-parallel ranks' tokens would be lost.
+        # Reduce an expert's gradient over all ranks that hold the expert. Up to 0.16, Megatron does this only if
+        # parallel.expert > 1. Otherwise the gradients from other tensor-parallel ranks' tokens would be lost.
         parameter.allreduce = not is_expert(name)
     return gpt_model
 
@@ -149,13 +131,12 @@ def _gpt_model(
 def wrap_for_training(
     policy: Policy, update: UpdateConfig, *, overlap: bool, bucket_size: int | None = None
 ) -> None:
-    """Wrap each chunk in DistributedDataParallel and configure the pipeline schedule; every rank must call this.
+    """Wrap each chunk in DistributedDataParallel and configure the pipeline schedule. Every rank must call this.
 
     Args:
-        overlap: reduce the gradients, bucket by bucket, during the backward pass. With the distributed optimizer,
-            also gather the weights during the forward pass. This is useful if communication does not occupy the
-            computing device.
-        bucket_size: number of parameters in a bucket; None: Megatron's default.
+        overlap: reduce the gradients during the backward pass. With the distributed optimizer, also gather the
+            weights during the forward pass.
+        bucket_size: number of parameters in a bucket. None: Megatron's default.
     """
     config = policy.transformer_config
     policy.chunks = [
@@ -186,10 +167,8 @@ def wrap_for_training(
 def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
-    By default these layers first round each micro-batch's gradient to the weights' dtype. The chunk must be wrapped
-    in DistributedDataParallel, which owns the buffers. Megatron's switch `gradient_accumulation_fusion` is not used,
-    because it would also affect Megatron's output layer, which would then need APEX. In the first micro-batch of a
-    pass, a layer may overwrite the buffer instead of adding to it, so the buffer must be zero before each pass.
+    By default these layers first round each micro-batch's gradient to the weights' dtype. DistributedDataParallel
+    must wrap `chunk`, because it owns the buffer. Zero the buffer before each pass, because a layer may overwrite it.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -197,5 +176,5 @@ def accumulate_in_float32(chunk: Any) -> None:
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Return the list, or its only element, because without interleaved stages Megatron accepts no list."""
+    """Return the list, or its only element, because Megatron accepts a list only with interleaved stages."""
     return functions if len(functions) > 1 else functions[0]

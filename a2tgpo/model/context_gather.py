@@ -11,18 +11,14 @@ from torch.distributed import ProcessGroup
 
 
 def gather_context(own: Tensor, positions: Tensor, cp_group: ProcessGroup) -> Tensor:
-    """Return a packed row's values at all positions; each rank of `cp_group` has the values at its own positions.
+    """Return a packed row's values at all positions, [..., T], equal on all ranks.
 
-    Every rank of `cp_group` must call this, and all ranks must compute the same loss from the result. Each rank then
-    has the full gradient at its own positions, so the backward pass needs no communication. The sum of the weights'
-    gradients over the ranks equals the gradients that one rank with the whole row would compute.
+    Every rank of `cp_group` must call this, and must compute the same loss from the result. Each rank then has the
+    full gradient at its own positions, so the backward pass needs no communication.
 
     Args:
         own: [..., T / cp], the values at this rank's positions.
         positions: [cp, T / cp], the positions of each rank, see `context_split.context_positions`.
-
-    Returns:
-        [..., T], equal on all ranks.
     """
     return _Gather.apply(own, positions, cp_group)
 

@@ -1,4 +1,4 @@
-"""Twins in plain PyTorch of Transformer Engine's grouped linear layers, which hold a weight for each expert."""
+"""Plain PyTorch twins of Transformer Engine's grouped linear layers, which hold one weight per expert."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if not hasattr(moe_utils, "te_general_gemm"):
 
 
 def grouped_mlp_modules() -> Any:
-    """Return the value that `BackendSpecProvider.grouped_mlp_modules` must return for experts built from the twins.
+    """Return the value of `BackendSpecProvider.grouped_mlp_modules` for experts built from the twins.
 
     Megatron-Core 0.16, the last version for Python 3.11, expects a class and its parts. Megatron-Core 0.19 expects a
-    function that builds the experts. The tests cover both versions, each with another version of Python.
+    function that builds the experts.
     """
     if hasattr(experts, "GroupedMLP"):
         return experts.TEGroupedMLP, MLPSubmodules(
@@ -44,7 +44,7 @@ class GroupedLinear(torch.nn.Module):
     """Twin of TEGroupedLinear, with parameters weight0 ... weightN of shape [output_size, input_size] and no bias."""
 
     split_dim: int
-    """Dimension along which Transformer Engine would split an expert over ranks; here each expert is whole."""
+    """Dimension along which Transformer Engine would split an expert over ranks. Here each expert is whole."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class GroupedLinear(torch.nn.Module):
             self.register_parameter(f"weight{number}", weight)
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        """Map x [tokens, input_size], sorted by expert, to [tokens, output_size]; an expert may have no token."""
+        """Map x [tokens, input_size], sorted by expert, to [tokens, output_size]. An expert may have no token."""
         parts = x.split(tokens_per_expert)
         weights = [self.get_parameter(f"weight{number}") for number in range(self.num_gemms)]
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]), None

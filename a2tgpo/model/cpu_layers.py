@@ -1,8 +1,4 @@
-"""Twins in plain PyTorch of Transformer Engine's modules, with the same module tree, parameter names and layouts.
-
-A layer built from the twins has the same state as a layer built from Transformer Engine, so checkpoints, weight
-tables and the layer specification do not depend on the machine.
-"""
+"""Plain PyTorch twins of Transformer Engine's modules, with the same module tree, parameter names and layouts."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ from a2tgpo.model.plain_attention import attend
 
 
 class CpuSpecProvider(LocalSpecProvider):
-    """Twin of `TESpecProvider` that names the twins instead of Transformer Engine's modules."""
+    """Provider of the twins, in place of `TESpecProvider`."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -86,10 +82,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Return this rank's part of the state for a checkpoint.
-
-        Weight and bias are split over tensor-parallel ranks along dimension 0; every rank has the whole norm weight.
-        """
+        """Return this rank's part of a checkpoint. The norm weight is whole on every rank."""
         state = self.state_dict(prefix="", keep_vars=True)
         groups: dict[str, Any] = {}
         # Megatron-Core 0.17 and later require the groups as arguments.
@@ -104,11 +97,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class PackedAttention(MegatronModule):
-    """Twin of TEDotProductAttention for packed sequences; computes causal attention inside each segment.
-
-    With context parallelism, a rank's queries attend to the keys and values of all ranks. This class gathers these
-    keys and values, while Transformer Engine passes them around a ring.
-    """
+    """Twin of TEDotProductAttention that computes causal attention inside each segment of a packed row."""
 
     def __init__(
         self,
@@ -140,9 +129,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """Return the result of attention, [tokens, heads * head_dim].
 
-        The query has shape [tokens, heads, head_dim]; key and value have shape [tokens, kv_heads, head_dim].
-        `packed_seq_params.cu_seqlens_q` gives the segments, which must cover the tokens of all context-parallel
-        ranks.
+        The query has shape [tokens, heads, head_dim]. Key and value have shape [tokens, kv_heads, head_dim]. The
+        segments in `packed_seq_params.cu_seqlens_q` must cover the tokens of all context-parallel ranks.
         """
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", (
             "sequences must be packed"
@@ -160,7 +148,7 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs).flatten(1)
 
     def _gather(self, own: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Gather [T / cp, ...] to [T, ...] in the row's order; the backward pass sums gradients over the ranks."""
+        """Gather [T / cp, ...] to [T, ...] in the row's order. The backward pass sums gradients over the ranks."""
         by_rank = gather_from_sequence_parallel_region(own, group=self.cp_group)
         return by_rank[positions.flatten().argsort()]
 
@@ -168,6 +156,6 @@ class PackedAttention(MegatronModule):
 def _causal_masks(
     own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
 ) -> list[torch.Tensor | None]:
-    """Return a bool mask [own length, length] for each segment; True means that the query attends to the key."""
+    """Return a bool mask [own length, length] for each segment. True means that the query attends to the key."""
     ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
     return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

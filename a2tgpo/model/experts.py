@@ -1,4 +1,4 @@
-"""Mixtures of experts: which checkpoints are supported, and their routing, layout and parameter names."""
+"""Mixtures of experts: supported checkpoints, routing, layout and parameter names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ def has_experts(hf_config: PretrainedConfig) -> bool:
 
 
 def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:
-    """Raise `ConfigError` if Megatron's layers would compute the mixture differently from transformers.
-
-    Args:
-        where: the beginning of the message.
-    """
+    """Raise `ConfigError` if Megatron would compute the mixture differently from transformers."""
     if hf_config.decoder_sparse_step != 1 or hf_config.mlp_only_layers:
         raise ConfigError(
             f"{where} decoder_sparse_step {hf_config.decoder_sparse_step} and mlp_only_layers "
@@ -62,12 +58,11 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
 def expert_settings(
     hf_config: PretrainedConfig, parallel: ParallelConfig, *, transformer_engine: bool
 ) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig for routing and layout; an empty dict for a dense model.
+    """Return the fields of Megatron's TransformerConfig for the experts. A dense model needs none.
 
-    Qwen3 computes a softmax over all experts and, if `norm_topk_prob` is set, renormalises the weights of the chosen
-    experts. The renormalised weights equal a softmax over only the chosen experts' logits, which Megatron computes
-    without `pre_softmax`. No token is dropped and no balancing loss is added, because the gradient must be the
-    gradient of the policy that played the rollout.
+    If `norm_topk_prob` is set, Qwen3 renormalises the softmax weights of the chosen experts. This equals a softmax
+    over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped and no
+    balancing loss is added, because the gradient must be that of the policy that played.
     """
     if not has_experts(hf_config):
         return {}
@@ -94,12 +89,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Return the names of the parameters at the same local place on all expert-parallel ranks, in rank order.
-
-    Args:
-        name: one of these names, which has the expert's number in the whole layer:
-            `....mlp.experts.linear_fc1.weight17`.
-    """
+    """Return the parameter names at the local place of `name` on all expert-parallel ranks, in rank order."""
     stem, number = name.rsplit("weight", 1)
     place = int(number) % experts_per_rank
     return [f"{stem}weight{place + experts_per_rank * rank}" for rank in range(num_ranks)]

@@ -16,8 +16,7 @@ def weights_fingerprint(policy: Policy) -> str:
     """Return a hexadecimal digest of the names, shapes, dtypes and values of this rank's parameters.
 
     Every rank must call this. The values are hashed as sums of their bit patterns along the first and the last axis,
-    so only these sums leave the device.
-    The digest detects differences from faults or training, not deliberate collisions.
+    so only these sums leave the device. The digest does not detect deliberate collisions.
     """
     gather_weights(policy)
     digest = hashlib.blake2b(digest_size=16)

@@ -1,4 +1,4 @@
-"""Run a model chunk on a packed batch; every pass of the model uses `forward_packed`."""
+"""Run a model chunk on a packed batch."""
 
 from __future__ import annotations
 
@@ -28,31 +28,28 @@ def forward_packed(
     tree: Sequence[TreeNode] | None = None,
     output_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run a chunk of this stage on a row of sequences that lie end to end; each sequence attends only to itself.
+    """Run a chunk of this stage on a row of packed sequences. Each sequence attends only to itself.
 
     All ranks of a data-parallel replica must call this with the same batch. With several pipeline stages, Megatron's
-    schedule must call it, because the schedule passes on the previous chunk's output. With context parallelism, a
-    rank runs only its own positions of the batch (see `context_split.context_positions`), and the batch must have the
-    padding of `packing.alignment`. Without context parallelism, this function pads the row for sequence parallelism;
-    this padding and all tokens after `cu_seqlens[-1]` form an additional last segment. Do not call this under
-    `torch.inference_mode`, because Megatron caches rotary tables, which training could then not use.
+    schedule must call this, because the schedule passes on the previous chunk's output. With context parallelism, the
+    batch must have the padding of `packing.alignment`. A rank then runs only its own positions of the batch (see
+    `context_split.context_positions`). Tokens after `cu_seqlens[-1]` form an additional segment. Do not call this
+    under `torch.inference_mode`, because Megatron caches rotary tables, which training could then not use.
 
     Args:
-        chunk: one of `policy.chunks`.
         tokens: [1, T] int64, T >= 1, on any device.
-        positions: [1, T] int64, on any device. The rotary embedding uses the positions inside each segment.
-        cu_seqlens: [S + 1] integers. They begin with 0, do not decrease, and end with at most T. Segment i has the
-            tokens from cu_seqlens[i] to before cu_seqlens[i + 1]. The tensor should be in host memory, because
-            reading it from a GPU would synchronise.
-        tree: the row is one segment that has the shape of this tree (see `probes`); None: no tree. A tree is allowed
-            only without gradients and without context parallelism.
-        output_rows: [n] int64, n >= 1: those of this rank's T / cp positions that need logits, equal on all
+        positions: [1, T] int64, on any device. Used only with `tree`. Otherwise positions count from each segment's
+            start.
+        cu_seqlens: [S + 1] integers from 0 to at most T, in ascending order. Segment i begins at cu_seqlens[i] and
+            ends before cu_seqlens[i + 1]. Use host memory, because reading the values from a GPU would synchronise.
+        tree: the tree that the row's only segment forms (see `probes`). None: no tree. A tree is allowed only without
+            gradients and without context parallelism.
+        output_rows: [n] int64, n >= 1: indices of this rank's positions that need logits, equal on all
             tensor-parallel ranks. None: all positions need logits.
 
     Returns:
-        The last chunk returns logits [n or T / cp, padded vocabulary / tp] in the model's dtype. Any other chunk
-        returns hidden states for the next chunk, [T / cp, 1, hidden]. With sequence parallelism, their first
-        dimension is padded and divided by tp.
+        From the last chunk, logits [n or T / cp, padded vocabulary / tp] in the model's dtype. From any other chunk,
+        hidden states [T / cp, 1, hidden], whose first dimension sequence parallelism pads and divides by tp.
     """
     assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
     config = get_model_config(chunk)
@@ -90,7 +87,7 @@ def forward_packed(
 def _packed_seq_params(
     cu_seqlens: torch.Tensor, tokens_per_rank: int, cp_size: int, device: torch.device
 ) -> PackedSeqParams:
-    """Return segments for the tokens of all context-parallel ranks; tokens in no segment form a last segment."""
+    """Return segments for the tokens of all context-parallel ranks. Tokens in no segment form a last segment."""
     num_tokens = cp_size * tokens_per_rank
     boundaries = cu_seqlens.tolist()
     assert boundaries[0] == 0 and boundaries[-1] <= num_tokens, (
@@ -98,8 +95,8 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # This must be the exact longest length. If the rotary table is as long as the whole row, Megatron reads one of
-    # its rows per packed token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # This must be exact. If the rotary table is as long as the whole row, Megatron reads one table row per packed
+    # token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(

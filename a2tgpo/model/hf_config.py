@@ -75,8 +75,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
 def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise `ConfigError` if a size in config.json differs from the shapes in the weights' headers.
 
-    This check is necessary because the model is built before its weights are read, and with a wrong digit in a size
-    it could need more memory than any machine has. A size that `raw` does not contain is not checked.
+    A wrong size could make the model too large for memory, because it is built before its weights are read.
     """
     hidden = raw.get("hidden_size")
     last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
@@ -111,9 +110,7 @@ def _require_the_stated_head(
 ) -> None:
     """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    If tie_word_embeddings is true, trainer and engine use the embedding as the head, but transformers uses a stored
-    head. A stored head is therefore accepted only if it equals the embedding. If tie_word_embeddings is false, a head
-    must be stored.
+    With tied embeddings, only transformers uses a stored head. Therefore a stored head must equal the embedding.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:
@@ -130,7 +127,7 @@ def _require_the_stated_head(
 
 
 def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, other: str) -> bool:
-    """Return whether two tensors of a checkpoint have the same values; read a few thousand rows at a time."""
+    """Return whether two stored tensors have the same values. Only a few thousand rows are read at a time."""
     if shapes[one] != shapes[other]:
         return False
     held: dict[str, Any] = {}
@@ -147,11 +144,7 @@ def _are_equal_on_disk(path: str, shapes: dict[str, tuple[int, ...]], one: str, 
 
 
 def architecture_of(hf_config: PretrainedConfig) -> dict[str, str | int | bool]:
-    """Return the fields of config.json that determine the model's parameters and their shapes.
-
-    model_type is one of them, because architectures of the same sizes differ in the biases of q, k and v and in the
-    norms of q and k.
-    """
+    """Return the fields of config.json that determine the model's parameters and their shapes."""
     names = [
         "model_type",
         "num_hidden_layers",

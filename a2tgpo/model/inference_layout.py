@@ -1,4 +1,4 @@
-"""The layout of a model for inference or conversion, which does not depend on the layout of its training."""
+"""Choose a model's layout for inference or conversion, independently of the layout of its training."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ LAYOUT: dict[str, Any] = {
     "first_stage_layers": 0,
     "last_stage_layers": 0,
 }
-"""The fields of `ParallelConfig` that divide a model. With these values, the model is not divided."""
+"""The fields of `ParallelConfig` that divide a model, with the values of an undivided model."""
 UNDIVIDED = [f"parallel.{name}={str(value).lower()}" for name, value in LAYOUT.items()]
-"""Overrides that set these values in a run's configuration."""
+"""Overrides that set the values of `LAYOUT` in a run's configuration."""
 
 
 def inference_config(
@@ -41,13 +41,11 @@ def inference_config(
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
     The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
-    over as many processes as their number allows. The model has one pipeline stage and no FP8. The number of an
-    engine's processes is the greatest common divisor of `rollout.tensor_parallel` and `world_size`. An engine uses
-    `MEMORY_FRACTION` of each GPU.
+    over as many processes as their number allows. The model has one pipeline stage and no FP8. An engine has
+    gcd(`rollout.tensor_parallel`, `world_size`) processes, and `MEMORY_FRACTION` of each GPU.
 
     Args:
         config: a run's configuration after the overrides `UNDIVIDED`.
-        hf_config: the model's configuration.
         explicit: dotted keys that keep their values in `config`.
 
     Raises:
@@ -90,8 +88,7 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
     if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
-        # On a GPU, the KV cache takes the part of the fraction that the weights leave free. On a CPU, the engine's
-        # cache keeps its total size, so each rank holds a larger part if the engine has fewer ranks.
+        # On a GPU, the KV cache takes the memory that the weights leave free. On a CPU, its total size is constant.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

@@ -1,4 +1,4 @@
-"""Specify the decoder's module tree, in the same way for Transformer Engine and for its CPU twins."""
+"""Specify the decoder's module tree, for Transformer Engine and for its CPU twins."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def decoder_spec(
 ) -> TransformerBlockSubmodules:
     """Return the specification of a chunk's decoder on this pipeline stage, built from `provider`'s modules.
 
-    An input norm is part of the linear layer after it (`linear_qkv.layer_norm_weight`). Only the norm before a
-    mixture of experts is a separate module.
+    An input norm is part of the linear layer after it (`linear_qkv.layer_norm_weight`).
     """
     qk_norm = provider.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     attention = ModuleSpec(
@@ -63,7 +62,7 @@ def _mlp(provider: Any) -> ModuleSpec:
 
 
 def _experts(config: TransformerConfig, provider: Any) -> Any:
-    """Return the specification of router, dispatcher and grouped experts (`experts.linear_fc1.weight0`, ...)."""
+    """Return the specification of router, dispatcher and grouped experts."""
     return get_moe_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )

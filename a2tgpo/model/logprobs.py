@@ -14,20 +14,17 @@ from torch.distributed import ProcessGroup
 class TokenDistribution:
     """The next-token distribution whose log-probs and entropy a pass computes.
 
-    The engine samples from softmax(logits / `rollout.temperature`) over the tokenizer's ids. Policy gradients,
-    importance ratios and the KL to the reference must use the log-probs of that distribution. At another temperature
-    the gradient would be biased, even for decisions that do not affect the reward.
+    The engine samples from softmax(logits / `rollout.temperature`) over the tokenizer's ids. If the training pass
+    used another temperature, the gradient would be biased.
     """
 
     temperature: float = 1.0
     num_ids: int | None = None
-    """Only the first `num_ids` ids of the vocabulary can be sampled; None: all ids can be sampled."""
+    """Only the first `num_ids` ids of the vocabulary can be sampled. None: all ids can be sampled."""
 
 
 MODEL_DISTRIBUTION = TokenDistribution()
-"""The model's own distribution, with temperature 1 and the whole vocabulary. It is used for supervised training, for
-the scoring of gold answers, for the refit's probe, and when the engine scores given tokens.
-"""
+"""The model's own distribution, with temperature 1 and the whole vocabulary."""
 
 
 def token_logprobs(
@@ -41,18 +38,16 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return log softmax(logits / temperature) of each target, and the entropy of each token's distribution.
 
-    The softmax is over the first `vocab_size` entries of the vocabulary; padding entries have probability 0 and get
-    no gradient. The computation converts only `chunk_size` tokens at a time to float32 (float64 for float64 logits).
-    The only additional tensor as large as the logits is therefore the gradient, in the logits' dtype. Every rank of
-    `tp_group` must call this with the same targets. The call costs two small all-reduces.
+    Every rank of `tp_group` must call this with the same targets. The softmax is over the first `vocab_size` entries
+    of the vocabulary. Padding entries get no gradient. Only `chunk_size` tokens at a time are converted to float32
+    (float64 for float64 logits). The only additional tensor as large as the logits is therefore their gradient.
 
     Args:
-        logits: [n, padded vocabulary / tp]; rank r of `tp_group` holds the r-th slice.
+        logits: [n, padded vocabulary / tp]. Rank r of `tp_group` holds the r-th slice.
         targets: [n] int64 in [0, vocab_size).
 
     Returns:
-        Log-probs [n] and entropies [n], in nats and equal on all ranks. Both are float32 (float64 for float64
-        logits).
+        Log-probs [n] and entropies [n] in nats, float32 (float64 for float64 logits), equal on all ranks.
     """
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, vocab_size, tp_group, temperature, chunk_size)
     return logprobs, entropy
@@ -77,8 +72,8 @@ class _TokenLogprobs(torch.autograd.Function):
         local_targets = torch.where(is_local, local_targets, 0)
 
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        # Computed per token over this rank's slice: the maximum, and in `sums` the sum of e = exp(x - maximum), the
-        # sum of e * x, and x[target].
+        # For each token, over this rank's slice: the maximum, and in `sums` the sum of e = exp(x - maximum), the sum
+        # of e * x, and x[target].
         maximum = logits.new_full((num_tokens,), torch.finfo(dtype).min, dtype=dtype)
         sums = logits.new_zeros((3, num_tokens), dtype=dtype)
         if num_real:

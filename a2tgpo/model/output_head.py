@@ -1,4 +1,4 @@
-"""Run the output layer only at those positions of a row that need log-probs."""
+"""Run the output layer only at the positions that need log-probs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     the gradients are the same as with the full layer.
 
     Args:
-        model: a model of the last pipeline stage.
         rows: [n] int64, n >= 1, on the model's device: indices into the positions that this rank runs.
     """
     layer = model.output_layer
@@ -27,8 +26,7 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     def at_rows(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]  # [T, 1, hidden]; [T / tp, 1, hidden] if `is_split`
         if is_split:
-            # The layer sums the gradient of its input over the ranks, so each rank only keeps its own part of the
-            # sum.
+            # The layer sums the gradient of its input over the ranks, so each rank keeps only its own part.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=layer.tp_group
             )
@@ -36,8 +34,7 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
 
     hook = layer.register_forward_pre_hook(at_rows)
     if is_split:
-        # The input is already gathered, so switch off the layer's all-gather. The layer's backward pass uses the
-        # values that these flags have in the forward pass.
+        # Switch off the layer's all-gather. The backward pass uses the flags' values from the forward pass.
         layer.sequence_parallel, layer.allreduce_dgrad = False, True
     try:
         yield

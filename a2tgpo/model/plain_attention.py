@@ -1,4 +1,4 @@
-"""Compute one segment's attention with PyTorch, on CPUs or if fused kernels do not support the mask."""
+"""Compute one segment's attention with PyTorch, on CPUs and for masks that fused kernels do not support."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from torch import Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Return scaled dot product attention.
+    """Return scaled dot product attention, [queries, heads, head_dim].
 
     Args:
         query: [queries, heads, head_dim].
-        key: [keys, kv_heads, head_dim]; heads must be a multiple of kv_heads.
+        key: [keys, kv_heads, head_dim], where heads is a multiple of kv_heads.
         value: [keys, kv_heads, head_dim].
-        mask: [queries, keys] bool, True if the query attends to the key; None: a causal mask.
-        scale: factor by which products of queries and keys are multiplied; None: 1 / sqrt(head_dim).
-
-    Returns:
-        [queries, heads, head_dim].
+        mask: [queries, keys] bool, True if the query attends to the key. None: a causal mask.
+        scale: factor of the products of queries and keys. None: 1 / sqrt(head_dim).
     """
     # [length, heads, head_dim] -> [1, heads, length, head_dim]
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))

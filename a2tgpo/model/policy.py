@@ -1,4 +1,4 @@
-"""This process's part of the model."""
+"""One rank's part of a model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Policy:
     """One rank's part of a model: its tensor-parallel slice of each layer of its pipeline stage."""
 
     chunks: list[nn.Module]
-    """The parallel.virtual modules that the pipeline schedule runs; the first one has the stage's earliest layers. A
-    chunk is DistributedDataParallel(Float16Module(GPTModel)). DistributedDataParallel is missing if the policy is not
-    trainable; Float16Module is missing in float32."""
+    """The modules that the pipeline schedule runs. The first chunk has the stage's earliest layers. A chunk is
+    DistributedDataParallel(Float16Module(GPTModel)). An untrainable chunk has no DistributedDataParallel, and a chunk
+    in float32 has no Float16Module."""
     transformer_config: TransformerConfig
     hf_config: PretrainedConfig
     bridge: Any
-    """mbridge's weight tables for this architecture; only the module `weights` uses them."""
+    """mbridge's weight tables for this architecture. Only the module `weights` uses them."""
     groups: ParallelGroups
     path: str
     """Folder of the checkpoint."""
@@ -46,7 +46,7 @@ class Policy:
 
     @property
     def wrapped_chunks(self) -> list[DistributedDataParallel]:
-        """The chunks of a trainable policy, whose wrappers own the gradient buffers; empty if not trainable."""
+        """The chunks of a trainable policy, whose wrappers own the gradient buffers. Empty if it is not trainable."""
         return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
 
     @property
@@ -65,10 +65,9 @@ def require_weights(policy: Policy) -> None:
 
 
 def gather_weights(policy: Policy) -> None:
-    """Finish the optimizer's parameter all-gather; every rank must call this before it reads the weights.
+    """Finish the optimizer's parameter all-gather. Every rank must call this before it reads the weights.
 
-    If the all-gather overlaps with computation, the parts that other ranks updated would otherwise arrive only during
-    the next forward pass.
+    If the all-gather overlaps with computation, other ranks' updates otherwise arrive only in the next forward pass.
 
     Raises:
         RuntimeError: if the weights are off the GPU.

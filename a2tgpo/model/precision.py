@@ -1,7 +1,4 @@
-"""Choose between Transformer Engine's modules and their CPU twins for the layers.
-
-Only this module checks whether Transformer Engine is installed.
-"""
+"""Choose between Transformer Engine's modules and their CPU twins for the layers."""
 
 from __future__ import annotations
 
@@ -18,9 +15,8 @@ from a2tgpo.io.errors import ConfigError
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 FP8_NEEDS = {"tensorwise": ("2.2", "12.1"), "blockwise": ("2.3", "12.9"), "mxfp8": ("2.1", "12.8")}
-"""For each recipe, the lowest versions of Transformer Engine and of CUDA that support it. The versions are from
-Transformer Engine's quantization.py and from `get_fp8_recipe` in megatron/core/fp8_utils.py. config.fp8.CAPABILITIES
-lists the GPUs that support a recipe."""
+"""For each recipe, the lowest versions of Transformer Engine (its quantization.py) and of CUDA (`get_fp8_recipe` in
+megatron/core/fp8_utils.py) that support it."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:
@@ -47,10 +43,8 @@ def uses_transformer_engine(layer_spec: str) -> bool:
 def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
     """Raise `ConfigError` if the installed Transformer Engine does not support these number formats on this GPU."""
     if dtype == "float32":
-        # Transformer Engine's fused attention supports only 16-bit formats. In float32, Transformer Engine would
-        # unpack a row into [segments, longest, ...] and keep [segments, heads, longest, longest] scores per layer.
-        # With context parallelism, it has no attention in float32 at all (dot_product_attention.py, "No dot product
-        # attention backend is available").
+        # In float32, Transformer Engine's attention would unpack a row into [segments, longest, ...] and keep
+        # [segments, heads, longest, longest] scores per layer. With context parallelism, it has no float32 attention.
         raise ConfigError(
             "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
             "in float32 grows with the square of the longest sequence, and parallel.context > 1 has none; "

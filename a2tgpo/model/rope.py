@@ -1,4 +1,4 @@
-"""Rotary position embedding: transformers computes the checkpoint's frequencies, and Megatron's model uses them."""
+"""Take the rotary position embedding of a checkpoint from transformers, and apply it to Megatron's model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 KINDS = ("default", "linear", "llama3", "yarn")
-"""Supported kinds of scaling. Other kinds are refused, because their frequencies depend on the sequence's length."""
+"""Supported kinds of scaling. The frequencies of other kinds depend on the sequence's length."""
 
 _REQUIRED = {
     "default": (),
@@ -33,22 +33,21 @@ class Rope:
 
     base: float
     inverse_frequencies: torch.Tensor | None
-    """[head_dim / 2] float32, radians per position; None: the unscaled frequencies base^(-2i / head_dim)."""
+    """[head_dim / 2] float32, radians per position. None: the unscaled frequencies base^(-2i / head_dim)."""
     attention_factor: float = 1.0
     """Factor that multiplies rotated queries and keys (YaRN's "temperature", arXiv 2309.00071, section 3.4)."""
 
     def softmax_scale(self, head_dim: int) -> float | None:
-        """Return the factor by which attention multiplies products of queries and keys; None: 1 / sqrt(head_dim).
+        """Return the factor by which attention multiplies products of queries and keys. None: 1 / sqrt(head_dim).
 
-        Megatron's fused rotation cannot multiply queries and keys by `attention_factor`. Attention therefore
-        multiplies their products by the square of `attention_factor`.
+        It contains the square of `attention_factor`, because Megatron's fused rotation cannot scale queries and keys.
         """
         if self.attention_factor == 1.0:
             return None
         return self.attention_factor**2 / math.sqrt(head_dim)
 
     def apply_to(self, gpt_model: GPTModel) -> None:
-        """Set the frequencies of `gpt_model`, which was built with `base`; call this before its first pass."""
+        """Set the frequencies of `gpt_model`, which was built with `base`. Call this before the first pass."""
         if self.inverse_frequencies is not None:
             embedding = gpt_model.rotary_pos_emb
             embedding.inv_freq = self.inverse_frequencies.to(embedding.inv_freq)
@@ -58,8 +57,7 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
     """Return the rotary embedding of the checkpoint in folder `path`.
 
     Raises:
-        ConfigError: with a one-line message, if the kind of scaling is not supported, or if a value is missing or is
-            not a positive number.
+        ConfigError: with a one-line message, if a kind of scaling or a value is not supported.
     """
     # transformers 5 keeps theta and scaling in one dictionary and has no `rope_theta` attribute.
     rope = dict(hf_config.rope_parameters)
@@ -89,8 +87,8 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
 def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) -> None:
     """Raise a one-line `ConfigError` if the model has fewer than `max_model_len` positions.
 
-    The engine has the same rule: the number of positions is max_position_embeddings, multiplied by the factor if the
-    scaling is linear. With YaRN and llama3, max_position_embeddings already includes the scaling.
+    As in the engine, the number of positions is max_position_embeddings, multiplied by the factor if the scaling is
+    linear. With YaRN and llama3, max_position_embeddings already includes the scaling.
     """
     rope = hf_config.rope_parameters
     positions = hf_config.max_position_embeddings
@@ -111,7 +109,7 @@ def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) 
 
 
 def _yarn_reach(rope: dict[str, Any]) -> int:
-    """Return the length of the longest sequence that the YaRN settings support; 0 without YaRN."""
+    """Return the length of the longest sequence that the YaRN settings support. Without YaRN, return 0."""
     if rope.get("rope_type") != "yarn":
         return 0
     return int(rope["original_max_position_embeddings"] * rope["factor"])

@@ -20,15 +20,12 @@ from a2tgpo.model.rope import rope_of
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VOCAB_MULTIPLE = 128
-"""The number of the embedding's rows is padded to a multiple of this number. The padded number is then the same in
-all usual layouts, so a checkpoint that was saved in one layout fits another layout."""
+"""The embedding's number of rows is padded to a multiple of this number. All usual layouts then have the same number
+of rows, so a checkpoint from one layout fits another layout."""
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:
-    """Raise `ConfigError` if the layout does not divide the model evenly.
-
-    If FP8 is enabled, also raise it if FP8 does not support the sizes of the parts.
-    """
+    """Raise `ConfigError` if the layout does not divide the model evenly, or if FP8 does not support the layout."""
     split = [
         (hf_config.num_attention_heads, "attention heads"),
         (hf_config.num_key_value_heads, "key-value heads"),
@@ -118,19 +115,17 @@ def transformer_config(
 
 
 def _stages(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return Megatron's settings for chunks and uneven stages; None stands for Megatron's default."""
+    """Return Megatron's settings for chunks and uneven stages. None: Megatron's default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        # `first` implies `last`. With both, Megatron would divide by zero if stages are virtual, because there is no
-        # middle stage.
+        # `first` implies `last`. With both, Megatron would divide by zero for virtual stages without a middle stage.
         last = None
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # If there are two stages, each is both the previous and the next stage of the other. Megatron's batched
-        # exchange would then confuse activations with gradients. With overlapped communication, each tensor is sent
-        # separately.
+        # Each of two stages is both the previous and the next stage of the other. Megatron's batched exchange would
+        # then confuse activations with gradients. Overlapped communication sends each tensor separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }
@@ -141,24 +136,20 @@ def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _fusions(transformer_engine: bool) -> dict[str, Any]:
-    """Return the settings of fused kernels, which are used only together with Transformer Engine."""
+    """Return the settings of fused kernels, which are used only with Transformer Engine."""
     return {
         "bias_activation_fusion": transformer_engine,
         "bias_dropout_fusion": transformer_engine,
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
         "masked_softmax_fusion": False,  # Transformer Engine or its twin computes attention
-        # Megatron's own layers would need APEX for this. build.accumulate_in_float32 enables the same in Transformer
-        # Engine's layers.
+        # With this setting, Megatron's own layers would need APEX. See build.accumulate_in_float32.
         "gradient_accumulation_fusion": False,
     }
 
 
 def _fp8(fp8: Fp8Config) -> dict[str, Any]:
-    """Return Megatron's FP8 settings, which have the same names in 0.16 and 0.19.
-
-    Weights are not stored in FP8, so neither DistributedDataParallel nor the optimizer needs FP8 settings.
-    """
+    """Return Megatron's FP8 settings. Weights are not stored in FP8, so the optimizer needs no settings."""
     if not fp8.enabled:
         return {}
     return {

@@ -1,8 +1,7 @@
 """Attention along a tree: one packed pass runs a trunk and branches that each continue a part of the trunk.
 
-Kernels for packed sequences support only causal segments. During such a pass, plain scaled dot product attention
-therefore replaces the core attention of every layer, on GPUs and CPUs. This is possible because the core attention
-has no weights.
+Kernels for packed sequences support only causal segments. Such a pass therefore replaces every layer's core attention
+by plain scaled dot product attention. The core attention has no weights.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from a2tgpo.model.policy import unwrapped
 
 
 class TreeAttention(nn.Module):
-    """Replacement of a core attention on packed sequences.
+    """Replacement of a core attention, for a packed row that forms a tree.
 
     Args:
-        nodes: the nodes of the tree in the row. The output is zero at positions that belong to no node.
-        softmax_scale: factor of the products of queries and keys; None: 1 / sqrt(head_dim).
+        nodes: the nodes of the tree. The output is zero at positions that belong to no node.
+        softmax_scale: factor of the products of queries and keys. None: 1 / sqrt(head_dim).
     """
 
     def __init__(self, nodes: Sequence[TreeNode], softmax_scale: float | None) -> None:
@@ -35,7 +34,7 @@ class TreeAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return the result of attention, [tokens, heads * head_dim].
 
-        The query has shape [tokens, heads, head_dim]; key and value have shape [tokens, kv_heads, head_dim].
+        The query has shape [tokens, heads, head_dim]. Key and value have shape [tokens, kv_heads, head_dim].
         """
         output = torch.zeros_like(query)
         for node in self._nodes:
@@ -45,14 +44,13 @@ class TreeAttention(nn.Module):
         return output.flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return the attention of n queries, where query i attends to all keys except the last n - 1 - i keys."""
+        """Return the attention of n queries. Query i attends to all keys except the last n - 1 - i keys."""
         num_queries, num_keys = query.size(0), key.size(0)
         mask = None
         if num_keys > num_queries:
-            # On GPUs, PyTorch has no fused kernel for a mask with grouped heads. It creates [heads, queries, keys]
-            # scores and copies keys and values for every head, in float32. This costs little, because a branch has
-            # few queries (scaffold and answer) and saves no activations, and because branches run one after the
-            # other. A trunk needs no mask, so a fused kernel computes it.
+            # PyTorch has no fused GPU kernel for a mask with grouped heads. It creates float32 scores [heads,
+            # queries, keys], and copies keys and values for every head. This costs little, because branches have few
+            # queries and run one after the other. A trunk needs no mask.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
         return attend(query, key, value, mask, self._scale)
@@ -60,10 +58,9 @@ class TreeAttention(nn.Module):
 
 @contextlib.contextmanager
 def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
-    """Make `chunk` attend along the tree `nodes` inside this context; the row must be one segment.
+    """Make `chunk` attend along the tree `nodes` inside this context. The row must be one segment.
 
-    Passes inside this context must not have gradients. They must also not have context parallelism, because every
-    rank needs all keys of its heads.
+    Passes must have no gradients, and no context parallelism, because every rank needs all keys of its heads.
 
     Args:
         positions: [1, T] int64 on the model's device: the rotary position of each token in the row, less than T.

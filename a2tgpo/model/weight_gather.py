@@ -1,4 +1,4 @@
-"""Gather full parameters from the ranks that hold their parts, while the reader still reads the previous bucket."""
+"""Gather full parameters from the ranks that hold their parts, one bucket ahead of the reader."""
 
 from __future__ import annotations
 
@@ -16,20 +16,17 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """The facts about a parameter that the ranks of other stages need in order to receive it."""
+    """The facts about a parameter that ranks of other stages need in order to receive it."""
 
     stage: int
     name: str
     shape: tuple[int, ...]
     """Shape of one rank's part."""
     split_dim: int | None
-    """Dimension that tensor-parallel ranks split. None if the parameter belongs to an expert or no rank splits it."""
+    """Dimension that tensor-parallel ranks split. None for experts, and for parameters that are not split."""
 
     def num_parts(self, groups: ParallelGroups) -> int:
-        """Return how many ranks of a stage contribute a part.
-
-        Experts at the same local place on all expert-parallel ranks are gathered together, as parts of one gather.
-        """
+        """Return how many ranks of a stage contribute a part. Experts at the same local place form one gather."""
         if is_expert(self.name):
             return groups.ep_size
         return 1 if self.split_dim is None else groups.tp_size
@@ -48,7 +45,7 @@ def record_of(stage: int, name: str, parameter: torch.nn.Parameter) -> Parameter
 def buckets(
     records: Sequence[ParameterRecord], groups: ParallelGroups, *, dtype: torch.dtype, bucket_bytes: int
 ) -> list[list[ParameterRecord]]:
-    """Return `records`, in order, in buckets of at most `bucket_bytes`; a larger parameter has its own bucket."""
+    """Return `records`, in order, in buckets of at most `bucket_bytes`. A larger parameter has its own bucket."""
     grouped: list[list[ParameterRecord]] = []
     size = 0
     for record in records:
@@ -71,17 +68,16 @@ def gather_ahead(
     """Yield the parts of each parameter, in the order of `records`.
 
     Every rank must call this and exhaust the iterator. All collectives of a bucket are started, in the same order on
-    all ranks, before the first parameter of the previous bucket is yielded. A collective is waited for only when its
-    parameter is yielded. Two buckets are therefore in memory: the rest of the bucket that is being read, and the next
-    bucket.
+    all ranks, before the first parameter of the previous bucket is yielded. Two buckets are therefore in memory: the
+    rest of the bucket that is being read, and the next bucket.
 
     Args:
         records: records of all stages, the same on all ranks.
         local: this stage's parameters, by name.
 
     Yields:
-        (record, its parts in the order of their ranks). A part may be the model's own memory. This function keeps no
-        reference to the parts after the next item is requested.
+        (record, its parts in rank order). A part may be the model's own memory. This function keeps no reference to
+        the parts after the next item is requested.
     """
     stream = torch.cuda.Stream() if policy.groups.device.type == "cuda" else None
     in_flight: deque[_Gather] = deque()
@@ -98,7 +94,7 @@ class _Gather:
     record: ParameterRecord
     parts: list[torch.Tensor]
     arrival: dist.Work | None
-    """The collective to wait for; None if all parts have arrived."""
+    """The collective to wait for. None if all parts have arrived."""
 
     def finish(self) -> tuple[ParameterRecord, list[torch.Tensor]]:
         if self.arrival is not None:
@@ -114,15 +110,13 @@ def _start(
 ) -> deque[_Gather]:
     """Start the collectives that bring the parameters of `bucket` to this rank.
 
-    Each part is first broadcast over the stages. If a parameter has several parts, they are then gathered within each
-    stage. A gather needs the result of its broadcast. With NCCL, only `stream` waits for the broadcast; neither this
-    process nor the engine's work on the device waits. With gloo, which has no streams, this process waits for the
-    broadcast.
+    Each part is broadcast over the stages. The parts of a parameter are then gathered within each stage. With NCCL,
+    only `stream` waits for a broadcast before its gather. With gloo, this process waits.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]
-    # The memory belongs to the current stream, which reads and frees it; `stream` first waits for the current stream.
-    shards = [  # the part of one tensor- or expert-parallel rank, which a broadcast brings to all stages
+    # The memory belongs to the current stream, so `stream` first waits for the current stream.
+    shards = [  # the part of one tensor- or expert-parallel rank
         local[record.name].data
         if record.stage == groups.pp_rank
         else torch.empty(record.shape, dtype=policy.dtype, device=groups.device)

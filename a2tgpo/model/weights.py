@@ -1,9 +1,4 @@
-"""Load and export weights, with conversion between the names and layouts of Hugging Face and those of Megatron.
-
-mbridge supplies the conversion: its tables list which Hugging Face tensors form a Megatron parameter, and its
-functions interleave, merge and split them. This module reads and writes the tensors. Loading reads one parameter at
-a time. Exporting yields one tensor at a time, while the next bucket of parameters is gathered (`weight_gather`).
-"""
+"""Load and export weights. mbridge converts between the names and layouts of Hugging Face and those of Megatron."""
 
 from __future__ import annotations
 
@@ -33,7 +28,7 @@ from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, wor
 _OUTPUT = "output_layer.weight"
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Largest size of a weight file. A tensor that is larger is written to a file of its own."""
+"""Largest size of a weight file. A larger tensor is written to a file of its own."""
 
 _COMPANIONS = (
     "tokenizer*",
@@ -48,16 +43,15 @@ _COMPANIONS = (
 
 
 def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
-    """Return mbridge's weight tables for this architecture, which use the Megatron configuration `config`."""
-    # Import mbridge here, because the import loads all its architectures, which takes seconds.
+    """Return mbridge's weight tables for this architecture. They use the Megatron configuration `config`."""
+    # Import mbridge here, because the import takes seconds.
     from mbridge.core.bridge import _MODEL_REGISTRY
 
     base = _MODEL_REGISTRY[hf_config.model_type]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
-    # Create a new class for each bridge, because mbridge changes the class's table if embeddings are tied, which
-    # would affect later models. Replace `_build_config`, because it reads attributes that transformers 5 does not
-    # have.
+    # Create a class for each bridge. If embeddings are tied, mbridge changes its class's table, which would affect
+    # later models. Replace `_build_config`, because it reads attributes that transformers 5 does not have.
     members = {
         "_DIRECT_MAPPING": direct,
         "_adjust_mapping_for_shared_weights": lambda bridge: None,
@@ -69,14 +63,9 @@ def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padde
     return bridge
 
 
-# -- in ------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def load_hf_weights(policy: Policy) -> None:
-    """Copy the checkpoint in `policy.path` into the model; every rank must call this.
-
-    Each rank reads the tensors of its own parameters, one parameter at a time, through memory maps.
+    """Copy the checkpoint in `policy.path` into the model. Every rank must call this.
 
     Raises:
         ConfigError: with the same one-line message on every rank, if a tensor is missing or has the wrong shape, if a
@@ -105,13 +94,13 @@ def load_hf_weights(policy: Policy) -> None:
 
 
 def _derived_names(policy: Policy, names: set[str]) -> set[str]:
-    """Return those of `names` whose tensors some checkpoints store although other values determine them."""
+    """Return those of `names` whose tensors follow from other values. Some checkpoints store such tensors."""
     tied = {"lm_head.weight"} if policy.tied_embeddings else set()
     return tied | {name for name in names if name.endswith("rotary_emb.inv_freq")}
 
 
 def _open_tensors(path: str, files: ExitStack) -> dict[str, Any]:
-    """Return a map from the name of each tensor to the open safetensors file that holds the tensor."""
+    """Return the open safetensors file of each tensor, by the tensor's name."""
     tensors: dict[str, Any] = {}
     for file in weight_files(path).values():
         handle = files.enter_context(safe_open(file, framework="pt"))
@@ -163,25 +152,19 @@ def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, to
         yield global_names[name], parameter
 
 
-# -- out -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield all weights in full with their Hugging Face names, while the next bucket of parameters is gathered.
+    """Yield all weights in full with their Hugging Face names. Every rank must call this and exhaust the iterator.
 
-    Every rank must call this and exhaust the iterator, because parameters are broadcast over the pipeline and
-    gathered over the tensor- or expert-parallel group. All ranks get the same tensors in the same order. A tensor
-    may share memory with the model, so read it before you request the next tensor, and do not write to it.
+    All ranks get the same tensors in the same order. A tensor may share memory with the model, so read it before you
+    request the next tensor, and do not write to it.
 
     Args:
-        bucket_bytes: largest size of a bucket, whose parameters are gathered together; a larger parameter has a
-            bucket of its own. 0: each parameter has a bucket of its own. At any time, memory holds the rest of one
-            bucket, the next bucket, and the tensors converted from one parameter.
+        bucket_bytes: largest size of a bucket, whose parameters are gathered together. A larger parameter has its own
+            bucket. Two buckets are in memory at a time.
 
     Yields:
-        (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings appear once, as
-        model.embed_tokens.weight.
+        (name, tensor in the model's dtype on `policy.groups.device`). Tied embeddings are yielded once.
     """
     gather_weights(policy)
     groups, bridge = policy.groups, policy.bridge
@@ -207,10 +190,7 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, whole parameter) pairs in Megatron's layout.
-
-    If the record is an expert's, each part is a whole parameter. Otherwise all parts together are one parameter.
-    """
+    """Return (name, whole parameter) pairs in Megatron's layout. Each part of an expert's record is a parameter."""
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None
@@ -225,9 +205,6 @@ def _named_parts(
     return [(record.name, policy.bridge._weight_merge_across_tp(record.name, parts, shard_info))]
 
 
-# -- to disk -------------------------------------------------------------------------------------------------
-
-
 def save_hf(
     policy: Policy,
     out_dir: str,
@@ -235,13 +212,13 @@ def save_hf(
     *,
     records: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write weights, config.json and tokenizer to `out_dir`; every rank must call this.
+    """Write weights, config.json and tokenizer to `out_dir`. Every rank must call this.
 
-    Rank 0 writes to a temporary folder next to `out_dir` and renames this folder at the end, so `out_dir` is never
-    incomplete. An existing `out_dir` is replaced. The weights keep the training dtype.
+    An existing `out_dir` is replaced. `out_dir` is never incomplete, because rank 0 writes to a temporary folder and
+    renames it at the end. The weights keep the training dtype.
 
     Args:
-        tokenizer_from: folder whose tokenizer files are copied; None: the policy's checkpoint.
+        tokenizer_from: folder whose tokenizer files are copied. None: the policy's checkpoint.
         records: other JSON files to write, as a map from file name to content.
 
     Raises:
@@ -258,7 +235,7 @@ def save_hf(
                     write_json(folder / name, content)
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
             failure = f"could not write {out}: {first_line(error)}"
-    for _ in weights:  # all ranks take part in the gathers; rank 0 reaches this line after a failure
+    for _ in weights:  # all ranks take part in the gathers, rank 0 also after a failure
         pass
     failure = broadcast_object(failure, world_group(), source=0)
     if failure is not None:
@@ -266,7 +243,7 @@ def save_hf(
 
 
 def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write safetensors files, and an index if there are several; only one file's tensors are in memory at a time."""
+    """Write safetensors files, and an index if there are several. Memory holds only one file's tensors at a time."""
     files: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total_bytes = 0
@@ -281,7 +258,7 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         if pending and pending_bytes + size > MAX_FILE_BYTES:
             flush()
             pending_bytes = 0
-        # Copy the tensor, because it may be a view of the model's memory or of a buffer that the next tensor reuses.
+        # Copy the tensor, because the next tensor may reuse its memory.
         pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
         pending_bytes += size
         total_bytes += size

@@ -20,25 +20,19 @@ def device_of(group: ProcessGroup) -> torch.device:
 
 
 def world_group() -> ProcessGroup:
-    """Return the group of all ranks; torch.distributed must be initialised."""
+    """Return the group of all ranks. torch.distributed must be initialised."""
     group = dist.group.WORLD
     assert group is not None, "torch.distributed is not initialised"
     return group
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Return the sum of `tensor` over the ranks of `group`, as a new tensor on the device of `tensor`.
-
-    Every rank of `group` must call this.
-    """
+    """Return the sum of `tensor` over `group`, as a new tensor on the same device. Every rank must call this."""
     return _all_reduce(tensor, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """Return the maximum of `tensor` over the ranks of `group`, as a new tensor on the device of `tensor`.
-
-    Every rank of `group` must call this.
-    """
+    """Return the elementwise maximum over `group`, as a new tensor on the same device. Every rank must call this."""
     return _all_reduce(tensor, dist.ReduceOp.MAX, group)
 
 
@@ -49,19 +43,16 @@ def _all_reduce(tensor: torch.Tensor, op: Any, group: ProcessGroup) -> torch.Ten
 
 
 def all_gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """Return, on every rank of `group`, a list with the `value` of each rank in rank order.
-
-    Each `value` must be picklable and should be small. Every rank of `group` must call this.
-    """
+    """Return the picklable `value` of every rank of `group`, in rank order. Every rank must call this."""
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def gather_object(value: Any, group: ProcessGroup) -> list[Any]:
-    """Return, on the first rank of `group`, a list with the `value` of each rank in rank order.
+    """Return, on the first rank of `group`, every rank's `value` in rank order. Every rank must call this.
 
-    The other ranks get an empty list. Every rank of `group` must call this.
+    The other ranks get an empty list.
     """
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
     dist.gather_object(value, values, group=group, group_dst=0)
@@ -69,24 +60,21 @@ def gather_object(value: Any, group: ProcessGroup) -> list[Any]:
 
 
 def broadcast_object(value: Any, group: ProcessGroup, *, source: int) -> Any:
-    """Return, on every rank of `group`, the `value` of the rank at position `source` in `group`.
-
-    The other ranks' values are ignored. Every rank of `group` must call this.
-    """
+    """Return the `value` of rank `source` of `group`, on every rank. Every rank must call this."""
     box = [value]
     dist.broadcast_object_list(box, group_src=source, group=group, device=device_of(group))
     return box[0]
 
 
 def from_last_stage(value: Any, groups: ParallelGroups) -> Any:
-    """Return, on all pipeline stages of a replica, the `value` of the last stage; the other values are ignored."""
+    """Return the last pipeline stage's `value` on all stages of a replica. Every stage must call this."""
     if groups.pp_size == 1:
         return value
     return broadcast_object(value, groups.pp_group, source=groups.pp_size - 1)
 
 
 def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
-    """Return, on every rank of `group`, the `content` of the first rank; the other ranks' content is ignored."""
+    """Return the first rank's `content` on every rank of `group`. Every rank must call this."""
     if group.size() == 1:
         return content
     device = device_of(group)
@@ -101,12 +89,11 @@ def broadcast_bytes(content: bytes, group: ProcessGroup) -> bytes:
 
 
 def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup) -> list[bytes]:
-    """Send `payloads[i]` to rank `to[i]` of `group`, and return the payloads that this rank received.
+    """Send `payloads[i]` to rank `to[i]` of `group`, and return the payload received from each rank.
 
-    Entry r of the result is the payload from rank r of `group`, b"" if there was none. Every rank of `group` must
-    call this, even if it sends nothing. All ranks must pass the same `to`, which must not contain a rank twice. The
-    call all-gathers the lengths (8 bytes for each pair of sender and receiver), and then exchanges the bytes in one
-    all-to-all; two ranks communicate in the all-to-all only if one has a payload for the other.
+    A payload is b"" if the rank sent none. Every rank of `group` must call this with the same `to`, even if the rank
+    sends nothing. `to` must not contain a rank twice. The ranks first exchange all lengths. In the following
+    all-to-all, two ranks communicate only if one has a payload for the other.
     """
     if len(payloads) != len(to):
         raise ValueError(f"{len(payloads)} payloads for {len(to)} ranks; give one for each, b'' for none")
@@ -125,7 +112,7 @@ def send_bytes(payloads: Sequence[bytes], to: Sequence[int], group: ProcessGroup
 
 
 def _as_tensor(parts: Sequence[bytes]) -> torch.Tensor:
-    """Return all parts in one tensor, [number of bytes] uint8."""
-    # A bytearray, because torch warns if the memory is immutable. frombuffer rejects an empty buffer.
+    """Return the concatenation of `parts`, [number of bytes] uint8."""
+    # Use a bytearray, because torch warns about immutable memory. frombuffer rejects an empty buffer.
     joined = bytearray().join(parts)
     return torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)

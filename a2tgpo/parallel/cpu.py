@@ -1,10 +1,9 @@
-"""All adaptations of Megatron-Core to a machine without a GPU. On a machine with a GPU they do nothing.
+"""Adapt Megatron-Core to a machine without a GPU. On a machine with a GPU, do nothing.
 
 Megatron's code contains `torch.cuda.current_device()` and `device="cuda"`. `install()` registers an import hook that
-gives every module of `megatron.core` a view of `torch` in which these expressions mean the CPU. torch itself does not
-change, except for `Tensor.cuda` and `Tensor.type`, because a view of the module cannot replace methods of tensors.
-This module does not import Megatron; each adaptation runs when the Megatron module that it changes is imported.
-`install()` also limits how many compiled kernels oneDNN keeps on the CPU.
+gives every module of `megatron.core` a view of `torch` in which these expressions mean the CPU. In torch itself, only
+`Tensor.cuda` and `Tensor.type` change, because a view cannot replace methods of tensors. Each adaptation runs when
+the Megatron module that it changes is imported.
 """
 
 from __future__ import annotations
@@ -24,12 +23,10 @@ import torch
 
 SCOPE = "megatron.core"
 KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-"""Environment variable and value that make oneDNN keep only 64 compiled kernels.
+"""Environment variable and value that limit oneDNN's cache to 64 compiled kernels.
 
-oneDNN computes all matrix products of the engine and the trainer's matrix products in bfloat16. It compiles a kernel
-for every shape and keeps 1,024 kernels by default. Each number of tokens is a shape of its own, so the default cache,
-0.25 GiB, is full within ten steps. From then on, kernels are replaced one by one, which fragments the heap, so that
-the heap cannot shrink. Compiling a kernel takes only 0.3 ms.
+Each number of tokens needs its own kernels. oneDNN's default cache of 1,024 kernels takes 0.25 GiB and is full within
+ten steps. From then on, kernels are replaced one by one, which fragments the heap. A kernel compiles in 0.3 ms.
 """
 
 _FACTORIES = (
@@ -55,15 +52,15 @@ _EXPECTED_WARNINGS = (
     "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
     "|If you are using transformer_engine"
 )
-"""Warnings of Megatron that are ignored because they are expected. They concern GPU libraries that are absent on
-purpose, and Megatron's own defaults."""
+"""Warnings of Megatron that are ignored, about GPU libraries that are absent on purpose and about its own defaults.
+"""
 
 
 def install() -> None:
-    """Adapt Megatron-Core to the CPU. On a machine with a GPU, or if called a second time, do nothing.
+    """Adapt Megatron-Core to the CPU. On a machine with a GPU, or in a second call, do nothing.
 
     Raises:
-        RuntimeError: megatron has already been imported; its references to torch can no longer be replaced.
+        RuntimeError: if megatron has already been imported. Its references to torch can no longer be replaced.
     """
     if torch.cuda.is_available() or any(isinstance(finder, ImportHook) for finder in sys.meta_path):
         return
@@ -77,8 +74,10 @@ def install() -> None:
 
 
 class ImportHook:
-    """Import hook for the modules of the package `scope`. After a module has been imported, the hook replaces its
-    `torch` by the adapted view, and then calls the function that `adaptations` has for the module, if it has one.
+    """Import hook for the modules of the package `scope`.
+
+    After the import of a module, the hook replaces the module's `torch` by `torch_view`. If `adaptations` has a
+    function for the module, the hook then calls this function.
     """
 
     def __init__(
@@ -104,13 +103,8 @@ class ImportHook:
             adapt(module)
 
 
-# -- torch, as adapted modules see it -------------------------------------------------------------------------
-
-
 class TorchView(types.ModuleType):
-    """A view of `torch` whose `cuda` does nothing. If a tensor is requested on a CUDA device, the view's factories
-    create it on the CPU.
-    """
+    """View of `torch` that creates a tensor on the CPU if Megatron requests it on a CUDA device."""
 
     def __init__(self, cuda: types.ModuleType) -> None:
         super().__init__("torch")
@@ -134,7 +128,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event. Its methods do nothing, because the CPU works synchronously."""
+    """Stand-in for a CUDA stream or event. Its methods do nothing, because the CPU works synchronously."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -155,9 +149,7 @@ class _NoStream:
 
 
 class CudaView(types.ModuleType):
-    """A view of `torch.cuda` whose only device is the CPU. An attribute that this class does not define is the one of
-    the real `torch.cuda`.
-    """
+    """View of `torch.cuda` whose only device is the CPU. Other attributes are those of the real `torch.cuda`."""
 
     Stream = _NoStream
     Event = _NoStream
@@ -204,8 +196,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 class _TypeName(str):
     """Name of a CPU tensor type, such as 'torch.FloatTensor', that also equals the name of the same type on a GPU.
 
-    Megatron's optimizers need this because they compare `param.type()` with 'torch.cuda.FloatTensor' to group the
-    parameters (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
+    Megatron's optimizers group parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
+    (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).
     """
 
     def __eq__(self, other: object) -> bool:
@@ -226,20 +218,16 @@ def _type_with_device_alias(tensor_type: Callable[..., Any]) -> Callable[..., An
     return type_
 
 
-# -- single modules ------------------------------------------------------------------------------------------
-
-
 def _without_compilation(jit: Any) -> None:
-    # Compiling small CPU kernels costs more time than it saves. This runs before Megatron imports modules that use
-    # the decorator.
+    # Compiling small CPU kernels costs more time than it saves.
     jit.disable_jit_fuser()
 
 
 def _cpu_generator(random: Any) -> None:
-    """Make Megatron's tracker of random states save and restore the state of the CPU generator."""
+    """Make Megatron save and restore the state of the CPU generator in place of the GPU generator."""
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    # The tracker's fork() warns when the CPU state changes, but here this change is intended.
+    # Megatron's fork() warns when the CPU state changes, but here this change is intended.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -261,9 +249,9 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
 
 
 def _plain_splits(moe_utils: Any) -> None:
-    """Make the token dispatcher of a mixture of experts pass the splits of its all-to-all as NumPy arrays.
+    """Make the experts' token dispatcher pass the splits of its all-to-all as NumPy arrays, as it does on a GPU.
 
-    On a GPU the dispatcher does this already. On a CPU it would pass tensors, which torch rejects.
+    On a CPU the dispatcher would pass tensors, which torch rejects.
     """
     move = moe_utils.maybe_move_tensor_to_cpu
 

@@ -9,10 +9,10 @@ import torch
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Replaces FusedAdam on the CPU, so that Megatron's optimizers and checkpoints are the same on CPU and GPU.
+    """Replacement of FusedAdam that gives Megatron's optimizers and checkpoints the same form on CPU and GPU.
 
-    The class counts steps in each parameter group (`group["step"]`). For each parameter it stores only `exp_avg` and
-    `exp_avg_sq`, in float32. FusedAdam does both too; torch's Adam does not.
+    Like FusedAdam and unlike torch's Adam, this class counts steps per parameter group (`group["step"]`). For each
+    parameter it stores only `exp_avg` and `exp_avg_sq`, in float32.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
-        # Megatron reads this attribute to see whether the optimizer stores the float32 weights. None: Megatron does.
+        # Megatron reads this attribute. None: Megatron stores the float32 weights, not the optimizer.
         self.master_weights = None
 
     @torch.no_grad()

@@ -1,6 +1,4 @@
-"""Division of the ranks into engine groups. Neighbouring ranks share one vLLM engine, and each engine plays its own
-prompts.
-"""
+"""Divide the ranks into engine groups. The ranks of a group share one vLLM engine, which plays its own prompts."""
 
 from __future__ import annotations
 
@@ -22,16 +20,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineGroup:
-    """The ranks that share this rank's engine, and the engine's index among all engines."""
+    """The ranks that share this rank's engine."""
 
     index: int = 0
-    """Index of the engine."""
+    """Index of the engine among all engines."""
     count: int = 1
     """Number of engines."""
     rank: int = 0
     """This rank's index among the ranks that share the engine."""
     group: dist.ProcessGroup | None = None
-    """Process group, on the CPU, of the ranks that share the engine; None if only this rank uses the engine."""
+    """CPU process group of the ranks that share the engine. None if only this rank uses the engine."""
 
     @property
     def size(self) -> int:
@@ -40,30 +38,31 @@ class EngineGroup:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank is the first of its engine. Only this rank calls the tools, counts and records."""
+        """Whether this rank is the first of its engine. Only the first rank calls the tools, counts and records."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this engine's share of `items`, which is every `count`-th item from position `index` on."""
+        """Return this engine's share of `items`: every `count`-th item, beginning at position `index`."""
         return items[self.index :: self.count]
 
     def any(self, flag: bool) -> bool:
-        """Return whether `flag` is True on at least one rank of the engine. All its ranks must call this."""
+        """Return whether `flag` is True on any rank of the engine. All ranks of the engine must call this."""
         if self.group is None:
             return flag
         return bool(all_reduce_max(torch.tensor(float(flag)), self.group).item())
 
 
 ALONE = EngineGroup()
-"""The engine group of a single rank that has the only engine."""
+"""Engine group of the only rank of a run."""
 
 
 def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup:
-    """Divide the ranks so that every `rollout.tensor_parallel` neighbouring ranks share an engine, and return this
-    rank's group; every rank must call this.
+    """Return the group of `rollout.tensor_parallel` neighbouring ranks that share this rank's engine.
+
+    Every rank must call this.
 
     Raises:
-        ConfigError: one line; `rollout.tensor_parallel` does not divide the number of ranks.
+        ConfigError: with a one-line message, if `rollout.tensor_parallel` does not divide the number of ranks.
     """
     size = config.rollout.tensor_parallel
     require(
@@ -75,7 +74,7 @@ def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup
     own, timeout = None, timedelta(seconds=config.parallel.timeout_s)
     for first in range(0, groups.world_size, size):
         ranks = list(range(first, first + size))
-        # The group communicates on the CPU. On the GPU, sharing a tool's answer would wait for the engine's step.
+        # Communicate on the CPU. On the GPU, sharing a tool's answer would wait for the engine's step.
         group = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
         if groups.rank in ranks:
             own = group

@@ -1,4 +1,4 @@
-"""`ParallelGroups`, the record of this process's place in the layout; functions take it as an argument."""
+"""The record of this process's ranks and process groups."""
 
 from __future__ import annotations
 
@@ -10,44 +10,41 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The process groups to which one process belongs, their sizes, and the process's rank in each of them.
+    """The process groups to which this process belongs, their sizes, and the process's rank in each group.
 
-    The global rank is tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)). So the ranks of a
-    tensor-parallel group are neighbours, because they communicate most. The ranks of a context-parallel group are
-    closer together than data-parallel replicas, and pipeline stages are furthest apart. Expert-parallel ranks are
-    neighbours within a stage: ep_rank is the process's position in its stage, modulo ep_size.
+    The global rank is tp_rank + tp_size * (cp_rank + cp_size * (dp_rank + dp_size * pp_rank)). The ranks of a
+    tensor-parallel group are neighbours, because they communicate most. ep_rank is the process's position in its
+    pipeline stage, modulo ep_size.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    """Index of the process among those on this machine, and of the GPU that the process uses."""
+    """Index of this process on its machine. It is also the index of the process's GPU."""
     device: torch.device
-    """The device on which this process computes."""
     tp_rank: int
     tp_size: int
     tp_group: ProcessGroup
     cp_rank: int
     cp_size: int
     cp_group: ProcessGroup
-    """The context-parallel ranks: each holds one part of every sequence of this data-parallel replica."""
+    """Ranks that each hold one part of every sequence of this data-parallel replica."""
     pp_rank: int
     pp_size: int
     pp_group: ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
-    """A group with one rank of each data-parallel replica. Counts of trajectories and tokens are reduced over it."""
+    """One rank of each data-parallel replica. Counts of trajectories and tokens are reduced over this group."""
     dp_cp_group: ProcessGroup
-    """The ranks that hold the same weights as this one, which are the ranks of `dp_group` and their context-parallel
-    ranks. Gradients are reduced over this group, and the optimizer state is divided over it."""
+    """All ranks that hold the same weights as this rank. Gradients are reduced over this group, and the optimizer
+    state is divided over it."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup
-    """The ranks over which the experts of a stage's layers are distributed. Each expert is on one of these ranks."""
+    """Ranks over which the experts of a stage's layers are distributed."""
     edp_group: ProcessGroup
-    """The expert-data-parallel ranks, which are the ranks of a stage that hold the same experts. The gradients of
-    experts are reduced over this group."""
+    """Ranks of a stage that hold the same experts. The gradients of experts are reduced over this group."""
 
     @property
     def is_pipeline_first(self) -> bool:
@@ -63,7 +60,7 @@ class ParallelGroups:
         return self.tp_rank == self.cp_rank == self.pp_rank == 0
 
     def dp_ranks_of(self, dp_index: int) -> list[int]:
-        """Return the global ranks of data-parallel replica `dp_index` in ascending order, so stage by stage."""
+        """Return the global ranks of data-parallel replica `dp_index`, in ascending order."""
         assert 0 <= dp_index < self.dp_size, f"replica {dp_index} of {self.dp_size}"
         in_a_stage = self.tp_size * self.cp_size
         return [
@@ -73,7 +70,7 @@ class ParallelGroups:
         ]
 
     def cp_rank_of(self, rank: int) -> int:
-        """Return the index that global rank `rank` has in its context-parallel group."""
+        """Return the context-parallel rank of global rank `rank`."""
         return rank // self.tp_size % self.cp_size
 
     def dp_index_of(self, rank: int) -> int:

@@ -21,31 +21,28 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.parallel.groups import ParallelGroups
 
 _set_here: list[str] = []
-"""Names of the environment variables that `_be_alone` has set. `shutdown` removes these variables, because processes
-that are started later must not inherit them."""
+"""Environment variables that `_be_alone` has set. `shutdown` removes them, so that later processes do not inherit
+them."""
 
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
-    """Join the other processes and create the layout. Every process must call this once, before other functions of
-    this package.
+    """Join the other processes and return this process's groups. Every process must call this once, before all else.
 
-    Reads the launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment. If RANK is
-    not set, this process is the only one. Uses NCCL on a machine with a GPU, and otherwise gloo.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment. If RANK is not set, this
+    process is the only one. The backend is NCCL on a machine with a GPU, and otherwise gloo.
 
     Args:
-        seed: seed of Python's, NumPy's and torch's generators, the same on all ranks. Megatron's tracker derives a
-            different state for each tensor-parallel rank.
-        store: rendezvous store that the processes already share; None: create one at MASTER_ADDR and MASTER_PORT.
+        seed: seed of the generators of Python, NumPy and torch, the same on all ranks.
+        store: rendezvous store that the processes already share. None: create one at MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        ConfigError: the number of processes cannot be divided according to `config`.
+        ConfigError: if the number of processes cannot be divided according to `config`.
     """
     if "RANK" not in os.environ:
         _be_alone()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_layout(config, world_size)
-    # This variable makes the GPU run a layer's communication and computation in order. Megatron requires it if
-    # tensor > 1.
+    # Megatron requires this if tensor > 1. The GPU then runs a layer's communication and computation in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron uses names of collectives that torch 2.13 renamed.
     warnings.filterwarnings(
@@ -61,9 +58,8 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     dist.init_process_group(
         "nccl" if device else "gloo",
         timeout=timeout,
-        # device_id is left out, so that a group's communicator is created at the group's first collective, and a
-        # group of one rank never needs one. With device_id, creating any group would split the communicator of all
-        # ranks.
+        # Without device_id, a group's communicator is created at the group's first collective. With device_id,
+        # creating any group would split the communicator of all ranks.
         store=store,
         rank=rank,
         world_size=world_size,
@@ -72,10 +68,7 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
 
 
 def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
-    """Divide the processes, which have joined, according to `config`. If there is an earlier layout, replace it.
-
-    Every process must call this. `initialize` calls it once; programs that use several layouts also call it directly.
-    """
+    """Divide the processes according to `config`, and replace any earlier layout. Every process must call this."""
     check_layout(config, dist.get_world_size())
     if parallel_state.is_initialized():
         _leave_layout()
@@ -87,7 +80,7 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
         virtual_pipeline_model_parallel_size=config.virtual if config.virtual > 1 else None,
         context_parallel_size=config.context,
         distributed_timeout_minutes=math.ceil(config.timeout_s / 60),
-        create_gloo_process_groups=False,  # Megatron would create further groups that this program does not use
+        create_gloo_process_groups=False,  # Megatron would create gloo groups that nothing uses
     )
     random.seed(seed)
     np.random.seed(seed)
@@ -97,9 +90,7 @@ def lay_out(config: ParallelConfig, *, seed: int) -> ParallelGroups:
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` if tensor x context x pipeline does not divide `world_size`, or if `expert` does not divide
-    the number of ranks in a pipeline stage.
-    """
+    """Raise `ConfigError` if `world_size` processes cannot be divided according to `config`."""
     if world_size % config.model_ranks:
         raise ConfigError(
             f"parallel.tensor ({config.tensor}) x parallel.context ({config.context}) x parallel.pipeline "
@@ -116,9 +107,7 @@ def check_layout(config: ParallelConfig, world_size: int) -> None:
 
 
 def shutdown() -> None:
-    """Destroy the process group and Megatron's parallel state. Every process must call this last; a second call does
-    nothing.
-    """
+    """Destroy the process group and Megatron's parallel state. Every process must call this last."""
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -130,7 +119,7 @@ def shutdown() -> None:
 
 def _leave_layout() -> None:
     """Destroy the groups of a layout, because each gloo group has a thread that wakes a hundred times a second."""
-    dist.barrier()  # after this, no rank is sending in one of these groups
+    dist.barrier()  # after the barrier, no rank is still sending in one of the groups
     for group in parallel_state._global_process_group_list:
         if group is not None:
             dist.destroy_process_group(group)
@@ -181,7 +170,7 @@ def _groups() -> ParallelGroups:
         ep_group=parallel_state.get_expert_model_parallel_group(),
         edp_group=parallel_state.get_expert_data_parallel_group(),
     )
-    # Megatron's model-parallel group contains only those ranks of the replica that have this rank's cp_rank.
+    # Megatron's model-parallel group contains only the replica's ranks that have this rank's cp_rank.
     model_ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
     assert model_ranks == [
         rank for rank in groups.dp_ranks_of(groups.dp_rank) if groups.cp_rank_of(rank) == groups.cp_rank

@@ -1,6 +1,4 @@
-"""Save and restore the states of all random generators of this process, for checkpoints and for code that changes
-these states.
-"""
+"""Save and restore the states of all random generators of this process."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the states of this rank's random generators: Python's, NumPy's, torch's on the CPU and on the GPU, and
-    the states in Megatron's tracker.
-    """
+    """Return the states of the generators of Python, NumPy, torch (CPU and GPU) and Megatron's tracker."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

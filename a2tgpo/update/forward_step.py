@@ -22,7 +22,6 @@ from a2tgpo.parallel.groups import ParallelGroups
 TokenFunction = Callable[[int, Tensor, Tensor], Tensor]
 """A function (number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> scalar to differentiate.
 
-Both tensors are 0 at positions where `loss_mask` is False, because the output layer does not run there.
 Both tensors are 0 where `loss_mask` is False, because the output layer does not run there.
 """
 
@@ -35,21 +34,19 @@ def run_pipeline(
     distribution: TokenDistribution,
     forward_only: bool,
 ) -> None:
-    """Run the policy over `microbatches`. On the last stage, pass the log-probs of each one to `token_function`.
+    """Run the policy over `microbatches`. On the last stage, pass each micro-batch's log-probs to `token_function`.
 
-    Every rank must call this. Each data-parallel replica has its own micro-batches, which must be the same on
-    all ranks of the replica. Replicas may have different numbers of micro-batches, even none. A replica with
-    fewer micro-batches runs additional empty ones, so that all replicas reach every collective. Interleaved
-    stages need whole rounds of micro-batches, so rounds are filled up with empty ones, too. `token_function`
-    never sees an empty micro-batch. Context-parallel ranks each run a part of a micro-batch, but
-    `token_function` sees the whole micro-batch on each of them.
+    Every rank must call this. All ranks of a data-parallel replica must pass the same micro-batches. Replicas may
+    have different numbers of micro-batches, even none. This function adds empty micro-batches, so that all replicas
+    reach every collective. `token_function` never sees an empty micro-batch. On every context-parallel rank,
+    `token_function` sees the whole micro-batch.
 
-    The gradients left in the model are those of the sum of `token_function`'s values over all micro-batches and
-    all data-parallel replicas. Megatron averages over both; this function undoes the averaging.
+    If `forward_only` is False, the model then holds the gradients of the objective. The objective is the sum of
+    `token_function`'s values over all micro-batches and all data-parallel replicas.
 
     Args:
         distribution: the distribution of the log-probs and entropies that `token_function` receives.
-        forward_only: whether to compute no gradients. If so, the values of `token_function` are ignored.
+        forward_only: compute no gradients, and ignore the values of `token_function`.
 
     Raises:
         RuntimeError: if the weights are not on the GPU.
@@ -94,22 +91,21 @@ def run_pipeline(
         data_iterator=iterators,
         model=policy.chunks,
         num_microbatches=count,
-        seq_length=max(batch.num_tokens for batch in batches),  # unused: stages send each other their shapes
+        seq_length=max(batch.num_tokens for batch in batches),  # unused, since stages exchange shapes
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
 class _ScoredRows(NamedTuple):
-    """How a micro-batch is divided over context-parallel ranks, and which of this rank's rows need log-probs."""
+    """The division of a micro-batch over context-parallel ranks, and this rank's rows that need log-probs."""
 
     positions: Tensor
-    """[cp, T / cp] int64: for each context-parallel rank, the positions of the batch that the rank runs."""
+    """[cp, T / cp] int64: the positions of the batch that each context-parallel rank runs."""
     rows: Tensor
-    """[n] int64, n >= 1: indices of those positions of this rank at which `loss_mask` is True.
+    """[n] int64, n >= 1: indices of this rank's positions at which `loss_mask` is True.
 
-    If there is no such position, the tensor is [0], so that the micro-batch still reaches every parameter and
-    every collective.
+    If `loss_mask` is nowhere True, the tensor is [0], so that the pass still reaches every parameter and collective.
     """
 
 
@@ -125,10 +121,7 @@ def _scored_rows(batch: PackedBatch, groups: ParallelGroups) -> _ScoredRows:
 def _logprobs(
     policy: Policy, logits: Tensor, batch: PackedBatch, scored: _ScoredRows, distribution: TokenDistribution
 ) -> tuple[Tensor, Tensor]:
-    """Compute, from the logits of the scored rows, log p of the batch's targets and the entropies.
-
-    Both are [T] tensors, and 0 at masked positions.
-    """
+    """Return the log-probs of the targets, and the entropies. Both are [T], and 0 at masked positions."""
     groups, own = policy.groups, scored.positions[policy.groups.cp_rank]
     targets = batch.targets[0, own[scored.rows]]
     found = token_logprobs(
@@ -143,8 +136,7 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, scored.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # if no row is needed, this also masks row [0]
+        return values.where(batch.loss_mask[0], 0.0)  # if no row is needed, this masks row [0]
 
-    # Scatter the two separately. If they were stacked, autograd would run backward through entropies that no
-    # loss uses.
+    # Scatter log-probs and entropies separately. If they were stacked, autograd would run backward through both.
     return over_the_row(found[0]), over_the_row(found[1])

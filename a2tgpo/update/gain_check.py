@@ -1,4 +1,4 @@
-"""Compare the probabilities of the gold answers that the trainer computes with those that the engine computed."""
+"""Compare the trainer's probabilities of the gold answers with the engine's."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from a2tgpo.update.probe_logprobs import compute_probe_logprobs
 
 
 class GainCheck:
-    """Rescore some of a step's contexts with the trainer, with the same weights that played them.
+    """Rescore some contexts of a step with the trainer, using the weights that played the step.
 
     Args:
-        policy: the policy of this rank.
-        config: says how often to check, and how many trajectories of each data-parallel replica.
-        answer_tokens: the `AnswerTokens` that the engine's scorer uses.
-        answers: gold answers by the id of the question.
+        answers: the gold answers of each question, by the question's id.
         max_tokens: number of positions in one row of the model.
     """
 
@@ -42,24 +39,21 @@ class GainCheck:
         self._max_tokens = max_tokens
 
     def run(self, version: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """Every `verify_every` steps, return how far apart engine and trainer are. Every rank must call this.
+        """Return how far the engine's log-probs are from the trainer's. Every rank must call this.
 
-        For each context, log P is the mean log-prob per token of the best alias, in nats. The gap of a context
-        is |log P by the engine - log P by the trainer|. `gain/engine_trainer_gap` is the mean gap over
-        contexts, and `gain/engine_trainer_gap_max` is the largest gap. Both are omitted if the engine scored no
-        context.
+        A check runs only if `version` is a multiple of `verify_every`. For each context, log P is the best alias's
+        mean log-prob per token, in nats. The gap of a context is |log P by the engine - log P by the trainer|.
+        `gain/engine_trainer_gap` is the mean gap, and `gain/engine_trainer_gap_max` is the largest gap. The metrics
+        must be reduced over the data-parallel group. They are omitted if no gap was measured.
 
         Args:
             version: the version of the policy's weights (`Turn.version`).
             trajectories: this data-parallel replica's share of the step, before the policy is trained on it.
-
-        Returns:
-            Metrics that must be reduced over the data-parallel group. They are empty in steps without a check.
         """
         every, metrics = self._config.verify_every, MetricSums()
         if every == 0 or version % every:
             return metrics
-        # A trajectory that ended in an earlier step was scored with weights that no longer exist, so leave it out.
+        # Leave out trajectories that ended in an earlier step, because the weights that scored them no longer exist.
         current = [trajectory for trajectory in trajectories if trajectory.turns[-1].version == version]
         sample = _spread(current, self._config.verify_trajectories)
         sequences = [self._probed(trajectory) for trajectory in sample]

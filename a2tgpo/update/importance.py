@@ -1,4 +1,4 @@
-"""Rollout correction: the importance weight of each sampled token, and metrics of all weights of a step."""
+"""Compute importance weights for the rollout correction, and metrics of these weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> ImportanceWeights:
-    """Return the importance weights of a micro-batch's sampled tokens. Call this only on the last stage."""
+    """Return the importance weights of a micro-batch's sampled tokens. Call this only on the last pipeline stage."""
     rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
     return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
 
@@ -24,20 +24,17 @@ def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> I
 def correction_metrics(
     weights: Sequence[ImportanceWeights], config: CorrectionConfig, groups: ParallelGroups
 ) -> MetricSums:
-    """Return metrics of a step's importance weights w. Return no metrics if the correction has `kind: none`.
+    """Return metrics of a step's importance weights w, or no metrics if `config.kind` is none.
 
-    Every rank must call this, even if it has no trajectories. The metrics cover all sampled tokens of the step:
+    Every rank must call this. On all pipeline stages except the last, `weights` must be empty. The metrics cover all
+    sampled tokens of the step:
 
-    - `correction/mean`, `correction/max` and `correction/min` are those of w before truncation or masking, over
-    all tokens for which w can be computed. They are omitted if a step has no such token.
+    - `correction/mean`, `correction/max` and `correction/min` describe w before truncation and masking. They cover
+      the tokens for which w can be computed. If there is no such token, these three metrics are omitted.
     - `correction/truncated_share` and `correction/masked_share` are shares of all sampled tokens.
     - `correction/unusable_tokens` is the number of tokens that have weight 0 because a log-prob is not finite.
-    - `correction/effective_sample_share` is (sum w)^2 / (n sum w^2), where w are the weights in the loss and
-    the sums are over all data-parallel replicas. It is 1 if all weights are equal, and 0 if all weights are 0.
-
-    Args:
-        weights: the weights of this data-parallel replica's micro-batches. The list is empty on all but the
-            last pipeline stage.
+    - `correction/effective_sample_share` is (sum w)^2 / (n sum w^2), where w are the weights in the loss. It is 1 if
+      all weights are equal, and 0 if all weights are 0.
     """
     metrics = MetricSums()
     if config.kind == "none":

@@ -15,12 +15,12 @@ from a2tgpo.update.forward_step import run_pipeline
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probs and entropies of one micro-batch. An entry belongs to the position that predicts the token."""
+    """Log-probs and entropies of one micro-batch. Both are 0 where `loss_mask` is False."""
 
     logprobs: Tensor
-    """[T] float32, nats: log p of each of `targets`. It is 0 at positions where `loss_mask` is False."""
+    """[T] float32, nats: log p of each of `targets`."""
     entropy: Tensor
-    """[T] float32, nats: entropy of the distribution that predicts the target. 0 where `loss_mask` is False."""
+    """[T] float32, nats: entropy of the distribution that predicts the target."""
 
 
 @torch.no_grad()
@@ -30,13 +30,10 @@ def compute_logprobs(
     *,
     distribution: TokenDistribution = MODEL_DISTRIBUTION,
 ) -> list[TokenLogprobs | None]:
-    """Compute the log-probs of all micro-batches in one forward-only pass through the pipeline.
+    """Return the log-probs of each micro-batch, computed in one forward-only pass through the pipeline.
 
-    Every rank must call this, with the micro-batches that `run_pipeline` requires.
-
-    Returns:
-        For each micro-batch, its log-probs on the policy's device. On all but the last pipeline stage, each
-        entry is None.
+    Every rank must call this, with the micro-batches that `run_pipeline` requires. The log-probs are on the policy's
+    device. On all stages except the last, each entry of the result is None.
     """
     found: list[TokenLogprobs | None] = [None] * len(microbatches)
 

@@ -21,21 +21,21 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
-    """S trajectories of this rank, with U turns in total, in one row of T positions, and the inputs of their loss."""
+    """S trajectories with U turns in total, in one row of T positions, and the inputs of their loss."""
 
     batch: PackedBatch
     turn_advantages: Tensor
-    """[U] float32: advantage of each turn."""
+    """[U] float32."""
     turn_clip_scales: Tensor
-    """[U] float32: clip scale of each turn."""
+    """[U] float32."""
     sequence_weights: Tensor
-    """[S] float32: the weight in the loss that each sampled token of a sequence has."""
+    """[S] float32: the weight in the loss of each sampled token of the sequence."""
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
     old_logprobs: Tensor | None = None
-    """[T] float32: log-probs under the policy that played. None until computed, and on all but the last stage."""
+    """[T] float32: log-probs under the policy that played. Only the last pipeline stage has them, after scoring."""
     ref_logprobs: Tensor | None = None
-    """[T] float32: log-probs under the reference. None without a reference, and on all but the last stage."""
+    """[T] float32: log-probs under the reference. Only the last pipeline stage has them, after scoring."""
 
     def to(self, device: torch.device) -> Microbatch:
         """Return a copy of the micro-batch whose tensors are on `device` (see `PackedBatch.to`)."""
@@ -44,7 +44,7 @@ class Microbatch:
         return dataclasses.replace(self, **moved)
 
     def loss_inputs(self) -> LossInputs:
-        """Return the loss's flat per-token inputs, without importance weights. Only the last stage has them."""
+        """Return the loss's flat per-token inputs, without importance weights. Call this only on the last stage."""
         batch, mask = self.batch, self.batch.loss_mask[0]
         assert self.old_logprobs is not None, "old log-probs come first"
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
@@ -76,14 +76,9 @@ def build_minibatches(
 ) -> list[Minibatch]:
     """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
-    Every rank must call this, even if it has no trajectories. The reason is that loss normalisers are summed
-    over the data-parallel group, and that the replicas agree on the number of micro-batches
-    (`pack_microbatches`).
-
-    Args:
-        trajectories: this data-parallel replica's share of the step. The trajectories are the rows of
-            `advantages` and of `clip_scales` [N, T + 1].
-        align: the alignment that the policy needs.
+    Every rank must call this, because loss normalisers are summed over the data-parallel group. `trajectories` is
+    this data-parallel replica's share of the step. Trajectory i has row i of `advantages` and of `clip_scales` [N, T
+    + 1].
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)

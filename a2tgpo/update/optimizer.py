@@ -17,11 +17,8 @@ def build_optimizer(
 ) -> tuple[Any, LearningRateSchedule]:
     """Build the optimizer of the policy's trainable parameters, and the schedule of its learning rate.
 
-    Every rank must call this. Weight decay is not applied to biases and to weights of norms.
-
-    Args:
-        total_steps: number of optimizer steps after which the schedule reaches `config.min_lr`. A constant
-            schedule ignores it.
+    Every rank must call this. Biases and weights of norms have no weight decay. The schedule reaches `config.min_lr`
+    after `total_steps` optimizer steps, unless it is constant.
     """
     bf16 = policy.dtype == torch.bfloat16
     optimizer = get_megatron_optimizer(
@@ -48,8 +45,8 @@ def build_optimizer(
 class LearningRateSchedule:
     """A linear warm-up of the learning rate, followed by a constant, linear or cosine schedule.
 
-    Call `step()` once per optimizer step. Update k, counted from 0, uses the rate that Megatron's scheduler has
-    after k + 1 steps. Otherwise the first update of a warm-up would have rate 0.
+    Call `step()` once per optimizer step. Update k, counted from 0, uses the rate that Megatron's scheduler has after
+    k + 1 steps. Otherwise the first update of a warm-up would have rate 0.
     """
 
     def __init__(self, optimizer: Any, config: UpdateConfig, *, total_steps: int) -> None:
@@ -85,10 +82,9 @@ class LearningRateSchedule:
         return {"steps_done": self._scheduler.num_steps - 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the step in `state`. Learning rates follow the config of this run, not that of the saved run.
+        """Continue from the step in `state`, with the learning rates of this run's config.
 
-        Call this after the optimizer's state is loaded, because that state contains the learning rates of the
-        saved run.
+        Call this after loading the optimizer's state, because that state contains the saved run's learning rates.
         """
         self._set_steps_done(state["steps_done"])
 

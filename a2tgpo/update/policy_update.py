@@ -1,4 +1,4 @@
-"""The update stage takes one optimizer step per mini-batch. If there are several, it scores all of them first."""
+"""Take one optimizer step per mini-batch. If a step has several mini-batches, score all of them first."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ from a2tgpo.update.ratio_spread import record_spread, spread_sums
 from a2tgpo.update.train_step import LossFunction, train_step
 
 TurnRatios = list[tuple[PackedBatch, Tensor]]
-"""For each micro-batch, the [U] float32 ratios (Eq. 10) of its turns in the training pass.
-
-`algorithm.ratio` has no influence on these ratios.
-"""
+"""For each micro-batch, the [U] float32 turn ratios (Eq. 10) of the training pass, for any `algorithm.ratio`."""
 
 
 def compute_old_logprobs(
@@ -39,18 +36,17 @@ def compute_old_logprobs(
     distribution: TokenDistribution,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[Minibatch], MetricSums]:
-    """Return the mini-batches with `old_logprobs`, the trainer's log-probs under the policy that played; and metrics.
+    """Return the mini-batches with `old_logprobs`, and metrics. Every rank must call this.
 
-    Every rank must call this. A single mini-batch is returned unchanged, because no update precedes its
-    training pass: `update_policy` takes the log-probs from that pass.
+    A single mini-batch is returned unchanged, because `update_policy` takes its log-probs from the training pass.
 
-    The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the trainer's
-    log-probs and the engine's. `likelihood/correct` covers only trajectories whose answer matches; it is
-    omitted in a step without any. `gap/train_engine_*` covers the tokens at which both log-probs are finite; it
-    is omitted in a step without any. `gap/unusable_tokens` is the number of all other tokens.
+    The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the log-probs of trainer
+    and engine. `likelihood/correct` covers only trajectories whose answer matches. It is omitted if no answer
+    matches. `gap/train_engine_*` covers the tokens at which both log-probs are finite. `gap/unusable_tokens` is the
+    number of all other tokens.
 
     Args:
-        distribution: the distribution from which the engine sampled. All of these metrics refer to it.
+        distribution: the distribution from which the engine sampled.
         before_each: a function that all ranks call before every mini-batch.
     """
     if len(minibatches) == 1:
@@ -67,10 +63,9 @@ def compute_old_logprobs(
 def compute_ref_logprobs(
     reference: Policy, minibatches: Sequence[Minibatch], *, distribution: TokenDistribution
 ) -> list[Minibatch]:
-    """Return the mini-batches with `ref_logprobs`, the reference's log-probs; every rank must call this.
+    """Return the mini-batches with `ref_logprobs`, the reference's log-probs. Every rank must call this.
 
-    Args:
-        distribution: the same distribution as for the policy's log-probs.
+    `distribution` must be the same as for the policy's log-probs.
     """
     scored: list[Minibatch] = []
     for minibatch in minibatches:
@@ -93,14 +88,14 @@ def update_policy(
     *,
     distribution: TokenDistribution,
 ) -> tuple[MetricSums, TurnRatios]:
-    """Take one optimizer step per mini-batch, in order. If a correction is configured, use importance weights.
+    """Take one optimizer step per mini-batch, in order. Every rank must call this.
 
-    Every rank must call this. It returns the metrics and, on the last pipeline stage, the ratios of the turns.
+    This function returns metrics and, on the last pipeline stage, the ratios of the turns. If a correction is
+    configured, the loss uses importance weights.
 
-    At the first mini-batch, the policy is still the one that played, so the true ratio is 1. The measured
-    deviation from 1 is the noise floor, and the clipping range should be compared with it. If the first
-    mini-batch has no `old_logprobs`, its training pass computes them and adds the metrics of
-    `compute_old_logprobs`. In this case, the ratio is exactly 1.
+    At the first mini-batch, the policy is still the one that played, so the true ratio is 1. The metric
+    `ratio/noise_floor` is the measured deviation from 1. If the first mini-batch has no `old_logprobs`, its training
+    pass computes them and adds the metrics of `compute_old_logprobs`. In this case, the ratio is exactly 1.
     """
     metrics, passes = MetricSums(), _TrainingPasses(config)
     for number, minibatch in enumerate(minibatches):
@@ -112,7 +107,7 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        # All data-parallel replicas skip an update together, but the sum over replicas must count it only once.
+        # All replicas skip an update together, but the sum over replicas must count it only once.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
@@ -157,13 +152,10 @@ class _TrainingPasses:
 
 
 def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[int]) -> Tensor:
-    """Arrange the ratios from `update_policy` by trajectory and turn; every rank must call this.
+    """Return the ratios from `update_policy` by trajectory and turn, [N, T + 1] float32 on the CPU.
 
-    Args:
-        shape: (N, T + 1), the shape of the advantages of this data-parallel replica.
-
-    Returns:
-        [N, T + 1] float32 on the CPU, equal on all ranks of a data-parallel replica. Entries without a turn are NaN.
+    Every rank must call this. `shape` is the shape of this data-parallel replica's advantages. The result is equal on
+    all ranks of the replica. Entries without a turn are NaN.
     """
     table = torch.full(tuple(shape), float("nan"))
     for batch, ratios in turn_ratios:
@@ -173,7 +165,7 @@ def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[i
 
 
 def _with_old(microbatch: Microbatch, found: TokenLogprobs | None, sums: dict[str, Tensor]) -> Microbatch:
-    """Return the micro-batch with `old_logprobs`, and add its sums, from which metrics are computed, to `sums`."""
+    """Return the micro-batch with `old_logprobs`, and add the sums for its metrics to `sums`."""
     if found is None:  # this rank is not on the last pipeline stage
         return microbatch
     device = found.logprobs.device

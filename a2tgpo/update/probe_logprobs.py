@@ -14,18 +14,14 @@ from a2tgpo.update.logprobs import compute_logprobs
 def compute_probe_logprobs(
     policy: Policy, sequences: Sequence[ProbedSequence], *, max_tokens: int
 ) -> list[list[list[float]]]:
-    """Return log p, in nats, of each answer token given the prefix, the scaffold and the answer tokens before it.
+    """Return, for each sequence and probe, one log-prob per answer token, in nats.
 
-    Every rank must call this. Each data-parallel replica has its own sequences, possibly none, which must be
-    the same on all ranks of the replica. For each sequence, the model runs `packed_length` positions, plus
-    padding.
+    Each log-prob is conditioned on the prefix, the scaffold and the answer tokens before it. Every rank must call
+    this. All ranks of a data-parallel replica must pass the same sequences, possibly none. All these ranks get the
+    same result. The model runs `packed_length` positions per sequence, plus padding.
 
     Args:
-        max_tokens: number of positions in one row. A sequence that is longer gets a row of its own.
-
-    Returns:
-        For each sequence and each probe, one value per answer token. The values are equal on all ranks of a
-        data-parallel replica.
+        max_tokens: number of positions in one row. A longer sequence gets a row of its own.
     """
     rows = microbatches(
         [sequence.packed_length for sequence in sequences], max_tokens, row=policy.alignment.row

@@ -1,4 +1,4 @@
-"""Measure how far the loss's ratios before clipping spread around 1, by the number of updates since the rollout."""
+"""Measure how far the loss's ratios before clipping spread around 1."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from a2tgpo.metrics.reduce import MetricSums
 def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, Tensor]:
     """Return two float64 values: the sum of (log s)^2 over all ratios s, and the number of ratios.
 
-    All tokens of a turn or of a sequence share one ratio, depending on `level`.
-
     Args:
         log_ratio: [n] log-ratios of the micro-batch's sampled tokens, without gradient.
-        level: the level at which ratios are computed. One of: token, turn, sequence.
+        level: one of token, turn, sequence. All tokens of this unit share one ratio.
     """
     ids, num_segments = segments(inputs, level)
     shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)

@@ -19,12 +19,10 @@ from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
 from a2tgpo.update.forward_step import run_pipeline
 
 LossFunction = Callable[[int, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""A function that computes the loss of a micro-batch, and metrics: (number of the micro-batch, logprobs [T]
-float32, entropy [T] float32) -> (loss, metrics).
+"""A function (number of the micro-batch, logprobs [T] float32, entropy [T] float32) -> (loss, metrics).
 
-Both tensors are 0 at masked positions. The loss is a scalar with a global normalisation: the sum of the losses
-over all micro-batches and data-parallel replicas is the objective. Metrics are sums of any shape, which are
-added up over micro-batches.
+Both tensors are 0 at masked positions. The objective is the sum of the scalar losses over all micro-batches and
+data-parallel replicas. A metric may have any shape. Its values are summed over micro-batches.
 """
 
 
@@ -33,15 +31,13 @@ class StepResult:
     """The result of one optimizer step. All fields except `metrics` are equal on all ranks."""
 
     loss: float
-    """Value of the objective before the update, summed over micro-batches and data-parallel replicas."""
+    """Value of the objective before the update."""
     grad_norm: float
     """L2 norm of all gradients of the model before clipping."""
     update_ok: bool
-    """Whether the update was made. It is skipped, and nothing changes, if loss or gradients are not finite."""
+    """Whether the update was made. It is skipped if the loss or the gradients are not finite."""
     metrics: dict[str, Tensor]
-    """Sums of the loss function's metrics over the micro-batches of this data-parallel replica, on the CPU.
-    They are equal on all ranks of the replica, and not reduced over replicas.
-    """
+    """Sums over the micro-batches of this data-parallel replica, on the CPU. Equal on all ranks of the replica."""
 
 
 def train_step(
@@ -54,13 +50,9 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step on the loss of `microbatches`.
 
-    Every rank must call this, with the micro-batches that `run_pipeline` requires. `loss_function` is called
-    only on the last pipeline stage, once per micro-batch, in order. If the loss or the gradients are not finite
-    on any rank, weights and optimizer state stay unchanged on all ranks.
-
-    Args:
-        optimizer: the optimizer that `optimizer.build_optimizer` returned.
-        distribution: the distribution of the log-probs and entropies that `loss_function` receives.
+    Every rank must call this, with the micro-batches that `run_pipeline` requires. `loss_function` is called only on
+    the last pipeline stage, once per micro-batch, in order. If the loss or the gradients are not finite on any rank,
+    weights and optimizer state stay unchanged on all ranks.
     """
     metrics = compute_gradients(policy, microbatches, loss_function, distribution=distribution)
     loss = float(metrics.pop(_LOSS))
@@ -80,8 +72,8 @@ def compute_gradients(
 ) -> dict[str, Tensor]:
     """Compute the gradients of the loss, reduce them over all ranks, and return the sums of the metrics.
 
-    Every rank must call this. The gradients are left in the model's buffers. With the distributed optimizer, a
-    rank's buffer holds the full sum only in the part that the rank updates.
+    Every rank must call this. The gradients stay in the model's buffers. With the distributed optimizer, a rank's
+    buffer holds the full sum only in the part that the rank updates.
 
     Raises:
         RuntimeError: if the weights or the gradients are not on the GPU.
@@ -103,7 +95,7 @@ def compute_gradients(
 
     run_pipeline(policy, microbatches, add_up, distribution=distribution, forward_only=False)
     groups = policy.groups
-    # On stages before the last, the sum is 0, but these stages must take part in the reduction, too.
+    # The sum is 0 on all stages except the last, but every stage must take part in the reduction.
     sums[_LOSS] = all_reduce_sum(loss_sum, groups.dp_group)
     sums = {name: value.cpu() for name, value in sums.items()}
     sums = from_last_stage(sums, groups)
@@ -114,9 +106,8 @@ def compute_gradients(
 def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
     """Clip and update as Megatron's ChainedOptimizer.step does, but only if loss and norm are finite.
 
-    Megatron checks for infinities only with loss scaling (fp16), so without this check a NaN would reach the
-    weights. The norm is reduced over all ranks that hold different gradients, so all of these ranks take the
-    same branch.
+    Megatron checks for infinities only with loss scaling (fp16), so without this check a NaN would reach the weights.
+    The norm is reduced over all ranks, so all ranks take the same branch.
     """
     found_inf = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
