@@ -27,11 +27,11 @@ Piece = tuple[int, int, int]
 
 
 class DamagedFileError(Exception):
-    """The bytes read from a piece are not the bytes that were written. The message names the file."""
+    """A piece of a file is not what was written. The message names the file."""
 
 
 class ChecksummingStream:
-    """A stream to a file that starts a new piece whenever `tell` is called.
+    """A file stream that starts a new piece at each call of `tell`.
 
     Torch calls `tell` before and after it writes each tensor, so each tensor becomes one piece.
     """
@@ -87,8 +87,7 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # After a write error, closing the file raises a second error that hides the first, so find the first in
-            # the chain.
+            # After a write error, closing the file raises a second error that hides the first, so search the chain.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__

@@ -8,7 +8,7 @@ The folder `ROOT/step_N/` of a checkpoint contains
 
 The writer (`writer.py`) writes the files to `.step_N.unfinished`, adds `complete.json` with the sizes and checksums
 of all files, and renames the folder. If `complete.json` is missing or does not match the files, the folder is not a
-checkpoint. Reading a checkpoint executes no code of it.
+checkpoint. No code in a checkpoint is ever executed.
 
 All ranks see the same file system. Every rank must call each public function, unless its docstring says otherwise.
 """
@@ -61,14 +61,14 @@ class DamagedCheckpointError(ValueError):
 def load_newest(
     path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
 ) -> tuple[Path, dict[str, Any]]:
-    """Load `path`, which `latest` returned, or if it is damaged, the newest earlier checkpoint that is undamaged.
+    """Load `path`, a result of `latest`. If it is damaged, load the newest undamaged checkpoint before it.
 
     Returns:
         The path of the checkpoint that was loaded, and the `state` in it.
 
     Raises:
-        ValueError: with a one-line message, if `load` refused a checkpoint for another reason or every checkpoint is
-            damaged.
+        ValueError: with a one-line message, if every checkpoint is damaged, or if `load` refused one for another
+            reason.
     """
     newest: Path | None = path
     while newest is not None:

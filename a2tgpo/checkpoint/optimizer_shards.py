@@ -88,7 +88,7 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of pieces of `start:stop` with at most `max_elements` elements, but at least one row."""
+    """Yield start and stop of each piece of `start:stop`. A piece has at most `max_elements` elements, or one row."""
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]
@@ -96,7 +96,7 @@ def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) ->
 
 
 def _slices(part: Any) -> Iterator[tuple[Tensor, int, dict[str, Tensor]]]:
-    """Yield each parameter of which this rank owns a slice, the index of the slice's first element, and its state.
+    """Yield (parameter, index of the slice's first element, state) for each slice of a parameter that this rank owns.
 
     The state maps `param`, `exp_avg` and `exp_avg_sq` to the flat slices of the master weights and of the moments.
     """

@@ -22,9 +22,10 @@ MAX_DROPPED = 2
 def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, spare: int | None) -> None:
     """Remove old checkpoints under `root`, and reduce some of them to their weights; one rank calls this.
 
-    The `keep` newest checkpoints stay whole. Of the older ones, only the weights stay, and only for step `spare` and
-    for multiples of `keep_every`, unless it is 0. If these weights take more than `keep_gb` GB, the oldest are
-    removed, except those of step `spare`. A `keep_gb` of 0 means no limit.
+    The `keep` newest checkpoints stay whole. An older checkpoint keeps its weights if its step is `spare` or a
+    multiple of `keep_every`. All other checkpoints are removed. With `keep_every` 0, only step `spare` keeps its
+    weights. If the kept weights take more than `keep_gb` GB, the oldest are removed, but never those of step `spare`.
+    With `keep_gb` 0, there is no limit.
     """
     root = Path(root)
     steps = steps_in(root)
@@ -68,8 +69,8 @@ def reduce_to_weights(path: Path) -> None:
 def set_aside_after(root: str | Path, step: int) -> None:
     """Move the checkpoints of steps after `step` to `root/dropped_N/`. Every rank must call this.
 
-    A run that resumes from `step` will write its own checkpoints of these steps. The next start would take old
-    checkpoints in their place for the newest. Only the newest `MAX_DROPPED` folders `dropped_N` stay.
+    If these checkpoints stayed, a start after the resumed run would resume from them. Only the newest `MAX_DROPPED`
+    folders `dropped_N` stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):

@@ -45,9 +45,9 @@ WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
 """Prefix of every parameter's name on disk, because a save passes the model inside its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
-"""Key, only in memory, under which a state dict has a distributed optimizer's slices."""
+"""Key of a distributed optimizer's slices in a state dict in memory. The key does not appear on disk."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
-"""Modules whose classes may occur in the index of a checkpoint, which is a pickle."""
+"""Modules whose classes may occur in a checkpoint's index. The index is a pickle."""
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
@@ -83,8 +83,8 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
     """Return a copy of the part of the sharded state dict `state` that this rank writes; every rank must call this.
 
-    The steps are those of `dist_checkpointing.save` before the write. They take `state` apart, so do not use it
-    again.
+    The function does what `dist_checkpointing.save` does before the write. It takes `state` apart, so do not use
+    `state` again.
     """
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -153,8 +153,8 @@ def load_sharded(
     """Load the model and optimizer that `write_sharded` wrote, in any layout; every rank must call this.
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
-    have (`shared_read`). A rank reads one piece at a time, so a load takes `optimizer_shards.PIECE_BYTES` of host
-    memory. With an older checkpoint, which has no pieces, it takes as much as a tensor-parallel rank's part of a
+    have (`shared_read`). A load takes `optimizer_shards.PIECE_BYTES` of host memory, because a rank reads one piece
+    at a time. An older checkpoint has no pieces, so a load takes as much as a tensor-parallel rank's part of a
     parameter.
 
     Args:
@@ -258,7 +258,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
 def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
     """Return the saved parameter groups and steps of the chained optimizers in the form for `load_state_dict`.
 
-    An older checkpoint also contains the layout of the optimizer's tensors, which is dropped.
+    The function drops the layout of the optimizer's tensors, which only older checkpoints contain.
     """
     if "optimizer" not in saved:
         return {number: _settings(part) for number, part in saved.items()}
@@ -310,7 +310,7 @@ def _check_index(path: Path) -> None:
 def _check_memo(content: bytes) -> None:
     """Raise ValueError if the pickle `content` has a memo index larger than its own length.
 
-    The unpickler allocates a memo of twice as many entries, so one flipped bit could make it allocate 64 GiB.
+    The unpickler allocates a memo of twice the index, so one flipped bit could make it allocate 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):

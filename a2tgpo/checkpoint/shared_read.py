@@ -1,7 +1,6 @@
-"""Let one of the ranks with the same weights read them from a checkpoint and send them to the others.
+"""Read each weight of a checkpoint on one rank, and send the weight to the other ranks that need it.
 
-If every data-parallel rank read the weights, the shared storage would have to deliver them once per data-parallel
-replica.
+If every data-parallel rank read its weights, the shared storage would have to deliver the same weights many times.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Shared:
 
 
 def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> list[Shared]:
-    """Delete the parameters from `models` that other ranks read; return all shared parameters for `send_shared`.
+    """Delete from `models` the parameters that other ranks read, and return all shared parameters.
 
     Every rank must call this. Every rank still reads all entries that are not parameters.
 

@@ -1,7 +1,7 @@
 """Copy the state to host memory in the training thread, and write the checkpoint in another thread.
 
-The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. At the end
-of each stage of a save, the ranks exchange their faults, so that a save fails on all ranks or on none.
+The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. The ranks
+exchange their faults at the end of each stage of a save, so that a save fails on all ranks or on none.
 """
 
 from __future__ import annotations

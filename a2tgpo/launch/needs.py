@@ -51,7 +51,7 @@ class Needs:
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """Whether the program plays rollouts, so that it needs GPU memory for an engine, and the search server."""
+    """Whether the program plays rollouts. If so, it needs GPU memory for an engine, and the search server."""
 
 
 def training_needs(config: RunConfig) -> Needs:
@@ -106,7 +106,7 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many checkpoints the run will still add to the existing ones. The next save writes a whole one."""
+    """Return how many more checkpoints may be on disk at once. At least one is whole, because of the next save."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
     # A checkpoint that was reduced to its weights has no random states.

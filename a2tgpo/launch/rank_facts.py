@@ -137,7 +137,7 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
 
 def path_fingerprint(path: str) -> str:
-    """Return a fingerprint of each file at `path`: its name, its size, and the bytes at its start and at its end."""
+    """Return one fingerprint of all files at `path`, from their names, sizes, first bytes and last bytes."""
     root = Path(path)
     digest = hashlib.sha256()
     try:

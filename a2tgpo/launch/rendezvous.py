@@ -66,8 +66,8 @@ def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
         found = _complete({name: environment[name] for name in NAMES if name in environment}, "RANK")
         _refuse_left_over(environment)
         return found
-    # Check Open MPI before Slurm, because its mpirun starts processes in a step of srun. Check MPICH after Slurm,
-    # because srun also sets the variables of MPICH.
+    # Check Open MPI before Slurm, because Open MPI's mpirun starts processes in a step of srun. Check MPICH after
+    # Slurm, because srun also sets the variables of MPICH.
     _refuse_mpirun(environment, "OMPI_COMM_WORLD_SIZE")
     if _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _of_slurm(environment)
@@ -112,7 +112,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _refuse_left_over(environment: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if RANK and WORLD_SIZE contradict this process's launcher, which is not torchrun."""
+    """Raise `ConfigError` if this process's launcher is not torchrun and contradicts RANK and WORLD_SIZE."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return
     mine = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")

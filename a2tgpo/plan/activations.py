@@ -127,8 +127,7 @@ class MicrobatchShape:
     def logit_bytes(self, *, with_gradient: bool) -> int:
         """Return the bytes of the last stage's logits, their float32 copies and, if `with_gradient`, their gradient.
 
-        Every position is assumed to have logits. If the policy does not search, almost all tokens of a micro-batch
-        are sampled.
+        Every position is assumed to have logits, because a policy that does not search samples almost all tokens.
         """
         width = self.dimensions.padded_vocab(self.parallel.tensor) // self.parallel.tensor
         chunk = min(self.tokens, LOGIT_CHUNK_TOKENS) * LOGIT_CHUNK_COPIES * width * FLOAT32_BYTES

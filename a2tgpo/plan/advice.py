@@ -37,7 +37,7 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """Return the cost of a cache that is too small for the trajectories in flight, and a remedy; or an empty text."""
+    """Return what a too small cache costs and a remedy, or an empty text if the cache holds all in flight."""
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
         return ""

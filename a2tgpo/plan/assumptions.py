@@ -10,7 +10,7 @@ class Assumptions:
     compute_utilisation: float = 0.45
     """Share of the GPU's peak that matrix products and attention reach, gaps between kernels included."""
     fp8_speed: float = 1.5
-    """Speed of linear layers in FP8 relative to bfloat16, quantisation included. The ratio of the peaks is 2."""
+    """Speed of linear layers in FP8 relative to bfloat16, quantisation included. FP8's peak is twice bfloat16's."""
     imbalance: float = 0.05
     """Share of the computing time in which a replica waits for the replica with the most tokens."""
     memory_utilisation: float = 0.7

@@ -62,7 +62,7 @@ class ModelDimensions:
         )
 
     def padded_vocab(self, tensor: int) -> int:
-        """Return the number of the embedding's rows in training, padded to a multiple of `tensor`."""
+        """Return the number of embedding rows in training, padded to a multiple of VOCAB_MULTIPLE and of `tensor`."""
         multiple = math.lcm(VOCAB_MULTIPLE, tensor)
         return math.ceil(self.vocab / multiple) * multiple
 
@@ -153,7 +153,7 @@ def model_dimensions(path: str, known: str | None = None) -> tuple[ModelDimensio
     if Path(path).is_dir():
         return read_dimensions(path), f"{path}/config.json"
     name = Path(path).name.lower()
-    # The longest name comes first, because a shorter known name may be its beginning.
+    # The longest name comes first, because a longer known name may begin with a shorter one.
     for candidate in sorted(KNOWN_MODELS, key=len, reverse=True):
         if name == candidate or name.startswith(f"{candidate}-"):
             return KNOWN_MODELS[candidate], f"built in as {candidate}; there is no folder {path}"

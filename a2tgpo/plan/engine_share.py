@@ -33,9 +33,10 @@ def with_engine_share(
 ) -> RunConfig:
     """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
-    Values that `config` sets are kept. The chosen cache leaves `SAFETY_MARGIN` of the GPU free, but holds at least
-    one sequence in any case. It is not larger than the sequences in flight can fill. The fraction is the sum of the
-    engine's weights, workspace, graphs and cache, divided by the GPU's memory.
+    If `config` sets the fraction, it is returned unchanged. If `config` sets only the cache, the cache is kept. A
+    chosen cache leaves `SAFETY_MARGIN` of the GPU free, but always holds one sequence. It is never larger than the
+    sequences in flight can fill. The fraction is the sum of weights, workspace, graphs and cache, divided by the
+    GPU's memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:

@@ -29,7 +29,7 @@ from a2tgpo.plan.workload import Geometry
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""The phases of `residency.PHASES` that need the most memory. Every other phase has a subset of the parts of one."""
+"""Phases of `residency.PHASES` that need the most memory. Any other phase has only parts of one of these phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class TrainerMemory:
 
     @property
     def offloaded(self) -> float:
-        """Bytes that offloading copies to host memory. Gradients are zeroed instead of copied."""
+        """Bytes that offloading copies to host memory. Gradients are not copied, because they come back as zeros."""
         return self.weights + self.master_weights + self.moments + self.reference
 
 
@@ -208,7 +208,7 @@ def _update_parts(
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
     """Return how often a stage runs a chunk forward before its first backward pass in the 1F1B schedule.
 
-    Each of these passes keeps the activations of the chunk's layers. The number for interleaved stages comes from
+    Each of these runs keeps the activations of the chunk's layers. The number for interleaved stages comes from
     megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches.
     """
     num_later = parallel.pipeline - stage - 1

@@ -101,5 +101,5 @@ def largest_tensor(dimensions: ModelDimensions, tensor: int) -> int:
 def largest_layer_tensor(dimensions: ModelDimensions) -> int:
     """Return the number of elements of the largest full parameter that belongs to a layer."""
     d = dimensions
-    # The refit gathers one expert per expert-parallel rank at a time. These experts have fewer elements in total.
+    # The refit gathers experts one at a time from each expert-parallel rank.
     return max(2 * d.ffn * d.hidden, (d.query_width + 2 * d.kv_width) * d.hidden)

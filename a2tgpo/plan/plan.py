@@ -60,7 +60,9 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes in a step. Policy (if there are several mini-batches) and reference score once."""
+        """Number of scoring passes: one if a step has several mini-batches, plus one if there is a reference
+        model.
+        """
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
     @property

@@ -64,7 +64,7 @@ def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, 
     """Return the bytes that all ranks together read when they start from a checkpoint.
 
     They read the checkpoint once. If there is a reference model, each node reads the files of `model.path` once. If
-    engines quantise weights while loading, each engine reads these files, and at least once per node.
+    engines quantise weights while loading, each engine and each node reads these files at least once.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

@@ -19,7 +19,8 @@ The step reads the gradient, reads and writes the master weight and two moments,
 PERMUTATIONS = 8
 """How often a pass reads or writes each routed token in GPU memory, without the matrix products.
 
-The pass sorts tokens four times: by rank, by expert, and back. A sort reads and writes every token once.
+The pass sorts tokens by rank, by expert, back by rank, and back into the original order. Each of these four sorts
+reads and writes every token once.
 """
 
 
@@ -140,7 +141,7 @@ def _ring_bytes(given: PlanInputs) -> float:
 
 
 def _boundary_bytes(given: PlanInputs) -> float:
-    """Return the bytes of hidden states per micro-batch that a rank sends to the next stage, once per chunk."""
+    """Return the bytes of a micro-batch's hidden states that a rank sends to the next stage, over all chunks."""
     parallel = given.config.parallel
     if parallel.pipeline == 1:
         return 0.0
@@ -215,7 +216,7 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
 
 
 def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """Return a token's forward operations in the layers of `stage`, with FP8 operations converted to bfloat16."""
+    """Return a token's forward operations in `stage`, as bfloat16 operations that take the same time."""
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0

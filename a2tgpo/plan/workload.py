@@ -37,7 +37,7 @@ class Workload:
 
     @property
     def output_share(self) -> float:
-        """Share of the trajectory's tokens that are sampled, so that they need a log-prob."""
+        """Share of the trajectory's tokens that are sampled and therefore need a log-prob."""
         return self.sampled_tokens / self.tokens
 
     def limited(self, config: RunConfig) -> Workload:
@@ -104,7 +104,7 @@ def geometry(
     per_engine = trajectories / engines
     optimizer_steps = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     tokens_per_replica = trajectories * workload.tokens / optimizer_steps / data_parallel
-    # A trajectory is never cut, so even a smaller micro-batch holds one whole mean trajectory.
+    # A trajectory is never cut, so the limit is at least one mean trajectory.
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))

@@ -1,4 +1,4 @@
-"""Choose the date that the chat template may write into a run's prompts, once per run."""
+"""Choose, once per run, the date that the chat template may write into the prompts."""
 
 from __future__ import annotations
 

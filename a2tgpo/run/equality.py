@@ -20,10 +20,7 @@ NOT_COMPARED = (
     "memory/",
     "refit/",
 )
-"""Prefixes of metrics that two equal runs need not share.
-
-They depend on the clock, on failures, or on the weights that an engine had before a refit.
-"""
+"""Prefixes of metrics that depend on the clock, on failures, or on the weights that an engine had before a refit."""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
@@ -64,7 +61,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
-    """Return a line for each step whose rollouts differ, and for each step whose checkpoints have other tensors."""
+    """Return a line for each step whose rollouts differ, and for each step whose checkpoints' tensors differ."""
     # Import here, because this import also imports Megatron, which takes seconds.
     from a2tgpo.checkpoint.folder import MARKER, has_weights_only
 
@@ -84,7 +81,7 @@ def _differing_files(first: Path, second: Path, steps: list[int]) -> list[str]:
 
 
 def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
-    """Return whether two recordings of a step have equal records, however these are divided into files."""
+    """Return whether two recordings of a step are equal. Their division into files does not matter."""
     if [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]:
         return True
     return [path.name for path in ours] != [path.name for path in theirs] and read_step(ours) == read_step(

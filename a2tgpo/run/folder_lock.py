@@ -4,9 +4,9 @@ The process that holds the folder writes its identity to `holder.json`, and then
 intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without them, NFS keeps
 the locks of a crashed node, and a forked child keeps the flock of its dead parent.
 
-A start that finds another holder on the same machine checks the holder's process id and start time. A holder of the
-same Slurm job before a requeue has ended. In all other cases the start watches whether the file still changes. The
-start opens the file anew for each read, because only then does NFS ask the server.
+A start that finds another holder on the same machine checks the holder's process id and start time. If the holder
+belongs to the same Slurm job before a requeue, it has ended. In all other cases the start watches whether the file
+still changes. It opens the file anew for each read, because only then does NFS ask the server.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BEAT_S = 5.0
 SILENCE_S = 45.0
 """Seconds without a sign of life after which a start considers a holder on another machine dead."""
 SETTLE_S = 1.0
-"""Seconds that a start waits after it has replaced a dead holder, because two starts may do so at the same time."""
+"""Seconds that a start waits after it has replaced a dead holder. Two starts may replace the holder at once."""
 _WIDTH = 1024
 
 
@@ -134,8 +134,7 @@ class FolderLock:
         return None if found is None or _is(self._me, found) else found
 
     def _write(self) -> None:
-        # Always write the same number of bytes in place, so that a reader never sees a mixture of old and new
-        # content.
+        # Always write the same number of bytes in place, so that a reader never sees old and new content mixed.
         text = json.dumps({**dataclasses.asdict(self._me), "beat": self._count})
         with open(self._path, "r+b" if self._path.exists() else "wb") as stream:
             stream.write(text.encode().ljust(_WIDTH) + b"\n")

@@ -69,7 +69,7 @@ def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] |
 
 
 def trained_so_far(folder: Path) -> str:
-    """Return a few words about the run's progress; an empty string without a checkpoint and recorded rollouts."""
+    """Return a few words about the run's progress, or an empty string if nothing was trained yet."""
     root = folder / "checkpoints"
     for step in checkpoint.steps_in(root):
         if (root / f"step_{step}" / checkpoint.MARKER).is_file():

@@ -25,7 +25,7 @@ class Rules:
     """The rules by which a program compares its settings. A prefix that ends with a dot means a whole section."""
 
     used: tuple[str, ...]
-    """Prefixes of the settings that the program uses. It compares no other settings."""
+    """Prefixes of the settings that the program uses and compares."""
     free: tuple[str, ...]
     """Prefixes of the settings that may change between two starts, because they do not change what is learned."""
 

@@ -1,7 +1,6 @@
 """Record each start of an experiment in its folder, and compare each start with the start before it.
 
-The program refuses a start with changes unless the user accepts the changes. It only reports changes of free
-settings.
+The program reports changes of free settings. It refuses other changes unless the user accepts them.
 """
 
 from __future__ import annotations
