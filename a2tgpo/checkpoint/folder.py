@@ -257,7 +257,7 @@ def _require_complete(path: Path, *, weights_only: bool = False) -> None:
 
 
 def _fault_of(path: Path, *, weights_only: bool = False) -> str:
-    """Return, equally on all ranks, the first fault of the checkpoint at `path`, or an empty string if it has none.
+    """Return the first fault of the checkpoint at `path`, or an empty string. The result is equal on all ranks.
 
     Tensors with checksums are not read. With `weights_only`, only the files that `load_weights` reads are checked.
     """

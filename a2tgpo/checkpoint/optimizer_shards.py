@@ -3,7 +3,7 @@
 The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
 `start:stop` of a flattened parameter. On disk, a parameter's state is one tensor with the parameter's global shape. A
 rank's range covers a few rectangles of this tensor, and each rectangle is a view of the optimizer's own memory. A
-save therefore gathers nothing, a load reads straight into this memory, and the layout may change.
+save therefore gathers nothing, and a run of any layout reads straight into the optimizer's memory.
 """
 
 from __future__ import annotations

@@ -102,8 +102,7 @@ class Meeting:
         """Number of messages that this rank has sent (rank 0) or received (another rank)."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
-        """Check this rank's machine. Rank 0 returns the facts about all ranks, and another rank returns its own
-        facts.
+        """Check this rank's machine. Rank 0 returns the facts about all ranks, another rank only its own facts.
 
         Raises:
             ReportedByRank0: if a rank has a fault.

@@ -33,7 +33,7 @@ def with_engine_share(
 ) -> RunConfig:
     """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
-    If `config` sets the fraction, it is returned unchanged. If `config` sets only the cache, the cache is kept. A
+    If `config` sets the fraction, return `config` unchanged. If `config` sets only the cache, the cache is kept. A
     chosen cache leaves `SAFETY_MARGIN` of the GPU free, but always holds one sequence. It is never larger than the
     sequences in flight can fill. The fraction is the sum of weights, workspace, graphs and cache, divided by the
     GPU's memory.

@@ -60,9 +60,7 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes: one if a step has several mini-batches, plus one if there is a reference
-        model.
-        """
+        """Number of scoring passes: one if a step has several mini-batches, plus one if there is a reference."""
         return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
 
     @property
