@@ -5,16 +5,15 @@
         [--query-prefix "query: " --passage-prefix "passage: "] [--part I/N]
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
-The corpus is JSONL in Search-R1's format (`id`, `contents`). The index does not copy the corpus. The index stores
-each passage's position in the corpus file, and a fingerprint of the corpus, which is compared on every load. --part
-I/N builds the index of part I of the corpus, so that N servers can share it (tools/retrieval_server.py --shards).
+The corpus is JSONL in Search-R1's format (`id`, `contents`). The index stores each passage's position in the corpus
+file, and a fingerprint of the corpus, which is compared on every load. --part I/N builds the index of part I of the
+corpus, for a server of that part (tools/retrieval_server.py --shards).
 
-Embeddings are kept in FOLDER.embeddings until the index is written. So if an error, a signal or a time limit ends the
-build, the same command resumes it. --workers N starts N embedding processes on this machine, and assigns the GPUs to
-them in turn. --worker I/N makes this process number I of N embedding processes that you start yourself, on any
-machines that see the folder. Each of these processes ends when all passages are embedded; then run the same command
-without --worker to write the index. --from-faiss takes an existing FAISS index over the corpus, such as Search-R1's
-e5_Flat.index.
+Embeddings are kept in FOLDER.embeddings until the index is written, so the same command resumes an interrupted build.
+--workers N starts N embedding processes on this machine and assigns the GPUs to them in turn. --worker I/N makes this
+process number I of N embedding processes that you start yourself, on any machines that see the folder. These
+processes end when all passages are embedded. Then run the command without --worker to write the index. --from-faiss
+takes an existing FAISS index over the corpus, such as Search-R1's e5_Flat.index.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ POLL_S = 1.0
 
 
 class Bars:
-    """Shows the progress of one activity at a time; a new label replaces the bar by a new bar."""
+    """A progress bar for one activity at a time. A new label starts a new bar."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -60,7 +59,7 @@ class Bars:
 
 
 def parse_part(text: str, option: str = "--part") -> tuple[int, int]:
-    """Parse the value I/N of `option`: return (0, 4) for "0/4"."""
+    """Return I and N of the text "I/N"."""
     first, _, second = text.partition("/")
     good = first.isdecimal() and second.isdecimal() and int(first) < int(second)
     require(good, option, text, "I/N with 0 <= I < N")
@@ -112,10 +111,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace, bars: Bars) -> str:
-    """Build the index that the options describe; return a line that says what was written.
+    """Build the index that the options describe, and return a line that says what was written.
 
     Raises:
-        ConfigError: one line; an option, the corpus or the encoder cannot be used.
+        ConfigError: with a one-line message, if an option, the corpus or the encoder cannot be used.
     """
     part = parse_part(args.part)
     if args.kind == "bm25":
@@ -169,10 +168,7 @@ def num_gpus() -> int:
 
 
 def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
-    """Embed the passages in `num_workers` processes, and wait until all processes have ended.
-
-    If a process fails, its blocks of embeddings stay missing.
-    """
+    """Embed the passages in `num_workers` processes, and wait until all of them have ended, also those that fail."""
     cpus, gpus = len(os.sched_getaffinity(0)), num_gpus()
     processes = []
     # Schedulers end a job with SIGTERM. Exit then, so that the `finally` below ends the workers too.
@@ -200,7 +196,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
 
 
 def visible_gpu(number: int) -> str:
-    """Return the name that CUDA_VISIBLE_DEVICES uses for the GPU which torch calls `cuda:number`."""
+    """Return the name in CUDA_VISIBLE_DEVICES of the GPU that torch calls `cuda:number`."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return names.split(",")[number] if names else str(number)
 

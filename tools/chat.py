@@ -3,8 +3,7 @@
     python tools/chat.py --config CONFIG --checkpoint PATH [--question TEXT] [--sample] [OVERRIDE ...]
 
 PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder. CONFIG is the run's
-configuration. Each question starts a new conversation, as in training, so the agent does not remember earlier
-questions. An empty line or the end of the input ends the program.
+configuration. The agent does not remember earlier questions. An empty line or the end of the input ends the program.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions until the user enters no more. Every rank must call this; rank 0 reads and prints."""
+    """Answer questions until the user enters no more. Every rank must call this. Rank 0 reads and prints."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.serve.player import load_saved, open_player
@@ -78,7 +77,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def read_question(given: str | None, number: int) -> str:
-    """Return question `number` (from 0): the `given` question once, or else the next input line; "" at the end."""
+    """Return the `given` question if `number` is 0, else the next input line. Return "" at the end of the input."""
     if given is not None:
         return whole(given).strip() if number == 0 else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -92,10 +91,10 @@ def whole(text: str) -> str:
 
 
 def ask(player: Player, question: str, *, number: int, sample: bool, paint: Painter) -> str:
-    """Play one trajectory on `question`; return the trajectory as text.
+    """Play one trajectory on `question`, and return it as text.
 
     Raises:
-        ConfigError: the question is too long.
+        ConfigError: if the question is too long.
     """
     from a2tgpo.trajectory import Prompt
 

@@ -4,8 +4,7 @@
     python tools/compare_runs.py RUN RUN --exact
 
 RUN is a run's folder (runs/NAME). The program writes curves.png and table.md to FOLDER, by default runs/comparison.
-With --exact, the program writes no files: it checks whether two runs computed the same numbers to the bit, and exits
-with 1 if they did not. A resumed run and an uninterrupted run should be equal to the bit.
+With --exact, the program writes no files, and exits with 1 unless two runs computed the same numbers to the bit.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def run_labels(folders: Sequence[Path]) -> list[str]:
 
 
 def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
-    """Write the picture `out`: one panel per metric, each with one curve per run."""
+    """Write the picture `out`: one panel per metric, with one curve per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +90,7 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
         for axis, metric in zip(axes.flat, metrics, strict=False):
             for number, (label, series) in enumerate(runs.items()):
                 points = series.get(metric, [])
-                # Choose the colour by the run's number, so that the first run has the same colour in every picture.
+                # Choose the colour by the run's number, so that a run has the same colour in every panel.
                 axis.plot(
                     [step for step, _ in points],
                     [value for _, value in points],
@@ -112,10 +111,7 @@ def draw(runs: Mapping[str, Series], metrics: Sequence[str], out: Path) -> None:
 
 
 def table(runs: Mapping[str, Series], metrics: Sequence[str]) -> str:
-    """Return a Markdown table of each metric's last value and its step.
-
-    If a higher value of the metric is better, the table also has the best value and its step.
-    """
+    """Return a Markdown table of each metric's last value, and of its best value if higher values are better."""
     lines = []
     for metric in metrics:
         lines.append([f"{metric}, last", *(_last(series.get(metric)) for series in runs.values())])
@@ -136,7 +132,7 @@ def _best(points: list[tuple[int, float]] | None) -> str:
 
 
 def differences(folders: Mapping[str, Path]) -> str:
-    """Return a Markdown table of the settings in which the runs differ. Return "" if a run has no config.yaml."""
+    """Return a Markdown table of the settings in which the runs differ, or "" if a run has no config.yaml."""
     configs: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         try:
@@ -160,7 +156,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compare_exactly(folders: Sequence[Path]) -> int:
-    """Print the values in which two runs differ; return exit code 1 if they differ, else 0."""
+    """Print the values in which two runs differ. Return exit code 1 if they differ, else 0."""
     require(len(folders) == 2, "number of runs with --exact", len(folders), "2")
     found = exact_differences(*folders)
     print("\n".join(found) or "equal to the bit in all steps that both have recorded")

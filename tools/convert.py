@@ -9,9 +9,8 @@ the agent.
 
 The conversion reads architecture and tokenizer from `model.path` of the run's configuration. The default of --config
 is the configuration in the run folder that contains the checkpoint. hf-to-megatron writes CHECKPOINTS/step_0 with a
-new optimizer; start a run from it with `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the
-model among themselves; this division does not depend on the run's layout. Settings such as `parallel.tensor=N`
-override this division.
+new optimizer. To start a run from it, use `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the
+model among themselves. Settings such as `parallel.tensor=N` change this division.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def require_new(out: Path) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Convert a checkpoint to a Hugging Face folder; every rank must call this."""
+    """Convert a checkpoint to a Hugging Face folder. Every rank must call this."""
     from a2tgpo.config.load import load_config
     from a2tgpo.model.inference_layout import UNDIVIDED
     from a2tgpo.model.weights import save_hf
@@ -90,15 +89,15 @@ def export(args: argparse.Namespace) -> None:
     groups = meet_ranks(config)
     save_hf(load_policy(config, groups, model), str(out))
     if groups.rank == 0:
-        # `config` has the layout of this conversion's processes. Write the settings without a layout, because other
-        # processes will play the model.
+        # `config` has the layout of this conversion's processes. Other processes will play the agent, so write the
+        # settings without a layout.
         write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()
 
 
 def import_hf(args: argparse.Namespace) -> None:
-    """Convert a Hugging Face folder to a checkpoint for step 0; every rank must call this."""
+    """Convert a Hugging Face folder to a checkpoint for step 0. Every rank must call this."""
     from a2tgpo.checkpoint.writer import CheckpointWriter
     from a2tgpo.model.build import build_policy
     from a2tgpo.parallel.initialize import shutdown

@@ -4,9 +4,9 @@
     launch/local.sh -n RANKS --script tools/evaluate.py CONFIG --checkpoint PATH [...]
 
 PATH is a run's checkpoint (runs/NAME/checkpoints/step_N, or .../best) or a Hugging Face folder. CONFIG is the run's
-configuration, for example runs/NAME/config.yaml; its settings determine how the policy plays. The program writes
-report.md, report.json, answers.jsonl and tensorboard/ to --out. Each answer is saved in OUT.partial/ when it is
-complete, so the same command resumes an interrupted evaluation.
+configuration, for example runs/NAME/config.yaml. The program writes report.md, report.json, answers.jsonl and
+tensorboard/ to --out. Complete answers are saved in OUT.partial/, so the same command resumes an interrupted
+evaluation.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Question]]:
-    """Parse the value of --sets; return {name: questions}.
+    """Return {name: questions} for the value of --sets.
 
     Raises:
-        ConfigError: a question file is bad, or two sets share a name.
+        ConfigError: if a question file is bad, or if two sets share a name.
     """
     sets: dict[str, list[Question]] = {}
     for part in text.split(",") if text else [config.data.test]:
@@ -105,7 +105,7 @@ def set_name(file: Path) -> str:
 
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
-    """Play every set and write the report; return the exit code. Every rank must call this."""
+    """Play every set and write the report. Return the exit code. Every rank must call this."""
     import torch.distributed as dist
 
     from a2tgpo.evaluate.answer_log import open_log
@@ -160,10 +160,7 @@ def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, Pr
 
 
 def on_rank_0(work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0, and return its result on all ranks; every rank must call this.
-
-    If `work` raises a ConfigError, all ranks raise that error.
-    """
+    """Run `work` on rank 0. Return its result, or raise its ConfigError, on all ranks. Every rank must call this."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
 
     world = world_group()
@@ -188,7 +185,7 @@ def play(
     partial: Path,
     stop: StopRequest,
 ) -> tuple[Answers, Answers]:
-    """Play all sets; return all ranks' greedy answers and all ranks' sampled answers, in the order of the questions.
+    """Play all sets, and return the greedy and the sampled answers of all ranks, in the order of the questions.
 
     Every rank must call this.
     """

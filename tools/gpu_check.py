@@ -5,9 +5,9 @@
     srun --ntasks-per-node 8 python tools/gpu_check.py       the same, with MASTER_ADDR and MASTER_PORT
 
 Each check runs in its own processes, so a check that fails or hangs does not stop the other checks. The file of
---json is rewritten after every check. On a machine without a GPU, the checks that need a GPU are skipped, and the
-table gives the reason. The exit code is 0 if no row failed, 1 if a row failed, and 2 if the arguments are wrong.
-docs/cluster_check.md lists the checks and their limits.
+--json is rewritten after every check. On a machine without a GPU, the checks that need a GPU are skipped. The exit
+code is 0 if no row failed, 1 if a row failed, and 2 if the arguments are wrong. docs/cluster_check.md lists the
+checks and their limits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], folder: Path) -> list[Row]:
-    """Run the check `name` with the ranks that this process starts; return the rows of these ranks."""
+    """Run the check `name` with the ranks that this process starts, and return the rows of these ranks."""
     check = CHECKS[name]
     if check.needs_gpu and not machine["gpus_seen_by_torch"]:
         is_first = args.launched is None or args.launched["RANK"] == "0"
@@ -101,7 +101,7 @@ def run_one(args: argparse.Namespace) -> int:
 def write_results(
     args: argparse.Namespace, machine: dict[str, Any], seconds: dict[str, float], rows: list[Row]
 ) -> None:
-    """Write all results so far to `args.json`; the key `unfinished` lists the checks that have not ended."""
+    """Write all results so far to `args.json`. The key `unfinished` lists the checks that have not ended."""
     content = {
         "machine": machine,
         "settings": args.settings.as_json(),
@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _checks(text: str | None) -> list[str]:
-    """Return the names of the selected checks in the order of `CHECKS`; without --checks, select all."""
+    """Return the names of the selected checks in the order of `CHECKS`. Without --checks, select all checks."""
     wanted = list(CHECKS) if text is None else text.split(",")
     for name in wanted:
         if name not in CHECKS:
@@ -195,10 +195,7 @@ def _checks(text: str | None) -> list[str]:
 
 
 def _limits(given: list[str]) -> dict[str, float]:
-    """Return {check: limit in seconds} for the values of --timeout-s.
-
-    A value NAME=SECONDS sets the limit of check NAME. A value SECONDS sets the limits of all other checks.
-    """
+    """Return {check: limit in seconds} for the values of --timeout-s: NAME=SECONDS, or SECONDS for the others."""
     limits = {name: check.timeout_s for name, check in CHECKS.items()}
     for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):
         name, equals, number = text.rpartition("=")
@@ -221,7 +218,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         raise ConfigError(f"--min-bus-gb-s is {args.min_bus_gb_s}; allowed: 0 or more")
     if args.tensor < 1:
         raise ConfigError(f"--tensor is {args.tensor}; allowed: 1 or more")
-    # Validate the slice's shapes before any check starts, so that a mistake gives one error line, not a failed check.
+    # Validate the slice's shapes before any check starts, so that a mistake gives one error line.
     slice_dimensions(args.like, tensor=args.tensor, layers=args.layers, on_gpu=True)
     lengths = None if args.lengths is None else _lengths(args.lengths)
     return Settings(

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BETWEEN_STEPS = ("evaluation", "checkpoint")
-"""Stages that run between steps. A step's time does not include them."""
+"""Stages that run between steps and are not part of a step's time."""
 
 
 class History:
-    """Gives access to a run's metrics as series over steps."""
+    """A run's metrics as series over steps."""
 
     def __init__(self, records: Sequence[dict]):
         self._records = records
@@ -55,13 +55,13 @@ class History:
         return self._records[-1]["step"]
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps [n] at which the metric `name` has a finite value, and these values [n]; n may be 0."""
+        """Return the steps [n] at which the metric `name` has a finite value, and these values [n]. n may be 0."""
         points = [(r["step"], r[name]) for r in self._records if r.get(name) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
     def numbered(self, pattern: str) -> dict[int, str]:
-        """Return the metrics whose names match `pattern`, as {number: name}; the pattern's group is the number."""
+        """Return {number: name} for the metrics whose names match `pattern`. The pattern's group is the number."""
         names = {name for record in self._records for name in record}
         matches = [match for name in names if (match := re.fullmatch(pattern, name))]
         return {int(match.group(1)): match.string for match in sorted(matches, key=lambda m: int(m.group(1)))}
@@ -69,8 +69,8 @@ class History:
     def stages(self) -> dict[str, np.ndarray]:
         """Return {stage: seconds in each training step [num_steps]}, the stage with the largest sum first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
-        # Leave out `time/startup_*`, which is not part of a step. Also leave out `_min_s` and `_max_s`, the seconds
-        # of the fastest and of the slowest rank.
+        # Leave out `time/startup_*`, which is not part of a step, and the fastest and slowest rank's seconds
+        # (`_min_s`, `_max_s`).
         stage = r"time/(?!startup_)\w+(?<!_min)(?<!_max)_s"
         names = {name for record in steps for name in record if re.fullmatch(stage, name)}
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}
@@ -129,7 +129,7 @@ def draw_clipping(ax: Axes, history: History) -> None:
 
 
 def draw_by_turn(ax: Axes, history: History, pattern: str) -> None:
-    """Draw one line per turn index; later turns have darker lines."""
+    """Draw one line per turn index. Later turns have darker lines."""
     from matplotlib import colormaps
 
     names = history.numbered(pattern)
@@ -216,10 +216,7 @@ def evaluation_rows(history: History) -> list[tuple[str, float, float]]:
 
 
 def ends(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean of the first fifth and the mean of the last fifth of a series.
-
-    A mean has less noise than a single value. Each fifth has at least one value.
-    """
+    """Return the mean of the first fifth and the mean of the last fifth of a series, each of at least one value."""
     count = max(1, len(values) // 5)
     return float(values[:count].mean()), float(values[-count:].mean())
 
@@ -257,10 +254,7 @@ def gain_lines(history: History) -> list[str]:
 
 
 def spread_columns(history: History, stage: str) -> str:
-    """Return two columns: the mean over steps of the fastest rank's and of the slowest rank's seconds in `stage`.
-
-    Each step has its own fastest and slowest rank.
-    """
+    """Return two columns for `stage`: the mean over steps of the fastest and of the slowest rank's seconds."""
     metric = "step" if stage == "whole step" else stage
     fastest, slowest = (history.series(f"time/{metric}_{end}_s")[1] for end in ("min", "max"))
     return f"   {fastest.mean():>12.2f}   {slowest.mean():>12.2f}" if len(fastest) else ""

@@ -6,13 +6,12 @@
 
 `worldqa` writes questions of 1, 2 and 3 hops about countries and cities, a corpus that contains their answers, and
 demonstrations of mixed quality for a warm start. `arithmetic` writes sums that the agent computes with the
-calculator, and demonstrations. Both write into a folder. Equal seeds give equal files.
+calculator, and demonstrations. Equal seeds give equal files.
 
-SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. For all sets except jsonl, RAW is
-the file as published. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or
-that is in the format of search agents' training sets. RAW may be compressed. FILE can be used as data.train or
-data.test. FILE.report.json has counts, duplicates and lengths. If --against is given, the report also has the overlap
-with the questions of that file.
+SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. RAW is the published file, which may
+be compressed. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or the format
+of search agents' training sets. FILE can be used as data.train or data.test. FILE.report.json has counts, duplicates
+and lengths. If --against is given, the report also has the overlap with the questions of that file.
 """
 
 import argparse
@@ -36,10 +35,10 @@ from worlds.worldqa import GOOD_SHARE, build_worldqa
 
 
 def build_questions(args: argparse.Namespace) -> dict:
-    """Write the questions of one published set to `args.out`, and the report beside it; return the report.
+    """Write the questions of one published set to `args.out`, and the report beside it. Return the report.
 
     Raises:
-        ConfigError: one line; the source cannot be read, or it contains no question with an answer.
+        ConfigError: with a one-line message, if the source cannot be read, or if no question has an answer.
     """
     others = load_questions(str(args.against), key="--against") if args.against else None
     questions: list[Question] = []

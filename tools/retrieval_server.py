@@ -5,16 +5,16 @@
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} returns {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...], ...]}. If return_scores is false, which is the default as in Search-R1, the
-inner lists hold the documents themselves. GET /health returns {"status": "ok", "passages": n, "index": kind} once the
-index is loaded. GET /metrics returns counts for Prometheus. GET /docs returns a description of the interface.
+{"id", "contents"}, "score": x}, ...], ...]}. Without return_scores, the inner lists hold the documents themselves.
+GET /health returns {"status": "ok", "passages": n, "index": kind} once the index is loaded. GET /metrics returns
+counts for Prometheus. GET /docs returns a description of the interface.
 
 --index FOLDER loads a BM25 or dense index that tools/build_index.py wrote. --index bm25 builds a BM25 index in
-memory. With --shards, the server passes every query to other servers, which serve one part of the corpus each, and
-merges their results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine
-only. Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM the server completes
-pending requests and exits with 0. On SIGUSR1 it completes them and exits with 75, which requests a restart.
---url-file writes the server's address to a file for search.url_file.
+memory. With --shards, the server passes every query to servers of one part of the corpus each, and merges their
+results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine only.
+Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM, the server completes pending
+requests and exits with 0. On SIGUSR1, it completes them and exits with 75, which requests a restart. --url-file
+writes the server's address to a file for search.url_file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from a2tgpo.search.shards import ShardedIndex
 from a2tgpo.search.token import read_token
 
 LISTEN_BACKLOG = 4096
-"""Maximum number of connections that wait to be accepted; large enough for a burst of clients."""
+"""Maximum number of connections that wait to be accepted, large enough for a burst of clients."""
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
 """Seconds that pending requests have to finish once the server ends."""
@@ -56,7 +56,8 @@ def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIn
     """Return the index that the options select, and its number of passages.
 
     Raises:
-        ConfigError: one line; the corpus or the index cannot be used, or a shard does not answer.
+        ConfigError: with a one-line message, if the corpus or the index cannot be used, or if a shard does not
+            answer.
     """
     if options.shards:
         return open_shards([url.strip() for url in options.shards.split(",")], token)
@@ -82,7 +83,7 @@ def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
     """Return an index that queries the servers at `urls`, and the sum of their passages.
 
     Raises:
-        ConfigError: a server does not answer.
+        ConfigError: if a server does not answer.
     """
     num_passages = 0
     for url in urls:
@@ -189,8 +190,8 @@ def main() -> int:
         index,
         num_passages=num_passages,
         default_top_k=options.top_k,
-        # A dense index needs 1 search thread, because the encoder and FAISS use all threads for one batch. Shards
-        # get 16 threads on any machine, because these threads mostly wait.
+        # A dense index needs 1 search thread, because the encoder and FAISS use all threads for one batch. Threads
+        # of shards mostly wait, so their number does not depend on the machine.
         num_threads={"dense": 1, "shards": 16}.get(index.kind, options.threads),
         token=token,
         max_requests_per_s=options.max_requests_per_s,
@@ -224,7 +225,7 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the URL of `bound` for clients; its host is this machine's name if `bound` listens on all addresses."""
+    """Return the URL of `bound` for clients. If `bound` listens on all addresses, the host is this machine's name."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = platform.node()

@@ -4,9 +4,9 @@
         [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
 
 RUN is a run's folder (runs/NAME). By default, a trajectory is accepted if its answer matches a gold answer exactly,
-its format is right, and no tool call failed. If a question has more than --per-question accepted trajectories, the
-best are kept: first by highest reward, then by fewest calls, then by fewest tokens. FILE can be used as
-`warmstart.demonstrations` (docs/warmstart.md).
+its format is right, and no tool call failed. Of each question, the best --per-question trajectories are kept: first
+by highest reward, then by fewest calls, then by fewest tokens. FILE can be used as `warmstart.demonstrations`
+(docs/warmstart.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def write_demonstrations(args: argparse.Namespace) -> None:
-    """Write the selected trajectories to `args.out`; print how many were left out for which reason."""
+    """Write the selected trajectories to `args.out`. Print how many were left out for which reason."""
     require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
     first, last = steps_of(args.steps)
     records, counts, num_read = demonstrations_of(
@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def steps_of(text: str) -> tuple[int, int | None]:
-    """Parse the value of --steps; return the first and the last step. The last is None if there is no upper limit."""
+    """Return the first and the last step of --steps. The last is None if there is no upper limit."""
     if not text:
         return 0, None
     match = re.fullmatch(r"(\d+)(-(\d*))?", text)

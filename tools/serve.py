@@ -3,11 +3,11 @@
     python tools/serve.py --model FOLDER [--host 127.0.0.1] [--port 8100] [--queue 256] [OVERRIDE ...]
     launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
 
-`tools/convert.py megatron-to-hf` writes FOLDER. It contains agent.json, the settings for playing the agent. POST
+`tools/convert.py megatron-to-hf` writes FOLDER, including agent.json, the settings for playing the agent. POST
 /v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}.
 The field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
---token-file is given, clients must send that bearer token. The ranks divide the model; if they form several engines,
-the engines also divide the questions. On SIGTERM the server finishes the questions that are being played, and exits.
+--token-file is given, clients must send that bearer token. The ranks divide the model. Several engines divide the
+questions. On SIGTERM, the server finishes the questions that are being played, and exits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,9 @@ if TYPE_CHECKING:
     from a2tgpo.serve.player import Player
 
 LOOK_S = 0.5
-"""Longest wait for a request, seconds; after each wait, the server checks whether it should end."""
+"""Longest wait for a request, in seconds. After each wait, the server checks whether it should end."""
 KEEP_ALIVE_S = 60.0
-"""Longest time between two messages from rank 0, seconds.
-
-The other ranks wait for these messages, and a wait must not reach parallel.timeout_s.
-"""
+"""Longest time between two messages from rank 0, in seconds. The other ranks wait up to parallel.timeout_s."""
 GRACE_S = 30.0
 """Seconds that answers have to reach their clients once the server ends."""
 
@@ -70,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Answer requests until SIGTERM or Ctrl-C. Every rank must call this; rank 0 listens."""
+    """Answer requests until SIGTERM or Ctrl-C. Every rank must call this. Rank 0 listens."""
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.search.bound_socket import bind
     from a2tgpo.serve.agent_file import AGENT_FILE
@@ -138,7 +135,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 
 
 def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
-    """Take batches of requests from the inbox and answer them until `stopping` is set.
+    """Answer batches of requests from the inbox until `stopping` is set.
 
     If playing raises an error, the batch's requests get an InboxClosedError, and the error is raised again.
     """
@@ -162,7 +159,7 @@ def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
 
 
 def exchange(orders: list[Order] | None) -> list[Order] | None:
-    """Return rank 0's `orders` on all ranks; None means that the server ends. Every rank must call this."""
+    """Return rank 0's `orders` on all ranks. None means that the server ends. Every rank must call this."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
 
     found: list[Order] | None = broadcast_object(orders, world_group(), source=0)
@@ -170,11 +167,7 @@ def exchange(orders: list[Order] | None) -> list[Order] | None:
 
 
 def play(player: Player, orders: list[Order]) -> list[Played]:
-    """Play `orders`; return their results in order. Every rank must call this.
-
-    Args:
-        orders: either all greedy or all sampled.
-    """
+    """Play `orders`, which are all greedy or all sampled, and return their results. Every rank must call this."""
     from a2tgpo.parallel.collectives import all_gather_object, world_group
     from a2tgpo.serve.inbox import Played
 

@@ -5,9 +5,8 @@
 
 RUN is a run's folder (runs/NAME). For every trajectory, the program shows reward, exact match, format, stop reason,
 and the gold answer's probability given only the prompt. For every turn, it shows the policy's text, the observation,
-and the turn's gain, advantage and clip scale. If a turn was trained on, the program also shows the turn's ratio. The
-page needs no other files. In the page you can select a step, a question, and right or wrong answers. The page shows
-the question's group turn by turn, and colours each token by its log-prob.
+gain, advantage, clip scale and, if the turn was trained on, its ratio. The page works without other files. In the
+page you can select a step, a question, and right or wrong answers. Each token is coloured by its log-prob.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SHOWN_OF_TURN = {
 
 
 def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str:
-    """Return the text that shows one trajectory; `record` is one line of the recorded rollouts."""
+    """Return the text that shows one trajectory. `record` is one line of the recorded rollouts."""
     reward = record["outcome_reward"]
     head = [
         f"{record['prompt_id']} #{record['sample_index']}",
@@ -67,7 +66,7 @@ def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
             "" if turn["answer_prob"] is None else f" to P {turn['answer_prob']:.4f}"
         )
         facts.append(paint(shown, "green" if gain > 0 else "red" if gain < 0 else "yellow"))
-    # Skip a value that is null because it was not finite, and a ratio that older versions did not record.
+    # Skip a value that was not finite, and a ratio that older versions did not record.
     weights = {"advantage": "+.3f", "clip_scale": ".3f", "ratio": ".5f"}
     shown_weights = [
         f"{name.replace('_', ' ')} {turn[name]:{digits}}"
@@ -98,12 +97,12 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
     """Return the number of a step and the step's trajectories.
 
     Args:
-        step: the step; None: the newest step with recorded trajectories.
-        prompt: the id of the question whose trajectories are returned; None: of all questions.
+        step: None means the newest step with recorded trajectories.
+        prompt: the id of the question whose trajectories are returned. None means all questions.
         order: a key of `ORDERS`.
 
     Raises:
-        ConfigError: the run has no such trajectories, or the file is damaged.
+        ConfigError: if the run has no such trajectories, or if the file is damaged.
     """
     files = rollout_files(run_dir)
     if step is None:
@@ -129,11 +128,7 @@ def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:
-    """Write the page to `out`; return the line to print.
-
-    Args:
-        step: the only step to show; None: as many steps as fit on the page.
-    """
+    """Write the page to `out`, and return the line to print. If `step` is None, show as many steps as fit."""
     if step is not None:
         steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
     else:
@@ -150,10 +145,7 @@ def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> s
 
 
 def decoder(run_dir: Path) -> Decode | None:
-    """Return a function that decodes token ids with the run's tokenizer.
-
-    If the tokenizer cannot be loaded, print a warning and return None.
-    """
+    """Return a function that decodes token ids, or None after a warning if the run's tokenizer cannot be loaded."""
     import yaml
 
     try:

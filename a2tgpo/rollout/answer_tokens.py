@@ -34,8 +34,8 @@ class AnswerTokens:
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
         """Return the tokens between the gold answer and the context.
 
-        The context is the prompt and the first `num_turns` turns. The scaffold closes a thought if the context has an
-        open thought, and otherwise opens a thought.
+        The context is the prompt and the first `num_turns` turns. A <think> at the beginning of the scaffold is left
+        out if a thought is open in the context, and a </think> is left out if no thought is open.
         """
         written = "".join(
             str(self._tokenizer.decode(turn.tokens.tolist(), skip_special_tokens=False))

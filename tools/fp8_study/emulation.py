@@ -3,8 +3,8 @@
 The operands are rounded to values of scaled FP8 numbers, then multiplied and summed in float32. The result is rounded
 to the format of the layer's input. A tensor core with full accumulation computes in the same way. A GPU run differs
 in two points: the order of summation, and the set of values that share a scale in recipes with one scale per tensor.
-An emulated scale covers one matrix of Hugging Face's layout, and the input of one sequence. In training, Megatron
-fuses query, key and value into one matrix, and gate and up into another, and packs many sequences.
+An emulated scale covers one matrix in Hugging Face's layout, and the input of one sequence. Megatron fuses matrices
+and packs sequences.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _EXPONENT_BITS = 0x7F800000
-"""Mask of the exponent bits of a float32.
-
-If all other bits of a positive value are cleared, the result is the largest power of two not above the value.
-"""
+"""Mask of the exponent bits of a float32. Applied to a positive value, it rounds down to a power of two."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ E5M2 = Format(mantissa_bits=2, min_exponent=-14, largest=57344.0)
 class Recipe:
     """How to scale the operands of a linear layer into FP8.
 
-    A block (rows, channels) is the set of values that share a scale; None means that all values share one scale.
+    A block (rows, channels) is the set of values that share a scale. None means that all values share one scale.
     """
 
     format: Format
@@ -61,14 +58,11 @@ RECIPES = {
     "e5m2-tensorwise": replace(_TENSORWISE, format=E5M2),
     "e5m2-blockwise": replace(_BLOCKWISE, format=E5M2),
 }
-"""The recipes of `model.fp8.recipe`, and recipes with e5m2 for comparison.
-
-Both values of `model.fp8.format` use e4m3 in the forward pass.
-"""
+"""The recipes of `model.fp8.recipe`, and recipes with e5m2 for comparison."""
 
 
 def round_to(values: Tensor, number_format: Format) -> Tensor:
-    """Round finite float32 values to the nearest number of `number_format`, ties to even; return the same shape."""
+    """Round finite float32 values to the nearest number of `number_format`, ties to even. Return the same shape."""
     power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     step = power.clamp(min=2.0**number_format.min_exponent) * 2.0**-number_format.mantissa_bits
     rounded = torch.round(values / step) * step  # only `round` changes digits, because step is a power of two
@@ -81,13 +75,9 @@ def quantise(
     """Round `values` as FP8 does: scale each block so that its largest value fits the format, round, and scale back.
 
     Args:
-        values: [rows, channels] float32.
-        block: number of rows and of channels that share a scale. The last blocks may be smaller. None: all values
-            share one scale.
-        power_of_two: whether to use the largest power of two that does not overflow as a block's scale.
-
-    Returns:
-        [rows, channels] float32.
+        values: [rows, channels] float32. The result has the same shape and dtype.
+        block: number of rows and of channels that share a scale. None means that all values share one scale.
+        power_of_two: whether a block's scale is the largest power of two that does not overflow.
     """
     rows, channels = values.shape
     high, wide = block or (max(rows, 1), max(channels, 1))
@@ -102,7 +92,7 @@ def quantise(
 
 
 class EmulatedLinear(nn.Module):
-    """Computes the forward pass of `linear` with input and weight quantised as in `recipe`; has no backward pass."""
+    """The forward pass of `linear` with input and weight quantised as in `recipe`. It has no backward pass."""
 
     def __init__(self, linear: nn.Linear, recipe: Recipe):
         super().__init__()
@@ -125,10 +115,7 @@ class EmulatedLinear(nn.Module):
 
 @contextmanager
 def emulated(decoder: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Replace all linear layers of `decoder` by `EmulatedLinear` inside the `with` statement.
-
-    The LM head is not part of the decoder, so it keeps its precision.
-    """
+    """Replace all linear layers of `decoder` by `EmulatedLinear` inside the `with` statement."""
     replaced = [
         (module, name, child)
         for module in decoder.modules()

@@ -1,7 +1,4 @@
-"""Measure how the rounding of a number format changes the log-probs of turns.
-
-The turns are read from a file or sampled, scored in each format, and compared.
-"""
+"""Measure how the rounding of a number format changes the log-probs of turns."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ PIECES = (1, 8, 16, 32, 64, 128, 256)
 MIN_PIECES = 8
 """Smallest number of pieces for which statistics are computed."""
 WHOLE = 0
-"""The value of a length that means whole turns instead of pieces."""
+"""The length that means whole turns instead of pieces."""
 
 Logprobs = list[list[Tensor]]
 """The log-probs of each turn's tokens, [tokens] float64 in nats, by sequence and turn."""
@@ -38,15 +35,14 @@ class Written:
     tokens: list[int]
     turns: list[tuple[int, int]]
     """(first position, position after the last) of each turn. The first position is at least 1, because the first
-    token of a sequence has no log-prob.
-    """
+    token of a sequence has no log-prob."""
 
 
 def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
-    """Return the sequences of the first `limit` records of `path`; leave out turns without tokens.
+    """Return the sequences of the first `limit` records of `path`, without empty turns.
 
     Raises:
-        ConfigError: one line; the file or a record cannot be read, or no record has a turn.
+        ConfigError: with a one-line message, if the file or a record cannot be read, or if no record has a turn.
     """
     from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
     from a2tgpo.data.template import PromptTemplate
@@ -100,7 +96,7 @@ def _sequence(prompt: Sequence[int], turns: Sequence[tuple[Sequence[int], Sequen
 def written_by(
     model: Any, sequences: Sequence[Written], length: int, tokenizer: Any, *, seed: int
 ) -> list[Written]:
-    """Sample one turn of `length` tokens from `model` for each prompt; a sequence's prompt ends at its first turn."""
+    """Sample one turn of `length` tokens from `model` for each prompt. A sequence's prompt ends at its first turn."""
     torch.manual_seed(seed)
     prompts = [sequence.tokens[: sequence.turns[0][0]] for sequence in sequences]
     longest = max(map(len, prompts))
@@ -127,7 +123,7 @@ def measure(
     """Return {format: log-probs of all turns} for float32, bfloat16 and each recipe in `recipes`.
 
     Args:
-        model: the model in bfloat16. The recipes are emulated in this model.
+        model: the model in bfloat16, in which the recipes are emulated.
         exact: a model of the same architecture in float32. Its weights are overwritten by the weights of `model`.
     """
     for target, source in zip(exact.parameters(), model.parameters(), strict=True):
@@ -142,10 +138,7 @@ def measure(
 
 @torch.no_grad()
 def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
-    """Return the log-probs of all turns, computed as in the trainer.
-
-    Logits are computed in the model's format, and normalised in float32.
-    """
+    """Return the log-probs of all turns as the trainer computes them: logits in the model's format, then float32."""
     results = []
     for sequence in sequences:
         targets = torch.tensor(sequence.tokens)
@@ -166,8 +159,8 @@ def move_weights(model: Any, drift: float, *, seed: int) -> None:
     for weight in model.parameters():
         signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
         moved = (weight.float() + drift * signs).view(torch.int32)
-        # Round stochastically. A bfloat16 is the upper half of a float32. If random noise is added to the lower half,
-        # and the lower half is then cut off, the value is rounded up with a probability proportional to that half.
+        # Round stochastically. A bfloat16 is the upper half of a float32. With random noise added to the lower half,
+        # the upper half grows by one unit with a probability proportional to the lower half.
         moved += torch.randint(0, 2**16, weight.shape, generator=generator, dtype=torch.int32)
         weight.copy_((moved & -(2**16)).view(torch.float32))
 
@@ -176,7 +169,7 @@ def noise_rows(old: Mapping[str, Logprobs], new: Mapping[str, Logprobs]) -> list
     """Return the table's rows, one for each question, format and length.
 
     Args:
-        old, new: log-probs by format, from `measure`, before and after `move_weights`.
+        old, new: the results of `measure` before and after `move_weights`.
     """
     formats = [name for name in old if name != "float32"]
     true_ratio = _difference(new["float32"], old["float32"])
@@ -199,9 +192,10 @@ def _difference(left: Logprobs, right: Logprobs) -> Logprobs:
 
 
 def piece_means(differences: Logprobs, length: int) -> Tensor:
-    """Cut all turns into pieces of `length` tokens; return the mean of each piece [pieces].
+    """Cut all turns into pieces of `length` tokens, drop incomplete pieces, and return the mean of each piece
+    [pieces].
 
-    Incomplete pieces are dropped. If `length` is `WHOLE`, each turn is one piece.
+    If `length` is `WHOLE`, each turn is one piece.
     """
     turns = [turn for sequence in differences for turn in sequence]
     if length == WHOLE:

@@ -2,10 +2,10 @@
 
     python tools/fp8_study/study.py MODEL TEXTS --out DIR [--sequences 16] [--sample TOKENS] [--drift 8e-6]
 
-FP8 is emulated on a CPU. MODEL is a Hugging Face folder. TEXTS is a JSONL file of one of three kinds. Demonstrations
-have a `question` and `turns` with `text` and `observation`. Trajectories are an unpacked file of
-RUN/rollouts/step_N/. Plain texts have a `text`, which is one turn. With --sample N, the model writes one turn of N
-tokens after each prompt, and the program measures these turns instead.
+FP8 is emulated on a CPU. MODEL is a Hugging Face folder. TEXTS is a JSONL file of demonstrations (`question`, and
+`turns` with `text` and `observation`), of recorded trajectories (an unpacked file of RUN/rollouts/step_N/), or of
+plain texts (`text`, which is one turn). With --sample N, the model writes one turn of N tokens after each prompt, and
+the program measures these turns instead.
 
 The program answers three questions, for whole turns and for turns cut into pieces of equal length:
 
@@ -14,8 +14,7 @@ gap        How much do a trainer in bfloat16 and an engine in FP8 differ? log p 
            equal weights.
 ratio      Which error remains if the trainer scores the old log-probs itself, in its training format?
            log(p_new / p_old) in the format minus log(p_new / p_old) in float32. A new weight is the old weight plus
-           or minus `--drift` (a few learning rates) at random. It is rounded stochastically to bfloat16, so that the
-           mean change is exact.
+           or minus `--drift` (a few learning rates) at random, rounded stochastically to bfloat16.
 
 The program writes noise.csv, noise.json and noise.png to DIR. epsilon is the paper's clipping range of 3e-3 for
 turn-mean log-ratios.
@@ -70,7 +69,7 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the noise, write the files to `args.out`, and return the table's rows.
 
     Raises:
-        ConfigError: one line; the model or the texts cannot be read.
+        ConfigError: with a one-line message, if the model or the texts cannot be read.
     """
     import torch
     from emulation import RECIPES

@@ -16,16 +16,13 @@ WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
 """The text before the answer in every demonstration. It equals rollout.gain.scaffold."""
 MAX_QUESTIONS = 1_000_000
-"""Largest number of questions to draw.
-
-There are 43.7 million different questions. If nearly all had been drawn, drawing a new question would take very long.
-"""
+"""Largest number of questions to draw. 43.7 million exist, and drawing the last new ones would take very long."""
 GOOD_SHARE = 0.5
-"""Share of demonstrations that use the calculator. The others guess, so that training has something to improve."""
+"""Share of demonstrations that use the calculator. The other demonstrations guess."""
 
 
 def build_arithmetic(args: argparse.Namespace) -> dict:
-    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`; return the report."""
+    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`. Return the report."""
     count = args.train_questions + args.test_questions
     require(count <= MAX_QUESTIONS, "--train-questions + --test-questions", count, f"at most {MAX_QUESTIONS}")
     draw = random.Random(f"arithmetic-{args.seed}")
@@ -47,7 +44,7 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
 
 
 def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
-    """Yield `count` questions. Each asks for the value of one expression, and no expression occurs twice."""
+    """Yield `count` questions for the values of different expressions."""
     calculator = Calculator(CalculatorConfig())
     seen: set[str] = set()
     while len(seen) < count:

@@ -1,4 +1,4 @@
-"""Build a tiny Qwen3 model and its tokenizer. The model is so small that two CPU cores train it in minutes."""
+"""Build a tiny Qwen3 model and its tokenizer. Two CPU cores train the model in minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TAGS = (
     "Doc 1 (Title: ",
     ") ",
 )
-"""Texts of the protocol that are one token each, so that the small model need not learn to spell them."""
+"""Texts of the protocol that are one token each."""
 # Split a space from a capital letter after it, so that a name has the same tokens with and without a space before it.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
@@ -105,9 +105,8 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     """Initialise the first heads of both layers, so that they form an induction circuit (Olsson et al. 2022).
 
     The head in layer 0 attends to the previous token. The head in layer 1 attends to the positions directly after
-    earlier occurrences of the current token, and copies the tokens at these positions. From purely random weights, a
-    model of this size needs well over ten times as long to learn such a circuit; until then, it copies no name
-    correctly. All parameters stay trainable. Call this function with gradients disabled.
+    earlier occurrences of the current token, and copies the tokens at these positions. A random model of this size
+    needs over ten times as long to learn to copy names. Call this function with gradients disabled.
     """
     import torch
 
@@ -115,8 +114,8 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     first, second = (layer.self_attn for layer in model.model.layers[:2])
     frequency = ROPE_THETA ** (-torch.arange(size // 2) / (size // 2))
 
-    # Initialise the other heads and the MLPs with small values. Otherwise their noise would exceed the signal of
-    # these two heads.
+    # Initialise the other heads and the MLPs with small values, so that their noise does not exceed these two heads'
+    # signal.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.1
         layer.mlp.down_proj.weight *= 0.1
@@ -126,8 +125,7 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     embedding.normal_(0.0, EMBEDDING_STD)
     embedding[:, 0] = 6 * EMBEDDING_STD
 
-    # In the fast rotations, turn the query back by one position, so that it matches the key of the previous position
-    # best.
+    # In the fast rotations, turn the query back by one position, so that it matches the key of the previous position.
     fast = torch.zeros(size)
     fast[:5] = 1.0
     back = torch.cat([torch.cos(frequency) * fast[: size // 2], -torch.sin(frequency) * fast[: size // 2]])
@@ -160,7 +158,7 @@ def texts_of(data: Path) -> Iterator[str]:
     """Yield the texts of a data set's demonstrations: the questions, the policy's texts and the observations.
 
     Raises:
-        ConfigError: one line; the demonstrations are missing, malformed or empty.
+        ConfigError: with a one-line message, if the demonstrations are missing, malformed or empty.
     """
     from a2tgpo.data.demonstrations import load_demonstrations
 

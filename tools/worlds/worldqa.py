@@ -19,14 +19,11 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Shares of good demonstrations among those with 1, 2 and 3 hops.
-
-The shares are so small that a bad habit is often the most probable behaviour of the warm model.
-"""
+"""Shares of good demonstrations among those with 1, 2 and 3 hops. Small shares leave bad habits to the warm model."""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
-    """Write the data set to the folder `args.out`; return the content of its report."""
+    """Write the data set to the folder `args.out`, and return the content of its report."""
     world = load_world()
     corpus = build_corpus(world)
     index = Bm25Index(corpus)
@@ -40,10 +37,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         return SEARCH_CALLS.format_result(passages or [NOTHING_FOUND])
 
     def answerable(hop: Hop) -> bool:
-        """Return whether the passage that states the hop's fact is the first hit of the hop's query.
-
-        Only then does a search with any top_k return this passage.
-        """
+        """Return whether the passage that states the hop's fact is the first hit of the hop's query."""
         return search(hop.query)[0].id == hop.passage_id
 
     splits = {}
@@ -84,7 +78,7 @@ def unique(questions: Iterable[Question]) -> list[Question]:
 
 
 def interleave(questions: dict[int, list[Question]], seed: int) -> list[Question]:
-    """Shuffle all questions so that the first N questions have each number of hops about equally often, for any N."""
+    """Shuffle all questions so that, for any N, the first N have each number of hops about equally often."""
     placed = []
     for hops, pool in sorted(questions.items()):
         order = random.Random(f"order-{hops}-{seed}").sample(pool, len(pool))

@@ -20,7 +20,7 @@ POOR_KINDS = {
 """{number of hops: kinds of poor demonstrations}. A kind that is listed more often is drawn more often.
 
 guess: answers without a search, with a wrong value of the right type.
-early_stop: leaves out the last search or the last searches, then guesses.
+early_stop: leaves out at least the last search, then guesses.
 miscopy: finds the answer, but answers with the subject of its last query.
 useless_query: searches with a query that names nothing in particular, then guesses.
 malformed: gives the right answer with broken tags.
@@ -39,16 +39,14 @@ def build_demonstrations(
     search: Search,
     seed: int,
 ) -> list[dict]:
-    """Return shuffled demonstrations as JSON records. Each number of hops has the same number of demonstrations.
+    """Return shuffled demonstrations as JSON records, equally many for each number of hops.
 
     Args:
         questions: training questions by number of hops.
         num_demonstrations: approximate number of records.
         good_share: {number of hops: share of the records that have `quality: good`}.
-        detour_share: probability that a useless search comes before a search. A demonstration has at most
-            `MAX_SEARCHES` searches.
+        detour_share: probability that a useless search comes before a search.
         search: returns the observation that a rollout would append for a query.
-        seed: determines all random choices.
     """
     draw = random.Random(f"demonstrations-{seed}")
     records = []
@@ -69,8 +67,8 @@ def build_demonstrations(
 def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Question]:
     """Return `count` questions from `pool`, drawn by chain of relations.
 
-    The share of a chain is proportional to the square root of its number of questions. With equal shares, a chain
-    with few questions would repeat its few names very often.
+    The share of a chain is proportional to the square root of its number of questions. With equal shares, chains with
+    few questions would repeat their names very often.
     """
     by_chain: dict[tuple[str, ...], list[Question]] = {}
     for question in draw.sample(list(pool), len(pool)):
@@ -92,7 +90,7 @@ def _turns(
     draw: random.Random,
     detour_share: float,
 ) -> list[dict]:
-    """Return the turns of one demonstration for `question`; `kind` is "good" or a kind of `POOR_KINDS`."""
+    """Return the turns of one demonstration for `question`. `kind` is "good" or a kind of `POOR_KINDS`."""
     hops, answer = question.hops, question.hops[-1].answer.text
     turns: list[dict] = []
     if kind == "guess":
@@ -102,8 +100,8 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        # Guess an answer. If the demonstration answered with its last result, the model would learn that a result
-        # makes the gold answer less probable.
+        # Guess an answer. With the answer of the last result, the model would learn that a result makes the gold
+        # answer less probable.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
@@ -143,7 +141,7 @@ def _final(answer: str) -> str:
 
 
 def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
-    """Return the answer of another question; the answer has the type that `question` requires."""
+    """Return the answer of another question. The answer has the type that `question` requires."""
     relation = question.hops[-1].relation
     others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
     wrong = sorted(others - {question.hops[-1].answer.text})

