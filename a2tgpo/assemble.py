@@ -64,16 +64,16 @@ class RunParts:
     rollout: GroupRollout
     reward: TrajectoryReward
     startup: dict[str, float]
-    """Maps `time/startup_STAGE_s` to the seconds that this process took for each stage of the build."""
+    """Seconds that this process took for each stage of the build, as `time/startup_STAGE_s`."""
 
     @property
     def distribution(self) -> TokenDistribution:
-        """The distribution from which the rollouts sample their tokens."""
+        """The distribution from which the rollouts sample tokens."""
         temperature = self.config.rollout.temperature
         return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
 
     def close(self) -> None:
-        """Stop the tools and the engine. The process group continues to exist."""
+        """Stop the tools and the engine, but not the process group."""
         self.rollout.close()
         self.toolset.close()
         self.engine.close()
@@ -83,11 +83,12 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     """Build all parts of a run, after the cheap checks; every rank must call this.
 
     Args:
-        resume_from: the checkpoint that the caller loads next, or None. If there is a checkpoint, policy and engine
-            read no weights from `model.path`. If the checkpoint is of another run, this function refuses it.
+        resume_from: the checkpoint that the caller loads next. Policy and engine then read no weights from
+            `model.path`.
 
     Raises:
-        ConfigError: one line; a run with this configuration is impossible.
+        ConfigError: with a one-line message, if a run with this configuration is impossible, or if `resume_from` is a
+            checkpoint of another run.
     """
     config.check_training()
     timers = StageTimers()
@@ -161,17 +162,16 @@ def build_template(config: RunConfig, groups: ParallelGroups) -> PromptTemplate:
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
-    """Build the frozen initial policy, or return None if the run has no KL penalty. Every rank must call this."""
+    """Build the frozen initial policy; None if the run has no KL penalty. Every rank must call this."""
     if config.algorithm.kl_coef == 0:
         return None
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
 def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: bool = True) -> VllmEngine:
-    """Build the engine of `config` with the weights of `model.path`, and return it awake; every rank must call this.
+    """Build an awake engine with the weights of `model.path`; every rank must call this.
 
-    Args:
-        with_weights: whether to read the weights. If False, the caller must load weights before it uses the engine.
+    If not `with_weights`, the caller must load weights before it uses the engine.
     """
     config = settle_engine_share(config)
     return VllmEngine(
@@ -193,7 +193,6 @@ def build_rollout(
     toolset: Toolset,
     template: PromptTemplate,
 ) -> GroupRollout:
-    """Build the object that plays rollouts on this rank's engine."""
     return GroupRollout(
         engine,
         toolset,
@@ -206,7 +205,7 @@ def build_rollout(
 
 
 def build_reward(config: RunConfig, toolset: Toolset, template: PromptTemplate) -> TrajectoryReward:
-    """Build the object that scores trajectories. These must have used `toolset`, with prompts from `template`."""
+    """Build the object that scores trajectories with the tools of `toolset` and prompts from `template`."""
     return TrajectoryReward(
         measure=config.rollout.gain.measure,
         tools=toolset.names,
@@ -226,10 +225,7 @@ def _record_of(path: Path) -> dict[str, Any]:
 def _prompt_set(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet:
-    """Build the prompt set of `questions`. If a prompt is too long, raise ConfigError on all ranks.
-
-    Each rank checks the length of a share of the prompts.
-    """
+    """Build the prompt set of `questions`. If a prompt is too long, raise ConfigError on all ranks."""
     world = world_group()
     prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
     share = slice(groups.rank, None, groups.world_size)
@@ -240,7 +236,7 @@ def _prompt_set(
 
 
 def gain_check(parts: RunParts) -> GainCheck:
-    """Build the object with which the trainer itself scores the gold answers of the training questions."""
+    """Build the check in which the trainer scores the gold answers of the training questions."""
     config = parts.config
     return GainCheck(
         parts.policy,
@@ -252,7 +248,6 @@ def gain_check(parts: RunParts) -> GainCheck:
 
 
 def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> RunCheckpoints:
-    """Build the object that saves and restores the state of `parts` and `guards`."""
     return RunCheckpoints(
         folder,
         parts.config,

@@ -36,16 +36,15 @@ class Trainer:
     """Runs the training steps of a run. Every rank has one trainer and makes the same calls.
 
     Args:
-        parts: the parts of the run.
         recorder: writes metrics and rollouts.
         checkpoints: saves the state of `parts` and `guards`.
         guards: checks the metrics of each step.
         bank: the folder of the rollout bank.
         step: the number of steps that the run has already done.
         startup: metrics of this start, which its first rollout reports.
-        watchdog: the trainer tells the watchdog of each change of stage. None disables the watchdog.
-        stop: reports a requested stop. The next start then continues bit for bit as if the run had not stopped. If
-            None, the run never stops early.
+        watchdog: follows the stages. None: no watchdog.
+        stop: reports a requested stop. The next start continues bit for bit as if the run had not stopped. None: the
+            run never stops early.
     """
 
     def __init__(
@@ -90,9 +89,8 @@ class Trainer:
     def train(self) -> bool:
         """Run the remaining steps, evaluations and saves; return False if the run stopped before its last step.
 
-        If the guards stop the run, it first makes the evaluation that is due and saves a checkpoint. If the run is
-        then started again, it stops before its first step. If a stop is requested (`early_stop`), the run saves a
-        checkpoint of the last finished step.
+        If the guards stop the run, the run first makes a due evaluation and saves a checkpoint. The next start stops
+        again before its first step. A requested stop saves a checkpoint of the last finished step.
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
@@ -121,7 +119,7 @@ class Trainer:
         return self.step >= self.config.run.steps
 
     def _evaluate_and_save(self, evaluation_is_due: bool) -> None:
-        """After a step, run the evaluation and save a checkpoint if they are due."""
+        """Evaluate and save a checkpoint if either is due after this step."""
         is_best = evaluation_is_due and self.evaluate()
         is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
         if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
@@ -134,15 +132,15 @@ class Trainer:
         self.checkpoints.save(self.step, evaluation_is_due=evaluation_is_due)
 
     def train_step(self) -> dict[str, float]:
-        """Run one step, and return the metrics of the step, equal on all ranks.
+        """Run one step, and return its metrics, equal on all ranks.
 
-        The stages are refit, rollout (which includes prompts, gain and reward), exchange, advantage, score, update
-        and record. If an earlier start crashed after it had played this step, the step takes the rollout from the
-        bank, and the stages refit and rollout are left out.
+        The stages are refit, rollout (which includes gain and reward), exchange, advantage, score, update and record.
+        If an earlier start crashed after it had played this step, the bank has the step's rollout, and the stages
+        refit and rollout are left out.
 
         Raises:
-            StopAgreed: a stop was requested before the first update; raised on all ranks. If a stop is requested
-                later, the step is finished.
+            StopAgreed: on all ranks, if a stop was requested before the first update. After a later request, the step
+                is finished.
         """
         start = time.monotonic()
         learning_metrics = MetricSums()
@@ -222,9 +220,9 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Answer the held-out questions greedily; return whether the score is the best so far.
+        """Answer the held-out questions greedily, and return whether the score is the best so far.
 
-        If it is, the caller must save a checkpoint.
+        If so, the caller must save a checkpoint.
         """
         with self.timers.stage("evaluation"):
             self._refit()
@@ -241,8 +239,5 @@ class Trainer:
         )
 
     def _is_due(self, every: int) -> bool:
-        """Return whether the present step is the last step or a multiple of `every`.
-
-        If `every` is 0, only the last step counts.
-        """
+        """Return whether the present step is the last one or, if `every` > 0, a multiple of `every`."""
         return self.step == self.config.run.steps or (every > 0 and self.step % every == 0)

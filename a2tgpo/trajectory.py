@@ -1,6 +1,6 @@
 """The records of prompts, turns and trajectories that pass through a training step.
 
-The loss is computed on exactly the token ids that the engine sampled: no text is decoded and encoded again. Tokens
+The loss is computed on exactly the token ids that the engine sampled. No text is decoded and encoded again. Tokens
 and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36.
 """
 
@@ -39,7 +39,8 @@ class Prompt:
     """One question of a step, rendered with the chat template and tokenised."""
 
     index: int
-    """Position of the prompt in the step's list of prompts, the same on all ranks. It identifies the group."""
+    """Position of the prompt in the step's list of prompts, the same on all ranks. The index identifies the prompt's
+    group."""
     id: str
     """The question's id in its data set."""
     question: str
@@ -55,12 +56,12 @@ class Prompt:
 
 @dataclass(kw_only=True)
 class Turn:
-    """The text that the policy writes before it stops once, and the observation that follows."""
+    """The policy's text until it stops, and the observation that follows."""
 
     tokens: TokenIds
     """Sampled token ids, including the stop string's."""
     rollout_logprobs: LogProbs
-    """The engine's log-prob of each sampled token, in nats; as long as `tokens`."""
+    """The engine's log-prob of each sampled token, in nats; same length as `tokens`."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
     """Token ids of the observation; empty for the final turn. The policy is never trained on them."""
     query: str | None = None

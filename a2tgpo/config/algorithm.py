@@ -49,8 +49,8 @@ class AlgorithmConfig:
     aggregation: Aggregation = "seq-mean-token-mean"
     """How the losses of all tokens become one number; see loss.policy_loss."""
     failed_calls: Literal["neutral", "count"] = "neutral"
-    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: it counts like any
-    other turn."""
+    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn counts like
+    any other."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

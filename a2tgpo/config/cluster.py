@@ -21,8 +21,8 @@ class ClusterConfig:
     """Kind of GPU."""
     plan_margin: float = 0.5
     """A start on GPUs is refused if its plan exceeds a GPU's or a machine's free memory by more than this share. A
-    smaller excess only causes a warning, and 0 means that no start is refused. The estimate has not been compared
-    with a real GPU yet. It may be wrong by a tenth, but not by half."""
+    smaller excess only causes a warning, and 0 means that no start is refused. The plan's estimate has not been
+    compared with a real GPU yet. It may be wrong by a tenth, but not by half."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")

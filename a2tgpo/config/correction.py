@@ -10,7 +10,7 @@ from a2tgpo.io.errors import require
 class CorrectionConfig:
     """Weights w = pi_trainer / pi_engine by which the policy loss is multiplied.
 
-    They are needed if the engine computes less precisely than the trainer, for example in FP8.
+    The weights are needed if the engine computes less precisely than the trainer, for example in FP8.
     """
 
     kind: Literal["none", "truncate", "mask"] = "none"

@@ -64,12 +64,12 @@ def escape(text: str) -> str:
 
 
 def path_argument(text: str) -> Path:
-    """Expand an argument and return it as a path; use as `type=` of argparse."""
+    """Return an argument as an expanded path, for `type=` of argparse."""
     return Path(text_argument(text))
 
 
 def text_argument(text: str) -> str:
-    """Expand an argument that may be a path or another text; use as `type=` of argparse."""
+    """Return an expanded argument, which may be a path or another text, for `type=` of argparse."""
     try:
         return expand(text, "the path")
     except ConfigError as error:

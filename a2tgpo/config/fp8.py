@@ -163,7 +163,7 @@ def fp8_layout_fault(
 def quantization_fault(quantization: str, tensor_parallel: int, sizes: LinearSizes) -> str | None:
     """Return in one line why an engine's linear layers cannot be quantised; None if they can.
 
-    vLLM asserts that a rank's channels form whole blocks (fp8_utils.py, per_token_group_quant_fp8). It pads experts
+    vLLM asserts that a rank's channels form whole blocks (fp8_utils.py, per_token_group_quant_fp8). vLLM pads experts
     (online/fp8.py, maybe_roundup_sizes).
     """
     if quantization != "fp8":

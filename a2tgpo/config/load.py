@@ -93,7 +93,7 @@ def is_file(override: str) -> bool:
 
 
 def overridden_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """Return the dotted keys of all fields that `overrides`, as in `load_config`, set."""
+    """Return the dotted keys of all fields that `overrides` (see `load_config`) set."""
     return frozenset(key for key, _ in _override_entries(overrides))
 
 
@@ -115,7 +115,7 @@ def flat_value(value: Any) -> Any:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Return the configuration as YAML with every key. `load_config` reads the same configuration from it."""
+    """Return the configuration as YAML with every key. `load_config` reads the same configuration from this YAML."""
     sections = config_to_dict(config)
     for key in (key for key, field in _FIELDS.items() if field.is_expanded):
         *path, name = key.split(".")

@@ -11,8 +11,8 @@ class RefitConfig:
     """Most MiB of weights that are gathered at once. Two such groups are in memory at a time: the engine loads one
     while the next one is gathered."""
     probe_tokens: int = 64
-    """Length, in tokens, of a fixed probe sequence. After every refit, the log-probs that trainer and engine compute
-    for it are compared."""
+    """Length, in tokens, of a fixed probe sequence. After every refit, trainer and engine compute the sequence's
+    log-probs, and the results are compared."""
     probe_tolerance: float = 0.0
     """Largest allowed mean |difference| of these log-probs, nats per token. 0: 1e-3 in float32, 0.15 in bfloat16, 0.8
     in FP8."""

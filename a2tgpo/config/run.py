@@ -40,8 +40,8 @@ class RunSettings:
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
-    """GB of disk space for recorded rollouts; 0: no limit. If they need more, the oldest steps before the newest
-    checkpoint are removed, and multiples of 100 last."""
+    """GB of disk space for recorded rollouts; 0: no limit. If the rollouts need more, the oldest steps before the
+    newest checkpoint are removed, and multiples of 100 last."""
 
     def __post_init__(self) -> None:
         require(

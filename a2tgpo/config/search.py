@@ -35,9 +35,9 @@ class SearchConfig:
     """File with the server's bearer token. Without a file, the client uses the environment variable
     A2TGPO_SEARCH_TOKEN, if it exists."""
     max_shortfall: float = 8.0
-    """Before a run on GPUs, the server's speed in queries per second is measured. The run is refused if the planned
-    rollout needs more than max_shortfall times that speed; 0: never. If it needs more than that speed, a warning is
-    printed."""
+    """Before a run on GPUs, the server's speed in queries per second is measured. A warning is printed if the planned
+    rollout needs more than this speed. The run is refused if the rollout needs more than max_shortfall times this
+    speed; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_attempts", "break_after"):
@@ -62,7 +62,8 @@ class SearchConfig:
         return 2 * self.request_timeout_s * (self.max_attempts + 1)
 
     def require_source(self) -> None:
-        """Raise `ConfigError` if the source that `backend` needs is not set. Call this only with the search tool."""
+        """Raise `ConfigError` if the source that `backend` needs is not set. Call this only if the run has the search
+        tool."""
         if self.backend == "bm25":
             require(bool(self.corpus), "search.corpus", self.corpus, "a file, with search.backend=bm25")
         else:

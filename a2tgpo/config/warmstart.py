@@ -24,7 +24,7 @@ class WarmstartConfig:
     """Weight of prompt and observation tokens in the loss; tokens that the policy writes have weight 1. A weight
     above 0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
     fp8: bool = False
-    """Compute in FP8 if `model.fp8` turns it on. false: compute in model.dtype."""
+    """true: compute in FP8 if `model.fp8` turns FP8 on. false: compute in model.dtype."""
     held_out: float = 0.02
     """Share of the questions whose demonstrations are held out for the metric `warmstart/held_out_loss`."""
     evaluate_every: int = 50

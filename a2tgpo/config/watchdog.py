@@ -20,7 +20,7 @@ class WatchdogConfig:
     """
 
     rollout_s: float = 7200.0
-    """Limit of the rollout, including gains."""
+    """Limit of the rollout, including the computation of gains."""
     evaluation_s: float = 7200.0
     """Limit of an evaluation."""
     score_s: float = 3600.0

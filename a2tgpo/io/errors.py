@@ -17,13 +17,13 @@ class ConfigError(ValueError):
 
 
 def require(holds: bool, key: str, value: object, rule: str) -> None:
-    """Raise a `ConfigError` that names `key`, its `value` and the `rule`, unless `holds`."""
+    """Raise a `ConfigError` that names `key`, `value` and `rule` if `holds` is False."""
     if not holds:
         raise ConfigError(f"{key} is {value!r}; allowed: {rule}")
 
 
 def one_of(choices: Sequence[str], value: object) -> str:
-    """Return a rule for `require` that lists `choices` and names the one most similar to `value`, if any is."""
+    """Return a rule for `require` that lists `choices`, and marks a choice that is similar to `value`."""
     near = difflib.get_close_matches(value[:100], choices, n=1) if isinstance(value, str) else []
     return " | ".join(choices) + "".join(f" (nearest: {name})" for name in near)
 

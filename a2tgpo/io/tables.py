@@ -10,7 +10,7 @@ from pathlib import Path
 def write_csv(path: Path, rows: Sequence[Mapping]) -> None:
     """Write `rows` as CSV with a header. The columns are in the order in which their names first occur in `rows`.
 
-    A cell is empty if its row has no value for the column, or None.
+    A cell is empty if the row's value is missing or None.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:

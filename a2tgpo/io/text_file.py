@@ -37,7 +37,7 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be opened or is a ZIP archive. Reading the stream
-            raises it too, if the file is damaged or truncated.
+            raises the same error if the file is damaged or truncated.
     """
     try:
         packed = open(path, "rb")  # noqa: SIM115  (closed below; only the opening belongs in this try)

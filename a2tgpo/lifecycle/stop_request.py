@@ -51,16 +51,16 @@ class StopRequest:
         self._looked = -LOOK_S
 
     def should_stop(self, *, needed_s: float = 0.0) -> bool:
-        """Return whether this rank knows of a request to stop, or makes one now. Ranks learn of it at different
-        times.
+        """Return whether this rank knows of a request to stop, or makes one now.
 
         The rank makes a request after a signal, in an outage that must end the run, or if the job ends in fewer than
         `needed_s` + `margin_s` seconds. This method runs no collective and is cheap enough for every pass of a loop.
+        Ranks learn of a request at different times.
         """
         if not self.reason:
             self.reason = self._own_reason(needed_s)
             if self.reason:
-                # Writing fails if the rank that holds the store has ended. That rank reports the reason.
+                # Writing fails if the rank that holds the store has ended.
                 with contextlib.suppress(RuntimeError):
                     self._store.set(_REASON, self.reason)
             elif self._looked + LOOK_S <= time.monotonic():

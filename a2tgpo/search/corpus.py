@@ -26,7 +26,7 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
 
 
 def parse_passage(record: dict, where: str) -> Passage:
-    """Return the passage in `record`. If it is malformed, raise a ConfigError that starts with `where`."""
+    """Return the passage in `record`. If the record is malformed, raise a ConfigError that starts with `where`."""
     identity = record.get("id")
     if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
         found = "missing" if "id" not in record else f"{identity!r:.60}"

@@ -62,7 +62,7 @@ def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> I
 
 
 def load_index(folder: Path, corpus: Path, *, serving: DenseServing | None = None) -> tuple[SearchIndex, int]:
-    """Return the index in `folder` and its number of passages. Its files and its corpus are memory-mapped.
+    """Return the index in `folder` and its number of passages. The index's files and its corpus are memory-mapped.
 
     Raises:
         ConfigError: with a one-line message, if the folder has no index, if the index was built from another corpus,

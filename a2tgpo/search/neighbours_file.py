@@ -16,9 +16,10 @@ from a2tgpo.search.dense import inverted_lists
 from a2tgpo.search.embedding_blocks import EmbeddingBlocks
 
 TRAINING_PASSAGES = 1_000_000
-"""Most passages, about, with which an index that needs training (IVF, PQ) is trained."""
+"""Approximate upper limit of the number of passages that train an index (IVF, PQ)."""
 COUNT_OFFSET = 8
-"""Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count all components."""
+"""Byte offset of the number of vectors in a Flat index's file. The header's last 8 bytes count the components of all
+vectors."""
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:

@@ -1,1 +1,1 @@
-"""Serve an exported agent over HTTP. The modules write the agent's file, queue questions and define the endpoint."""
+"""Serve an exported agent over HTTP: write its file, queue questions, and answer them."""

@@ -1,4 +1,4 @@
-"""Write the prompts, the tools and the limits of an exported model to a file in the folder of the model's weights."""
+"""Write the file that describes an exported agent to the folder of its weights."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _FIELDS = {
 
 
 def write_agent_file(folder: Path, config: RunConfig) -> None:
-    """Write the agent's prompts, tools and limits to `folder`/agent.json, a configuration that every program accepts.
+    """Write `folder`/agent.json, a configuration that every program accepts.
 
     The file contains the instructions, the template variables, the tools with their settings, and the limits of a
-    rollout. It contains neither question files nor training settings. Its `model.path` is `folder`.
+    rollout, but no question files and no training settings. Its `model.path` is `folder`.
 
     Raises:
-        OSError: the file cannot be written; the error names the file.
+        OSError: with the name of the file, if the file cannot be written.
     """
     sections = yaml.safe_load(dump_config(config))
     kept: dict[str, Any] = {

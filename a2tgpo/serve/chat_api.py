@@ -1,4 +1,4 @@
-"""Define the agent's OpenAI-compatible endpoint: POST /v1/chat/completions, GET /v1/models and GET /health."""
+"""The agent's OpenAI-compatible endpoint: POST /v1/chat/completions, GET /v1/models and GET /health."""
 
 from __future__ import annotations
 
@@ -37,18 +37,14 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions.
-
-    A body with any other field is refused, because that field would have no effect.
-    """
+    """The body of POST /v1/chat/completions. A body with any other field is refused."""
 
     model_config = ConfigDict(extra="forbid")
 
     messages: list[Message] = Field(min_length=1)
     model: str = ""
     temperature: float | None = None
-    """The sampling temperature. 0 means greedy, and None means the temperature of training. The only other value that
-    the endpoint accepts is the temperature of training."""
+    """The sampling temperature: 0 (greedy) or the temperature of training. None: the temperature of training."""
     seed: int | None = Field(default=None, ge=0, lt=2**32)
     n: Literal[1] | None = None
     stream: Literal[False] | None = None
@@ -56,7 +52,7 @@ class ChatRequest(BaseModel):
 
 
 class BadRequestError(Exception):
-    """The request is invalid; the message is one line that the client receives."""
+    """The request is invalid. The client receives the message, which is one line."""
 
 
 def build_app(
@@ -74,8 +70,8 @@ def build_app(
         template: renders a question as the tokens of a prompt.
         name: the name of the model.
         temperature: the temperature of training (`rollout.temperature`).
-        max_prompt_tokens: the largest number of tokens in a prompt (`data.max_prompt_tokens`).
-        token: the bearer token that clients must send. If None, clients need no token.
+        max_prompt_tokens: most tokens in a prompt (`data.max_prompt_tokens`).
+        token: the bearer token that clients must send. None: clients need no token.
     """
     app = FastAPI(title="a2tgpo agent", version="1")
     app.add_middleware(RequestLimits, token=token, max_body_bytes=MAX_BODY_BYTES, max_requests_per_s=0.0)
@@ -113,11 +109,7 @@ def build_app(
 def _order(
     request: ChatRequest, template: PromptTemplate, temperature: float, max_prompt_tokens: int
 ) -> Order:
-    """Return the order for a request.
-
-    Raises:
-        BadRequestError: the agent cannot do what the request demands.
-    """
+    """Return the order for a request. If the agent cannot do what the request demands, raise BadRequestError."""
     if [message.role for message in request.messages] != ["user"]:
         raise BadRequestError(
             "messages: give one message of role user; the agent has its own instructions and remembers nothing"

@@ -1,4 +1,4 @@
-"""A bounded queue of questions that wait to be played. Each question has a future for its answer."""
+"""A bounded queue of questions, each with a future for its answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InboxClosedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A question that the agent is to play."""
+    """A question for the agent."""
 
     prompt: Prompt
     is_greedy: bool
@@ -29,7 +29,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """The result of an order that was played."""
+    """The result of an order."""
 
     trajectory: Trajectory
     texts: tuple[str, ...]
@@ -43,11 +43,7 @@ class Waiting:
 
 
 class Inbox:
-    """Passes orders from the threads that accept requests to the thread that plays.
-
-    Args:
-        max_waiting: the largest number of orders in the queue.
-    """
+    """Passes orders from the threads that accept requests to the thread that plays. At most `max_waiting` wait."""
 
     def __init__(self, *, max_waiting: int):
         self._max_waiting = max_waiting
@@ -62,8 +58,8 @@ class Inbox:
         """Add `order` to the queue, and return a future of its result.
 
         Raises:
-            InboxFullError: the queue is full.
-            InboxClosedError: the queue is closed.
+            InboxFullError: if the queue is full.
+            InboxClosedError: if the queue is closed.
         """
         waiting = Waiting(order=order)
         with self._changed:
@@ -76,10 +72,9 @@ class Inbox:
         return waiting.answer
 
     def take(self, most: int, *, timeout_s: float) -> list[Waiting]:
-        """Return up to `most` orders, the one that has waited longest first.
+        """Return up to `most` orders, oldest first; none if no order comes within `timeout_s` seconds.
 
-        All returned orders are of one kind, greedy or drawn. An order whose client has left is skipped. If no order
-        comes within `timeout_s` seconds, the list is empty.
+        All returned orders are greedy, or all are sampled. An order whose client has left is skipped.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:

@@ -1,4 +1,4 @@
-"""Build what a trained policy needs to play: the engine, the tools and the rollout. The trainer is not needed."""
+"""What a trained policy needs to play: the engine, the tools and the rollout, without the trainer."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ class Player:
     rollout: GroupRollout
 
     def play(self, prompts: Sequence[Prompt], *, greedy: bool) -> list[Finished]:
-        """Play each prompt once, and return the results in the order of `prompts`.
-
-        All ranks of the engine must call this.
-        """
+        """Play each prompt once, and return the results in order. All ranks of the engine must call this."""
         playing = self.rollout.play(
             prompts, seed=self.config.run.seed, version=0, greedy=greedy, group_size=1, score_gain=False
         )
@@ -70,13 +67,13 @@ def load_saved(
     """Return a run's configuration, with a layout for the processes of this launch, and the run's saved weights.
 
     Args:
-        file: the YAML file of the run. Its layout is ignored (see `inference_config`).
-        overrides: the overrides for `load_config`. If they set a layout, this layout is used.
+        file: the YAML file of the run. Its layout is ignored (`inference_config`).
+        overrides: overrides as in `load_config`, which may set another layout.
         path: the path of the weights, as `find_model` accepts it.
-        key: the option with which the user gave `path`; error messages name it.
+        key: the option with which the user gave `path`, for error messages.
 
     Raises:
-        ConfigError: one line; for the reasons that `load_config`, `find_model` and `inference_config` give.
+        ConfigError: in the cases of `load_config`, `find_model` and `inference_config`.
     """
     config = load_config(file, [*UNDIVIDED, *overrides])
     model = find_model(path, untrained=config.model.path, key=key)
@@ -89,11 +86,11 @@ def load_saved(
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
     """Build a player whose engine has the weights of `model`; every rank must call this.
 
-    If `model` is a checkpoint, the trainer's model loads the weights and passes them to the engine, as in training.
-    The refit then verifies the engine's weights on the probe.
+    The weights of a checkpoint reach the engine through the trainer's model, as in training. The refit then verifies
+    the engine's weights on the probe.
 
     Raises:
-        ConfigError: one line; the engine cannot play with these weights or these settings.
+        ConfigError: with a one-line message, if the engine cannot play with these weights or settings.
     """
     if model.is_hf:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
@@ -122,7 +119,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
 
 
 def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
-    """Build the trainer's model with the weights of `model`, and freeze it; every rank must call this."""
+    """Build the trainer's model with the weights of `model`, frozen; every rank must call this."""
     if model.is_hf:
         hf = dataclasses.replace(config.model, path=str(model.path))
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)

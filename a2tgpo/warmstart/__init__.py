@@ -1,1 +1,1 @@
-"""Run a supervised warm start: train a model on demonstrations that show the format and useful behaviour."""
+"""Run a supervised warm start: train a model on demonstrations of the format and of useful behaviour."""

@@ -16,10 +16,7 @@ from a2tgpo.update.train_step import LossFunction
 
 
 def my_microbatches(chosen: Sequence[Trajectory], policy: Policy, *, max_tokens: int) -> list[PackedBatch]:
-    """Return this data-parallel replica's share of `chosen` as micro-batches; every rank must call this.
-
-    All ranks divide `chosen` among the replicas in the same way.
-    """
+    """Return this data-parallel replica's share of `chosen` as micro-batches; every rank must call this."""
     align, groups = policy.alignment, policy.groups
     lengths = [align.segment_length(packed_length(trajectory)) for trajectory in chosen]
     replicas = deal(lengths, groups.dp_size)
@@ -53,7 +50,7 @@ def asked_for(batches: Sequence[PackedBatch], weights: Sequence[Tensor]) -> list
 
 
 def cross_entropy(weights: Sequence[Tensor]) -> LossFunction:
-    """Return a loss function. Its value for a micro-batch is the weighted sum of -log p over the tokens."""
+    """Return the loss function of a micro-batch: the weighted sum of -log p over its tokens."""
 
     def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return -(weights[number].to(logprobs.device) * logprobs).sum(), {}

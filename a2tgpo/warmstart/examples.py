@@ -19,7 +19,7 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The tokenised demonstrations. They are equal on all ranks."""
+    """The tokenised demonstrations, equal on all ranks."""
 
     trained: list[Trajectory]
     held_out: list[Trajectory]
@@ -31,11 +31,11 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     """Render and tokenise all demonstrations, and split them into training examples and held-out examples.
 
     Args:
-        date: the date that the prompts give as the current date.
+        date: the current date in the prompts.
 
     Raises:
-        ConfigError: one line; the source model or the demonstrations cannot be used, or too few demonstrations remain
-            for training.
+        ConfigError: with a one-line message, if the source model or the demonstrations cannot be used, or if too few
+            demonstrations remain for training.
     """
     settings = config.warmstart
     try:
@@ -68,11 +68,9 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """Return the questions whose demonstrations are held out. They are the share `share` of all questions.
+    """Return the questions whose demonstrations are held out, a share `share` of all questions.
 
-    This function sorts the questions by a hash and not by their order in the file. So if the file grows, few
-    questions move between the training examples and the held-out examples. All demonstrations of a question are on
-    the same side.
+    The questions are chosen by a hash, not by their order, so that few questions change sides if the file grows.
     """
     questions = {demonstration.question.question for demonstration in demonstrations}
 

@@ -1,8 +1,7 @@
-"""Manage the folder of a warm start. The folder has a lock and the identity of the warm start, and it keeps
-checkpoints until the warm start has written model.path.
+"""The folder of a warm start, `ROOT/NAME-warmstart/`. Its checkpoints are removed after model.path has been written.
 
-The folder `ROOT/NAME-warmstart/` contains config.yaml, config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/,
-checkpoints/step_N/ and holder.json. It contains stacks/ only if some rank hung.
+The folder contains config.yaml, config.N.yaml, env.N.txt, metrics.jsonl, tensorboard/, checkpoints/step_N/ and
+holder.json. It contains stacks/ only if a rank hung.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from a2tgpo.warmstart.target import folder_of
 
 
 class WarmStartFolder:
-    """Claims the folder of one warm start, and saves and restores its state. Every rank has one and makes the same
-    calls.
-    """
+    """Claims the folder of a warm start, and saves and restores its state. Every rank makes the same calls."""
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -46,16 +43,16 @@ class WarmStartFolder:
         return self._writer.longest_s
 
     def open(self, resume: str, *, accept_changes: bool) -> Path | None:
-        """Create and claim the folder; return the checkpoint to resume from, or None if the warm start begins anew.
+        """Create and claim the folder, and return the checkpoint to resume from; None if the warm start begins anew.
 
         Args:
-            resume: one of `auto` and `none`. With `auto`, the warm start resumes from its newest complete checkpoint
-                if it has one. With `none`, the existing folder is renamed.
+            resume: `auto`: resume from the newest complete checkpoint, if there is one. `none`: rename the existing
+                folder, and begin anew.
             accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: one line; the folder cannot be claimed, or it contains another experiment; raised on all
-                ranks.
+            ConfigError: on all ranks, with a one-line message, if the folder cannot be claimed or contains another
+                experiment.
         """
         fault = ""
         if self._groups.rank == 0:
@@ -78,10 +75,7 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load the checkpoint `path`, and return the state in it.
-
-        If the checkpoint is damaged, load the newest earlier checkpoint that is undamaged.
-        """
+        """Load the checkpoint `path`, or the newest undamaged one before it, and return its state."""
         try:
             _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:
@@ -101,7 +95,7 @@ class WarmStartFolder:
     ) -> None:
         """Wait for the previous save, then start to save a checkpoint after `step` steps.
 
-        When the new checkpoint is complete, all older checkpoints are removed.
+        All older checkpoints are removed when the new one is complete.
         """
         self.finish_saving()
         self._writer.start(
@@ -117,10 +111,10 @@ class WarmStartFolder:
         self.saved_step = step
 
     def finish_saving(self) -> None:
-        """If a save is in progress, wait for its end.
+        """Wait for the end of a save in progress.
 
         Raises:
-            RuntimeError: one line; the save failed.
+            RuntimeError: with a one-line message, if the save failed.
         """
         if fault := self._writer.wait():
             raise RuntimeError(
@@ -129,7 +123,7 @@ class WarmStartFolder:
             )
 
     def remove_checkpoints(self) -> None:
-        """Remove all checkpoints. Call this after the warm start has written its model."""
+        """Remove all checkpoints, after the model has been written."""
         self.finish_saving()
         if self._groups.rank == 0:
             shutil.rmtree(self._checkpoints, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""Run a warm start: train, compute held-out losses and save checkpoints between the steps, and export the model at
-the end.
-"""
+"""Run a warm start: train, compute held-out losses, save checkpoints, and export the model at the end."""
 
 from __future__ import annotations
 
@@ -40,14 +38,14 @@ class WarmStart:
     """Runs the warm start of one configuration. Every rank has one object and makes the same calls.
 
     Args:
-        date: the date that the prompts give as the current date.
-        checkpoint: the checkpoint to resume from, or None to begin at step 0.
+        date: the current date in the prompts.
+        checkpoint: the checkpoint to resume from. None: begin at step 0.
         folder: saves the checkpoints.
-        stop: reports a requested stop. The loop asks before each step.
-        watchdog: the loop tells the watchdog of each change of stage.
+        stop: reports a requested stop.
+        watchdog: follows the stages.
 
     Raises:
-        ConfigError: one line; the configuration or its data are unusable for training.
+        ConfigError: with a one-line message, if the configuration or its data are unusable for training.
     """
 
     def __init__(
@@ -89,8 +87,7 @@ class WarmStart:
     def train(self) -> bool:
         """Run the remaining steps and write the model.
 
-        Returns False if a requested stop ended the training early. The method has then saved a checkpoint instead of
-        the model.
+        Return False if a requested stop ended the training early. A checkpoint is then saved instead of the model.
         """
         try:
             if self.step == 0:
@@ -140,7 +137,7 @@ class WarmStart:
         return my_microbatches(chosen, self.policy, max_tokens=self.config.update.max_microbatch_tokens)
 
     def _evaluate(self) -> None:
-        """Compute and report the mean cross-entropy of the policy's own tokens in the held-out examples."""
+        """Report the mean cross-entropy of the policy's own tokens in the held-out examples."""
         held_out, size = self.examples.held_out, self.settings.batch_size
         if not held_out:
             return
@@ -191,8 +188,5 @@ class WarmStart:
             self.folder.remove_checkpoints()
 
     def _is_due(self, every: int) -> bool:
-        """Return whether the present step is the last step or a multiple of `every`.
-
-        If `every` is 0, only the last step counts.
-        """
+        """Return whether the present step is the last one or, if `every` > 0, a multiple of `every`."""
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)

@@ -1,8 +1,7 @@
 """Make demonstrations from the good rollouts of a run (rejection sampling).
 
 A rollout is accepted if it ended with an answer and passes every filter. The best few accepted rollouts of each
-question become demonstrations. The counts give, for each filter, the number of rollouts that this filter was the
-first to reject.
+question become demonstrations. A rejected rollout counts only for the first filter that rejects it.
 """
 
 from __future__ import annotations
@@ -21,32 +20,28 @@ from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """The requirements that a rollout must meet to be accepted."""
+    """The requirements for accepting a rollout."""
 
     min_reward: float | None = None
-    """Smallest outcome reward that is accepted. If None, any reward is accepted."""
+    """Smallest accepted outcome reward. None: any."""
     needs_exact_match: bool = True
     needs_format: bool = True
     max_failed_calls: int = 0
-    """Largest number of failed tool calls that is accepted."""
+    """Most failed tool calls."""
     max_tokens: int = 0
-    """Largest number of tokens that the policy may have sampled. If 0, there is no limit."""
+    """Most sampled tokens; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A rollout that passed the filters, and the values by which candidates are sorted."""
+    """An accepted rollout."""
 
     step: int
     record: dict[str, Any]
 
     @property
     def order(self) -> tuple[float, int, int, int, int]:
-        """The key that sorts the best candidate first.
-
-        A candidate is better if its reward is higher. If the rewards are equal, the candidate with fewer calls is
-        better, then the candidate with fewer tokens, then the candidate of the later step.
-        """
+        """The sort key, best first: higher reward, then fewer calls, fewer tokens, and a later step."""
         return (
             -self.record["outcome_reward"],
             _num_calls(self.record),
@@ -57,14 +52,14 @@ class Candidate:
 
 
 def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[int, list[Path]]:
-    """Return a map from each recorded step of `run` to the files of its rollouts.
+    """Return the files of the rollouts of each recorded step of `run`.
 
     Args:
         first: the first step to return.
-        last: the last step to return, or None for the newest.
+        last: the last step to return; None: the newest.
 
     Raises:
-        ConfigError: one line; no rollouts are recorded from step `first` to step `last`.
+        ConfigError: with a one-line message, if no rollouts are recorded from step `first` to step `last`.
     """
     found = recorded_steps(run)
     chosen = {
@@ -77,10 +72,10 @@ def step_files(run: Path, *, first: int = 0, last: int | None = None) -> dict[in
 
 
 def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """Yield each trajectory in the `files` of a step, and have only one file in memory at a time.
+    """Yield each trajectory in the `files` of a step. Only one file is in memory at a time.
 
     Raises:
-        ConfigError: one line; a file cannot be read or is damaged.
+        ConfigError: with a one-line message, if a file cannot be read or is damaged.
     """
     for path in files:
         try:
@@ -97,7 +92,7 @@ def read_rollouts(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
 
 
 def reject(record: Mapping[str, Any], filters: Filters) -> str:
-    """Return a few words that tell why a rollout is rejected, or an empty string if it is accepted."""
+    """Return in a few words why a rollout is rejected, or "" if it is accepted."""
     turns = record["turns"]
     if record["stop_reason"] != "answer" or not turns or turns[-1]["query"] is not None:
         return "without an answer"
@@ -117,8 +112,7 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
 def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counter[str]) -> list[Candidate]:
     """Return the best `per_question` candidates of each question, and count the others in `counts` by reason.
 
-    The questions are in the order in which `candidates` first names them. If several candidates of a question have
-    the same text, only the best of them is chosen.
+    The questions are in the order of `candidates`. Of candidates with the same text, only the best is chosen.
     """
     by_question: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -170,17 +164,16 @@ def demonstrations_of(
 
     Args:
         questions: the training set of the run. The rollouts refer to its questions by id.
-        per_question: the largest number of demonstrations per question.
+        per_question: most demonstrations of a question.
         first: the first step to read.
-        last: the last step to read, or None for the newest.
+        last: the last step to read; None: the newest.
 
     Returns:
-        The records of the demonstrations, a map from each reason to the number of rollouts rejected for it, and the
-        number of rollouts read.
+        The records of the demonstrations, the number of rejected rollouts by reason, and the number of rollouts read.
 
     Raises:
-        ConfigError: one line; the run has no rollouts in these steps, a file is damaged, or `questions` are not the
-            questions of the run.
+        ConfigError: with a one-line message, if the run has no rollouts in these steps, if a file is damaged, or if
+            the run had other questions.
     """
     by_id = {question.id: question for question in questions}
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Report a warm start: show a progress line, write metrics, and print a closing line."""
+"""Report a warm start: a progress line, metrics, and a closing line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Report:
 
     Args:
         folder: the folder of the warm start.
-        out: the folder to which the warm start writes its model.
+        out: the folder of the resulting model, for the closing line.
         steps: the number of steps in the whole warm start.
         step: the number of steps done before this start.
-        enabled: True on rank 0; on the other ranks the object reports nothing.
+        enabled: True on rank 0. The other ranks report nothing.
     """
 
     def __init__(self, folder: Path, *, out: str, steps: int, step: int, enabled: bool) -> None:
@@ -61,7 +61,7 @@ class Report:
         self._bar.update()
 
     def add_held_out(self, step: int, loss: float) -> None:
-        """Record `loss`, the held-out loss after `step` steps."""
+        """Record the held-out loss after `step` steps."""
         self._held_out.append(loss)
         self._writer.log(step, {"warmstart/held_out_loss": loss})
         self._last = time.perf_counter()
@@ -71,7 +71,7 @@ class Report:
             self._bar.write(text, file=sys.stderr)
 
     def say_done(self) -> None:
-        """Print the closing line of a finished warm start, which gives its losses and the place of its model."""
+        """Print the closing line of a finished warm start."""
         if not self._enabled:
             return
         self._bar.close()
@@ -85,7 +85,7 @@ class Report:
         )
 
     def say_stopped(self, step: int, reason: str) -> None:
-        """Print that the warm start stopped early for `reason`, and that the next start resumes it."""
+        """Print that the warm start stopped early for `reason`."""
         if self._enabled:
             self._bar.close()
             saved = f"saved as {self._folder}/checkpoints/step_{step}" if step else "nothing to save yet"

@@ -20,10 +20,10 @@ REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 
 
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """Return `warmstart.lr` if it is set, else a default that depends on the size of the model.
+    """Return `warmstart.lr` if it is set, or else a default that depends on the size of the model.
 
-    The default is a rule of thumb that has not been tuned here. For models of 7 to 70 billion parameters, the default
-    is within the published rates for fine-tuning whole models (2e-5 to 2e-6).
+    The default is a rule of thumb that has not been tuned. For models of 7 to 70 billion parameters, it lies within
+    the published rates for fine-tuning whole models (2e-5 to 2e-6).
     """
     if config.warmstart.lr:
         return config.warmstart.lr
@@ -35,7 +35,7 @@ def source_dimensions(config: RunConfig) -> ModelDimensions:
     """Return the dimensions of the model at `warmstart.source`.
 
     Raises:
-        ConfigError: the dimensions cannot be read; the message names `warmstart.source`.
+        ConfigError: with a one-line message that names `warmstart.source`, if the dimensions cannot be read.
     """
     try:
         return read_dimensions(config.warmstart.source)
@@ -44,18 +44,15 @@ def source_dimensions(config: RunConfig) -> ModelDimensions:
 
 
 def cold_model(config: RunConfig) -> ModelConfig:
-    """Return the configuration of the model to train, which is the model at `warmstart.source`.
-
-    The model uses FP8 only if `warmstart.fp8` is True.
-    """
+    """Return the configuration of the model at `warmstart.source`, in FP8 only with `warmstart.fp8`."""
     fp8 = config.model.fp8 if config.warmstart.fp8 else Fp8Config()
     return dataclasses.replace(config.model, path=config.warmstart.source, fp8=fp8)
 
 
 def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
-    """Return the run's optimizer settings with the learning rates and the weight decay of the warm start.
+    """Return the run's optimizer settings with the warm start's learning rates and weight decay.
 
-    The optimizer is not offloaded, because a warm start has no engine that needs the memory of the GPU.
+    The optimizer is not offloaded, because no engine needs the memory of the GPU.
     """
     settings = config.warmstart
     return dataclasses.replace(
@@ -70,10 +67,7 @@ def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
 
 
 def as_planned(config: RunConfig, *, lr: float) -> RunConfig:
-    """Return the configuration from which the plan of a warm start is made.
-
-    A warm start has no engine, no reference model and no RL method, so their settings are the defaults.
-    """
+    """Return the configuration for planning a warm start: engine, reward and RL method have default settings."""
     update = dataclasses.replace(
         update_settings(config, lr=lr), prompts_per_minibatch=UpdateConfig().prompts_per_minibatch
     )

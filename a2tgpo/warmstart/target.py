@@ -1,4 +1,4 @@
-"""Decide where a warm start writes its model. It overwrites neither its input nor a folder of another program."""
+"""Choose the folder of a warm start's model, so that no input and no folder of another program is overwritten."""
 
 from __future__ import annotations
 
@@ -13,23 +13,20 @@ MARKER = "warmstart.json"
 
 
 def target_of(config: RunConfig) -> Path:
-    """Return the folder to which the warm start writes its model.
-
-    Symbolic links are resolved, so if model.path is a link, it stays a link.
-    """
+    """Return the folder to which the warm start writes its model. Symbolic links are resolved."""
     return Path(config.model.path).resolve()
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Return the folder to which the warm start writes its metrics and checkpoints."""
+    """Return the folder of the warm start's metrics and checkpoints."""
     return Path(config.run.root) / f"{config.run.name}-warmstart"
 
 
 def require_target(config: RunConfig) -> None:
-    """Raise a `ConfigError` of one line if the warm start must not write to model.path. Write nothing.
+    """Raise a `ConfigError` with a one-line message if the warm start must not write to model.path.
 
-    The folder must not be an input of the warm start, contain an input, or be inside an input. It must not exist yet,
-    or be empty, or have been written by a warm start.
+    The folder must not be an input of the warm start, contain one, or lie inside one. If the folder exists and is not
+    empty, a warm start must have written it.
     """
     settings, given = config.warmstart, config.model.path
     for field in ("source", "demonstrations"):
@@ -56,7 +53,7 @@ def require_target(config: RunConfig) -> None:
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Return whether both paths exist and lead to the same folder. A bind mount gives a folder a second path."""
+    """Return whether both paths lead to the same folder. A bind mount gives a folder a second path."""
     try:
         return os.path.samefile(one, other)
     except OSError:
