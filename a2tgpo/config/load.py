@@ -81,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # The section's message begins with the key. Name the source of the key before it.
+        # The section's message begins with the key. The key's source goes before the message.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None

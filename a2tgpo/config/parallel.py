@@ -18,7 +18,7 @@ class ParallelConfig:
     """Number of context-parallel ranks. Each rank holds 1 / context of every trajectory's tokens."""
     expert: int = 1
     """Number of expert-parallel ranks in a mixture of experts. Each rank holds 1 / expert of every layer's experts.
-    The number must divide the number of experts, and the ranks of a pipeline stage (tensor x context x
+    The number must divide the number of experts, and the number of ranks of a pipeline stage (tensor x context x
     data-parallel). A dense model needs 1."""
     pipeline: int = 1
     """Number of pipeline stages. It must divide the number of layers, unless first_stage_layers or last_stage_layers
@@ -65,8 +65,8 @@ class ParallelConfig:
     def stage_layers(self, num_layers: int) -> list[int]:
         """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        Each of stage s's chunks holds stage_layers[s] / virtual layers. A forward pass runs chunk 0 of every stage,
-        then chunk 1 of every stage, and so on.
+        Each chunk of stage s holds stage_layers[s] / virtual layers. A forward pass runs chunk 0 of every stage, then
+        chunk 1 of every stage, and so on.
 
         Raises:
             ConfigError: with a one-line message, if the layers cannot be divided over the stages and chunks.

@@ -1,4 +1,4 @@
-"""Keys that have been renamed. Only the records of earlier versions' runs may use the old keys."""
+"""Keys that have been renamed. Only records of earlier versions may use the old keys."""
 
 from __future__ import annotations
 

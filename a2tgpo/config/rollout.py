@@ -25,8 +25,8 @@ class GainConfig:
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
     A leading <think> is left out if the context has an open thought."""
     verify_every: int = 0
-    """Steps between checks in which the trainer scores gold answers too. The log gets the difference between trainer
-    and engine (`gain/engine_trainer_gap`). 0: no checks."""
+    """Number of steps between checks. In a check, the trainer scores gold answers too, and the log gets the
+    difference from the engine (`gain/engine_trainer_gap`). 0: no checks."""
     verify_trajectories: int = 4
     """Number of trajectories that a check scores on each data-parallel replica."""
 
@@ -73,7 +73,7 @@ class PartialConfig:
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
         """Raise `ConfigError` if there are so few questions that one could be drawn again while it is in flight."""
-        # Only at an epoch's start does the sampler move questions in flight to the epoch's end.
+        # The sampler moves questions in flight to the end of an epoch only when the epoch starts.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -123,7 +123,7 @@ class RolloutConfig:
     """Most trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
     """GiB of KV cache on each rank of the engine; 0 only on GPUs. With 0, the KV cache gets the part of
-    gpu_memory_fraction that vLLM finds unused. If both are 0, the plan chooses both."""
+    gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
     """Share of the GPU's memory for the engine, which must be free when the engine starts. 0: the plan chooses a
     share that leaves a tenth of the memory free. `tools/plan.py` prints it."""

@@ -22,7 +22,7 @@ _MODULE = "a2tgpo_user_code_"
 
 
 def is_user_code(spec: str) -> bool:
-    """Return whether `spec` names a file, as in `path/to/file.py:name`, and not a part of this package."""
+    """Return whether `spec` names a file, not a part of this package."""
     return ".py" in spec or "/" in spec
 
 
@@ -63,11 +63,7 @@ def load_user_code(spec: str, key: str) -> Any:
 
 
 def fault_line(error: BaseException, path: Path) -> str:
-    """Return `FILE:LINE FUNCTION: TYPE: MESSAGE` for an exception, in one line.
-
-    The line is the last one inside `path`. If no frame of the exception is inside `path`, the line is the last one of
-    the exception.
-    """
+    """Return `FILE:LINE FUNCTION: TYPE: MESSAGE` for an exception's last frame, inside `path` if any frame is."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path.absolute()] or frames
     kind, text = type(error).__name__, first_line(error)

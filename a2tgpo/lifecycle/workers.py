@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HUNG_PER_WORKER = 4
-"""Number of abandoned threads that may hang at the same time, per worker."""
+"""Most abandoned threads, per worker, that may hang at the same time."""
 
 
 class CallsHangError(RuntimeError):
@@ -87,7 +87,7 @@ class Workers:
         """Return the wanted calls that have ended since the last `take`, then the calls that were abandoned since.
 
         Args:
-            timeout_s: seconds to wait at most if calls are pending but none has ended.
+            timeout_s: most seconds to wait if calls are pending but none has ended.
 
         Raises:
             CallsHangError: if more threads hang than allowed.

@@ -93,7 +93,8 @@ class HttpSearch:
         return self.search_many([query], top_k)[0]
 
     def search_many(self, queries: Sequence[str], top_k: int) -> list[list[tuple[Passage, float]]]:
-        """Return the result of `search` for several queries, sent in one request. All succeed or all fail."""
+        """Return the result of `search` for several queries, sent in one request. All queries succeed, or all
+        fail."""
         if not self._breaker.allows() and not self._follow():
             with self._lock:
                 self.num_refused += 1
@@ -139,7 +140,7 @@ class HttpSearch:
         self._follow()
 
     def _follow(self) -> bool:
-        """Switch to the server's new address with a new circuit breaker, and return whether there is one."""
+        """Return whether the server has moved. If so, switch to its new address with a new circuit breaker."""
         with self._lock:
             if not self._address.has_moved():
                 return False
