@@ -80,7 +80,7 @@ class RunParts:
 
 
 def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | None = None) -> RunParts:
-    """Build all parts of a run, after the cheap checks; every rank must call this.
+    """Build all parts of a run; every rank must call this.
 
     Args:
         resume_from: the checkpoint that the caller loads next. Policy and engine then read no weights from

@@ -41,8 +41,8 @@ class Trainer:
         guards: checks the metrics of each step.
         bank: the folder of the rollout bank.
         step: the number of steps that the run has already done.
-        startup: metrics of this start, which its first rollout reports.
-        watchdog: follows the stages. None: no watchdog.
+        startup: metrics of this start, reported with its first rollout.
+        watchdog: limits the time of each stage. None: no limits.
         stop: reports a requested stop. The next start continues bit for bit as if the run had not stopped. None: the
             run never stops early.
     """

@@ -161,7 +161,7 @@ class Trajectory:
 
 
 def encode_records(records: object) -> bytes:
-    """Return dataclasses or msgspec structs, or lists of them, as msgpack; arrays become raw bytes."""
+    """Return dataclasses, msgspec structs or lists of either as msgpack. Arrays become raw bytes."""
     return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
 
 

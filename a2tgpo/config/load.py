@@ -1,7 +1,8 @@
 """Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and a `RunConfig` to YAML.
 
-A file may name a base file with `base:`, relative to its own folder. A file's values override those of its base, and
-arguments override files. All other relative paths are relative to the folder in which the program starts.
+A file may name a base file with `base:`, by a path relative to the file's folder. A file's values override those of
+its base, and arguments override files. All other relative paths are relative to the folder in which the program
+starts.
 """
 
 from __future__ import annotations
@@ -255,7 +256,7 @@ def _number(value: Any) -> float | None:
 
 
 def _hint(value: Any, kind: Any) -> str:
-    """Return how to correct `value`, whose type is not `kind`; "" if that is obvious."""
+    """Return how to correct `value`, whose type is not `kind`; "" if the correction is obvious."""
     if value is None:
         return " (YAML reads a lone ~ and an empty value as null)"
     if kind == _LIST and isinstance(value, str):

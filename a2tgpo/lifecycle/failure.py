@@ -9,8 +9,8 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import BAD_CONFIG, BROKEN_RUN
 
 GRACE_S = 3.0
-"""Seconds that ranks other than 0 wait before they print an error. If all ranks fail alike, rank 0 prints the error,
-and the launcher ends the other ranks during this wait."""
+"""Seconds that ranks other than 0 wait before they print an error. If all ranks fail for the same reason, rank 0
+prints the error, and the launcher ends the other ranks during this wait."""
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Environment variables in which torchrun, srun, Open MPI and MPICH pass a process its rank."""
 ANOTHER_RANK_IS_GONE = (

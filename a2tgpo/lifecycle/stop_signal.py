@@ -30,7 +30,7 @@ class StopSignal:
         self.name = ""
         """Name of the first signal; empty if there was none."""
         self.kept = ""
-        """What earlier starts have saved, in a few words, to print if a signal ends the process at once."""
+        """A few words about what earlier starts have saved, printed if a signal ends the process at once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)

@@ -74,7 +74,7 @@ class Watchdog:
         service."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
-        """Number of a place, and its seconds that do not count because of outages."""
+        """Number of a place, and the seconds in this place that do not count because of outages."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
@@ -149,7 +149,7 @@ class Watchdog:
             self._arm(place)
 
     def _arm(self, place: Place) -> None:
-        """Let the C thread end this rank `BACKSTOP_S` after the place's deadline."""
+        """Let the C thread end this rank `BACKSTOP_S` seconds after the place's deadline."""
         left_s = self._left_s(place)
         if left_s is None:
             faulthandler.cancel_dump_traceback_later()

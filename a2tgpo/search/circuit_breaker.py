@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 
 class CircuitBreaker:
-    """Refuses requests after `break_after` failures in a row. It then allows one try every `break_s` seconds, and all
-    requests after a try that succeeds. Threads may share it.
+    """Refuses requests after `break_after` failures in a row. It then allows one try every `break_s` seconds. After a
+    success, it allows all requests. Threads may share it.
     """
 
     def __init__(self, *, break_after: int, break_s: float, clock: Callable[[], float] = time.monotonic):

@@ -14,7 +14,7 @@ from a2tgpo.search.encoder import Encoder
 from a2tgpo.search.passage import Passage
 
 PROBED_SHARE, LEAST_PROBED = 1 / 16, 16
-"""Share of an IVF index's lists that a query searches by default, and the least number of these lists. Fewer lists
+"""By default, a query searches this share of an IVF index's lists, but at least `LEAST_PROBED` lists. Fewer lists
 find little in a small corpus (docs/retrieval.md)."""
 
 

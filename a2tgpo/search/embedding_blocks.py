@@ -74,7 +74,7 @@ class EmbeddingBlocks:
         return np.load(self._path(number), mmap_mode="r", allow_pickle=False)
 
     def sample(self, num_passages: int) -> np.ndarray:
-        """Return at most about `num_passages` vectors, equally spaced in each block: [vectors, dim] float32."""
+        """Return vectors at equal distances in each block, about `num_passages` in total: [vectors, dim] float32."""
         step = max(1, -(-self.num_passages // num_passages))
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 

@@ -45,8 +45,8 @@ class HttpSearch:
             after a failure.
         timeout_s: seconds from sending a request to the last byte of its answer.
         max_attempts: number of tries per query.
-        break_after: number of consecutive queries without an answer after which only one query is sent every
-            `break_s` seconds.
+        break_after: after this many consecutive queries without an answer, only one query is sent every `break_s`
+            seconds.
         first_wait_s: seconds before the second try. The wait doubles before each further try, up to 8 s. A random
             time of up to `first_wait_s` is added to each wait.
     """

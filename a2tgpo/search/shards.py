@@ -14,8 +14,8 @@ class ShardedIndex:
     """Searches all shards, one per client, and merges their answers by score.
 
     Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. In interleaved
-    parts of a corpus (tools/build_index.py --part), a word is about equally rare, so the merged order is nearly that
-    of one index.
+    parts of a corpus (tools/build_index.py --part), a word is about equally rare, so the merged order is nearly the
+    order of one index.
     """
 
     kind = "shards"

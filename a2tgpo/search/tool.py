@@ -38,8 +38,8 @@ class SearchTool(Protocol):
 class CachedSearch:
     """Searches with a backend, and caches its answers. Failures are not cached.
 
-    If `tells_outages`, a failed query is followed by another query, to find out whether the server answers no query
-    at all.
+    If `tells_outages`, the tool sends another query after a failure, to find out whether the server answers any
+    query.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):
@@ -74,7 +74,7 @@ class CachedSearch:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Return how often, since the last call, the cache had an answer and a client retried or refused a query."""
+        """Return the numbers of cache hits and, with a client, of retries and refused queries since the last call."""
         counts = {"cache_hits": self._cache.num_hits}
         if isinstance(self._backend, HttpSearch):
             counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}

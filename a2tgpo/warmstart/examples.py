@@ -68,9 +68,9 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """Return the questions whose demonstrations are held out, a share `share` of all questions.
+    """Return the held-out questions, which are the share `share` of all questions.
 
-    The questions are chosen by a hash, not by their order, so that few questions change sides if the file grows.
+    The questions are chosen by a hash, so few of them move between training and held-out examples if the file grows.
     """
     questions = {demonstration.question.question for demonstration in demonstrations}
 

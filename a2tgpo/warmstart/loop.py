@@ -42,7 +42,7 @@ class WarmStart:
         checkpoint: the checkpoint to resume from. None: begin at step 0.
         folder: saves the checkpoints.
         stop: reports a requested stop.
-        watchdog: follows the stages.
+        watchdog: limits the time of each stage.
 
     Raises:
         ConfigError: with a one-line message, if the configuration or its data are unusable for training.

@@ -1,7 +1,7 @@
 """Make demonstrations from the good rollouts of a run (rejection sampling).
 
 A rollout is accepted if it ended with an answer and passes every filter. The best few accepted rollouts of each
-question become demonstrations. A rejected rollout counts only for the first filter that rejects it.
+question become demonstrations. A rejected rollout is counted only under the first filter that rejects it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Filters:
     needs_exact_match: bool = True
     needs_format: bool = True
     max_failed_calls: int = 0
-    """Most failed tool calls."""
+    """Largest accepted number of failed tool calls."""
     max_tokens: int = 0
-    """Most sampled tokens; 0: no limit."""
+    """Largest accepted number of sampled tokens; 0: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
