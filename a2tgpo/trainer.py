@@ -119,7 +119,7 @@ class Trainer:
         return self.step >= self.config.run.steps
 
     def _evaluate_and_save(self, evaluation_is_due: bool) -> None:
-        """Evaluate and save a checkpoint if either is due after this step."""
+        """After a step, run the evaluation if it is due, and save a checkpoint if one is due."""
         is_best = evaluation_is_due and self.evaluate()
         is_stopping = self.guards.stop_is_due and self.step < self.config.run.steps
         if is_best or is_stopping or self._is_due(self.config.checkpoint.every):
