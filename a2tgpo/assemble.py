@@ -29,6 +29,8 @@ from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.collectives import all_gather_object, world_group
 from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.protocol.build import build_protocol
+from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -96,13 +98,17 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
-        template = build_template(config, groups)
-        train_prompts = _prompt_set(
-            load_questions(config.data.train, key="data.train"), template, config, groups
-        )
+        train_questions = load_questions(config.data.train, key="data.train")
         test_questions = load_questions(config.data.test, key="data.test")
+    with timers.stage("startup_tools"):
+        toolset = build_tools(config)
+    with timers.stage("startup_data"):
+        protocol = build_run_protocol(config, groups, toolset)
+        train_prompts = _prompt_set(train_questions, protocol.template, config, groups)
         limit = config.evaluation.max_questions or len(test_questions)
-        test_prompts = _prompt_set(stratified_subset(test_questions, limit), template, config, groups)
+        test_prompts = _prompt_set(
+            stratified_subset(test_questions, limit), protocol.template, config, groups
+        )
         sampler = PromptSampler(
             len(train_prompts),
             config.rollout.prompts_per_step,
@@ -114,8 +120,6 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         config.rollout.partial.check_questions(
             len(train_prompts), prompts_per_step=config.rollout.prompts_per_step
         )
-    with timers.stage("startup_tools"):
-        toolset = build_tools(config)
     with timers.stage("startup_model"):
         policy = build_policy(
             config.model, config.parallel, groups, update=config.update, with_weights=resume_from is None
@@ -134,7 +138,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         config=config,
         groups=groups,
         engine_group=engine_group,
-        tokenizer=template.tokenizer,
+        tokenizer=protocol.tokenizer,
         train_prompts=train_prompts,
         test_prompts=test_prompts,
         state=RolloutState(sampler=sampler),
@@ -145,20 +149,16 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         phases=phases,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
-        reward=build_reward(config, toolset, template),
+        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, protocol=protocol),
+        reward=build_reward(config, protocol),
         startup=timers.take(),
     )
 
 
-def build_template(config: RunConfig, groups: ParallelGroups) -> PromptTemplate:
-    """Build the template of the prompts, with the tokenizer of `model.path`; every rank must call this."""
-    return PromptTemplate(
-        load_tokenizer(config.model.path),
-        config.data.instructions,
-        kwargs=config.data.chat_template_kwargs,
-        date=run_date(config, groups),
-    )
+def build_run_protocol(config: RunConfig, groups: ParallelGroups, toolset: Toolset) -> AgentProtocol:
+    """Build the protocol of a run, with the tokenizer of `model.path`; every rank must call this."""
+    tokenizer = load_tokenizer(config.model.path)
+    return build_protocol(config, tokenizer, tools=toolset.names, date=run_date(config, groups))
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
@@ -191,25 +191,17 @@ def build_rollout(
     *,
     engine: VllmEngine,
     toolset: Toolset,
-    template: PromptTemplate,
+    protocol: AgentProtocol,
 ) -> GroupRollout:
-    return GroupRollout(
-        engine,
-        toolset,
-        template.tokenizer,
-        rollout=config.rollout,
-        opening_tags=template.opening_tags,
-        end_of_turn=template.end_of_turn,
-        engine_group=engine_group,
-    )
+    """Build the object that plays rollouts on this rank's engine."""
+    return GroupRollout(engine, toolset, protocol, rollout=config.rollout, engine_group=engine_group)
 
 
-def build_reward(config: RunConfig, toolset: Toolset, template: PromptTemplate) -> TrajectoryReward:
-    """Build the object that scores trajectories with the tools of `toolset` and prompts from `template`."""
+def build_reward(config: RunConfig, protocol: AgentProtocol) -> TrajectoryReward:
+    """Build the object that scores trajectories that were played with `protocol`."""
     return TrajectoryReward(
         measure=config.rollout.gain.measure,
-        tools=toolset.names,
-        opening_tags=template.opening_tags,
+        format=protocol.format,
         overlong=config.reward,
         max_response_tokens=config.rollout.max_response_tokens,
     )

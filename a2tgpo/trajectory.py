@@ -54,6 +54,16 @@ class Prompt:
     """The question's whole record in its file, as JSON."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One tool call."""
+
+    tool: str
+    """Name of the tool."""
+    arguments: str
+    """The text that the tool gets."""
+
+
 @dataclass(kw_only=True)
 class Turn:
     """The policy's text until it stops, and the observation that follows."""

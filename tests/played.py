@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
+from a2tgpo.config.rollout import GainConfig
+from a2tgpo.data.template import PromptTemplate
+from a2tgpo.protocol.tags import TagProtocol
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory
+
+
+def tags(
+    tokenizer: PreTrainedTokenizerBase, *tools: str, gain: GainConfig | None = None, **settings: Any
+) -> TagProtocol:
+    """The protocol of tags with the `tools`, search alone if none is named; `settings` are those of `TagProtocol`."""
+    template, scaffold = PromptTemplate(tokenizer, ""), (gain or GainConfig()).scaffold
+    return TagProtocol(template, tools=tools or ("search",), scaffold=scaffold, **settings)
 
 
 def run(
@@ -25,7 +38,7 @@ def run(
 ) -> tuple[list[Trajectory], RolloutCounts]:
     """The scored trajectories by prompt and sample, and the counts; `settings` are those of `GroupRollout.play`."""
     counts = RolloutCounts()
-    reward = TrajectoryReward(measure=measure, tools=rollout.tool_names)
+    reward = TrajectoryReward(measure=measure, format=rollout.protocol.format)
     playing = rollout.play(prompts, seed=seed, version=version, counts=counts, **settings)
     trajectories = []
     for done in rollout.finished(playing, should_stop=should_stop):
@@ -43,5 +56,5 @@ def run_on(
 
 
 def rewarded(rollout: GroupRollout, *, should_stop: Callable[[], bool] | None = None) -> RewardedRollout:
-    reward = TrajectoryReward(measure="probability", tools=rollout.tool_names)
+    reward = TrajectoryReward(measure="probability", format=rollout.protocol.format)
     return RewardedRollout(rollout, reward, seed=0, should_stop=should_stop)

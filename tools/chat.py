@@ -99,7 +99,11 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
     from a2tgpo.trajectory import Prompt
 
     prompt = Prompt(
-        index=0, id=f"chat-{number}", question=question, answers=(), tokens=player.template.render(question)
+        index=0,
+        id=f"chat-{number}",
+        question=question,
+        answers=(),
+        tokens=player.protocol.template.render(question),
     )
     (done,) = player.play([prompt], greedy=not sample)
     return render(player, done, paint)
@@ -107,8 +111,6 @@ def ask(player: Player, question: str, *, number: int, sample: bool, paint: Pain
 
 def render(player: Player, done: Finished, paint: Painter) -> str:
     """Return the text to print: every turn with its tool call and the result, then the answer."""
-    from a2tgpo.reward.outcome import extract_answer
-
     trajectory, texts = done.trajectory, done.turn_texts
     lines = []
     for index, (turn, text) in enumerate(zip(trajectory.turns, texts, strict=True), start=1):
@@ -119,7 +121,7 @@ def render(player: Player, done: Finished, paint: Painter) -> str:
             lines.append(
                 paint(indented(str(player.tokenizer.decode(turn.observation_tokens.tolist()))), "dim")
             )
-    answer = extract_answer("".join(texts))
+    answer = player.protocol.format.answer_of(trajectory, texts)
     if answer is None:
         lines.append(paint(f"no answer (stopped: {trajectory.stop_reason})", "red"))
     else:

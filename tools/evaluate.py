@@ -151,7 +151,7 @@ def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, Pr
 
     limit = player.config.data.max_prompt_tokens
     prompts = {
-        name: PromptSet(questions, player.template, max_prompt_tokens=limit)
+        name: PromptSet(questions, player.protocol.template, max_prompt_tokens=limit)
         for name, questions in sets.items()
     }
     for prompt_set in prompts.values():

@@ -98,22 +98,22 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
     """Run the HTTP server in a thread, and play its requests with all ranks. Only rank 0 calls this."""
     import uvicorn
 
-    from a2tgpo.data.template import PromptTemplate
     from a2tgpo.data.tokenizer import load_tokenizer
+    from a2tgpo.protocol.build import build_protocol
     from a2tgpo.search.token import read_token
     from a2tgpo.serve.chat_api import build_app
     from a2tgpo.serve.inbox import Inbox
 
     config, inbox = player.config, Inbox(max_waiting=args.queue)
-    template = PromptTemplate(
+    protocol = build_protocol(
+        config,
         load_tokenizer(config.model.path),  # not the player's tokenizer, which another thread uses
-        config.data.instructions,
-        kwargs=config.data.chat_template_kwargs,
-        date=player.template.date,
+        tools=player.toolset.names,
+        date=player.protocol.template.date,
     )
     app = build_app(
         inbox,
-        template,
+        protocol,
         name=config.run.name,
         temperature=config.rollout.temperature,
         max_prompt_tokens=config.data.max_prompt_tokens,

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from a2tgpo.data.literal_text import LiteralEncoder
-from a2tgpo.data.protocol import THINK_OPEN, tag_pattern, thought_is_open, without_tags
 from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.records import stated
-from a2tgpo.data.template import PromptTemplate
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.json_lines import read_json_lines, text_field
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
-
-_RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
-"""Splits an observation into the opening tag, the tool's answer and the closing tag.
-
-The spaces around a tag stay with the tag, because a tokenizer may encode tag and spaces as one token.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +62,7 @@ def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demons
             turns.append((text, None))
             continue
         observation = text_field(turn, "observation", turn_where)
-        if _call_at_end(text) is None:
+        if call_at_end(text) is None:
             raise ConfigError(f"{turn_where}: `text` must end with a call, like <search> query </search>")
         turns.append((text, observation))
     quality = record.get("quality")
@@ -84,68 +73,7 @@ def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demons
     )
 
 
-def to_trajectory(
-    demonstration: Demonstration,
-    *,
-    template: PromptTemplate,
-    tools: Sequence[str],
-    prompt_index: int,
-    append_eos: bool = False,
-) -> Trajectory:
-    """Convert a demonstration to the trajectory that a rollout would record, with log-probs of 0.
-
-    As in a rollout, the prompt, each turn's text and each observation are tokenised separately. In a turn's text,
-    only the protocol's tags can become control tokens. In an observation, only the two tags that enclose it can. If
-    the prompt already opened a thought, the <think> at the beginning of the first turn is removed.
-
-    Args:
-        tools: names of the tools that the policy may call.
-        prompt_index: value of `Trajectory.prompt_index`.
-        append_eos: whether to append the end-of-sequence token to the last turn, so that this token is trained.
-
-    Raises:
-        ConfigError: if `append_eos` is set but the tokenizer has no end-of-sequence token.
-    """
-    tokenizer = template.tokenizer
-    tags, encoder = tag_pattern(tools), LiteralEncoder(tokenizer)
-    texts = [text for text, _ in demonstration.turns]
-    if thought_is_open(template.opening_tags):
-        texts[0] = texts[0].lstrip().removeprefix(THINK_OPEN)
-    turns = [
-        _to_turn(encoder, tags, text, observation)
-        for text, (_, observation) in zip(texts, demonstration.turns, strict=True)
-    ]
-    if append_eos:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"model.path: the tokenizer of {tokenizer.name_or_path} has no eos token to train on"
-            )
-        turns[-1].tokens.append(tokenizer.eos_token_id)
-        turns[-1].rollout_logprobs.append(0.0)
-    return Trajectory(
-        prompt_index=prompt_index,
-        prompt_id=demonstration.question.id,
-        sample_index=0,
-        prompt_tokens=TokenIds(template.render(demonstration.question.question)),
-        turns=turns,
-        stop_reason="answer",
-        hops=demonstration.question.hops,
-    )
-
-
-def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observation: str | None) -> Turn:
-    tokens = TokenIds(encoder.encode_tagged(text, tags))
-    turn = Turn(tokens=tokens, rollout_logprobs=LogProbs([0.0] * len(tokens)))
-    if observation is not None:
-        before, body, after = _RESULT.fullmatch(observation).groups(default="")  # type: ignore[union-attr]
-        turn.observation_tokens = TokenIds(encoder.encode_between(before, without_tags(body, tags), after))
-        call = _call_at_end(text)
-        assert call is not None, "checked when the file was read"
-        turn.tool, turn.query = call
-    return turn
-
-
-def _call_at_end(text: str) -> tuple[str, str] | None:
+def call_at_end(text: str) -> tuple[str, str] | None:
     """Return name and text of the tool call at the end of a turn, or None if the turn does not end with a call."""
     closing = re.search(r"</(\w+)>$", text)
     if closing is None:

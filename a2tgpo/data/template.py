@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from a2tgpo.data.literal_text import LiteralEncoder
-from a2tgpo.data.protocol import THINK_TAG
 from a2tgpo.data.question_set import Question
+from a2tgpo.data.thought import THINK_TAG
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.trajectory import Prompt
 

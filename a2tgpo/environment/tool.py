@@ -50,8 +50,6 @@ class Toolset:
     """Largest number of calls that run at the same time on one rank."""
     call_timeout_s: float = 240.0
     """Seconds from the start of a call until the call fails. Time in the queue does not count."""
-    max_part_tokens: int = 400
-    """Number of tokens to which a longer part of an answer is cut."""
     outage_limit_s: float | None = None
     """Seconds for which a call is repeated if it raises `ToolUnavailableError`. 0: the run ends at once. None: the
     call fails without being repeated, and the policy reads that it failed."""
@@ -89,6 +87,5 @@ def build_tools(config: RunConfig) -> Toolset:
         tools=MappingProxyType(tools),
         max_concurrent_calls=config.tools.max_concurrent_calls,
         call_timeout_s=config.tools.call_timeout_s,
-        max_part_tokens=config.tools.max_part_tokens,
         outage_limit_s=config.tools.longest_outage_s,
     )

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
-from a2tgpo.reward.outcome import judged_text, score_response
+from a2tgpo.protocol.protocol import ResponseFormat
+from a2tgpo.reward.outcome import score_answer
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterruptedError
 from a2tgpo.trajectory import Prompt
 
@@ -114,24 +115,24 @@ def answer_questions(
         skip=skip,
     )
     for done in rollout.finished(playing, should_stop=should_stop):
-        yield _judge(done, tools=rollout.tool_names, opening_tags=rollout.opening_tags)
+        yield _judge(done, rollout.protocol.format)
 
 
-def _judge(done: Finished, *, tools: tuple[str, ...], opening_tags: str) -> Answer:
+def _judge(done: Finished, response: ResponseFormat) -> Answer:
     prompt, trajectory = done.prompt, done.trajectory
-    answered = [turn.query is not None for turn in trajectory.turns]
-    response = judged_text(list(zip(done.turn_texts, answered, strict=True)), opening_tags=opening_tags)
-    outcome = score_response(response, prompt.answers, tools=tools)
+    answer = response.answer_of(trajectory, done.turn_texts)
+    format_ok = answer is not None and response.is_well_formed(trajectory, done.turn_texts)
+    outcome = score_answer(answer, prompt.answers, format_ok=format_ok)
     return Answer(
         question_id=prompt.id,
         question=prompt.question,
         golds=prompt.answers,
         hops=prompt.hops,
         sample_index=trajectory.sample_index,
-        answer=outcome.answer,
+        answer=answer,
         exact_match=outcome.exact_match,
         f1=outcome.f1,
-        format_ok=outcome.format_ok,
+        format_ok=format_ok,
         tool_calls=trajectory.num_process_turns,
         stop_reason=trajectory.stop_reason,
     )

@@ -10,7 +10,7 @@ from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.template import PromptSet
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import build_tools
 from a2tgpo.io.exit_codes import DOES_NOT_FIT
@@ -23,6 +23,7 @@ from a2tgpo.model.transformer_config import check_layout
 from a2tgpo.parallel.initialize import shutdown
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.report import plan_text
+from a2tgpo.protocol.build import build_protocol
 from a2tgpo.run.date import read_date
 from a2tgpo.run.resume import check_resume, find_record, require_same_run, trained_so_far
 from a2tgpo.run.rules import TRAINING
@@ -48,19 +49,16 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
     check_positions(config.model.path, hf_config, config.max_model_len)
-    template = PromptTemplate(
-        load_tokenizer(config.model.path),
-        config.data.instructions,
-        kwargs=config.data.chat_template_kwargs,
-        date=read_date(folder),
-    )
-    limit = config.data.max_prompt_tokens
-    prompts = {
-        key: PromptSet(
-            load_questions(getattr(config.data, key), key=f"data.{key}"), template, max_prompt_tokens=limit
-        )
-        for key in ("train", "test")
+    questions = {
+        key: load_questions(getattr(config.data, key), key=f"data.{key}") for key in ("train", "test")
     }
+    toolset = build_tools(config)
+    toolset.close()
+    template = build_protocol(
+        config, load_tokenizer(config.model.path), tools=toolset.names, date=read_date(folder)
+    ).template
+    limit = config.data.max_prompt_tokens
+    prompts = {key: PromptSet(of_set, template, max_prompt_tokens=limit) for key, of_set in questions.items()}
     for of_set in prompts.values():
         of_set.check_lengths()
     sizes = {key: len(of_set) for key, of_set in prompts.items()}
@@ -71,7 +69,6 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     if (found := find_record(config, resume)) is not None:
         require_same_run(*found, hf_config, sampler)
     config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
-    build_tools(config).close()
     # If no launcher started this process, plan for the configured cluster, so that a login node can check a run.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from a2tgpo.config.reward import RewardConfig
+from a2tgpo.protocol.protocol import ResponseFormat
+from a2tgpo.protocol.tag_format import TagFormat
 from a2tgpo.reward.info_gain import answer_logprob, answer_probability, info_gains
-from a2tgpo.reward.outcome import SEARCH_ONLY, judged_text, score_response
+from a2tgpo.reward.outcome import score_answer
 from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.trajectory import Trajectory
 
@@ -18,10 +20,8 @@ class TrajectoryReward:
 
     measure: str
     """Value of `rollout.gain.measure`."""
-    tools: tuple[str, ...] = SEARCH_ONLY
-    """Names of the tools that the policy may call."""
-    opening_tags: str | None = None
-    """The think tags at the end of the prompt (`PromptTemplate.opening_tags`), or None if they are unknown."""
+    format: ResponseFormat = field(default_factory=TagFormat)
+    """Finds the answer in a response, and judges the response's format."""
     overlong: RewardConfig = field(default_factory=RewardConfig)
     """Settings of the penalty for long responses. The penalty does not change exact match or format."""
     max_response_tokens: int = 0
@@ -41,9 +41,9 @@ class TrajectoryReward:
             answers: the gold answer and its aliases.
             context_logprobs: the value of `Finished.context_logprobs`.
         """
-        answered = [turn.query is not None for turn in trajectory.turns]
-        response = judged_text(list(zip(turn_texts, answered, strict=True)), opening_tags=self.opening_tags)
-        outcome = score_response(response, answers, tools=self.tools)
+        answer = self.format.answer_of(trajectory, turn_texts)
+        format_ok = answer is not None and self.format.is_well_formed(trajectory, turn_texts)
+        outcome = score_answer(answer, answers, format_ok=format_ok)
         trajectory.outcome_reward = outcome.reward + overlong_penalty(
             trajectory.num_tokens - len(trajectory.prompt_tokens),
             max_tokens=self.max_response_tokens,

@@ -13,19 +13,16 @@ from a2tgpo.environment.tool import Toolset
 from a2tgpo.io.errors import require
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
+from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
-from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 from a2tgpo.trajectory import Prompt, TokenIds, Trajectory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
@@ -55,8 +52,7 @@ class GroupRollout:
 
     Args:
         toolset: the tools that the policy may call. The caller must close the tools.
-        opening_tags: the tags at the end of every prompt (`PromptTemplate.opening_tags`).
-        end_of_turn: `PromptTemplate.end_of_turn`. If it is None, only the end of sequence ends a response.
+        protocol: the protocol, which must name the tools of `toolset`.
         engine_group: the ranks that share the engine.
     """
 
@@ -64,11 +60,9 @@ class GroupRollout:
         self,
         engine: VllmEngine,
         toolset: Toolset,
-        tokenizer: PreTrainedTokenizerBase,
+        protocol: AgentProtocol,
         *,
         rollout: RolloutConfig,
-        opening_tags: str = "",
-        end_of_turn: int | None = None,
         engine_group: EngineGroup = ALONE,
     ):
         require(
@@ -78,15 +72,9 @@ class GroupRollout:
             "the number of ranks that share an engine",
         )
         self._engine = engine
-        self._tokenizer = tokenizer
+        self.protocol = protocol
         self._config = rollout
-        self.opening_tags = opening_tags
-        self._stop_tokens = () if end_of_turn is None else (end_of_turn,)
-        self.answer_tokens = AnswerTokens(tokenizer, rollout.gain, opening_tags=opening_tags)
-        self._syntax = CallSyntax(toolset.names)
-        self._observations = ObservationEncoder(
-            tokenizer, syntax=self._syntax, max_part_tokens=toolset.max_part_tokens
-        )
+        self.answer_tokens = AnswerTokens(protocol, rollout.gain)
         self._tools = ToolPool(toolset, engine_group=engine_group)
         self._engine_group = engine_group
 
@@ -208,9 +196,7 @@ class GroupRollout:
         loop = MultiTurnLoop(
             self._engine,
             tools=self._tools,
-            syntax=self._syntax,
-            observations=self._observations,
-            stop_tokens=self._stop_tokens,
+            protocol=self.protocol,
             scorer=AnswerScorer(self._engine, self.answer_tokens, counts) if score_gain else None,
             limits=Limits(
                 max_turns=self._config.max_turns,
@@ -234,21 +220,13 @@ class GroupRollout:
         )
 
     def turn_texts(self, trajectory: Trajectory) -> list[str]:
-        """Return the text that the policy wrote in each turn.
-
-        The text has no observation and no token that ends a turn. If a token reaches beyond a closing tag, the text
-        ends with the tag.
-        """
-        return [self._syntax.cut_at_stop(self._decode(turn.tokens)) for turn in trajectory.turns]
+        """Return the text that the policy wrote in each turn (see `AgentProtocol.text_of`)."""
+        return [self.protocol.text_of(turn.tokens) for turn in trajectory.turns]
 
     @property
     def outage(self) -> Outage:
         """The state of this engine's wait for a tool's service."""
         return self._tools.outage
-
-    @property
-    def tool_names(self) -> tuple[str, ...]:
-        return self._syntax.names
 
     def close(self) -> None:
         """Stop the threads that run tool calls. The caller must close the engine and the toolset."""
@@ -268,13 +246,6 @@ class GroupRollout:
             )
             for prompt in prompts
         ]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        ends = (self._tokenizer.eos_token_id, *self._stop_tokens)
-        kept = [token for token in tokens if token not in ends]
-        return str(
-            self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
 
 
 def _start(prompt: Prompt, sample_index: int) -> Trajectory:

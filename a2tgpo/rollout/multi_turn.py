@@ -20,13 +20,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from a2tgpo.protocol.protocol import AgentProtocol, CallResult
 from a2tgpo.rollout.answer_scorer import AnswerScore, AnswerScorer
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
-from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool, ToolResult
-from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -86,8 +85,8 @@ class LiveTrajectory:
     tokens: TokenIds
     scores: list[AnswerScore] = field(default_factory=list)
     """Scores of the gold answer after each process turn."""
-    open_call: tuple[str, str] = ("", "")
-    """Tool name and query of the pending call."""
+    open_call: Call | None = None
+    """The call that is in progress."""
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
@@ -128,8 +127,7 @@ class MultiTurnLoop:
 
     Args:
         engine: the engine. It must have no request when a rollout starts, and has none when the rollout ends.
-        observations: converts tools' answers to tokens.
-        stop_tokens: ids that end a turn, in addition to the end of sequence (`PromptTemplate.end_of_turn`).
+        protocol: reads the policy's turns, and writes the observations.
         scorer: scores the gold answer after every observation. None means that nothing is scored.
         counts: receives the counts of this rollout.
     """
@@ -139,9 +137,7 @@ class MultiTurnLoop:
         engine: VllmEngine,
         *,
         tools: ToolPool,
-        syntax: CallSyntax,
-        observations: ObservationEncoder,
-        stop_tokens: Sequence[int],
+        protocol: AgentProtocol,
         scorer: AnswerScorer | None,
         limits: Limits,
         sampling: Sampling,
@@ -149,9 +145,7 @@ class MultiTurnLoop:
     ):
         self._engine = engine
         self._tools = tools
-        self._syntax = syntax
-        self._observations = observations
-        self._stop_tokens = stop_tokens
+        self._protocol = protocol
         self._scorer = scorer
         self._limits = limits
         self._sampling = sampling
@@ -242,8 +236,8 @@ class MultiTurnLoop:
             seed=self._sampling.turn_seed(live.group, trajectory.sample_index, len(trajectory.turns)),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
-            stop=self._syntax.stop_strings,
-            stop_tokens=self._stop_tokens,
+            stop=self._protocol.stop_strings,
+            stop_tokens=self._protocol.stop_tokens,
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
@@ -258,48 +252,45 @@ class MultiTurnLoop:
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
         live.tokens.extend(output.tokens)
         live.num_known = len(live.tokens)
-        tool = self._syntax.tool_of(output.stop_string)
-        if tool is not None:
-            self._call(live, tool, self._syntax.find_query(output.text, tool))
-        elif output.stop_string is not None:
-            self._end(live, "answer")
-        elif output.finish_reason == "length":
-            room, limit = self._room(live)
-            self._end(live, limit if room < 1 else "length")
-        else:
-            self._end(live, "eos")
-
-    def _call(self, live: LiveTrajectory, tool: str, query: str) -> None:
+        parsed = self._protocol.parse(
+            output.text, finish_reason=output.finish_reason, stop_string=output.stop_string
+        )
+        if parsed.calls:
+            self._call(live, parsed.calls[0])
+            return
+        reason = parsed.stop_reason
+        self._counts.empty_queries += reason == "empty_query"
         room, limit = self._room(live)
-        if not query:
-            self._counts.empty_queries += 1
-            self._end(live, "empty_query")
-        elif live.trajectory.num_process_turns >= self._limits.max_turns:
+        self._end(live, limit if reason == "length" and room < 1 else reason)
+
+    def _call(self, live: LiveTrajectory, call: Call) -> None:
+        room, limit = self._room(live)
+        if live.trajectory.num_process_turns >= self._limits.max_turns:
             self._end(live, "max_turns")
-        elif room - MIN_TURN_TOKENS < self._observations.min_tokens:
+        elif room - MIN_TURN_TOKENS < self._protocol.min_observation_tokens(1):
             self._end(live, limit)
         else:
-            live.open_call = tool, query
+            live.open_call = call
             self._counts.tool_calls += 1
-            self._calling[self._tools.submit(tool, query)] = live
+            self._calling[self._tools.submit(call.tool, call.arguments)] = live
 
     def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
         """Append the observation, start the next generation, and score the gold answer in the new context."""
-        tool, query = live.open_call
-        if result.error is None:
-            tokens = self._observations.encode(result.parts)
-        else:
-            tokens = self._observations.encode_failure(tool, result.error)
+        call = live.open_call
+        assert call is not None
+        if result.error is not None:
             self._counts.failed_calls += 1
             self._counts.hung_calls += result.is_late
         room, _ = self._room(live)
-        fitted = self._observations.fit(tokens, room - MIN_TURN_TOKENS)
-        self._counts.truncated_observations += len(fitted) < len(tokens)
+        observation = self._protocol.observe(
+            [CallResult(call=call, parts=result.parts, error=result.error)], room=room - MIN_TURN_TOKENS
+        )
+        self._counts.truncated_observations += observation.is_cut
         turn = live.trajectory.turns[-1]
-        turn.tool, turn.query = tool, query
+        turn.tool, turn.query = call.tool, call.arguments
         turn.tool_failed = result.error is not None
-        turn.observation_tokens = TokenIds(fitted)
-        live.tokens.extend(fitted)
+        turn.observation_tokens = TokenIds(observation.tokens)
+        live.tokens.extend(observation.tokens)
         if live.is_spent:
             self._count_turns(live)
             return

@@ -12,8 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from a2tgpo.data.template import PromptTemplate
-from a2tgpo.reward.outcome import extract_answer
+from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.search.request_limits import RequestLimits
 from a2tgpo.serve.inbox import Inbox, InboxClosedError, InboxFullError, Order, Played
 from a2tgpo.trajectory import Prompt
@@ -57,7 +56,7 @@ class BadRequestError(Exception):
 
 def build_app(
     inbox: Inbox,
-    template: PromptTemplate,
+    protocol: AgentProtocol,
     *,
     name: str,
     temperature: float,
@@ -67,7 +66,7 @@ def build_app(
     """Build the endpoint, which puts each question into `inbox` and answers with the result.
 
     Args:
-        template: renders a question as the tokens of a prompt.
+        protocol: renders a question as the tokens of a prompt, and finds the answer in a response.
         name: the name of the model.
         temperature: the temperature of training (`rollout.temperature`).
         max_prompt_tokens: most tokens in a prompt (`data.max_prompt_tokens`).
@@ -93,7 +92,7 @@ def build_app(
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> JSONResponse:
         try:
-            order = await asyncio.to_thread(_order, request, template, temperature, max_prompt_tokens)
+            order = await asyncio.to_thread(_order, request, protocol, temperature, max_prompt_tokens)
             played = await asyncio.wrap_future(inbox.put(order))
         except BadRequestError as error:
             return _error(400, str(error))
@@ -101,13 +100,13 @@ def build_app(
             return _error(429, "too many questions are waiting; try again later")
         except InboxClosedError:
             return _error(503, "the server is shutting down")
-        return JSONResponse(_completion(played, template, name))
+        return JSONResponse(_completion(played, protocol, name))
 
     return app
 
 
 def _order(
-    request: ChatRequest, template: PromptTemplate, temperature: float, max_prompt_tokens: int
+    request: ChatRequest, protocol: AgentProtocol, temperature: float, max_prompt_tokens: int
 ) -> Order:
     """Return the order for a request. If the agent cannot do what the request demands, raise BadRequestError."""
     if [message.role for message in request.messages] != ["user"]:
@@ -119,7 +118,7 @@ def _order(
     question = request.messages[0].text.encode("utf-8", "replace").decode().strip()
     if not question:
         raise BadRequestError("messages: the question is empty")
-    tokens = template.render(question)
+    tokens = protocol.template.render(question)
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
     # Two requests with the same seed get the same draw, whatever requests run at the same time. A request without a
@@ -129,15 +128,15 @@ def _order(
     return Order(prompt=prompt, is_greedy=request.temperature == 0)
 
 
-def _completion(played: Played, template: PromptTemplate, name: str) -> dict[str, Any]:
+def _completion(played: Played, protocol: AgentProtocol, name: str) -> dict[str, Any]:
     trajectory, texts = played.trajectory, played.texts
-    answer = extract_answer("".join(texts))
+    answer = protocol.format.answer_of(trajectory, texts)
     turns = [
         {
             "text": text,
             "tool": turn.tool,
             "query": turn.query,
-            "observation": str(template.tokenizer.decode(turn.observation_tokens.tolist())) or None,
+            "observation": str(protocol.tokenizer.decode(turn.observation_tokens.tolist())) or None,
             "tool_failed": turn.tool_failed,
         }
         for turn, text in zip(trajectory.turns, texts, strict=True)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from a2tgpo.assemble import build_engine, build_rollout, build_template
+from a2tgpo.assemble import build_engine, build_rollout, build_run_protocol
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.find import SavedModel, find_model
 from a2tgpo.config.load import load_config, overridden_keys
 from a2tgpo.config.run import RunConfig
-from a2tgpo.data.template import PromptTemplate
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.memory.phases import MemoryPhases
@@ -27,6 +26,7 @@ from a2tgpo.model.policy import Policy
 from a2tgpo.model.rope import check_positions
 from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.refit.sync import sync_engine
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -41,7 +41,7 @@ class Player:
     """The configuration. Its `model.path` is the folder from which the architecture and the tokenizer come."""
     engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
-    template: PromptTemplate
+    protocol: AgentProtocol
     engine: VllmEngine
     toolset: Toolset
     rollout: GroupRollout
@@ -96,8 +96,8 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model.path)))
     engine_group = build_engine_group(config, groups)
     check_positions(config.model.path, load_hf_config(config.model.path), config.max_model_len)
-    template = build_template(config, groups)
     toolset = build_tools(config)
+    protocol = build_run_protocol(config, groups, toolset)
     if model.is_hf:
         engine = build_engine(config, engine_group)
     else:
@@ -110,11 +110,11 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     return Player(
         config=config,
         engine_group=engine_group,
-        tokenizer=template.tokenizer,
-        template=template,
+        tokenizer=protocol.tokenizer,
+        protocol=protocol,
         engine=engine,
         toolset=toolset,
-        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
+        rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, protocol=protocol),
     )
 
 

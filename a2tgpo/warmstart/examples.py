@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.data.demonstrations import Demonstration, load_demonstrations, to_trajectory
-from a2tgpo.data.template import PromptTemplate
+from a2tgpo.data.demonstrations import Demonstration, load_demonstrations
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.protocol.build import build_protocol
 from a2tgpo.trajectory import Trajectory
 
 
@@ -43,12 +43,10 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
     tokenizer = load_tokenizer(settings.source, key="warmstart.source")
-    template = PromptTemplate(
-        tokenizer, config.data.instructions, kwargs=config.data.chat_template_kwargs, date=date
-    )
+    protocol = build_protocol(config, tokenizer, tools=config.tools.names, date=date)
     demonstrations = load_demonstrations(settings.demonstrations)
     trajectories = [
-        to_trajectory(demonstration, template=template, tools=config.tools.names, prompt_index=index)
+        protocol.demonstrate(demonstration, prompt_index=index)
         for index, demonstration in enumerate(demonstrations)
     ]
     chosen = held_out_questions(demonstrations, share=settings.held_out, seed=config.run.seed)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from played import rewarded
+from played import rewarded, tags
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import CAPITALS
 
@@ -91,7 +91,11 @@ class Run:
             **trainer,
             engine=engine,
             rollout=build_rollout(
-                config, engine_group, engine=engine, toolset=toolset_of(ScriptedSearch()), template=template
+                config,
+                engine_group,
+                engine=engine,
+                toolset=toolset_of(ScriptedSearch()),
+                protocol=tags(tokenizer, gain=rollout.gain),
             ),
         )
         self._folder = RunFolder(config, groups)

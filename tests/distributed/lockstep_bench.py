@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from types import SimpleNamespace
 
-from played import rewarded, run
+from played import rewarded, run, tags
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import CAPITALS, SCRIPTS
 from transformers import AutoTokenizer
@@ -173,7 +173,13 @@ class Bench:
             engine_group=engine_group,
             state=RolloutState(sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0)),
             train_prompts=prompts,
-            rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, template=template),
+            rollout=build_rollout(
+                config,
+                engine_group,
+                engine=engine,
+                toolset=toolset,
+                protocol=tags(self.tokenizer, gain=rollout.gain),
+            ),
         )
         try:
             yield parts, Schedule(engine, self.group) if watched else None

@@ -31,11 +31,11 @@ from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.template import PromptTemplate
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.protocol.build import build_protocol
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.trainer import Trainer
 from a2tgpo.update.optimizer import build_optimizer
@@ -51,7 +51,12 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         parts.policy, config.update, total_steps=config.run.steps * minibatches
     )
     reference = build_reference(config, parts.groups)
-    template = PromptTemplate(parts.tokenizer, config.data.instructions)
+    protocol = build_protocol(
+        config,
+        parts.tokenizer,
+        tools=parts.toolset.names,
+        date=parts.rollout.protocol.template.date,
+    )
     return dataclasses.replace(
         parts,
         config=config,
@@ -68,13 +73,13 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         state=RolloutState(
             sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed)
         ),
-        reward=build_reward(config, parts.toolset, template),
+        reward=build_reward(config, protocol),
         rollout=build_rollout(
             config,
             parts.engine_group,
             engine=parts.engine,
             toolset=parts.toolset,
-            template=template,
+            protocol=protocol,
         ),
     )
 

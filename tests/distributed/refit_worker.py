@@ -28,6 +28,7 @@ from carried_checks import (
 )
 from claims import Claims
 from played import run as play
+from played import tags
 from safetensors.torch import load_file
 from scripted_search import ScriptedSearch, toolset_of
 from storage_tally import StorageTally
@@ -385,7 +386,7 @@ def check_both_ranks_play_alike(path, config, engine, tokenizer, groups):
     rollout = GroupRollout(
         engine,
         toolset_of(search),
-        tokenizer,
+        tags(tokenizer, gain=config.gain),
         rollout=config,
         engine_group=engine_group,
     )

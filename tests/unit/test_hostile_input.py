@@ -17,8 +17,9 @@ from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.reward.outcome import judged_text, score_response
-from a2tgpo.rollout.tool_call import SEARCH_CALLS
+from a2tgpo.protocol.tag_format import judged_text
+from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
+from a2tgpo.reward.outcome import score_response
 from a2tgpo.search import http_client
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import parse_contents

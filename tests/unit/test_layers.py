@@ -13,7 +13,7 @@ PACKAGE = ROOT / "a2tgpo"
 
 ORDER = (
     *("io", "trajectory", "config", "parallel", "metrics", "lifecycle"),
-    *("data", "reward", "search", "batch", "environment", "loss", "advantage"),
+    *("data", "protocol", "reward", "search", "batch", "environment", "loss", "advantage"),
     *("model", "memory", "plan", "rollout", "record", "update", "refit", "checkpoint"),
     *("evaluate", "collect", "run", "warmstart", "assemble", "trainer", "serve", "launch"),
 )

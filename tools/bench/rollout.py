@@ -31,7 +31,9 @@ from engines import PlannedEngine
 from transformers import AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
+from a2tgpo.data.template import PromptTemplate
 from a2tgpo.environment.tool import Toolset
+from a2tgpo.protocol.tags import TagProtocol
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -96,6 +98,7 @@ class Variants:
             max_response_tokens=MAX_MODEL_LEN - PROMPT,
         )
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        self.protocol = TagProtocol(PromptTemplate(self.tokenizer, ""), tools=("search",))
         self.engine = PlannedEngine(
             str(model),
             median=MEDIAN,
@@ -116,7 +119,7 @@ class Variants:
         rollout = GroupRollout(
             self.engine,
             toolset,
-            self.tokenizer,
+            self.protocol,
             rollout=self.config,
         )
         self.engine.forget()

@@ -27,11 +27,11 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.template import PromptSet, PromptTemplate, today
 from a2tgpo.environment.tool import ToolError, build_tools
+from a2tgpo.protocol.build import build_protocol
+from a2tgpo.protocol.protocol import CallResult
 from a2tgpo.reward.score import TrajectoryReward
-from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
@@ -93,10 +93,7 @@ class Player:
     def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
         self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
         self._toolset = build_tools(config)
-        self._syntax = CallSyntax(self._toolset.names)
-        self._observations = ObservationEncoder(
-            tokenizer, syntax=self._syntax, max_part_tokens=self._toolset.max_part_tokens
-        )
+        self._protocol = build_protocol(config, tokenizer, tools=self._toolset.names, date=today())
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
@@ -122,7 +119,7 @@ class Player:
                 for i, tokens in zip(live, sampled, strict=True)
                 if self._goes_on(played[i], texts[i], tokens)
             ]
-        reward = TrajectoryReward(measure="probability", tools=self._toolset.names)
+        reward = TrajectoryReward(measure="probability", format=self._protocol.format)
         for trajectory, text in zip(played, texts, strict=True):
             reward.score(trajectory, text, self._prompts[int(trajectory.prompt_id)].answers, [])
         self.num_sampled = sum(t.num_sampled_tokens for t in played)
@@ -157,7 +154,7 @@ class Player:
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                stop_strings=list(self._syntax.stop_strings),
+                stop_strings=list(self._protocol.stop_strings),
                 tokenizer=self._tokenizer,
                 pad_token_id=end,
             )
@@ -173,7 +170,7 @@ class Player:
         end = self._tokenizer.eos_token_id
         before = tokens[: tokens.index(end)] if end in tokens else tokens
         text = self._tokenizer.decode(before)
-        is_stopped = len(before) == len(tokens) or any(stop in text for stop in self._syntax.stop_strings)
+        is_stopped = len(before) == len(tokens) or any(stop in text for stop in self._protocol.stop_strings)
         return (before if is_stopped else [*before, end])[:room]
 
     def _room(self, trajectory: Trajectory) -> int:
@@ -182,25 +179,27 @@ class Player:
 
     def _goes_on(self, trajectory: Trajectory, texts: list[str], tokens: list[int]) -> bool:
         """Append a turn with the sampled tokens and its observation; return whether another turn follows."""
-        text = self._syntax.cut_at_stop(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        text = self._protocol.text_of(tokens)
         texts.append(text)
         turn = Turn(tokens=TokenIds(tokens), rollout_logprobs=LogProbs())
         trajectory.turns.append(turn)
-        query = self._syntax.find_query(text, "search") if text.endswith("</search>") else ""
+        stop = "</search>" if text.endswith("</search>") else None
+        calls = self._protocol.parse(text, finish_reason="stop", stop_string=stop).calls
         # An observation must leave room for 32 more tokens, as in this project's rollout.
         room = self._room(trajectory) - 32
         if (
-            not query
-            or room < self._observations.min_tokens
+            not calls
+            or room < self._protocol.min_observation_tokens(len(calls))
             or trajectory.num_process_turns >= self._config.rollout.max_turns
         ):
             return False
+        (call,) = calls
         try:
-            found = self._observations.encode(self._toolset.tools["search"].call(query))
+            result = CallResult(call=call, parts=tuple(self._toolset.tools["search"].call(call.arguments)))
         except ToolError as error:
-            found = self._observations.encode_failure("search", str(error))
-        turn.tool, turn.query = "search", query
-        turn.observation_tokens = TokenIds(self._observations.fit(found, room))
+            result = CallResult(call=call, error=str(error))
+        turn.tool, turn.query = call.tool, call.arguments
+        turn.observation_tokens = TokenIds(self._protocol.observe([result], room=room).tokens)
         return True
 
 

@@ -44,8 +44,9 @@ def read_sequences(path: str, tokenizer: Any, *, limit: int) -> list[Written]:
     Raises:
         ConfigError: with a one-line message, if the file or a record cannot be read, or if no record has a turn.
     """
-    from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
+    from a2tgpo.data.demonstrations import load_demonstrations
     from a2tgpo.data.template import PromptTemplate
+    from a2tgpo.protocol.tag_demonstration import to_trajectory
 
     pieces: list[Pieces]
     records = list(read_json_lines(path, key="TEXTS"))[:limit]

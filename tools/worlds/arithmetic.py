@@ -9,7 +9,7 @@ from a2tgpo.environment.tools.calculator import Calculator
 from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import require
 from a2tgpo.io.json_lines import write_lines
-from a2tgpo.rollout.tool_call import CallSyntax
+from a2tgpo.protocol.tag_syntax import CallSyntax
 
 SYNTAX = CallSyntax(("calculator",))
 WORDS = {"+": "plus", "-": "minus", "*": "times"}

@@ -10,7 +10,7 @@ from a2tgpo.environment.tools.search import NOTHING_FOUND
 from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.json_lines import write_lines
-from a2tgpo.rollout.tool_call import SEARCH_CALLS
+from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.passage import Passage, format_passage
 

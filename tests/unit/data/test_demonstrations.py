@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
+from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.tag_demonstration import to_trajectory
 
 FIRST = {
     "text": "<think>a <search>x</search> no</think> <search> France </search>",

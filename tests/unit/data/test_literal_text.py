@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from a2tgpo.data.literal_text import BREAK, LiteralEncoder
-from a2tgpo.data.protocol import tag_pattern
+from a2tgpo.protocol.tag_syntax import tag_pattern
 
 CONTROL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
 """Marked as special."""

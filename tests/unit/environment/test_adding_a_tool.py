@@ -9,8 +9,8 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.tools import ToolsConfig, tool_names
 from a2tgpo.environment.tool import build_tools
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.reward.outcome import is_well_formed
-from a2tgpo.rollout.tool_call import CallSyntax
+from a2tgpo.protocol.tag_format import is_well_formed
+from a2tgpo.protocol.tag_syntax import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolPool
 
 ROOT = Path(__file__).parents[3]

@@ -4,6 +4,7 @@ import math
 import statistics
 
 import pytest
+from played import tags
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
@@ -12,6 +13,7 @@ from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.evaluate.evaluate import answer_questions, evaluate
 from a2tgpo.parallel.engine_group import EngineGroup
+from a2tgpo.protocol.tag_format import TagFormat
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt, Trajectory, Turn
@@ -35,7 +37,7 @@ def rollout():
     rollout = GroupRollout(
         engine,
         toolset_of(ScriptedSearch()),
-        AutoTokenizer.from_pretrained(path),
+        tags(AutoTokenizer.from_pretrained(path)),
         rollout=config,
     )
     yield rollout
@@ -157,7 +159,7 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
 )
 def test_a_thought_that_the_prompt_opens_counts_for_the_format(opening_tags, first, last, format_ok):
     trajectory = trajectory_of(1)
-    reward = TrajectoryReward(measure="probability", opening_tags=opening_tags)
+    reward = TrajectoryReward(measure="probability", format=TagFormat(opening_tags=opening_tags))
     reward.score(trajectory, [first, last], ["Paris"], [])
     assert (trajectory.format_ok, trajectory.exact_match) == (format_ok, 1.0)
     assert trajectory.outcome_reward == (1.0 if format_ok else -1.0)

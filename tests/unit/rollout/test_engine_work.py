@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from played import run
+from played import run, tags
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
@@ -63,7 +63,7 @@ def play(asking_engine, engine_config, tokenizer, computed):
         rollout = GroupRollout(
             asking_engine,
             toolset_of(ScriptedSearch(text=PASSAGE)),
-            tokenizer,
+            tags(tokenizer, gain=config.gain),
             rollout=config,
         )
         prompt = Prompt(

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from played import run
+from played import run, tags
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import ANSWER, ASK, CAPITALS, prompt_ids, teach_more
 from transformers import AutoModelForCausalLM
@@ -29,14 +29,20 @@ def open_rollout(engine, engine_config, tokenizer):
     """A rollout on the engine, by its search and settings."""
     opened = []
 
-    def open_rollout(search, *, limits=None, more_tools=None, end_of_turn=None, **settings):
+    def open_rollout(
+        search, *, limits=None, more_tools=None, end_of_turn=None, max_part_tokens=400, **settings
+    ):
         config = dataclasses.replace(engine_config, **settings)
+        protocol = tags(
+            tokenizer, "search", *(more_tools or {}), gain=config.gain, max_part_tokens=max_part_tokens
+        )
+        if end_of_turn is not None:
+            protocol.stop_tokens = (end_of_turn,)
         rollout = GroupRollout(
             engine,
             toolset_of(search, more_tools=more_tools, **(limits or {})),
-            tokenizer,
+            protocol,
             rollout=config,
-            end_of_turn=end_of_turn,
         )
         opened.append(rollout)
         return rollout
@@ -281,9 +287,7 @@ def test_a_call_without_room_for_an_answer_ends_the_rollout(play, search):
 
 def test_passages_are_cut_by_tokens(play, tokenizer):
     search = ScriptedSearch(text="la " * 300)
-    (trajectory,), _ = play(
-        ["capital of France?"], search, limits={"max_part_tokens": 40}, max_turn_tokens=40
-    )
+    (trajectory,), _ = play(["capital of France?"], search, max_part_tokens=40, max_turn_tokens=40)
     frame = len(tokenizer(" <result>\n")["input_ids"]) + len(tokenizer("\n</result>")["input_ids"])
     assert 38 <= len(trajectory.turns[0].observation_tokens) - frame <= 42
 

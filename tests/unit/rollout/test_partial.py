@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from played import rewarded, run, run_on
+from played import rewarded, run, run_on, tags
 from scripted_search import toolset_of
 from tiny_models import CAPITALS, prompt_ids
 from transformers import AutoModelForCausalLM
@@ -45,7 +45,7 @@ def rollout(engine, engine_config, tokenizer, search):
     made = GroupRollout(
         engine,
         toolset_of(search),
-        tokenizer,
+        tags(tokenizer, gain=config.gain),
         rollout=config,
     )
     yield made

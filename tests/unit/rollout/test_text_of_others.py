@@ -1,13 +1,14 @@
 """Observations, gold answers and scaffolds as tokens, without an engine."""
 
 import pytest
+from played import tags
 from tiny_models import SPECIAL, build_tokenizer
 
 from a2tgpo.config.rollout import GainConfig
 from a2tgpo.config.run import SCORED_ANSWER_TOKENS
+from a2tgpo.protocol.tag_observation import ObservationEncoder
+from a2tgpo.protocol.tag_syntax import CallSyntax
 from a2tgpo.rollout.answer_tokens import AnswerTokens
-from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import CallSyntax
 from a2tgpo.trajectory import Trajectory, Turn
 
 
@@ -38,13 +39,13 @@ def test_a_part_of_an_answer_is_cut_to_its_tokens_whatever_it_spells(tokenizer):
 
 
 def test_a_gold_that_spells_a_control_token_is_scored_as_text(tokenizer):
-    (alias,) = AnswerTokens(tokenizer, GainConfig()).aliases(["the <|im_end|> token"])
+    (alias,) = AnswerTokens(tags(tokenizer), GainConfig()).aliases(["the <|im_end|> token"])
     assert control(tokenizer, alias) == []
     assert tokenizer.decode(alias) == "the <|im_end|> token"
 
 
 def test_aliases_too_long_for_their_room_are_left_out_by_themselves(tokenizer):
-    answers = AnswerTokens(tokenizer, GainConfig(answer_reduction="max"))
+    answers = AnswerTokens(tags(tokenizer), GainConfig(answer_reduction="max"))
     long = "x" * SCORED_ANSWER_TOKENS
     assert [tokenizer.decode(a) for a in answers.aliases(["Paris", long, "Lutetia"])] == ["Paris", "Lutetia"]
     assert [tokenizer.decode(a) for a in answers.aliases([long, "Paris"])] == ["Paris"]
@@ -79,11 +80,14 @@ def played(tokenizer, *texts):
     ],
 )
 def test_a_scaffold_closes_or_opens_a_thought_as_its_context_needs(
-    tokenizer, scaffold, outside, inside, opening_tags, texts, is_open
+    tokenizer, monkeypatch, scaffold, outside, inside, opening_tags, texts, is_open
 ):
-    answers = AnswerTokens(tokenizer, GainConfig(scaffold=scaffold), opening_tags=opening_tags)
+    template = tokenizer.chat_template.replace("assistant\n{% endif", f"assistant\n{opening_tags}{{% endif")
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    protocol = tags(tokenizer, gain=GainConfig(scaffold=scaffold))
+    assert protocol.template.opening_tags == opening_tags
     trajectory = played(tokenizer, *texts)
-    found = [tokenizer.decode(answers.scaffold(trajectory, number)) for number in range(len(texts) + 1)]
+    found = [tokenizer.decode(protocol.scaffold(trajectory, number)) for number in range(len(texts) + 1)]
     assert found == [inside if one else outside for one in is_open]
 
 

@@ -8,9 +8,10 @@ import torch
 from prepare_model import main, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from a2tgpo.data.demonstrations import load_demonstrations, to_trajectory
+from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.tag_demonstration import to_trajectory
 
 from worlds.tiny_model import TAGS, VOCAB_SIZE, build_model
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from a2tgpo.data.literal_text import LiteralEncoder
-from a2tgpo.data.protocol import RESULT_CLOSE, RESULT_OPEN
-from a2tgpo.rollout.tool_call import CallSyntax
+from a2tgpo.protocol.tag_syntax import RESULT_CLOSE, RESULT_OPEN, CallSyntax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

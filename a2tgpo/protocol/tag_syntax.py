@@ -5,12 +5,24 @@ without the protocol's tags and with single spaces. For example, `<search> a <se
 If the opening tag is missing, the query is empty, and the trajectory ends.
 """
 
+import re
 from collections.abc import Sequence
 
-from a2tgpo.data.protocol import RESULT_CLOSE, RESULT_OPEN, tag_pattern, without_tags
-
+RESULT_OPEN, RESULT_CLOSE = " <result>\n", "\n</result>"
 ANSWER_CLOSE = "</answer>"
 MAX_REASON_CHARS = 160
+
+
+def tag_pattern(tools: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern that matches every tag of the protocol, including the tags that call `tools`."""
+    return re.compile(rf"</?(?:{'|'.join(['think', 'result', 'answer', *map(re.escape, tools)])})>")
+
+
+def without_tags(text: str, tags: re.Pattern[str]) -> str:
+    """Return `text` without `tags`. If a removal forms a new tag, as in </res</result>ult>, remove that tag too."""
+    while (stripped := tags.sub("", text)) != text:
+        text = stripped
+    return text
 
 
 class CallSyntax:

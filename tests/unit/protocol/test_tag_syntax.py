@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from a2tgpo.rollout.tool_call import SEARCH_CALLS, CallSyntax
+from a2tgpo.protocol.tag_syntax import SEARCH_CALLS, CallSyntax
 
 BOTH = CallSyntax(("search", "calculator"))
 

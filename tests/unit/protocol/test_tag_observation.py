@@ -3,8 +3,8 @@
 import pytest
 from tiny_models import build_tokenizer
 
-from a2tgpo.rollout.observation import ObservationEncoder
-from a2tgpo.rollout.tool_call import SEARCH_CALLS
+from a2tgpo.protocol.tag_observation import ObservationEncoder
+from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
 
 TEXTS = ["東京は日本の首都です", "กรุงเทพมหานคร", "😀😃😄😁", "naïve café ça", "a b ."]
 
