@@ -1,9 +1,9 @@
 """Compare the time to compute 1,024 trajectories' advantages with loops over tokens, and measure how the time grows.
 
-Each trajectory has 2,000 tokens. The loops implement the method's equations (6-9). One loop runs over tensors, as in
-trainers with rewards per token; the other loop runs over Python lists. All variants give the same number for every
-sampled token. The bench then measures the time with four times the trajectories, with twice the turns, and with two
-and four processes. It counts the bytes of the processes' messages, and extrapolates them to 1,024 ranks.
+Each trajectory has 2,000 tokens. The loops implement Eq. 6-9: one over tensors, as in trainers with rewards per
+token, and one over Python lists. All variants give the same number for every sampled token. The bench then measures
+the time with four times the trajectories, with twice the turns, and with two and four processes. It counts the bytes
+of the processes' messages, and extrapolates them to 1,024 ranks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Placement:
 
 
 def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) -> torch.Tensor:
-    """Compute the advantage of every sampled token with the trainer's own functions; return [sampled tokens]."""
+    """Return the advantage of every sampled token [sampled tokens], computed with the trainer's own functions."""
     table = build_turn_table(trajectories, num_prompts=len(trajectories) // GROUP_SIZE, max_turns=TURNS)
     return compute_advantages(table, CONFIG, dp_group=None).advantages[place.trajectory, place.turn]
 
@@ -115,8 +115,8 @@ def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) 
 def per_token_records(trajectories: Sequence[Trajectory]) -> tuple[list[list[float]], list[list[int]]]:
     """Return two lists with a row per trajectory and a value per token.
 
-    The first list has a turn's gain at the last token of the turn's observation, and NaN at all other tokens. The
-    second list has the turn index at sampled tokens, and -1 at all other tokens.
+    The first list has each turn's gain at the last token of the turn's observation, else NaN. The second list has the
+    turn index at sampled tokens, else -1.
     """
     gains, turns = [], []
     for trajectory in trajectories:
@@ -134,10 +134,7 @@ def per_token_records(trajectories: Sequence[Trajectory]) -> tuple[list[list[flo
 def loop_over_tokens(
     trajectories: Sequence[Trajectory], gain_at: Sequence, turn_at: Sequence, advantage_at: list
 ) -> list:
-    """Compute the advantages of Eq. 6-9 token by token; write them to `advantage_at`, and return `advantage_at`.
-
-    The rows of all arguments are either lists or tensors.
-    """
+    """Compute the advantages of Eq. 6-9 token by token, in place in `advantage_at`. The rows are lists or tensors."""
     buckets: dict[tuple[int, int], list[float]] = defaultdict(list)
     outcomes: dict[int, list[float]] = defaultdict(list)
     gains: list[list[float]] = []
@@ -194,8 +191,8 @@ def growth(trajectories: list[Trajectory]) -> list[measure.Row]:
     slowest = {ranks: [max(times) for times in zip(*by_ranks[ranks][0], strict=True)] for ranks in by_ranks}
     message = by_ranks[4][1]
     assert message == by_ranks[2][1], "a message grows with the ranks"
-    # In a ring all-reduce over n ranks, a rank sends 2 (n - 1) / n times the message. In an all-gather of per-token
-    # rewards, a rank passes on the rewards of all ranks but one.
+    # In a ring all-reduce over n ranks, a rank sends 2 (n - 1) / n times the message. In an all-gather, a rank passes
+    # on the values of n - 1 ranks.
     to_1024 = 2 * 1023 / 1024 * message
     gathered = 1023 / 1024 * COUNT * TOKENS * 4
     shared = dict(unit="CPU s", ratio_is="ours / baseline")
@@ -237,7 +234,7 @@ def growth(trajectories: list[Trajectory]) -> list[measure.Row]:
 
 
 def on_ranks(num_ranks: int, rounds: int = 5) -> tuple[list[list[float]], int]:
-    """Run `num_ranks` processes; return CPU seconds [rank][round], and the bytes a rank all-reduces per round."""
+    """Run `num_ranks` processes. Return CPU seconds [rank][round], and the bytes a rank all-reduces per round."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(num_ranks, rounds, folder), nprocs=num_ranks)
         parts = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(num_ranks)]
@@ -247,7 +244,6 @@ def on_ranks(num_ranks: int, rounds: int = 5) -> tuple[list[list[float]], int]:
 def _rank(rank: int, num_ranks: int, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks)
-    # Divide each prompt's trajectories among all ranks.
     own = [t for t in make(COUNT) if t.sample_index % num_ranks == rank]
     sent, all_reduce = [], collectives._all_reduce
 

@@ -3,12 +3,12 @@
     python tools/bench/dense_search.py [--passages 200000] [--layers 12] [--threads 1,2] [--rounds 3] [--clients 32]
         [--json FILE]
 
-The vectors and the encoder's weights are random; this does not change the speed. By default the encoder has the shape
-of e5-base-v2 (12 layers of 768 channels). The tokenizer is from all-MiniLM-L6-v2, because it equals the tokenizer of
-e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has queries per
-second of wall time, queries per CPU second, and the number of cores that other programs kept busy during the
-measurement. Trust the ratios only if other programs kept almost no core busy. Every round measures each number of
-threads once. The last lines have medians over the rounds, and ratios to the first number of threads.
+The vectors and the encoder's weights are random, which does not change the speed. By default the encoder has the
+shape of e5-base-v2 (12 layers of 768 channels) and the tokenizer of all-MiniLM-L6-v2, which is the same as
+e5-base-v2's. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has queries per
+second of wall time, queries per CPU second, and the number of cores that other programs kept busy. Trust the ratios
+only if this number is almost 0. Every round measures each number of threads once. The last lines have medians over
+the rounds, and ratios to the first number of threads.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_encoder(folder: Path, *, layers: int) -> None:
 
 
 def write_index(folder: Path, *, passages: int, encoder: Path) -> tuple[Path, Path]:
-    """Write a corpus of one-line passages, and a Flat index of random unit vectors over it; return both paths."""
+    """Write a corpus of one-line passages and a Flat index of random unit vectors over it. Return both paths."""
     corpus, index = folder / "corpus.jsonl", folder / "index"
     with open(corpus, "w") as handle:
         handle.writelines(
@@ -118,10 +118,7 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """Return a line for each number of threads, with the medians of its rows in `table`.
-
-    Each line also has the query rate divided by the query rate of the first number of threads.
-    """
+    """Return a line for each number of threads: medians, and the query rate relative to the first number."""
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:
         by_threads.setdefault(row["threads"], []).append(row)

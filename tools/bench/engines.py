@@ -13,7 +13,7 @@ from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
 class EngineWithoutEnd(VllmEngine):
-    """Generates exactly the requested number of tokens: the end of sequence is an ordinary token for this engine."""
+    """An engine that generates the requested number of tokens, also after the end of sequence."""
 
     def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
         params.ignore_eos = True
@@ -29,10 +29,10 @@ class EngineWithoutEnd(VllmEngine):
 
 
 class PlannedEngine(EngineWithoutEnd):
-    """Simulates a policy: a request's seed determines how many tokens the turn has and how the turn ends.
+    """A simulated policy. A request's seed determines the length of the turn and whether it ends with a search.
 
     Args:
-        median, longest: median and largest number of tokens of a turn; the distribution is log-normal.
+        median, longest: median and largest number of tokens of a turn. The distribution is log-normal.
         call_share: share of the turns that end with a search. The other turns end with the answer.
         further: arguments of `VllmEngine`.
     """

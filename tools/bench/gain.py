@@ -1,17 +1,16 @@
 """Measure what the information gain of a step costs in three variants: engine, trainer's tree, full prefixes.
 
-The bench plays a step of SmolLM2-135M in float32, which every CPU supports. The step has four trajectories of 2,000
-tokens, each with six process turns and a final turn. The engine plays the trajectories; the trainer scores them and
-trains on them. Each variant scores the gold answer after the prompt and after every process turn:
+The bench plays a step of SmolLM2-135M in float32 with four trajectories of 2,000 tokens. Each trajectory has six
+process turns and a final turn. The engine plays the trajectories, and the trainer trains on them. Each variant scores
+the gold answer after the prompt and after every process turn:
 
     engine   requests to the engine that use the cached prefix, as in training runs
     tree     one pass of the trainer per trajectory with all answers as branches, as in training runs' check of gains
     in full  one row of the trainer per pair of trajectory and turn, as in the paper's code
 
-A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a whole step. A whole
-step consists of generation, scoring of the old policy (which a step of several mini-batches needs), update, and the
-variant's scoring. The bench also counts the tokens that the model runs. In this bench the engine scores all contexts
-after the rollout, from its cache. In a training step, it scores them during generation, in passes that run anyway.
+A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a whole step:
+generation, scoring of the old policy, update, and the variant's scoring. The bench also counts the tokens that the
+model runs. The engine scores all contexts after the rollout here, but during generation in a training step.
 """
 
 from __future__ import annotations
@@ -44,11 +43,8 @@ MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 NUM_TRAJECTORIES = 4
 PROMPT, NUM_CALLS, SAMPLED, OBSERVED, FINAL = 200, 6, 100, 190, 60
-"""The shape of a trajectory, which has 2,000 tokens in all.
-
-In order: the tokens of the prompt, the number of process turns, the sampled and the observed tokens of each process
-turn, and the tokens of the final turn.
-"""
+"""The shape of a trajectory: the tokens of the prompt, the number of process turns, the sampled and the observed
+tokens of each process turn, and the tokens of the final turn."""
 SCAFFOLD, ANSWER = 10, 6
 MAX_TOKENS = 4096
 """Largest number of tokens in one row of the trainer."""
@@ -59,7 +55,7 @@ def random_tokens(rng: random.Random, count: int) -> list[int]:
 
 
 def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
-    """Play trajectories with prescribed lengths; each turn is generated after the prompt and all earlier turns."""
+    """Play trajectories with prescribed lengths. Each turn is generated after the prompt and all earlier turns."""
     rng = random.Random(seed)
     prompt = random_tokens(rng, PROMPT)
     played = [
@@ -99,7 +95,7 @@ def drain(engine: EngineWithoutEnd) -> list[EngineOutput | ScoreOutput]:
 
 
 class Step:
-    """Runs all parts of a step on the same trajectories, and times each part separately."""
+    """All parts of a step on the same trajectories, timed separately."""
 
     def __init__(self, engine: EngineWithoutEnd, policy: Policy, optimizer: object, seed: int):
         self.engine, self.policy, self.optimizer = engine, policy, optimizer

@@ -2,10 +2,9 @@
 
     python tools/bench/large_corpus.py --passages 1000000 [--words 100] [--keep FOLDER] [--json FILE]
 
-The synthetic passages have words from a Zipf distribution over 200,000 words; the corpus is in Search-R1's format.
-tools/build_index.py builds the index and tools/retrieval_server.py serves it, each in its own process. The kernel
-reports peak memory. The server's memory is reported in two parts: its own memory, and pages of mapped files, which
-the kernel can reclaim.
+The synthetic passages have words from a Zipf distribution over 200,000 words. tools/build_index.py builds the index
+and tools/retrieval_server.py serves it, each in its own process. The server's memory is reported in two parts: its
+own memory, and pages of mapped files, which the kernel can reclaim.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def write_corpus(path: Path, *, passages: int, words: int) -> None:
 
 
 def build(corpus: Path, index: Path) -> dict[str, float]:
-    """Build the index with tools/build_index.py; return the seconds and the peak resident memory."""
+    """Build the index with tools/build_index.py. Return the seconds and the peak resident memory."""
     start = time.perf_counter()
     command = [sys.executable, "tools/build_index.py", "bm25", "--corpus", str(corpus), "--out", str(index)]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -68,7 +67,7 @@ def memory(process_id: int) -> dict[str, float]:
 
 
 def ask(connection: http.client.HTTPConnection, query: str) -> float:
-    """Send one query to the server; return the seconds until the answer."""
+    """Send one query to the server, and return the seconds until the answer."""
     body = json.dumps({"queries": [query], "topk": TOP_K, "return_scores": True})
     start = time.perf_counter()
     connection.request("POST", "/retrieve", body, {"Content-Type": "application/json"})
@@ -80,10 +79,10 @@ def ask(connection: http.client.HTTPConnection, query: str) -> float:
 def serve(corpus: Path, index: Path) -> dict[str, float]:
     """Start the server, and send queries one at a time.
 
-    Return the seconds to the first answer, the latency of the other queries, and memory before and after these.
+    Return the seconds to the first answer, the latency of the other queries, and memory before and after them.
     """
     draw = random.Random(1)
-    # Use words of medium frequency, which names and nouns of real queries have. The rarest words match no passage.
+    # Use words of medium frequency, as in real queries. The rarest words match no passage.
     queries = [
         " ".join(f"w{draw.randrange(50, 20_000):x}" for _ in range(QUERY_WORDS)) for _ in range(QUERIES)
     ]

@@ -1,8 +1,8 @@
 """Compare forward and backward pass of the turn-level loss with loops, on 128 trajectories of 2,000 tokens.
 
-Both loops implement Eq. 10-12. One loop runs over trajectories and turns with a mask for each turn, as in trainers
-with one padded row per trajectory. The other loop runs over single tokens; it uses an eighth of the trajectories,
-because autograd keeps a graph node for every operation. All variants give the same loss and gradient.
+The loops implement Eq. 10-12. One loop runs over trajectories and turns with a mask for each turn, as in trainers
+with one padded row per trajectory. The other loop runs over single tokens of an eighth of the trajectories, because
+autograd keeps a graph node for every operation. All variants give the same loss and gradient.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Case:
     """Log-probs [n] of the sampled tokens."""
     inputs: LossInputs
     padded_logprobs: Tensor
-    """Log-probs [N, longest] of all tokens, sampled or not. The other padded tensors have the same shape."""
+    """Log-probs [N, longest] of all tokens. The other padded tensors have the same shape."""
     padded_old: Tensor
     padded_turns: Tensor
-    """The turn index of each sampled token; -1 at all other positions."""
+    """The turn index of each sampled token, or -1 at all other positions."""
     turn_advantages: list[list[float]]
     turn_clip_scales: list[list[float]]
 
@@ -84,7 +84,7 @@ def make_case(count: int) -> Case:
 
 
 def ours(case: Case) -> tuple[Tensor, Tensor]:
-    """Compute the project's loss; return the loss and its gradient with respect to the log-probs [n]."""
+    """Return the project's loss, and its gradient with respect to the log-probs [n]."""
     logprobs = case.logprobs.clone().requires_grad_()
     result = policy_loss(logprobs, case.inputs, CONFIG)
     result.loss.backward()

@@ -1,7 +1,6 @@
 """Measure variants of a computation in alternating rounds, and compute the table row that compares two variants.
 
-All benches use this module. A bench is a module in this folder that defines `rows() -> list[Row]` and that run.py
-lists.
+A bench is a module in this folder that defines `rows() -> list[Row]` and that run.py lists.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. It compares this project with a baseline; both are measured in the same run."""
+    """One line of the table, which compares this project with a baseline from the same run."""
 
     name: str
     """The name of the measured quantity, and the size of its inputs."""
@@ -32,23 +31,20 @@ class Row:
     baseline: float
     baseline_is: str
     unit: str
-    """The unit of `ours` and `baseline`, for example "MB", "tokens/s" or "bytes".
-
-    "CPU s" is user and system time of the process; "s" is wall time.
-    """
+    """The unit of `ours` and `baseline`. "CPU s" is user and system time of the process, and "s" is wall time."""
     ratio: float
     """Median over the rounds of the ratio that `ratio_is` defines."""
     ratio_is: str
-    """How `ratio` is computed: either `baseline / ours` or `ours / baseline`."""
+    """Either `baseline / ours` or `ours / baseline`."""
     noise: float
     """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts."""
     target: str = ""
-    """The limit for `ratio`, such as ">= 200" or "<= 0.03"; empty if there is no target."""
+    """The limit for `ratio`, such as ">= 200" or "<= 0.03", or empty if there is no target."""
     note: str = ""
 
     @property
     def is_met(self) -> bool | None:
-        """Return whether `ratio` meets the target; None if there is no target."""
+        """Whether `ratio` meets the target, or None if there is no target."""
         if not self.target:
             return None
         relation, limit = self.target.split()
@@ -66,11 +62,7 @@ def compared(
     target: str = "",
     note: str = "",
 ) -> Row:
-    """Return the row that compares two variants.
-
-    Args:
-        ours, baseline: the variants' values, one per round; one value each if the values are counts.
-    """
+    """Return the row that compares two variants, with one value per round, or one value each if they are counts."""
     above, below = (baseline, ours) if ratio_is == "baseline / ours" else (ours, baseline)
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     ratio = statistics.median(ratios)
@@ -95,13 +87,13 @@ def interleaved(
     clock: Callable[[], float] = time.process_time,
     warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Run all variants in every round; return each variant's seconds in each round.
+    """Run all variants in every round, and return each variant's seconds in each round.
 
     The variants alternate in one process, so that other load on the machine affects all variants. Every second round
-    runs them in the opposite order.
+    has the opposite order.
 
     Args:
-        clock: returns seconds. The default counts CPU time of all threads, so waits for other programs do not count.
+        clock: returns seconds. The default is CPU time of all threads, so waits for other programs do not count.
         warm_up: whether to run each variant once before the first round, without measuring.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -121,8 +113,8 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
     """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
 
     Raises:
-        RuntimeError: the command failed. The message is one line that begins with `name`. Before the error is raised,
-            the end of the command's output is printed.
+        RuntimeError: with a one-line message that begins with `name`, if the command failed. The end of the output is
+            printed before.
     """
     process = subprocess.run(
         command,
@@ -138,11 +130,9 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
 
 def peak_megabytes(variant: Variant) -> float:
-    """Run `variant` in a forked child; return how many MB of resident memory it adds at its peak.
+    """Run `variant` in a forked child on Linux. Return how many MB of resident memory it adds at its peak.
 
-    This needs Linux.
-    The allocator may keep memory that an earlier variant freed, which would hide a later variant's need. So glibc
-    first returns its free memory, and each variant runs in its own child.
+    The allocator may keep memory that an earlier variant freed, so glibc first returns its free memory.
     """
     import torch
 

@@ -36,7 +36,7 @@ def main(bench: str, record: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Return a description of this machine, which made the measurements."""
+    """Return a description of this machine."""
     names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return {
         "cpu": names[0] if names else platform.processor(),

@@ -1,9 +1,8 @@
 """Measure the share of real tokens in training micro-batches, and the time that packing takes.
 
 The bench distributes trajectories of 500 to 6,000 tokens to data-parallel replicas, and divides them into
-micro-batches as a training step does. It uses the layouts of the shipped configurations. The baselines pad every row
-to the longest row of its micro-batch, with the same token limit. One baseline keeps the order of the rollout, the
-other baseline sorts by length.
+micro-batches as a training step does, with the layouts of the shipped configurations. The baselines pad every row to
+the longest row of its micro-batch. One baseline keeps the order of the rollout, and the other sorts by length.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens in the positions that the replicas compute.
-
-    All replicas wait for the replica with the most positions, so its number of positions counts for every replica.
-    """
+    """Return the share of real tokens in the computed positions, if each replica has as many as the largest one."""
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]

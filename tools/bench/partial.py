@@ -1,10 +1,9 @@
 """Count the engine steps of a training step with partial rollouts, and the engine steps with few busy slots.
 
-The bench measures no time. It simulates a rollout whose trajectories have prescribed numbers of tokens: in every
-engine step, each busy slot samples one token. In the simulation, tools answer at once, and scoring and prefill take
-no steps. The trainer's own code (`collect/partial.py`) chooses the groups to play and to train on, and sets the
-seeds. A turn's seed determines its length, as in the bench `rollout`. One engine plays 16 groups of 16 trajectories
-in 256 slots. Each trajectory has up to six searches.
+The bench measures no time. It simulates a rollout in which each busy slot samples one token per engine step, tools
+answer at once, and scoring and prefill take no steps. The trainer's own code (`collect/partial.py`) chooses the
+groups to play and to train on, and sets the seeds, which determine the lengths of turns. One engine plays 16 groups
+of 16 trajectories in 256 slots. Each trajectory has up to six searches.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ VARIANTS = (
 
 
 class CountedRollout:
-    """Simulates engine and rollout: gives slots to trajectories of planned lengths, and counts engine steps."""
+    """A simulated rollout, which gives slots to trajectories of planned lengths and counts engine steps."""
 
     def __init__(self) -> None:
         self.steps_by_busy: Counter[int] = Counter()
@@ -71,7 +70,7 @@ class CountedRollout:
     def _time_of(
         self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
     ) -> int:
-        """Continue the trajectory until it ends or uses up its budget; return the engine steps that this takes."""
+        """Continue the trajectory until it ends or uses up its budget. Return the engine steps that this takes."""
         sampled = 0
         while not trajectory.stop_reason and (budget is None or sampled < budget):
             turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))
@@ -118,10 +117,7 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Return, per training step, the mean number of engine steps, and of engine steps with few busy slots.
-
-    An engine step has few busy slots if less than a quarter of the slots are busy.
-    """
+    """Return the mean number of engine steps per training step, and of engine steps with few busy slots (< 1/4)."""
     rollout = CountedRollout()
     config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
     state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))

@@ -1,9 +1,8 @@
 """Measure the time and the memory that a step needs to record its trajectories.
 
 One replica records 1,024 trajectories of 8,192 tokens. The step waits for the values that TensorBoard shows, and for
-the start of a thread that writes the file. The baseline is the code of earlier versions, in which the step waited for
-the file. That code had tokens in lists and deep copies of all records, and wrote one JSON document with the standard
-library and zstd level 3.
+the start of a thread that writes the file. The baseline copies all records as lists and waits for the file, one JSON
+document of the standard library with zstd level 3, as earlier versions did.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGro
 
 
 def with_lists(trajectories: Sequence[Trajectory]) -> Any:
-    """Return copies of the trajectories with lists of Python numbers in place of arrays, as in earlier versions."""
+    """Return copies of the trajectories with lists of Python numbers in place of arrays."""
     copies = copy.deepcopy(list(trajectories))
     for trajectory in copies:
         for part, names in (
@@ -75,7 +74,7 @@ def with_lists(trajectories: Sequence[Trajectory]) -> Any:
 
 
 def as_earlier(trajectories: Sequence[Trajectory], tokenizer: Any, path: Path) -> None:
-    """Write the whole step to `path` as one document, as earlier versions did."""
+    """Write the whole step to `path` as one document."""
     values, records = turn_values(), []
     for row, trajectory in enumerate(trajectories):
         record = dataclasses.asdict(trajectory)

@@ -1,10 +1,9 @@
 """Compare a refit of SmolLM2-135M in bfloat16 on one rank with one copy of the weights.
 
-The bench measures the CPU seconds of a whole `refit`, which consists of export, handover and the engine's load. It
-also measures the export alone, and the engine's load alone from weights with Hugging Face names. The baseline of each
-measurement copies the same number of bytes once, tensor by tensor, into allocated memory. On a CPU, the engine
-repacks every matrix for its kernels when it loads the weights; on a GPU it does not. The bench also compares the
-bytes passed to the engine with the size of the weights.
+The bench measures the CPU seconds of a whole `refit` (export, handover and the engine's load), of the export alone,
+and of the engine's load alone. Each baseline copies the same number of bytes once, tensor by tensor, into allocated
+memory. The engine repacks every matrix for its kernels, but only on a CPU. The bench also compares the bytes passed
+to the engine with the size of the weights.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/bench/retrieval.py URL --questions FILE [--clients 1,8,80] [--seconds 5] [--topk 3] [--json FILE]
 
 The clients use Python's own http.client, so that client and server share no project code. Before the load begins, the
-bench sends the queries one at a time; the server's answers are then the expected answers. The query cache makes
-repeated queries cheap, so each request has a new query unless --repeat is given.
+bench sends the queries one at a time to get the expected answers. Each request of the load has a new query unless
+--repeat is given, because the query cache makes repeated queries cheap.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
 
     def retrieve(self, queries: Sequence[str], top_k: int) -> list:
-        """Send one request; return the `result` of its response. Raise OSError or ValueError if it has no result."""
+        """Send one request, and return the `result` of its response. Raise OSError or ValueError if there is none."""
         body = json.dumps({"queries": list(queries), "topk": top_k, "return_scores": True})
         try:
             self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})
@@ -74,11 +74,7 @@ class Client:
 
 
 def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: float, top_k: int) -> Outcome:
-    """Send queries over `clients` concurrent connections for `seconds` seconds; return the outcome.
-
-    Args:
-        cases: pairs of a query and its expected hits.
-    """
+    """Send `cases`, pairs of a query and its expected hits, over `clients` concurrent connections."""
     outcome, lock = Outcome(clients=clients), threading.Lock()
     turns: Iterator[tuple[str, list]] = itertools.cycle(cases)
     start = time.perf_counter()
@@ -111,7 +107,7 @@ def load(url: str, cases: Sequence[tuple[str, list]], *, clients: int, seconds: 
 
 
 def right_answers(url: str, queries: Sequence[str], top_k: int) -> list[tuple[str, list]]:
-    """Send the queries one at a time; return pairs of a query and its hits."""
+    """Send the queries one at a time, and return pairs of a query and its hits."""
     client = Client(url)
     cases = [(query, client.retrieve([query], top_k)[0]) for query in queries]
     client.close()

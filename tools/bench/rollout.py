@@ -1,16 +1,14 @@
 """Compare the speed of the agent loop with the speed of the engine alone, for tools that take 0, 50 and 200 ms.
 
 A small model plays 64 trajectories, two for each slot of the engine. Each trajectory has up to four searches. The
-lengths of turns are drawn from a long-tailed distribution with a mean of about 130 tokens, and are the same in all
-variants:
+lengths of turns have a long-tailed distribution with a mean of about 130 tokens, and are the same in all variants:
 
     loop      this project: a trajectory continues as soon as its own search has returned
     waves     all trajectories generate until the slowest has ended its turn, then all wait for the slowest search
     engine    vLLM alone: every turn follows the previous turn at once, without tools, tokenisation or judging
 
-Tokens/s are sampled tokens divided by wall seconds. An engine step of this small model on a CPU takes about 10 ms,
-as an engine step of a large model on a GPU does. So a tool call lasts for as many engine steps as it would there, and
-the time that Python spends in the loop is easy to see.
+Tokens/s are sampled tokens divided by wall seconds. An engine step takes about 10 ms, as it does for a large model on
+a GPU, so tool calls and Python's share of the loop have realistic weights.
 """
 
 from __future__ import annotations
@@ -86,7 +84,7 @@ def make_prompts() -> list[Prompt]:
 
 
 class Variants:
-    """Plays the same trajectories with each variant, all on one engine."""
+    """The variants, which play the same trajectories on one engine."""
 
     def __init__(self, model: Path) -> None:
         self.config = RolloutConfig(
@@ -131,7 +129,7 @@ class Variants:
         return trajectories, counts
 
     def play_alone(self) -> None:
-        """Play all trajectories without tools: submit each next turn as soon as the previous turn has ended."""
+        """Play all trajectories without tools. Submit each next turn as soon as the previous turn has ended."""
         self.engine.forget()
         contexts = {str(number): list(played.prompt) for number, played in enumerate(self.played)}
         turns = dict.fromkeys(contexts, 0)
@@ -183,10 +181,7 @@ def _played(trajectory: Trajectory) -> Played:
 
 
 def longer_model(folder: Path) -> Path:
-    """Copy the model to `folder` with a higher context limit; return `folder`.
-
-    The model was not trained for so long a context, but the bench does not use the content of the text.
-    """
+    """Copy the model to `folder` with a higher context limit, which it was not trained for. Return `folder`."""
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}))

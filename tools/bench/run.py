@@ -2,9 +2,9 @@
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without a BENCH, the program runs all benches, in about half an hour on two cores. On a CPU without bfloat16, the
-bench `gain` takes longest. The table keeps its lines of benches that did not run. The exit code is 1 if a bench
-fails. A missed target is shown in the table, and is not a failure.
+Without a BENCH, the program runs all benches, in about half an hour on two cores. The table keeps its lines of
+benches that did not run. The exit code is 1 if a bench fails. A missed target is shown in the table, and is not a
+failure.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def purpose(bench: str) -> str:
 
 
 def run(bench: str, record: Path) -> bool:
-    """Run a bench, which writes its record to `record`; return whether the bench completed."""
+    """Run a bench, which writes its record to `record`. Return whether the bench completed."""
     start = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     print(f"== {bench}", flush=True)
@@ -86,11 +86,7 @@ def run(bench: str, record: Path) -> bool:
 
 
 def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
-    """Write the bench's rows into the table of `page`.
-
-    If the table has lines of this bench, the rows replace these lines. Else the rows are inserted in the order of
-    `BENCHES`.
-    """
+    """Write the bench's rows into the table of `page`, in place of its old rows or in the order of `BENCHES`."""
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(START)
     table, tail = rest.split(END)

@@ -3,10 +3,9 @@
     python tools/bench/scale.py [--ranks 8,64,512,1024] [--real 2,4,8] [--page docs/performance.md]
 
 One process plays rank 0 of a 72B model's layout: tensor parallelism of 8, pipeline parallelism of 4 if there are at
-least 64 ranks, and engines of 8 ranks. torch's fake process group creates the groups. Simulated collectives return
-the data that other ranks would have sent, so this process does all the work of Python on rank 0. A step has 1,024
-trajectories of about 8,192 tokens for any number of ranks. The bench counts collectives and bytes. Its seconds are
-CPU seconds of Python on rank 0, without the network.
+least 64 ranks, and engines of 8 ranks. Process groups are torch's fake groups. Simulated collectives return the data
+that other ranks would have sent, so this process does all the work of Python on rank 0. A step has 1,024 trajectories
+of about 8,192 tokens for any number of ranks. The seconds are CPU seconds on rank 0, without the network.
 
 With --real, the bench runs three steps of the quickstart on each given number of gloo processes on this machine, and
 reads the resources that the processes use.
@@ -73,7 +72,7 @@ def main() -> int:
 
 
 def one_rank(size: int) -> dict[str, float]:
-    """Run scale_rank.py, which plays rank 0 of `size` ranks; return its record."""
+    """Run scale_rank.py, which plays rank 0 of `size` ranks, and return its record."""
     done = subprocess.run(
         [sys.executable, str(RANK), str(size)],
         cwd=ROOT,
@@ -88,7 +87,7 @@ def one_rank(size: int) -> dict[str, float]:
 
 
 def real_ranks(size: int) -> dict[str, float]:
-    """Run three steps of the quickstart on `size` processes; return the values of `REAL_ROWS`."""
+    """Run three steps of the quickstart on `size` processes, and return the values of `REAL_ROWS`."""
     with tempfile.TemporaryDirectory() as root:
         overrides = [
             "--resume",

@@ -51,10 +51,7 @@ ROUNDS = 3
 
 
 class Peers:
-    """Simulates the other ranks: a collective returns a part for every rank, made from this rank's own part.
-
-    `Peers` also counts the collectives and their bytes.
-    """
+    """The other ranks, simulated: a collective returns a part for every rank, made from this rank's own part."""
 
     def __init__(self) -> None:
         self.calls = self.sent = self.received = 0
@@ -215,7 +212,7 @@ def measure_record(
 
 
 def seconds_of(action: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Run `action` in `rounds` rounds; return the CPU seconds of the fastest round."""
+    """Run `action` in `rounds` rounds, and return the CPU seconds of the fastest round."""
     found = []
     for _ in range(rounds):
         gc.collect()

@@ -1,15 +1,12 @@
 """Measure the time from the start of launch/train.py to the first sampled token, stage by stage.
 
-The bench runs launch/train.py in one process, without a launcher, with SmolLM2-135M in float32 on worldqa. A turn has
-a single token, so the first rollout ends with its first token. Times are wall seconds from the run's own
-`time/startup_*` metrics. The baseline is a program that uses only transformers and vLLM. It imports them, loads the
-tokenizer, builds an engine with the same settings, and samples one token. It has no policy, questions, search or
-refit.
+The bench runs launch/train.py in one process with SmolLM2-135M in float32 on worldqa. A turn has a single token, so
+the first rollout ends with its first token. Times are wall seconds from the run's own `time/startup_*` metrics. The
+baseline is a program that uses only transformers and vLLM. It imports them, loads the tokenizer, builds an engine
+with the same settings, and samples one token.
 
-A start is warm if vLLM's cache of the model class's properties is filled; training runs keep this cache in
-.cache/a2tgpo. A start is cold if the cache is empty. Runs share nothing else: each run builds the in-process search
-index from its corpus, tokenises the prompts and reads the weights. Python's __pycache__ and the system's file cache
-are filled in both cases.
+In a warm start, vLLM's cache of the model class's properties is filled. In a cold start, this cache is empty. Runs
+share nothing else. Python's __pycache__ and the system's file cache are filled in both cases.
 
 The bench takes about 4 minutes.
 """
@@ -54,10 +51,8 @@ made = process_age_s()
 engine.generate({"prompt_token_ids": tokens}, SamplingParams(max_tokens=1), use_tqdm=False)
 Path(sys.argv[4]).write_text(json.dumps({"imports": imports, "engine": made - imports, "total": process_age_s()}))
 """
-"""The baseline's program.
-
-Its arguments are the model, the longest sequence, the bytes of the KV cache, and the file for its results.
-"""
+"""The baseline's program. Its arguments are the model, the longest sequence, the bytes of the KV cache, and the file
+for its results."""
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -77,10 +72,7 @@ def start(command: list[str], cache: Path) -> None:
 
 
 def product(cache: Path) -> dict[str, float]:
-    """Run launch/train.py for one step; return {stage: seconds}.
-
-    `refit` is the refit of the first step. `total` is the time from the start to the first token.
-    """
+    """Run launch/train.py for one step. Return {stage: seconds}. `total` is the time to the first token."""
     with tempfile.TemporaryDirectory() as root:
         start(
             [
@@ -105,7 +97,7 @@ def product(cache: Path) -> dict[str, float]:
 
 
 def alone(cache: Path) -> dict[str, float]:
-    """Run the baseline's program; return {stage: seconds}. `total` is the time from the start to the first token."""
+    """Run the baseline's program. Return {stage: seconds}. `total` is the time to the first token."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
         start(["-c", ALONE, MODEL, str(MAX_MODEL_LEN), str(int(KV_CACHE_GIB * 2**30)), str(answer)], cache)
@@ -116,7 +108,7 @@ def rows() -> list[measure.Row]:
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(ROUNDS):
         with tempfile.TemporaryDirectory() as folder:
-            # Each variant has its own cache. The cache is empty in the variant's first run, which fills it.
+            # Each variant has its own cache, which its first run fills.
             runs = [(name, Path(folder, name)) for name in ("ours", "alone")]
             for name, cache in runs[:: -1 if number % 2 else 1]:
                 for state in ("cold", "warm"):

@@ -2,23 +2,20 @@
 
 Both programs run in float32 with one thread, on the same trajectories. Both run forward and backward passes of the
 turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The old policy's log-probs come
-from the same forward pass, because a step of one mini-batch needs no scoring before the update. This project's update
-packs trajectories, and runs the output layer only where a token was sampled. The plain loop pads rows on the right,
-either in their given order or sorted by length, and runs the output layer at every position. The plain loop computes
-no entropies and no metrics.
+from the same forward pass. This project's update packs trajectories, and runs the output layer only where a token was
+sampled. The plain loop pads rows on the right, either in their given order or sorted by length, and runs the output
+layer at every position. The plain loop computes no entropies and no metrics.
 
 After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own training loop and AdamW, in its own
 environment. TRL trains on the same tokens with observations masked, in the same two micro-batches by gradient
 accumulation. TRL pads prompts on the left and completions on the right, each to the longest of the batch. It computes
-entropies, and does not score the old policy in advance. TRL differs in two ways. First, its ratios are of tokens or
-sequences, not of turns. In the first update on a batch, all these ratios are 1, so loss and gradient are equal; the
-bench checks this. Second, TRL's fused output layer, which is made for GPUs, runs at every position, and once more in
-the backward pass.
+entropies. TRL's ratios are of tokens or sequences, not of turns. In the first update on a batch all ratios are 1, so
+loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for GPUs, runs at
+every position, and once more in the backward pass.
 
-Each variant runs in its own process, and loads the model there, so its peak memory is the peak memory of its own
-training. Before the measured update, each process runs an update on a single trajectory. All variants give the same
-loss and gradient norm. All variants except TRL, which does not report the mean log-prob, also give the same mean
-log-prob. The bench takes about 4 minutes.
+Each variant runs in its own process, so its peak memory is that of its own training. Before the measured update, each
+process runs an update on a single trajectory. All variants give the same loss and gradient norm. All variants except
+TRL also report the mean log-prob, which must be equal too. The bench takes about 4 minutes.
 """
 
 from __future__ import annotations
@@ -56,16 +53,12 @@ from a2tgpo.update.policy_update import update_policy
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 LENGTHS = (64, 96, 70, 128, 180, 80, 104, 66)
-"""Tokens of each trajectory.
-
-Real trajectories are 20 times longer. Like theirs, the lengths' standard deviation is 0.4 times the mean, and the
-distribution has a long tail.
-"""
+"""Tokens of each trajectory. Real trajectories are 20 times longer, with the same relative spread and a long tail."""
 NUM_MICROBATCHES = 2
 CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
 
 Update = Callable[[list[Trajectory]], dict[str, float]]
-"""Runs one update on the given trajectories; returns the update's loss, mean log-prob and gradient norm."""
+"""Runs one update on the given trajectories. Returns the update's loss, mean log-prob and gradient norm."""
 
 
 def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
@@ -76,7 +69,7 @@ def trajectories_of(lengths: tuple[int, ...]) -> list[Trajectory]:
 
 
 def turn_values(trajectory: Trajectory) -> list[tuple[float, float]]:
-    """Return a pair (advantage, clip scale) for each turn; both values are synthetic."""
+    """Return a synthetic pair (advantage, clip scale) for each turn."""
     return [
         (math.cos(len(trajectory.tokens) + turn), 1 + 0.3 * math.sin(turn))
         for turn in range(len(trajectory.turns))
@@ -125,9 +118,7 @@ def packed_minibatch(trajectories: list[Trajectory]) -> Minibatch:
 
 
 def padded(*, is_sorted: bool) -> Update:
-    """Return the plain loop's update, which pads tokens to [rows, longest].
-
-    The update uses an attention mask, SDPA, and log-probs computed with logsumexp.
+    """Return the plain loop's update, with an attention mask, SDPA, and log-probs computed with logsumexp.
 
     Args:
         is_sorted: whether to sort the trajectories by length.
@@ -180,7 +171,7 @@ def sampled_spans(trajectory: Trajectory) -> list[slice]:
 
 
 def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Tensor:
-    """Compute Eq. 10-12 with plain loops; return the sum over rows of the mean loss over the row's sampled tokens."""
+    """Compute Eq. 10-12 with plain loops: the sum over rows of the mean loss over the row's sampled tokens."""
     total = logprobs.new_zeros(())
     for row, trajectory in enumerate(rows):
         values = turn_values(trajectory)
@@ -193,7 +184,7 @@ def turn_level_loss(rows: list[Trajectory], logprobs: Tensor, old: Tensor) -> Te
 
 
 def by_trl() -> dict[str, float]:
-    """Run TRL's trainer; return the values of `measured` except the mean log-prob, which TRL does not report."""
+    """Run TRL's trainer, and return the values of `measured` except the mean log-prob, which TRL does not report."""
     rows = []
     for trajectory in trajectories_of(LENGTHS):
         completion: list[int] = []
@@ -230,10 +221,7 @@ VARIANTS: dict[str, Callable[[], Update]] = {
 
 
 def measured(build: Callable[[], Update]) -> dict[str, float]:
-    """Build an update and run it in a child process.
-
-    Return the update's results, its CPU seconds, and the peak memory in MB, model included.
-    """
+    """Build an update and run it in a child process. Return its results, CPU seconds and peak memory in MB."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder, "found.json")
 
@@ -297,7 +285,7 @@ def rows() -> list[measure.Row]:
 
 
 def sampled_share() -> float:
-    """Return the share of sampled tokens; this project's update runs the output layer only for these tokens."""
+    """Return the share of sampled tokens, for which this project's update runs the output layer."""
     return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 

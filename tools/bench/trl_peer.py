@@ -24,12 +24,7 @@ def run(script: str, request: dict[str, Any], *, ranks: int = 1) -> dict[str, An
     """Run a script in TRL's environment, and return its answer.
 
     The script receives the paths of two JSON files: it reads the request from the first, and writes its answer to the
-    second.
-
-    Args:
-        script: name of a file in this folder.
-        request: content of the request.
-        ranks: number of processes. torchrun starts them if there are several; rank 0 writes the answer.
+    second. If `ranks` > 1, torchrun starts this number of processes, and rank 0 writes the answer.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", str(ranks)]

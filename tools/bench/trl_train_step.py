@@ -4,8 +4,8 @@
 
 The program uses TRL's own training loop: `rollout_func` supplies the trajectories, and `env_mask` masks observations.
 Advantages are given per token instead of per sequence. A batch has only one update, so all ratios are 1, and loss and
-gradient equal the loss and gradient of the turn-level loss. This equality shows that both programs train on the same
-data. TRL uses gradient checkpointing by default; this program disables it, because the other variants do not use it.
+gradient equal those of the turn-level loss. TRL's gradient checkpointing is disabled, because the other variants do
+not use it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 Rows = list[dict[str, list]]
-"""One dict per trajectory.
-
-`prompt` and `completion` are token ids. `env_mask` is 1 at sampled tokens, else 0. `advantages` has a value per
-token.
-"""
+"""One dict per trajectory. `prompt` and `completion` are token ids. `env_mask` is 1 at sampled tokens, else 0.
+`advantages` has a value per token."""
 
 
 class GivenAdvantages(GRPOTrainer):
-    """Trains with the advantages that the request gives, instead of computing advantages from rewards."""
+    """A GRPOTrainer with advantages from the request instead of rewards."""
 
     rows: Rows
 
@@ -45,7 +42,7 @@ class GivenAdvantages(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Measures the CPU seconds of each optimizer step, starting with the step's first micro-batch."""
+    """The CPU seconds of each optimizer step, from the step's first micro-batch on."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -59,10 +56,7 @@ class Clock(TrainerCallback):
 
 
 def train(request: dict[str, Any]) -> dict[str, float]:
-    """Run two updates, and return the results of the second update.
-
-    The first update, on copies of the shortest trajectory, is a warm-up.
-    """
+    """Run two updates, the first as a warm-up on the shortest trajectory. Return the results of the second update."""
     rows, settings = request["rows"], request["update"]
     batches = [[rows[0]] * len(rows), rows]
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32)

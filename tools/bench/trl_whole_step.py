@@ -4,9 +4,8 @@
 
 whole_step.py starts this program with torchrun in .venv-trl. Questions, prompts, search, observations, budgets and
 rewards come from this project. `rollout_func` plays the trajectories with transformers' generate. All trajectories of
-a rank generate until the slowest has ended its turn; then all search. The next turn computes the whole context again.
-Each step has two updates, as in the configuration: TRL divides the generation batch into two halves, and scores the
-old policy before the first update.
+a rank generate until the slowest has ended its turn. Then all search. The next turn computes the whole context again.
+Each step has two updates, as in the configuration. TRL scores the old policy before the first update.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
 class TimedTrainer(GRPOTrainer):
-    """Records the wall time of each stage of a step. The stage `score` is scoring without gradients."""
+    """A GRPOTrainer that records each stage's wall time. The stage `score` is scoring without gradients."""
 
     seconds: dict[str, float]
 
@@ -58,7 +57,7 @@ class TimedTrainer(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Measures the wall seconds of every whole step and of its stages. A whole step has `updates` optimizer steps."""
+    """The wall seconds of every whole step and of its stages. A whole step has `updates` optimizer steps."""
 
     def __init__(self, trainer: TimedTrainer, player: Player, updates: int):
         self.steps: list[dict[str, float]] = []
@@ -88,7 +87,7 @@ class Clock(TrainerCallback):
 
 
 class Player:
-    """Plays groups of trajectories turn by turn, with transformers' generate."""
+    """Play groups of trajectories turn by turn, with transformers' generate."""
 
     def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
         self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
@@ -97,7 +96,7 @@ class Player:
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
-        """Play one trajectory for each prompt number in `numbers`; TRL calls this as its `rollout_func`."""
+        """Play one trajectory for each prompt number in `numbers`. TRL calls this as its `rollout_func`."""
         played = [
             Trajectory(
                 prompt_index=0,
@@ -140,7 +139,7 @@ class Player:
         }
 
     def _generate(self, model: Any, live: list[Trajectory]) -> list[list[int]]:
-        """Generate one turn of each trajectory; a turn includes the end-of-sequence token if it was sampled."""
+        """Generate one turn of each trajectory. A turn includes the end-of-sequence token if it was sampled."""
         contexts = [t.tokens for t in live]
         longest, end = max(map(len, contexts)), self._tokenizer.eos_token_id
         tokens = torch.tensor([[*[end] * (longest - len(context)), *context] for context in contexts])
@@ -178,7 +177,7 @@ class Player:
         return self._config.rollout.max_response_tokens - response
 
     def _goes_on(self, trajectory: Trajectory, texts: list[str], tokens: list[int]) -> bool:
-        """Append a turn with the sampled tokens and its observation; return whether another turn follows."""
+        """Append a turn with the sampled tokens and its observation. Return whether another turn follows."""
         text = self._protocol.text_of(tokens)
         texts.append(text)
         turn = Turn(tokens=TokenIds(tokens), rollout_logprobs=LogProbs())
@@ -204,7 +203,7 @@ class Player:
 
 
 def train(request: dict[str, Any]) -> list[dict[str, float]]:
-    """Train; return the seconds of each stage and the numbers of tokens, for every whole step on this rank."""
+    """Train, and return each stage's seconds and the numbers of tokens, for every whole step on this rank."""
     config = load_config(request["config"], request["overrides"])
     rollout, update = config.rollout, config.update
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, padding_side="left")

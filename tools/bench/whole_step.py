@@ -1,16 +1,14 @@
 """Measure a whole training step of SmolLM2-135M on worldqa, stage by stage, and compare it with TRL's GRPOTrainer.
 
 The bench runs launch/train.py on two processes with configs/smollm2_cpu.yaml and two prompts per step. The run starts
-from the model of its warm start; if this model is missing, the bench first makes it. The times of stages are the
-run's own `time/*` metrics, without the first step. The rollout stage includes scoring for information gain, which
-happens during generation.
+from the model of its warm start. If this model is missing, the bench first makes it. The times of stages are the
+run's own `time/*` metrics, without the first step. The rollout stage includes scoring for information gain.
 
 After `make setup-trl`, TRL also trains on two processes with one thread each. TRL uses the same questions, group
 size, lengths, search, observations and rewards, two updates per step, and two trajectories per forward pass. TRL
-differs as follows. transformers generates its rollouts, in our `rollout_func`, because TRL's vLLM modes need a GPU or
-a server. TRL's loss has ratios of tokens. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every
-position. TRL scores no information gain, which is part of our rollout. TRL generates with the model that it trains,
-so it has no refit. The two programs sample different text, so compare tokens per second.
+differs as follows. transformers generates its rollouts, because TRL's vLLM modes need a GPU or a server. TRL's loss
+has ratios of tokens. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every position. TRL scores no
+information gain, and has no refit. The two programs sample different text, so compare tokens per second.
 
 The bench takes about 6 minutes, and 4 more if it makes the warm start.
 """
@@ -49,11 +47,7 @@ def command(*arguments: str) -> None:
 
 
 def ours() -> list[dict[str, float]]:
-    """Run the training; return a dict for each step.
-
-    The dict has the wall seconds of each stage and of the whole `step`, the number of `sampled_tokens`, and the
-    number of all `tokens`.
-    """
+    """Run the training. Return, for each step, the wall seconds of each stage and of the `step`, and token counts."""
     with tempfile.TemporaryDirectory() as root:
         command(CONFIG, f"run.root={root}", *OVERRIDES)
         rollout = load_config(CONFIG, OVERRIDES).rollout
