@@ -11,10 +11,7 @@ from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:
-    """Compute sequences packed into one row; compare log-probs and gradients with transformers in float32.
-
-    transformers computes each sequence separately.
-    """
+    """Compare log-probs and gradients of packed sequences with those of transformers in float32, one by one."""
     import torch
 
     groups, dtype = passes.join(bench), passes.default_dtype()
@@ -37,7 +34,7 @@ def check_packed_attention(bench: Bench) -> None:
 
 
 def check_context_parallel(bench: Bench) -> None:
-    """Split sequences over two ranks; compare log-probs and gradients with a computation on whole sequences."""
+    """Split sequences over two ranks. Compare log-probs and gradients with a computation on whole sequences."""
     if bench.world_size < 2 or bench.world_size % 2:
         return bench.skip("context parallel", f"{bench.world_size} ranks; needs an even number")
     from a2tgpo.config.parallel import ParallelConfig

@@ -1,4 +1,4 @@
-"""Collect the results of the checks as rows, and format rows as a table or as JSON."""
+"""Rows for the results of the checks, and their formats as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STATUSES = ("PASS", "FAIL", "SKIP", "INFO")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One result of a check; it is one line of the table."""
+    """One result of a check, which is one line of the table."""
 
     check: str
-    """The name in `catalogue.CHECKS` of the check that wrote the row."""
+    """Name of the check in `catalogue.CHECKS`."""
     name: str
     status: str
     """One of PASS, FAIL, SKIP and INFO. INFO is a measurement that has no limit."""
@@ -32,9 +32,9 @@ class Row:
     """`<=` if `measured` must not exceed `limit`, `>=` if it must not be below `limit`."""
     unit: str = ""
     note: str = ""
-    """The reason if the row failed or was skipped; else further observations."""
+    """Why the row failed or was skipped, or further observations."""
     quantity: str = ""
-    """The key in `QUANTITIES` of the plan's assumption that `measured` can replace; empty if there is none."""
+    """The key in `QUANTITIES` of the plan's assumption that `measured` can replace, or empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,10 @@ class Settings:
     lengths: tuple[int, ...] | None = None
     """Tokens of each packed sequence for wide heads. None: long sequences on a GPU, short sequences on a CPU."""
     like: str | None = None
-    """The model whose slice is checked: a built-in name, or a folder with config.json.
-
-    None: a large model on a GPU, and a small stand-in on a CPU.
-    """
+    """The model whose slice is checked: a built-in name, or a folder with config.json. None: `DEFAULT_LIKE` on a GPU,
+    `STAND_IN` on a CPU."""
     tensor: int = 8
-    """Tensor-parallel size of the model. The slice is what one tensor-parallel rank has of the model."""
+    """Tensor-parallel size of the model. The slice is the share of one rank."""
     layers: int = 4
     """Number of layers in the slice."""
 
@@ -70,10 +68,7 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Bench:
-    """What a check needs on one rank: a folder, its rank, the settings, and methods that add rows.
-
-    Only the rows of rank 0 are reported.
-    """
+    """The environment of a check on one rank. Only the rows of rank 0 are reported."""
 
     check: str
     work: Path

@@ -24,11 +24,11 @@ from gpu_checks.step import (
 class Check:
     run: Callable[[Bench], None]
     alone: bool = False
-    """Whether the check runs on one rank only, because it tests a GPU and no connections between GPUs."""
+    """Whether the check runs on one rank only."""
     needs_gpu: str = ""
-    """The reason why the check is skipped on a machine without a GPU. Empty if the check also runs on a CPU."""
+    """Why the check is skipped on a machine without a GPU. Empty if the check also runs on a CPU."""
     timeout_s: float = 600.0
-    """The check's default for --timeout-s. It is long enough for a first run, which compiles kernels."""
+    """Default of --timeout-s, long enough for a first run, which compiles kernels."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that are set in the check's processes."""
 

@@ -21,19 +21,15 @@ MIN_SHARE = 0.9
 """Smallest share of the KV cache's bytes that sleep must free, and that wake must allocate again."""
 PREFILL_TOKENS = 2048
 MAX_RESCORED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-"""Limit in nats for the mean |difference| between two log-probs of the same sampled token.
-
-The engine computes one log-prob while it samples, and the other log-prob when it scores the finished sequence. The
-two computations round differently, as the computations of engine and trainer do.
-"""
+"""Limit in nats for the mean |difference| between two log-probs of each sampled token: one from sampling, one from a
+later scoring of the finished sequence."""
 MAX_RESCORED = 16
 """Largest number of sequences that are scored again, one by one."""
 MAX_SHARE_OTHER = 0.5
 """Largest share of the requests whose tokens may change if asynchronous scheduling is switched on.
 
-Asynchronous scheduling changes which requests share a batch. The rounding of bfloat16 depends on the other requests
-in the batch, and one different token changes all later tokens of a request. A scheduler that mixes up requests would
-change the tokens and scores of nearly all requests.
+Asynchronous scheduling changes which requests share a batch, and so the rounding of bfloat16. One different token
+changes all later tokens of a request. If the scheduler mixed up requests, nearly all requests would change.
 """
 
 
@@ -45,10 +41,7 @@ class Play:
     dtype: str
     cache_gib: float
     sequences: int
-    """Number of sequences that are decoded concurrently, in two rounds.
-
-    In the second round, every sequence continues after an observation.
-    """
+    """Number of concurrent sequences. In the second of two rounds, every sequence continues after an observation."""
     tokens: int
     """Largest number of tokens sampled per sequence and round."""
     async_scheduling: bool = False
@@ -64,10 +57,7 @@ class Played:
     """Mean seconds of an engine step in the first round, in which `sequences` sequences run."""
     tokens_per_s: float
     rescored_gap: float
-    """Mean |difference| in nats between two log-probs of each token of the second round.
-
-    The engine computes one while it samples the token, and the other in a later scoring without cache.
-    """
+    """Mean |difference| in nats between the log-probs from sampling and from scoring (see `MAX_RESCORED_GAP`)."""
 
 
 def check_engine_memory(bench: Bench) -> None:
@@ -104,8 +94,8 @@ def check_engine_speed(bench: Bench) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # Build the model without ids beyond the tokenizer's ids. Sampling leaves such ids out of the distribution, while
-    # scoring of sequences includes them, so the two log-probs would differ.
+    # Build the model without ids beyond the tokenizer's ids. Sampling masks such ids, but scoring does not, so the
+    # log-probs would differ.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     settings = Play(
         path=path,
@@ -148,10 +138,9 @@ def check_engine_speed(bench: Bench) -> None:
 
 
 def write_engine_slice(folder: Path, dimensions: ModelDimensions) -> str:
-    """Write the slice as a Qwen3 model that an engine can load; return its folder.
+    """Write the slice as a Qwen3 model that an engine can load, and return its folder.
 
-    vLLM's Qwen2 computes the channels of a head as the hidden size divided by the number of heads, which is wrong for
-    a slice. Qwen3 reads the channels from its configuration, and has the same matrices.
+    vLLM's Qwen2 would derive a wrong number of channels per head. Qwen3 reads this number from its configuration.
     """
     as_qwen3 = dataclasses.replace(dimensions, architecture="qwen3")
     return write_checkpoint(folder, as_qwen3, max_positions=PREFILL_TOKENS + 64)
@@ -185,8 +174,7 @@ def play(settings: Play) -> Played:
 def play_on(engine: Any, settings: Play) -> Played:
     """Decode one sequence alone, then `settings.sequences` sequences concurrently in two rounds.
 
-    Every request has its own seed. Every second sequence has a stop string that samples from the small vocabulary
-    soon contain, so it ends early, as a turn with a tool call does.
+    Every request has its own seed. Every second sequence has a stop string that it samples soon, like a tool call.
     """
     from a2tgpo.refit.verify import probe_tokens
 
@@ -228,7 +216,7 @@ def play_on(engine: Any, settings: Play) -> Played:
 
 
 def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
-    """Prefill long prompts in an engine; return floating point operations per second, and a text with the time."""
+    """Prefill long prompts in an engine. Return floating point operations per second, and a text with the time."""
     from a2tgpo.config.rollout import RolloutConfig
     from a2tgpo.plan.flops import forward_flops
     from a2tgpo.refit.verify import probe_tokens
@@ -251,7 +239,7 @@ def prefill(sliced: tuple[str, ModelDimensions]) -> tuple[float, str]:
 
 
 def _drain(engine: Any) -> tuple[dict[str, Any], float, int]:
-    """Step the engine until all requests are finished; return {request id: output}, the seconds and the steps."""
+    """Step the engine until all requests are finished. Return {request id: output}, the seconds and the steps."""
     outputs: dict[str, Any] = {}
     steps, start = 0, time.perf_counter()
     while engine.has_unfinished:

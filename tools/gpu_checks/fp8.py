@@ -17,9 +17,8 @@ MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
 """Largest accepted differences between FP8 and bfloat16, computed as in `passes`.
 
-Emulation gave the following differences. Log-probs differ by 0.06 with every recipe if `fp8_study/emulation.py`
-emulates the forward pass. Gradients differ by 0.17, and for a slice by 0.10, if Transformer Engine's own layers run
-on kernels that round in PyTorch.
+In emulation (`fp8_study/emulation.py`), log-probs differ by 0.06 with every recipe. With Transformer Engine's layers
+on kernels that round in PyTorch, gradients differ by 0.17, and by 0.10 for a slice.
 """
 TIMED_PASSES = 8
 
@@ -32,9 +31,10 @@ def check_fp8(bench: Bench) -> None:
 
 
 def check_slice(bench: Bench) -> None:
-    """Check a slice that has the shapes of one tensor-parallel rank of a large model, and measure its speed.
+    """Compare a slice of a large model in bfloat16 with transformers, and each FP8 recipe with bfloat16. Measure
+    speed.
 
-    The slice in bfloat16 is compared with transformers, and each FP8 recipe with bfloat16.
+    The slice has the shapes of one tensor-parallel rank.
     """
     import torch
 
@@ -72,10 +72,7 @@ def _compare_recipes(
     *,
     number_format: Format,
 ) -> list[Recipe]:
-    """Add a row for log-probs and a row for gradients of each recipe; return the recipes that could be computed.
-
-    If the libraries refuse a recipe, add a row that fails instead.
-    """
+    """Add rows for log-probs and gradients of each recipe, or a row that fails. Return the recipes that ran."""
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
     from a2tgpo.io.errors import ConfigError
 
@@ -108,10 +105,7 @@ def _compare_recipes(
 def _time(
     bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: Recipe | None
 ) -> None:
-    """Measure the floating point operations per second of forward and backward pass over four sequences.
-
-    The number of operations is the number that a plan assumes for these passes.
-    """
+    """Measure a plan's floating point operations per second of forward and backward pass over four sequences."""
     import torch
 
     from a2tgpo.config.fp8 import Fp8Config
@@ -163,9 +157,9 @@ def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: i
 
 
 def planned_activations(dimensions: Any, tokens: int) -> float:
-    """Return the bytes that a plan estimates for a pass over `tokens` tokens in bfloat16.
+    """Return a plan's estimate of the bytes of a bfloat16 pass over `tokens` tokens, logits included.
 
-    The estimate includes the logits, and assumes no recomputation.
+    The estimate assumes no recomputation.
     """
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.plan.activations import MicrobatchShape

@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(file: str) -> dict[str, Any]:
-    """Return the content of `file`, which tools/gpu_check.py --json wrote.
+    """Return the content of `file`.
 
     Raises:
-        ConfigError: one line; the file cannot be read, or tools/gpu_check.py did not write it.
+        ConfigError: with a one-line message, if the file cannot be read, or if tools/gpu_check.py did not write it.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def read(file: str) -> dict[str, Any]:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Return the Markdown table of `results`; each result comes from `read` and is one column."""
+    """Return the Markdown table of `results`, with one column per result of `read`."""
     checks = list(dict.fromkeys(name for result in results for name in result["seconds"]))
     rows = [
         ["date", *(result["machine"]["time"][:10] for result in results)],

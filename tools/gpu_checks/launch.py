@@ -1,7 +1,7 @@
 """Start the ranks of tools/gpu_check.py.
 
-The program either starts all ranks itself, or it is one of several copies that torchrun or srun started. Each copy
-starts its own rank.
+Without a launcher, the program starts all ranks itself. Under torchrun or srun, each copy of the program starts its
+own rank.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def launched_environment() -> dict[str, str] | None:
     Return None if no launcher started this process as one of several.
 
     Raises:
-        ValueError: a launcher started this process as one of several, but the environment has no meeting point.
+        ValueError: if a launcher did, but the environment has no meeting point.
     """
     names = launched(os.environ)
     if names is None:
@@ -42,8 +42,7 @@ def rank_environments(
     """Return the environment of each rank that this process starts for check number `index`.
 
     Args:
-        launched: from `launched_environment`. If it is not None, this process starts at most one rank, its own. Every
-            check has another port, because the launcher or the last check may still use its port.
+        launched: the result of `launched_environment`. If it is not None, this process starts at most its own rank.
         num_ranks: number of ranks that this process starts if `launched` is None.
         alone: whether the check runs on rank 0 only.
     """
@@ -61,10 +60,9 @@ def rank_environments(
 
 
 class RankSync:
-    """Synchronises, after each check, the copies that a launcher started. Does nothing if there is one process.
+    """Synchronise, after each check, the copies that a launcher started. Do nothing if there is one process.
 
-    Rank 0 receives the failures of the other ranks. All ranks exit with rank 0's exit code at the same time, because
-    a launcher ends all ranks as soon as one rank fails.
+    All copies exit with rank 0's exit code at the same time, because a launcher ends all ranks as soon as one fails.
     """
 
     def __init__(self, launched: dict[str, str] | None, *, timeout_s: float):

@@ -27,7 +27,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    # Also ask is_available, because device_count alone includes GPUs that cannot be used with an old driver.
+    # Also ask is_available, because device_count includes GPUs that cannot be used with an old driver.
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     first = torch.cuda.get_device_properties(0) if seen else None
     return {
@@ -46,10 +46,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def gpus_row(machine: dict[str, Any]) -> Row:
-    """Return a row that fails if the driver lists GPUs but torch cannot use them.
-
-    Without this row, such a machine would look like a machine without GPUs.
-    """
+    """Return a row that fails if the driver lists GPUs but torch cannot use them."""
     seen = machine["gpus_seen_by_torch"]
     return Row(
         check="machine",

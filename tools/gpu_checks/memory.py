@@ -25,10 +25,10 @@ class Trained:
     """The final weights, their float32 copies and the optimizer's moments, all on the CPU."""
     losses: list[float]
     held_gib: float = 0.0
-    """Size in GiB of the tensors on the GPU before the last offload. It is 0 on a machine without a GPU."""
+    """Size in GiB of the tensors on the GPU before the last offload, or 0 without a GPU."""
     freed_gib: float = 0.0
     copied_gib: float = 0.0
-    """Size in GiB of the last copy to the host. The copy back to the GPU has the same size."""
+    """Size in GiB of the last copy to the host, which is also the size of the copy back."""
     out_s: float = 0.0
     back_s: float = 0.0
     optimizer_s: float = 0.0
@@ -37,10 +37,7 @@ class Trained:
 
 
 def check_memory(bench: Bench) -> None:
-    """Run the same updates three times and compare the results.
-
-    The first two trainings keep everything on the GPU. The third offloads everything after each update.
-    """
+    """Train twice on the GPU and once with offloading after each update, and compare the results."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -114,10 +111,7 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
 
 
 def _move(phases: Any, done: Trained) -> None:
-    """Offload everything as before a rollout, load it as before a checkpoint, and record the times of both copies.
-
-    The first call takes longer, because it allocates pages on the host.
-    """
+    """Offload everything as before a rollout, load it as before a checkpoint, and record the times of both copies."""
     import torch
 
     on_gpu = torch.cuda.is_available()

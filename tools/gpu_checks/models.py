@@ -35,10 +35,7 @@ SMALL = ModelDimensions(
 )
 """A model of four layers, whose shapes the kernels of large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
-"""A model with heads of 128 channels and eight query heads per key head.
-
-One of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B has such heads.
-"""
+"""A model with the heads of one of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B."""
 STAND_IN = ModelDimensions(
     architecture="qwen2",
     hidden=256,
@@ -50,10 +47,8 @@ STAND_IN = ModelDimensions(
     vocab=152064,
     tied=False,
 )
-"""A small model that replaces Qwen2.5-72B on a machine without a GPU.
-
-As in Qwen2.5-72B, the feed-forward channels of one of 8 ranks (464) are not a multiple of 128.
-"""
+"""A small model for machines without a GPU. As in Qwen2.5-72B, the feed-forward channels of one of 8 ranks (464) are
+not a multiple of 128."""
 DEFAULT_LIKE = "qwen2.5-72b"
 
 
@@ -64,11 +59,7 @@ def write_model(
     max_positions: int = 1024,
     device: torch.device | str = "cpu",
 ) -> str:
-    """Write a model of `dimensions` with random weights in bfloat16; return its folder.
-
-    Args:
-        device: where the weights are drawn. On a CPU, drawing a large model takes minutes.
-    """
+    """Write a model of `dimensions` with random weights in bfloat16, drawn on `device`. Return its folder."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,7 +77,7 @@ def write_model(
 
 
 def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_positions: int = 1024) -> str:
-    """Write a model with random weights and, because an engine needs one, a tokenizer; return the folder."""
+    """Write a model with random weights, and a tokenizer for the engine. Return the folder."""
     from worlds.tiny_model import build_tokenizer
 
     texts = [f"what is the capital of {country}? {city}" for country, city in CITIES.items()] * 4
@@ -98,16 +89,14 @@ def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_p
 
 
 def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool) -> ModelDimensions:
-    """Return the dimensions of a slice of a model.
-
-    The slice has `layers` layers. Of each layer, it has the part that one of `tensor` tensor-parallel ranks holds.
+    """Return the dimensions of the part of `layers` layers that one of `tensor` tensor-parallel ranks holds.
 
     Args:
-        like: the model, as a built-in name or as a folder whose config.json is read. None: `DEFAULT_LIKE` on a GPU,
-            `STAND_IN` on a CPU.
+        like: the value of `Settings.like`.
 
     Raises:
-        ConfigError: one line; the model does not exist, it has experts, or `tensor` or `layers` do not fit it.
+        ConfigError: with a one-line message, if the model does not exist or has experts, or if `tensor` or `layers`
+            do not fit it.
     """
     whole = STAND_IN if like is None and not on_gpu else _read_like(like or DEFAULT_LIKE)
     require(not whole.experts, "--like", like, "a model without experts")

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
 """{backend: smallest accepted bus bandwidth of the largest message}.
 
-One network port of 200 Gb/s reaches 20 GB/s. If the bandwidth is lower, NCCL uses TCP. Within a DGX H100 node,
-several hundred GB/s are usual.
+One network port of 200 Gb/s reaches 20 GB/s. If the bandwidth is lower, NCCL uses TCP.
 """
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16
@@ -24,7 +23,7 @@ SMALL_KIB = 16
 
 
 def check_all_reduce(bench: Bench) -> None:
-    """Measure the bus bandwidth of all-reduce for several sizes; check the bandwidth of the largest size.
+    """Measure the bus bandwidth of all-reduce for several sizes, and check the bandwidth of the largest size.
 
     As in nccl-tests, the bus bandwidth over n ranks is 2 (n - 1) / n times the bytes, divided by the time.
     """
@@ -42,8 +41,7 @@ def check_all_reduce(bench: Bench) -> None:
     repeats = 20 if on_gpu else 4
     seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
     bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
-    # Over several nodes, bus bandwidth is not a rank's share of the network, which a plan needs. So give a plan no
-    # value then.
+    # Over several nodes, bus bandwidth is not the value that a plan needs, which is a rank's share of the network.
     one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
     for size in SIZES_MIB[backend]:
         seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)
@@ -60,10 +58,10 @@ def check_all_reduce(bench: Bench) -> None:
 
 
 def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: int) -> float:
-    """Run all-reduces of `num_bytes` bytes; return the seconds of one all-reduce on the slowest rank.
+    """Run all-reduces of `num_bytes` bytes, and return the seconds of one all-reduce on the slowest rank.
 
     Raises:
-        RuntimeError: the sum is wrong.
+        RuntimeError: if the sum is wrong.
     """
     import torch
     import torch.distributed as dist

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 LENGTHS = (7, 64, 1, 33, 150)
 LONG_LENGTHS = (17, 700, 1, 3000, 426)
-"""Default of `--lengths` on a machine with a GPU. On a machine without a GPU, `LENGTHS` is the default."""
+"""Default of `--lengths` on a machine with a GPU. Without a GPU, the default is `LENGTHS`."""
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
 """Limit in nats for the mean |difference| between this project's log-probs and transformers' log-probs in float32.
 
@@ -21,7 +21,7 @@ The CPU twin of Transformer Engine differs by 2e-7 in float32, and by 0.005 in b
 of a packed sequence, the difference would be 0.5 or more.
 """
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
-"""Limit for |difference| / |gradient| between this project and transformers; all gradients form one vector.
+"""Limit for |difference| / |gradient| between this project and transformers, with all gradients in one vector.
 
 The CPU twin of Transformer Engine differs by 5e-7 in float32, and by 0.015 in bfloat16. If attention crossed the end
 of a packed sequence, the difference would be 1.2.
@@ -29,7 +29,7 @@ of a packed sequence, the difference would be 1.2.
 
 
 def join(bench: Bench) -> Any:
-    """Join the other ranks of the check; return process groups for a layout without model parallelism."""
+    """Join the other ranks of the check, and return process groups for a layout without model parallelism."""
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.parallel.initialize import initialize
 
@@ -37,17 +37,14 @@ def join(bench: Bench) -> Any:
 
 
 def default_dtype() -> Dtype:
-    """Return "bfloat16" on a GPU and "float32" on a CPU.
-
-    In float32, rounding errors are too small to be mistaken for a wrong computation.
-    """
+    """Return "bfloat16" on a GPU and "float32" on a CPU."""
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def trajectories(lengths: Sequence[int]) -> list[Any]:
-    """Return a sequence for each length; it has one prompt token and `length` sampled tokens."""
+    """Return a sequence for each length, with one prompt token and `length` sampled tokens."""
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
 
     ids, made, start = probe_tokens(VOCAB_SIZE, sum(lengths) + len(lengths)), [], 0
@@ -89,10 +86,7 @@ def logprobs_and_gradients(
     parallel: Any = None,
     fp8: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the log-probs [tokens] of all sampled tokens, and the gradients of their mean.
-
-    Both are on the CPU. The gradients are {Hugging Face name of the weight: gradient}.
-    """
+    """Return the log-probs [tokens] of all sampled tokens, and {Hugging Face name: gradient of their mean}."""
     import torch
 
     from a2tgpo.model.weights import iterate_hf_weights
@@ -117,9 +111,8 @@ def logprobs_and_gradients(
 
 
 def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
-    """Return the log-probs of the last sequence of `LENGTHS`, from its third token on.
-
-    They are computed as branches of one sequence; each branch has ten tokens.
+    """Return the log-probs of the last sequence of `LENGTHS` from its third token on, computed as branches of ten
+    tokens.
     """
     import torch
 
@@ -143,10 +136,7 @@ def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
 
 
 def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) -> tuple[Any, dict[str, Any]]:
-    """Return log-probs and gradients as `logprobs_and_gradients` does, computed by transformers in float32.
-
-    Each sequence is computed separately.
-    """
+    """Return the same as `logprobs_and_gradients`, computed by transformers in float32, one sequence at a time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +162,7 @@ def distance(gradients: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def release() -> None:
-    """Free the GPU memory of models that nothing refers to any more."""
+    """Free the GPU memory of unused models."""
     import gc
 
     import torch

@@ -1,4 +1,4 @@
-"""Check that a resumed run equals an uninterrupted run; both use launch/train.py, as users do."""
+"""Check that a resumed run equals an uninterrupted run. Both use launch/train.py, as users do."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from gpu_checks.step import STEPS, write_run
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Settings that make Transformer Engine and cuBLAS deterministic.
-
-Without these settings, the backward pass of attention sums in an arbitrary order.
-"""
+"""Settings that make Transformer Engine and cuBLAS deterministic."""
 
 
 def check_resume(bench: Bench) -> None:
@@ -36,10 +33,10 @@ def check_resume(bench: Bench) -> None:
 
 
 def _train(config: Path, *arguments: str) -> None:
-    """Run launch/train.py in its own process; its output goes to the log of this process.
+    """Run launch/train.py in its own process. Its output goes to this process's log.
 
     Raises:
-        RuntimeError: the exit code of launch/train.py is not 0.
+        RuntimeError: if the exit code is not 0.
     """
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(config), *arguments]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode

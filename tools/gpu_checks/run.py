@@ -14,19 +14,13 @@ from gpu_checks.bench import Row, Settings
 
 TOOL = Path(__file__).parents[1] / "gpu_check.py"
 GRACE_S = 5.0
-"""Seconds that the other ranks of a check have after one rank has failed.
-
-In this time, the other ranks write their own messages to their logs.
-"""
+"""Seconds that the other ranks have to write their messages after one rank has failed."""
 
 
 def run_check(
     name: str, environments: list[dict[str, str]], *, settings: Settings, work: Path, timeout_s: float
 ) -> list[Row]:
-    """Start the ranks of check `name` and wait for them; return the check's rows.
-
-    If a rank fails or does not end in time, the result has a further row with the status FAIL.
-    """
+    """Run the ranks of check `name`, and return its rows, with a FAIL row if a rank fails or does not end in time."""
     logs = [work / f"{name}.{environment['RANK']}.log" for environment in environments]
     arguments = ["--one", name, "--work", str(work), "--settings", settings.dumps()]
     processes = []
@@ -54,7 +48,7 @@ def run_check(
 
 
 def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float) -> str:
-    """Wait for all processes; return a line that describes the first failure, or "" if all succeeded."""
+    """Wait for all processes. Return a line that describes the first failure, or "" if all succeeded."""
     deadline, fault = time.monotonic() + timeout_s, ""
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         failed = [i for i, process in enumerate(processes) if process.poll()]
@@ -84,8 +78,7 @@ def _end(processes: list[subprocess.Popen]) -> None:
 
 def _describe(process: subprocess.Popen, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # Look for the exception's line, which begins with a name and a colon. It may not be the last line, because
-    # interpreters and libraries may print more lines after it.
+    # Look for the exception's line, which begins with a name and a colon. More lines may follow it.
     errors = [
         line for line in lines if line.split(":")[0].endswith(("Error", "Exception")) or "error:" in line[:60]
     ]

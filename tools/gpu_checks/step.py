@@ -1,7 +1,4 @@
-"""Check whole training steps in bfloat16 and in FP8.
-
-A step consists of refit and probe, rollout with searches and gains, and update.
-"""
+"""Check whole training steps in bfloat16 and in FP8: refit and probe, rollout with searches and gains, and update."""
 
 from __future__ import annotations
 
@@ -19,25 +16,22 @@ STEPS = 2
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 """Limit in nats for the mean |difference| between engine and trainer in the log-probs of sampled tokens.
 
-On a CPU in float32, the difference is 1e-6. The limit for bfloat16 is the default of guard.max_train_engine_gap; it
-is several times the rounding error of bfloat16 in this model.
+On a CPU in float32, the difference is 1e-6. The limit for bfloat16 is the default of guard.max_train_engine_gap.
 """
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
 """Limit in nats for the mean |difference| between engine and trainer in the log-probs of gold answers.
 
-The limits are those of the probe (refit.verify.TOLERANCES), because gold answers are as improbable for this policy as
-the probe's tokens.
+The limits are those of the probe (refit.verify.TOLERANCES), because gold answers are as improbable as its tokens.
 """
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
 """Limits in nats for the same difference of sampled tokens if engine, trainer or both compute in FP8.
 
-A difference below the lower limit shows that FP8 was not used, because bfloat16 gives less than 0.01. Emulated FP8
-(`fp8_study/emulation.py`) changes the log-probs of such a model by 0.06, or by 0.09 if both sides round
-independently. The upper limit is about three times 0.09, because scales of fused matrices and packed rows are coarser
-than emulated scales.
+bfloat16 gives less than 0.01, so a difference below the lower limit shows that FP8 was not used. Emulated FP8
+(`fp8_study/emulation.py`) changes the log-probs by 0.06, or by 0.09 if both sides round independently. The upper
+limit is about three times 0.09, because scales of fused matrices and packed rows are coarser than emulated scales.
 """
 MAX_FP8_GAIN_GAP = 0.8
-"""Limit in nats for gold answers in FP8; it equals the value of refit.verify.TOLERANCES for FP8."""
+"""Limit in nats for gold answers in FP8, which is the value of refit.verify.TOLERANCES for FP8."""
 
 SAMPLED = "gap/train_engine_abs_mean"
 GAIN = "gain/engine_trainer_gap"
@@ -47,7 +41,7 @@ CORRECTION = {"algorithm": {"correction": {"kind": "truncate"}}}
 
 
 def check_training_step(bench: Bench) -> None:
-    """Run training steps with searches in bfloat16, and check that the engine receives weights that were changed."""
+    """Run training steps with searches in bfloat16, and check that the engine receives changed weights."""
     from a2tgpo.refit.verify import TOLERANCES
 
     parts, trainer = _start(bench)
@@ -101,10 +95,8 @@ def check_fp8_step(bench: Bench) -> None:
 
 
 def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
-    """Run training steps in FP8, and check the differences between engine and trainer.
-
-    The differences must be larger than in bfloat16, but not larger than the noise of FP8. If the probe differs by
-    more than FP8's tolerance, the trainer itself fails the step.
+    """Run training steps in FP8, and check that engine and trainer differ more than in bfloat16, by FP8's noise at
+    most.
     """
     parts, trainer = _start(bench, CORRECTION, *settings)
     for step in range(1, STEPS + 1):
@@ -118,7 +110,7 @@ def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
 
 
 def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
-    """Build a run from its configuration; return the run's parts and its trainer."""
+    """Build a run from its configuration. Return the run's parts and its trainer."""
     from a2tgpo.assemble import assemble, build_checkpoints
     from a2tgpo.config.load import load_config
     from a2tgpo.metrics.guards import Guards
@@ -158,11 +150,9 @@ def _end(parts: Any, trainer: Any) -> None:
 
 
 def _move_weights(parts: Any, *, target: float) -> float:
-    """Raise the probe's likelihood with the trainer's own backward pass and optimizer steps.
+    """Raise the probe's likelihood with the trainer's own optimizer steps, `MAX_UPDATES` at most.
 
-    Returns:
-        The mean change of the probe's log-probs, nats. It is at least `target` unless `MAX_UPDATES` steps were too
-        few.
+    Return the mean change of the probe's log-probs, in nats.
     """
     from a2tgpo.batch.packing import pack
     from a2tgpo.refit.verify import probe_tokens, probe_trajectory
@@ -193,9 +183,7 @@ def _move_weights(parts: Any, *, target: float) -> float:
 
 
 def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
-    """Write the questions, the corpus and the configuration of a run; return the path of the configuration.
-
-    Every rank writes to its own folder; everything else is equal on all ranks.
+    """Write the questions, the corpus and the configuration of a run, and return the path of the configuration.
 
     Args:
         settings: further settings by section. Later settings override earlier settings.
