@@ -5,12 +5,10 @@
     python tools/ablation/compare.py --report DIR
 
 A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NAME.yaml of the --tuned folder if that
-file exists; later files override earlier ones. The tuned file has settings that depend on the experiment's scale,
-such as learning rate and clipping range. Runs with the same seed draw the same questions with the same seeds. If the
-same command is started again, it skips finished runs and resumes the other runs from their checkpoints. A failed run
-does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
-curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files, from the existing
-runs.
+file exists. Later files override earlier ones. Runs with the same seed draw the same questions with the same seeds.
+If the same command is started again, it skips finished runs and resumes the other runs from their checkpoints. A
+failed run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites
+results.csv, curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ class Experiment:
     tuned: Path | None
     ranks: int
     launcher: Sequence[str]
-    """The command that starts a run; it takes the same arguments as launch/local.sh."""
+    """The command that starts a run, with the arguments of launch/local.sh."""
 
     def arguments(self, run: Run) -> list[str]:
         """Return the arguments after CONFIG: YAML files, then values. A later argument overrides an earlier one."""
@@ -107,10 +105,7 @@ class Job:
 
 
 class Progress:
-    """Shows the progress of all runs.
-
-    In a terminal, a bar has the number of steps and the time left. Elsewhere, every ended run gets a line.
-    """
+    """The progress of all runs: a bar in a terminal, and elsewhere a line for every ended run."""
 
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)
@@ -159,11 +154,10 @@ class Progress:
 
 
 def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list[RunResult]:
-    """Train all unfinished runs of `plan`, `jobs` at a time; return the results of the runs that failed.
+    """Train all unfinished runs of `plan`, `jobs` at a time, and return the results of the runs that failed.
 
     Raises:
-        ConfigError: a configuration is wrong, or a run was started with another configuration. The error is raised
-            before any run starts.
+        ConfigError: before any run starts, if a configuration is wrong or differs from that of an earlier start.
     """
     from style import MAX_METHODS
 
@@ -192,7 +186,7 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
 def play(
     experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
 ) -> list[RunResult]:
-    """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends; return the failed results."""
+    """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends. Return the failed results."""
     waiting, running, failed = list(runs), list[Job](), list[RunResult]()
     try:
         while waiting or running:
@@ -228,10 +222,7 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start `run`, and append its output to its log.
-
-    The run gets its own share of the cores if the share has at least one core per rank.
-    """
+    """Start `run` with its own share of the cores, if it has a core per rank, and append its output to its log."""
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:

@@ -6,7 +6,7 @@ figure5.png           spread of the advantage by the number of remaining process
 figure10.png          tool calls over training, and exact match by tool calls
 needless.png          each method's advantage for trajectories with more searches than the question needs
 
-The figures have the numbers that they have in the paper (arXiv 2605.06200). The paper does not contain needless.png.
+The figures have the numbers of the paper (arXiv 2605.06200), which does not contain needless.png.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LEARNING_PANELS: Sequence[tuple[str, str, tuple[str, ...]]] = (
 
 
 def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
-    """Draw every figure for which the finished runs `results` have data; return {file name: caption}."""
+    """Draw every figure for which the finished runs `results` have data. Return {file name: caption}."""
     captions: dict[str, str] = {}
     if not results:
         return captions
@@ -93,10 +93,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
 
 
 def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """Return the method whose trajectories figures 4 and 5 use.
-
-    It is the last method with turn-group advantages, or the last of all methods if none has them.
-    """
+    """Return the last method with turn-group advantages, or the last of all methods if none has them."""
     grouped = [
         method
         for method, own in by_method.items()
@@ -110,15 +107,12 @@ def signal_steps(result: RunResult) -> list[int]:
 
 
 def signal_batches(results: Sequence[RunResult]) -> list[list[Trajectory]]:
-    """Return one list of trajectories per selected step; the steps are spread over the training of every run."""
+    """Return one list of trajectories per selected step. The steps are spread over the training of every run."""
     return [read_step(result.run.folder, step) for result in results for step in signal_steps(result)]
 
 
 def last_calls(results: Sequence[RunResult]) -> Columns | None:
-    """Return tool calls and exact match of the trajectories in the last steps of a method's runs.
-
-    Return None if the runs recorded no trajectories.
-    """
+    """Return tool calls and exact match in the last steps of a method's runs, or None if nothing was recorded."""
     steps = [(r, step) for r in results for step in list(recorded_steps(r.run.folder))[-LAST_STEPS:]]
     parts = [call_signals(read_step(result.run.folder, step)) for result, step in steps]
     return join(parts) if parts else None
@@ -137,7 +131,7 @@ def draw_learning_curves(by_method: Mapping[str, Sequence[RunResult]]) -> Figure
 def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Sequence[str]) -> None:
     """Draw for each method a line of the mean and a band of the range over seeds.
 
-    The metric is, for each run, the first of `names` that the run has recorded.
+    The metric of a run is the first of `names` that the run has recorded.
     """
     for number, (method, results) in enumerate(by_method.items()):
         steps, values = seed_curves(results, names)
@@ -162,7 +156,7 @@ def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Se
 def seed_curves(results: Sequence[RunResult], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps [n] at which all runs have a value, and these values [runs, n].
 
-    A run's values are those of the first metric in `names` that the run has recorded.
+    The metric of a run is the first of `names` that the run has recorded.
     """
     curves = []
     for result in results:
@@ -173,7 +167,7 @@ def seed_curves(results: Sequence[RunResult], names: Sequence[str]) -> tuple[np.
 
 
 def write_figure4(columns: Columns, out: Path, origin: str) -> str:
-    """Write figure4.csv, figure4_drift.csv and figure4.png; return the caption."""
+    """Write figure4.csv, figure4_drift.csv and figure4.png. Return the caption."""
     rows = list(distributions(columns, "turn"))
     found = drifts(rows)
     write_csv(out / "figure4.csv", rows)
@@ -253,7 +247,7 @@ def draw_counts(ax: Axes, rows: Sequence[Mapping]) -> None:
 
 
 def write_figure5(columns: Columns, out: Path, origin: str) -> str:
-    """Write figure5.csv and figure5.png; return the caption."""
+    """Write figure5.csv and figure5.png. Return the caption."""
     rows = list(distributions(columns, "remaining"))
     write_csv(out / "figure5.csv", rows)
     names = list(dict.fromkeys(row["signal"] for row in rows))
@@ -291,10 +285,7 @@ def write_figure5(columns: Columns, out: Path, origin: str) -> str:
 def write_figure10(
     by_method: Mapping[str, Sequence[RunResult]], calls: Mapping[str, Columns], out: Path
 ) -> str:
-    """Write figure10.csv and figure10.png; return the caption.
-
-    figure10.csv has the numbers of the right panel. curves.csv has the numbers of the left panel.
-    """
+    """Write figure10.csv, for the right panel, and figure10.png. Return the caption."""
     rows = [
         {
             "method": method,

@@ -13,7 +13,7 @@ from a2tgpo.metrics.figure_style import MUTED, STYLE
 
 
 def write_needless(columns: Columns, out: Path, origin: str) -> str:
-    """Write needless.csv and needless.png from the columns of `needless_signals`; return the figure's caption."""
+    """Write needless.csv and needless.png from the columns of `needless_signals`. Return the figure's caption."""
     rows: list[dict] = []
     for outcome, reward in OUTCOMES.items():
         of_outcome = {

@@ -16,7 +16,7 @@ from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 from runs import RunResult, read_results
 
 LAST_EVALUATIONS = 3
-"""Number of final evaluations whose mean score compares methods. The mean has less noise than one evaluation."""
+"""Number of final evaluations whose mean score compares methods."""
 TRAINING_CURVES = (
     "reward/mean",
     "reward/em",
@@ -33,10 +33,10 @@ Row = dict[str, str | int | float | None]
 
 
 def write_report(out: Path) -> str:
-    """Write all tables and figures of the comparison in `out`; return a line with the report's path.
+    """Write all tables and figures of the comparison in `out`, and return a line with the report's path.
 
     Raises:
-        ConfigError: `out` is not the folder of a comparison.
+        ConfigError: if `out` is not the folder of a comparison.
     """
     plan, results = read_results(out)
     rows = [result_row(result) for result in results]
@@ -81,7 +81,7 @@ def result_row(result: RunResult) -> Row:
 
 
 def played_groups(result: RunResult) -> int:
-    """Return the number of groups that the run played in training; groups that dynamic sampling dropped count too."""
+    """Return the number of groups that the run played in training, including groups that dynamic sampling dropped."""
     if result.config is None:
         return 0
     usual = result.config.rollout.prompts_per_step
@@ -94,7 +94,7 @@ def total(result: RunResult, *metrics: str) -> float:
 
 
 def curve_rows(results: Sequence[RunResult]) -> Iterable[Row]:
-    """Yield the rows of curves.csv; each row has one value of one metric."""
+    """Yield the rows of curves.csv. Each row has one value of one metric."""
     for result in results:
         for record in result.records:
             for name, value in record.items():
@@ -221,11 +221,7 @@ def fault_line(result: RunResult) -> str:
 
 
 def figure_text(figures: Mapping[str, str]) -> str:
-    """Return Markdown that shows each picture above its caption.
-
-    Args:
-        figures: {file name of the picture: caption}.
-    """
+    """Return Markdown that shows each picture above its caption, from {file name of the picture: caption}."""
     return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
 
 

@@ -21,7 +21,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 PLAN_FILE = "ablation.json"
 CONFIG_FILE = "config.yaml"
 ATTEMPT_MARK = "$ "
-"""Prefix of the log line with the command; each attempt begins with such a line."""
+"""Prefix of the log line with the command. Each attempt begins with such a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Run:
 
 @dataclass(kw_only=True)
 class Plan:
-    """The methods and seeds of a comparison. DIR/ablation.json stores them, so that --report needs only DIR."""
+    """The methods and seeds of a comparison, stored in DIR/ablation.json."""
 
     methods: list[str]
     """Names of the methods. The first method is the base that the other methods are compared with."""
@@ -74,10 +74,7 @@ class Plan:
         return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
 
     def widen(self, earlier: Plan) -> None:
-        """Add the methods, seeds and exit codes of an earlier plan for the same folder.
-
-        This plan's methods stay before the earlier plan's methods.
-        """
+        """Add the methods, seeds and exit codes of an earlier plan. This plan's methods come first."""
         self.methods += [method for method in earlier.methods if method not in self.methods]
         self.seeds = sorted({*self.seeds, *earlier.seeds})
         self.exit_codes = earlier.exit_codes | self.exit_codes
@@ -102,17 +99,14 @@ class RunResult:
 
     run: Run
     config: RunConfig | None
-    """The resolved configuration of the run's last start; None if the run never started."""
+    """The resolved configuration of the run's last start, or None if the run never started."""
     records: Sequence[dict]
     """The records of metrics.jsonl, one per step."""
     status: str
-    """One of `finished`, `failed` and `unfinished`.
-
-    `finished` means that the last step and its evaluation are recorded. `failed` means that the last attempt ended
-    before that. Any other run is `unfinished`.
-    """
+    """`finished` if the last step and its evaluation are recorded, `failed` if the last attempt ended before, else
+    `unfinished`."""
     fault: str
-    """A line that says why the run is not finished; empty if the run is finished."""
+    """A line that says why the run is not finished, or empty if it is finished."""
 
     @property
     def is_finished(self) -> bool:
@@ -128,11 +122,7 @@ class RunResult:
 
 
 def read_result(run: Run, exit_code: int | None) -> RunResult:
-    """Read the results of `run` from its folder.
-
-    Args:
-        exit_code: exit code of the run's last attempt; None if the run had no attempt or its last attempt goes on.
-    """
+    """Read the results of `run` from its folder. `exit_code` is that of its last attempt, or None before it ends."""
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)
     status, fault = "finished", ""
@@ -159,10 +149,7 @@ def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line that begins with "error:" in the log of the last attempt.
-
-    If no line does, return the last line of that attempt.
-    """
+    """Return the last line of the last attempt's log that begins with "error:", or else the last line."""
     if not log.exists():
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]

@@ -14,9 +14,9 @@ class Estimate:
     """A mean over seeds, with its uncertainty."""
 
     mean: float
-    """The mean; NaN if no seed has a value."""
+    """The mean, or NaN if no seed has a value."""
     half_width: float | None
-    """Half of the 95 % interval (Student's t); None for fewer than two values."""
+    """Half of the 95 % interval (Student's t), or None for fewer than two values."""
     count: int
 
     @property
@@ -47,17 +47,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
     """Return the mean difference `values[seed] - base[seed]` over the seeds that both mappings have.
 
-    Runs with the same seed draw the same prompts in the same order, so the prompts' difficulty cancels in the
-    difference.
+    Runs with the same seed draw the same prompts, so the prompts' difficulty cancels in the difference.
     """
     return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
 
 
 def t_quantile(degrees: int) -> float:
-    """Return the t for which P(|T| <= t) = 0.95, exact up to rounding.
-
-    T has Student's distribution with `degrees` >= 1 degrees of freedom.
-    """
+    """Return the t for which P(|T| <= t) = 0.95, for Student's T with `degrees` >= 1 degrees of freedom."""
     low, high = 0.0, 1000.0
     while high - low > 1e-12 * high:
         middle = 0.5 * (low + high)
@@ -68,7 +64,7 @@ def t_quantile(degrees: int) -> float:
 def t_coverage(t: float, degrees: int) -> float:
     """Return P(|T| <= t) for Student's T with `degrees` degrees of freedom.
 
-    The function computes the finite sums of Abramowitz and Stegun: 26.7.3 if `degrees` is odd, 26.7.4 if it is even.
+    The finite sums are from Abramowitz and Stegun: 26.7.3 if `degrees` is odd, 26.7.4 if it is even.
     """
     angle = math.atan(t / math.sqrt(degrees))
     term, total = math.cos(angle) ** (degrees % 2), 0.0

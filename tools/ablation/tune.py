@@ -5,10 +5,9 @@
 
 The program first tries every learning rate of LEARNING_RATES with the middle clipping range of CLIP_LOW. Then it
 tries the other clipping ranges with the best learning rate. A trial is one short run with a seed that no comparison
-uses. A trial's score is the mean reward on training questions over the second half of its steps, so test questions do
-not influence the choice. --write names a folder. The program writes each method's choice to METHOD.yaml in this
-folder, and every trial to tuning.csv. Other settings that METHOD.yaml already has are kept, and also apply to the
-trials. Finished trials are not repeated.
+uses. Its score is the mean reward on training questions over the second half of its steps. --write names a folder.
+The program writes each method's choice to METHOD.yaml in this folder, and every trial to tuning.csv. Other settings
+that METHOD.yaml already has are kept, and also apply to the trials. Finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
-"""{level of the ratio: values of clip_low to try}.
-
-In every trial, clip_high / clip_low is the same as in the method's preset.
-"""
+"""{level of the ratio: values of clip_low to try}. The ratio clip_high / clip_low is that of the method's preset."""
 SEED = 100
 
 
@@ -67,7 +63,7 @@ class Trial:
 
 
 class Tuner:
-    """Runs trials, at most --jobs at a time, and keeps their scores."""
+    """Run trials, at most --jobs at a time, and keep their scores."""
 
     def __init__(self, args: argparse.Namespace, launcher: Sequence[str]):
         self._args = args
@@ -127,7 +123,7 @@ class Tuner:
 
 
 def rewards(folder: Path) -> list[float]:
-    """Return the mean reward of all trajectories played, for each recorded step; [] if no step is recorded."""
+    """Return the mean reward of all trajectories played, for each recorded step."""
     name = "sampling/reward_all_mean"  # recorded only if dynamic sampling drops groups
     records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]
@@ -178,7 +174,7 @@ def tune(args: argparse.Namespace, launcher: Sequence[str]) -> None:
 
 
 def write_choice(trial: Trial, folder: Path) -> None:
-    """Write the tuned values of `trial` to the method's YAML file in `folder`; keep the file's other settings."""
+    """Write the tuned values of `trial` to the method's YAML file in `folder`. Keep the file's other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{trial.method}.yaml"
     sections: dict[str, dict] = (
@@ -192,7 +188,7 @@ def write_choice(trial: Trial, folder: Path) -> None:
 
 
 def write_table(scores: dict[Trial, float], path: Path) -> None:
-    """Write one row per trial to `path`; keep the rows of methods that were not tuned this time."""
+    """Write one row per trial to `path`. Keep the rows of methods that were not tuned this time."""
     rows: dict[tuple[str, ...], list] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as handle:

@@ -1,7 +1,6 @@
-"""Compute the advantages of IGPO and of A2TGPO for the same recorded trajectories.
+"""Compute the advantages of IGPO and of A2TGPO for the same recorded trajectories, with the trainer's own functions.
 
-Both methods are computed by the trainer's own functions. Each step is computed separately, because a trainer
-normalises within the groups of one step.
+Each step is computed separately, because a trainer normalises within the groups of one step.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MAX_NEEDLESS = 3
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
-"""Smallest number of values for which a turn index's mean is certain enough to enter a drift."""
+"""Smallest number of values with which a turn index's mean enters a drift."""
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]
@@ -58,10 +57,7 @@ def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
 
 
 def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return a row for every process turn of one step that has a gain.
-
-    Columns: `turn`, the turn's index from 1, and the signals of the turn.
-    """
+    """Return the turn index (from 1) and the signals of every process turn of one step that has a gain."""
     table = table_of(trajectories)
     has_gain = table.has_gain
     igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))
@@ -79,8 +75,7 @@ def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return a row for every turn of one step.
 
-    Columns: `remaining`, the number of process turns from this turn on (0 for the final turn), and the turn's
-    advantages.
+    The column `remaining` is the number of process turns from this turn on. The others are the turn's advantages.
     """
     table = table_of(trajectories)
     column = torch.arange(table.max_turns + 1)
@@ -107,7 +102,7 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return a row for every trajectory that has at least as many searches as its question needs.
 
-    Columns: `needless`, the number of searches beyond that need; `reward`; and for each method the mean advantage
+    The columns are `needless` (number of searches beyond that need), `reward`, and for each method the mean advantage
     over the trajectory's sampled tokens.
     """
     table = table_of(trajectories)
@@ -151,14 +146,10 @@ def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
 
 
 def drifts(rows: Sequence[Mapping]) -> list[dict]:
-    """Return how much the mean of each signal differs between turn indices.
+    """Return how much the mean of each signal differs between turn indices, given `distributions` by turn.
 
-    Args:
-        rows: from `distributions` by turn.
-
-    Returns:
-        A row for every signal. `turns` lists the turn indices that have at least `MIN_SAMPLES` values. `drift` is the
-        largest mean of these turn indices minus their smallest mean; None if `turns` has fewer than two indices.
+    Each row has a signal's `turns`, the turn indices with at least `MIN_SAMPLES` values, and its `drift`, the largest
+    minus the smallest mean at these indices. The drift is None for fewer than two indices.
     """
     found = []
     for name in dict.fromkeys(row["signal"] for row in rows):

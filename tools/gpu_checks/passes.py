@@ -111,9 +111,7 @@ def logprobs_and_gradients(
 
 
 def logprobs_by_branches(path: str, groups: Any, *, dtype: Dtype) -> Any:
-    """Return the log-probs of the last sequence of `LENGTHS` from its third token on, computed as branches of ten
-    tokens.
-    """
+    """Return log-probs of the last sequence of `LENGTHS` from its third token on, as branches of ten tokens."""
     import torch
 
     from a2tgpo.batch.probes import Probe, ProbedSequence

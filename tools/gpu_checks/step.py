@@ -95,9 +95,7 @@ def check_fp8_step(bench: Bench) -> None:
 
 
 def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
-    """Run training steps in FP8, and check that engine and trainer differ more than in bfloat16, by FP8's noise at
-    most.
-    """
+    """Run training steps in FP8, and check that engine and trainer differ by the noise of FP8."""
     parts, trainer = _start(bench, CORRECTION, *settings)
     for step in range(1, STEPS + 1):
         metrics = _take_step(bench, trainer, f"step {step}")
