@@ -4,13 +4,9 @@ import torch
 
 
 def discounted_suffix_sums(values: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    """Return D_t = sum_{k >= t} gamma^{k-t} values_k along the last axis; columns past a trajectory's end must be 0.
+    """Return D_t = sum_{k >= t} gamma^{k-t} values_k along the last axis of `values` [N, T].
 
-    Args:
-        values: [N, T] float64.
-
-    Returns:
-        [N, T] float64.
+    Columns past a trajectory's end must be 0.
     """
     sums = torch.zeros_like(values)
     running = values.new_zeros(values.shape[0])
@@ -30,7 +26,7 @@ def accumulate_process_turns(
     Args:
         normalized_gain: [N, T] float64, 0 in columns past n_i.
         num_process_turns: [N] int64: n_i.
-        rescale: divide by the square root; False: return D_{i,t}.
+        rescale: divide by the square root. If False, return D_{i,t}.
 
     Returns:
         [N, T] float64, 0 in columns past n_i.
@@ -48,11 +44,7 @@ def place_turns(
 ) -> torch.Tensor:
     """Return the value plus the outcome for each process turn, and the outcome alone for the final turn (column n_i).
 
-    Args:
-        process_values: [N, T]; outcome: [N]; num_process_turns: [N].
-
-    Returns:
-        [N, T + 1], 0 in columns past n_i.
+    `process_values` is [N, T]. `outcome` and `num_process_turns` are [N]. The result is [N, T + 1].
     """
     columns = torch.arange(process_values.shape[1] + 1, device=process_values.device)
     padded = torch.nn.functional.pad(process_values, (0, 1))  # [N, T + 1]

@@ -1,4 +1,4 @@
-"""Compute a key for the state in which a turn was written (GiGPO's anchor); equal states have equal keys."""
+"""Compute a key for the state in which a turn was written (GiGPO's anchor)."""
 
 import hashlib
 from array import array
@@ -11,11 +11,10 @@ NO_STATE = -1
 
 
 def turn_states(trajectory: Trajectory) -> list[int]:
-    """Return a key in [0, 2^63) for the state of each turn; equal states have equal keys in all processes.
+    """Return a key in [0, 2^63) for the state of each turn. Equal states have equal keys in all processes.
 
     The first turn's state is the prompt. A later turn's state is the previous turn's query (in lower case, with
-    single spaces) and the observation that followed. The policy's other text and the number of turns are not part of
-    the state, so that turns of different trajectories can share a state. States of different prompts differ.
+    single spaces) and the observation that followed. States of different prompts differ.
     """
     prompt = str(trajectory.prompt_index)
     states = [_key(prompt, ())]
@@ -29,7 +28,7 @@ def turn_states(trajectory: Trajectory) -> list[int]:
 
 def _key(text: str, tokens: Sequence[int]) -> int:
     encoded = text.encode()
-    # Hash the text's length too, so that the text's end and the tokens after it cannot be confused.
+    # Hash the text's length too, so that the text and the tokens after it cannot be confused.
     digest = hashlib.blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=8)
     digest.update(array("q", tokens))
     return int.from_bytes(digest.digest(), "big") >> 1  # within a signed 64-bit number

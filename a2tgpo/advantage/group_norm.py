@@ -6,9 +6,9 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum
 
 EPS = 1e-6
-"""Number added to a standard deviation before a division by it (eps)."""
+"""Number added to a standard deviation before dividing by it."""
 VARIANCE_FLOOR = 1e-8
-"""Number added to a population variance before its square root is taken."""
+"""Number added to a population variance before taking its square root."""
 
 
 def normalize_groups(
@@ -21,26 +21,22 @@ def normalize_groups(
     sample_std: bool = False,
     keep_single: bool = False,
 ) -> torch.Tensor:
-    """Return the z-score of each value within its group; a group's members may be on several ranks of `dp_group`.
+    """Return the z-score of each value within its group. A group's members may be on several ranks of `dp_group`.
 
-    Every rank of `dp_group` must call this, even if it has no values. The call costs two all-reduces of
-    `[2, num_groups]` float64. The mean is computed in a first pass and the variance in a second pass, so the result
-    is exact even if a group's mean is much larger than its spread. Apart from rounding in float64, the result does
-    not depend on which ranks hold which members.
+    Every rank of `dp_group` must call this, even if it has no values. The call costs two all-reduces of `[2,
+    num_groups]` float64. The variance is computed in a second pass, so the result is exact even if a group's mean is
+    much larger than its spread.
 
     Args:
         values: [n] float64.
         group_index: [n] int64 in [0, num_groups), equal on all ranks for equal groups.
         num_groups: number of groups over all ranks.
-        dp_group: the ranks that hold members of the groups; None: this rank holds all members.
-        by_std: divide by the standard deviation; False: only subtract the mean.
-        sample_std: use the sample variance, with n - 1 and without `VARIANCE_FLOOR` (GRPO's convention); False: use
-            the population variance plus `VARIANCE_FLOOR`.
-        keep_single: a value that is alone in its group is normalised with mean 0 and standard deviation 1 (GRPO's
-            convention); False: such a value becomes 0.
-
-    Returns:
-        [n] float64.
+        dp_group: the ranks that hold members of the groups. None: this rank holds all members.
+        by_std: divide by the standard deviation. If False, only subtract the mean.
+        sample_std: use the sample variance, as GRPO does. If False, use the population variance plus
+            `VARIANCE_FLOOR`.
+        keep_single: normalise a value that is alone in its group with mean 0 and standard deviation 1, as GRPO does.
+            If False, such a value becomes 0.
 
     Raises:
         ValueError: if a group index is out of range.
@@ -68,16 +64,13 @@ def normalize_groups(
 def group_sums(
     values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return the sum of each group's values over all ranks.
+    """Return the sum of each group's values over all ranks, [k, num_groups] float64, equal on all ranks.
 
     Every rank of `dp_group` must call this, even if it has no values.
 
     Args:
         values: [k, n] float64: k quantities of n members.
         group_index: [n] int64 in [0, num_groups), equal on all ranks for equal groups.
-
-    Returns:
-        [k, num_groups] float64, equal on all ranks.
 
     Raises:
         ValueError: if a group index is out of range.
@@ -89,15 +82,10 @@ def group_sums(
 
 
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
-    """Return the number of each key's group, where equal keys form a group; all ranks number the groups alike.
+    """Return the number of each key's group, [n] int64, and the number of groups over all ranks.
 
-    Every rank of `dp_group` must call this, even if it has no keys, because the distinct keys are gathered.
-
-    Args:
-        keys: [n] int64, such as `TurnTable.state`.
-
-    Returns:
-        The [n] int64 index of each key's group, and the number of groups over all ranks.
+    Equal keys form a group. All ranks number the groups alike. Every rank of `dp_group` must call this, even if it
+    has no keys. `keys` is [n] int64.
     """
     own = keys.unique()  # ascending
     lists = [own.tolist()] if dp_group is None else all_gather_object(own.tolist(), dp_group)

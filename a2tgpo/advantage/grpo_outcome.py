@@ -1,4 +1,4 @@
-"""GRPO's outcome advantage (arXiv 2402.03300): R_i normalised within its prompt's group; several methods use it."""
+"""GRPO's outcome advantage (arXiv 2402.03300): R_i normalised within its prompt's group."""
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,7 @@ def grpo_outcome(
 ) -> torch.Tensor:
     """Return each outcome R_i normalised within its prompt's group, [N] float64.
 
-    The normalisation uses the sample standard deviation. A group with only one outcome is normalised with mean 0 and
-    standard deviation 1.
+    The standard deviation is that of the sample. A single outcome is normalised with mean 0 and standard deviation 1.
     """
     return normalize_groups(
         table.outcome,

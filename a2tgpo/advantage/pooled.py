@@ -1,7 +1,4 @@
-"""IGPO's advantage (Eq. 4-5): gains are normalised over all turns of a prompt, then summed with a discount.
-
-The discounted sums include the final turn, whose reward is the outcome.
-"""
+"""IGPO's advantage (Eq. 4-5): gains are normalised over all turns of a prompt, then summed with a discount."""
 
 import torch
 import torch.distributed as dist
@@ -21,9 +18,8 @@ def pooled_advantages(
 ) -> TurnAdvantages:
     """Return the advantages A_t = r_t + gamma A_{t+1} of all turns.
 
-    In a process turn, r_t is the normalised gain. In the final turn, r_t is the normalised outcome.
-
-    Every rank of `dp_group` must call this, even with an empty table.
+    In a process turn, r_t is the normalised gain. In the final turn, r_t is the normalised outcome. Every rank of
+    `dp_group` must call this, even with an empty table.
 
     Args:
         outcome_pool: [N] int64 in [0, 2 num_prompts): the pool in which the outcome of each trajectory is normalised.

@@ -1,4 +1,4 @@
-"""Lay out a rank's trajectories as padded matrices with a column per turn, which the advantage functions read."""
+"""Lay out a rank's trajectories as padded matrices with a column per turn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from a2tgpo.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TurnTable:
-    """N trajectories of one rank, each with up to T process turns; N may be 0."""
+    """N trajectories of one rank, each with up to T process turns. N may be 0."""
 
     prompt_index: torch.Tensor
     """[N] int64 in [0, num_prompts): number of the prompt, the same on all ranks."""
@@ -21,13 +21,13 @@ class TurnTable:
     num_process_turns: torch.Tensor
     """[N] int64: number of process turns n_i."""
     info_gain: torch.Tensor
-    """[N, T] float64: gain ig_{i,t} in column t-1; 0 if the turn has no gain."""
+    """[N, T] float64: gain ig_{i,t} in column t-1. 0 if the turn has no gain."""
     has_gain: torch.Tensor
-    """[N, T] bool: the turn exists and has a finite gain. If failed calls are neutral, their turns have no gain."""
+    """[N, T] bool: the turn exists and has a finite gain."""
     num_prompts: int
     """Number of prompts in the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]
-    """[N]: the trajectory of each row."""
+    """[N]."""
 
     @property
     def max_turns(self) -> int:
@@ -45,9 +45,9 @@ class TurnTable:
 
     @cached_property
     def state(self) -> torch.Tensor:
-        """[N, T + 1] int64: key of the state in which turn t was written, in column t-1; NO_STATE past the last turn.
+        """[N, T + 1] int64: the key of the state before turn t, in column t-1. NO_STATE past the last turn.
 
-        The keys are computed on first access, because this hashes every observation and few methods use the keys.
+        The keys are computed on first access, because this hashes every observation.
         """
         columns = self.max_turns + 1
         keys = [turn_states(trajectory) for trajectory in self.trajectories]
@@ -57,12 +57,12 @@ class TurnTable:
 
 @dataclass(frozen=True, kw_only=True)
 class TurnAdvantages:
-    """One advantage per turn; column n_i is the final turn of trajectory i."""
+    """One advantage per turn. Column n_i is the final turn of trajectory i."""
 
     advantages: torch.Tensor
-    """[N, T + 1] float64; 0 in columns past n_i."""
+    """[N, T + 1] float64, 0 in columns past n_i."""
     normalized_gain: torch.Tensor
-    """[N, T] float64: the gain, normalised within its group; 0 if the turn has no gain."""
+    """[N, T] float64: the gain, normalised within its group. 0 if the turn has no gain."""
     normalized_outcome: torch.Tensor
     """[N] float64: the outcome, normalised within its group."""
 
@@ -73,8 +73,8 @@ def build_turn_table(
     """Return the turn table of this rank's trajectories.
 
     Args:
-        max_turns: number of columns T; equal on all ranks, and at least the process turns of any trajectory.
-        failed_calls: value of `algorithm.failed_calls`.
+        max_turns: number of columns T, equal on all ranks. No trajectory may have more process turns.
+        failed_calls: value of `algorithm.failed_calls`. If it is neutral, a turn whose tool call failed has no gain.
     """
     rows = [
         [

@@ -1,6 +1,6 @@
 """Divide trajectories over data-parallel replicas, and the trajectories of one replica over micro-batches.
 
-Both divisions depend only on the trajectories' lengths, so all ranks that know the lengths compute the same division.
+Both divisions depend only on the trajectories' lengths, so all ranks compute the same division.
 """
 
 from __future__ import annotations
@@ -10,19 +10,10 @@ from collections.abc import Sequence
 
 
 def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
-    """Assign each item to a bin so that the bins have similar total lengths.
+    """Assign each item to a bin so that the bins have similar total lengths. Return the index of each item's bin.
 
-    Takes the items from the longest to the shortest, and puts each into the bin that has the fewest tokens so far. If
-    two items are equally long, the earlier one comes first; if two bins have equally many tokens, the one with fewer
-    items is chosen, and otherwise the one with the lower index. The largest bin has at most 4/3 of the optimal number
-    of tokens, and with many items it is much closer to the optimum.
-
-    Args:
-        lengths: number of tokens of each item.
-        num_bins: number of bins, >= 1.
-
-    Returns:
-        For each item, the index of its bin, in [0, num_bins).
+    The items are taken from the longest to the shortest. Each goes into the bin that has the fewest tokens so far.
+    The largest bin has at most 4/3 of the optimal number of tokens.
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
     loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin); sorted, so a heap
@@ -39,16 +30,12 @@ def microbatches(
 ) -> list[list[int]]:
     """Group the items into few micro-batches, each with at most `max_tokens` tokens.
 
-    If `row` is 1, the micro-batches have similar sizes. If `row` is larger, every micro-batch is padded to a multiple
-    of `row`, and similar sizes would waste about half of `row` in each micro-batch. Micro-batches are then filled to
-    the limit one after the other, and the last ones are smaller.
-
-    Items of length 0 (see `packing.packed_length`) are left out. An item that is longer than `max_tokens` gets a
-    micro-batch of its own.
+    If `row` is 1, the micro-batches have similar sizes. Otherwise they are filled to the limit one after the other,
+    because padding would waste about half of `row` in each micro-batch.
 
     Args:
-        lengths: number of tokens of each item.
-        max_tokens: largest number of tokens in one micro-batch.
+        lengths: number of tokens of each item. Items of length 0 (see `packing.packed_length`) are left out. An item
+            that is longer than `max_tokens` gets a micro-batch of its own.
         min_count: smallest number of micro-batches to return. If there are fewer items, some micro-batches are empty.
         row: the length of a micro-batch is padded to a multiple of this number.
 
@@ -68,7 +55,7 @@ def microbatches(
 
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Return the smallest number of micro-batches for which `deal` keeps the limit; they have similar sizes."""
+    """Return the smallest number of micro-batches for which `deal` keeps the limit."""
     num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit into one micro-batch
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
@@ -83,15 +70,15 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
 def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
     """Return micro-batches that are filled to `max_tokens` one after the other.
 
-    Each micro-batch takes the longest remaining item, and those other items that fill the limit best. If there are
-    then fewer than `min_count` micro-batches, the largest ones are divided in two.
+    Each micro-batch takes the longest remaining item, and those other items that fill the limit best. The largest
+    micro-batches are divided in two until there are `min_count`.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     groups = []
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k] is set if n <= `room` and a subset of the first k items of `others` has n tokens in
+        # Bit n of reachable[k] is set if n <= `room` and some of the first k items of `others` have n tokens in
         # total.
         reachable = [1]
         for place in others:

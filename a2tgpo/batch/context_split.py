@@ -9,9 +9,8 @@ from torch import Tensor
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
 
-    With causal attention, late positions of a segment cost more than early ones. Every segment is therefore cut into
-    2 * cp_size equal pieces, and rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"). All ranks then have the
-    same amount of work, however long the segments are. Transformer Engine and Megatron's rotary embedding expect this
+    Every segment is cut into 2 * cp_size equal pieces. Rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"), so
+    all ranks have the same amount of work under causal attention. Transformer Engine and Megatron expect this
     division.
 
     Args:
@@ -19,8 +18,7 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
             a multiple of 2 * cp_size (see `packing.alignment`).
 
     Returns:
-        [cp_size, T / cp_size] int64, on the device of `cu_seqlens`. Each row has the positions of one rank in
-        ascending order. All rows together contain each position from 0 to T - 1 once.
+        [cp_size, T / cp_size] int64, on the device of `cu_seqlens`. Each row is in ascending order.
     """
     lengths = cu_seqlens.diff().long()
     num_pieces = 2 * cp_size
@@ -29,5 +27,5 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     position = torch.arange(segment.numel(), device=lengths.device)
     piece = (position - cu_seqlens[segment]) // (lengths // num_pieces)[segment]
     rank = torch.minimum(piece, num_pieces - 1 - piece)
-    # Each row of the result ascends, because the sort is stable and every rank has the same number of positions.
+    # Each row of the result ascends, because the sort is stable.
     return torch.argsort(rank, stable=True).view(cp_size, -1)

@@ -14,22 +14,18 @@ from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 def exchange(
     trajectories: Sequence[Trajectory], groups: ParallelGroups, *, prompts_per_minibatch: int
 ) -> list[Trajectory]:
-    """Distribute the step's trajectories so that, in each mini-batch, all data-parallel replicas get similar numbers
-    of tokens.
+    """Distribute trajectories so that all data-parallel replicas get similar numbers of tokens in each mini-batch.
 
-    Every rank of the world must call this, even if it has no trajectory. Only ids and lengths are all-gathered, which
-    are a few bytes per trajectory. Each trajectory is sent once, to the first rank of its data-parallel replica, and
-    this rank broadcasts it to the other ranks of the replica. The distribution depends only on ids and lengths, and
-    not on the engine that played a trajectory.
+    Every rank of the world must call this, even if it has no trajectory. Only ids and lengths are all-gathered. Each
+    trajectory is sent once, to the first rank of its data-parallel replica. This rank broadcasts it to the other
+    ranks of the replica. The distribution does not depend on the engine that played a trajectory.
 
     Args:
-        trajectories: on the first rank of an engine, the trajectories that this engine played; empty on other ranks.
-        prompts_per_minibatch: number k of prompts in a mini-batch. Mini-batch m has the prompts from index m k up to
-            index (m + 1) k - 1.
+        trajectories: on the first rank of an engine, the trajectories that this engine played. Empty on other ranks.
+        prompts_per_minibatch: number k of prompts in a mini-batch. Mini-batch m has prompts m k to (m + 1) k - 1.
 
     Returns:
-        The trajectories of this rank's data-parallel replica, sorted by (prompt_index, sample_index). All ranks of
-        the replica get the same list.
+        The trajectories of this rank's data-parallel replica, sorted by (prompt_index, sample_index).
     """
     world = world_group()
     own = [(t.prompt_index, t.sample_index, t.num_tokens) for t in trajectories]
@@ -55,10 +51,7 @@ def exchange(
 
 
 def _in_replica(payloads: list[bytes], groups: ParallelGroups) -> list[bytes]:
-    """Return, on all ranks of the data-parallel replica, the `payloads` of its first rank.
-
-    The payloads are first sent to all pipeline stages and then, within each stage, to all ranks.
-    """
+    """Return the `payloads` of the replica's first rank on all ranks of the data-parallel replica."""
     if len(groups.dp_ranks_of(groups.dp_rank)) == 1:
         return payloads
     joined = encode_records(payloads)

@@ -1,4 +1,4 @@
-"""Pack a data-parallel replica's trajectories into micro-batches, as many as on the other replicas if possible."""
+"""Pack a data-parallel replica's trajectories into micro-batches, if possible as many as on the other replicas."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ def pack_microbatches(
     align: Alignment,
     dp_group: ProcessGroup,
 ) -> list[PackedBatch]:
-    """Pack the trajectories `trajectories[i] for i in rows` of this data-parallel replica; every rank must call this.
+    """Pack `trajectories[i] for i in rows` of this data-parallel replica. Every rank must call this.
 
-    The replica that needs the most micro-batches determines their number, and the other replicas make as many smaller
-    ones. No micro-batch is empty, so a replica with fewer trajectories than this number has fewer micro-batches.
-
-    Args:
-        max_tokens: largest number of tokens in one micro-batch, as in `balance.microbatches`.
-        align: the alignment that the policy's layout requires.
-        dp_group: a process group with one rank of each replica.
+    The replica that needs the most micro-batches determines their number. The other replicas make as many smaller
+    micro-batches. No micro-batch is empty, so a replica with few trajectories may have fewer micro-batches.
     """
     lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))

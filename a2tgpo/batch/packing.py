@@ -1,9 +1,9 @@
 """Pack trajectories end to end into one row of tokens. Every field is aligned on the position that predicts a token.
 
 A trajectory with tokens x_0 .. x_{n-1} becomes the inputs x_0 .. x_{m-1} and the targets x_1 .. x_m, where x_m is the
-last token that the policy sampled. No later token is predicted, so the model does not run on an observation that ends
-the trajectory. At position k the model has read `tokens[k]`, and `logprobs[k]` is log p(`targets[k]`). Therefore
-`loss_mask`, `turn_ids` and `rollout_logprobs` at position k refer to `targets[k]`, not to `tokens[k]`.
+last token that the policy sampled. At position k the model has read `tokens[k]`, and `logprobs[k]` is log
+p(`targets[k]`). Therefore `loss_mask`, `turn_ids` and `rollout_logprobs` at position k refer to `targets[k]`, not to
+`tokens[k]`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ NOT_SAMPLED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class TreeNode:
-    """The positions [start, end) of a row. Each of them attends to the whole prefix [prefix_start, prefix_end), and
-    to the positions of the node up to itself.
+    """The positions [start, end) of a row, which attend to [prefix_start, prefix_end) and causally to each other.
 
     The prefix of a trunk is empty. The prefix of a branch is the beginning of a trunk.
     """
@@ -47,27 +46,25 @@ class TreeNode:
 class PackedBatch:
     """One micro-batch. It has S trajectories with U turns in one row of T positions.
 
-    A segment is padded at its end, so no other position attends to its padding. The padding of the whole row is a
-    last segment of its own. Every field marks all padding as masked.
+    A segment is padded at its end. The padding of the whole row is a last segment of its own. All padding is masked.
     """
 
     tokens: Tensor
     """[1, T] int64, the token ids that the model reads."""
     positions: Tensor
-    """[1, T] int64, the positions within each segment, which begin at 0."""
+    """[1, T] int64, the positions within each segment, counted from 0."""
     cu_seqlens: Tensor
-    """[segments + 1] int32, the segments' boundaries; the last entry is T. This tensor stays in host memory (see
-    `to`)."""
+    """[segments + 1] int32, the segments' boundaries from 0 to T. This tensor stays in host memory (see `to`)."""
     targets: Tensor
-    """[1, T] int64, the token after each position; 0 at padded positions."""
+    """[1, T] int64, the token after each position. 0 at padded positions."""
     loss_mask: Tensor
-    """[1, T] bool, True if the policy sampled the target, because only then the target's log-prob is needed."""
+    """[1, T] bool, True if the policy sampled the target."""
     turn_ids: Tensor
-    """[1, T] int64 in [0, U), the number of the target's turn; 0 if `loss_mask` is False."""
+    """[1, T] int64 in [0, U), the number of the target's turn. 0 if `loss_mask` is False."""
     sequence_ids: Tensor
-    """[1, T] int64 in [0, S), index of the trajectory within this micro-batch; PADDING at padded positions."""
+    """[1, T] int64 in [0, S), index of the trajectory within this micro-batch. PADDING at padded positions."""
     rollout_logprobs: Tensor
-    """[1, T] float32, the engine's log-prob of the target, nats; 0 if `loss_mask` is False."""
+    """[1, T] float32, the engine's log-prob of the target, nats. 0 if `loss_mask` is False."""
     trajectory_indices: tuple[int, ...]
     """[S], the index of each trajectory in the list that was passed to `pack`."""
     turn_trajectory: Tensor
@@ -91,11 +88,7 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Return a copy of this batch whose tensors are on `device`; return this batch itself if they already are.
-
-        `cu_seqlens` stays in host memory, because the host reads it in every pass and would otherwise wait for the
-        GPU.
-        """
+        """Return this batch with its tensors on `device`, except `cu_seqlens`, which the host reads in every pass."""
         if self.tokens.device == device:
             return self
         moved = {
@@ -113,7 +106,7 @@ class Alignment:
     row: int = 1
     """The length T of the whole row is a multiple of this number."""
     segment: int = 1
-    """The length of every segment, which is a trajectory with its padding, is a multiple of this number."""
+    """The length of every segment with its padding is a multiple of this number."""
 
     def segment_length(self, length: int) -> int:
         """Return the number of positions that a trajectory of `length` positions has with its padding."""
@@ -135,7 +128,7 @@ def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
 def packed_length(trajectory: Trajectory) -> int:
     """Return how many positions a trajectory has in a micro-batch, without padding.
 
-    This is the number of tokens before the last token that the policy sampled; it is 0 if the policy sampled none.
+    This is the number of tokens before the last token that the policy sampled. It is 0 if the policy sampled none.
     """
     turns = trajectory.turns
     while turns and not turns[-1].tokens:
@@ -150,15 +143,10 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
     """Pack `trajectories[i] for i in indices` end to end in this order.
 
     Trajectories without a sampled token are left out, as are turns without tokens. If no trajectory remains, the
-    batch has `align.row` masked positions. The model can run such a batch, and it contributes nothing to the loss.
-
-    Args:
-        trajectories: the list to which `indices`, `trajectory_indices` and `turn_trajectory` refer.
-        align: the numbers of which T and the segments' lengths must be multiples; see `alignment`.
+    batch has `align.row` masked positions, and contributes nothing to the loss.
 
     Raises:
-        ValueError: a trajectory has an empty prompt, so no position predicts its first token; or the number of a
-            turn's `rollout_logprobs` differs from the number of its tokens.
+        ValueError: if a prompt is empty, or if a turn has more or fewer `rollout_logprobs` than tokens.
     """
     kept = [index for index in indices if trajectories[index].num_sampled_tokens]
     spans: list[
@@ -223,12 +211,12 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
 
 
 def empty_batch(align: Alignment) -> PackedBatch:
-    """Return a micro-batch without trajectories; a rank needs it if it has fewer micro-batches than other ranks."""
+    """Return a micro-batch without trajectories, for a rank that has fewer micro-batches than other ranks."""
     return pack([], [], align=align)
 
 
 def _check(trajectory: Trajectory, index: int) -> None:
-    """Raise a ValueError if `pack` must reject the trajectory; the documentation of `pack` names the reasons."""
+    """Raise a ValueError if `pack` must reject the trajectory."""
     where = f"trajectory {index} ({trajectory.prompt_id})"
     if not trajectory.prompt_tokens:
         raise ValueError(f"{where} has an empty prompt")
@@ -241,7 +229,7 @@ def _check(trajectory: Trajectory, index: int) -> None:
 
 
 def _flat(lists: Sequence[Sequence[float]], dtype: type) -> Tensor:
-    """Return the values of all `lists`, one list after the other, in one tensor."""
+    """Return the concatenation of all `lists`."""
     return torch.from_numpy(
         np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in lists)])
     )

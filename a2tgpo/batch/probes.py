@@ -3,9 +3,8 @@
     row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
     positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...
 
-A branch that continues the first c tokens of the trunk attends to these tokens and to itself, and its positions start
-at c. Therefore every log-prob is the same as in a separate sequence that consists of these c tokens and the branch.
-The row contains the trunk only once, whereas separate sequences would repeat it for every branch.
+A branch that continues the first c tokens of the trunk attends to these tokens and to itself. Its positions start at
+c. Therefore every log-prob is the same as in a separate sequence that consists of these c tokens and the branch.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ class Probe:
 
     @property
     def branch(self) -> tuple[int, ...]:
-        """The tokens of scaffold and answer that the model reads. The answer's last token is left out, because the
-        token after it need not be predicted.
-        """
+        """The tokens of scaffold and answer that the model reads. It does not read the answer's last token."""
         return (*self.scaffold, *self.answer[:-1])
 
 
@@ -46,7 +43,7 @@ class ProbedSequence:
 
     @property
     def trunk_length(self) -> int:
-        """Number of tokens in the longest prefix of a probe; 0 if there are no probes."""
+        """Number of tokens in the longest prefix of a probe. 0 if there are no probes."""
         return max((probe.prefix_length for probe in self.probes), default=0)
 
     @property
@@ -61,9 +58,8 @@ def pack_probes(
     """Pack `sequences[i] for i in indices` as trees into one row. Sequences without probes are left out.
 
     In the returned batch, each probe takes the place of a turn. `loss_mask` is True at positions that predict a token
-    of an answer. `turn_ids` numbers the probes. `turn_trajectory` has the index of each probe's sequence, and
-    `turn_index` has the probe's index among the probes of its sequence. `cu_seqlens` describes the whole row as one
-    segment; `tree` determines the attention.
+    of an answer. `turn_trajectory` has the index of each probe's sequence, and `turn_index` has the probe's index in
+    its sequence. `cu_seqlens` describes the whole row as one segment, because `tree` determines the attention.
     """
     assert align.segment == 1, "context-parallel ranks cannot divide a tree"
     tokens: list[int] = []

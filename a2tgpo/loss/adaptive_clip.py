@@ -4,10 +4,7 @@ import torch
 
 
 def clip_scale(normalized_gain: torch.Tensor, *, beta: float) -> torch.Tensor:
-    """Return the clip scale c = 1 + beta (2 sigmoid(gain) - 1) for each gain.
-
-    c is between 1 - beta and 1 + beta. A neutral turn has gain 0, so its c is 1.
-    """
+    """Return the clip scale c = 1 + beta (2 sigmoid(gain) - 1) for each gain. A gain of 0 has scale 1."""
     return 1.0 + beta * (2.0 * torch.sigmoid(normalized_gain) - 1.0)
 
 

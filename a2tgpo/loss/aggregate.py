@@ -1,7 +1,7 @@
 """Aggregate token losses to a weighted sum, in which all tokens of a trajectory have the same weight.
 
-The weights are normalised over the whole mini-batch, so the weighted sum and its gradient do not depend on
-micro-batches, on packing or on the data-parallel split.
+The weights are normalised over the whole mini-batch. Therefore the sum does not depend on micro-batches, on packing
+or on the data-parallel split.
 """
 
 import torch
@@ -17,13 +17,13 @@ def token_weights(
     norm_length: int,
     dp_group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Return the weight w_i of each sampled token of trajectory i, so that loss = sum_i w_i sum_k l_{i,k}.
+    """Return the weight w_i of each sampled token of trajectory i, where loss = sum_i w_i sum_k l_{i,k}.
 
-    Every rank of `dp_group` must call this, even with no trajectory. A trajectory without sampled tokens contributes
-    nothing and is not counted.
+    Every rank of `dp_group` must call this, even with no trajectory. Trajectories without sampled tokens do not
+    count.
 
     Args:
-        num_sampled_tokens: [N] int64: the number of sampled tokens |M_i| in each of this rank's trajectories.
+        num_sampled_tokens: [N] int64: the number of sampled tokens in each of this rank's trajectories.
         aggregation: one of seq-mean-token-mean (Eq. 12), token-mean, seq-mean-token-sum, seq-mean-token-sum-norm.
         norm_length: the constant by which seq-mean-token-sum-norm divides, tokens.
 

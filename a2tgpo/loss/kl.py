@@ -9,14 +9,13 @@ MAX_KL = 10.0
 def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
     """Return an estimate of each token's KL, [n] nats.
 
-    With d = ref - lp, the estimators are k1 = -d, k2 = d^2 / 2 and k3 = e^d - d - 1. Here lp is `logprobs`, and ref
-    is `ref_logprobs`. k3 is clamped to [-10, 10].
+    With d = `ref_logprobs` - `logprobs`, the estimators are k1 = -d, k2 = d^2 / 2 and k3 = e^d - d - 1.
     """
     difference = logprobs - ref_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference * difference
-    # After a bad update exp could overflow, so the log-ratio is clamped. The estimate is clamped too.
+    # After a bad update exp could overflow, so the log-ratio is clamped.
     d = (-difference).clamp(-20.0, 20.0)
     return (d.exp() - d - 1.0).clamp(-MAX_KL, MAX_KL)

@@ -12,7 +12,7 @@ from a2tgpo.loss.turn_ratio import shared_log_ratio
 
 @dataclass(frozen=True, kw_only=True)
 class LossInputs:
-    """Flat tensors over the sampled tokens of one micro-batch; n may be 0."""
+    """Flat tensors over the n sampled tokens of one micro-batch. n may be 0."""
 
     old_logprobs: torch.Tensor
     """[n]: log-probs that the trainer computed before the first update of the step."""
@@ -29,9 +29,9 @@ class LossInputs:
     num_turns: int
     num_sequences: int
     ref_logprobs: torch.Tensor | None = None
-    """[n]: log-probs of the reference model; required if kl_coef > 0."""
+    """[n]: log-probs of the reference model. Required if kl_coef > 0."""
     importance: torch.Tensor | None = None
-    """[n]: importance weights without gradient, see `rollout_correction.importance_weights`; None: no correction."""
+    """[n]: importance weights without gradient, see `rollout_correction.importance_weights`. None: no correction."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +47,17 @@ class PolicyLoss:
     is_dual_clipped: torch.Tensor
     """bool: the dual clip lowered the token's loss."""
     kl: torch.Tensor
-    """Estimated KL to the reference; 0 if there is no reference."""
+    """Estimated KL to the reference. 0 if there is no reference."""
 
 
 def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
-    """Return the loss: the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over sampled tokens.
+    """Return the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over the sampled tokens.
 
-    Here s is the ratio, A the advantage and c the clip scale of a token.
-    The importance weights multiply this policy term. They do not multiply the KL penalty, which is added afterwards.
+    Here s is the ratio, A the advantage and c the clip scale of a token. The importance weights multiply this policy
+    term, but not the KL penalty. The returned `loss` is this micro-batch's share of the mini-batch's loss.
 
     Args:
         logprobs: [n] log-probs of the current policy, with gradient.
-
-    Returns:
-        A `PolicyLoss`, whose `loss` is this micro-batch's share of the loss over the whole mini-batch.
     """
     segment_ids, num_segments = segments(inputs, config.ratio)
     ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()
@@ -90,8 +87,7 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 def segments(inputs: LossInputs, level: str) -> tuple[torch.Tensor | None, int]:
     """Return the segment id of each token, [n], and the number of segments.
 
-    `level` states whether a segment is a turn, a sequence or a token. At token level, return (None, 0), because every
-    token is its own segment.
+    `level` is turn, sequence or token. At token level, return (None, 0), because every token is its own segment.
     """
     if level == "turn":
         return inputs.turn_ids, inputs.num_turns

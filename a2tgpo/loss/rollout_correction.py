@@ -2,10 +2,9 @@
 
 The engine samples the trajectories, but the loss treats them as drawn from the trainer's policy. Even with the same
 weights the two policies differ, because engine and trainer use different kernels and number formats. The weight w =
-pi_trainer / pi_engine corrects this. Unbounded weights have a large variance, so they are bounded in one of two
-ways. Truncated importance sampling uses min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings
-You Off-Policy RL Training"). Masking drops every token whose w is outside [lower, upper] (IcePop, in the Ring-1T
-report, arXiv 2510.18855).
+pi_trainer / pi_engine corrects this. Its variance is limited in one of two ways. Truncated importance sampling uses
+min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Masking
+drops every token whose w is outside [lower, upper] (IcePop, arXiv 2510.18855).
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ class ImportanceWeights:
     weights: torch.Tensor
     """Factor by which the token's policy loss is multiplied."""
     ratio: torch.Tensor
-    """w before truncation or masking, at most e^10; 0 if w could not be computed."""
+    """w before truncation or masking, at most e^10. 0 if w could not be computed."""
     is_truncated: torch.Tensor
     """bool: w is above `upper`, so the weight is `upper`."""
     is_masked: torch.Tensor
@@ -31,9 +30,7 @@ class ImportanceWeights:
     is_unusable: torch.Tensor
     """bool: w could not be computed because a log-prob is not finite, so the weight is 0.
 
-    If the engine's log-prob is not finite, the weight 0 removes the token from the loss. If the trainer's log-prob is
-    not finite, the policy ratio is not finite either. Since 0 times NaN is NaN, the loss is then not finite, and the
-    update is skipped.
+    If the trainer's log-prob is not finite, the policy ratio is not finite either. The update is then skipped.
     """
 
 
@@ -47,19 +44,14 @@ def importance_weights(
 ) -> ImportanceWeights:
     """Return the weights w = exp(old - rollout) after bounding.
 
-    All tokens of a segment have the same w, the geometric mean over the segment. The product would exceed any bound
-    if a segment has many tokens; Eq. 10 uses the geometric mean too. If one log-prob is not finite, its whole
-    segment is unusable.
+    All tokens of a segment have the same w, the geometric mean over the segment, as in Eq. 10. A product over many
+    tokens would exceed any bound. If one log-prob is not finite, its whole segment is unusable.
 
     Args:
         old_logprobs: [n] log-probs that the trainer computed before the first update of the step.
         rollout_logprobs: [n] log-probs that the engine recorded when it sampled the tokens.
-        segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
-        num_segments: number of segments.
+        segment_ids: [n] int64 turn or sequence of each token. None: every token is its own segment.
         config: its `kind` must be truncate or mask.
-
-    Returns:
-        `ImportanceWeights` in the dtype of `old_logprobs`.
     """
     log_ratio = old_logprobs - rollout_logprobs
     if segment_ids is not None:

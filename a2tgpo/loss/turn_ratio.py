@@ -1,4 +1,4 @@
-"""The importance ratio: each token has its own, or all tokens of a turn or a sequence share one (Eq. 10)."""
+"""The importance ratio: each token has its own, or all tokens of a turn or a sequence share one ratio (Eq. 10)."""
 
 import torch
 
@@ -6,10 +6,7 @@ MAX_LOG_RATIO = 10.0
 
 
 def segment_mean(values: torch.Tensor, segment_ids: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Return the mean of `values` [n] over each segment, [num_segments]; the mean of an empty segment is 0.
-
-    The result is differentiable with respect to `values`.
-    """
+    """Return the mean of `values` [n] over each segment, [num_segments]. The mean of an empty segment is 0."""
     total = values.new_zeros(num_segments).index_add(0, segment_ids, values)
     count = values.new_zeros(num_segments).index_add(0, segment_ids, torch.ones_like(values))
     return total / count.clamp(min=1)
@@ -23,11 +20,7 @@ def shared_log_ratio(
     Args:
         logprobs: [n] with gradient. If a segment has L tokens, each of them gets 1/L of the ratio's gradient.
         old_logprobs: [n].
-        segment_ids: [n] int64 turn or sequence of each token; None: every token is its own segment.
-        num_segments: number of segments.
-
-    Returns:
-        [n].
+        segment_ids: [n] int64 turn or sequence of each token. None: every token is its own segment.
     """
     log_ratio = logprobs - old_logprobs
     if segment_ids is not None:

@@ -1,8 +1,7 @@
 """Offload tensors: they leave the GPU, and later come back in place, equal to the bit.
 
-Offloading frees the memory of a storage but keeps the tensors that use it, so every view of the storage stays
-valid. This matters because parameters, gradients and the optimizer's shards are views of Megatron's buffers. On
-a CPU, host memory and device memory are the same, but storages are emptied and refilled in the same way.
+Offloading frees the memory of a storage but keeps its tensors, because parameters, gradients and the optimizer's
+shards are views of Megatron's buffers. On a CPU, storages are emptied and refilled in the same way.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Host memory is allocated in pieces of this size. The size is a power of two because torch rounds every
-page-locked allocation up to a power of two.
-"""
+"""Size of a piece of host memory. torch rounds every page-locked allocation up to a power of two."""
 
 
 class MovablePart:
@@ -27,8 +24,7 @@ class MovablePart:
     Between `leave` and `come_back` the tensors have no memory and must not be used.
 
     Args:
-        tensors: a function that returns the current tensors. They may share storages. A later call may return
-            other tensors.
+        tensors: a function that returns the current tensors, which may share storages.
         keeps_values: whether the values are copied to the host and back. If False, the tensors come back as zeros.
     """
 
@@ -106,9 +102,8 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Split `on_card` [bytes] where the host's pages end, and yield each piece with its place in a page.
-
-        The first piece has its place at byte `start` of all pages together.
+        """Yield each piece of `on_card` [bytes] with its place in a page. Byte `start` of all pages is the first
+        place.
         """
         done = 0
         while done < on_card.numel():
@@ -127,7 +122,7 @@ def weight_tensors(policy: Policy) -> list[Tensor]:
 
 
 def gradient_tensors(policy: Policy) -> list[Tensor]:
-    """Return Megatron's gradient buffers, or an empty list for a model that is not trained."""
+    """Return Megatron's gradient buffers. A model that is not trained has none."""
     wrapped = policy.wrapped_chunks
     return [
         buffer.grad_data for chunk in wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)

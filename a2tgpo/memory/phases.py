@@ -1,9 +1,7 @@
 """GPU memory by phase: trainer and engine make room for each other according to the table in `memory/residency.py`.
 
-Every change of phase has the same order. First, the parts that the next phase does not need leave the GPU:
-gradients, then optimizer, reference, weights, and the engine last. Then torch's allocator frees its cache. Then
-the parts that the next phase needs come back. Before and after each change, the tensors' storages and the
-engine's allocations are checked, and an error is raised if a part is not where the table says.
+In a change of phase, parts leave the GPU first, then torch's allocator frees its cache, then other parts come back.
+Before and after each change, an error is raised if a part is not where the table says.
 
 Every change adds these metrics for the new phase. Each metric is the largest value over all ranks:
 
@@ -13,8 +11,8 @@ Every change adds these metrics for the new phase. Each metric is the largest va
     memory/PHASE_reserved_gib   memory of torch's tensors plus the cache of torch's allocator; only with a GPU
     memory/PHASE_peak_gib       peak of the allocated memory in the phase that ends; only with a GPU
 
-Two metrics are means over ranks for the whole step: `memory/moved_gib` is the data copied to and from the host,
-and `memory/move_s` is the time of all changes.
+The metrics `memory/moved_gib` (data copied to and from the host) and `memory/move_s` (time of all changes) are means
+over ranks for the whole step.
 """
 
 from __future__ import annotations
@@ -38,11 +36,11 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""Maps each engine part of `memory/residency.py` to the engine's own name for it; the parts wake in this order."""
+"""The engine's own name of each engine part, in the order in which the parts wake."""
 
 
 class Engine(Protocol):
-    """The methods of an engine that the phases call; `VllmEngine` has all of them."""
+    """The methods of an engine that the phases call."""
 
     def sleep(self) -> None: ...
 
@@ -57,10 +55,9 @@ EngineType = TypeVar("EngineType", bound=Engine)
 class MemoryPhases:
     """Move a rank's state to where each phase needs it. The first phase is `build`.
 
-    Every rank must make the same calls.
+    Every rank must make the same calls. At construction, policy, optimizer and reference are entirely on the GPU.
 
     Args:
-        policy: the policy. At construction, the policy, the optimizer and the reference are entirely on the GPU.
         optimizer: None if nothing is trained.
         reference: None if the run has no reference.
         engine: an engine that is asleep. None if the run has no engine, or if `build_engine` builds the engine later.
@@ -95,8 +92,8 @@ class MemoryPhases:
         """Move every part to where `phase` needs it. If `phase` is already the current phase, move nothing.
 
         Raises:
-            RuntimeError: if `phase` cannot follow the current phase, or if a part is not where the table says.
-                The message is one line.
+            RuntimeError: with a one-line message, if `phase` cannot follow the current phase, or if a part is
+                misplaced.
         """
         self._check()
         if phase == self.phase:
@@ -113,7 +110,7 @@ class MemoryPhases:
         self._record(moved, time.perf_counter() - start)
 
     def build_engine(self, build: Callable[[], EngineType]) -> EngineType:
-        """Free the trainer's GPU memory, then call `build` and return the engine that it creates, which is awake."""
+        """Free the trainer's GPU memory, then call `build` and return the awake engine that it creates."""
         assert self._engine is None and self.phase == "build", "one engine, before anything else"
         self._free(self._wanted("start"))
         self._engine = engine = build()
@@ -157,7 +154,7 @@ class MemoryPhases:
         ):
             engine.sleep()
         if ON_GPU:
-            # The engine has an allocator of its own and cannot use memory that torch's allocator keeps in its cache.
+            # The engine has its own allocator, which cannot use memory in the cache of torch's allocator.
             torch.cuda.empty_cache()
         return moved
 
@@ -200,10 +197,7 @@ class MemoryPhases:
 
 
 def memory_in_use() -> dict[str, int]:
-    """Return the bytes in use on the GPU, the bytes of torch's tensors, and the bytes that torch's allocator holds.
-
-    Without a GPU, return only the resident memory of this process.
-    """
+    """Return the memory in use, in bytes. Without a GPU, return only the resident memory of this process."""
     if not ON_GPU:
         return {"used": resident_bytes()}
     free, total = torch.cuda.mem_get_info()

@@ -33,7 +33,6 @@ PHASES = tuple(_RESIDENT)
 def resident(phase: str, *, offload: bool) -> frozenset[str]:
     """Return which of the parts in `TRAINER` and `ENGINE` are on the GPU in `phase`.
 
-    Args:
-        offload: the setting `update.offload`. If it is False, the whole trainer stays on the GPU in all phases.
+    If `offload` is False, the whole trainer stays on the GPU in all phases.
     """
     return frozenset(_RESIDENT[phase] if offload else (*_RESIDENT[phase], *TRAINER))

@@ -1,11 +1,7 @@
 """Start alarms if metrics change as they do before reinforcement learning collapses, and decide when to stop a run.
 
-Each alarm is reported in every step as a metric that is 0 or 1. `alarm/outage`, `alarm/skipped_updates` and
-`alarm/non_finite` always exist. `alarm/entropy`, `alarm/likelihood`, `alarm/format`, `alarm/noise_floor`,
-`alarm/engine_gap` and `alarm/failed_calls` exist only if their settings in `guard` are not 0.
-
-Under dynamic sampling, entropy and likelihood are computed only over the kept groups, so their alarms do not see the
-dropped groups. Format errors are counted over all played groups.
+Every step reports each alarm as a metric that is 0 or 1. Under dynamic sampling, entropy and likelihood cover only
+the kept groups. Format errors are counted over all played groups.
 """
 
 from __future__ import annotations
@@ -17,46 +13,38 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""An alarm starts after this many consecutive measured steps past its limit. It ends after this many consecutive
-measured steps within its limit.
-
-Steps are counted because one step is a small sample. Even a large outlier means little, but it would change a running
-mean for many steps.
-"""
+"""An alarm starts after this many consecutive measured steps past its limit, and ends after as many within it."""
 
 NON_FINITE = "non_finite"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """The metric and the limit that one alarm compares, and the alarm's advice."""
+    """The metric, the limit and the advice of one alarm."""
 
     metrics: tuple[str, ...]
-    """Names of metrics in order of preference. The alarm compares the first one that the step has."""
+    """Names of metrics in order of preference. The alarm compares the first metric that the step has."""
     key: str
-    """Key of the setting that gives the limit. If the setting is 0, the alarm is off. empty: the alarm has no setting
-    and cannot be turned off."""
+    """Key of the setting that gives the limit. If the setting is 0, the alarm is off. An alarm without a key is
+    always on."""
     threshold: float
     """Value of the setting `key`."""
     limit: Callable[[float], float]
-    """Function that returns the limit for a baseline. If `on_change` is False, the baseline is ignored."""
+    """Function that returns the limit for a baseline."""
     is_floor: bool = False
-    """True: the limit is a lower bound. False: it is an upper bound."""
+    """Whether the limit is a lower bound. If False, the limit is an upper bound."""
     on_change: bool = False
-    """Whether the limit is relative to the baseline, which is the metric's mean over the first steps."""
+    """Whether the limit depends on the baseline, which is the metric's mean over the first steps."""
     confirming_steps: int = CONFIRMING_STEPS
     advice: str
     """Text that names the likely cause and a remedy."""
 
 
 class Guards:
-    """Watches the steps of one run. All ranks take the same decisions if they pass the same configuration and
-    metrics.
+    """Watch the metrics of one run. All ranks decide alike if they pass the same configuration and metrics.
 
-    If a step lacks an alarm's metric, the alarm does not change. For example, a step without correct answers has no
-    likelihood of correct answers. If the metric is not finite, the alarm does not change either, because values that
-    are not finite have a separate alarm. The baseline of a metric is its mean over the first `baseline_steps` steps
-    that have this metric.
+    If a step lacks an alarm's metric, or if the metric is not finite, the alarm does not change. The baseline of a
+    metric is its mean over the first `baseline_steps` steps that have the metric.
 
     Args:
         clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
@@ -74,11 +62,7 @@ class Guards:
         self._skipping = 0  # consecutive steps with a skipped update
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Compare the metrics of one step with the limits.
-
-        Args:
-            step: number of the step, which the lines mention.
-            metrics: the step's metrics, reduced over all ranks.
+        """Compare the metrics of one step with the limits. The metrics must be reduced over all ranks.
 
         Returns:
             The metrics `alarm/NAME`, and one line for each alarm that starts or ends in this step.
@@ -111,9 +95,7 @@ class Guards:
 
     @property
     def stop_is_due(self) -> bool:
-        """Whether the run must stop, because each of the last `stop_after` steps had an alarm, or because each of the
-        last `stop_after_skipped` steps skipped an update.
-        """
+        """Whether the run must stop, because too many consecutive steps had an alarm or skipped an update."""
         return 0 < self._config.stop_after <= self._streak or self._skips_too_often
 
     @property
@@ -144,7 +126,7 @@ class Guards:
         return 0 < self._config.stop_after_skipped <= self._skipping
 
     def state_dict(self) -> dict:
-        """Return the state that `load_state_dict` restores; it contains only values that JSON can represent."""
+        """Return the state that `load_state_dict` restores, in types that JSON can represent."""
         return {
             "baselines": {metric: list(taken) for metric, taken in self._baselines.items()},
             "alarms": {name: [is_on, self._contrary[name]] for name, is_on in self._is_on.items()},
@@ -156,8 +138,7 @@ class Guards:
     def load_state_dict(self, state: dict) -> None:
         """Restore `state`. If an alarm has been turned off or its limit has changed, reset this alarm instead.
 
-        If the reset alarm was active, it may have been the only one, so the count of consecutive steps with an alarm
-        also restarts at 0.
+        If the reset alarm was active, the count of consecutive steps with an alarm also restarts at 0.
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
@@ -171,10 +152,7 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return the limit that each alarm would have with a baseline of 1.
-
-        This number identifies the limit: it changes if the alarm's setting or the clipping range changes.
-        """
+        """Return the limit of each alarm for a baseline of 1, which identifies the alarm's settings."""
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
     def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:
@@ -189,7 +167,7 @@ class Guards:
         return total / steps
 
     def _changes(self, name: str, is_past: bool, confirming_steps: int) -> bool:
-        """Record whether the metric was past the limit in one step; return whether the alarm starts or ends now."""
+        """Record whether the metric was past the limit in one step. Return whether the alarm starts or ends now."""
         self._contrary[name] = 0 if is_past == self._is_on[name] else self._contrary[name] + 1
         if self._contrary[name] < confirming_steps:
             return False
@@ -226,8 +204,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            # The noise floor is measured with unchanged weights, so it is 0 in bfloat16. It is compared only in steps
-            # with few mini-batches, because ratio/noise cannot be measured there.
+            # Steps with few mini-batches have no ratio/noise, so the noise floor is compared there.
             metrics=("ratio/noise", "ratio/noise_floor"),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
@@ -237,8 +214,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
-            # If no log-prob is finite, no token has a gap. The alarm then compares the number of unusable tokens,
-            # which exceeds any sensible limit.
+            # If no log-prob is finite, no token has a gap. The alarm then compares the number of unusable tokens.
             metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,

@@ -1,4 +1,4 @@
-"""Charts on TensorBoard's custom-scalars page, each with patterns that match from the start of a metric's name."""
+"""Charts on TensorBoard's custom-scalars page. Each pattern matches from the start of a metric's name."""
 
 _MULTILINE = "Multiline"
 

@@ -1,8 +1,8 @@
 """Estimate how much of a ratio's distance from 1 is rounding noise, and advise which settings to change.
 
 At a step's first mini-batch, the weights equal those that computed the old log-probs, so both passes round in the
-same way. After the first update the weights differ, so activations round differently, and the ratio contains the full
-noise from the second mini-batch on. The policy's movement grows from update to update, but the noise does not.
+same way. From the second mini-batch on, the weights differ, so the ratio contains the full noise. The policy's
+movement grows from update to update, but the noise does not.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from a2tgpo.config.run import RunConfig
 
 SPREAD_METRICS = {1: "ratio/mean_square_after_1", 2: "ratio/mean_square_after_2"}
-"""Maps the number of updates since the rollout to a metric. The metric is the mean of (log s)^2 over all ratios s to
-which clipping applies."""
+"""The metric of the mean (log s)^2 over all ratios s, by the number of updates since the rollout."""
 FIRST_STEPS = 3
 """Number of steps over which the noise is averaged before a line reports it."""
 
@@ -22,9 +21,8 @@ FIRST_STEPS = 3
 def noise_of(after_one: float, after_two: float) -> float:
     """Return the standard deviation of log s that rounding alone causes, nats.
 
-    Linearly extrapolates the mean squares after one update and after two updates to zero updates. If updates have
-    random directions, each adds the same amount to the mean square; if they have similar directions, the second adds
-    more. Therefore the result never includes movement of the policy, but it may be smaller than the true noise.
+    The mean squares after one update and after two updates are linearly extrapolated to zero updates. If the two
+    updates have similar directions, the result is smaller than the true noise.
 
     Args:
         after_one: mean square of log s after one update.
@@ -34,7 +32,7 @@ def noise_of(after_one: float, after_two: float) -> float:
 
 
 class RatioNoise:
-    """Watches the steps of one start of a run. All ranks get the same results if they pass the same metrics."""
+    """Watch the steps of one start of a run. All ranks get the same results if they pass the same metrics."""
 
     def __init__(self, config: RunConfig):
         self._config = config
@@ -42,15 +40,12 @@ class RatioNoise:
         self._first: list[tuple[float, float]] | None = []
 
     def watch(self, metrics: Mapping[str, float]) -> tuple[dict[str, float], str]:
-        """Estimate the noise of one step.
-
-        Args:
-            metrics: the step's metrics, reduced over all ranks.
+        """Estimate the noise of one step. The metrics must be reduced over all ranks.
 
         Returns:
             1. The metrics `ratio/noise` (nats) and `ratio/noise_share`, which is the noise divided by the smaller of
                clip_low and clip_high. If the step has fewer than three mini-batches, there are no metrics.
-            2. After the `FIRST_STEPS`-th measured step, a line with the finding; otherwise "".
+            2. After the `FIRST_STEPS`-th measured step, a line with the finding. Otherwise "".
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):
@@ -90,6 +85,6 @@ class RatioNoise:
 
 
 def round_up(value: float) -> float:
-    """Return `value`, which must be positive, rounded up to two significant digits."""
+    """Return the positive `value`, rounded up to two significant digits."""
     unit = 10 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit - 1e-9) * unit

@@ -11,22 +11,21 @@ import torch.distributed as dist
 
 @dataclass
 class MetricSums:
-    """Sums with counts, maxima and minima of one rank, each by the name of a metric.
+    """Sums with counts, maxima and minima of one rank, by the name of the metric.
 
-    `reduce` merges them over all ranks and then divides each sum by its count. Ranks may have different names, or no
-    names. Use a name with only one of `add`, `add_max` and `add_min`.
+    `reduce` merges all ranks and then divides each sum by its count. Ranks may have different names. Use a name with
+    only one of `add`, `add_max` and `add_min`.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Maps each name to (sum, count), float64."""
+    """(sum, count) of each name."""
     maxima: dict[str, float] = field(default_factory=dict)
     minima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value_sum: float, count: float) -> None:
         """Add `value_sum`, a sum over `count` samples, to metric `name`.
 
-        The metric's value is the total sum divided by the total count. If the total count is 0, its value is the
-        total sum.
+        The metric's value is the total sum divided by the total count, or the total sum if the total count is 0.
         """
         old_sum, old_count = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (old_sum + float(value_sum), old_count + float(count))
@@ -40,7 +39,7 @@ class MetricSums:
         self.minima[name] = -_larger(-self.minima.get(name, math.inf), -float(value))
 
     def merge(self, other: MetricSums) -> None:
-        """Add everything that was added to `other` to this object too."""
+        """Add everything that was added to `other`."""
         for name, (value_sum, count) in other.sums.items():
             self.add(name, value_sum, count)
         for name, value in other.maxima.items():
@@ -52,7 +51,7 @@ class MetricSums:
         """Return the value of every metric by its name, computed from this rank alone.
 
         Raises:
-            ValueError: a name was used with two of `add`, `add_max` and `add_min`.
+            ValueError: if a name was used with two of `add`, `add_max` and `add_min`.
         """
         twice = (
             (self.sums.keys() & self.maxima)
@@ -69,20 +68,18 @@ class MetricSums:
     def reduce(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Return the value of every metric, computed from all ranks of `group` and equal on all of them.
 
-        This object does not change. Every rank of `group` must call this, even if it has no metrics. The ranks of one
-        model-parallel group have the same samples, so only one of them may be in `group`; otherwise these samples
-        would be counted several times.
+        Every rank of `group` must call this, even if it has no metrics. The ranks of one model-parallel group have
+        the same samples, so only one of them may be in `group`.
 
         Args:
             group: the ranks to merge. None: all ranks, or only this process if torch.distributed is not initialised.
 
         Raises:
-            ValueError: a name was used with two of `add`, `add_max` and `add_min`.
+            ValueError: if a name was used with two of `add`, `add_max` and `add_min`.
         """
         if not dist.is_initialized():
             return self.values()
-        # One collective exchanges everything, even if ranks have different names. Every rank merges the parts in rank
-        # order, so the float64 sums are equal on all ranks.
+        # Every rank merges the parts in rank order, so the float64 sums are equal on all ranks.
         parts: list[bytes] = [b""] * dist.get_world_size(group)
         dist.all_gather_object(parts, msgspec.msgpack.encode(self), group=group)
         merged = MetricSums()

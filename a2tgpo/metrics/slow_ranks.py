@@ -6,12 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 LOCAL_STAGE = "rollout"
-"""The only stage in which a rank's time shows that this rank is slow. In all other stages ranks wait for each other,
-so a slow rank delays all ranks equally."""
+"""The only stage in which ranks do not wait for each other. In other stages, a slow rank delays all ranks equally."""
 
 
 class SlowRanks:
-    """Compares the time that each rank spent in each stage. Only rank 0 needs an instance.
+    """Compare the time that each rank spent in each stage. Only rank 0 needs an instance.
 
     Args:
         ratio: a rank is slow if its rollout takes more than `ratio` times the median over all ranks.
@@ -33,7 +32,7 @@ class SlowRanks:
         Returns:
             1. The metrics `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`. With a single rank,
                there are no metrics.
-            2. A line if this step is the `steps`-th consecutive one in which a rank is slow; otherwise "".
+            2. A line if this step is the `steps`-th consecutive one in which a rank is slow. Otherwise "".
         """
         if len(by_rank) < 2:
             return {}, ""

@@ -6,17 +6,14 @@ from contextlib import contextmanager
 
 
 class StageTimers:
-    """Sums the wall time of each stage.
+    """Measure the wall time of each stage.
 
-    A stage may run several times; its times are added. A stage may contain other stages; its time then includes
-    theirs.
+    If a stage runs several times, its times are added. The time of a stage includes the time of stages inside it.
 
     Args:
         synchronize: function that waits for the device, such as torch.cuda.synchronize. It is called at the beginning
-            and at the end of a stage, so that the stage's time includes the work that the stage queued. None on CPUs.
-        enter: function that is called with the stage's name when an outermost stage begins, and with "" when this
-            stage
-            ends.
+            and at the end of a stage, so that the stage's time includes queued work. None on CPUs.
+        enter: function that is called with the stage's name when an outermost stage begins, and with "" at its end.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class StageTimers:
                 self._enter("")
 
     def take(self) -> dict[str, float]:
-        """Return the metrics `time/STAGE_s`, the seconds spent in each stage since the last call of this method."""
+        """Return the metrics `time/STAGE_s`, the seconds spent in each stage since the last call."""
         taken = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return taken

@@ -23,22 +23,22 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 PROGRESS_METRICS = {"reward": "reward/mean", "EM": "reward/em", "tok/s": "speed/tokens_per_s"}
-"""Maps each label on the progress line to the metric that is shown after the label."""
+"""The metric that the progress line shows after each label."""
 
 
 class MetricWriter:
-    """Writes the metrics of one run. One rank writes; on every other rank, where `enabled` is False, all methods do
-    nothing.
+    """Write the metrics of one run. On ranks where `enabled` is False, all methods do nothing.
 
-    `log` may be called several times for one step. The step's line in metrics.jsonl then has the metrics of all these
-    calls. When a call returns, its data has been written to the file, so a crash of the process loses nothing.
+    If `log` is called several times for one step, the step's line in metrics.jsonl has the metrics of all these
+    calls. When a call returns, its data is in the file, so a crash of the process loses nothing.
 
     Args:
-        run_dir: the run's folder; created if it is missing. total_steps: number of steps of the whole run, shown on
-            the progress line. enabled: True on the one rank that writes. resume_step: the step from which the run
-            resumes; records of later steps are dropped. None: the run is new, and
-            if the folder contains records of an earlier run, they are moved to `previous_N/`.
-        stream: where progress is shown; None: stderr. If `stream` is not a terminal, each step prints a plain line.
+        run_dir: the run's folder, which is created if it is missing.
+        total_steps: number of steps of the whole run, shown on the progress line.
+        enabled: True on the one rank that writes.
+        resume_step: the step from which the run resumes. Records of later steps are dropped. None: the run is new.
+            Records of an earlier run are moved to `previous_N/`.
+        stream: where progress is shown. None: stderr. If `stream` is not a terminal, each step prints a plain line.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class MetricWriter:
         self._show(step, values)
 
     def log_histogram(self, step: int, name: str, values: Sequence[float]) -> None:
-        """Record those of `values` that are finite as a histogram in TensorBoard. If none is, do nothing."""
+        """Record the finite values of `values` as a histogram in TensorBoard. If there are none, do nothing."""
         if not self.enabled:
             return
         finite = [float(value) for value in values if math.isfinite(value)]
         if finite:
-            # torch's writer accepts NumPy arrays, but it does not accept lists.
+            # torch's writer does not accept lists.
             import numpy as np
 
             with naming(self._board_folder):
@@ -93,20 +93,18 @@ class MetricWriter:
     def log_hyperparameters(
         self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
     ) -> None:
-        """Record the run's settings `values`. TensorBoard's table of runs then shows them beside the last values of
-        `metrics`.
-        """
+        """Record the run's settings `values`. TensorBoard shows them beside the last values of `metrics`."""
         if self.enabled:
             from torch.utils.tensorboard.summary import hparams
 
-            # SummaryWriter.add_hparams is not used because it would show the metrics as those of an additional run.
+            # SummaryWriter.add_hparams would show the metrics as those of an additional run.
             for summary in hparams(dict(values), dict.fromkeys(metrics, 0.0)):
                 self._board._get_file_writer().add_summary(summary)
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """Record `text` in TensorBoard, which shows it in a monospaced font and does not interpret it as Markdown."""
+        """Record `text` in TensorBoard, in a monospaced font and without interpreting it as Markdown."""
         if self.enabled:
-            # Indentation turns any text into a code block. A fenced block could be closed by the text itself.
+            # Indent the text to make it a code block. The text could contain the end of a fenced block.
             indented = "\n".join("    " + line for line in text.splitlines())
             with naming(self._board_folder):
                 self._board.add_text(name, indented, step)
@@ -139,8 +137,7 @@ class MetricWriter:
             file=self._stream,
             desc="step",
             dynamic_ncols=True,
-            # A small value makes tqdm estimate the remaining time mostly from the run's average, which is more stable
-            # because steps are few and slow.
+            # With a small value, tqdm estimates the remaining time mostly from the run's average.
             smoothing=0.1,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )
@@ -160,10 +157,7 @@ class MetricWriter:
             )
 
     def _time_left(self, step: int) -> str:
-        """Return the estimated remaining time as text; "" before this start's first step and after the last step.
-
-        The estimate uses the mean time per step since this start, which includes evaluations and checkpoints.
-        """
+        """Return the estimated remaining time as text. Return "" before the first step and after the last step."""
         done, left = step - self._first_step, self._total_steps - step
         if done < 1 or left < 1:
             return ""
@@ -179,10 +173,10 @@ class _MetricsFile:
         if resume_step is None:
             _set_aside(run_dir)
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        # The file is replaced atomically, because a crash must not lose the lines that are kept.
+        # Replace the file atomically, because a crash must not lose the lines that are kept.
         write_text(path, "".join(_line(record) for record in kept))
         self._last: dict = kept[-1] if kept else {}
-        # The file has no buffer. With one, if the write of a line fails, closing the file would write the line again.
+        # Do not buffer. With a buffer, if the write of a line fails, closing the file would write the line again.
         self._handle = path.open("r+b", buffering=0)
         self._last_start = self._handle.seek(0, os.SEEK_END) - len(
             _line(self._last).encode() if kept else b""
@@ -219,13 +213,12 @@ class _MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the records in the metrics.jsonl at `path`, one for each step. If the file does not exist, return an
-    empty list.
+    """Return the records in the metrics.jsonl at `path`. If the file does not exist, return an empty list.
 
     A malformed last line is ignored, because a crash may have truncated it.
 
     Raises:
-        ValueError: another line is malformed.
+        ValueError: if another line is malformed.
     """
     path = Path(path)
     if not path.exists():
@@ -246,10 +239,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def _is_record(record: object) -> bool:
-    """Return whether `record` is a dict that has a step and whose values are all numbers or None.
-
-    None stands for a value that was not finite. An integer must be small enough for a float.
-    """
+    """Return whether `record` is a dict that has a step and whose values are all numbers or None."""
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return False
     return all(

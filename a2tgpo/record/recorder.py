@@ -28,10 +28,7 @@ class Recorder:
 
     Args:
         writer: the metric writer, which is enabled only on rank 0.
-        run_dir: the folder of the run.
         num_texts: number of a step's rollouts to show in TensorBoard. Half are the best, and half the worst.
-        slow_ranks: compares the times of all ranks.
-        ratio_noise: watches the metrics of every step for noise in the ratios.
     """
 
     def __init__(
@@ -71,11 +68,10 @@ class Recorder:
         """Write the record of one training step. Every rank must call this.
 
         Args:
-            trajectories: this replica's share of the step. The trajectories are the rows of `table`,
-                `advantages`, `clip_scales` and `ratios` [N, T + 1].
+            trajectories: this replica's share of the step. The trajectories are the rows of `table`, `advantages`,
+                `clip_scales` and `ratios` [N, T + 1].
             engine_metrics: metrics of this rank's engine, which are reduced over the world.
-            learning_metrics: metrics of the trajectories that this replica trained on, which are reduced over
-                the data-parallel group.
+            learning_metrics: metrics of this replica's trajectories, which are reduced over the data-parallel group.
             seconds: wall time of each stage on this rank as `time/STAGE_s`, and of the step as `time/step_s`.
 
         Returns:
@@ -90,8 +86,7 @@ class Recorder:
         world = world_group()
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Each model-parallel rank has reduced the same samples. Broadcast the result, because decisions need
-        # values that are equal to the bit.
+        # Broadcast the result, because decisions need values that are equal to the bit on all ranks.
         metrics = broadcast_object(metrics, world, source=0)
         noise, noise_line = self._ratio_noise.watch(metrics)
         metrics |= noise

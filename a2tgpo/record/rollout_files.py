@@ -1,9 +1,8 @@
 """The files of a run's recorded rollouts. Each of the D data-parallel replicas writes one file per step.
 
-The file of replica R is `rollouts/step_N/replica_R_of_D.jsonl.zst`. Each line is a trajectory as JSON: its
-tokens, their texts, and the advantage, clip scale and ratio of each turn. The files of a step can be unpacked
-one after the other: `zstd -dc rollouts/step_N/*`. Earlier versions wrote one file per step,
-`rollouts/step_N.jsonl.zst`. Such files can still be read.
+The file of replica R is `rollouts/step_N/replica_R_of_D.jsonl.zst`. Each line is a trajectory as JSON: its tokens,
+their texts, and the advantage, clip scale and ratio of each turn. Unpack a step with `zstd -dc rollouts/step_N/*`.
+Earlier versions wrote one file per step, `rollouts/step_N.jsonl.zst`. Such files can still be read.
 """
 
 from __future__ import annotations
@@ -30,21 +29,15 @@ _MAX_RANGES = 6
 
 
 def part_path(run_dir: Path, step: int, *, replica: int, num_replicas: int) -> Path:
-    """Return the path of the file in which a data-parallel replica records its rollouts of step `step`.
-
-    Args:
-        step: number of the step, counted from 1.
-        replica: index of the replica.
-        num_replicas: number of replicas.
-    """
+    """Return the file in which a data-parallel replica records its rollouts of step `step`, counted from 1."""
     return run_dir / FOLDER / f"step_{step}" / f"replica_{replica}_of_{num_replicas}.jsonl.zst"
 
 
 def write_part(records: Iterable[dict], path: Path) -> None:
     """Write `records` to the file `path` atomically, then remove old files of the same step.
 
-    Only one record at a time is in memory. If an OSError is raised, it names `path`. The old files are those of
-    an earlier attempt at the step that had another number of replicas or wrote a single file.
+    Only one record at a time is in memory. If an OSError is raised, it names `path`. The old files are from an
+    attempt with another number of replicas, or from an earlier version.
     """
     encoder = msgspec.json.Encoder()
     with (
@@ -85,10 +78,7 @@ def step_paths(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def step_ranges(steps: Iterable[int]) -> str:
-    """Format ascending `steps` as a text such as "100, 200, 301 to 340". If there are many ranges, shorten the text.
-
-    A shortened text has the first ranges and the last one.
-    """
+    """Format ascending `steps` as a text such as "100, 200, 301 to 340". If there are many ranges, leave some out."""
     ranges: list[list[int]] = []
     for step in steps:
         if ranges and step == ranges[-1][1] + 1:
@@ -115,7 +105,7 @@ def read_step(files: Iterable[Path]) -> list[dict]:
 
 
 def read_part(path: Path) -> list[dict]:
-    """Return the records in one file, in the order of the file. It raises the same errors as `read_step`."""
+    """Return the records in one file, in the order of the file. The errors are those of `read_step`."""
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     try:
         lines = decompressor.decompress(path.read_bytes()).decode("utf-8").split("\n")
@@ -150,7 +140,7 @@ def read_records(files: Sequence[Path]) -> list[dict]:
     """Return the trajectories in the files of a step.
 
     Raises:
-        ConfigError: if a file cannot be read or is damaged. The message is one line.
+        ConfigError: with a one-line message, if a file cannot be read or is damaged.
     """
     try:
         return read_step(files)

@@ -10,17 +10,17 @@ from pathlib import Path
 from a2tgpo.record.rollout_files import step_paths
 
 LASTING_EVERY = 100
-"""Steps whose number is a multiple of this are removed last, so that a long run keeps its beginning."""
+"""Steps whose number is a multiple of 100 are removed last, so that a long run keeps its beginning."""
 
 logger = logging.getLogger(__name__)
 
 
 class RolloutRetention:
-    """Removes recorded rollouts of one run. Create only one instance per run, in one process.
+    """Remove recorded rollouts of one run. Create only one instance per run, in one process.
 
     Args:
         run_dir: the folder of the run.
-        keep_gb: limit of all recorded rollouts together, in units of 10^9 bytes. 0 means no limit.
+        keep_gb: limit of all recorded rollouts together, in units of 10^9 bytes. 0: no limit.
     """
 
     def __init__(self, run_dir: Path, *, keep_gb: float):
@@ -31,10 +31,9 @@ class RolloutRetention:
         self._has_warned = False
 
     def trim(self, covered: int) -> None:
-        """Remove recorded steps before step `covered` until the limit is met.
+        """Remove recorded steps before step `covered`, which a resumed run does not replay, until the limit is met.
 
-        A resumed run does not replay steps before `covered`. Step `covered` and later steps stay. Files that
-        cannot be removed are ignored.
+        Files that cannot be removed are ignored.
         """
         if not self._keep_gb:
             return

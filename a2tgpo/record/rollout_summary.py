@@ -1,8 +1,4 @@
-"""Select the rollouts of a step that rank 0 shows: the gains of each turn, and the texts of the best and the worst.
-
-The replicas exchange the prompt, sample, reward and gains of each trajectory. Only the chosen texts are sent to
-rank 0.
-"""
+"""Gather, on rank 0, the gains of a step's turns, and the texts of its best and its worst rollouts."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
     sample_index: int
     reward: float
     gains: tuple[float | None, ...]
-    """Gains of the trajectory's process turns. A gain that was not computed is None."""
+    """Gains of the trajectory's process turns. None: the gain was not computed."""
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> RolloutSummary:
@@ -36,10 +32,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
 
 
 def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups) -> list[RolloutSummary]:
-    """Return the summaries of all replicas, sorted by prompt and sample.
-
-    The first rank of every replica must call this.
-    """
+    """Return the summaries of all replicas by prompt and sample. The first rank of every replica must call this."""
     own = msgspec.msgpack.encode([RolloutSummary.of(trajectory) for trajectory in trajectories])
     parts = all_gather_object(own, groups.dp_group)
     summaries = [s for part in parts for s in msgspec.msgpack.decode(part, type=list[RolloutSummary])]
@@ -49,8 +42,7 @@ def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups)
 def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str, RolloutSummary]:
     """Choose the best and the worst rollouts, `count` in total, and return them by name: best_0, ..., worst_0, ...
 
-    Rollouts are compared by reward, and those with equal rewards by gain. If there are fewer than `count`
-    rollouts, fewer are chosen, and none is chosen twice.
+    Rollouts are compared by reward. If rewards are equal, rollouts are compared by gain. No rollout is chosen twice.
     """
     ordered = sorted(summaries, key=lambda summary: summary.worth, reverse=True)
     num_best = min((count + 1) // 2, len(ordered))
@@ -77,10 +69,9 @@ def gather_texts(
 ) -> dict[str, str]:
     """Return, on rank 0, the texts of the `chosen` rollouts by name, in order. Return {} on other ranks.
 
-    The first rank of every replica must call this.
+    The first rank of every replica must call this, with the same `chosen`.
 
     Args:
-        chosen: the chosen rollouts, which must be equal on all callers.
         trajectories: this replica's share of the step.
         text_of: returns the text of the trajectory in a given row.
     """

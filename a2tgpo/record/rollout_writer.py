@@ -21,13 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutWriter:
-    """Write a replica's rollouts of one step at a time in a thread. The first rank of every replica creates a writer.
+    """Write a replica's rollouts in a thread, one step at a time. The first rank of every replica creates a writer.
 
-    Args:
-        run_dir: the folder of the run.
-        replica: the index of this data-parallel replica.
-        num_replicas: the number of data-parallel replicas of the run.
-        tokenizer: the policy's tokenizer. It is safe to decode with it in several threads.
+    The thread decodes with `tokenizer`, which several threads may use at once.
     """
 
     def __init__(self, run_dir: Path, *, replica: int, num_replicas: int, tokenizer: PreTrainedTokenizerBase):
@@ -45,25 +41,18 @@ class RolloutWriter:
     ) -> None:
         """Start writing the rollouts of `step` as soon as the previous step is written.
 
-        The arguments must not change afterwards.
-
-        Args:
-            trajectories: this replica's share of the step.
-            turn_values: arrays [N, T + 1] by name, with one row per trajectory (see `to_record`).
+        The arguments must not change afterwards. `turn_values` has arrays [N, T + 1] by name (see `to_record`).
         """
         self.wait()
         self._step = step
-        # The thread is not a daemon, so that its files are completed even if the program fails elsewhere.
+        # The thread is not a daemon, so that it completes its files even if the program fails elsewhere.
         self._thread = threading.Thread(
             target=self._write, args=(step, trajectories, turn_values), name="rollouts"
         )
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the step that was started is on disk or its write has failed.
-
-        A failed write logs a warning, and the run continues.
-        """
+        """Wait until the started step is on disk, or until its write has failed. An OSError only logs a warning."""
         if self._thread is None:
             return
         self._thread.join()

@@ -1,6 +1,6 @@
 """Write a self-contained page with a run's rollouts: groups, turns, gains, and tokens coloured by log-prob.
 
-The page contains the records as gzip in base64. Its template is rollouts_page.html, which never renders text as HTML.
+The page contains the records as gzip in base64. Its template rollouts_page.html never renders text as HTML.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
-    """Return the steps to show. The first and the last step are always included.
-
-    Args:
-        sizes: the number of trajectories of each step.
-    """
+    """Return the steps to show, including the first and the last. `sizes` has each step's number of trajectories."""
     steps = sorted(sizes)
     room = max(2, MAX_TRAJECTORIES // max(1, max(sizes.values())))
     if len(steps) <= room:
@@ -46,8 +42,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
     Args:
         name: the name of the run.
         steps: the recorded rollouts of each step.
-        decode: converts token ids to text, so that each token has a colour. If it is None, the page shows only
-            the texts of the turns.
+        decode: converts token ids to text, so that each token has a colour. None: tokens have no colours.
     """
     content = {
         "name": name,

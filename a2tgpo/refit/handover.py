@@ -32,20 +32,18 @@ class RefitReport:
 
 
 def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) -> RefitReport:
-    """Load the policy's weights into the engine; every rank must call this.
+    """Load the policy's weights into the engine. Every rank must call this.
 
-    The engine must be idle, and its weights must be awake. If the engine already holds `version`, nothing is
-    done. Each rank passes full tensors to its own engine, which keeps only its part of them. While a bucket is
-    loaded, the next one is gathered.
+    The engine must be idle, and its weights must be awake. If the engine already holds `version`, nothing is done.
+    Each rank passes full tensors to its own engine, which keeps only its part of them.
 
     Args:
-        version: the version of the policy's weights, equal on all ranks. It is the number of updates since
-            `policy.path`, whose weights are version 0.
-        bucket_mib: MiB of weights to gather at once, at most. Two such buckets exist at the same time.
+        version: the version of the policy's weights, equal on all ranks: the number of updates since `policy.path`.
+        bucket_mib: largest number of MiB of weights to gather at once. Two such buckets exist at the same time.
 
     Raises:
-        RuntimeError: on all ranks, if the engine of one rank refused the weights, for example because names or
-            shapes differ. On this rank only, if gathering the weights failed. The message is one line.
+        RuntimeError: with a one-line message, if the engine of one rank refused the weights (on all ranks), or if
+            gathering the weights failed (on this rank only).
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)

@@ -22,14 +22,13 @@ from a2tgpo.update.logprobs import compute_logprobs
 def sync_engine(
     policy: Policy, engine: VllmEngine, phases: MemoryPhases, config: RunConfig, *, version: int
 ) -> MetricSums:
-    """Give the engine the policy's weights, and enter memory phase rollout; every rank must call this.
+    """Give the engine the policy's weights, and enter memory phase rollout. Every rank must call this.
 
-    Weights that the engine already holds are not moved again. New weights are verified on a fixed probe. The
-    first weights of a run are also verified, because engine and trainer read them from the same files with
-    different code.
+    New weights are verified on a fixed probe. The first weights of a run are also verified, because engine and
+    trainer read them from the same files with different code.
 
     Args:
-        version: the version of the weights, which is the number of steps that they were trained for.
+        version: the number of steps that the weights were trained for.
 
     Raises:
         RuntimeError: if the log-probs of engine and trainer differ too much on the probe.
@@ -56,10 +55,7 @@ def sync_engine(
 
 
 def score_probe(policy: Policy, probe: Sequence[int]) -> Tensor:
-    """Return the trainer's log p of `probe[1:]`, a [len(probe) - 1] float32 tensor on the CPU.
-
-    Every rank must call this.
-    """
+    """Return the trainer's log p of `probe[1:]`, [len(probe) - 1] float32 on the CPU. Every rank must call this."""
     batch = pack([probe_trajectory(probe)], [0], align=policy.alignment)
     (scored,) = compute_logprobs(policy, [batch])
     logprobs = None if scored is None else scored.logprobs.cpu()[batch.loss_mask[0]]

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
-"""Largest allowed mean |difference| per probe token, in nats, for each number format. The less exact format of
-engine and trainer decides. The probe's ids are improbable in any model, so FP8 alone changes their log-probs by
-0.4 in a model of 135M (docs/fp8.md).
-"""
+"""Largest allowed mean |difference| per probe token, in nats, for each number format. The less exact format of engine
+and trainer decides. FP8 alone changes the probe's log-probs by 0.4 in a model of 135M (docs/fp8.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,7 @@ def probe_tokens(num_token_ids: int, length: int) -> list[int]:
 
 
 def probe_trajectory(probe: Sequence[int]) -> Trajectory:
-    """Return the probe as a trajectory that the trainer can pack and score; the first token is the prompt."""
+    """Return the probe as a trajectory that the trainer can pack and score. The first token is the prompt."""
     sampled = TokenIds(probe[1:])
     return Trajectory(
         prompt_index=0,
@@ -53,11 +51,7 @@ def probe_trajectory(probe: Sequence[int]) -> Trajectory:
 
 
 def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:
-    """Return `configured` or, if it is 0, the default of the less exact number format.
-
-    Args:
-        configured: the setting `refit.probe_tolerance`.
-    """
+    """Return the setting `configured` or, if it is 0, the default of the less exact number format."""
     return configured or max(TOLERANCES[trainer_dtype], TOLERANCES[engine_dtype])
 
 
@@ -70,20 +64,20 @@ def verify_refit(
     tolerance: float,
     group: dist.ProcessGroup | None,
 ) -> ProbeGap:
-    """Compare the engine's log-probs of the probe with the trainer's; every rank of `group` must call this.
+    """Compare the engine's log-probs of the probe with the trainer's. Every rank of `group` must call this.
+
+    The engine must be idle and awake.
 
     Args:
-        engine: the engine, which must be idle and awake.
         probe: a sequence from `probe_tokens`, the same on all ranks.
         trainer_logprobs: [len(probe) - 1] float: log p of probe[1:] by the trainer at temperature 1, in nats.
         version: the version of the weights, for the error message.
         tolerance: the largest allowed mean |difference|, in nats.
-        group: the ranks that all raise an error if one of them finds a difference. None means this rank alone.
+        group: the ranks that all raise an error if one of them finds a difference. None: this rank alone.
 
     Raises:
-        RuntimeError: on all ranks of `group`, if the mean difference exceeds `tolerance`, or if the trainer's
-            log-probs are not finite. In the second case, the trainer's weights are broken, not the engine. The
-            message is one line.
+        RuntimeError: with a one-line message on all ranks of `group`, if the mean difference exceeds `tolerance`, or
+            if the trainer's log-probs are not finite.
     """
     engine_logprobs = torch.tensor(engine.sequence_logprobs(probe), dtype=torch.float64)
     expected = trainer_logprobs.detach().to("cpu", torch.float64).flatten()

@@ -1,4 +1,4 @@
-"""The advantage methods. `algorithm.advantage: NAME` selects module NAME, so each new method is a new file here.
+"""The advantage methods. `algorithm.advantage: NAME` selects module NAME.
 
 Each module has this function, which every rank of `dp_group` must call, even with an empty table:
 

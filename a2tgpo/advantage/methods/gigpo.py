@@ -2,20 +2,16 @@
 
     A_{i,t} = A^E_i + alpha A^S_{i,t}                                                                     (Eq. 8)
 
-A^E is GRPO's advantage (Eq. 3): R_i normalised within its prompt's group. A^S is computed from returns. Every turn,
-including the final turn, has the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). All turns of
-a prompt that were written in the same state form a step group (Eq. 6), even if they are in different trajectories or
-have different turn indices. A^S is the return normalised within the step group (Eq. 7).
+A^E is GRPO's advantage (Eq. 3): R_i normalised within its prompt's group. Every turn, including the final turn, has
+the return gamma^{T_i - t} R_i (Eq. 5 with the outcome as the only reward). All turns of a prompt that were written in
+the same state form a step group (Eq. 6). A^S is the return normalised within the step group (Eq. 7).
 
 Decisions that the paper leaves open:
-- Two states are the same only if their queries and their passages are equal (`anchor_state.turn_states`). The
-authors' code can also join states with similar texts.
-- If `normalize_by_std` is set, both A^E and A^S are divided by the sample standard deviation; otherwise neither is.
-The paper calls this choice F_norm.
+- Two states are the same only if their queries and their passages are equal (`anchor_state.turn_states`).
+- If `normalize_by_std` is set, both A^E and A^S are divided by the sample standard deviation. Otherwise neither is.
+  The paper calls this choice F_norm.
 - A turn that is alone in its step group has A^S = 0.
-- A trajectory counts once in its prompt's statistics. By default, the authors' code counts a trajectory once per
-turn.
-- Information gain is not used.
+- A trajectory counts once in its prompt's statistics. The authors' code counts a trajectory once per turn.
 """
 
 import torch

@@ -12,7 +12,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return for every turn the outcome R_i, normalised with the sample standard deviation; gains are not used."""
+    """Return for every turn the outcome R_i, normalised within the prompt's group. Gains are not used."""
     outcome = grpo_outcome(table, config, dp_group=dp_group)
     no_gain = torch.zeros_like(table.info_gain)
     return TurnAdvantages(

@@ -10,5 +10,5 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return IGPO's advantages; each prompt has one pool, which contains its gains and its outcomes."""
+    """Return IGPO's advantages. Each prompt has one pool, which contains its gains and its outcomes."""
     return pooled_advantages(table, config, outcome_pool=table.prompt_index, dp_group=dp_group)

@@ -10,7 +10,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return IGPO's advantages; each prompt has one pool for its gains and another pool for its outcomes."""
+    """Return IGPO's advantages. Each prompt has one pool for its gains and another pool for its outcomes."""
     return pooled_advantages(
         table, config, outcome_pool=table.prompt_index + table.num_prompts, dp_group=dp_group
     )

@@ -14,8 +14,8 @@ def advantages(
 ) -> TurnAdvantages:
     """Return the advantages of all turns (Eq. 6-9).
 
-    A process turn has A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i. The final turn has R_i. In both, R_i is the
-    normalised outcome.
+    A process turn has A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i. The final turn has R_i, a normalised
+    outcome.
     """
     normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
     outcome = normalize_groups(
@@ -40,9 +40,7 @@ def normalize_turn_groups(
 ) -> torch.Tensor:
     """Return each gain normalised within its turn group (prompt, turn_index), [N, T] float64 (Eq. 6-7).
 
-    If a turn has no gain, its value is 0.
-
-    Every rank of `dp_group` must call this, even with an empty table.
+    If a turn has no gain, its value is 0. Every rank of `dp_group` must call this, even with an empty table.
     """
     present = table.has_gain
     normalized = torch.zeros_like(table.info_gain)
