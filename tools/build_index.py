@@ -6,7 +6,7 @@
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
 The corpus is JSONL in Search-R1's format (`id`, `contents`). The index stores each passage's position in the corpus
-file, and a fingerprint of the corpus, which is compared on every load. --part I/N builds the index of part I of the
+file, and a fingerprint of the corpus that is checked on every load. --part I/N builds the index of part I of the
 corpus, for a server of that part (tools/retrieval_server.py --shards).
 
 Embeddings are kept in FOLDER.embeddings until the index is written, so the same command resumes an interrupted build.
@@ -168,7 +168,7 @@ def num_gpus() -> int:
 
 
 def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
-    """Embed the passages in `num_workers` processes, and wait until all of them have ended, also those that fail."""
+    """Embed the passages in `num_workers` processes, and wait until all processes have ended."""
     cpus, gpus = len(os.sched_getaffinity(0)), num_gpus()
     processes = []
     # Schedulers end a job with SIGTERM. Exit then, so that the `finally` below ends the workers too.

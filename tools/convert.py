@@ -9,8 +9,8 @@ the agent.
 
 The conversion reads architecture and tokenizer from `model.path` of the run's configuration. The default of --config
 is the configuration in the run folder that contains the checkpoint. hf-to-megatron writes CHECKPOINTS/step_0 with a
-new optimizer. To start a run from it, use `--resume CHECKPOINTS/step_0`. The processes of the conversion divide the
-model among themselves. Settings such as `parallel.tensor=N` change this division.
+new optimizer. To start a run from this checkpoint, use `--resume CHECKPOINTS/step_0`. The processes of the conversion
+divide the model among themselves. Settings such as `parallel.tensor=N` change this division.
 """
 
 from __future__ import annotations

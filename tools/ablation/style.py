@@ -15,8 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.metrics.figure_style import INK, MUTED
 
-# The palette of Okabe and Ito, which is safe for colour-blind readers. Grey replaces their yellow, which is hard to
-# see.
+# The palette of Okabe and Ito, which is safe for colour-blind readers. Grey replaces the palette's yellow.
 PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a8f98"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 MAX_METHODS = len(PALETTE)

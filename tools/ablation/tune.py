@@ -5,9 +5,9 @@
 
 The program first tries every learning rate of LEARNING_RATES with the middle clipping range of CLIP_LOW. Then it
 tries the other clipping ranges with the best learning rate. A trial is one short run with a seed that no comparison
-uses. Its score is the mean reward on training questions over the second half of its steps. --write names a folder.
-The program writes each method's choice to METHOD.yaml in this folder, and every trial to tuning.csv. Other settings
-that METHOD.yaml already has are kept, and also apply to the trials. Finished trials are not repeated.
+uses. A trial's score is the mean reward on training questions over the second half of its steps. --write names a
+folder. The program writes each method's choice to METHOD.yaml in this folder, and every trial to tuning.csv. Other
+settings that METHOD.yaml already has are kept, and also apply to the trials. Finished trials are not repeated.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return a row for every turn of one step.
 
-    The column `remaining` is the number of process turns from this turn on. The others are the turn's advantages.
+    The column `remaining` is the number of process turns from this turn on. The other columns are advantages.
     """
     table = table_of(trajectories)
     column = torch.arange(table.max_turns + 1)

@@ -2,8 +2,8 @@
 
 Each trajectory has 2,000 tokens. The loops implement Eq. 6-9: one over tensors, as in trainers with rewards per
 token, and one over Python lists. All variants give the same number for every sampled token. The bench then measures
-the time with four times the trajectories, with twice the turns, and with two and four processes. It counts the bytes
-of the processes' messages, and extrapolates them to 1,024 ranks.
+the time with four times the trajectories, with twice the turns, and with two and four processes. The bench counts
+the bytes of the processes' messages, and extrapolates the number to 1,024 ranks.
 """
 
 from __future__ import annotations

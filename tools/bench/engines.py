@@ -29,7 +29,7 @@ class EngineWithoutEnd(VllmEngine):
 
 
 class PlannedEngine(EngineWithoutEnd):
-    """A simulated policy. A request's seed determines the length of the turn and whether it ends with a search.
+    """A simulated policy. A request's seed determines the turn's length and whether the turn ends with a search.
 
     Args:
         median, longest: median and largest number of tokens of a turn. The distribution is log-normal.

@@ -79,7 +79,7 @@ def ask(connection: http.client.HTTPConnection, query: str) -> float:
 def serve(corpus: Path, index: Path) -> dict[str, float]:
     """Start the server, and send queries one at a time.
 
-    Return the seconds to the first answer, the latency of the other queries, and memory before and after them.
+    Return the seconds to the first answer, the latency of the other queries, and memory before and after the queries.
     """
     draw = random.Random(1)
     # Use words of medium frequency, as in real queries. The rarest words match no passage.

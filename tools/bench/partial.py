@@ -2,7 +2,7 @@
 
 The bench measures no time. It simulates a rollout in which each busy slot samples one token per engine step, tools
 answer at once, and scoring and prefill take no steps. The trainer's own code (`collect/partial.py`) chooses the
-groups to play and to train on, and sets the seeds, which determine the lengths of turns. One engine plays 16 groups
+groups to play and to train on, and sets the seeds that determine the lengths of turns. One engine plays 16 groups
 of 16 trajectories in 256 slots. Each trajectory has up to six searches.
 """
 

@@ -15,7 +15,7 @@ every position, and once more in the backward pass.
 
 Each variant runs in its own process, so its peak memory is that of its own training. Before the measured update, each
 process runs an update on a single trajectory. All variants give the same loss and gradient norm. All variants except
-TRL also report the mean log-prob, which must be equal too. The bench takes about 4 minutes.
+TRL also give the same mean log-prob. TRL does not report this value. The bench takes about 4 minutes.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def measure(
 
 @torch.no_grad()
 def turn_logprobs(model: Any, sequences: Sequence[Written]) -> Logprobs:
-    """Return the log-probs of all turns as the trainer computes them: logits in the model's format, then float32."""
+    """Return the log-probs of all turns, from logits in the model's format and a log-softmax in float32."""
     results = []
     for sequence in sequences:
         targets = torch.tensor(sequence.tokens)

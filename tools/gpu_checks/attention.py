@@ -1,4 +1,4 @@
-"""Test this machine's attention kernels: compare packed sequences with sequences that are computed one by one."""
+"""Check that this machine's attention kernels compute packed sequences as they compute single sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_checks.passes import MAX_GRADIENT_GAP, MAX_LOGPROB_GAP
 
 
 def check_packed_attention(bench: Bench) -> None:
-    """Compare log-probs and gradients of packed sequences with those of transformers in float32, one by one."""
+    """Compare log-probs and gradients of packed sequences with transformers on single sequences in float32."""
     import torch
 
     groups, dtype = passes.join(bench), passes.default_dtype()

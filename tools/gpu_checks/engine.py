@@ -174,7 +174,7 @@ def play(settings: Play) -> Played:
 def play_on(engine: Any, settings: Play) -> Played:
     """Decode one sequence alone, then `settings.sequences` sequences concurrently in two rounds.
 
-    Every request has its own seed. Every second sequence has a stop string that it samples soon, like a tool call.
+    Every request has its own seed. Every second sequence ends early with a stop string, as a tool call does.
     """
     from a2tgpo.refit.verify import probe_tokens
 

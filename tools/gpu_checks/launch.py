@@ -26,7 +26,7 @@ def launched_environment() -> dict[str, str] | None:
     Return None if no launcher started this process as one of several.
 
     Raises:
-        ValueError: if a launcher did, but the environment has no meeting point.
+        ValueError: if a launcher started this process as one of several, but the environment has no meeting point.
     """
     names = launched(os.environ)
     if names is None:

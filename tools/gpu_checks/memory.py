@@ -111,7 +111,7 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
 
 
 def _move(phases: Any, done: Trained) -> None:
-    """Offload everything as before a rollout, load it as before a checkpoint, and record the times of both copies."""
+    """Offload as before a rollout, load as before a checkpoint, and record the times of the two copies."""
     import torch
 
     on_gpu = torch.cuda.is_available()

@@ -19,7 +19,7 @@ One network port of 200 Gb/s reaches 20 GB/s. If the bandwidth is lower, NCCL us
 """
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16
-"""Size of a small all-reduce, whose time is mostly latency. Hidden states of a few sequences have this size."""
+"""Size of a small all-reduce, about that of the hidden states of a few sequences."""
 
 
 def check_all_reduce(bench: Bench) -> None:
@@ -41,7 +41,7 @@ def check_all_reduce(bench: Bench) -> None:
     repeats = 20 if on_gpu else 4
     seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
     bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
-    # Over several nodes, bus bandwidth is not the value that a plan needs, which is a rank's share of the network.
+    # A plan needs a rank's share of the network. Over several nodes, bus bandwidth is another quantity.
     one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
     for size in SIZES_MIB[backend]:
         seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)

@@ -33,7 +33,7 @@ def check_resume(bench: Bench) -> None:
 
 
 def _train(config: Path, *arguments: str) -> None:
-    """Run launch/train.py in its own process. Its output goes to this process's log.
+    """Run launch/train.py in its own process, with its output in this process's log.
 
     Raises:
         RuntimeError: if the exit code is not 0.

@@ -21,10 +21,11 @@ On a CPU in float32, the difference is 1e-6. The limit for bfloat16 is the defau
 MAX_GAIN_GAP = {"float32": 1e-3, "bfloat16": 0.15}
 """Limit in nats for the mean |difference| between engine and trainer in the log-probs of gold answers.
 
-The limits are those of the probe (refit.verify.TOLERANCES), because gold answers are as improbable as its tokens.
+The limits are those of the probe (refit.verify.TOLERANCES), because gold answers are as improbable as the
+probe's tokens.
 """
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
-"""Limits in nats for the same difference of sampled tokens if engine, trainer or both compute in FP8.
+"""Limits in nats for the difference in `MAX_SAMPLED_GAP` if engine, trainer or both compute in FP8.
 
 bfloat16 gives less than 0.01, so a difference below the lower limit shows that FP8 was not used. Emulated FP8
 (`fp8_study/emulation.py`) changes the log-probs by 0.06, or by 0.09 if both sides round independently. The upper

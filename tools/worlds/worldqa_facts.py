@@ -145,7 +145,7 @@ def _currency(record: dict, info: Mapping) -> Name | None:
 
 
 def _language(record: dict, info: Mapping) -> Name | None:
-    """Return the official language if it is the only one and also the most used language, else None."""
+    """Return the only official language if it is also the most used language, else None."""
     main = record["languages"].split(",")[0].split("-")[0]
     if info.get("languages") != [main]:
         return None
@@ -207,7 +207,7 @@ def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, north
 
 
 def _capital(country: Country, record: dict) -> Name | None:
-    """Return the capital if both packages name the same one. One name may contain the other ("Washington D.C.")."""
+    """Return the capital if both packages name the same. One name may contain the other ("Washington D.C.")."""
     first, second = record["capital"], CountryInfo(country.code).info().get("capital") or ""
     words, other = key_of(first).split(), key_of(second).split()
     if not words or not other or not (set(words) <= set(other) or set(other) <= set(words)):
@@ -216,7 +216,7 @@ def _capital(country: Country, record: dict) -> Name | None:
 
 
 def _add_neighbours(country: Country, record: dict, world: dict[str, Country]) -> None:
-    """Add the neighbours that both packages list, and the most populous neighbour if it is certain."""
+    """Add the neighbours that both packages list, and the most populous of them if the packages agree on it."""
     borders = CountryInfo(country.code).info().get("borders") or []
     found = [pycountry.countries.get(alpha_3=code) for code in borders]
     second = {entry.alpha_2 for entry in found if entry is not None}

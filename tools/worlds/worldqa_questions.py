@@ -1,6 +1,6 @@
 """Write the worldqa corpus and its questions from the facts of `worldqa_facts`.
 
-Every question is a chain of hops. Each hop is one fact, which one passage states. The subject of a hop is the answer
+Every question is a chain of hops. Each hop is a fact in one passage. The subject of a hop is the answer
 of the previous hop.
 """
 
