@@ -132,7 +132,7 @@ def _best(points: list[tuple[int, float]] | None) -> str:
 
 
 def differences(folders: Mapping[str, Path]) -> str:
-    """Return a Markdown table of the settings in which the runs differ, or "" if a run has no config.yaml."""
+    """Return a Markdown table of the settings that differ between runs, or "" if a run has no config.yaml."""
     configs: dict[str, dict[str, Any]] = {}
     for label, folder in folders.items():
         try:

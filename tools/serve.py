@@ -137,7 +137,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
 def answer_all(player: Player, inbox: Inbox, stopping: threading.Event) -> None:
     """Answer batches of requests from the inbox until `stopping` is set.
 
-    If playing raises an error, the batch's requests get an InboxClosedError, and the error is raised again.
+    If playing fails, the requests of the batch get an InboxClosedError, and the original error is raised.
     """
     from a2tgpo.serve.inbox import InboxClosedError
 

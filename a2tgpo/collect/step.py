@@ -204,7 +204,7 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Return how many prompts the next draw must have to fill the step, if the share of informative groups stays.
+    """Return how many prompts the next draw must have to fill the step, if the informative share stays equal.
 
     The result is 0 if the step is full, or if the step has drawn all questions.
 
@@ -249,7 +249,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`, with its position there as new prompt_index."""
+    """Return the trajectories whose prompt_index is in `groups`. The new prompt_index is its position in `groups`."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])

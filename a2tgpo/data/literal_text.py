@@ -76,7 +76,7 @@ class LiteralEncoder:
 
         Args:
             frame: puts each text into text that this program wrote.
-            begins_sequence: whether no token precedes a result. Its first part then keeps SentencePiece's space.
+            begins_sequence: whether each result begins a sequence. If so, its first part keeps SentencePiece's space.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:

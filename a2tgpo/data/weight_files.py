@@ -46,7 +46,7 @@ def weight_files(path: str) -> dict[str, Path]:
 
 
 def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in the `weight_files` of folder `path`, by name. Read only file headers.
+    """Return the shape of every tensor in the `weight_files` of folder `path`, by name. Only file headers are read.
 
     Raises:
         ConfigError: with a one-line message, if a file is damaged or truncated, if two files hold the same tensor, or

@@ -30,6 +30,7 @@ def answer_sets(
     """Return the answers to the questions of each set, in the order of the set.
 
     Every rank of the world must call this.
+
     Args:
         num_samples: the number of answers to draw per question. 0 means one greedy answer.
         engine_group: the ranks that share this rank's engine.

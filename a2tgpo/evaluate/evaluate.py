@@ -17,7 +17,7 @@ from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterrup
 from a2tgpo.trajectory import Prompt
 
 _SQUARE = "square of "
-"""Prefix of the name of each metric that sums the squares of a score."""
+"""Prefix of the names of metrics that sum the squares of a score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability"
     """Return the gain ig_t of each turn t = 1..n, or None where the value of c_{t-1} or c_t is None.
 
     Args:
-        logprobs: the gold answer's mean log-prob in each context c_0..c_n, in nats, or None: n + 1 values.
+        logprobs: n + 1 values, the gold answer's mean log-prob in each context c_0..c_n, in nats. None: no score.
         measure: the value whose differences are the gains: "probability" (P, Eq. 3) or "log_probability" (log P).
     """
     values = [answer_probability(p) for p in logprobs] if measure == "probability" else list(logprobs)

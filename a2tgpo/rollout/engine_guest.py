@@ -41,7 +41,7 @@ def cap_cache_hits(manager: Any) -> None:
 
 
 def abort_in_order(core: Any) -> None:
-    """Make requests that `core`, vLLM's EngineCore, aborts in one call free their blocks in the order of the call.
+    """Make `core`, vLLM's EngineCore, free the blocks of aborted requests in the order of the abort call.
 
     By default, vLLM's scheduler frees these requests in the order of a Python set
     (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HEARTBEAT_EVERY = 16
 """Number of passes between two heartbeats while the engine has work."""
 MIN_TURN_TOKENS = 32
-"""Number of tokens for another turn that an observation must leave free."""
+"""Number of tokens that an observation must leave free for another turn."""
 
 
 @dataclass(frozen=True, kw_only=True)

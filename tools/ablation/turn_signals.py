@@ -27,7 +27,7 @@ MAX_NEEDLESS = 3
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
-"""Smallest number of values with which a turn index's mean enters a drift."""
+"""Smallest number of values that a turn index needs to be used in `drifts`."""
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]

@@ -104,7 +104,7 @@ class Placement:
 
 
 def vectorised_advantages(trajectories: Sequence[Trajectory], place: Placement) -> torch.Tensor:
-    """Return the advantage of every sampled token [sampled tokens], computed with the trainer's own functions."""
+    """Return the advantages [sampled tokens], computed with the trainer's own functions."""
     table = build_turn_table(trajectories, num_prompts=len(trajectories) // GROUP_SIZE, max_turns=TURNS)
     return compute_advantages(table, CONFIG, dp_group=None).advantages[place.trajectory, place.turn]
 

@@ -2,7 +2,7 @@
 
 The bench distributes trajectories of 500 to 6,000 tokens to data-parallel replicas, and divides them into
 micro-batches as a training step does, with the layouts of the shipped configurations. The baselines pad every row to
-the longest row of its micro-batch. One baseline keeps the order of the rollout, and the other sorts by length.
+the longest row of the micro-batch. One baseline keeps the order of the rollout, and the other sorts by length.
 """
 
 from __future__ import annotations

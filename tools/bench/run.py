@@ -2,8 +2,8 @@
 
     python tools/bench/run.py [BENCH ...] [--out runs/bench] [--page docs/performance.md] [--table-only]
 
-Without a BENCH, the program runs all benches, in about half an hour on two cores. The table keeps its lines of
-benches that did not run. The exit code is 1 if a bench fails. A missed target is shown in the table, and is not a
+Without a BENCH, the program runs all benches, in about half an hour on two cores. The table keeps the lines of
+benches that do not run. The exit code is 1 if a bench fails. A missed target is shown in the table, and is not a
 failure.
 """
 
@@ -86,7 +86,7 @@ def run(bench: str, record: Path) -> bool:
 
 
 def write_rows(page: Path, bench: str, rows: list[Row]) -> None:
-    """Write the bench's rows into the table of `page`, in place of its old rows or in the order of `BENCHES`."""
+    """Replace the bench's old rows in the table of `page`, or insert the rows in the order of `BENCHES`."""
     text = page.read_text(encoding="utf-8")
     head, rest = text.split(START)
     table, tail = rest.split(END)

@@ -2,11 +2,11 @@
 
 The bench runs launch/train.py in one process with SmolLM2-135M in float32 on worldqa. A turn has a single token, so
 the first rollout ends with its first token. Times are wall seconds from the run's own `time/startup_*` metrics. The
-baseline is a program that uses only transformers and vLLM. The baseline loads the tokenizer, builds an engine
-with the same settings, and samples one token.
+baseline is a program that uses only transformers and vLLM. The baseline loads the tokenizer, builds an
+engine with the same settings, and samples one token.
 
-In a warm start, vLLM's cache of the model class's properties is filled. In a cold start, this cache is empty. Runs
-share nothing else. Python's __pycache__ and the system's file cache are filled in both cases.
+In a warm start, vLLM's cache of model architectures is filled. In a cold start, this cache is empty. Runs share
+nothing else. Python's __pycache__ and the system's file cache are filled in both cases.
 
 The bench takes about 4 minutes.
 """

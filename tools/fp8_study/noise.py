@@ -193,8 +193,7 @@ def _difference(left: Logprobs, right: Logprobs) -> Logprobs:
 
 
 def piece_means(differences: Logprobs, length: int) -> Tensor:
-    """Cut all turns into pieces of `length` tokens, drop incomplete pieces, and return the mean of each piece
-    [pieces].
+    """Cut all turns into pieces of `length` tokens, drop incomplete pieces, and return the pieces' means [pieces].
 
     If `length` is `WHOLE`, each turn is one piece.
     """
@@ -205,7 +204,7 @@ def piece_means(differences: Logprobs, length: int) -> Tensor:
 
 
 def statistics(means: Tensor) -> dict[str, float | int]:
-    """Return count, mean and spread of log-ratio means [n], and the share that exceeds epsilon in absolute value."""
+    """Return count, mean and spread of log-ratio means [n], and the share whose absolute value exceeds epsilon."""
     size = means.abs()
     return {
         "count": len(means),

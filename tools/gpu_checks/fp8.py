@@ -105,7 +105,7 @@ def _compare_recipes(
 def _time(
     bench: Bench, path: str, groups: Any, dimensions: Any, *, tokens: int, recipe: Recipe | None
 ) -> None:
-    """Measure a plan's floating point operations per second of forward and backward pass over four sequences."""
+    """Measure the floating point operations per second of forward and backward passes over four sequences."""
     import torch
 
     from a2tgpo.config.fp8 import Fp8Config
@@ -157,10 +157,7 @@ def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: i
 
 
 def planned_activations(dimensions: Any, tokens: int) -> float:
-    """Return a plan's estimate of the bytes of a bfloat16 pass over `tokens` tokens, logits included.
-
-    The estimate assumes no recomputation.
-    """
+    """Return a plan's estimate of the bytes that a bfloat16 pass over `tokens` tokens allocates."""
     from a2tgpo.config.parallel import ParallelConfig
     from a2tgpo.plan.activations import MicrobatchShape
 

@@ -42,7 +42,7 @@ def rank_environments(
     """Return the environment of each rank that this process starts for check number `index`.
 
     Args:
-        launched: the result of `launched_environment`. If it is not None, this process starts at most its own rank.
+        launched: the result of `launched_environment`. If it is not None, this process starts only its own rank.
         num_ranks: number of ranks that this process starts if `launched` is None.
         alone: whether the check runs on rank 0 only.
     """

@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def reference() -> str:
-    """Return the text of the whole page, which has a table for each section and subsection."""
+    """Return the text of the page, with a table for each section and subsection."""
     parts = [HEAD]
     for name, section in _sections(RunConfig):
         parts.append(f"\n## {name}\n")

@@ -124,7 +124,7 @@ def _turns(
 
 
 def _detour(hop: Hop, draw: random.Random) -> str:
-    """Return a query that does not help: about another relation of the same subject, or about no subject."""
+    """Return a useless query about another relation of the same subject, or about no subject."""
     others = sorted(set(QUERIES) - {hop.relation})
     subject = hop.subject if draw.random() < 0.7 else "it"
     return QUERIES[draw.choice(others)].format(subject)

@@ -184,7 +184,7 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Return {number of hops: questions}, with all countries in `codes` and all hops `answerable`."""
+    """Return {number of hops: questions} for countries in `codes`, with only hops that are `answerable`."""
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
