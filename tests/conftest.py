@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 SLOW = (
-    *("distributed/", "e2e/", "faults/"),
+    *("distributed/", "e2e/", "faults/", "unit/environment/test_python_tool.py"),
     *("unit/docs/test_documentation.py", "unit/launch/test_local_ranks.py", "unit/launch/test_rendezvous.py"),
     *("unit/memory/", "unit/metrics/test_metric_sums.py", "unit/metrics/test_run_tools.py"),
     *("unit/model/test_policy_on_one_rank.py", "unit/refit/"),

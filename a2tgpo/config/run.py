@@ -10,6 +10,7 @@ from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.python import LONGEST_START_S, PythonConfig
 from a2tgpo.config.refit import RefitConfig
 from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
@@ -118,6 +119,7 @@ class RunConfig:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
+    python: PythonConfig = field(default_factory=PythonConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -136,6 +138,14 @@ class RunConfig:
             self.search.require_source()
             if self.search.backend == "http":
                 self._check_server_limits()
+        if "python" in self.tools.names:
+            require(
+                self.python.timeout_s + LONGEST_START_S <= self.tools.call_timeout_s,
+                "python.timeout_s",
+                self.python.timeout_s,
+                f"<= tools.call_timeout_s - {LONGEST_START_S:g} ({self.tools.call_timeout_s - LONGEST_START_S:g}), "
+                "because starting a process may take this long",
+            )
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
             "update.prompts_per_minibatch",

@@ -38,7 +38,8 @@ def new_tool(tmp_path, monkeypatch):
 
 def test_the_documented_way_to_add_a_tool_works_as_it_stands(new_tool, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"tools\.names is \['search', 'weekday'\]; allowed: a list of calculator \| search"
+        ConfigError,
+        match=r"tools\.names is \['search', 'weekday'\]; allowed: a list of calculator \| python \| search",
     ):
         ToolsConfig(names=("search", "weekday"))
     new_tool("weekday", code_block("python"))
@@ -71,7 +72,7 @@ def test_the_documented_way_to_add_a_tool_works_as_it_stands(new_tool, tmp_path)
 
 
 def test_the_new_tool_is_gone_after_the_test():
-    assert tool_names() == ["calculator", "search"]
+    assert tool_names() == ["calculator", "python", "search"]
 
 
 def test_the_documentation_names_every_tool():
@@ -84,8 +85,8 @@ def test_the_documentation_names_every_tool():
     [
         ("[]", "is []; allowed: at least one tool, each once"),
         ("[search,search]", "is ['search', 'search']; allowed: at least one tool, each once"),
-        ("[result]", "is ['result']; allowed: a list of calculator | search"),
-        ("[serch]", "is ['serch']; allowed: a list of calculator | search (nearest: search)"),
+        ("[result]", "is ['result']; allowed: a list of calculator | python | search"),
+        ("[serch]", "is ['serch']; allowed: a list of calculator | python | search (nearest: search)"),
         ("[search,1]", "is ['search', 1]; allowed: a list of texts"),
         ("search", "is 'search'; allowed: a list of texts; write [search]"),
         (

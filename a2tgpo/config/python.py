@@ -1,0 +1,36 @@
+"""Settings of the python tool, which runs the policy's code."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from a2tgpo.config.expand import Expanded
+from a2tgpo.io.errors import require
+
+LONGEST_START_S = 30.0
+"""Seconds within which the process of a call must have started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PythonConfig:
+    """The python tool's limits, and what isolates the code from the machine (docs/tools.md)."""
+
+    timeout_s: float = 10.0
+    """Seconds after which a call's code is ended. The start of its process does not count."""
+    memory_mib: int = 1024
+    """Limit of the address space of the code's process, MiB."""
+    max_output_chars: int = 4000
+    """If the output of a call is longer than this many characters, its middle is left out."""
+    isolation: Literal["auto", "bwrap", "namespace", "seccomp"] = "auto"
+    """What isolates the code, beside the limits and a filter of system calls that all three share. bwrap: the program
+    bubblewrap, which hides the machine's files. namespace: the kernel's user and network namespaces. seccomp: the
+    filter alone. auto: the first of them that works on this machine."""
+    stateful: bool = False
+    """The calls of one trajectory share their variables. false: every call starts anew."""
+    packages: Expanded = ""
+    """Folder of packages that the code may import, made for example by `pip install --target`. Empty: the standard
+    library only."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, "python.timeout_s", self.timeout_s, "> 0")
+        require(self.memory_mib >= 64, "python.memory_mib", self.memory_mib, ">= 64")
+        require(self.max_output_chars >= 100, "python.max_output_chars", self.max_output_chars, ">= 100")

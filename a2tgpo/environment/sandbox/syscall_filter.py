@@ -1,0 +1,121 @@
+"""The seccomp filter of a sandbox process. Once installed, it can never be removed.
+
+The launcher runs this file without the package, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+
+_REFUSED = {
+    "x86_64": {
+        **{"execve": 59, "execveat": 322, "fork": 57, "vfork": 58, "unshare": 272, "setns": 308},
+        **{"socket": 41, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323},
+        **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "tkill": 200},
+        **{"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
+        **{"add_key": 248, "request_key": 249, "keyctl": 250},
+        **{
+            "chmod": 90,
+            "fchmod": 91,
+            "fchmodat": 268,
+            "chown": 92,
+            "fchown": 93,
+            "lchown": 94,
+            "fchownat": 260,
+        },
+    },
+    "aarch64": {
+        **{"execve": 221, "execveat": 281, "unshare": 97, "setns": 268},
+        **{"socket": 198, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282},
+        **{"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "tkill": 130},
+        **{"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
+        **{"add_key": 217, "request_key": 218, "keyctl": 219},
+        **{"fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54},
+    },
+}
+"""Numbers of the system calls that fail with EPERM, by architecture. They start a program or a process, reach other
+processes or the network, leave objects behind that outlive the process, or change the rights of files.
+"""
+_REFUSED_EVERYWHERE = {
+    **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
+    **{"pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438, "fchmodat2": 452},
+}
+_ON_ITSELF = {
+    "x86_64": {"kill": 62, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "prlimit64": 302},
+    "aarch64": {
+        "kill": 129,
+        "tgkill": 131,
+        "rt_sigqueueinfo": 138,
+        "rt_tgsigqueueinfo": 240,
+        "prlimit64": 261,
+    },
+}
+"""Numbers of the system calls whose first argument must be the process itself."""
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3 = 435
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_CLONE_THREAD = 0x10000
+_X32_CALLS = 0x40000000
+"""Numbers from here on belong to the x32 ABI of x86-64, whose calls would pass the filter by other numbers."""
+
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
+_ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def refused_calls(machine: str) -> dict[str, int]:
+    """Return the numbers of all system calls that the filter names, by their names. KeyError: unknown machine."""
+    numbers = _REFUSED[machine] | _REFUSED_EVERYWHERE | _ON_ITSELF[machine]
+    return numbers | {"clone": _CLONE[machine], "clone3": _CLONE3}
+
+
+def install_filter() -> None:
+    """Refuse the calls of `_REFUSED`, processes but not threads, and signals to other processes, from now on.
+
+    Raises:
+        OSError: this machine or its kernel has no such filter.
+    """
+    machine = platform.machine()
+    if machine not in _REFUSED:
+        raise OSError(errno.ENOSYS, f"there is no system call filter for {machine}")
+    instructions = b"".join(_instructions(machine, os.getpid()))
+    program = _Program(len(instructions) // 8, instructions)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
+        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
+    ):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _instructions(machine: str, pid: int) -> list[bytes]:
+    program = [_op(_LOAD, _ARCH), _op(_EQUAL, _AUDIT_ARCH[machine], 1, 0), _op(_RETURN, _KILL_PROCESS)]
+    program += [_op(_LOAD, _NUMBER), _op(_AT_LEAST, _X32_CALLS, 0, 1), _fail(errno.EPERM)]
+    for number in (*_REFUSED[machine].values(), *_REFUSED_EVERYWHERE.values()):
+        program += [_op(_EQUAL, number, 0, 1), _fail(errno.EPERM)]
+    # The flags of clone3 lie in memory, which a filter cannot read. The C library uses clone if it has no clone3.
+    program += [_op(_EQUAL, _CLONE3, 0, 1), _fail(errno.ENOSYS)]
+    program += [_op(_EQUAL, _CLONE[machine], 0, 4), _op(_LOAD, _FIRST_ARGUMENT)]
+    program += [_op(_ANY_BIT, _CLONE_THREAD, 1, 0), _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
+    for name, number in _ON_ITSELF[machine].items():
+        means_itself = [_op(_EQUAL, pid, 2, 0), _op(_EQUAL, 0, 1, 0)] if name == "prlimit64" else []
+        means_itself = means_itself or [_op(_EQUAL, pid, 1, 0)]
+        program += [_op(_EQUAL, number, 0, 3 + len(means_itself)), _op(_LOAD, _FIRST_ARGUMENT)]
+        program += [*means_itself, _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
+    return [*program, _op(_RETURN, _ALLOW)]
+
+
+def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def _fail(number: int) -> bytes:
+    return _op(_RETURN, _FAIL | number)
