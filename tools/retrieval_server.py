@@ -190,8 +190,8 @@ def main() -> int:
         index,
         num_passages=num_passages,
         default_top_k=options.top_k,
-        # A dense index needs 1 search thread, because the encoder and FAISS use all threads for one batch. Threads
-        # of shards mostly wait, so their number does not depend on the machine.
+        # A dense index needs 1 search thread, because the encoder and FAISS use all threads for one batch. Shards
+        # get 16 threads on any machine, because these threads mostly wait.
         num_threads={"dense": 1, "shards": 16}.get(index.kind, options.threads),
         token=token,
         max_requests_per_s=options.max_requests_per_s,

@@ -263,7 +263,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--report", type=path_argument, metavar="DIR", help="only rewrite tables and figures of DIR"
     )
     add_overrides(parser)
-    # Overrides may follow options. `parse_args` would refuse them there.
+    # `parse_args` would refuse overrides that follow options.
     return parser.parse_intermixed_args(argv)
 
 

@@ -25,7 +25,7 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens in the computed positions, if each replica has as many as the largest one."""
+    """Return the share of real tokens in the positions. Each replica counts with the largest number of positions."""
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]

@@ -19,7 +19,7 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Shares of good demonstrations among those with 1, 2 and 3 hops. Small shares leave bad habits to the warm model."""
+"""Shares of good demonstrations among those with 1, 2 and 3 hops. They are small to leave bad habits."""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
