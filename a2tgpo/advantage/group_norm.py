@@ -23,9 +23,9 @@ def normalize_groups(
 ) -> torch.Tensor:
     """Return the z-score of each value within its group. A group's members may be on several ranks of `dp_group`.
 
-    Every rank of `dp_group` must call this, even if it has no values. The call costs two all-reduces of `[2,
-    num_groups]` float64. The variance is computed in a second pass, so the result is exact even if a group's mean is
-    much larger than its spread.
+    Every rank of `dp_group` must call this, even if it has no values. The call costs two small all-reduces. The
+    variance is computed in a second pass, so the result is exact even if a group's mean is much larger than its
+    spread.
 
     Args:
         values: [n] float64.
@@ -82,10 +82,12 @@ def group_sums(
 
 
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
-    """Return the number of each key's group, [n] int64, and the number of groups over all ranks.
+    """Return the index of each key's group, [n] int64, and the count of groups over all ranks.
 
-    Equal keys form a group. All ranks number the groups alike. Every rank of `dp_group` must call this, even if it
-    has no keys. `keys` is [n] int64.
+    Equal keys form a group. All ranks number the groups alike. Every rank must call this, even if it has no keys.
+
+    Args:
+        keys: [n] int64, such as `TurnTable.state`.
     """
     own = keys.unique()  # ascending
     lists = [own.tolist()] if dp_group is None else all_gather_object(own.tolist(), dp_group)

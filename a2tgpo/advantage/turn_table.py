@@ -23,7 +23,7 @@ class TurnTable:
     info_gain: torch.Tensor
     """[N, T] float64: gain ig_{i,t} in column t-1. 0 if the turn has no gain."""
     has_gain: torch.Tensor
-    """[N, T] bool: the turn exists and has a finite gain."""
+    """[N, T] bool: whether the turn exists and has a finite gain."""
     num_prompts: int
     """Number of prompts in the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]

@@ -30,8 +30,8 @@ def microbatches(
 ) -> list[list[int]]:
     """Group the items into few micro-batches, each with at most `max_tokens` tokens.
 
-    If `row` is 1, the micro-batches have similar sizes. Otherwise they are filled to the limit one after the other,
-    because padding would waste about half of `row` in each micro-batch.
+    If `row` is 1, the micro-batches have similar sizes. If `row` is larger, similar sizes would waste about half of
+    `row` in each micro-batch. Then each micro-batch is filled to the limit before the next one.
 
     Args:
         lengths: number of tokens of each item. Items of length 0 (see `packing.packed_length`) are left out. An item
@@ -55,7 +55,7 @@ def microbatches(
 
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Return the smallest number of micro-batches for which `deal` keeps the limit."""
+    """Return the smallest number of micro-batches for which `deal` keeps the limit `max_tokens`."""
     num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit into one micro-batch
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
@@ -71,15 +71,14 @@ def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[
     """Return micro-batches that are filled to `max_tokens` one after the other.
 
     Each micro-batch takes the longest remaining item, and those other items that fill the limit best. The largest
-    micro-batches are divided in two until there are `min_count`.
+    micro-batches are divided in two until there are `min_count` micro-batches.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     groups = []
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k] is set if n <= `room` and some of the first k items of `others` have n tokens in
-        # total.
+        # Bit n of reachable[k]: some of the first k items of `others` have n tokens in total, and n <= `room`.
         reachable = [1]
         for place in others:
             longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)

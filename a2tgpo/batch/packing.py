@@ -68,7 +68,7 @@ class PackedBatch:
     trajectory_indices: tuple[int, ...]
     """[S], the index of each trajectory in the list that was passed to `pack`."""
     turn_trajectory: Tensor
-    """[U] int64, the index of each turn's trajectory in the same list."""
+    """[U] int64, the index of each turn's trajectory in the list that was passed to `pack`."""
     turn_index: Tensor
     """[U] int64, the index of each turn in its trajectory, counted from 0."""
     tree: tuple[TreeNode, ...] | None = None
@@ -101,7 +101,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """The numbers of which the lengths in a micro-batch must be multiples."""
+    """Multiples to which the lengths in a micro-batch are padded."""
 
     row: int = 1
     """The length T of the whole row is a multiple of this number."""
@@ -166,7 +166,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
                 turn_trajectory.append(index)
                 turn_index.append(number)
             spans.append((turn.observation_tokens, NOT_SAMPLED))
-        while spans[-1][1] == NOT_SAMPLED:  # no token after the last sampled one is predicted
+        while spans[-1][1] == NOT_SAMPLED:  # no token after the last sampled token is predicted
             spans.pop()
     # `read` has all sequences end to end, each up to its last target. A sequence has one token more than positions.
     read = _flat([tokens for tokens, _ in spans], np.int64)

@@ -19,8 +19,7 @@ def token_weights(
 ) -> torch.Tensor:
     """Return the weight w_i of each sampled token of trajectory i, where loss = sum_i w_i sum_k l_{i,k}.
 
-    Every rank of `dp_group` must call this, even with no trajectory. Trajectories without sampled tokens do not
-    count.
+    Every rank of `dp_group` must call this, even without trajectories. A trajectory without tokens is not counted.
 
     Args:
         num_sampled_tokens: [N] int64: the number of sampled tokens in each of this rank's trajectories.

@@ -42,7 +42,7 @@ def importance_weights(
     num_segments: int,
     config: CorrectionConfig,
 ) -> ImportanceWeights:
-    """Return the weights w = exp(old - rollout) after bounding.
+    """Return the bounded importance weights w = exp(old_logprobs - rollout_logprobs).
 
     All tokens of a segment have the same w, the geometric mean over the segment, as in Eq. 10. A product over many
     tokens would exceed any bound. If one log-prob is not finite, its whole segment is unusable.

@@ -1,4 +1,4 @@
-"""The importance ratio: each token has its own, or all tokens of a turn or a sequence share one ratio (Eq. 10)."""
+"""The importance ratio of a token, of a turn (Eq. 10) or of a sequence."""
 
 import torch
 

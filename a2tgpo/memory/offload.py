@@ -1,4 +1,4 @@
-"""Offload tensors: they leave the GPU, and later come back in place, equal to the bit.
+"""Move tensors off the GPU, and later back in place, equal to the bit.
 
 Offloading frees the memory of a storage but keeps its tensors, because parameters, gradients and the optimizer's
 shards are views of Megatron's buffers. On a CPU, storages are emptied and refilled in the same way.
@@ -15,7 +15,7 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Size of a piece of host memory. torch rounds every page-locked allocation up to a power of two."""
+"""Host memory is allocated in pieces of this size, a power of two. torch would round another size up to one."""
 
 
 class MovablePart:
@@ -102,9 +102,7 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each piece of `on_card` [bytes] with its place in a page. Byte `start` of all pages is the first
-        place.
-        """
+        """Yield the pieces of `on_card` [bytes] with their places in the pages, from byte `start` of the pages on."""
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)

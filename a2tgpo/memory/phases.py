@@ -36,7 +36,7 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""The engine's own name of each engine part, in the order in which the parts wake."""
+"""Maps each engine part to the engine's own name for this part. The parts wake in this order."""
 
 
 class Engine(Protocol):
@@ -92,8 +92,7 @@ class MemoryPhases:
         """Move every part to where `phase` needs it. If `phase` is already the current phase, move nothing.
 
         Raises:
-            RuntimeError: with a one-line message, if `phase` cannot follow the current phase, or if a part is
-                misplaced.
+            RuntimeError: with a one-line message, if `phase` cannot follow the current phase or a part is misplaced.
         """
         self._check()
         if phase == self.phase:
@@ -119,7 +118,7 @@ class MemoryPhases:
         return engine
 
     def take_metrics(self) -> MetricSums:
-        """Return the metrics of all changes since the last call. The caller must reduce them over the world."""
+        """Return the metrics of all phase changes since the last call. The caller must reduce them over the world."""
         taken, self._metrics = self._metrics, MetricSums()
         for name in (_MOVED, _SECONDS):
             taken.add(name, 0.0, 1)  # each rank counts as one sample, however many changes it made

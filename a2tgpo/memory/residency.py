@@ -1,8 +1,8 @@
-"""The table of what is on the GPU in each phase; both the run and the estimates of `plan/` use this table.
+"""The parts that are on the GPU in each phase.
 
     build       the trainer is built; the engine does not exist yet or is asleep
     start       the engine is built
-    bank        the rollout bank is searched for this step, which requires a fingerprint of the weights
+    bank        the weights are fingerprinted, to search the rollout bank for this step
     refit       the engine gets the weights; the trainer scores the probe
     rollout     the engine plays training and held-out questions
     score       the trainer and the reference compute log-probs

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""An alarm starts after this many consecutive measured steps past its limit, and ends after as many within it."""
+"""Number of consecutive measured steps past the limit, or within it, after which an alarm starts or ends."""
 
 NON_FINITE = "non_finite"
 
@@ -25,12 +25,11 @@ class Alarm:
     metrics: tuple[str, ...]
     """Names of metrics in order of preference. The alarm compares the first metric that the step has."""
     key: str
-    """Key of the setting that gives the limit. If the setting is 0, the alarm is off. An alarm without a key is
-    always on."""
+    """Key of the setting that gives the limit, or "" without a setting. The setting 0 disables the alarm."""
     threshold: float
     """Value of the setting `key`."""
     limit: Callable[[float], float]
-    """Function that returns the limit for a baseline."""
+    """Function that returns the limit for a given baseline."""
     is_floor: bool = False
     """Whether the limit is a lower bound. If False, the limit is an upper bound."""
     on_change: bool = False
@@ -113,7 +112,7 @@ class Guards:
 
     @property
     def stop_setting(self) -> str:
-        """The override that turns off the setting because of which the run stops."""
+        """The override that would let the run continue."""
         return "guard.stop_after_skipped=0" if self._skips_too_often else "guard.stop_after=0"
 
     @property
@@ -152,7 +151,7 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return the limit of each alarm for a baseline of 1, which identifies the alarm's settings."""
+        """Return each alarm's limit for a baseline of 1. A change of this limit shows a change of the settings."""
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
     def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from a2tgpo.config.run import RunConfig
 
 SPREAD_METRICS = {1: "ratio/mean_square_after_1", 2: "ratio/mean_square_after_2"}
-"""The metric of the mean (log s)^2 over all ratios s, by the number of updates since the rollout."""
+"""Maps the number of updates since the rollout to a metric: the mean of (log s)^2 over all ratios s."""
 FIRST_STEPS = 3
 """Number of steps over which the noise is averaged before a line reports it."""
 
 
 def noise_of(after_one: float, after_two: float) -> float:
-    """Return the standard deviation of log s that rounding alone causes, nats.
+    """Return the standard deviation of log s that rounding alone causes, in nats.
 
     The mean squares after one update and after two updates are linearly extrapolated to zero updates. If the two
     updates have similar directions, the result is smaller than the true noise.

@@ -13,8 +13,8 @@ import torch.distributed as dist
 class MetricSums:
     """Sums with counts, maxima and minima of one rank, by the name of the metric.
 
-    `reduce` merges all ranks and then divides each sum by its count. Ranks may have different names. Use a name with
-    only one of `add`, `add_max` and `add_min`.
+    `reduce` merges the sums of all ranks and then divides each sum by its count. Ranks may have different metrics.
+    Use a name with only one of `add`, `add_max` and `add_min`.
     """
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -31,11 +31,11 @@ class MetricSums:
         self.sums[name] = (old_sum + float(value_sum), old_count + float(count))
 
     def add_max(self, name: str, value: float) -> None:
-        """Add `value` to metric `name`, whose value is the largest one added on any rank, or NaN if one is NaN."""
+        """Add `value` to metric `name`. The metric is the largest value on any rank, or NaN if a value is NaN."""
         self.maxima[name] = _larger(self.maxima.get(name, -math.inf), float(value))
 
     def add_min(self, name: str, value: float) -> None:
-        """Add `value` to metric `name`, whose value is the smallest one added on any rank, or NaN if one is NaN."""
+        """Add `value` to metric `name`. The metric is the smallest value on any rank, or NaN if a value is NaN."""
         self.minima[name] = -_larger(-self.minima.get(name, math.inf), -float(value))
 
     def merge(self, other: MetricSums) -> None:

@@ -122,8 +122,8 @@ def _gpt_model(
     for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter, but layers set them only on split parameters.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        # Reduce an expert's gradient over all ranks that hold the expert. Up to 0.16, Megatron does this only if
-        # parallel.expert > 1. Otherwise the gradients from other tensor-parallel ranks' tokens would be lost.
+        # Reduce an expert's gradient over all ranks that hold the expert. Without this attribute, Megatron 0.16 would
+        # do so only if parallel.expert > 1, and would lose the gradients from other tensor-parallel ranks' tokens.
         parameter.allreduce = not is_expert(name)
     return gpt_model
 
@@ -168,7 +168,8 @@ def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
     By default these layers first round each micro-batch's gradient to the weights' dtype. DistributedDataParallel
-    must wrap `chunk`, because it owns the buffer. Zero the buffer before each pass, because a layer may overwrite it.
+    must wrap `chunk`, because it owns the buffer. A layer may overwrite the buffer, so zero the buffer before each
+    pass.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -21,7 +21,7 @@ from a2tgpo.model.plain_attention import attend
 
 
 class CpuSpecProvider(LocalSpecProvider):
-    """Provider of the twins, in place of `TESpecProvider`."""
+    """Provider of the CPU twins that replaces `TESpecProvider`."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True

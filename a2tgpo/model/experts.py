@@ -48,7 +48,7 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
             f"parallel.expert is {parallel.expert}; allowed: a divisor of the model's {hf_config.num_experts} experts"
         )
     if parallel.tensor > 1 and not parallel.sequence:
-        # Megatron raises only in the first training step (megatron/core/transformer/moe/moe_layer.py, forward).
+        # Megatron itself raises an error only in the first training step (moe/moe_layer.py, forward).
         raise ConfigError(
             f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the "
             "model has experts, otherwise every tensor-parallel rank would send them the same tokens"
@@ -60,8 +60,8 @@ def expert_settings(
 ) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig for the experts. A dense model needs none.
 
-    If `norm_topk_prob` is set, Qwen3 renormalises the softmax weights of the chosen experts. This equals a softmax
-    over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped and no
+    If `norm_topk_prob` is set, Qwen3 renormalises the softmax weights of the chosen experts. The result equals a
+    softmax over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped and no
     balancing loss is added, because the gradient must be that of the policy that played.
     """
     if not has_experts(hf_config):
@@ -89,7 +89,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Return the parameter names at the local place of `name` on all expert-parallel ranks, in rank order."""
+    """Return, for each expert-parallel rank in order, the name of the parameter at the same local place as `name`."""
     stem, number = name.rsplit("weight", 1)
     place = int(number) % experts_per_rank
     return [f"{stem}weight{place + experts_per_rank * rank}" for rank in range(num_ranks)]

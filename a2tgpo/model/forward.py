@@ -38,7 +38,7 @@ def forward_packed(
 
     Args:
         tokens: [1, T] int64, T >= 1, on any device.
-        positions: [1, T] int64, on any device. Used only with `tree`. Otherwise positions count from each segment's
+        positions: [1, T] int64, on any device. Used only with `tree`. Otherwise positions count from the segment's
             start.
         cu_seqlens: [S + 1] integers from 0 to at most T, in ascending order. Segment i begins at cu_seqlens[i] and
             ends before cu_seqlens[i + 1]. Use host memory, because reading the values from a GPU would synchronise.
@@ -49,7 +49,7 @@ def forward_packed(
 
     Returns:
         From the last chunk, logits [n or T / cp, padded vocabulary / tp] in the model's dtype. From any other chunk,
-        hidden states [T / cp, 1, hidden], whose first dimension sequence parallelism pads and divides by tp.
+        hidden states [T / cp, 1, hidden]. Sequence parallelism pads their first dimension and divides it by tp.
     """
     assert not torch.is_inference_mode_enabled(), "use torch.no_grad(), not torch.inference_mode()"
     config = get_model_config(chunk)
@@ -95,8 +95,8 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # This must be exact. If the rotary table is as long as the whole row, Megatron reads one table row per packed
-    # token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # The longest length must be exact. If the rotary table is as long as the whole row, Megatron reads one table row
+    # per packed token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(

@@ -42,10 +42,10 @@ def inference_config(
 
     The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
     over as many processes as their number allows. The model has one pipeline stage and no FP8. An engine has
-    gcd(`rollout.tensor_parallel`, `world_size`) processes, and `MEMORY_FRACTION` of each GPU.
+    gcd(`rollout.tensor_parallel`, `world_size`) processes and uses `MEMORY_FRACTION` of each GPU.
 
     Args:
-        config: a run's configuration after the overrides `UNDIVIDED`.
+        config: a run's configuration with the overrides `UNDIVIDED`.
         explicit: dotted keys that keep their values in `config`.
 
     Raises:
@@ -67,7 +67,7 @@ def _parallel(
     for tensor in sizes:
         chosen: dict[str, Any] = {
             "tensor": tensor,
-            "sequence": tensor > 1 and experts > 1,  # Megatron's experts require that the tokens are split
+            "sequence": tensor > 1 and experts > 1,  # Megatron's experts require sequence parallelism
             "expert": math.gcd(experts, world_size // given.get("pipeline", 1)),
         }
         candidate = dataclasses.replace(parallel, **LAYOUT | chosen | given)
@@ -88,7 +88,8 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
     if torch.cuda.is_available() and "rollout.gpu_memory_fraction" not in explicit:
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
-        # On a GPU, the KV cache takes the memory that the weights leave free. On a CPU, its total size is constant.
+        # On a GPU, the KV cache takes the memory that the weights leave free. On a CPU, the engine's cache keeps its
+        # total size, so a rank's part grows if the engine has fewer ranks.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

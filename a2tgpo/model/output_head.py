@@ -34,7 +34,8 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
 
     hook = layer.register_forward_pre_hook(at_rows)
     if is_split:
-        # Switch off the layer's all-gather. The backward pass uses the flags' values from the forward pass.
+        # The hook gathers the input, so switch off the layer's own all-gather. The backward pass uses the values that
+        # these flags have in the forward pass.
         layer.sequence_parallel, layer.allreduce_dgrad = False, True
     try:
         yield

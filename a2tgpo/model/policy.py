@@ -46,7 +46,7 @@ class Policy:
 
     @property
     def wrapped_chunks(self) -> list[DistributedDataParallel]:
-        """The chunks of a trainable policy, whose wrappers own the gradient buffers. Empty if it is not trainable."""
+        """The chunks of a trainable policy, whose wrappers own the gradient buffers. Other policies have none."""
         return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
 
     @property

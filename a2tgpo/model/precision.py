@@ -15,8 +15,8 @@ from a2tgpo.io.errors import ConfigError
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 
 FP8_NEEDS = {"tensorwise": ("2.2", "12.1"), "blockwise": ("2.3", "12.9"), "mxfp8": ("2.1", "12.8")}
-"""For each recipe, the lowest versions of Transformer Engine (its quantization.py) and of CUDA (`get_fp8_recipe` in
-megatron/core/fp8_utils.py) that support it."""
+"""The lowest versions of Transformer Engine and of CUDA for each recipe, from Transformer Engine's quantization.py
+and from `get_fp8_recipe` in megatron/core/fp8_utils.py."""
 
 
 def uses_transformer_engine(layer_spec: str) -> bool:

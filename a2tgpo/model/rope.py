@@ -40,7 +40,8 @@ class Rope:
     def softmax_scale(self, head_dim: int) -> float | None:
         """Return the factor by which attention multiplies products of queries and keys. None: 1 / sqrt(head_dim).
 
-        It contains the square of `attention_factor`, because Megatron's fused rotation cannot scale queries and keys.
+        Megatron's fused rotation cannot scale queries and keys, so the factor contains the square of
+        `attention_factor`.
         """
         if self.attention_factor == 1.0:
             return None
@@ -87,8 +88,8 @@ def rope_of(path: str, hf_config: PretrainedConfig) -> Rope:
 def check_positions(path: str, hf_config: PretrainedConfig, max_model_len: int) -> None:
     """Raise a one-line `ConfigError` if the model has fewer than `max_model_len` positions.
 
-    As in the engine, the number of positions is max_position_embeddings, multiplied by the factor if the scaling is
-    linear. With YaRN and llama3, max_position_embeddings already includes the scaling.
+    As in the engine, the number of positions is max_position_embeddings, multiplied by the scaling factor if the
+    scaling is linear. With YaRN and llama3, max_position_embeddings already includes the scaling.
     """
     rope = hf_config.rope_parameters
     positions = hf_config.max_position_embeddings

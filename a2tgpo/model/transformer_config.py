@@ -118,7 +118,8 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
     """Return Megatron's settings for chunks and uneven stages. None: Megatron's default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        # `first` implies `last`. With both, Megatron would divide by zero for virtual stages without a middle stage.
+        # `first` implies `last`. If both were set, Megatron would divide by zero for virtual stages, because two
+        # stages have no middle stage.
         last = None
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,

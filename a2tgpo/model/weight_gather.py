@@ -26,13 +26,13 @@ class ParameterRecord:
     """Dimension that tensor-parallel ranks split. None for experts, and for parameters that are not split."""
 
     def num_parts(self, groups: ParallelGroups) -> int:
-        """Return how many ranks of a stage contribute a part. Experts at the same local place form one gather."""
+        """Return the number of parts that one gather collects from the tensor- or expert-parallel ranks."""
         if is_expert(self.name):
             return groups.ep_size
         return 1 if self.split_dim is None else groups.tp_size
 
     def num_bytes(self, groups: ParallelGroups, dtype: torch.dtype) -> int:
-        """Return the size of all parts together, bytes."""
+        """Return the size of all parts together, in bytes."""
         return torch.Size(self.shape).numel() * self.num_parts(groups) * dtype.itemsize
 
 
@@ -111,7 +111,7 @@ def _start(
     """Start the collectives that bring the parameters of `bucket` to this rank.
 
     Each part is broadcast over the stages. The parts of a parameter are then gathered within each stage. With NCCL,
-    only `stream` waits for a broadcast before its gather. With gloo, this process waits.
+    only `stream` waits for a broadcast before the gather. With gloo, this process waits.
     """
     groups = policy.groups
     counts = [record.num_parts(groups) for record in bucket]

@@ -52,8 +52,7 @@ _EXPECTED_WARNINGS = (
     "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
     "|If you are using transformer_engine"
 )
-"""Warnings of Megatron that are ignored, about GPU libraries that are absent on purpose and about its own defaults.
-"""
+"""Ignored warnings of Megatron, about GPU libraries that are absent on purpose and about its own defaults."""
 
 
 def install() -> None:

@@ -35,7 +35,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
-        # Megatron reads this attribute. None: Megatron stores the float32 weights, not the optimizer.
+        # Megatron reads this attribute. None means that Megatron stores the float32 weights.
         self.master_weights = None
 
     @torch.no_grad()

@@ -38,7 +38,9 @@ class EngineGroup:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank is the first of its engine. Only the first rank calls the tools, counts and records."""
+        """Whether this rank is the first of its engine. Only the first rank calls tools and keeps the
+        trajectories.
+        """
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:

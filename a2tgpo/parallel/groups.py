@@ -37,8 +37,7 @@ class ParallelGroups:
     dp_group: ProcessGroup
     """One rank of each data-parallel replica. Counts of trajectories and tokens are reduced over this group."""
     dp_cp_group: ProcessGroup
-    """All ranks that hold the same weights as this rank. Gradients are reduced over this group, and the optimizer
-    state is divided over it."""
+    """All ranks with the same weights as this rank. The group reduces gradients and divides the optimizer state."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup

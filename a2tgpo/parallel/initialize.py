@@ -21,8 +21,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.parallel.groups import ParallelGroups
 
 _set_here: list[str] = []
-"""Environment variables that `_be_alone` has set. `shutdown` removes them, so that later processes do not inherit
-them."""
+"""Environment variables that `_be_alone` has set, and that `shutdown` removes."""
 
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
@@ -44,7 +43,7 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
     check_layout(config, world_size)
     # Megatron requires this if tensor > 1. The GPU then runs a layer's communication and computation in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Megatron uses names of collectives that torch 2.13 renamed.
+    # Megatron calls some collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )

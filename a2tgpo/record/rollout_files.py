@@ -23,7 +23,7 @@ FOLDER = "rollouts"
 _PART = re.compile(r"replica_(\d+)_of_(\d+)\.jsonl\.zst")
 _STEP = re.compile(r"step_(\d+)(\.jsonl\.zst)?")
 _LEVEL = 1
-"""Level of zstd. Its default level takes several times as long, and makes the files only a tenth smaller."""
+"""Level of zstd. The default level takes several times as long, and makes the files only a tenth smaller."""
 
 _MAX_RANGES = 6
 
@@ -99,7 +99,7 @@ def read_step(files: Iterable[Path]) -> list[dict]:
         ValueError: if a file is damaged. The message is the path of the file.
     """
     records = [record for path in files for record in read_part(path)]
-    with contextlib.suppress(TypeError, KeyError):  # another program wrote the records, so the caller decides
+    with contextlib.suppress(TypeError, KeyError):  # records of another program stay unsorted
         records.sort(key=lambda record: (record["prompt_index"], record["sample_index"]))
     return records
 

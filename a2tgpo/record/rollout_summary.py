@@ -12,7 +12,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
-    """The values of one trajectory that are compared between all trajectories of a step."""
+    """The values by which the trajectories of a step are compared."""
 
     prompt_index: int
     sample_index: int

@@ -70,7 +70,7 @@ class RolloutWriter:
             raise error
 
     def take_failures(self) -> int:
-        """Return how many steps are known to have failed since the last call."""
+        """Return the number of steps whose write has failed since the last call."""
         failures, self._num_failures = self._num_failures, 0
         return failures
 
@@ -84,5 +84,5 @@ class RolloutWriter:
         )
         try:
             write_part(records, path)
-        except BaseException as error:  # `wait` raises or reports it
+        except BaseException as error:  # `wait` raises or reports the error
             self._error = error

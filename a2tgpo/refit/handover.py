@@ -38,12 +38,12 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     Each rank passes full tensors to its own engine, which keeps only its part of them.
 
     Args:
-        version: the version of the policy's weights, equal on all ranks: the number of updates since `policy.path`.
+        version: the number of updates since `policy.path`, equal on all ranks.
         bucket_mib: largest number of MiB of weights to gather at once. Two such buckets exist at the same time.
 
     Raises:
-        RuntimeError: with a one-line message, if the engine of one rank refused the weights (on all ranks), or if
-            gathering the weights failed (on this rank only).
+        RuntimeError: with a one-line message on all ranks, if an engine refused the weights. With any message on this
+            rank only, if gathering the weights failed.
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)

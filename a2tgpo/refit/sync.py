@@ -28,7 +28,7 @@ def sync_engine(
     trainer read them from the same files with different code.
 
     Args:
-        version: the number of steps that the weights were trained for.
+        version: the number of steps for which the weights were trained.
 
     Raises:
         RuntimeError: if the log-probs of engine and trainer differ too much on the probe.

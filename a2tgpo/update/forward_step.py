@@ -41,7 +41,7 @@ def run_pipeline(
     reach every collective. `token_function` never sees an empty micro-batch. On every context-parallel rank,
     `token_function` sees the whole micro-batch.
 
-    If `forward_only` is False, the model then holds the gradients of the objective. The objective is the sum of
+    If `forward_only` is False, the model afterwards holds the gradients of the objective. The objective is the sum of
     `token_function`'s values over all micro-batches and all data-parallel replicas.
 
     Args:
@@ -60,8 +60,8 @@ def run_pipeline(
     filler = [empty_batch(policy.alignment)] * (count - real_count)
     batches = [batch.to(groups.device) for batch in (*microbatches, *filler)]
     scored = [_scored_rows(batch, groups) for batch in batches] if groups.is_pipeline_last else []
-    # Megatron divides the loss by `count` and multiplies it by cp_size (schedules.py, forward_step_calc_loss), and
-    # divides the gradients by dp_size * cp_size (distributed_data_parallel.py, gradient_scaling_factor).
+    # Megatron multiplies the loss by cp_size / count (schedules.py, forward_step_calc_loss), and divides the
+    # gradients by dp_size * cp_size (distributed_data_parallel.py, gradient_scaling_factor). `scale` undoes both.
     scale = 1.0 if forward_only else float(count * groups.dp_size)
 
     def finish(number: int, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +136,7 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, scored.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # if no row is needed, this masks row [0]
+        return values.where(batch.loss_mask[0], 0.0)  # this also masks the unneeded row [0]
 
     # Scatter log-probs and entropies separately. If they were stacked, autograd would run backward through both.
     return over_the_row(found[0]), over_the_row(found[1])

@@ -77,8 +77,7 @@ def build_minibatches(
     """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
     Every rank must call this, because loss normalisers are summed over the data-parallel group. `trajectories` is
-    this data-parallel replica's share of the step. Trajectory i has row i of `advantages` and of `clip_scales` [N, T
-    + 1].
+    this data-parallel replica's share of the step. Trajectory i has row i of `advantages` and `clip_scales`.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)

@@ -26,7 +26,10 @@ from a2tgpo.update.ratio_spread import record_spread, spread_sums
 from a2tgpo.update.train_step import LossFunction, train_step
 
 TurnRatios = list[tuple[PackedBatch, Tensor]]
-"""For each micro-batch, the [U] float32 turn ratios (Eq. 10) of the training pass, for any `algorithm.ratio`."""
+"""For each micro-batch, the [U] float32 turn ratios (Eq. 10) of the training pass.
+
+They do not depend on `algorithm.ratio`.
+"""
 
 
 def compute_old_logprobs(
@@ -215,7 +218,7 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Return sums over a micro-batch's sampled tokens. Sums named `by_turn` are histograms over turn indices."""
+    """Return sums over a micro-batch's sampled tokens. A sum whose name ends in `by_turn` is a histogram."""
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),

@@ -16,7 +16,7 @@ def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, 
 
     Args:
         log_ratio: [n] log-ratios of the micro-batch's sampled tokens, without gradient.
-        level: one of token, turn, sequence. All tokens of this unit share one ratio.
+        level: the unit whose tokens share one ratio: token, turn or sequence.
     """
     ids, num_segments = segments(inputs, level)
     shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)

@@ -14,8 +14,8 @@ def advantages(
 ) -> TurnAdvantages:
     """Return the advantages of all turns (Eq. 6-9).
 
-    A process turn has A_{i,t} = alpha D_{i,t} / sqrt(n_i - t + 1) + R_i. The final turn has R_i, a normalised
-    outcome.
+    With the normalised outcome R_i, the final turn has R_i, and a process turn alpha D_{i,t} / sqrt(n_i - t + 1) +
+    R_i.
     """
     normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
     outcome = normalize_groups(
